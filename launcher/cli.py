@@ -1,0 +1,107 @@
+"""The `lorasb` command: one short function per verb. Torch-free, so that it answers at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, NoReturn
+
+import click
+
+from launcher.command import eval_command, job_environment, train_command
+from launcher.options import CONTEXT, run_options, to_arguments
+from lorasb_ds import __version__
+from lorasb_ds.config import ConfigError, check_output_dir, load_run_config
+from lorasb_ds.ds_config import resolve_ds_config
+
+
+@click.group(context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="lorasb")
+def main() -> None:
+    """Fine-tune very large language models by LoRA-SB on DeepSpeed."""
+
+
+def reports_problems(command: Callable[..., Any]) -> Callable[..., Any]:
+    """End with 2 and the problems when what was asked for cannot be done."""
+
+    @wraps(command)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except ConfigError as error:
+            click.echo(f"lorasb: error: {error}", err=True)
+            sys.exit(2)
+
+    return wrapper
+
+
+@main.command(context_settings=CONTEXT)
+@click.option("--num-procs", type=click.IntRange(min=1), help="Processes on this host's CPU.")
+@click.option("--num-gpus", type=click.IntRange(min=1), help="GPUs of this host. [default: all]")
+@click.option("--master-port", type=click.IntRange(1, 65535), help="[default: a free one]")
+@click.option("--dry-run", is_flag=True, help="Check, print the command, and stop.")
+@run_options
+@reports_problems
+def train(
+    num_procs: int | None,
+    num_gpus: int | None,
+    master_port: int | None,
+    dry_run: bool,
+    run_json: str | None,
+    **given: Any,
+) -> None:
+    """Fine-tune a model: init from gradients, train, save the adapter."""
+    if num_procs is not None and num_gpus is not None:
+        raise ConfigError("--num-procs (CPU) and --num-gpus exclude each other. Give one of them.")
+    config = load_run_config(given, run_json)
+    _, config = resolve_ds_config(config, num_procs or num_gpus or 1)
+    check_output_dir(config)
+    arguments = to_arguments({"config": run_json, **given})
+    command = train_command(
+        arguments,
+        num_procs=num_procs,
+        num_gpus=num_gpus,
+        master_port=master_port or _free_port(),
+    )
+    if dry_run:
+        import shlex
+
+        click.echo(shlex.join(command))
+        return
+    cores = len(os.sched_getaffinity(0))
+    _run(command, job_environment(os.environ, num_procs, cores))
+
+
+@main.command(context_settings={**CONTEXT, "ignore_unknown_options": True}, add_help_option=False)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def eval(arguments: Sequence[str]) -> None:  # noqa: A001
+    """Held-out loss and exact match of a model, with or without an adapter (see eval --help)."""
+    _run(eval_command(arguments), dict(os.environ))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def _run(command: Sequence[str], environment: dict[str, str]) -> NoReturn:
+    """Run a job in a process session of its own; pass signals on; end with its status."""
+    child = subprocess.Popen(command, env=environment, start_new_session=True)
+
+    def pass_on(signum: int, _frame: object) -> None:
+        os.killpg(child.pid, signum)
+
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, pass_on)
+    status = child.wait()
+    sys.exit(status if status >= 0 else 128 - status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""The options of a run, once, for `lorasb train` and the worker: made from RunConfig's fields."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import click
+from pydantic.fields import FieldInfo
+
+from lorasb_ds.config import RunConfig, option_name
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+# DeepSpeed's users write underscores: --ds_config is --ds-config, and so for every option.
+CONTEXT = {
+    "token_normalize_func": lambda token: token.replace("_", "-"),
+    "help_option_names": ["-h", "--help"],
+    "max_content_width": 100,
+}
+
+
+def run_options(command: Command) -> Command:
+    """Add every field of RunConfig as an option, and --config. None means not given."""
+    for name, field in reversed(RunConfig.model_fields.items()):
+        command = _option(name, field)(command)
+    return click.option(
+        "--config",
+        "run_json",
+        metavar="RUN.JSON",
+        help="Replay an earlier run from its run.json; options that are given win over it.",
+    )(command)
+
+
+def _option(name: str, field: FieldInfo) -> Callable[[Command], Command]:
+    help_text = str(field.description)
+    if "[default:" not in help_text and field.default is not None:
+        default = str(field.default).lower() if field.annotation is bool else field.default
+        help_text += f" [default: {default}]"
+    flag = option_name(name)
+    kind = _plain_type(field.annotation)
+    if kind is bool:
+        return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=help_text)
+    if get_origin(kind) is Literal:
+        return click.option(flag, name, type=click.Choice(get_args(kind)), help=help_text)
+    return click.option(flag, name, type=kind, help=help_text)
+
+
+def _plain_type(annotation: Any) -> Any:
+    """``int | None`` -> ``int``."""
+    if get_origin(annotation) in (types.UnionType, Union):
+        return next(a for a in get_args(annotation) if a is not type(None))
+    return annotation
+
+
+def to_arguments(given: Mapping[str, Any]) -> list[str]:
+    """Options as the command line has them; what is None is left out."""
+    arguments: list[str] = []
+    for name, value in given.items():
+        if value is None:
+            continue
+        flag = option_name(name)
+        if isinstance(value, bool):
+            arguments.append(flag if value else f"--no-{flag[2:]}")
+        else:
+            arguments += [flag, str(value)]
+    return arguments

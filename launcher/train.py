@@ -1,0 +1,80 @@
+"""The worker that DeepSpeed starts on every rank: `deepspeed launcher/train.py --ds_config …`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import warnings
+from typing import Any, NoReturn
+
+import click
+
+from launcher.options import CONTEXT, run_options
+from lorasb_ds.config import ConfigError, load_run_config
+
+GRACE_S = 10.0
+
+
+@click.command(context_settings=CONTEXT)
+@click.option("--local-rank", type=int, hidden=True, help="Given by DeepSpeed's launcher.")
+@run_options
+def main(local_rank: int | None, run_json: str | None, **given: Any) -> None:
+    """Fine-tune a model on the ranks of a DeepSpeed job."""
+    if "RANK" not in os.environ:
+        _refuse(
+            ConfigError(
+                "This is the worker of a DeepSpeed job. Start it by `lorasb train …` or `deepspeed "
+                "launcher/train.py …`."
+            )
+        )
+    _quiet_libraries()
+    try:
+        config = load_run_config(given, run_json)
+        # Imported only now: the options above are wrong or right without torch.
+        from lorasb_ds.trainer import prepare
+
+        prepared = prepare(config, int(os.environ["WORLD_SIZE"]))
+    except ConfigError as error:
+        _refuse(error)
+
+    from lorasb_ds import zero
+    from lorasb_ds.trainer import run_training
+
+    zero.init_process_group()
+    try:
+        run_training(prepared)
+    except ConfigError as error:
+        _refuse(error)
+    zero.close_process_group()
+
+
+def _quiet_libraries() -> None:
+    """Keep what does not concern a user off the console; every rank would say it."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty() or int(os.environ["RANK"]) > 0:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Deprecations inside DeepSpeed and transformers, for their authors.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    # bitsandbytes offers to download a CPU kernel, which is neither wanted nor used.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def _refuse(error: ConfigError) -> NoReturn:
+    """Say what is wrong and end with 2. Rank 0 speaks for all.
+
+    The other ranks find the same as a rule, and DeepSpeed ends them when rank 0 has gone. One that
+    is still there after a while found something of its own, and says it.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    if rank != 0:
+        time.sleep(GRACE_S)
+    place = f" on rank {rank}" if rank else ""
+    click.echo(f"lorasb: error{place}: {error}", err=True)
+    sys.stderr.flush()
+    os._exit(2)  # not sys.exit: destructors of a process group may wait for the other ranks
+
+
+if __name__ == "__main__":
+    main()

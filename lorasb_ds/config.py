@@ -1,0 +1,201 @@
+"""What a run is: its options, their defaults and what is allowed. Torch-free: it starts at once."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+DEMO_MODEL = "demo"
+DEMO_DATA = "reasoning-gym:word_sequence_reversal?max_words=6&size=1000&seed=1"
+DEMO_EVAL_DATA = "reasoning-gym:word_sequence_reversal?max_words=6&size=64&seed=2"
+ALL_LINEAR = "all-linear"
+SHIPPED_DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
+
+
+class ConfigError(Exception):
+    """What a user asked for cannot be done. One paragraph per problem; the command ends with 2."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n\n".join(problems))
+        self.problems = problems
+
+
+def option_name(field: str) -> str:
+    """The command line's name of a field: ``init_lr`` -> ``--init-lr``."""
+    return "--" + field.replace("_", "-")
+
+
+class RunConfig(BaseModel):
+    """One run, resolved. ``model_fields_set`` tells what was asked for from what is a default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    model: str = Field(
+        DEMO_MODEL,
+        min_length=1,
+        description="Base model: a local folder, a hub name, or 'demo' (SmolLM2-135M-Instruct, "
+        "fetched by scripts/setup.sh).",
+    )
+    data: str = Field(
+        DEMO_DATA,
+        min_length=1,
+        description="Training rows: a .json/.jsonl/.csv/.parquet file, a folder saved by "
+        "`datasets`, a hub name, or 'reasoning-gym:NAME?size=N&seed=S'.",
+    )
+    eval_data: str | None = Field(
+        None,
+        description="Held-out rows, in any form --data takes; their loss is measured before the "
+        "init, after it and at the end. [default: none; with the demo's data, 64 other rows]",
+    )
+    prompt_column: str | None = Field(
+        None,
+        description="Column with the prompt. [default: the first found of question, query, "
+        "prompt, instruction(+input), messages]",
+    )
+    response_column: str | None = Field(
+        None,
+        description="Column with the response. [default: the prompt column's partner: answer, "
+        "response, completion, output; the last assistant turn of messages]",
+    )
+    ds_config: str = Field(
+        str(SHIPPED_DS_CONFIGS / "zero3.json"),
+        description="DeepSpeed configuration (JSON). 'auto' values are filled from these options; "
+        "its numbers win over options that are not given. [default: the shipped zero3.json]",
+    )
+    output_dir: str | None = Field(
+        None, description="Folder of the run. [default: runs/MODEL-DATE-TIME]"
+    )
+    overwrite: bool = Field(False, description="Write into an output folder that is not empty.")
+    load_in_4bit: bool = Field(
+        False, description="Quantize the base to 4 bits (NF4, double quantization, bf16 compute)."
+    )
+    dtype: Literal["bf16", "fp32"] = Field(
+        "bf16", description="Compute dtype of base and adapter. R is trained in fp32 always."
+    )
+    r: int = Field(64, ge=1, description="Rank of the adapter; r x r numbers a layer are trained.")
+    target_modules: str = Field(
+        ALL_LINEAR,
+        min_length=1,
+        description="Layers with an adapter: 'all-linear' (all but the head), or names as "
+        "PEFT takes them, separated by commas: q_proj,v_proj.",
+    )
+    max_length: int = Field(
+        1024, ge=8, description="Longest row in tokens; what is beyond is cut off."
+    )
+    epochs: float = Field(1.0, gt=0, description="Passes over the training rows.")
+    max_steps: int | None = Field(
+        None, ge=1, description="Optimizer steps; wins over --epochs. [default: by --epochs]"
+    )
+    lr: float = Field(2e-3, gt=0, description="Peak learning rate of AdamW for R.")
+    lr_scheduler: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="Shape of the learning rate after the warmup."
+    )
+    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of the steps that warm up.")
+    micro_batch_size: int = Field(4, ge=1, description="Rows per process and micro-batch.")
+    gradient_accumulation_steps: int = Field(
+        1, ge=1, description="Micro-batches per process and optimizer step."
+    )
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="Gradients are clipped to this norm; 0 switches clipping off."
+    )
+    init_samples: int | None = Field(
+        None,
+        ge=1,
+        description="Training rows in the init's gradient. [default: 0.1 % of them, at least 64]",
+    )
+    init_lr: float = Field(
+        1e-4, gt=0, description="Eta, the learning rate of the step that the init takes."
+    )
+    seed: int = Field(42, ge=0, description="Seed of everything random in the run.")
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass to save memory."
+    )
+
+
+def load_run_config(given: Mapping[str, Any], run_json: str | None = None) -> RunConfig:
+    """The configuration of a run: its flags over a replayed ``run.json`` over the defaults.
+
+    Args:
+        given: fields that were asked for; a value of None means not given.
+        run_json: path of an earlier run's ``run.json``, or None.
+    Raises:
+        ConfigError: with one paragraph for every problem.
+    """
+    values: dict[str, Any] = {}
+    if run_json is not None:
+        values.update(_replayed(run_json))
+    values.update({name: value for name, value in given.items() if value is not None})
+    if "data" not in values and "eval_data" not in values:
+        values["eval_data"] = DEMO_EVAL_DATA
+    try:
+        return RunConfig(**values)
+    except ValidationError as error:
+        raise ConfigError(*(_problem(dict(e)) for e in error.errors())) from None
+
+
+def _replayed(run_json: str) -> dict[str, Any]:
+    content = read_json(run_json, "--config")
+    config = content.get("config")
+    if not isinstance(config, dict):
+        raise ConfigError(
+            f"--config {run_json} has no 'config' entry. Give the run.json that an earlier run "
+            "wrote into its output folder."
+        )
+    # A replay is a new run: it gets a folder of its own unless one is asked for.
+    return {k: v for k, v in config.items() if k not in ("output_dir", "overwrite")}
+
+
+def _problem(error: dict[str, Any]) -> str:
+    field = str(error["loc"][0]) if error["loc"] else "?"
+    if error["type"] == "extra_forbidden":
+        known = ", ".join(RunConfig.model_fields)
+        return f"'{field}' is not an option of this version. It knows: {known}."
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return f"{option_name(field)} {error['input']!r} is not allowed: {message}."
+
+
+def read_json(path: str, option: str) -> dict[str, Any]:
+    """The object in a JSON file that a user named by ``option``; ConfigError if there is none."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        shipped = ", ".join(sorted(f"ds_configs/{f.name}" for f in SHIPPED_DS_CONFIGS.glob("*")))
+        hint = f" Shipped configurations: {shipped}." if option == "--ds-config" else ""
+        raise ConfigError(f"{option} {path}: there is no such file.{hint}")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{option} {path} is not valid JSON: {error}. Mend the file.") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{option} {path} must hold a JSON object, not {type(content).__name__}.")
+    return content
+
+
+def cache_dir() -> Path:
+    """Where the demo model is kept: ``$LORASB_CACHE``, else the user's cache folder."""
+    if path := os.environ.get("LORASB_CACHE"):
+        return Path(path)
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "lorasb-ds"
+
+
+def demo_model_dir() -> Path:
+    """The folder that ``--model demo`` stands for; scripts/fetch_demo.py fills it."""
+    return cache_dir() / "SmolLM2-135M-Instruct"
+
+
+def check_output_dir(config: RunConfig) -> None:
+    """Refuse to write into a folder that holds something, unless --overwrite is given."""
+    if config.output_dir is None or config.overwrite:
+        return
+    folder = Path(config.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--output-dir {folder} is a file. Name a folder.")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(
+            f"--output-dir {folder} is not empty. Name another folder, or give --overwrite."
+        )

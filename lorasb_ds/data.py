@@ -1,0 +1,354 @@
+"""Rows -> prompt and response -> token ids with the prompt masked -> padded batches."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+import torch
+
+from lorasb_ds.config import ConfigError, RunConfig
+
+IGNORE_INDEX = -100  # torch's cross-entropy skips these labels
+
+Row = Mapping[str, Any]
+Messages = list[dict[str, str]]
+
+# Prompt columns and their partners, in the order in which they are looked for.
+COLUMN_PAIRS = (
+    ("question", ("answer",)),
+    ("query", ("response",)),
+    ("prompt", ("response", "completion", "answer")),
+    ("instruction", ("output", "response")),
+    ("messages", ("messages",)),
+)
+RESPONSE_COLUMNS = tuple(dict.fromkeys(p for _, partners in COLUMN_PAIRS for p in partners))
+FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+REASONING_GYM = "reasoning-gym:"
+
+# For tokenizers without a chat template.
+DEFAULT_PROMPT = "### Question:\n{prompt}\n\n### Answer:\n"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row as the model sees it: labels are the token ids from ``num_prompt_tokens`` on."""
+
+    input_ids: list[int]
+    num_prompt_tokens: int
+
+    @property
+    def num_label_tokens(self) -> int:
+        return len(self.input_ids) - self.num_prompt_tokens
+
+
+@dataclass
+class TokenizedRows:
+    """Examples, and what became of every row: ``kept``, ``truncated`` (also kept) or skipped."""
+
+    examples: list[Example] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def describe(self) -> str:
+        return ", ".join(f"{n} {what}" for what, n in self.counts.items())
+
+
+# ---------------------------------------------------------------------------------------- rows
+
+
+def load_rows(source: str, option: str = "--data") -> Sequence[Row]:
+    """Rows of a file, a saved folder, a reasoning-gym task or a hub data set (its train split).
+
+    Raises:
+        ConfigError: if it cannot be read or has no rows; ``option`` is named in the message.
+    """
+    if source.startswith(REASONING_GYM):
+        rows: Sequence[Row] = reasoning_gym_dataset(source, option)
+    else:
+        rows = _load_with_datasets(source, option)
+    if len(rows) == 0:
+        raise ConfigError(f"{option} {source} has no rows. Give data with at least one row.")
+    return rows
+
+
+def _load_with_datasets(source: str, option: str) -> Sequence[Row]:
+    import datasets
+
+    path = Path(source).expanduser()
+    try:
+        if path.is_file():
+            file_type = FILE_TYPES.get(path.suffix.lower())
+            if file_type is None:
+                raise ConfigError(
+                    f"{option} {source}: unknown file type {path.suffix!r}. Known: "
+                    f"{', '.join(FILE_TYPES)}."
+                )
+            if path.stat().st_size == 0:
+                return []
+            return datasets.load_dataset(file_type, data_files=str(path), split="train")
+        if path.is_dir():
+            saved = datasets.load_from_disk(str(path))
+            return saved["train"] if isinstance(saved, datasets.DatasetDict) else saved
+        if path.suffix.lower() in FILE_TYPES or source.startswith((".", "/", "~")):
+            raise ConfigError(f"{option} {source}: there is no such file.")
+        return datasets.load_dataset(source, split="train")
+    except ConfigError:
+        raise
+    except Exception as error:
+        # datasets raises some twenty types here, from parse errors to the hub client's.
+        reason = _root_cause(error)
+        raise ConfigError(
+            f"{option} {source} cannot be read as "
+            f"{'a file' if path.is_file() else 'a saved folder' if path.is_dir() else 'a hub name'}"
+            f": {reason} Give a {'/'.join(FILE_TYPES)} file, a folder saved by `datasets`, a hub "
+            "name (needs a network or a filled cache), or 'reasoning-gym:NAME?size=N&seed=S'."
+        ) from error
+
+
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text[:300].rstrip(".") + "."
+
+
+def reasoning_gym_dataset(source: str, option: str = "--data") -> Any:
+    """The generated task ``reasoning-gym:NAME?size=N&seed=S``; it also scores answers.
+
+    Other parameters of the address go to the task's configuration, numbers as numbers.
+    """
+    try:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+    except ImportError:
+        raise ConfigError(
+            f"{option} {source} needs the package reasoning-gym: pip install 'lorasb-ds[demo]'."
+        ) from None
+    name, _, query = source.removeprefix(REASONING_GYM).partition("?")
+    if name not in DATASETS:
+        raise ConfigError(
+            f"{option} {source}: reasoning-gym has no task {name!r}. It has: "
+            f"{', '.join(sorted(DATASETS))}."
+        )
+    parameters = {key: _number(value) for key, value in parse_qsl(query, keep_blank_values=True)}
+    try:
+        return reasoning_gym.create_dataset(name, **{"size": 1000, "seed": 0, **parameters})
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ConfigError(
+            f"{option} {source}: {error}. The address is reasoning-gym:NAME?size=N&seed=S, with "
+            f"further parameters of the task {name}."
+        ) from None
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+# ---------------------------------------------------------------------------------------- columns
+
+
+def choose_columns(row: Row, prompt: str | None, response: str | None) -> tuple[str, str]:
+    """The prompt's and the response's column: as asked for, else the first known pair.
+
+    A response column may also lie one level down, in the row's ``metadata`` (reasoning-gym).
+    """
+    columns = {*row, *(row["metadata"] if isinstance(row.get("metadata"), Mapping) else ())}
+    for option, name in (("--prompt-column", prompt), ("--response-column", response)):
+        if name is not None and name not in columns:
+            raise ConfigError(f"{option} {name}: the data has no such column. {_has(row)}")
+    known: tuple[tuple[str, tuple[str, ...]], ...] = COLUMN_PAIRS
+    if prompt is not None:
+        known = ((prompt, dict(COLUMN_PAIRS).get(prompt, RESPONSE_COLUMNS)),)
+    for candidate, partners in known:
+        partner = response or next((p for p in partners if p in columns), None)
+        if candidate in columns and partner is not None:
+            return candidate, partner
+    raise ConfigError(
+        f"No known prompt and response columns in the data. {_has(row)} Name them by "
+        "--prompt-column and --response-column. Known pairs: "
+        f"{', '.join(f'{p}/{q[0]}' for p, q in COLUMN_PAIRS)}."
+    )
+
+
+def _has(row: Row) -> str:
+    return f"It has: {', '.join(map(str, row))}."
+
+
+def to_messages(row: Row, prompt_column: str, response_column: str) -> tuple[Messages, str] | str:
+    """A row as the turns before the response, and the response; or why the row is skipped."""
+    if prompt_column == "messages":
+        return _split_conversation(row.get("messages"))
+    prompt, response = _text(row, prompt_column), _text(row, response_column)
+    if prompt is None:
+        return "skipped: no prompt"
+    if response is None:
+        return "skipped: no response"
+    extra = _text(row, "input") if prompt_column == "instruction" else None
+    content = f"{prompt}\n\n{extra}" if extra else prompt
+    return [{"role": "user", "content": content}], response
+
+
+def _text(row: Row, column: str) -> str | None:
+    value = row.get(column)
+    if value is None and isinstance(row.get("metadata"), Mapping):
+        value = row["metadata"].get(column)
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    return str(value) if str(value).strip() else None
+
+
+def _split_conversation(messages: Any) -> tuple[Messages, str] | str:
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        return "skipped: no messages"
+    turns = []
+    for turn in messages:
+        if not isinstance(turn, Mapping) or not isinstance(turn.get("content"), str):
+            return "skipped: malformed messages"
+        turns.append({"role": str(turn.get("role")), "content": turn["content"]})
+    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
+    if last == 0 or not turns[last]["content"].strip():
+        return "skipped: no response"
+    return turns[:last], turns[last]["content"]
+
+
+# ---------------------------------------------------------------------------------------- tokens
+
+
+def render_prompt(tokenizer: Any, messages: Messages) -> list[int]:
+    """Token ids of everything before the response: the chat template's, or ``DEFAULT_PROMPT``."""
+    if tokenizer.chat_template:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    text = DEFAULT_PROMPT.format(prompt="\n\n".join(turn["content"] for turn in messages))
+    return tokenizer(text)["input_ids"]
+
+
+def encode(tokenizer: Any, messages: Messages, response: str, max_length: int) -> Example | str:
+    """Prompt + response + end of sequence, cut to ``max_length``; or why the row is skipped.
+
+    A row of which no response token is left has nothing to learn from and would weigh nothing.
+    """
+    prompt_ids = render_prompt(tokenizer, messages)
+    response_ids = tokenizer(response, add_special_tokens=False)["input_ids"]
+    input_ids = [*prompt_ids, *response_ids, tokenizer.eos_token_id][:max_length]
+    if len(prompt_ids) >= len(input_ids):
+        return "skipped: no response token left after truncation"
+    return Example(input_ids, len(prompt_ids))
+
+
+def tokenize_rows(
+    rows: Sequence[Row],
+    tokenizer: Any,
+    config: RunConfig,
+    indices: Sequence[int] | None = None,
+    option: str = "--data",
+) -> TokenizedRows:
+    """All rows (or those of ``indices``) as examples; every row is kept or counted.
+
+    Raises:
+        ConfigError: if no column fits, or nothing is left.
+    """
+    columns = choose_columns(rows[0], config.prompt_column, config.response_column)
+    result = TokenizedRows()
+    for index in range(len(rows)) if indices is None else indices:
+        parts = to_messages(rows[index], *columns)
+        example = parts if isinstance(parts, str) else encode(tokenizer, *parts, config.max_length)
+        if isinstance(example, Example):
+            result.examples.append(example)
+            result.counts["kept"] += 1
+            result.counts["truncated"] += len(example.input_ids) == config.max_length
+        else:
+            result.counts[str(example)] += 1
+    result.counts = +result.counts
+    if not result.examples:
+        raise ConfigError(
+            f"{option}: no row is left to learn from ({result.describe()}). Check "
+            f"--prompt-column/--response-column (now {columns[0]}/{columns[1]}) and --max-length "
+            f"(now {config.max_length})."
+        )
+    return result
+
+
+# ---------------------------------------------------------------------------------------- batches
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A padded micro-batch. ``labels`` are aligned with ``input_ids``; the loss shifts them."""
+
+    input_ids: torch.Tensor  # (rows, length), int64
+    attention_mask: torch.Tensor  # (rows, length), int64
+    labels: torch.Tensor  # (rows, length), int64, IGNORE_INDEX on prompts and padding
+    num_label_tokens: int
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(
+            self.input_ids.to(device),
+            self.attention_mask.to(device),
+            self.labels.to(device),
+            self.num_label_tokens,
+        )
+
+
+def collate(examples: Sequence[Example], pad_token_id: int, weightless: bool = False) -> Batch:
+    """Pad on the right to the longest example.
+
+    Args:
+        weightless: label nothing, so that the batch takes part in every collective of a step
+            and adds nothing to it. For ranks that are short of rows.
+    """
+    length = max(len(e.input_ids) for e in examples)
+    input_ids = torch.full((len(examples), length), pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
+    for i, example in enumerate(examples):
+        n, start = len(example.input_ids), example.num_prompt_tokens
+        input_ids[i, :n] = torch.tensor(example.input_ids)
+        attention_mask[i, :n] = 1
+        if not weightless:
+            labels[i, start:n] = input_ids[i, start:n]
+    # The first token of a row has nothing before it to be predicted from.
+    num_label_tokens = int((labels[:, 1:] != IGNORE_INDEX).sum())
+    return Batch(input_ids, attention_mask, labels, num_label_tokens)
+
+
+def micro_batches(
+    examples: Sequence[Example],
+    indices: Sequence[int],
+    micro_batch_size: int,
+    pad_token_id: int,
+    rank: int,
+    world_size: int,
+) -> Iterator[Batch]:
+    """This rank's share of ``indices``, in micro-batches; the same number on every rank.
+
+    Micro-batches are dealt out in turn: micro-batch ``i`` of rank ``k`` holds the rows from
+    ``(i * world_size + k) * micro_batch_size`` on. A rank without rows gets weightless batches.
+    """
+    rows_per_round = micro_batch_size * world_size
+    for round_index in range(math.ceil(len(indices) / rows_per_round)):
+        start = round_index * rows_per_round + rank * micro_batch_size
+        mine = [examples[i] for i in indices[start : start + micro_batch_size]]
+        yield collate(mine or [examples[indices[0]]], pad_token_id, weightless=not mine)
+
+
+def epoch_order(num_rows: int, seed: int, epoch: int) -> list[int]:
+    """The order of one epoch's rows: a permutation, the same on every rank."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(num_rows, generator=generator).tolist()
+
+
+def sample_indices(num_rows: int, wanted: int | None, seed: int) -> list[int]:
+    """Rows of the init sample: ``wanted``, or 0.1 % of all but at least 64; never more than all."""
+    count = wanted or max(64, math.ceil(num_rows / 1000))
+    return epoch_order(num_rows, seed, epoch=-1)[: min(count, num_rows)]

@@ -1,0 +1,173 @@
+"""The DeepSpeed configuration of a run: one place where "auto" becomes a value. Torch-free.
+
+There is one truth: a shipped configuration says "auto" and the option fills it; a number in the
+file wins over an option that was not given; an option that was given and differs is an error.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lorasb_ds.config import ConfigError, RunConfig, option_name, read_json
+
+# Where DeepSpeed keeps what an option says. A missing key is filled like "auto": DeepSpeed's own
+# defaults would speak otherwise (gradient_clipping is 1.0 when it is not set).
+FIELDS = {
+    "train_micro_batch_size_per_gpu": "micro_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_clipping": "max_grad_norm",
+}
+
+
+def resolve_ds_config(config: RunConfig, world_size: int) -> tuple[dict[str, Any], RunConfig]:
+    """Read ``config.ds_config`` and make it and the options agree.
+
+    Args:
+        config: the run; what is in its ``model_fields_set`` was asked for.
+        world_size: number of processes.
+    Returns:
+        The configuration for ``deepspeed.initialize``, without any "auto"; and the run with the
+        file's numbers in place of its defaults.
+    Raises:
+        ConfigError: with one paragraph for every problem.
+    """
+    raw = read_json(config.ds_config, "--ds-config")
+    problems: list[str] = []
+    updates: dict[str, Any] = {}
+
+    def agree(key: str, value: object, field: str) -> None:
+        """Settle one number of the file with the option of the same meaning."""
+        if value is None or value == "auto":
+            return
+        wanted = getattr(config, field)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+            problems.append(
+                f"{config.ds_config}: {key} is {value!r}; it must be a number or 'auto'."
+            )
+        elif field in config.model_fields_set and value != wanted:
+            problems.append(
+                f"{option_name(field)} {wanted} differs from {key} {value} in {config.ds_config}. "
+                f'Leave the option out, or set {key} to "auto" there.'
+            )
+        else:
+            updates[field] = value
+
+    for key, field in FIELDS.items():
+        agree(key, raw.get(key), field)
+    for section in ("optimizer", "scheduler"):
+        problems += _check_section(section, raw, config.ds_config, agree)
+    problems += _check_precision(raw, config, updates)
+    problems += _check_zero(raw, config, world_size)
+    problems += _check_batch(raw, config, world_size, updates)
+    if problems:
+        raise ConfigError(*problems)
+
+    resolved_config = config.model_copy(update=updates)
+    resolved = {k: v for k, v in raw.items() if k not in ("optimizer", "scheduler", "fp16")}
+    for key, field in FIELDS.items():
+        resolved[key] = getattr(resolved_config, field)
+    resolved["train_batch_size"] = global_batch_size(resolved_config, world_size)
+    resolved["bf16"] = {**_section(raw, "bf16"), "enabled": resolved_config.dtype == "bf16"}
+    # What is still "auto" has no option: DeepSpeed's default holds.
+    return _without_auto(resolved), resolved_config
+
+
+def global_batch_size(config: RunConfig, world_size: int) -> int:
+    """Rows per optimizer step."""
+    return config.micro_batch_size * config.gradient_accumulation_steps * world_size
+
+
+def zero_stage(ds_config: dict[str, Any]) -> int:
+    return int(_section(ds_config, "zero_optimization").get("stage", 0))
+
+
+def _section(raw: dict[str, Any], name: str) -> dict[str, Any]:
+    value = raw.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def _check_section(name: str, raw: dict[str, Any], path: str, agree: Any) -> list[str]:
+    """Our AdamW and schedule are used; a section may stand if it asks for nothing else."""
+    section = _section(raw, name)
+    params = dict(_section(section, "params"))
+    if name == "optimizer":
+        agree("optimizer.params.lr", params.pop("lr", None), "lr")
+        if section and section.get("type") not in ("Adam", "AdamW"):
+            return [
+                f"{path}: optimizer.type is {section.get('type')!r}; R is trained by AdamW. Remove "
+                "the section and use --lr."
+            ]
+    fixed = sorted(k for k, v in params.items() if v != "auto")
+    if fixed:
+        return [
+            f"{path}: {name}.params sets {', '.join(fixed)}, which would not be used. Set them to "
+            '"auto" or remove the section; --lr, --lr-scheduler and --warmup-ratio say the rest.'
+        ]
+    return []
+
+
+def _check_precision(raw: dict[str, Any], config: RunConfig, updates: dict[str, Any]) -> list[str]:
+    if _section(raw, "fp16").get("enabled") is True:
+        return [f"{config.ds_config}: fp16.enabled is true; use bf16 (or --dtype fp32) instead."]
+    bf16 = _section(raw, "bf16").get("enabled", "auto")
+    if bf16 != "auto":
+        dtype = "bf16" if bf16 else "fp32"
+        if "dtype" in config.model_fields_set and dtype != config.dtype:
+            return [
+                f"--dtype {config.dtype} differs from bf16.enabled {str(bf16).lower()} in "
+                f'{config.ds_config}. Leave the option out, or set bf16.enabled to "auto" there.'
+            ]
+        updates["dtype"] = dtype
+    if config.load_in_4bit and updates.get("dtype", config.dtype) != "bf16":
+        return ["--load-in-4bit computes in bf16. Leave out --dtype fp32 (or set bf16 to enabled)."]
+    return []
+
+
+def _check_zero(raw: dict[str, Any], config: RunConfig, world_size: int) -> list[str]:
+    problems = []
+    stage = _section(raw, "zero_optimization").get("stage", 0)
+    if stage not in (1, 2, 3):
+        problems.append(
+            f"{config.ds_config}: zero_optimization.stage is {stage!r}; it must be 1, 2 or 3."
+        )
+    offload = _section(_section(raw, "zero_optimization"), "offload_optimizer")
+    if offload.get("device", "none") != "none":
+        problems.append(
+            f"{config.ds_config}: offload_optimizer is set. The optimizer of LoRA-SB is tiny and "
+            "DeepSpeed offloads no torch optimizer; remove it (offload_param may stay)."
+        )
+    if config.load_in_4bit and stage == 3 and world_size > 1:
+        problems.append(
+            f"--load-in-4bit with ZeRO stage 3 ({config.ds_config}) on {world_size} processes: a "
+            "4-bit base cannot be sharded yet. Use --ds-config ds_configs/zero2.json (every "
+            "process holds the 4-bit base), one process, or leave --load-in-4bit out."
+        )
+    return problems
+
+
+def _check_batch(
+    raw: dict[str, Any], config: RunConfig, world_size: int, updates: dict[str, Any]
+) -> list[str]:
+    """A fixed global batch decides the accumulation where nothing else does."""
+    total = raw.get("train_batch_size", "auto")
+    if total == "auto":
+        return []
+    fixed = {*config.model_fields_set, *updates}
+    per_micro_step = updates.get("micro_batch_size", config.micro_batch_size) * world_size
+    if "gradient_accumulation_steps" not in fixed and total % per_micro_step == 0:
+        updates["gradient_accumulation_steps"] = total // per_micro_step
+    candidate = config.model_copy(update=updates)
+    if total != global_batch_size(candidate, world_size):
+        return [
+            f"{config.ds_config}: train_batch_size is {total}, but --micro-batch-size "
+            f"{candidate.micro_batch_size} x --gradient-accumulation-steps "
+            f"{candidate.gradient_accumulation_steps} x {world_size} processes is "
+            f'{global_batch_size(candidate, world_size)}. Set it to "auto", or change one of them.'
+        ]
+    return []
+
+
+def _without_auto(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_auto(v) for k, v in value.items() if v != "auto"}
+    return value

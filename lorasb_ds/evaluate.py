@@ -1,0 +1,154 @@
+"""Held-out loss, and exact match of generated answers."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lorasb_ds.data import (
+    REASONING_GYM,
+    Batch,
+    Example,
+    Row,
+    choose_columns,
+    collate,
+    reasoning_gym_dataset,
+    render_prompt,
+    to_messages,
+)
+from lorasb_ds.loss import token_loss_sum
+
+Score = Callable[[str, Row, str], bool]  # (generated, row, response) -> right
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, batches: Sequence[Batch], device: torch.device) -> float:
+    """Mean cross-entropy over label tokens, in eval mode. Collective if a job is running.
+
+    Args:
+        batches: this rank's, as many as on every other rank.
+    """
+    was_training = model.training
+    model.eval()
+    totals = torch.zeros(2, dtype=torch.float64, device=device)  # Σ loss, label tokens
+    for batch in batches:
+        totals[0] += token_loss_sum(model, batch.to(device)).double()
+        totals[1] += batch.num_label_tokens
+    if dist.is_initialized():
+        dist.all_reduce(totals)
+    model.train(was_training)
+    return (totals[0] / totals[1]).item()
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    num_rows: int
+    loss: float
+    exact_match: float  # share of rows whose generated answer is right
+    interval: tuple[float, float]  # 95 %, Wilson
+    seconds: float
+    answers: list[dict[str, Any]]  # prompt, expected, generated, right
+
+
+def evaluate_model(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    examples: Sequence[Example],
+    score: Score,
+    columns: tuple[str, str],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    device: torch.device,
+) -> EvalResult:
+    """Loss over ``examples`` and greedy answers to ``rows``, in one process."""
+    start = time.perf_counter()
+    batches = [
+        collate(examples[i : i + batch_size], tokenizer.pad_token_id)
+        for i in range(0, len(examples), batch_size)
+    ]
+    loss = held_out_loss(model, batches, device)
+    answers: list[dict[str, Any]] = []
+    parsed = [(row, to_messages(row, *columns)) for row in rows]
+    pairs = [(row, parts) for row, parts in parsed if not isinstance(parts, str)]
+    for i in range(0, len(pairs), batch_size):
+        chunk = pairs[i : i + batch_size]
+        prompts = [render_prompt(tokenizer, messages) for _, (messages, _) in chunk]
+        texts = generate(model, tokenizer, prompts, max_new_tokens, device)
+        for (row, (messages, response)), text in zip(chunk, texts, strict=True):
+            answers.append(
+                {
+                    "prompt": messages[-1]["content"],
+                    "expected": response,
+                    "generated": text,
+                    "right": score(text, row, response),
+                }
+            )
+    right = sum(answer["right"] for answer in answers)
+    return EvalResult(
+        num_rows=len(answers),
+        loss=loss,
+        exact_match=right / len(answers),
+        interval=wilson_interval(right, len(answers)),
+        seconds=time.perf_counter() - start,
+        answers=answers,
+    )
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    device: torch.device,
+) -> list[str]:
+    """Greedy continuations of a batch, padded on the left."""
+    length = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), length), tokenizer.pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for i, prompt in enumerate(prompts):
+        input_ids[i, length - len(prompt) :] = torch.tensor(prompt)
+        attention_mask[i, length - len(prompt) :] = 1
+    output = model.generate(
+        input_ids=input_ids.to(device),
+        attention_mask=attention_mask.to(device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    texts = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def scorer(source: str) -> Score:
+    """How answers to the rows of ``source`` are judged.
+
+    reasoning-gym tasks bring their own scorer (1.0 counts as right); elsewhere an answer is right
+    if it equals the response but for white space at its ends.
+    """
+    if not source.startswith(REASONING_GYM):
+        return lambda text, _, response: text.strip() == response.strip()
+    task = reasoning_gym_dataset(source)
+    return lambda text, row, _: task.score_answer(text, row) >= 1.0
+
+
+def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927); holds for shares near 0 and 1, too."""
+    share = successes / trials
+    centre = share + z * z / (2 * trials)
+    spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    return tuple((centre + sign * spread) / (1 + z * z / trials) for sign in (-1, 1))  # type: ignore[return-value]
+
+
+def eval_columns(rows: Sequence[Row], prompt: str | None, response: str | None) -> tuple[str, str]:
+    return choose_columns(rows[0], prompt, response)

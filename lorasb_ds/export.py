@@ -1,0 +1,80 @@
+"""What a run leaves behind: the basis, and the adapter as a plain PEFT LoRA folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorasb_ds import zero
+from lorasb_ds.adapter import LoraSBLinear, Shapes, to_plain_lora
+from lorasb_ds.files import publish, save_tensors, write_text
+
+BASIS_FORMAT = "1"
+
+
+def collect_lora(adapters: Mapping[str, LoraSBLinear]) -> dict[str, torch.Tensor]:
+    """The adapter as plain LoRA tensors with PEFT's names, on rank 0's CPU; {} elsewhere.
+
+    Collective: a layer at a time is gathered. R is taken from the optimizer's fp32 master.
+    """
+    tensors = {}
+    for name, adapter in adapters.items():
+        R = zero.full_fp32(adapter.lora_R)
+        with zero.gathered([adapter.lora_A, adapter.lora_B]):
+            if zero.rank() != 0:
+                continue
+            A, B = to_plain_lora(adapter.lora_A.data, adapter.lora_B.data, R)
+            tensors[f"base_model.model.{name}.lora_A.weight"] = A.cpu().clone()
+            tensors[f"base_model.model.{name}.lora_B.weight"] = B.cpu().clone()
+    return tensors
+
+
+def save_peft_adapter(
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    r: int,
+    targets: Shapes,
+    layers: Shapes,
+    base_model: str,
+) -> None:
+    """Write the folder that ``PeftModel.from_pretrained`` loads; it appears whole or not at all.
+
+    Args:
+        tensors: of ``collect_lora``.
+        targets: the layers with an adapter, out of ``layers``, all linear layers of the base.
+    """
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": r,
+        "lora_alpha": r,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": peft_target_modules(targets, layers),
+    }
+    aside = folder.with_name(folder.name + ".tmp")
+    if aside.exists():
+        shutil.rmtree(aside)
+    aside.mkdir(parents=True)
+    save_tensors(aside / "adapter_model.safetensors", tensors, {"format": "pt"})
+    write_text(aside / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+    if folder.exists():
+        shutil.rmtree(folder)  # --overwrite was given
+    publish(aside, folder)
+
+
+def peft_target_modules(targets: Shapes, layers: Shapes) -> list[str]:
+    """PEFT's short names (q_proj, …) where they mean exactly the targets, else the full names."""
+    short = {name.rpartition(".")[2] for name in targets}
+    if {name for name in layers if name.rpartition(".")[2] in short} == set(targets):
+        return sorted(short)
+    return list(targets)

@@ -1,0 +1,168 @@
+"""The base: its configuration, its tokenizer, its shapes, and its frozen weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorasb_ds import quantization, zero
+from lorasb_ds.adapter import Shapes, linear_layers
+from lorasb_ds.config import DEMO_MODEL, ConfigError, RunConfig, demo_model_dir
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def model_path(model: str) -> str:
+    """What transformers is given for ``--model``: the demo's folder for 'demo', else the same.
+
+    Raises:
+        ConfigError: if a folder is named that does not exist or holds no safetensors.
+    """
+    if model == DEMO_MODEL:
+        folder = demo_model_dir()
+        if not (folder / "config.json").is_file():
+            raise ConfigError(
+                f"--model demo: {folder} does not hold the demo model. Fetch it by "
+                "scripts/setup.sh, or name a model of your own."
+            )
+        return str(folder)
+    folder = Path(model).expanduser()
+    if not folder.exists():
+        if model.startswith((".", "/", "~")) or model.count("/") > 1:
+            raise ConfigError(
+                f"--model {model}: there is no such folder. Give a folder with config.json and "
+                "*.safetensors, or a hub name such as mistralai/Mistral-7B-v0.1."
+            )
+        return model
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"--model {model}: the folder has no config.json, so it is no model.")
+    if not any(folder.glob("*.safetensors")):
+        legacy = sorted(f.name for f in folder.glob("*.bin"))
+        found = (
+            f"only {', '.join(legacy)}, which are pickles and can run code" if legacy else "none"
+        )
+        raise ConfigError(
+            f"--model {model}: the weights must be *.safetensors; the folder has {found}. Convert "
+            "them by save_pretrained of a trusted copy."
+        )
+    return str(folder)
+
+
+def load_config(model: str) -> Any:
+    """The transformers configuration of a causal language model.
+
+    Raises:
+        ConfigError: if there is none, no network to get it, or it is another kind of model.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    try:
+        config = AutoConfig.from_pretrained(model_path(model), trust_remote_code=False)
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        raise ConfigError(
+            f"--model {model} cannot be read: {_first_line(error)} It must be a folder with a "
+            "model that transformers knows, or the name of one on the hub (which needs a network "
+            "or a filled cache)."
+        ) from error
+    architectures = config.architectures or []
+    causal = all(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not causal:
+        raise ConfigError(
+            f"--model {model} is a {', '.join(architectures) or type(config).__name__}, not a "
+            "causal language model (…ForCausalLM). Only those can be trained so far."
+        )
+    return config
+
+
+def load_tokenizer(model: str) -> Any:
+    """The base's tokenizer, padding on the right; a missing pad token becomes the end of sequence.
+
+    Labels never come from padding (it is masked by position), so that no embedding is added.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_path(model), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--model {model}: its tokenizer cannot be read: {_first_line(error)}"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"--model {model}: its tokenizer has no end-of-sequence token.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def read_shapes(hf_config: Any) -> Shapes:
+    """The linear layers of a model, from its configuration alone; no weight is read."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config)
+    return linear_layers(model)
+
+
+def load_base(config: RunConfig, hf_config: Any, ds_config: dict[str, Any]) -> nn.Module:
+    """The frozen base where the run wants it: ZeRO-3 shards, 4-bit, or plain on the device.
+
+    Collective under ZeRO-3 (transformers reads on every rank and shards parameter by parameter).
+    """
+    from transformers import AutoModelForCausalLM
+
+    dtype = DTYPES[config.dtype]
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
+    alive = None
+    if config.load_in_4bit:
+        options["quantization_config"] = quantization.nf4_config(dtype)
+        options["device_map"] = {"": zero.device()}
+    else:
+        alive = zero.loading_context(ds_config)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            model_path(config.model), config=hf_config, **options
+        )
+    except OSError as error:
+        raise ConfigError(
+            f"--model {config.model}: its weights cannot be read: {_first_line(error)}"
+        ) from error
+    del alive
+    if config.load_in_4bit:
+        quantization.keep_weights_as_stored(model)
+    if config.gradient_checkpointing:
+        # The reentrant kind needs inputs that require grad, which a frozen embedding's do not.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.requires_grad_(False)
+    return model
+
+
+def _first_line(error: BaseException) -> str:
+    text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return text.strip().rstrip(".") + "."
+
+
+def load_plain(
+    model: str, dtype: str, adapter: str | None = None
+) -> tuple[nn.Module, torch.device]:
+    """A whole model on one device for inference, with PEFT's reading of an adapter folder."""
+    from transformers import AutoModelForCausalLM
+
+    device = zero.device()
+    base: Any = AutoModelForCausalLM.from_pretrained(
+        model_path(model),
+        dtype=DTYPES[dtype],
+        device_map={"": device},
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
+    if adapter is not None:
+        from peft import PeftModel
+
+        base = PeftModel.from_pretrained(base, adapter)
+    return base.eval(), device

@@ -1,0 +1,317 @@
+"""A run from its configuration to its adapter: load, inject, initialize, train, save."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lorasb_ds import zero
+from lorasb_ds.adapter import Shapes, inject, select_targets
+from lorasb_ds.config import RunConfig, check_output_dir
+from lorasb_ds.data import (
+    Batch,
+    TokenizedRows,
+    collate,
+    epoch_order,
+    load_rows,
+    micro_batches,
+    sample_indices,
+    tokenize_rows,
+)
+from lorasb_ds.ds_config import global_batch_size, resolve_ds_config
+from lorasb_ds.evaluate import held_out_loss
+from lorasb_ds.export import BASIS_FORMAT, collect_lora, save_peft_adapter
+from lorasb_ds.files import save_tensors, write_text
+from lorasb_ds.gradients import branches_off
+from lorasb_ds.initialize import InitReport, initialize
+from lorasb_ds.loading import (
+    DTYPES,
+    load_base,
+    load_config,
+    load_tokenizer,
+    model_path,
+    read_shapes,
+)
+from lorasb_ds.loss import token_loss_sum
+from lorasb_ds.metrics import RunLog, provenance
+from lorasb_ds.report import draw_loss_curve, write_report
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All of a run that can be known, and can be wrong, before a process group exists."""
+
+    config: RunConfig
+    ds_config: dict[str, Any]
+    hf_config: Any
+    tokenizer: Any
+    layers: Shapes
+    targets: Shapes
+    train: TokenizedRows
+    held_out: TokenizedRows | None
+
+
+def prepare(config: RunConfig, world_size: int) -> Prepared:
+    """Check the configuration, the model's shapes and the data. Not collective.
+
+    Raises:
+        ConfigError: what is wrong and what to do about it.
+    """
+    ds_config, config = resolve_ds_config(config, world_size)
+    check_output_dir(config)
+    hf_config = load_config(config.model)
+    layers = read_shapes(hf_config)
+    targets = select_targets(layers, config.target_modules, config.r)
+    tokenizer = load_tokenizer(config.model)
+    train = tokenize_rows(load_rows(config.data), tokenizer, config)
+    held_out = None
+    if config.eval_data is not None:
+        rows = load_rows(config.eval_data, "--eval-data")
+        held_out = tokenize_rows(rows, tokenizer, config, option="--eval-data")
+    return Prepared(config, ds_config, hf_config, tokenizer, layers, targets, train, held_out)
+
+
+def run_training(run: Prepared) -> Path:
+    """The whole run, inside a process group. Collective.
+
+    Returns:
+        The output folder: run.json, metrics.jsonl, tensorboard/, basis.safetensors, init.json,
+        adapter/, loss.png and report.md.
+    """
+    config, is_main = run.config, zero.rank() == 0
+    folder = _make_output_dir(config)
+    description = {
+        "config": {**config.model_dump(), "output_dir": str(folder)},
+        "ds_config": run.ds_config,
+        "world_size": zero.world_size(),
+        "rows": {"train": dict(run.train.counts)}
+        | ({"held_out": dict(run.held_out.counts)} if run.held_out else {}),
+        **provenance(),
+    }
+    log = None
+    if is_main:
+        write_text(folder / "run.json", json.dumps(description, indent=2) + "\n")
+        log = RunLog(folder)
+        _say(f"run folder {folder}")
+        _say(f"training rows: {run.train.describe()}")
+
+    model = load_base(config, run.hf_config, run.ds_config)
+    adapters = inject(model, run.targets, config.r, DTYPES[config.dtype])
+    R = [adapter.lora_R for adapter in adapters.values()]
+    num_steps = count_steps(config, len(run.train.examples), zero.world_size())
+    optimizer = torch.optim.AdamW(R, lr=config.lr, weight_decay=0.0)
+    scheduler = make_scheduler(optimizer, config, num_steps)
+    engine = zero.make_engine(model, R, optimizer, scheduler, run.ds_config)
+    _say(
+        f"{len(adapters)} layers with an adapter, {len(R) * config.r**2:,} trainable parameters, "
+        f"{zero.world_size()} process(es) on {zero.accelerator_name()}"
+    )
+
+    def evaluate(step: int, **more: Any) -> None:
+        if run.held_out is None:
+            return
+        batches = _batches(run, run.held_out, range(len(run.held_out.examples)))
+        loss = held_out_loss(engine.module, batches, zero.device())
+        _say(f"step {step}: held-out loss {loss:.4f}{' (base)' if more else ''}")
+        if log:
+            log.write({"step": step, "eval_loss": loss, **more})
+
+    with branches_off(adapters):
+        evaluate(0, base=True)
+    report = _initialize(run, engine, adapters, folder)
+    evaluate(0)
+    train(run, engine, num_steps, log)
+    evaluate(num_steps)
+
+    tensors = collect_lora(adapters)
+    if is_main:
+        assert log is not None
+        save_peft_adapter(
+            folder / "adapter",
+            tensors,
+            r=config.r,
+            targets=run.targets,
+            layers=run.layers,
+            base_model=model_path(config.model),
+        )
+        draw_loss_curve(folder / "loss.png", log.rows)
+        write_report(
+            folder / "report.md",
+            init=report,
+            rows=log.rows,
+            targets=run.targets,
+            r=config.r,
+            run=description,
+            world_size=zero.world_size(),
+            device=zero.accelerator_name(),
+        )
+        log.close()
+    dist.barrier()
+    _say(f"adapter saved: {folder / 'adapter'}   report: {folder / 'report.md'}")
+    return folder
+
+
+def train(run: Prepared, engine: Any, num_steps: int, log: RunLog | None) -> None:
+    """The loop. Collective."""
+    engine.train()
+    start = time.perf_counter()
+    for step, batches in enumerate(step_batches(run, num_steps), 1):
+        lr = engine.get_lr()[0]  # of this step: the scheduler moves on at its end
+        loss, num_tokens = train_step(engine, batches)
+        if not math.isfinite(loss):
+            raise RuntimeError(
+                f"the loss of step {step} is {loss}. Lower --lr or --init-lr, or look at the data."
+            )
+        now = time.perf_counter()
+        if log:
+            row = {
+                "step": step,
+                "loss": loss,
+                "lr": lr,
+                "grad_norm": float(engine.get_global_grad_norm()),
+                "tokens": num_tokens,
+                "tokens_per_s": num_tokens / (now - start),
+                "step_time_s": now - start,
+            }
+            log.write(row)
+            log.progress(row, num_steps)
+        start = now
+
+
+def train_step(engine: Any, batches: list[Batch]) -> tuple[float, int]:
+    """One optimizer step on this rank's micro-batches. Collective.
+
+    The step's loss is the mean over its label tokens, wherever they lie: a micro-batch's loss is
+    ``ΣCE · world · accumulation / T``, T tokens in all, since DeepSpeed divides by both.
+
+    Returns:
+        The step's mean loss and its number of tokens (all that were not padding), of all ranks.
+    """
+    device = zero.device()
+    counts = torch.tensor(
+        [
+            [b.num_label_tokens for b in batches],
+            [int(b.attention_mask.sum()) if b.num_label_tokens else 0 for b in batches],
+        ],
+        dtype=torch.float64,
+        device=device,
+    ).sum(1)
+    dist.all_reduce(counts)
+    num_label_tokens, num_tokens = counts.tolist()
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    for batch in batches:
+        loss = token_loss_sum(engine, batch.to(device))
+        engine.backward(loss * (zero.world_size() * len(batches) / num_label_tokens))
+        engine.step()
+        loss_sum += loss.detach().double()
+    dist.all_reduce(loss_sum)
+    return loss_sum.item() / num_label_tokens, int(num_tokens)
+
+
+def step_batches(run: Prepared, num_steps: int) -> Iterator[list[Batch]]:
+    """This rank's micro-batches of every step: epochs follow each other, each in its own order.
+
+    A global batch holds the same rows whatever the number of ranks. The last one of an epoch may
+    be short: some micro-batches are then weightless, and no row is lost or seen twice.
+    """
+    config, examples = run.config, run.train.examples
+    rows_per_step = global_batch_size(config, zero.world_size())
+    accumulation = config.gradient_accumulation_steps
+    steps_done, epoch = 0, 0
+    while steps_done < num_steps:
+        order = epoch_order(len(examples), config.seed, epoch)
+        for first in range(0, len(order), rows_per_step):
+            if steps_done == num_steps:
+                return
+            batches = _batches(run, run.train, order[first : first + rows_per_step])
+            filler = collate(examples[:1], run.tokenizer.pad_token_id, weightless=True)
+            yield batches + [filler] * (accumulation - len(batches))
+            steps_done += 1
+        epoch += 1
+
+
+def count_steps(config: RunConfig, num_rows: int, world_size: int) -> int:
+    if config.max_steps is not None:
+        return config.max_steps
+    per_epoch = math.ceil(num_rows / global_batch_size(config, world_size))
+    return max(1, round(config.epochs * per_epoch))
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, config: RunConfig, num_steps: int) -> Any:
+    """transformers' schedule, counted from 1: at 0 its warmup gives 0, and a step would be lost."""
+    from transformers import get_scheduler
+
+    warmup = math.ceil(config.warmup_ratio * num_steps)
+    schedule = get_scheduler(config.lr_scheduler, optimizer, warmup, num_steps + 1)
+    shape = schedule.lr_lambdas[0]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: shape(done + 1))
+
+
+def _initialize(run: Prepared, engine: Any, adapters: Any, folder: Path) -> InitReport:
+    """The init phase on the run's sample; the basis is on disk when it returns. Collective."""
+    config, examples = run.config, run.train.examples
+    sample = sample_indices(len(examples), config.init_samples, config.seed)
+    report, basis = initialize(
+        engine,
+        adapters,
+        [batch.to(zero.device()) for batch in _batches(run, run.train, sample)],
+        num_samples=len(sample),
+        num_label_tokens=sum(examples[i].num_label_tokens for i in sample),
+        init_lr=config.init_lr,
+        seed=config.seed,
+    )
+    if zero.rank() == 0:
+        about = {"format": "pt", "basis_format": BASIS_FORMAT, "r": str(config.r)}
+        save_tensors(folder / "basis.safetensors", basis, about)
+        write_text(folder / "init.json", json.dumps(report.as_dict(), indent=2) + "\n")
+    _say(
+        f"init: {report.num_samples} rows, {report.total_s:.1f} s (gradients "
+        f"{report.gradients_s:.1f}, SVD {report.svd_s:.1f}); sample loss {report.loss_before:.4f} "
+        f"-> {report.loss_after:.4f}"
+    )
+    if report.without_gradient:
+        _say(f"warning: no gradient in {', '.join(report.without_gradient)}: R is 0 there")
+    return report
+
+
+def _batches(run: Prepared, rows: TokenizedRows, indices: Any) -> list[Batch]:
+    return list(
+        micro_batches(
+            rows.examples,
+            list(indices),
+            run.config.micro_batch_size,
+            run.tokenizer.pad_token_id,
+            zero.rank(),
+            zero.world_size(),
+        )
+    )
+
+
+def _make_output_dir(config: RunConfig) -> Path:
+    """Rank 0 names and makes the folder; everybody hears of it. Collective."""
+    name = [config.output_dir]
+    if zero.rank() == 0 and config.output_dir is None:
+        base = Path(config.model).name
+        name = [str(Path("runs") / f"{base}-{datetime.now():%Y%m%d-%H%M%S}")]
+    dist.broadcast_object_list(name, src=0)
+    folder = Path(str(name[0]))
+    if zero.rank() == 0:
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True)
+    dist.barrier()
+    return folder
+
+
+def _say(text: str) -> None:
+    if zero.rank() == 0:
+        print(f"lorasb: {text}", flush=True)

@@ -1,0 +1,177 @@
+"""All that this project asks of DeepSpeed, and the only import of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+VERSION = deepspeed.__version__
+
+
+def rank() -> int:
+    return dist.get_rank()
+
+
+def world_size() -> int:
+    return dist.get_world_size()
+
+
+def device() -> torch.device:
+    """This process's device."""
+    return torch.device(get_accelerator().current_device_name())
+
+
+def accelerator_name() -> str:
+    """``cpu``, ``cuda``, … as DeepSpeed found it."""
+    return str(get_accelerator().device_name())
+
+
+def init_process_group(timeout: timedelta | None = None) -> None:
+    """Join the job that the launcher's environment describes. Collective.
+
+    Args:
+        timeout: of every collective; None for DeepSpeed's, 10 minutes or DEEPSPEED_TIMEOUT.
+
+    On a CPU the ranks of a host share its cores evenly, unless OMP_NUM_THREADS says otherwise:
+    torch would give every rank all of them.
+    """
+    if accelerator_name() == "cpu":
+        if "OMP_NUM_THREADS" not in os.environ:
+            local_ranks = int(os.environ.get("LOCAL_SIZE", 1))  # DeepSpeed's launcher sets it
+            cores = len(os.sched_getaffinity(0))
+            torch.set_num_threads(max(1, cores // max(1, local_ranks)))
+    else:
+        get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if timeout is None:
+        deepspeed.init_distributed()
+    else:
+        deepspeed.init_distributed(timeout=timeout)
+
+
+def close_process_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def loading_context(ds_config: dict[str, Any]) -> Any:
+    """Tells transformers to load straight into ZeRO-3 shards, for as long as it is referenced.
+
+    transformers keeps only a weak reference: without this object every rank would hold a whole
+    copy. None below stage 3.
+    """
+    if ds_config["zero_optimization"]["stage"] != 3:
+        return None
+    from transformers.integrations import HfDeepSpeedConfig
+
+    return HfDeepSpeedConfig(ds_config)
+
+
+def make_engine(
+    model: torch.nn.Module,
+    trainable: list[torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    lr_scheduler: Any,
+    ds_config: dict[str, Any],
+) -> Any:
+    """The one engine of a run. Collective. Only one may ever be made on the same parameters."""
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=trainable,
+        optimizer=optimizer,
+        lr_scheduler=lr_scheduler,
+        config=ds_config,
+    )
+    return engine
+
+
+def release(engine: Any) -> None:
+    """Free every gathered parameter. Collective.
+
+    After a backward pass that ended above the model's first layer, ZeRO-3 still waits for that
+    layer's input gradient and counts its parameters as in use; they could not be filled.
+    """
+    engine.empty_partition_cache()
+
+
+@contextmanager
+def gathered(params: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+    """Whole values of ZeRO-3 shards for reading; does nothing to other parameters. Collective."""
+    with deepspeed.zero.GatheredParameters(list(params), modifier_rank=None):
+        yield
+
+
+def fill(param: torch.nn.Parameter, value: torch.Tensor | None) -> None:
+    """Set a parameter, sharded or not, from rank 0's ``value`` (others give None). Collective."""
+    if hasattr(param, "ds_id"):
+        with deepspeed.zero.GatheredParameters([param], modifier_rank=0):
+            if rank() == 0:
+                param.data.copy_(_given(value))
+        return
+    if rank() == 0:
+        param.data.copy_(_given(value))
+    dist.broadcast(param.data, src=0)
+
+
+def _given(value: torch.Tensor | None) -> torch.Tensor:
+    assert value is not None, "rank 0 must give the value"
+    return value
+
+
+def fill_trainable(param: torch.nn.Parameter, value: torch.Tensor) -> None:
+    """Set a trainable parameter and the optimizer's fp32 master of it. Collective.
+
+    Without the second, the first optimizer step would bring the old value back.
+
+    Args:
+        value: whole and equal on every rank.
+    """
+    fill(param, value)
+    safe_set_full_fp32_param(param, value.to(device(), torch.float32))
+
+
+def full_fp32(param: torch.nn.Parameter) -> torch.Tensor:
+    """The whole fp32 master of a trainable parameter, on every rank. Collective."""
+    value = safe_get_full_fp32_param(param)
+    assert value is not None, "not a parameter that this engine trains"
+    return value.detach().float()
+
+
+def peak_memory_bytes() -> int:
+    """Highest memory in use since the last reset: the device's, on a CPU the process's."""
+    if accelerator_name() != "cpu":
+        return int(get_accelerator().max_memory_allocated())
+    return _proc_status("VmHWM")
+
+
+def reset_peak_memory() -> None:
+    if accelerator_name() != "cpu":
+        get_accelerator().reset_peak_memory_stats()
+        return
+    try:
+        # Linux: 5 sets the high-water mark of this process back to what it holds now.
+        with open("/proc/self/clear_refs", "w") as file:  # noqa: PTH123
+            file.write("5")
+    except OSError:
+        return  # not Linux, or not allowed: the peak is then that of the whole process
+
+
+def _proc_status(key: str) -> int:
+    try:
+        with open("/proc/self/status") as file:  # noqa: PTH123
+            for line in file:
+                if line.startswith(key + ":"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
