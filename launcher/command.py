@@ -26,7 +26,7 @@ def train_command(
     """
     # `python -m` and not the `deepspeed` script: it need not be on PATH, and is this environment's.
     command = [python, "-m", "deepspeed.launcher.runner"]
-    command += ["--log_level", "warning"]
+    command += ["--log_level", "error"]
     count = num_procs or num_gpus
     if count is not None:
         command += ["--num_accelerators", str(count)]

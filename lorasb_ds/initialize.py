@@ -59,7 +59,8 @@ class InitReport:
         return [name for name, layer in self.layers.items() if layer.descent == 0]
 
 
-Basis = dict[str, torch.Tensor]  # "<layer>.lora_A" and "<layer>.lora_B", on rank 0
+# On rank 0: "<layer>.lora_A" and ".lora_B" as the adapter stores them, and ".S" (r,) in fp32.
+Basis = dict[str, torch.Tensor]
 
 
 def initialize(
@@ -81,8 +82,8 @@ def initialize(
         init_lr: eta.
         seed: of the completion of bases that a gradient does not fill.
     Returns:
-        The report (equal on every rank but for memory and times), and on rank 0 the basis as it
-        is stored in the adapters, in their dtype; empty elsewhere.
+        The report (equal on every rank but for memory and times), and on rank 0 the basis; empty
+        elsewhere.
     Raises:
         RuntimeError: on every rank, if a gradient is not finite or an update does not descend.
     """
@@ -153,7 +154,7 @@ def decompose(
 def _fill(
     name: str, adapter: LoraSBLinear, svd: TruncatedSVD, init_lr: float, group: Group
 ) -> Basis:
-    """Put one layer's A, B and R in place; return A and B as stored, on rank 0. Collective."""
+    """Put one layer's A, B and R in place; return its part of the basis. Collective."""
     U = gather_rows(svd.U_local, max(adapter.out_features, adapter.in_features), group)
     B: torch.Tensor | None = U
     A: torch.Tensor | None = svd.Vh
@@ -169,6 +170,7 @@ def _fill(
     return {
         f"{name}.lora_A": A.to("cpu", dtype).contiguous(),
         f"{name}.lora_B": B.to("cpu", dtype).contiguous(),
+        f"{name}.S": svd.S.cpu(),
     }
 
 

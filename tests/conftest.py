@@ -1,0 +1,70 @@
+"""What all tests share: the models they run on, and one process group for those that need one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches out
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lorasb_ds.config import demo_model_dir
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """SmolLM2-135M-Instruct, which scripts/setup.sh fetches."""
+    folder = demo_model_dir()
+    assert (folder / "config.json").is_file(), f"{folder} is missing: run scripts/setup.sh"
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama with grouped heads and the demo's tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=2,
+        pad_token_id=2,
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    for file in demo_model.glob("*token*"):
+        shutil.copy(file, folder)
+    shutil.copy(demo_model / "chat_template.jinja", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(demo_model: Path):
+    from lorasb_ds.loading import load_tokenizer
+
+    return load_tokenizer(str(demo_model))
+
+
+@pytest.fixture(scope="session")
+def one_process(tmp_path_factory: pytest.TempPathFactory):
+    """A process group of this process alone."""
+    store = tmp_path_factory.mktemp("store") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -1,0 +1,142 @@
+"""What a user gets who asks for the impossible, and what happens when a process dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorasb_ds.config import ConfigError, load_run_config
+from lorasb_ds.trainer import prepare
+from tests.runs import ROOT, run_command, word_rows, write_jsonl
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> str:
+    return write_jsonl(tmp_path / "rows.jsonl", word_rows(8))
+
+
+def refused(**given: Any) -> str:
+    """The message of a run that is refused before any process group."""
+    with pytest.raises(ConfigError) as error:
+        prepare(load_run_config(given), 1)
+    return str(error.value)
+
+
+def test_models(tiny_model: Path, tmp_path: Path, rows: str) -> None:
+    assert "no such folder" in refused(model="/no/such/model", data=rows)
+    (tmp_path / "empty").mkdir()
+    assert "no config.json" in refused(model=str(tmp_path / "empty"), data=rows)
+    assert "needs a network" in refused(model="someone/some-model", data=rows)
+    pickled = tmp_path / "pickled"
+    shutil.copytree(tiny_model, pickled)
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    message = refused(model=str(pickled), data=rows)
+    assert "pickles" in message
+    assert "save_pretrained" in message
+    bert = tmp_path / "bert"
+    shutil.copytree(tiny_model, bert)
+    (bert / "config.json").write_text(
+        json.dumps({"model_type": "bert", "architectures": ["BertForMaskedLM"]})
+    )
+    assert "is a BertForMaskedLM, not a causal" in refused(model=str(bert), data=rows)
+    (bert / "config.json").write_text("{")
+    assert "--model" in refused(model=str(bert), data=rows)
+
+
+def test_layers(tiny_model: Path, rows: str) -> None:
+    message = refused(model=str(tiny_model), data=rows, r=25)
+    assert "--r 25 exceeds min(out, in) = 24 of model.layers.0.self_attn.k_proj" in message
+    message = refused(model=str(tiny_model), data=rows, r=4, target_modules="c_attn")
+    assert "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in message
+
+
+def test_eval_data_is_named(tiny_model: Path, rows: str, tmp_path: Path) -> None:
+    other = write_jsonl(tmp_path / "other.jsonl", [{"text": "a"}])
+    message = refused(model=str(tiny_model), data=rows, r=4, eval_data=other)
+    assert "No known prompt and response columns" in message
+
+
+def test_the_status_comes_through_deepspeed(tiny_model: Path, rows: str) -> None:
+    command = f"lorasb train --num-procs 2 --model {tiny_model} --data {rows} --r 99"
+    done = run_command(*command.split(), status=2, timeout=60)
+    assert done.stdout.count("--r 99 exceeds") == 1, "one rank speaks"
+    assert "Traceback" not in done.stdout
+
+
+def test_the_worker_alone_says_how_to_start_it() -> None:
+    done = run_command(sys.executable, "launcher/train.py", status=2)
+    assert "deepspeed launcher/train.py" in done.stdout
+
+
+def workers(marker: str) -> list[int]:
+    """Processes whose command line holds the marker."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit() and int(folder.name) != os.getpid():
+            try:
+                command = (folder / "cmdline").read_bytes().decode(errors="replace")
+            except OSError:
+                continue
+            if marker in command and "launcher/train.py" in command:
+                found.append(int(folder.name))
+    return found
+
+
+@pytest.fixture
+def running(demo_model: Path, tmp_path: Path):
+    """A run of two processes that would take an hour, once it has begun to work."""
+    folder = tmp_path / "long-run"
+    command = (
+        f"{Path(sys.executable).parent}/lorasb train --num-procs 2 --init-samples 4000 "
+        f"--data reasoning-gym:chain_sum?size=4000 --output-dir {folder}"
+    )
+    log = (tmp_path / "log").open("w")
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    child = subprocess.Popen(command.split(), cwd=ROOT, env=environment, stdout=log, stderr=log)
+    deadline = time.monotonic() + 90
+    while not (folder / "metrics.jsonl").exists():
+        assert child.poll() is None, (tmp_path / "log").read_text()
+        assert time.monotonic() < deadline, "the run did not begin"
+        time.sleep(0.5)
+    yield child, str(folder)
+    child.kill()
+    log.close()
+    for pid in workers(str(folder)):
+        os.kill(pid, signal.SIGKILL)
+
+
+def gone(marker: str, within_s: float) -> bool:
+    deadline = time.monotonic() + within_s
+    while workers(marker) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return not workers(marker)
+
+
+def test_a_killed_worker_ends_the_run(running: tuple[subprocess.Popen[bytes], str]) -> None:
+    child, folder = running
+    ranks = [pid for pid in workers(folder) if b"--local_rank=1" in _cmdline(pid)]
+    os.kill(max(ranks), signal.SIGKILL)
+    assert child.wait(timeout=60) != 0
+    assert gone(folder, 10), "no process is left"
+    assert not (Path(folder) / "adapter").exists()
+
+
+def test_sigterm_ends_every_process(running: tuple[subprocess.Popen[bytes], str]) -> None:
+    child, folder = running
+    assert len(workers(folder)) >= 3
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(timeout=60) != 0
+    assert gone(folder, 10), "no process is left"
+
+
+def _cmdline(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()

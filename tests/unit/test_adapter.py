@@ -1,0 +1,192 @@
+"""The layer, its selection and injection, and gradient taps in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from lorasb_ds.adapter import LoraSBLinear, inject, linear_layers, select_targets, to_plain_lora
+from lorasb_ds.config import ConfigError, RunConfig
+from lorasb_ds.data import collate, tokenize_rows
+from lorasb_ds.export import peft_target_modules
+from lorasb_ds.gradients import average_gradients, no_dropout
+from lorasb_ds.loading import load_base, load_config, read_shapes
+from lorasb_ds.loss import token_loss_sum
+from tests.runs import word_rows
+
+SHAPES = {"m.0.q_proj": (8, 8), "m.0.k_proj": (4, 8), "m.1.q_proj": (8, 8), "m.1.k_proj": (4, 8)}
+
+
+def layer(dtype: torch.dtype = torch.float64, bias: bool = True) -> LoraSBLinear:
+    generator = torch.Generator().manual_seed(0)
+    adapter = LoraSBLinear(nn.Linear(6, 5, bias=bias, dtype=dtype), 3, dtype)
+    for p in adapter.parameters():
+        p.data = torch.randn(p.shape, generator=generator, dtype=dtype)
+    adapter.base_layer.requires_grad_(False)
+    return adapter
+
+
+def test_forward_is_the_formula() -> None:
+    adapter = layer()
+    x = torch.randn(2, 4, 6, dtype=torch.float64)
+    W = adapter.base_layer.weight + adapter.lora_B @ adapter.lora_R @ adapter.lora_A
+    torch.testing.assert_close(adapter(x), F.linear(x, W, adapter.base_layer.bias))
+    adapter.enabled = False
+    assert torch.equal(adapter(x), adapter.base_layer(x))
+
+
+def test_gradcheck_and_only_r_is_trained() -> None:
+    adapter = layer()
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+
+    def function(x: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(adapter, {"lora_R": R}, (x,))
+
+    assert torch.autograd.gradcheck(function, (x, adapter.lora_R))
+    assert [name for name, p in adapter.named_parameters() if p.requires_grad] == ["lora_R"]
+
+
+def test_r_sees_the_projection_of_the_full_gradient() -> None:
+    """∂L/∂R = Bᵀ G Aᵀ (arXiv 2411.19557, equation of the projected gradient)."""
+    adapter = layer()
+    x = torch.randn(7, 6, dtype=torch.float64)
+    W = (adapter.base_layer.weight + adapter.lora_B @ adapter.lora_R @ adapter.lora_A).detach()
+    W.requires_grad_()
+    F.linear(x, W, adapter.base_layer.bias).pow(3).sum().backward()
+    adapter(x).pow(3).sum().backward()
+    expected = adapter.lora_B.T @ W.grad @ adapter.lora_A.T
+    torch.testing.assert_close(adapter.lora_R.grad, expected)
+
+
+def test_plain_lora_is_the_same_update() -> None:
+    adapter = layer(torch.float32)
+    A, B = to_plain_lora(adapter.lora_A, adapter.lora_B, adapter.lora_R)
+    torch.testing.assert_close(B @ A, adapter.lora_B @ adapter.lora_R @ adapter.lora_A)
+
+
+def test_select_targets() -> None:
+    assert select_targets(SHAPES, "all-linear", 4) == SHAPES
+    assert list(select_targets(SHAPES, "q_proj", 8)) == ["m.0.q_proj", "m.1.q_proj"]
+    assert list(select_targets(SHAPES, "m.1.k_proj, 0.q_proj", 4)) == ["m.0.q_proj", "m.1.k_proj"]
+
+
+@pytest.mark.parametrize(
+    ("target_modules", "r", "message"),
+    [
+        ("all-linear", 5, r"--r 5 exceeds min\(out, in\) = 4 of m.0.k_proj; lower --r"),
+        ("proj", 2, "no linear layer matches proj.*k_proj, q_proj"),
+        ("q_proj,v_proj", 2, "no linear layer matches v_proj"),
+        (",", 2, "no linear layer matches"),
+    ],
+)
+def test_select_targets_refuses(target_modules: str, r: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        select_targets(SHAPES, target_modules, r)
+
+
+def test_peft_target_modules() -> None:
+    queries = {name: SHAPES[name] for name in SHAPES if "q_proj" in name}
+    assert peft_target_modules(queries, SHAPES) == ["q_proj"]
+    one = {"m.1.q_proj": (8, 8)}
+    assert peft_target_modules(one, SHAPES) == ["m.1.q_proj"], "q_proj would take another one too"
+
+
+def test_shapes_without_weights_and_trainable_parameters(demo_model: Path) -> None:
+    layers = read_shapes(load_config(str(demo_model)))
+    assert len(layers) == 210
+    assert not any("lm_head" in name for name in layers)
+    model = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.bfloat16)
+    assert linear_layers(model) == layers
+    adapters = inject(model, layers, 48, torch.bfloat16)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trainable == sum(adapter.r**2 for adapter in adapters.values()) == 210 * 48 * 48
+    assert "lm_head" not in adapters
+
+
+def test_injection_changes_nothing(tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    ids = torch.arange(20).unsqueeze(0)
+    before = model(input_ids=ids).logits
+    inject(model, linear_layers(model), 4, torch.float32)
+    assert torch.equal(model(input_ids=ids).logits, before)
+
+
+@pytest.fixture
+def tiny(tiny_model: Path, tokenizer: Any) -> tuple[Any, Any]:
+    """A tiny fp32 model and one batch."""
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_model, dtype=torch.float32, attention_dropout=0.5
+    )
+    examples = tokenize_rows(word_rows(3), tokenizer, RunConfig()).examples
+    return model, collate(examples, tokenizer.pad_token_id)
+
+
+def test_loss_is_transformers_own(tiny: tuple[Any, Any]) -> None:
+    model, batch = tiny
+    expected = model.eval()(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels
+    ).loss
+    found = token_loss_sum(model, batch) / batch.num_label_tokens
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["none", "reentrant", "non"])
+def test_taps_equal_grad_whatever_the_batches(
+    tiny: tuple[Any, Any], tiny_model: Path, tokenizer: Any, checkpointing: bool | None
+) -> None:
+    model, batch = tiny
+    with no_dropout(model):
+        loss = model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels
+        ).loss
+        loss.backward()
+    modules = dict(model.named_modules())
+    expected = {name: modules[name].weight.grad.clone() for name in linear_layers(model)}
+    model.zero_grad()
+    if checkpointing is not None:
+        kwargs = {"use_reentrant": checkpointing}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        if checkpointing:
+            model.enable_input_require_grads()
+
+    adapters = inject(model, linear_layers(model), 4, torch.float32)
+    model.eval()
+    examples = tokenize_rows(word_rows(3), tokenizer, RunConfig()).examples
+    batches = [collate([example], tokenizer.pad_token_id) for example in examples]
+    batches.append(collate(examples[:1], tokenizer.pad_token_id, weightless=True))
+    shards, found_loss = average_gradients(model, adapters, batches, batch.num_label_tokens)
+    assert found_loss == pytest.approx(loss.item(), abs=1e-5)
+    for name, weight_gradient in expected.items():
+        G = shards.shards[name]
+        G = G.T if adapters[name].in_features > adapters[name].out_features else G
+        torch.testing.assert_close(G, weight_gradient, atol=1e-6, rtol=1e-4)
+        assert shards.num_batches[name] == 4
+    assert not model.training, "the mode is given back"
+    assert model.config.attention_dropout == 0.5
+    assert all(a.tap is None and a.enabled for a in adapters.values())
+    assert all(p.grad is None for p in model.parameters()), "no parameter got a gradient"
+
+
+def test_backward_stops_at_the_lowest_target(tiny: tuple[Any, Any], one_process: None) -> None:
+    model, batch = tiny
+    adapters = inject(model, {"model.layers.1.mlp.up_proj": (80, 48)}, 4, torch.float32)
+    reached = []
+    for name in ("model.layers.0", "model.layers.1.mlp.down_proj"):
+        module = model.get_submodule(name)
+        module.register_full_backward_hook(lambda *_, name=name: reached.append(name))
+    average_gradients(model, adapters, [batch], batch.num_label_tokens)
+    assert reached == ["model.layers.1.mlp.down_proj"]
+
+
+def test_load_base_is_frozen(tiny_model: Path) -> None:
+    config = RunConfig(model=str(tiny_model), dtype="fp32")
+    ds_config = {"zero_optimization": {"stage": 2}}
+    model = load_base(config, load_config(str(tiny_model)), ds_config)
+    assert not any(p.requires_grad for p in model.parameters())

@@ -1,0 +1,195 @@
+"""Options, the ds_config and how they agree. Torch-free code, so plain values are compared."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorasb_ds.config import (
+    DEMO_EVAL_DATA,
+    SHIPPED_DS_CONFIGS,
+    ConfigError,
+    RunConfig,
+    check_output_dir,
+    load_run_config,
+)
+from lorasb_ds.ds_config import resolve_ds_config
+
+
+def ds_file(tmp_path: Path, **content: Any) -> str:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3}, **content}))
+    return str(path)
+
+
+def problems(tmp_path: Path, given: dict[str, Any], world_size: int = 2, **content: Any) -> str:
+    config = load_run_config({**given, "ds_config": ds_file(tmp_path, **content)})
+    with pytest.raises(ConfigError) as error:
+        resolve_ds_config(config, world_size)
+    return str(error.value)
+
+
+def test_every_problem_is_reported_at_once() -> None:
+    with pytest.raises(ConfigError) as error:
+        load_run_config({"r": 0, "init_lr": -1.0, "lr_scheduler": "step"})
+    assert len(error.value.problems) == 3
+    assert "--r 0" in error.value.problems[0]
+    assert "--lr-scheduler 'step'" in error.value.problems[1]
+    assert "'cosine', 'linear' or 'constant'" in error.value.problems[1]
+    assert "--init-lr -1.0" in error.value.problems[2]
+
+
+def test_the_demo_is_evaluated_and_other_data_only_when_asked() -> None:
+    assert load_run_config({}).eval_data == DEMO_EVAL_DATA
+    assert load_run_config({"data": "rows.jsonl"}).eval_data is None
+
+
+def test_replay_takes_the_run_and_flags_win(tmp_path: Path) -> None:
+    first = load_run_config({"r": 16, "lr": 3e-3, "output_dir": "somewhere", "overwrite": True})
+    (tmp_path / "run.json").write_text(json.dumps({"config": first.model_dump(), "versions": {}}))
+    again = load_run_config({"lr": 1e-3, "seed": None}, str(tmp_path / "run.json"))
+    assert (again.r, again.lr) == (16, 1e-3)
+    assert again.output_dir is None, "a replay gets a folder of its own"
+    assert not again.overwrite
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{not json", "not valid JSON"), ("[1]", "must hold a JSON object"), ("{}", "no 'config'")],
+)
+def test_bad_run_json(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        load_run_config({}, str(tmp_path / "run.json"))
+
+
+def test_auto_is_filled_and_missing_keys_too(tmp_path: Path) -> None:
+    path = ds_file(
+        tmp_path,
+        train_batch_size="auto",
+        gradient_clipping="auto",
+        zero_optimization={"stage": 3, "stage3_prefetch_bucket_size": "auto"},
+    )
+    config = load_run_config({"ds_config": path, "micro_batch_size": 3, "max_grad_norm": 0.5})
+    resolved, _ = resolve_ds_config(config, 4)
+    assert resolved["train_micro_batch_size_per_gpu"] == 3
+    assert resolved["gradient_accumulation_steps"] == 1
+    assert resolved["train_batch_size"] == 12
+    assert resolved["gradient_clipping"] == 0.5
+    assert resolved["bf16"] == {"enabled": True}
+    assert "auto" not in json.dumps(resolved)
+
+
+def test_a_number_wins_over_a_default(tmp_path: Path) -> None:
+    path = ds_file(
+        tmp_path,
+        train_micro_batch_size_per_gpu=7,
+        gradient_clipping=0.25,
+        bf16={"enabled": False},
+        optimizer={"type": "AdamW", "params": {"lr": 5e-4, "betas": "auto"}},
+    )
+    _, config = resolve_ds_config(load_run_config({"ds_config": path}), 1)
+    assert (config.micro_batch_size, config.max_grad_norm) == (7, 0.25)
+    assert (config.dtype, config.lr) == ("fp32", 5e-4)
+
+
+def test_the_global_batch_decides_the_accumulation(tmp_path: Path) -> None:
+    path = ds_file(tmp_path, train_batch_size=48)
+    config = load_run_config({"ds_config": path, "micro_batch_size": 4})
+    resolved, config = resolve_ds_config(config, 2)
+    assert config.gradient_accumulation_steps == resolved["gradient_accumulation_steps"] == 6
+
+
+@pytest.mark.parametrize(
+    ("given", "content", "parts"),
+    [
+        ({"lr": 1e-3}, {"optimizer": {"type": "AdamW", "params": {"lr": 2e-3}}}, ["--lr", "0.002"]),
+        (
+            {"micro_batch_size": 2},
+            {"train_micro_batch_size_per_gpu": 4},
+            ["--micro-batch-size 2", "train_micro_batch_size_per_gpu 4"],
+        ),
+        ({"dtype": "fp32"}, {"bf16": {"enabled": True}}, ["--dtype fp32", "bf16.enabled true"]),
+        ({}, {"train_batch_size": 7}, ["train_batch_size is 7", "--micro-batch-size 4"]),
+        ({}, {"gradient_clipping": "much"}, ["gradient_clipping", "'much'"]),
+        ({}, {"fp16": {"enabled": True}}, ["fp16.enabled", "bf16"]),
+        ({}, {"zero_optimization": {"stage": 0}}, ["stage is 0"]),
+        ({}, {"optimizer": {"type": "Muon"}}, ["'Muon'", "AdamW"]),
+        (
+            {},
+            {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}},
+            ["warmup_num_steps", "--lr-scheduler"],
+        ),
+        (
+            {},
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}},
+            ["offload_optimizer", "remove it"],
+        ),
+        ({"load_in_4bit": True}, {}, ["--load-in-4bit", "zero2.json"]),
+        ({"load_in_4bit": True, "dtype": "fp32"}, {"zero_optimization": {"stage": 2}}, ["fp32"]),
+    ],
+)
+def test_disagreements(
+    tmp_path: Path, given: dict[str, Any], content: dict[str, Any], parts: list[str]
+) -> None:
+    message = problems(tmp_path, given, **content)
+    for part in parts:
+        assert part in message
+
+
+def test_all_disagreements_are_reported_together(tmp_path: Path) -> None:
+    config = load_run_config(
+        {
+            "ds_config": ds_file(tmp_path, gradient_clipping=2.0, fp16={"enabled": True}),
+            "max_grad_norm": 1.0,
+        }
+    )
+    with pytest.raises(ConfigError) as error:
+        resolve_ds_config(config, 1)
+    assert len(error.value.problems) == 2
+
+
+def test_a_4bit_base_on_one_process_may_use_stage_3(tmp_path: Path) -> None:
+    config = load_run_config({"ds_config": ds_file(tmp_path), "load_in_4bit": True})
+    resolve_ds_config(config, 1)
+
+
+@pytest.mark.parametrize("file", sorted(SHIPPED_DS_CONFIGS.glob("*.json")), ids=lambda f: f.name)
+def test_shipped_configurations_say_auto(file: Path) -> None:
+    content = json.loads(file.read_text())
+    filled = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    assert all(content[key] == "auto" for key in (*filled, "gradient_clipping"))
+    config = load_run_config({"ds_config": str(file), "micro_batch_size": 5})
+    assert resolve_ds_config(config, 3)[0]["train_batch_size"] == 15
+
+
+def test_a_missing_ds_config_names_the_shipped_ones() -> None:
+    config = load_run_config({"ds_config": "ds_configs/zero9.json"})
+    with pytest.raises(ConfigError, match=r"no such file.*ds_configs/zero3\.json"):
+        resolve_ds_config(config, 1)
+
+
+def test_output_dir(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    check_output_dir(RunConfig(output_dir=str(tmp_path / "new")))
+    check_output_dir(RunConfig(output_dir=str(tmp_path / "empty")))
+    check_output_dir(RunConfig(output_dir=str(tmp_path), overwrite=True))
+    with pytest.raises(ConfigError, match=r"is not empty.*--overwrite"):
+        check_output_dir(RunConfig(output_dir=str(tmp_path)))
+    with pytest.raises(ConfigError, match="is a file"):
+        check_output_dir(RunConfig(output_dir=str(tmp_path / "file")))
+
+
+def test_the_command_line_does_not_import_torch() -> None:
+    code = (
+        "import sys, launcher.cli; from lorasb_ds import ds_config; "
+        "print({'torch', 'deepspeed', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

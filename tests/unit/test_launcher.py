@@ -1,0 +1,95 @@
+"""The command line: options, the argument list of DeepSpeed, and refusals with status 2."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from launcher.cli import main
+from launcher.command import job_environment, train_command
+from launcher.options import to_arguments
+from lorasb_ds.config import RunConfig, option_name
+
+
+def test_train_command() -> None:
+    command = train_command(
+        ["--r", "8"], num_procs=2, num_gpus=None, master_port=1234, python="/env/bin/python"
+    )
+    assert command[:3] == ["/env/bin/python", "-m", "deepspeed.launcher.runner"]
+    assert command[command.index("--num_accelerators") + 1] == "2"
+    assert command[command.index("--master_port") + 1] == "1234"
+    script = next(i for i, word in enumerate(command) if word.endswith("launcher/train.py"))
+    assert command[script + 1 :] == ["--r", "8"]
+
+
+def test_all_gpus_when_no_number_is_given() -> None:
+    command = train_command([], num_procs=None, num_gpus=None, master_port=1)
+    assert "--num_accelerators" not in command
+
+
+def test_environment() -> None:
+    cpu = job_environment({"PATH": "/usr/bin"}, num_procs=2, num_cores=8)
+    assert (cpu["DS_ACCELERATOR"], cpu["OMP_NUM_THREADS"]) == ("cpu", "4")
+    assert cpu["PATH"].endswith(":/usr/bin")
+    assert job_environment({"OMP_NUM_THREADS": "3"}, 2, 8)["OMP_NUM_THREADS"] == "3"
+    assert "DS_ACCELERATOR" not in job_environment({}, num_procs=None, num_cores=8)
+
+
+def test_arguments_of_the_worker() -> None:
+    given = {"r": 8, "load_in_4bit": True, "overwrite": False, "lr": None, "model": "a b"}
+    expected = ["--r", "8", "--load-in-4bit", "--no-overwrite", "--model", "a b"]
+    assert to_arguments(given) == expected
+
+
+def dry_run(*arguments: str) -> list[str]:
+    result = CliRunner().invoke(main, ["train", "--dry-run", *arguments])
+    assert result.exit_code == 0, result.output
+    return shlex.split(result.output)
+
+
+@pytest.mark.parametrize("spelling", ["--ds_config", "--ds-config"])
+def test_underscores_are_hyphens(spelling: str) -> None:
+    command = dry_run(spelling, "ds_configs/zero2.json", "--num_procs", "2", "--load_in_4bit")
+    assert command[-3:] == ["--ds-config", "ds_configs/zero2.json", "--load-in-4bit"]
+
+
+def test_only_what_was_given_reaches_the_worker() -> None:
+    command = dry_run("--num-procs", "1", "--lr", "0.01")
+    assert command[-2:] == ["--lr", "0.01"]
+    assert command[-3].endswith("train.py")
+
+
+def test_every_field_is_an_option_with_its_default_in_the_help() -> None:
+    text = CliRunner().invoke(main, ["train", "--help"]).output
+    for name in RunConfig.model_fields:
+        assert option_name(name) in text
+    assert "[default: 0.0001]" in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ds-config", "nowhere.json"], "no such file"),
+        (["--num-procs", "2", "--num-gpus", "2"], "exclude each other"),
+        (["--num-procs", "2", "--load-in-4bit"], "zero2.json"),
+        (["--lr", "-1"], "--lr -1.0"),
+        (["--config", "nowhere.json"], "no such file"),
+        (["--no-such-option"], "No such option"),
+        (["--r", "many"], "is not a valid integer"),
+    ],
+)
+def test_refusals_end_with_2(arguments: list[str], message: str) -> None:
+    result = CliRunner().invoke(main, ["train", "--dry-run", *arguments])
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_malformed_ds_config_and_full_folder(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text("{,}")
+    for arguments in (["--ds-config", str(tmp_path / "ds.json")], ["--output-dir", str(tmp_path)]):
+        result = CliRunner().invoke(main, ["train", "--dry-run", *arguments])
+        assert result.exit_code == 2
+        assert str(tmp_path) in result.output
