@@ -16,7 +16,7 @@ import click
 from launcher.command import eval_command, job_environment, train_command
 from launcher.options import CONTEXT, run_options, to_arguments
 from lorasb_ds import __version__
-from lorasb_ds.config import ConfigError, check_output_dir, load_run_config
+from lorasb_ds.config import ConfigError, check_output_dir, load_run_config, read_json
 from lorasb_ds.ds_config import resolve_ds_config
 
 
@@ -59,7 +59,10 @@ def train(
     if num_procs is not None and num_gpus is not None:
         raise ConfigError("--num-procs (CPU) and --num-gpus exclude each other. Give one of them.")
     config = load_run_config(given, run_json)
-    _, config = resolve_ds_config(config, num_procs or num_gpus or 1)
+    if count := num_procs or num_gpus:
+        _, config = resolve_ds_config(config, count)
+    else:  # DeepSpeed counts the GPUs; the workers check the rest before they join
+        read_json(config.ds_config, "--ds-config")
     check_output_dir(config)
     arguments = to_arguments({"config": run_json, **given})
     command = train_command(

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from launcher.options import CONTEXT
+from launcher.quiet import quiet_libraries
 from lorasb_ds.config import ALL_LINEAR, ConfigError, load_run_config
 
 
@@ -31,6 +32,7 @@ def main(output: str | None, **options: Any) -> None:
     The adapter is loaded by PEFT. Answers are generated greedily; tasks of reasoning-gym are judged
     by their own scorer, other rows by equality with the response.
     """
+    quiet_libraries()
     try:
         result = evaluate(**options)
     except ConfigError as error:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import time
-import warnings
 from typing import Any, NoReturn
 
 import click
 
 from launcher.options import CONTEXT, run_options
+from launcher.quiet import quiet_libraries
 from lorasb_ds.config import ConfigError, load_run_config
 
 GRACE_S = 10.0
@@ -29,7 +28,7 @@ def main(local_rank: int | None, run_json: str | None, **given: Any) -> None:
                 "launcher/train.py …`."
             )
         )
-    _quiet_libraries()
+    quiet_libraries()
     try:
         config = load_run_config(given, run_json)
         # Imported only now: the options above are wrong or right without torch.
@@ -48,17 +47,6 @@ def main(local_rank: int | None, run_json: str | None, **given: Any) -> None:
     except ConfigError as error:
         _refuse(error)
     zero.close_process_group()
-
-
-def _quiet_libraries() -> None:
-    """Keep what does not concern a user off the console; every rank would say it."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if not sys.stderr.isatty() or int(os.environ["RANK"]) > 0:
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # Deprecations inside DeepSpeed and transformers, for their authors.
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    # bitsandbytes offers to download a CPU kernel, which is neither wanted nor used.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _refuse(error: ConfigError) -> NoReturn:

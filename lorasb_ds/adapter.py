@@ -41,9 +41,6 @@ class LoraSBLinear(nn.Module):
         self.lora_R = nn.Parameter(zeros(r, r))
         self.enabled = True
         self.tap: Tap | None = None
-        # A leaf that requires grad makes autograd reach this layer although everything below is
-        # frozen, and no further down than the lowest layer that has one.
-        self._anchor = torch.zeros(0, requires_grad=True)
 
     @property
     def r(self) -> int:
@@ -54,9 +51,11 @@ class LoraSBLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base_layer(x)
         if self.tap is not None:
-            y = _TapFunction.apply(y, x, self._anchor, self.tap)
+            # A leaf that requires grad makes autograd reach this layer although everything below
+            # is frozen, and no further down than the lowest layer that has one.
+            anchor = torch.zeros(0, device=x.device, requires_grad=True)
+            y = _TapFunction.apply(y, x, anchor, self.tap)
         if self.enabled:
-            # Only R requires grad: autograd keeps A x (tokens, r) for it and nothing of x.
             y = y + F.linear(F.linear(F.linear(x, self.lora_A), self.lora_R), self.lora_B)
         return y
 

@@ -41,6 +41,7 @@ class Example:
 
     input_ids: list[int]
     num_prompt_tokens: int
+    truncated: bool = False
 
     @property
     def num_label_tokens(self) -> int:
@@ -240,10 +241,10 @@ def encode(tokenizer: Any, messages: Messages, response: str, max_length: int) -
     """
     prompt_ids = render_prompt(tokenizer, messages)
     response_ids = tokenizer(response, add_special_tokens=False)["input_ids"]
-    input_ids = [*prompt_ids, *response_ids, tokenizer.eos_token_id][:max_length]
-    if len(prompt_ids) >= len(input_ids):
+    input_ids = [*prompt_ids, *response_ids, tokenizer.eos_token_id]
+    if len(prompt_ids) >= max_length:
         return "skipped: no response token left after truncation"
-    return Example(input_ids, len(prompt_ids))
+    return Example(input_ids[:max_length], len(prompt_ids), len(input_ids) > max_length)
 
 
 def tokenize_rows(
@@ -266,7 +267,7 @@ def tokenize_rows(
         if isinstance(example, Example):
             result.examples.append(example)
             result.counts["kept"] += 1
-            result.counts["truncated"] += len(example.input_ids) == config.max_length
+            result.counts["truncated"] += example.truncated
         else:
             result.counts[str(example)] += 1
     result.counts = +result.counts

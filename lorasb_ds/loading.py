@@ -153,6 +153,8 @@ def load_plain(
     """A whole model on one device for inference, with PEFT's reading of an adapter folder."""
     from transformers import AutoModelForCausalLM
 
+    if adapter is not None and not (Path(adapter) / "adapter_model.safetensors").is_file():
+        raise ConfigError(f"--adapter {adapter}: the folder has no adapter_model.safetensors.")
     device = zero.device()
     base: Any = AutoModelForCausalLM.from_pretrained(
         model_path(model),

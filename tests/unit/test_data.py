@@ -179,6 +179,10 @@ def test_rows_are_kept_or_counted(tokenizer: Any) -> None:
         "skipped: no prompt": 1,
         "skipped: no response token left after truncation": 1,
     }
+    whole = encode(tokenizer, [{"role": "user", "content": "a"}], "b", 512)
+    assert isinstance(whole, Example)
+    exact = encode(tokenizer, [{"role": "user", "content": "a"}], "b", len(whole.input_ids))
+    assert exact == whole, "a row that just fits is not truncated"
     with pytest.raises(ConfigError, match=r"no row is left.*--max-length \(now 8\)"):
         tokenize_rows(ROWS, tokenizer, RunConfig(max_length=8))
 

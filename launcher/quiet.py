@@ -1,0 +1,20 @@
+"""Keeps what does not concern a user off the console; every rank would say it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+
+
+def quiet_libraries() -> None:
+    """Call it before transformers is imported. Errors and DeepSpeed's own log are left alone."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty() or int(os.environ.get("RANK", 0)) > 0:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    # Deprecations inside DeepSpeed, PEFT and transformers, for their authors.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    # bitsandbytes offers to download a CPU kernel, which is neither wanted nor used.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -1,0 +1,41 @@
+"""The demo's closing table: before and after, and the adapter as PEFT loads it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+# bf16: PEFT multiplies by (B R), the run by R and then by B, which rounds differently.
+TOLERANCE = 0.02
+
+
+def main(run: Path, before_file: Path, after_file: Path) -> int:
+    before, after = (json.loads(file.read_text()) for file in (before_file, after_file))
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    trained = [row["eval_loss"] for row in map(json.loads, lines) if "eval_loss" in row][-1]
+    print(f"\n{'':8} {'held-out loss':>14} {'exact match':>12}   95 % interval")
+    for name, result in (("before", before), ("after", after)):
+        low, high = result["interval"]
+        match = f"{result['exact_match']:.1%}"
+        print(f"{name:8} {result['loss']:14.4f} {match:>12}   {low:.1%} to {high:.1%}")
+    print("\nthe same three rows, before and after:")
+    for old, new in list(zip(before["answers"], after["answers"], strict=True))[:3]:
+        print(f"  wanted  {new['expected']}\n  before  {_short(old)}\n  after   {_short(new)}\n")
+    difference = abs(after["loss"] - trained)
+    same = difference <= TOLERANCE
+    print(
+        f"held-out loss in the run {trained:.4f}, of {run}/adapter loaded by PEFT "
+        f"{after['loss']:.4f}: {'the same' if same else 'NOT THE SAME'} within {TOLERANCE}\n"
+    )
+    return 0 if same else 1
+
+
+def _short(answer: dict[str, Any]) -> str:
+    text = " ".join(answer["generated"].split())
+    return text if len(text) <= 70 else text[:70] + " …"
+
+
+if __name__ == "__main__":
+    sys.exit(main(*map(Path, sys.argv[1:])))

@@ -1,0 +1,64 @@
+"""The README's commands, as they stand there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from launcher import eval as eval_worker
+from launcher.cli import main
+from tests.runs import ROOT, metrics, run_command, word_rows, write_jsonl
+
+BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.strip()]
+
+
+def starting(*words: str) -> list[str]:
+    return [line for line in COMMANDS if line.split()[: len(words)] == list(words)]
+
+
+def test_all_are_tried_here() -> None:
+    tried = [
+        *starting("lorasb", "train"),
+        *starting("lorasb", "eval"),
+        *starting("deepspeed"),
+        *[line for line in COMMANDS if line.startswith("scripts/")],
+    ]
+    assert set(COMMANDS) - set(tried) == {"source .venv/bin/activate"}
+    assert COMMANDS[:2] == ["scripts/demo.sh", "scripts/test.sh"]
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("scripts/")])
+def test_scripts(line: str) -> None:
+    assert os.access(ROOT / line, os.X_OK)
+    run_command("bash", "-n", line)
+
+
+@pytest.mark.parametrize("line", starting("lorasb", "train"))
+def test_train(line: str) -> None:
+    result = CliRunner().invoke(main, [*shlex.split(line)[1:], "--dry-run"])
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("line", starting("lorasb", "eval"))
+def test_eval(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = shlex.split(line)[2:]
+    if "--adapter" in arguments:
+        monkeypatch.chdir(tmp_path)
+        Path(arguments[arguments.index("--adapter") + 1]).mkdir(parents=True)
+    eval_worker.main.make_context("eval", arguments)  # parses as the command would
+
+
+@pytest.mark.parametrize("line", starting("deepspeed"))
+def test_deepspeed(line: str, tmp_path: Path, demo_model: Path) -> None:
+    """For real, cut short."""
+    data = write_jsonl(tmp_path / "rows.jsonl", word_rows(8))
+    short = f"--data {data} --target-modules q_proj --max-steps 1 --output-dir {tmp_path}/run"
+    run_command(*shlex.split(line), *short.split())
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [1]
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
