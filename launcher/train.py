@@ -46,11 +46,13 @@ def main(local_rank: int | None, run_json: str | None, **given: Any) -> None:
         run_training(prepared)
     except ConfigError as error:
         _refuse(error)
+    except FloatingPointError as error:
+        _refuse(error, status=1)
     zero.close_process_group()
 
 
-def _refuse(error: ConfigError) -> NoReturn:
-    """Say what is wrong and end with 2. Rank 0 speaks for all.
+def _refuse(error: Exception, status: int = 2) -> NoReturn:
+    """Say what is wrong, and end. Rank 0 speaks for all.
 
     The other ranks find the same as a rule, and DeepSpeed ends them when rank 0 has gone. One that
     is still there after a while found something of its own, and says it.
@@ -61,7 +63,7 @@ def _refuse(error: ConfigError) -> NoReturn:
     place = f" on rank {rank}" if rank else ""
     click.echo(f"lorasb: error{place}: {error}", err=True)
     sys.stderr.flush()
-    os._exit(2)  # not sys.exit: destructors of a process group may wait for the other ranks
+    os._exit(status)  # not sys.exit: destructors of a process group may wait for the other ranks
 
 
 if __name__ == "__main__":

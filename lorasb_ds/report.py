@@ -21,10 +21,15 @@ def draw_loss_curve(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for key, style in (("loss", "-"), ("eval_loss", "o--")):
-        points = [(row["step"], row[key]) for row in rows if key in row and "base" not in row]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=key, linewidth=1)
+    curves = {
+        "loss": ("-", [row for row in rows if "loss" in row]),
+        "eval_loss": ("o--", [row for row in rows if "eval_loss" in row and "base" not in row]),
+        "eval_loss of the base": ("x", [row for row in rows if "base" in row]),
+    }
+    for label, (style, curve) in curves.items():
+        if curve:
+            steps, key = [row["step"] for row in curve], label.split()[0]
+            axes.plot(steps, [row[key] for row in curve], style, label=label, linewidth=1)
     axes.set(xlabel="optimizer step", ylabel="cross-entropy per label token")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -73,9 +78,9 @@ def write_report(
         f"{init.loss_before:.4f} / {init.loss_after:.4f} |",
         "",
     ]
-    if init.without_gradient:
-        names = ", ".join(init.without_gradient)
-        lines += [f"**No gradient**, so that R is 0 and the basis arbitrary: {names}.", ""]
+    if init.not_descending:
+        names = ", ".join(init.not_descending)
+        lines += [f"**No descent**, so that R starts at 0: {names}.", ""]
     lines += ["## Training", "", "![loss](loss.png)", ""]
     if train:
         lines += [

@@ -169,7 +169,7 @@ def train(run: Prepared, engine: Any, num_steps: int, log: RunLog | None) -> Non
         lr = engine.get_lr()[0]  # of this step: the scheduler moves on at its end
         loss, num_tokens = train_step(engine, batches)
         if not math.isfinite(loss):
-            raise RuntimeError(
+            raise FloatingPointError(
                 f"the loss of step {step} is {loss}. Lower --lr or --init-lr, or look at the data."
             )
         now = time.perf_counter()
@@ -279,8 +279,8 @@ def _initialize(run: Prepared, engine: Any, adapters: Any, folder: Path) -> Init
         f"{report.gradients_s:.1f}, SVD {report.svd_s:.1f}); sample loss {report.loss_before:.4f} "
         f"-> {report.loss_after:.4f}"
     )
-    if report.without_gradient:
-        _say(f"warning: no gradient in {', '.join(report.without_gradient)}: R is 0 there")
+    if report.not_descending:
+        _say(f"warning: no descent in {', '.join(report.not_descending)}: R starts at 0 there")
     return report
 
 
