@@ -16,7 +16,13 @@ import click
 from launcher.command import eval_command, job_environment, train_command
 from launcher.options import CONTEXT, run_options, to_arguments
 from lorasb_ds import __version__
-from lorasb_ds.config import ConfigError, check_output_dir, load_run_config, read_json
+from lorasb_ds.config import (
+    ConfigError,
+    check_output_dir,
+    load_run_config,
+    read_json,
+    replayed_processes,
+)
 from lorasb_ds.ds_config import resolve_ds_config
 
 
@@ -58,6 +64,8 @@ def train(
     """Fine-tune a model: init from gradients, train, save the adapter."""
     if num_procs is not None and num_gpus is not None:
         raise ConfigError("--num-procs (CPU) and --num-gpus exclude each other. Give one of them.")
+    if run_json is not None and num_procs is None and num_gpus is None:
+        num_procs, num_gpus = replayed_processes(run_json)
     config = load_run_config(given, run_json)
     if count := num_procs or num_gpus:
         _, config = resolve_ds_config(config, count)
@@ -65,10 +73,13 @@ def train(
         read_json(config.ds_config, "--ds-config")
     check_output_dir(config)
     arguments = to_arguments({"config": run_json, **given})
+    cores = len(os.sched_getaffinity(0))
+    environment = job_environment(os.environ, num_procs, num_gpus, cores)
+    # With CUDA_VISIBLE_DEVICES DeepSpeed takes what it names, and must not get a count.
+    named = num_procs is None and "CUDA_VISIBLE_DEVICES" in environment
     command = train_command(
         arguments,
-        num_procs=num_procs,
-        num_gpus=num_gpus,
+        count=None if named else num_procs or num_gpus,
         master_port=master_port or _free_port(),
     )
     if dry_run:
@@ -76,8 +87,7 @@ def train(
 
         click.echo(shlex.join(command))
         return
-    cores = len(os.sched_getaffinity(0))
-    _run(command, job_environment(os.environ, num_procs, cores))
+    _run(command, environment)
 
 
 @main.command(context_settings={**CONTEXT, "ignore_unknown_options": True}, add_help_option=False)

@@ -34,6 +34,8 @@ def main(output: str | None, **options: Any) -> None:
     """
     quiet_libraries()
     try:
+        if output is not None and not Path(output).resolve().parent.is_dir():
+            raise ConfigError(f"--output {output}: there is no such folder.")
         result = evaluate(**options)
     except ConfigError as error:
         click.echo(f"lorasb: error: {error}", err=True)
@@ -63,7 +65,7 @@ def evaluate(
 
     from lorasb_ds import evaluate as evaluation
     from lorasb_ds.config import DEMO_EVAL_DATA
-    from lorasb_ds.data import load_rows, tokenize_rows
+    from lorasb_ds.data import choose_columns, load_rows, tokenize_rows
     from lorasb_ds.loading import load_config, load_plain, load_tokenizer
 
     given = {"prompt_column": prompt_column, "response_column": response_column}
@@ -72,18 +74,19 @@ def evaluate(
     )
     load_config(model)
     source = data or DEMO_EVAL_DATA
-    rows = load_rows(source)
+    rows = load_rows(source, "--eval-data")
     rows = [rows[i] for i in range(min(num_samples or len(rows), len(rows)))]
     tokenizer = load_tokenizer(model)
-    examples = tokenize_rows(rows, tokenizer, config).examples
+    tokenized = tokenize_rows(rows, tokenizer, config)
+    click.echo(f"rows: {tokenized.describe()}")
     base, device = load_plain(model, dtype, adapter)
     result = evaluation.evaluate_model(
         base,
         tokenizer,
         rows,
-        examples,
+        tokenized.examples,
         evaluation.scorer(source),
-        evaluation.eval_columns(rows, prompt_column, response_column),
+        choose_columns(rows[0], prompt_column, response_column),
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         device=device,

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import click
 
+from launcher.command import GPUS_ASKED_FOR
 from launcher.options import CONTEXT, run_options
 from launcher.quiet import quiet_libraries
 from lorasb_ds.config import ConfigError, load_run_config
@@ -34,6 +35,7 @@ def main(local_rank: int | None, run_json: str | None, **given: Any) -> None:
         # Imported only now: the options above are wrong or right without torch.
         from lorasb_ds.trainer import prepare
 
+        _check_device()
         prepared = prepare(config, int(os.environ["WORLD_SIZE"]))
     except ConfigError as error:
         _refuse(error)
@@ -49,6 +51,23 @@ def main(local_rank: int | None, run_json: str | None, **given: Any) -> None:
     except FloatingPointError as error:
         _refuse(error, status=1)
     zero.close_process_group()
+
+
+def _check_device() -> None:
+    """Whether this process has the device that it is meant to have."""
+    from lorasb_ds import zero
+
+    asked, local_rank = os.environ.get(GPUS_ASKED_FOR), int(os.environ.get("LOCAL_RANK", 0))
+    if asked is not None and zero.accelerator_name() == "cpu":
+        raise ConfigError(
+            f"--num-gpus {asked}: DeepSpeed finds no GPU on this host. Use --num-procs {asked} for "
+            "the CPU, or look at `nvidia-smi` and torch.cuda.is_available()."
+        )
+    if zero.accelerator_name() != "cpu" and local_rank >= zero.device_count():
+        raise ConfigError(
+            f"There is no GPU for process {local_rank} of this host: it has {zero.device_count()}. "
+            "Lower --num-gpus."
+        )
 
 
 def _refuse(error: Exception, status: int = 2) -> NoReturn:

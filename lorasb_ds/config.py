@@ -14,6 +14,7 @@ DEMO_MODEL = "demo"
 DEMO_DATA = "reasoning-gym:word_sequence_reversal?max_words=6&size=1000&seed=1"
 DEMO_EVAL_DATA = "reasoning-gym:word_sequence_reversal?max_words=6&size=64&seed=2"
 ALL_LINEAR = "all-linear"
+DS_CONFIG_COPY = "ds_config.json"  # in the output folder
 SHIPPED_DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 
 
@@ -33,7 +34,7 @@ def option_name(field: str) -> str:
 class RunConfig(BaseModel):
     """One run, resolved. ``model_fields_set`` tells what was asked for from what is a default."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     model: str = Field(
         DEMO_MODEL,
@@ -45,7 +46,7 @@ class RunConfig(BaseModel):
         DEMO_DATA,
         min_length=1,
         description="Training rows: a .json/.jsonl/.csv/.parquet file, a folder saved by "
-        "`datasets`, a hub name, or 'reasoning-gym:NAME?size=N&seed=S'.",
+        "`datasets`, a hub name (NAME[:CONFIG][@SPLIT]), or 'reasoning-gym:NAME?size=N&seed=S'.",
     )
     eval_data: str | None = Field(
         None,
@@ -126,28 +127,49 @@ def load_run_config(given: Mapping[str, Any], run_json: str | None = None) -> Ru
     Raises:
         ConfigError: with one paragraph for every problem.
     """
-    values: dict[str, Any] = {}
-    if run_json is not None:
-        values.update(_replayed(run_json))
-    values.update({name: value for name, value in given.items() if value is not None})
+    asked = {name: value for name, value in given.items() if value is not None}
+    values = {**(_replayed(run_json, asked) if run_json is not None else {}), **asked}
     if "data" not in values and "eval_data" not in values:
         values["eval_data"] = DEMO_EVAL_DATA
     try:
-        return RunConfig(**values)
+        config = RunConfig(**values)
     except ValidationError as error:
-        raise ConfigError(*(_problem(dict(e)) for e in error.errors())) from None
+        raise ConfigError(*problems_of(error)) from None
+    # What was replayed is a default here: a ds_config's numbers may win over it.
+    return RunConfig.model_construct(_fields_set=set(asked), **dict(config))
 
 
-def _replayed(run_json: str) -> dict[str, Any]:
-    content = read_json(run_json, "--config")
-    config = content.get("config")
+def _replayed(run_json: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of an earlier run, but for those that something asked for makes meaningless."""
+    config = read_json(run_json, "--config").get("config")
     if not isinstance(config, dict):
         raise ConfigError(
             f"--config {run_json} has no 'config' entry. Give the run.json that an earlier run "
             "wrote into its output folder."
         )
     # A replay is a new run: it gets a folder of its own unless one is asked for.
-    return {k: v for k, v in config.items() if k not in ("output_dir", "overwrite")}
+    dropped = {"output_dir", "overwrite"}
+    if "epochs" in asked:
+        dropped.add("max_steps")
+    if "data" in asked:
+        dropped |= {"eval_data", "prompt_column", "response_column"}
+    replayed = {name: value for name, value in config.items() if name not in dropped}
+    copy = Path(run_json).expanduser().parent / DS_CONFIG_COPY
+    return replayed | ({"ds_config": str(copy)} if copy.is_file() else {})
+
+
+def replayed_processes(run_json: str) -> tuple[int | None, int | None]:
+    """--num-procs and --num-gpus of an earlier run; None is unknown or the other kind."""
+    description = read_json(run_json, "--config")
+    count, accelerator = description.get("world_size"), description.get("accelerator")
+    if not isinstance(count, int):
+        return None, None
+    return (count, None) if accelerator == "cpu" else (None, count)
+
+
+def problems_of(error: ValidationError) -> list[str]:
+    """One sentence for each thing that is wrong."""
+    return [_problem(dict(e)) for e in error.errors()]
 
 
 def _problem(error: dict[str, Any]) -> str:

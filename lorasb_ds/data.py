@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +13,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 import torch
+from jinja2 import TemplateError
 
 from lorasb_ds.config import ConfigError, RunConfig
 
@@ -30,6 +33,7 @@ COLUMN_PAIRS = (
 RESPONSE_COLUMNS = tuple(dict.fromkeys(p for _, partners in COLUMN_PAIRS for p in partners))
 FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 REASONING_GYM = "reasoning-gym:"
+HELD_OUT_SPLITS = ("test", "validation", "valid", "dev")
 
 # For tokenizers without a chat template.
 DEFAULT_PROMPT = "### Question:\n{prompt}\n\n### Answer:\n"
@@ -55,6 +59,13 @@ class TokenizedRows:
     examples: list[Example] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
 
+    def digest(self) -> str:
+        """Equal for equal examples in equal order."""
+        result = hashlib.sha256()
+        for example in self.examples:
+            result.update(f"{example.num_prompt_tokens}:{example.input_ids}".encode())
+        return result.hexdigest()
+
     def describe(self) -> str:
         return ", ".join(f"{n} {what}" for what, n in self.counts.items())
 
@@ -63,7 +74,10 @@ class TokenizedRows:
 
 
 def load_rows(source: str, option: str = "--data") -> Sequence[Row]:
-    """Rows of a file, a saved folder, a reasoning-gym task or a hub data set (its train split).
+    """Rows of a file, a saved folder, a reasoning-gym task or a hub data set.
+
+    A hub data set is named ``NAME``, ``NAME:CONFIG``, ``NAME@SPLIT`` or ``NAME:CONFIG@SPLIT``.
+    Without a split, --data takes train, and --eval-data the first of ``HELD_OUT_SPLITS``.
 
     Raises:
         ConfigError: if it cannot be read or has no rows; ``option`` is named in the message.
@@ -93,11 +107,14 @@ def _load_with_datasets(source: str, option: str) -> Sequence[Row]:
                 return []
             return datasets.load_dataset(file_type, data_files=str(path), split="train")
         if path.is_dir():
-            saved = datasets.load_from_disk(str(path))
-            return saved["train"] if isinstance(saved, datasets.DatasetDict) else saved
+            return _one_split(datasets.load_from_disk(str(path)), None, source, option)
         if path.suffix.lower() in FILE_TYPES or source.startswith((".", "/", "~")):
             raise ConfigError(f"{option} {source}: there is no such file.")
-        return datasets.load_dataset(source, split="train")
+        hub = re.fullmatch(r"([^:@]+)(?::([^@]+))?(?:@(.+))?", source)
+        if hub is None:
+            raise ConfigError(f"{option} {source}: a hub data set is named NAME[:CONFIG][@SPLIT].")
+        name, configuration, split = hub.groups()
+        return _one_split(datasets.load_dataset(name, configuration), split, source, option)
     except ConfigError:
         raise
     except Exception as error:
@@ -109,6 +126,18 @@ def _load_with_datasets(source: str, option: str) -> Sequence[Row]:
             f": {reason} Give a {'/'.join(FILE_TYPES)} file, a folder saved by `datasets`, a hub "
             "name (needs a network or a filled cache), or 'reasoning-gym:NAME?size=N&seed=S'."
         ) from error
+
+
+def _one_split(loaded: Any, split: str | None, source: str, option: str) -> Sequence[Row]:
+    if not isinstance(loaded, Mapping):
+        return loaded
+    wanted = (split,) if split else HELD_OUT_SPLITS if option == "--eval-data" else ("train",)
+    found = next((name for name in wanted if name in loaded), None)
+    if found is None:
+        raise ConfigError(
+            f"{option} {source}: no split {' or '.join(wanted)}; it has {', '.join(loaded)}."
+        )
+    return loaded[found]
 
 
 def _root_cause(error: BaseException) -> str:
@@ -167,12 +196,18 @@ def choose_columns(row: Row, prompt: str | None, response: str | None) -> tuple[
     for option, name in (("--prompt-column", prompt), ("--response-column", response)):
         if name is not None and name not in columns:
             raise ConfigError(f"{option} {name}: the data has no such column. {_has(row)}")
+    if response is not None and "messages" in (prompt, response):
+        raise ConfigError(
+            f"--response-column {response}: the response of messages is their last assistant turn; "
+            "leave the option out."
+        )
     known: tuple[tuple[str, tuple[str, ...]], ...] = COLUMN_PAIRS
     if prompt is not None:
         known = ((prompt, dict(COLUMN_PAIRS).get(prompt, RESPONSE_COLUMNS)),)
     for candidate, partners in known:
         partner = response or next((p for p in partners if p in columns), None)
-        if candidate in columns and partner is not None:
+        usable = candidate in columns and (response is None or candidate != "messages")
+        if usable and partner is not None:
             return candidate, partner
     raise ConfigError(
         f"No known prompt and response columns in the data. {_has(row)} Name them by "
@@ -239,7 +274,10 @@ def encode(tokenizer: Any, messages: Messages, response: str, max_length: int) -
 
     A row of which no response token is left has nothing to learn from and would weigh nothing.
     """
-    prompt_ids = render_prompt(tokenizer, messages)
+    try:
+        prompt_ids = render_prompt(tokenizer, messages)
+    except TemplateError:  # Gemma's template refuses system turns, Mistral's needs alternation, …
+        return "skipped: the chat template refuses the conversation"
     response_ids = tokenizer(response, add_special_tokens=False)["input_ids"]
     input_ids = [*prompt_ids, *response_ids, tokenizer.eos_token_id]
     if len(prompt_ids) >= max_length:
@@ -251,18 +289,17 @@ def tokenize_rows(
     rows: Sequence[Row],
     tokenizer: Any,
     config: RunConfig,
-    indices: Sequence[int] | None = None,
     option: str = "--data",
 ) -> TokenizedRows:
-    """All rows (or those of ``indices``) as examples; every row is kept or counted.
+    """All rows as examples; every row is kept or counted.
 
     Raises:
         ConfigError: if no column fits, or nothing is left.
     """
     columns = choose_columns(rows[0], config.prompt_column, config.response_column)
     result = TokenizedRows()
-    for index in range(len(rows)) if indices is None else indices:
-        parts = to_messages(rows[index], *columns)
+    for row in rows:
+        parts = to_messages(row, *columns)
         example = parts if isinstance(parts, str) else encode(tokenizer, *parts, config.max_length)
         if isinstance(example, Example):
             result.examples.append(example)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorasb_ds.config import ConfigError, RunConfig, option_name, read_json
+from pydantic import ValidationError
+
+from lorasb_ds.config import ConfigError, RunConfig, option_name, problems_of, read_json
 
 # Where DeepSpeed keeps what an option says. A missing key is filled like "auto": DeepSpeed's own
 # defaults would speak otherwise (gradient_clipping is 1.0 when it is not set).
@@ -40,7 +42,7 @@ def resolve_ds_config(config: RunConfig, world_size: int) -> tuple[dict[str, Any
         if value is None or value == "auto":
             return
         wanted = getattr(config, field)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+        if isinstance(value, bool) or not isinstance(value, int | float):
             problems.append(
                 f"{config.ds_config}: {key} is {value!r}; it must be a number or 'auto'."
             )
@@ -58,11 +60,17 @@ def resolve_ds_config(config: RunConfig, world_size: int) -> tuple[dict[str, Any
         problems += _check_section(section, raw, config.ds_config, agree)
     problems += _check_precision(raw, config, updates)
     problems += _check_zero(raw, config, world_size)
-    problems += _check_batch(raw, config, world_size, updates)
     if problems:
         raise ConfigError(*problems)
+    try:
+        # Through the model, which knows what each of them may be.
+        resolved_config = RunConfig(**{**dict(config), **updates})
+    except ValidationError as error:
+        raise ConfigError(*(f"{config.ds_config}: {p}" for p in problems_of(error))) from None
+    resolved_config = _settle_batch(
+        raw, resolved_config, {*config.model_fields_set, *updates}, world_size
+    )
 
-    resolved_config = config.model_copy(update=updates)
     resolved = {k: v for k, v in raw.items() if k not in ("optimizer", "scheduler", "fp16")}
     for key, field in FIELDS.items():
         resolved[key] = getattr(resolved_config, field)
@@ -75,10 +83,6 @@ def resolve_ds_config(config: RunConfig, world_size: int) -> tuple[dict[str, Any
 def global_batch_size(config: RunConfig, world_size: int) -> int:
     """Rows per optimizer step."""
     return config.micro_batch_size * config.gradient_accumulation_steps * world_size
-
-
-def zero_stage(ds_config: dict[str, Any]) -> int:
-    return int(_section(ds_config, "zero_optimization").get("stage", 0))
 
 
 def _section(raw: dict[str, Any], name: str) -> dict[str, Any]:
@@ -126,7 +130,7 @@ def _check_precision(raw: dict[str, Any], config: RunConfig, updates: dict[str, 
 def _check_zero(raw: dict[str, Any], config: RunConfig, world_size: int) -> list[str]:
     problems = []
     stage = _section(raw, "zero_optimization").get("stage", 0)
-    if stage not in (1, 2, 3):
+    if isinstance(stage, bool) or stage not in (1, 2, 3):
         problems.append(
             f"{config.ds_config}: zero_optimization.stage is {stage!r}; it must be 1, 2 or 3."
         )
@@ -145,26 +149,33 @@ def _check_zero(raw: dict[str, Any], config: RunConfig, world_size: int) -> list
     return problems
 
 
-def _check_batch(
-    raw: dict[str, Any], config: RunConfig, world_size: int, updates: dict[str, Any]
-) -> list[str]:
-    """A fixed global batch decides the accumulation where nothing else does."""
+def _settle_batch(
+    raw: dict[str, Any], config: RunConfig, fixed: set[str], world_size: int
+) -> RunConfig:
+    """A fixed global batch decides the accumulation where nothing else does.
+
+    Args:
+        fixed: fields that an option or the file has set.
+    """
     total = raw.get("train_batch_size", "auto")
     if total == "auto":
-        return []
-    fixed = {*config.model_fields_set, *updates}
-    per_micro_step = updates.get("micro_batch_size", config.micro_batch_size) * world_size
-    if "gradient_accumulation_steps" not in fixed and total % per_micro_step == 0:
-        updates["gradient_accumulation_steps"] = total // per_micro_step
-    candidate = config.model_copy(update=updates)
-    if total != global_batch_size(candidate, world_size):
-        return [
+        return config
+    if isinstance(total, bool) or not isinstance(total, int) or total < 1:
+        raise ConfigError(
+            f"{config.ds_config}: train_batch_size is {total!r}; it must be a whole number above 0 "
+            "or 'auto'."
+        )
+    per_round = config.micro_batch_size * world_size
+    if "gradient_accumulation_steps" not in fixed and total % per_round == 0:
+        config = config.model_copy(update={"gradient_accumulation_steps": total // per_round})
+    if total != global_batch_size(config, world_size):
+        raise ConfigError(
             f"{config.ds_config}: train_batch_size is {total}, but --micro-batch-size "
-            f"{candidate.micro_batch_size} x --gradient-accumulation-steps "
-            f"{candidate.gradient_accumulation_steps} x {world_size} processes is "
-            f'{global_batch_size(candidate, world_size)}. Set it to "auto", or change one of them.'
-        ]
-    return []
+            f"{config.micro_batch_size} x --gradient-accumulation-steps "
+            f"{config.gradient_accumulation_steps} x {world_size} processes is "
+            f'{global_batch_size(config, world_size)}. Set it to "auto", or change one of them.'
+        )
+    return config
 
 
 def _without_auto(value: Any) -> Any:

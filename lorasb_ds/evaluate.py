@@ -17,7 +17,6 @@ from lorasb_ds.data import (
     Batch,
     Example,
     Row,
-    choose_columns,
     collate,
     reasoning_gym_dataset,
     render_prompt,
@@ -148,7 +147,3 @@ def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float
     centre = share + z * z / (2 * trials)
     spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     return tuple((centre + sign * spread) / (1 + z * z / trials) for sign in (-1, 1))  # type: ignore[return-value]
-
-
-def eval_columns(rows: Sequence[Row], prompt: str | None, response: str | None) -> tuple[str, str]:
-    return choose_columns(rows[0], prompt, response)

@@ -21,10 +21,15 @@ def collect_lora(adapters: Mapping[str, LoraSBLinear]) -> dict[str, torch.Tensor
     """The adapter as plain LoRA tensors with PEFT's names, on rank 0's CPU; {} elsewhere.
 
     Collective: a layer at a time is gathered. R is taken from the optimizer's fp32 master.
+
+    Raises:
+        FloatingPointError: on every rank, if an R is not finite.
     """
     tensors = {}
     for name, adapter in adapters.items():
         R = zero.full_fp32(adapter.lora_R)
+        if not torch.isfinite(R).all():
+            raise FloatingPointError(f"R of {name} is not finite: the last step overflowed.")
         with zero.gathered([adapter.lora_A, adapter.lora_B]):
             if zero.rank() != 0:
                 continue

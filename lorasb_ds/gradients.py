@@ -2,7 +2,7 @@
 
 The base never requires grad. Each tapped layer computes its weight gradient ``dL/dW = δᵀ x`` in
 the backward pass from its input x and output gradient δ, in blocks, one for each rank that owns a
-part of it; a block is reduced to its owner at once. No rank ever holds a whole gradient.
+part of it; a block is reduced to its owner at once. Of several ranks none holds a whole gradient.
 """
 
 from __future__ import annotations
@@ -31,14 +31,12 @@ class GradientShards:
     Attributes:
         shards: layer -> (rows here, short side), fp32: rows of G (out, in) where out >= in, else
             rows of Gᵀ. Row ranges are those of ``linalg.row_range``.
-        num_batches: layer -> how often the layer was seen.
     """
 
     def __init__(self, adapters: Mapping[str, LoraSBLinear], group: Group = None) -> None:
         self.group = group
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
-        self.num_batches = dict.fromkeys(adapters, 0)
         self.shards: dict[str, torch.Tensor] = {}
         for name, adapter in adapters.items():
             long_side = max(adapter.out_features, adapter.in_features)
@@ -65,7 +63,6 @@ class GradientShards:
                 dist.reduce(block, group=self.group, group_dst=owner)
             if owner == self.rank:
                 self.shards[name] += block
-        self.num_batches[name] += 1
 
 
 def average_gradients(
@@ -128,15 +125,14 @@ def branches_off(adapters: Mapping[str, LoraSBLinear]) -> Iterator[None]:
 
 @contextmanager
 def no_dropout(model: nn.Module) -> Iterator[None]:
-    """Train mode with every dropout at 0: nn.Dropout modules and the rates attention keeps."""
+    """Train mode with every dropout at 0."""
     was_training = model.training
+    # nn.Dropout's p, and rates that modules keep as attention_dropout, hidden_dropout, layerdrop, …
     rates = [
-        (module, attribute, rate)
+        (module, name, rate)
         for module in model.modules()
-        for attribute, rate in [
-            (a, getattr(module, a, None)) for a in ("p", "dropout", "attention_dropout")
-        ]
-        if isinstance(rate, float) and (attribute != "p" or isinstance(module, nn.Dropout))
+        for name, rate in vars(module).items()
+        if isinstance(rate, float) and ("drop" in name or isinstance(module, nn.Dropout))
     ]
     model.train()
     for module, attribute, _ in rates:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,9 +50,6 @@ class InitReport:
     peak_memory_bytes: int  # of rank 0, from the phase's start to its end
     layers: dict[str, LayerInit]
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     @property
     def not_descending(self) -> list[str]:
         """Layers whose R starts at 0: without a gradient (their basis is then arbitrary), or where
@@ -90,7 +87,7 @@ def initialize(
     """
     start = time.perf_counter()
     zero.reset_peak_memory()
-    group = dist.new_group()  # the engine's own traffic goes through another
+    group = zero.new_group()  # the engine's own traffic goes through another
     model = engine.module  # the engine itself would scale the loss and expect a step
     gradients, loss_before = average_gradients(model, adapters, batches, num_label_tokens, group)
     zero.release(engine)

@@ -50,13 +50,13 @@ def truncated_svd(
         r: 1 <= r <= n.
         seed: of the vectors that complete U where M has fewer than r directions.
     Returns:
-        U orthonormal to 1e-6, also for rank-deficient and zero matrices: singular values that are
+        U orthonormal to 1e-5, also for rank-deficient and zero matrices: singular values that are
         zero come with an arbitrary orthonormal completion that depends on ``seed`` and shape only.
         Each row of Vh has its largest entry positive.
     Raises:
         ValueError: on every rank alike, if a shard is not 2-D or r is out of range.
-    Communication: all-reduces of (n, n), (r, n), two of (r, r) and two of (r,); broadcasts of
-        (n, r) twice and of (r, r).
+    Communication: all-reduces of (world_size,), (n, n), (r, n), (r, r) twice and (r,) at most
+        twice; broadcasts of (n, r), (r, n), (r, r) and (r,).
     """
     if local_rows.ndim != 2:
         raise ValueError(f"local_rows must be 2-D, not {tuple(local_rows.shape)}")
@@ -79,7 +79,8 @@ def truncated_svd(
         V = torch.empty(n, r, dtype=torch.float64, device=M.device)
     V = _broadcast(V, group)
 
-    Y = (M @ V.to(work)).double()
+    # In fp64: rounding in fp32 would look like directions where there are none.
+    Y = M.double() @ V
     scale = _all_reduce(Y.square().sum(0), group).sqrt()
     deficient = scale <= RANK_TOLERANCE * max(scale.max().item(), torch.finfo(torch.float32).tiny)
     if deficient.any():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 
 from lorasb_ds import quantization, zero
@@ -63,12 +64,17 @@ def load_config(model: str) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(model_path(model), trust_remote_code=False)
-    except (OSError, ValueError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise ConfigError(
             f"--model {model} cannot be read: {_first_line(error)} It must be a folder with a "
             "model that transformers knows, or the name of one on the hub (which needs a network "
             "or a filled cache)."
         ) from error
+    if getattr(config, "quantization_config", None):
+        raise ConfigError(
+            f"--model {model} is quantized already. Give the base it was made from; "
+            "--load-in-4bit quantizes it."
+        )
     architectures = config.architectures or []
     causal = all(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not causal:
@@ -90,7 +96,8 @@ def load_tokenizer(model: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(model_path(model), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"--model {model}: its tokenizer cannot be read: {_first_line(error)}"
+            f"--model {model}: its tokenizer cannot be read: {' '.join(str(error).split())[:300]} "
+            "The folder needs tokenizer.json (or tokenizer.model) and tokenizer_config.json."
         ) from error
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"--model {model}: its tokenizer has no end-of-sequence token.")
@@ -114,24 +121,15 @@ def load_base(config: RunConfig, hf_config: Any, ds_config: dict[str, Any]) -> n
 
     Collective under ZeRO-3 (transformers reads on every rank and shards parameter by parameter).
     """
-    from transformers import AutoModelForCausalLM
-
     dtype = DTYPES[config.dtype]
-    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
+    options: dict[str, Any] = {"dtype": dtype}
     alive = None
     if config.load_in_4bit:
         options["quantization_config"] = quantization.nf4_config(dtype)
         options["device_map"] = {"": zero.device()}
     else:
         alive = zero.loading_context(ds_config)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            model_path(config.model), config=hf_config, **options
-        )
-    except OSError as error:
-        raise ConfigError(
-            f"--model {config.model}: its weights cannot be read: {_first_line(error)}"
-        ) from error
+    model = _read_weights(config.model, config=hf_config, **options)
     del alive
     if config.load_in_4bit:
         quantization.keep_weights_as_stored(model)
@@ -140,6 +138,33 @@ def load_base(config: RunConfig, hf_config: Any, ds_config: dict[str, Any]) -> n
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.requires_grad_(False)
     return model
+
+
+def _read_weights(model: str, **options: Any) -> Any:
+    """from_pretrained, but a weight that is missing is an error and not a random one."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        result: Any = AutoModelForCausalLM.from_pretrained(
+            model_path(model),
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "mismatch" not in str(error):
+            raise
+        raise ConfigError(
+            f"--model {model}: its weights cannot be read: {_first_line(error)}"
+        ) from error
+    loaded, info = result
+    if missing := sorted(info["missing_keys"]):
+        raise ConfigError(
+            f"--model {model}: the files lack {len(missing)} weights of the model, such as "
+            f"{', '.join(missing[:3])}. Is it a whole {type(loaded).__name__} checkpoint?"
+        )
+    return loaded
 
 
 def _first_line(error: BaseException) -> str:
@@ -151,20 +176,19 @@ def load_plain(
     model: str, dtype: str, adapter: str | None = None
 ) -> tuple[nn.Module, torch.device]:
     """A whole model on one device for inference, with PEFT's reading of an adapter folder."""
-    from transformers import AutoModelForCausalLM
-
-    if adapter is not None and not (Path(adapter) / "adapter_model.safetensors").is_file():
-        raise ConfigError(f"--adapter {adapter}: the folder has no adapter_model.safetensors.")
+    if adapter is not None:
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            if not (Path(adapter) / file).is_file():
+                raise ConfigError(f"--adapter {adapter}: the folder has no {file}.")
     device = zero.device()
-    base: Any = AutoModelForCausalLM.from_pretrained(
-        model_path(model),
-        dtype=DTYPES[dtype],
-        device_map={"": device},
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
+    base = _read_weights(model, dtype=DTYPES[dtype], device_map={"": device})
     if adapter is not None:
         from peft import PeftModel
 
-        base = PeftModel.from_pretrained(base, adapter)
+        try:
+            base = PeftModel.from_pretrained(base, adapter)
+        except (RuntimeError, ValueError, SafetensorError) as error:
+            raise ConfigError(
+                f"--adapter {adapter} does not fit --model {model}: {_first_line(error)}"
+            ) from error
     return base.eval(), device

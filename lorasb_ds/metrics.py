@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -37,9 +38,9 @@ class RunLog:
         self.rows.append(row)
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
+        group = "train" if "stage" not in row else "base" if row["stage"] == "base" else "eval"
         for key, value in row.items():
-            if key != "step" and isinstance(value, int | float):
-                group = "eval" if key.startswith("eval") else "train"
+            if key not in ("step", "stage"):
                 self._tensorboard.add_scalar(f"{group}/{key}", value, row["step"])
 
     def progress(self, row: dict[str, Any], num_steps: int) -> None:
@@ -88,8 +89,9 @@ def provenance() -> dict[str, Any]:
     commit = None
     if (root / ".git").exists():
         describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
-        git = subprocess.run(describe, capture_output=True, text=True, check=False)
-        commit = git.stdout.strip() or None
+        if shutil.which("git"):
+            git = subprocess.run(describe, capture_output=True, text=True, check=False)
+            commit = git.stdout.strip() or None
     return {
         "command": sys.argv,
         "git_commit": commit,

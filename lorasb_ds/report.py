@@ -23,8 +23,8 @@ def draw_loss_curve(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     axes = figure.subplots()
     curves = {
         "loss": ("-", [row for row in rows if "loss" in row]),
-        "eval_loss": ("o--", [row for row in rows if "eval_loss" in row and "base" not in row]),
-        "eval_loss of the base": ("x", [row for row in rows if "base" in row]),
+        "eval_loss": ("o--", [row for row in rows if row.get("stage") in ("init", "trained")]),
+        "eval_loss of the base": ("x", [row for row in rows if row.get("stage") == "base"]),
     }
     for label, (style, curve) in curves.items():
         if curve:
@@ -90,11 +90,10 @@ def write_report(
         ]
     if evals:
         lines += ["| held-out loss | step | eval_loss |", "|---|---:|---:|"]
-        for row in evals:
-            what = (
-                "base" if row.get("base") else "after the init" if row["step"] == 0 else "trained"
-            )
-            lines.append(f"| {what} | {row['step']} | {row['eval_loss']:.4f} |")
+        stages = {"base": "base", "init": "after the init", "trained": "trained"}
+        lines += [
+            f"| {stages[row['stage']]} | {row['step']} | {row['eval_loss']:.4f} |" for row in evals
+        ]
         lines.append("")
     lines += [
         "## Init, layer by layer",

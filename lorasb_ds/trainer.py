@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
-from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
 from lorasb_ds import zero
-from lorasb_ds.adapter import Shapes, inject, select_targets
-from lorasb_ds.config import RunConfig, check_output_dir
+from lorasb_ds.adapter import LoraSBLinear, Shapes, inject, select_targets
+from lorasb_ds.config import DS_CONFIG_COPY, ConfigError, RunConfig, check_output_dir
 from lorasb_ds.data import (
     Batch,
     TokenizedRows,
@@ -45,6 +45,19 @@ from lorasb_ds.loading import (
 from lorasb_ds.loss import token_loss_sum
 from lorasb_ds.metrics import RunLog, provenance
 from lorasb_ds.report import draw_loss_curve, write_report
+
+# All that a run writes into its folder, and --overwrite removes.
+OUTPUTS = (
+    "run.json",
+    DS_CONFIG_COPY,
+    "metrics.jsonl",
+    "tensorboard",
+    "basis.safetensors",
+    "init.json",
+    "adapter",
+    "loss.png",
+    "report.md",
+)
 
 
 @dataclass(frozen=True)
@@ -81,57 +94,80 @@ def prepare(config: RunConfig, world_size: int) -> Prepared:
     return Prepared(config, ds_config, hf_config, tokenizer, layers, targets, train, held_out)
 
 
+def check_ranks_agree(run: Prepared) -> None:
+    """Refuse to go on unless every rank holds the same run and the same rows. Collective.
+
+    Raises:
+        ConfigError: on every rank alike.
+    """
+    held = {
+        "the options": run.config.model_dump_json(),
+        "the ds_config": json.dumps(run.ds_config, sort_keys=True),
+        "the model's layers": json.dumps(run.layers),
+        "the training rows": run.train.digest(),
+        "the held-out rows": run.held_out.digest() if run.held_out else "",
+    }
+    all_held: list[Any] = [None] * zero.world_size()
+    dist.all_gather_object(all_held, held)
+    for rank, theirs in enumerate(all_held):
+        differ = [what for what in held if theirs[what] != all_held[0][what]]
+        if differ:
+            raise ConfigError(
+                f"Rank {rank} and rank 0 do not agree on {', '.join(differ)}. Every host must see "
+                "the same files; and some tasks of reasoning-gym depend on Python's hash seed: set "
+                "PYTHONHASHSEED=0 (`lorasb train` does)."
+            )
+
+
 def run_training(run: Prepared) -> Path:
     """The whole run, inside a process group. Collective.
 
     Returns:
-        The output folder: run.json, metrics.jsonl, tensorboard/, basis.safetensors, init.json,
-        adapter/, loss.png and report.md.
+        The output folder, which holds ``OUTPUTS``.
     """
     config, is_main = run.config, zero.rank() == 0
+    check_ranks_agree(run)
     folder = _make_output_dir(config)
     description = {
         "config": {**config.model_dump(), "output_dir": str(folder)},
         "ds_config": run.ds_config,
         "world_size": zero.world_size(),
+        "accelerator": zero.accelerator_name(),
         "rows": {"train": dict(run.train.counts)}
         | ({"held_out": dict(run.held_out.counts)} if run.held_out else {}),
         **provenance(),
     }
     log = None
     if is_main:
+        # A replay reads this copy: the file it came from may change.
+        write_text(folder / DS_CONFIG_COPY, Path(config.ds_config).read_text(encoding="utf-8"))
         write_text(folder / "run.json", json.dumps(description, indent=2) + "\n")
         log = RunLog(folder)
         _say(f"run folder {folder}")
         _say(f"training rows: {run.train.describe()}")
 
-    model = load_base(config, run.hf_config, run.ds_config)
-    adapters = inject(model, run.targets, config.r, DTYPES[config.dtype])
-    R = [adapter.lora_R for adapter in adapters.values()]
+    engine, adapters = start_engine(run)
     num_steps = count_steps(config, len(run.train.examples), zero.world_size())
-    optimizer = torch.optim.AdamW(R, lr=config.lr, weight_decay=0.0)
-    scheduler = make_scheduler(optimizer, config, num_steps)
-    engine = zero.make_engine(model, R, optimizer, scheduler, run.ds_config)
     _say(
-        f"{len(adapters)} layers with an adapter, {len(R) * config.r**2:,} trainable parameters, "
-        f"{zero.world_size()} process(es) on {zero.accelerator_name()}"
+        f"{len(adapters)} layers with an adapter, {len(adapters) * config.r**2:,} trainable "
+        f"parameters, {zero.world_size()} process(es) on {zero.accelerator_name()}"
     )
 
-    def evaluate(step: int, **more: Any) -> None:
+    def evaluate(step: int, stage: Literal["base", "init", "trained"]) -> None:
         if run.held_out is None:
             return
-        batches = _batches(run, run.held_out, range(len(run.held_out.examples)))
+        batches = batches_of(run, run.held_out, range(len(run.held_out.examples)))
         loss = held_out_loss(engine.module, batches, zero.device())
-        _say(f"step {step}: held-out loss {loss:.4f}{' (base)' if more else ''}")
+        _say(f"step {step}: held-out loss {loss:.4f} ({stage})")
         if log:
-            log.write({"step": step, "eval_loss": loss, **more})
+            log.write({"step": step, "stage": stage, "eval_loss": loss})
 
     with branches_off(adapters):
-        evaluate(0, base=True)
+        evaluate(0, "base")
     report = _initialize(run, engine, adapters, folder)
-    evaluate(0)
+    evaluate(0, "init")
     train(run, engine, num_steps, log)
-    evaluate(num_steps)
+    evaluate(num_steps, "trained")
 
     tensors = collect_lora(adapters)
     if is_main:
@@ -161,6 +197,18 @@ def run_training(run: Prepared) -> Path:
     return folder
 
 
+def start_engine(run: Prepared) -> tuple[Any, dict[str, LoraSBLinear]]:
+    """The base with placeholders for adapters, inside the run's one engine. Collective."""
+    config = run.config
+    model = load_base(config, run.hf_config, run.ds_config)
+    adapters = inject(model, run.targets, config.r, DTYPES[config.dtype])
+    R = [adapter.lora_R for adapter in adapters.values()]
+    optimizer = torch.optim.AdamW(R, lr=config.lr, weight_decay=0.0)
+    num_steps = count_steps(config, len(run.train.examples), zero.world_size())
+    scheduler = make_scheduler(optimizer, config, num_steps)
+    return zero.make_engine(model, R, optimizer, scheduler, run.ds_config), adapters
+
+
 def train(run: Prepared, engine: Any, num_steps: int, log: RunLog | None) -> None:
     """The loop. Collective."""
     engine.train()
@@ -168,9 +216,11 @@ def train(run: Prepared, engine: Any, num_steps: int, log: RunLog | None) -> Non
     for step, batches in enumerate(step_batches(run, num_steps), 1):
         lr = engine.get_lr()[0]  # of this step: the scheduler moves on at its end
         loss, num_tokens = train_step(engine, batches)
-        if not math.isfinite(loss):
+        grad_norm = float(engine.get_global_grad_norm())
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise FloatingPointError(
-                f"the loss of step {step} is {loss}. Lower --lr or --init-lr, or look at the data."
+                f"step {step} has loss {loss} and gradient norm {grad_norm}. Lower --lr or "
+                "--init-lr, or look at the data."
             )
         now = time.perf_counter()
         if log:
@@ -178,7 +228,7 @@ def train(run: Prepared, engine: Any, num_steps: int, log: RunLog | None) -> Non
                 "step": step,
                 "loss": loss,
                 "lr": lr,
-                "grad_norm": float(engine.get_global_grad_norm()),
+                "grad_norm": grad_norm,
                 "tokens": num_tokens,
                 "tokens_per_s": num_tokens / (now - start),
                 "step_time_s": now - start,
@@ -233,7 +283,7 @@ def step_batches(run: Prepared, num_steps: int) -> Iterator[list[Batch]]:
         for first in range(0, len(order), rows_per_step):
             if steps_done == num_steps:
                 return
-            batches = _batches(run, run.train, order[first : first + rows_per_step])
+            batches = batches_of(run, run.train, order[first : first + rows_per_step])
             filler = collate(examples[:1], run.tokenizer.pad_token_id, weightless=True)
             yield batches + [filler] * (accumulation - len(batches))
             steps_done += 1
@@ -252,7 +302,8 @@ def make_scheduler(optimizer: torch.optim.Optimizer, config: RunConfig, num_step
     from transformers import get_scheduler
 
     warmup = math.ceil(config.warmup_ratio * num_steps)
-    schedule = get_scheduler(config.lr_scheduler, optimizer, warmup, num_steps + 1)
+    name = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
+    schedule = get_scheduler(name, optimizer, warmup, num_steps + 1)
     shape = schedule.lr_lambdas[0]
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: shape(done + 1))
 
@@ -264,7 +315,7 @@ def _initialize(run: Prepared, engine: Any, adapters: Any, folder: Path) -> Init
     report, basis = initialize(
         engine,
         adapters,
-        [batch.to(zero.device()) for batch in _batches(run, run.train, sample)],
+        [batch.to(zero.device()) for batch in batches_of(run, run.train, sample)],
         num_samples=len(sample),
         num_label_tokens=sum(examples[i].num_label_tokens for i in sample),
         init_lr=config.init_lr,
@@ -273,7 +324,7 @@ def _initialize(run: Prepared, engine: Any, adapters: Any, folder: Path) -> Init
     if zero.rank() == 0:
         about = {"format": "pt", "basis_format": BASIS_FORMAT, "r": str(config.r)}
         save_tensors(folder / "basis.safetensors", basis, about)
-        write_text(folder / "init.json", json.dumps(report.as_dict(), indent=2) + "\n")
+        write_text(folder / "init.json", json.dumps(asdict(report), indent=2) + "\n")
     _say(
         f"init: {report.num_samples} rows, {report.total_s:.1f} s (gradients "
         f"{report.gradients_s:.1f}, SVD {report.svd_s:.1f}); sample loss {report.loss_before:.4f} "
@@ -284,7 +335,8 @@ def _initialize(run: Prepared, engine: Any, adapters: Any, folder: Path) -> Init
     return report
 
 
-def _batches(run: Prepared, rows: TokenizedRows, indices: Any) -> list[Batch]:
+def batches_of(run: Prepared, rows: TokenizedRows, indices: Iterable[int]) -> list[Batch]:
+    """This rank's micro-batches of some rows; as many on every rank."""
     return list(
         micro_batches(
             rows.examples,
@@ -298,18 +350,23 @@ def _batches(run: Prepared, rows: TokenizedRows, indices: Any) -> list[Batch]:
 
 
 def _make_output_dir(config: RunConfig) -> Path:
-    """Rank 0 names and makes the folder; everybody hears of it. Collective."""
-    name = [config.output_dir]
-    if zero.rank() == 0 and config.output_dir is None:
-        base = Path(config.model).name
-        name = [str(Path("runs") / f"{base}-{datetime.now():%Y%m%d-%H%M%S}")]
-    dist.broadcast_object_list(name, src=0)
-    folder = Path(str(name[0]))
+    """Rank 0 makes the folder, without what an overwritten run left; all hear of it. Collective."""
+    name: list[str] = [""]
     if zero.rank() == 0:
-        with suppress(FileExistsError):
-            folder.mkdir(parents=True)
-    dist.barrier()
-    return folder
+        default = Path("runs") / f"{Path(config.model).name}-{datetime.now():%Y%m%d-%H%M%S}"
+        folder = Path(config.output_dir or default)
+        try:
+            folder.mkdir(parents=True, exist_ok=config.output_dir is not None)
+            for old in OUTPUTS:
+                if (folder / old).is_dir():
+                    shutil.rmtree(folder / old)
+                else:
+                    (folder / old).unlink(missing_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--output-dir {folder} cannot be written: {error}.") from error
+        name = [str(folder)]
+    dist.broadcast_object_list(name, src=0)
+    return Path(name[0])
 
 
 def _say(text: str) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.constants import default_pg_timeout
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 
 VERSION = deepspeed.__version__
@@ -35,11 +35,10 @@ def accelerator_name() -> str:
     return str(get_accelerator().device_name())
 
 
-def init_process_group(timeout: timedelta | None = None) -> None:
+def init_process_group() -> None:
     """Join the job that the launcher's environment describes. Collective.
 
-    Args:
-        timeout: of every collective; None for DeepSpeed's, 10 minutes or DEEPSPEED_TIMEOUT.
+    Collectives time out after DEEPSPEED_TIMEOUT minutes (DeepSpeed's variable; 10).
 
     On a CPU the ranks of a host share its cores evenly, unless OMP_NUM_THREADS says otherwise:
     torch would give every rank all of them.
@@ -51,10 +50,17 @@ def init_process_group(timeout: timedelta | None = None) -> None:
             torch.set_num_threads(max(1, cores // max(1, local_ranks)))
     else:
         get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if timeout is None:
-        deepspeed.init_distributed()
-    else:
-        deepspeed.init_distributed(timeout=timeout)
+    deepspeed.init_distributed()
+
+
+def device_count() -> int:
+    """Devices of this host that processes can have."""
+    return int(get_accelerator().device_count())
+
+
+def new_group() -> dist.ProcessGroup:
+    """A group of all ranks beside the engine's, with the same time limit. Collective."""
+    return dist.new_group(timeout=default_pg_timeout)
 
 
 def close_process_group() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from lorasb_ds.config import ConfigError, load_run_config
 from lorasb_ds.trainer import prepare
@@ -52,6 +53,42 @@ def test_models(tiny_model: Path, tmp_path: Path, rows: str) -> None:
     assert "--model" in refused(model=str(bert), data=rows)
 
 
+def broken(tiny_model: Path, folder: Path, **config: Any) -> str:
+    """A copy of the model with other entries in its config.json."""
+    shutil.copytree(tiny_model, folder)
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, **config}))
+    return str(folder)
+
+
+def test_quantized_and_malformed_models(tiny_model: Path, tmp_path: Path, rows: str) -> None:
+    quantized = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    model = broken(tiny_model, tmp_path / "a", quantization_config=quantized)
+    assert "is quantized already" in refused(model=model, data=rows)
+    model = broken(tiny_model, tmp_path / "b", hidden_size="wide")
+    assert "cannot be read" in refused(model=model, data=rows)
+    model = broken(tiny_model, tmp_path / "c")
+    (tmp_path / "c" / "tokenizer.json").unlink()
+    assert "its tokenizer cannot be read" in refused(model=model, data=rows)
+
+
+@pytest.mark.parametrize("fault", ["truncated", "renamed"])
+def test_weights_that_cannot_be_read(
+    tiny_model: Path, tmp_path: Path, rows: str, fault: str
+) -> None:
+    model = broken(tiny_model, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    if fault == "truncated":
+        file.write_bytes(file.read_bytes()[:1000])
+    else:
+        tensors = {f"module.{name}": tensor for name, tensor in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+    command = f"lorasb train --num-procs 2 --model {model} --data {rows} --r 4 --output-dir"
+    output = run_command(*command.split(), str(tmp_path / "run"), status=2)
+    assert {"truncated": "cannot be read", "renamed": "the files lack"}[fault] in output
+    assert "Traceback" not in output
+
+
 def test_layers(tiny_model: Path, rows: str) -> None:
     message = refused(model=str(tiny_model), data=rows, r=25)
     assert "--r 25 exceeds min(out, in) = 24 of model.layers.0.self_attn.k_proj" in message
@@ -68,13 +105,13 @@ def test_eval_data_is_named(tiny_model: Path, rows: str, tmp_path: Path) -> None
 def test_the_status_comes_through_deepspeed(tiny_model: Path, rows: str) -> None:
     command = f"lorasb train --num-procs 2 --model {tiny_model} --data {rows} --r 99"
     done = run_command(*command.split(), status=2, timeout=60)
-    assert done.stdout.count("--r 99 exceeds") == 1, "one rank speaks"
-    assert "Traceback" not in done.stdout
+    assert done.count("--r 99 exceeds") == 1, "one rank speaks"
+    assert "Traceback" not in done
 
 
 def test_the_worker_alone_says_how_to_start_it() -> None:
     done = run_command(sys.executable, "launcher/train.py", status=2)
-    assert "deepspeed launcher/train.py" in done.stdout
+    assert "deepspeed launcher/train.py" in done
 
 
 def workers(marker: str) -> list[int]:
@@ -92,18 +129,18 @@ def workers(marker: str) -> list[int]:
 
 
 @pytest.fixture
-def running(demo_model: Path, tmp_path: Path):
-    """A run of two processes that would take an hour, once it has begun to work."""
+def running(tiny_model: Path, tmp_path: Path):
+    """A run of two processes that would take hours, once its first step is done."""
     folder = tmp_path / "long-run"
     command = (
-        f"{Path(sys.executable).parent}/lorasb train --num-procs 2 --init-samples 4000 "
-        f"--data reasoning-gym:chain_sum?size=4000 --output-dir {folder}"
+        f"{Path(sys.executable).parent}/lorasb train --num-procs 2 --model {tiny_model} --r 4 "
+        f"--data reasoning-gym:chain_sum?size=100 --max-steps 1000000 --output-dir {folder}"
     )
     log = (tmp_path / "log").open("w")
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
     child = subprocess.Popen(command.split(), cwd=ROOT, env=environment, stdout=log, stderr=log)
     deadline = time.monotonic() + 90
-    while not (folder / "metrics.jsonl").exists():
+    while not (folder / "metrics.jsonl").exists() or not (folder / "metrics.jsonl").read_text():
         assert child.poll() is None, (tmp_path / "log").read_text()
         assert time.monotonic() < deadline, "the run did not begin"
         time.sleep(0.5)
@@ -128,6 +165,9 @@ def test_a_killed_worker_ends_the_run(running: tuple[subprocess.Popen[bytes], st
     assert child.wait(timeout=60) != 0
     assert gone(folder, 10), "no process is left"
     assert not (Path(folder) / "adapter").exists()
+    # What the init found was on disk before the first step, whole.
+    basis = load_file(Path(folder) / "basis.safetensors")
+    assert len(basis) == 3 * 14
 
 
 def test_sigterm_ends_every_process(running: tuple[subprocess.Popen[bytes], str]) -> None:

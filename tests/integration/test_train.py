@@ -90,7 +90,7 @@ def test_peft_loads_the_adapter_with_the_same_loss(run: Path, tmp_path: Path) ->
         *f"lorasb eval --adapter {run}/adapter --data {TASK}&size=24&seed=2 "
         f"--max-new-tokens 24 --output {out}".split()
     )
-    assert "held-out loss" in done.stdout
+    assert "held-out loss" in done
     result = json.loads(out.read_text())
     in_memory = [row for row in metrics(run) if "eval_loss" in row][-1]["eval_loss"]
     # bf16: PEFT multiplies by B R, the run by R and then by B.
@@ -100,26 +100,38 @@ def test_peft_loads_the_adapter_with_the_same_loss(run: Path, tmp_path: Path) ->
     assert result["interval"][0] <= result["exact_match"] <= result["interval"][1]
 
 
-def test_a_folder_is_not_overwritten_and_a_run_is_replayed(run: Path, tmp_path: Path) -> None:
-    refused = run_command("lorasb", "train", "--output-dir", str(run), status=2)
-    assert "is not empty" in refused.stdout
-    command = run_command(
-        *f"lorasb train --config {run}/run.json --max-steps 1 --num-procs 2 --dry-run".split()
-    ).stdout
-    assert f"--config {run}/run.json --max-steps 1" in command
+def test_a_run_is_replayed_and_overwritten(tiny_model: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", word_rows(9))
+    first, again = tmp_path / "first", tmp_path / "again"
+    run_command(
+        *f"lorasb train --num-procs 1 --model {tiny_model} --data {data} --r 4 --max-steps 3 "
+        f"--dtype fp32 --init-lr 1e-3 --micro-batch-size 2 --output-dir {first}".split()
+    )
+    again.mkdir()
+    (again / "report.md").write_text("of an older run")
+    replay = ["lorasb", "train", "--config", str(first / "run.json"), "--output-dir", str(again)]
+    assert "is not empty" in run_command(*replay, status=2)
+    assert (again / "report.md").read_text() == "of an older run"
+    run_command(*replay, "--overwrite")
+    losses = [[row["loss"] for row in metrics(run)] for run in (first, again)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 3
+    assert "of an older run" not in (again / "report.md").read_text()
+    configs = [json.loads((run / "run.json").read_text())["config"] for run in (first, again)]
+    differ = {key for key in configs[0] if configs[0][key] != configs[1][key]}
+    assert differ == {"output_dir", "overwrite", "ds_config"}
 
 
-@pytest.mark.parametrize(
-    ("ds_config", "options", "num_procs"),
-    [
-        ("zero3", "--load-in-4bit", 1),
-        ("zero2", "--load-in-4bit", 2),
-        ("zero3_offload", "--gradient-checkpointing", 2),
-    ],
-)
-def test_every_ds_config(
-    tiny_model: Path, tmp_path: Path, ds_config: str, options: str, num_procs: int
-) -> None:
+OPTIONS = {  # what each shipped configuration is tried with
+    "zero3": ("--load-in-4bit", 1),
+    "zero2": ("--load-in-4bit", 2),
+    "zero3_offload": ("--gradient-checkpointing", 2),
+}
+
+
+@pytest.mark.parametrize("ds_config", [f.stem for f in (ROOT / "ds_configs").glob("*.json")])
+def test_every_ds_config(tiny_model: Path, tmp_path: Path, ds_config: str) -> None:
+    options, num_procs = OPTIONS[ds_config]
     data = write_jsonl(tmp_path / "rows.jsonl", word_rows(11))
     run_command(
         *f"lorasb train --model {tiny_model} --data {data} --eval-data {data} --r 8 {options} "
@@ -134,7 +146,3 @@ def test_every_ds_config(
     tensors = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert len(tensors) == 2 * 14
     assert all(tensor.numel() > 0 and tensor.abs().max() > 0 for tensor in tensors.values())
-
-
-def test_shipped_ds_configs_are_all_tried_above() -> None:
-    assert {f.stem for f in (ROOT / "ds_configs").iterdir()} == {"zero2", "zero3", "zero3_offload"}

@@ -167,7 +167,6 @@ def test_taps_equal_grad_whatever_the_batches(
         G = shards.shards[name]
         G = G.T if adapters[name].in_features > adapters[name].out_features else G
         torch.testing.assert_close(G, weight_gradient, atol=1e-6, rtol=1e-4)
-        assert shards.num_batches[name] == 4
     assert not model.training, "the mode is given back"
     assert model.config.attention_dropout == 0.5
     assert all(a.tap is None and a.enabled for a in adapters.values())

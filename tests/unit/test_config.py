@@ -17,6 +17,7 @@ from lorasb_ds.config import (
     RunConfig,
     check_output_dir,
     load_run_config,
+    replayed_processes,
 )
 from lorasb_ds.ds_config import resolve_ds_config
 
@@ -28,9 +29,9 @@ def ds_file(tmp_path: Path, **content: Any) -> str:
 
 
 def problems(tmp_path: Path, given: dict[str, Any], world_size: int = 2, **content: Any) -> str:
-    config = load_run_config({**given, "ds_config": ds_file(tmp_path, **content)})
+    given = {**given, "ds_config": ds_file(tmp_path, **content)}
     with pytest.raises(ConfigError) as error:
-        resolve_ds_config(config, world_size)
+        resolve_ds_config(load_run_config(given), world_size)
     return str(error.value)
 
 
@@ -56,6 +57,38 @@ def test_replay_takes_the_run_and_flags_win(tmp_path: Path) -> None:
     assert (again.r, again.lr) == (16, 1e-3)
     assert again.output_dir is None, "a replay gets a folder of its own"
     assert not again.overwrite
+
+
+def test_replay_drops_what_no_longer_fits(tmp_path: Path) -> None:
+    first = load_run_config({"max_steps": 5, "prompt_column": "question"})
+    assert first.eval_data == DEMO_EVAL_DATA
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"config": first.model_dump()}))
+    assert load_run_config({"epochs": 2.0}, str(path)).max_steps is None
+    other = load_run_config({"data": "mine.jsonl"}, str(path))
+    assert (other.eval_data, other.prompt_column) == (None, None)
+
+
+def test_replay_reads_the_copy_of_the_ds_config(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "ds_config.json").write_text(
+        json.dumps({"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 3}})
+    )
+    first = RunConfig(ds_config="/gone/ds.json", micro_batch_size=2)
+    (run / "run.json").write_text(
+        json.dumps({"config": first.model_dump(), "world_size": 2, "accelerator": "cpu"})
+    )
+    config = load_run_config({}, str(run / "run.json"))
+    assert resolve_ds_config(config, 2)[0]["train_batch_size"] == 4
+    assert replayed_processes(str(run / "run.json")) == (2, None)
+    # Another file's numbers win over what is only replayed, and not over what is asked for.
+    other = ds_file(tmp_path, train_micro_batch_size_per_gpu=7)
+    config = load_run_config({"ds_config": other}, str(run / "run.json"))
+    assert resolve_ds_config(config, 1)[1].micro_batch_size == 7
+    config = load_run_config({"ds_config": other, "micro_batch_size": 3}, str(run / "run.json"))
+    with pytest.raises(ConfigError, match=r"--micro-batch-size 3 differs"):
+        resolve_ds_config(config, 1)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +150,14 @@ def test_the_global_batch_decides_the_accumulation(tmp_path: Path) -> None:
         ({"dtype": "fp32"}, {"bf16": {"enabled": True}}, ["--dtype fp32", "bf16.enabled true"]),
         ({}, {"train_batch_size": 7}, ["train_batch_size is 7", "--micro-batch-size 4"]),
         ({}, {"gradient_clipping": "much"}, ["gradient_clipping", "'much'"]),
+        ({}, {"train_batch_size": "48"}, ["train_batch_size is '48'", "whole number"]),
+        (
+            {},
+            {"train_micro_batch_size_per_gpu": 0, "train_batch_size": 4},
+            ["--micro-batch-size 0"],
+        ),
+        ({}, {"train_micro_batch_size_per_gpu": 2.5}, ["--micro-batch-size 2.5"]),
+        ({"lr": float("inf")}, {}, ["--lr inf"]),
         ({}, {"fp16": {"enabled": True}}, ["fp16.enabled", "bf16"]),
         ({}, {"zero_optimization": {"stage": 0}}, ["stage is 0"]),
         ({}, {"optimizer": {"type": "Muon"}}, ["'Muon'", "AdamW"]),

@@ -100,17 +100,55 @@ def test_columns(columns: list[str], asked: Any, expected: Any) -> None:
     assert choose_columns(dict.fromkeys(columns, "x"), *asked) == expected
 
 
+def test_splits(tmp_path: Path) -> None:
+    tables = {
+        name: datasets.Dataset.from_list(word_rows(n)) for name, n in (("train", 4), ("test", 2))
+    }
+    datasets.DatasetDict(tables).save_to_disk(tmp_path / "both")
+    assert len(load_rows(str(tmp_path / "both"))) == 4
+    assert len(load_rows(str(tmp_path / "both"), "--eval-data")) == 2
+    datasets.DatasetDict(train=tables["train"]).save_to_disk(tmp_path / "train-only")
+    with pytest.raises(ConfigError, match=r"--eval-data .*no split test or .*it has train"):
+        load_rows(str(tmp_path / "train-only"), "--eval-data")
+
+
+def test_a_template_that_refuses_a_row_is_counted(tokenizer: Any) -> None:
+    import copy
+
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+        "{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    rows = [{"messages": turns}, {"messages": [{"role": "system", "content": "s"}, *turns]}]
+    result = tokenize_rows(rows, strict, RunConfig())
+    assert dict(result.counts) == {
+        "kept": 1,
+        "skipped: the chat template refuses the conversation": 1,
+    }
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
         ((None, None), "No known prompt and response columns.*It has: text, label"),
         (("title", None), "--prompt-column title: the data has no such column.*text, label"),
         ((None, "reply"), "--response-column reply"),
+        (("messages", "text"), "--prompt-column messages"),
     ],
 )
 def test_missing_columns(asked: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         choose_columns({"text": "a", "label": "b"}, *asked)
+
+
+def test_messages_bring_their_own_response() -> None:
+    row = {"messages": [], "summary": "a"}
+    with pytest.raises(ConfigError, match="last assistant turn; leave the option out"):
+        choose_columns(row, "messages", "summary")
+    with pytest.raises(ConfigError, match="No known prompt"):
+        choose_columns(row, None, "summary")
 
 
 def test_response_in_the_metadata() -> None:

@@ -7,17 +7,16 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from deepspeed.launcher.runner import fetch_hostfile
 
 from launcher.cli import main
-from launcher.command import job_environment, train_command
+from launcher.command import job_environment, train_command, visible_gpus
 from launcher.options import to_arguments
-from lorasb_ds.config import RunConfig, option_name
+from lorasb_ds.config import ConfigError, RunConfig, option_name
 
 
 def test_train_command() -> None:
-    command = train_command(
-        ["--r", "8"], num_procs=2, num_gpus=None, master_port=1234, python="/env/bin/python"
-    )
+    command = train_command(["--r", "8"], count=2, master_port=1234, python="/env/bin/python")
     assert command[:3] == ["/env/bin/python", "-m", "deepspeed.launcher.runner"]
     assert command[command.index("--num_accelerators") + 1] == "2"
     assert command[command.index("--master_port") + 1] == "1234"
@@ -26,16 +25,40 @@ def test_train_command() -> None:
 
 
 def test_all_gpus_when_no_number_is_given() -> None:
-    command = train_command([], num_procs=None, num_gpus=None, master_port=1)
+    command = train_command([], count=None, master_port=1)
     assert "--num_accelerators" not in command
 
 
+def test_only_this_host_whatever_lies_in_job_hostfile() -> None:
+    command = train_command([], count=None, master_port=1)
+    assert fetch_hostfile(command[command.index("--hostfile") + 1]) is None
+
+
 def test_environment() -> None:
-    cpu = job_environment({"PATH": "/usr/bin"}, num_procs=2, num_cores=8)
+    cpu = job_environment({"PATH": "/usr/bin"}, 2, None, num_cores=8)
     assert (cpu["DS_ACCELERATOR"], cpu["OMP_NUM_THREADS"]) == ("cpu", "4")
     assert cpu["PATH"].endswith(":/usr/bin")
-    assert job_environment({"OMP_NUM_THREADS": "3"}, 2, 8)["OMP_NUM_THREADS"] == "3"
-    assert "DS_ACCELERATOR" not in job_environment({}, num_procs=None, num_cores=8)
+    assert job_environment({"OMP_NUM_THREADS": "3"}, 2, None, 8)["OMP_NUM_THREADS"] == "3"
+    assert cpu["PYTHONHASHSEED"] == "0", "generated rows are the same on every rank"
+    assert "DS_ACCELERATOR" not in job_environment({}, None, 2, num_cores=8)
+
+
+def test_visible_gpus_are_kept() -> None:
+    assert visible_gpus({}, 2) is None
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "4,5,6"}, 2) == "4,5"
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "4,5"}, None) == "4,5"
+    with pytest.raises(ConfigError, match=r"--num-gpus 3.*CUDA_VISIBLE_DEVICES=4,5 shows 2"):
+        visible_gpus({"CUDA_VISIBLE_DEVICES": "4,5"}, 3)
+    given = {"CUDA_VISIBLE_DEVICES": "4,5,6"}
+    assert job_environment(given, None, 2, 8)["CUDA_VISIBLE_DEVICES"] == "4,5"
+
+
+def test_a_count_and_visible_gpus_exclude_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed ignores CUDA_VISIBLE_DEVICES when it gets a count."""
+    assert "--num_accelerators" in dry_run("--num-gpus", "2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    assert "--num_accelerators" not in dry_run("--num-gpus", "2")
+    assert "--num_accelerators" in dry_run("--num-procs", "2")
 
 
 def test_arguments_of_the_worker() -> None:

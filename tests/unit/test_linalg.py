@@ -49,6 +49,29 @@ def test_real_valued_with_a_wide_spectrum() -> None:
     torch.testing.assert_close(found.U_local.T @ found.U_local, torch.eye(40), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("m", "n", "r", "directions"), [(256, 192, 16, 1), (576, 192, 64, 1), (600, 300, 64, 2)]
+)
+def test_large_and_rank_deficient(m: int, n: int, r: int, directions: int) -> None:
+    """Rounding must not pass for the directions that are not there."""
+    generator = torch.Generator().manual_seed(m)
+    M = (
+        torch.randn(m, 1, generator=generator).sign()
+        @ torch.randn(1, n, generator=generator).sign()
+    )
+    if directions == 2:
+        M[: m // 2] = 0
+        M[0] = -1
+    U, S, Vh, energy = truncated_svd(M.to(torch.int8), r)
+    assert torch.linalg.matrix_rank(M) == directions
+    exact = torch.linalg.svdvals(M.double())[:r].float()
+    torch.testing.assert_close(S, exact, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close((U * S) @ Vh, M, atol=1e-4, rtol=0)
+    torch.testing.assert_close(U.T @ U, torch.eye(r), atol=1e-5, rtol=0)
+    torch.testing.assert_close(Vh @ Vh.T, torch.eye(r), atol=1e-5, rtol=0)
+    assert energy == pytest.approx(1.0, abs=1e-6)
+
+
 def test_the_same_bits_every_time() -> None:
     M = torch.randn(50, 20, generator=torch.Generator().manual_seed(3)).sign().to(torch.int8)
     first, second = truncated_svd(M, 6), truncated_svd(M, 6)
