@@ -74,7 +74,7 @@ def evaluate(
     )
     load_config(model)
     source = data or DEMO_EVAL_DATA
-    rows = load_rows(source, "--eval-data")
+    rows = load_rows(source, held_out=True)
     rows = [rows[i] for i in range(min(num_samples or len(rows), len(rows)))]
     tokenizer = load_tokenizer(model)
     tokenized = tokenize_rows(rows, tokenizer, config)

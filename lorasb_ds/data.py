@@ -73,11 +73,11 @@ class TokenizedRows:
 # ---------------------------------------------------------------------------------------- rows
 
 
-def load_rows(source: str, option: str = "--data") -> Sequence[Row]:
+def load_rows(source: str, option: str = "--data", *, held_out: bool = False) -> Sequence[Row]:
     """Rows of a file, a saved folder, a reasoning-gym task or a hub data set.
 
     A hub data set is named ``NAME``, ``NAME:CONFIG``, ``NAME@SPLIT`` or ``NAME:CONFIG@SPLIT``.
-    Without a split, --data takes train, and --eval-data the first of ``HELD_OUT_SPLITS``.
+    Without a split it is train, or with ``held_out`` the first of ``HELD_OUT_SPLITS`` there is.
 
     Raises:
         ConfigError: if it cannot be read or has no rows; ``option`` is named in the message.
@@ -85,16 +85,17 @@ def load_rows(source: str, option: str = "--data") -> Sequence[Row]:
     if source.startswith(REASONING_GYM):
         rows: Sequence[Row] = reasoning_gym_dataset(source, option)
     else:
-        rows = _load_with_datasets(source, option)
+        rows = _load_with_datasets(source, option, held_out)
     if len(rows) == 0:
         raise ConfigError(f"{option} {source} has no rows. Give data with at least one row.")
     return rows
 
 
-def _load_with_datasets(source: str, option: str) -> Sequence[Row]:
+def _load_with_datasets(source: str, option: str, held_out: bool) -> Sequence[Row]:
     import datasets
 
     path = Path(source).expanduser()
+    splits = HELD_OUT_SPLITS if held_out else ("train",)
     try:
         if path.is_file():
             file_type = FILE_TYPES.get(path.suffix.lower())
@@ -107,14 +108,15 @@ def _load_with_datasets(source: str, option: str) -> Sequence[Row]:
                 return []
             return datasets.load_dataset(file_type, data_files=str(path), split="train")
         if path.is_dir():
-            return _one_split(datasets.load_from_disk(str(path)), None, source, option)
+            return _one_split(datasets.load_from_disk(str(path)), splits, source, option)
         if path.suffix.lower() in FILE_TYPES or source.startswith((".", "/", "~")):
             raise ConfigError(f"{option} {source}: there is no such file.")
         hub = re.fullmatch(r"([^:@]+)(?::([^@]+))?(?:@(.+))?", source)
         if hub is None:
             raise ConfigError(f"{option} {source}: a hub data set is named NAME[:CONFIG][@SPLIT].")
         name, configuration, split = hub.groups()
-        return _one_split(datasets.load_dataset(name, configuration), split, source, option)
+        loaded = datasets.load_dataset(name, configuration)
+        return _one_split(loaded, (split,) if split else splits, source, option)
     except ConfigError:
         raise
     except Exception as error:
@@ -128,10 +130,9 @@ def _load_with_datasets(source: str, option: str) -> Sequence[Row]:
         ) from error
 
 
-def _one_split(loaded: Any, split: str | None, source: str, option: str) -> Sequence[Row]:
+def _one_split(loaded: Any, wanted: tuple[str, ...], source: str, option: str) -> Sequence[Row]:
     if not isinstance(loaded, Mapping):
         return loaded
-    wanted = (split,) if split else HELD_OUT_SPLITS if option == "--eval-data" else ("train",)
     found = next((name for name in wanted if name in loaded), None)
     if found is None:
         raise ConfigError(

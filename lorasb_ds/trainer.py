@@ -89,7 +89,7 @@ def prepare(config: RunConfig, world_size: int) -> Prepared:
     train = tokenize_rows(load_rows(config.data), tokenizer, config)
     held_out = None
     if config.eval_data is not None:
-        rows = load_rows(config.eval_data, "--eval-data")
+        rows = load_rows(config.eval_data, "--eval-data", held_out=True)
         held_out = tokenize_rows(rows, tokenizer, config, option="--eval-data")
     return Prepared(config, ds_config, hf_config, tokenizer, layers, targets, train, held_out)
 

@@ -106,10 +106,10 @@ def test_splits(tmp_path: Path) -> None:
     }
     datasets.DatasetDict(tables).save_to_disk(tmp_path / "both")
     assert len(load_rows(str(tmp_path / "both"))) == 4
-    assert len(load_rows(str(tmp_path / "both"), "--eval-data")) == 2
+    assert len(load_rows(str(tmp_path / "both"), held_out=True)) == 2
     datasets.DatasetDict(train=tables["train"]).save_to_disk(tmp_path / "train-only")
     with pytest.raises(ConfigError, match=r"--eval-data .*no split test or .*it has train"):
-        load_rows(str(tmp_path / "train-only"), "--eval-data")
+        load_rows(str(tmp_path / "train-only"), "--eval-data", held_out=True)
 
 
 def test_a_template_that_refuses_a_row_is_counted(tokenizer: Any) -> None:
