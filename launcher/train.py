@@ -33,7 +33,7 @@ def main(local_rank: int | None, run_json: str | None, **given: Any) -> None:
     try:
         config = load_run_config(given, run_json)
         # Imported only now: the options above are wrong or right without torch.
-        from lorasb_ds.trainer import prepare
+        from lorasb_ds.prepare import prepare
 
         _check_device()
         prepared = prepare(config, int(os.environ["WORLD_SIZE"]))

@@ -12,17 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lorasb_ds.data import (
-    REASONING_GYM,
-    Batch,
-    Example,
-    Row,
-    collate,
-    reasoning_gym_dataset,
-    render_prompt,
-    to_messages,
-)
+from lorasb_ds.data import Batch, Example, collate, render_prompt
 from lorasb_ds.loss import token_loss_sum
+from lorasb_ds.rows import REASONING_GYM, Row, reasoning_gym_dataset, to_messages
 
 Score = Callable[[str, Row, str], bool]  # (generated, row, response) -> right
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 
 from lorasb_ds import zero
 from lorasb_ds.adapter import LoraSBLinear, Shapes, to_plain_lora
-from lorasb_ds.files import publish, save_tensors, write_text
+from lorasb_ds.files import publish, save_tensors, write_json
 
 BASIS_FORMAT = "1"
 
@@ -71,7 +70,7 @@ def save_peft_adapter(
         shutil.rmtree(aside)
     aside.mkdir(parents=True)
     save_tensors(aside / "adapter_model.safetensors", tensors, {"format": "pt"})
-    write_text(aside / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+    write_json(aside / "adapter_config.json", config)
     if folder.exists():
         shutil.rmtree(folder)  # --overwrite was given
     publish(aside, folder)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -16,34 +15,26 @@ import torch
 import torch.distributed as dist
 
 from lorasb_ds import zero
-from lorasb_ds.adapter import LoraSBLinear, Shapes, inject, select_targets
-from lorasb_ds.config import DS_CONFIG_COPY, ConfigError, RunConfig, check_output_dir
+from lorasb_ds.adapter import LoraSBLinear, inject
+from lorasb_ds.config import DS_CONFIG_COPY, ConfigError, RunConfig
 from lorasb_ds.data import (
     Batch,
     TokenizedRows,
     collate,
     epoch_order,
-    load_rows,
     micro_batches,
     sample_indices,
-    tokenize_rows,
 )
-from lorasb_ds.ds_config import global_batch_size, resolve_ds_config
+from lorasb_ds.ds_config import global_batch_size
 from lorasb_ds.evaluate import held_out_loss
 from lorasb_ds.export import BASIS_FORMAT, collect_lora, save_peft_adapter
-from lorasb_ds.files import save_tensors, write_text
+from lorasb_ds.files import save_tensors, write_json
 from lorasb_ds.gradients import branches_off
 from lorasb_ds.initialize import InitReport, initialize
-from lorasb_ds.loading import (
-    DTYPES,
-    load_base,
-    load_config,
-    load_tokenizer,
-    model_path,
-    read_shapes,
-)
+from lorasb_ds.loading import DTYPES, load_base, model_path
 from lorasb_ds.loss import token_loss_sum
 from lorasb_ds.metrics import RunLog, provenance
+from lorasb_ds.prepare import Prepared, check_ranks_agree
 from lorasb_ds.report import draw_loss_curve, write_report
 
 # All that a run writes into its folder, and --overwrite removes.
@@ -58,65 +49,6 @@ OUTPUTS = (
     "loss.png",
     "report.md",
 )
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """All of a run that can be known, and can be wrong, before a process group exists."""
-
-    config: RunConfig
-    ds_config: dict[str, Any]
-    hf_config: Any
-    tokenizer: Any
-    layers: Shapes
-    targets: Shapes
-    train: TokenizedRows
-    held_out: TokenizedRows | None
-
-
-def prepare(config: RunConfig, world_size: int) -> Prepared:
-    """Check the configuration, the model's shapes and the data. Not collective.
-
-    Raises:
-        ConfigError: what is wrong and what to do about it.
-    """
-    ds_config, config = resolve_ds_config(config, world_size)
-    check_output_dir(config)
-    hf_config = load_config(config.model)
-    layers = read_shapes(hf_config)
-    targets = select_targets(layers, config.target_modules, config.r)
-    tokenizer = load_tokenizer(config.model)
-    train = tokenize_rows(load_rows(config.data), tokenizer, config)
-    held_out = None
-    if config.eval_data is not None:
-        rows = load_rows(config.eval_data, "--eval-data", held_out=True)
-        held_out = tokenize_rows(rows, tokenizer, config, option="--eval-data")
-    return Prepared(config, ds_config, hf_config, tokenizer, layers, targets, train, held_out)
-
-
-def check_ranks_agree(run: Prepared) -> None:
-    """Refuse to go on unless every rank holds the same run and the same rows. Collective.
-
-    Raises:
-        ConfigError: on every rank alike.
-    """
-    held = {
-        "the options": run.config.model_dump_json(),
-        "the ds_config": json.dumps(run.ds_config, sort_keys=True),
-        "the model's layers": json.dumps(run.layers),
-        "the training rows": run.train.digest(),
-        "the held-out rows": run.held_out.digest() if run.held_out else "",
-    }
-    all_held: list[Any] = [None] * zero.world_size()
-    dist.all_gather_object(all_held, held)
-    for rank, theirs in enumerate(all_held):
-        differ = [what for what in held if theirs[what] != all_held[0][what]]
-        if differ:
-            raise ConfigError(
-                f"Rank {rank} and rank 0 do not agree on {', '.join(differ)}. Every host must see "
-                "the same files; and some tasks of reasoning-gym depend on Python's hash seed: set "
-                "PYTHONHASHSEED=0 (`lorasb train` does)."
-            )
 
 
 def run_training(run: Prepared) -> Path:
@@ -140,8 +72,8 @@ def run_training(run: Prepared) -> Path:
     log = None
     if is_main:
         # A replay reads this copy: the file it came from may change.
-        write_text(folder / DS_CONFIG_COPY, Path(config.ds_config).read_text(encoding="utf-8"))
-        write_text(folder / "run.json", json.dumps(description, indent=2) + "\n")
+        write_json(folder / DS_CONFIG_COPY, run.ds_config_file)
+        write_json(folder / "run.json", description)
         log = RunLog(folder)
         _say(f"run folder {folder}")
         _say(f"training rows: {run.train.describe()}")
@@ -324,7 +256,7 @@ def _initialize(run: Prepared, engine: Any, adapters: Any, folder: Path) -> Init
     if zero.rank() == 0:
         about = {"format": "pt", "basis_format": BASIS_FORMAT, "r": str(config.r)}
         save_tensors(folder / "basis.safetensors", basis, about)
-        write_text(folder / "init.json", json.dumps(asdict(report), indent=2) + "\n")
+        write_json(folder / "init.json", asdict(report))
     _say(
         f"init: {report.num_samples} rows, {report.total_s:.1f} s (gradients "
         f"{report.gradients_s:.1f}, SVD {report.svd_s:.1f}); sample loss {report.loss_before:.4f} "

@@ -16,7 +16,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from lorasb_ds.config import ConfigError, load_run_config
-from lorasb_ds.trainer import prepare
+from lorasb_ds.prepare import prepare
 from tests.runs import ROOT, run_command, word_rows, write_jsonl
 
 

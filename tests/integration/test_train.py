@@ -120,6 +120,12 @@ def test_a_run_is_replayed_and_overwritten(tiny_model: Path, tmp_path: Path) -> 
     configs = [json.loads((run / "run.json").read_text())["config"] for run in (first, again)]
     differ = {key for key in configs[0] if configs[0][key] != configs[1][key]}
     assert differ == {"output_dir", "overwrite", "ds_config"}
+    # Once more in its own place, reading what it overwrites; and without clipping.
+    replay[3] = str(again / "run.json")
+    run_command(*replay, "--overwrite", "--max-grad-norm", "0")
+    unclipped = metrics(again)
+    assert unclipped[0]["loss"] == losses[0][0]
+    assert all(row["grad_norm"] > 0 for row in unclipped)
 
 
 OPTIONS = {  # what each shipped configuration is tried with

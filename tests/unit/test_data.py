@@ -15,16 +15,14 @@ from lorasb_ds.config import ConfigError, RunConfig
 from lorasb_ds.data import (
     IGNORE_INDEX,
     Example,
-    choose_columns,
     collate,
     encode,
     epoch_order,
-    load_rows,
     micro_batches,
     sample_indices,
-    to_messages,
     tokenize_rows,
 )
+from lorasb_ds.rows import choose_columns, load_rows, to_messages
 from tests.runs import word_rows, write_jsonl
 
 ROWS = word_rows(5)

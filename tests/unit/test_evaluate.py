@@ -11,10 +11,10 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
-from lorasb_ds.data import load_rows
 from lorasb_ds.evaluate import generate, scorer, wilson_interval
 from lorasb_ds.export import save_peft_adapter
 from lorasb_ds.files import write_text
+from lorasb_ds.rows import load_rows
 
 
 def test_wilson_interval() -> None:
