@@ -1,0 +1,144 @@
+"""Captured gradients against autograd's own, with the whole model in one process."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from lorasb_ds import quantization
+from lorasb_ds.adapter import inject, linear_layers
+from lorasb_ds.data import collate, tokenize_rows
+from lorasb_ds.rows import load_rows
+from lorasb_ds.gradients import average_gradients
+from lorasb_ds.config import load_run_config
+from lorasb_ds.linalg import truncated_svd
+from tests.runs import REALLY_SHARDED, run_ranks, word_rows, write_jsonl
+
+def true_gradients(model: nn.Module, examples: list[Any], pad: int) -> dict[str, torch.Tensor]:
+    """`.grad` of every linear weight after one backward of the mean loss over label tokens.
+
+    Independent of the project: transformers' own loss on one padded batch of all rows.
+    """
+    batch = collate(examples, pad)
+    model.requires_grad_(True)
+    loss = model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels
+    ).loss
+    loss.backward()
+    modules = dict(model.named_modules())
+    result = {name: modules[name].weight.grad.float() for name in linear_layers(model)}
+    return result | {"loss": loss.detach()}
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b)).item()
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tol: float):
+    assert found.keys() == expected.keys()
+    errors = {name: relative_error(found[name], expected[name]) for name in expected}
+    worst = max(errors, key=lambda name: errors[name])
+    assert errors[worst] <= tol, f"{worst}: {errors[worst]:.2e}"
+
+
+def setting(model: Path, tmp_path: Path, **more: Any) -> dict[str, Any]:
+    # 5 rows in micro-batches of 2: on 2 ranks the last round has one row, and one rank is short.
+    data = write_jsonl(tmp_path / "rows.jsonl", word_rows(5))
+    return {"model": str(model), "data": data, "r": 8, "micro_batch_size": 2, **more}
+
+
+def captured(config: dict[str, Any], tmp_path: Path, world_size: int) -> dict[str, torch.Tensor]:
+    out = str(tmp_path / f"{world_size}.safetensors")
+    run_ranks("gradients", world_size, config=config, out=out, zero_optimization=REALLY_SHARDED)
+    return load_file(out)
+
+
+def examples_of(config: dict[str, Any], tokenizer: Any) -> list[Any]:
+    return tokenize_rows(load_rows(config["data"]), tokenizer, load_run_config(config)).examples
+
+
+def test_zero3_on_two_ranks_real_model(demo_model: Path, tmp_path: Path, tokenizer: Any) -> None:
+    config = setting(demo_model, tmp_path, dtype="fp32")
+    model = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32)
+    expected = true_gradients(model, examples_of(config, tokenizer), tokenizer.pad_token_id)
+    assert len(expected) == 210 + 1
+    found = captured(config, tmp_path, 2)
+    assert_close(found, expected, tol=1e-4)
+    for name in ("0.mlp.down_proj", "14.self_attn.k_proj", "29.self_attn.q_proj"):
+        signs = found[f"model.layers.{name}"].sign()
+        signs = signs if len(signs) >= signs.shape[1] else signs.T
+        svd = truncated_svd(signs.to(torch.int8), 96)
+        exact = torch.linalg.svdvals(signs.double())[:96]
+        # The energy in the span of U and Vh, and not only the one that S claims.
+        kept = (svd.U_local.T @ signs @ svd.Vh.T).double().square().sum()
+        assert kept >= (1 - 1e-4) * exact.square().sum(), name
+        torch.testing.assert_close(svd.S.double(), exact, atol=0, rtol=1e-5)
+        identity = torch.eye(96)
+        torch.testing.assert_close(svd.U_local.T @ svd.U_local, identity, atol=1e-5, rtol=0)
+        torch.testing.assert_close(svd.Vh @ svd.Vh.T, identity, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_checkpointing_any_ranks(
+    tiny_model: Path, tmp_path: Path, tokenizer: Any, world_size: int
+) -> None:
+    config = setting(tiny_model, tmp_path, dtype="fp32", gradient_checkpointing=True)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    expected = true_gradients(model, examples_of(config, tokenizer), tokenizer.pad_token_id)
+    assert_close(captured(config, tmp_path, world_size), expected, tol=1e-4)
+
+
+def tapped(model: nn.Module, config: dict[str, Any], tokenizer: Any) -> dict[str, torch.Tensor]:
+    """The same taps on a whole model in this process, with the two ranks' micro-batches."""
+    examples = examples_of(config, tokenizer)
+    adapters = inject(model, linear_layers(model), 8, torch.bfloat16)
+    batches = [collate(examples[i : i + 2], tokenizer.pad_token_id) for i in range(0, 5, 2)]
+    num_tokens = sum(e.num_label_tokens for e in examples)
+    shards, loss = average_gradients(model, adapters, batches, num_tokens)
+    whole = {
+        name: G.T if adapters[name].in_features > adapters[name].out_features else G
+        for name, G in shards.shards.items()
+    }
+    return whole | {"loss": torch.tensor(loss)}
+
+
+@pytest.mark.usefixtures("one_process")
+def test_bf16_equals_the_unsharded_tap(tiny_model: Path, tmp_path: Path, tokenizer: Any) -> None:
+    config = setting(tiny_model, tmp_path, dtype="bf16")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
+    # The same bf16 activations; only the order of fp32 sums differs.
+    assert_close(captured(config, tmp_path, 2), tapped(model, config, tokenizer), tol=1e-6)
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("ds_config", ["zero3", "zero2"])
+def test_4bit_equals_the_dequantized_model(
+    tiny_model: Path, tmp_path: Path, tokenizer: Any, ds_config: str
+) -> None:
+    world_size = {"zero3": 1, "zero2": 2}[ds_config]
+    config = setting(
+        tiny_model, tmp_path, load_in_4bit=True, ds_config=f"ds_configs/{ds_config}.json"
+    )
+    found = captured(config, tmp_path, world_size)
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_model, dtype=torch.bfloat16, quantization_config=quantization.nf4_config(torch.bfloat16)
+    )
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
+    layers, quantized = dict(plain.named_modules()), dict(model.named_modules())
+    for name in linear_layers(plain):
+        weight = quantization.dequantized(quantized[name].weight)
+        assert relative_error(layers[name].weight, weight) > 0.01, "it was not quantized"
+        layers[name].weight.data = weight
+    # fp32 and autograd alone: what 4 bits leave of the weights is what is differentiated, up to
+    # bf16's rounding of activations.
+    exact = copy.deepcopy(plain).float()
+    expected = true_gradients(exact, examples_of(config, tokenizer), tokenizer.pad_token_id)
+    assert_close(found, expected, tol=0.05)
+    assert_close(found, tapped(plain, config, tokenizer), tol=1e-6)
