@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM
 
 from lorasb_ds import quantization
 from lorasb_ds.adapter import inject, linear_layers
-from lorasb_ds.data import collate, tokenize_rows
-from lorasb_ds.rows import load_rows
-from lorasb_ds.gradients import average_gradients
 from lorasb_ds.config import load_run_config
+from lorasb_ds.data import collate, tokenize_rows
+from lorasb_ds.gradients import average_gradients
 from lorasb_ds.linalg import truncated_svd
+from lorasb_ds.rows import load_rows
 from tests.runs import REALLY_SHARDED, run_ranks, word_rows, write_jsonl
+
 
 def true_gradients(model: nn.Module, examples: list[Any], pad: int) -> dict[str, torch.Tensor]:
     """`.grad` of every linear weight after one backward of the mean loss over label tokens.
@@ -128,7 +129,9 @@ def test_4bit_equals_the_dequantized_model(
     )
     found = captured(config, tmp_path, world_size)
     model = AutoModelForCausalLM.from_pretrained(
-        tiny_model, dtype=torch.bfloat16, quantization_config=quantization.nf4_config(torch.bfloat16)
+        tiny_model,
+        dtype=torch.bfloat16,
+        quantization_config=quantization.nf4_config(torch.bfloat16),
     )
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
     layers, quantized = dict(plain.named_modules()), dict(model.named_modules())

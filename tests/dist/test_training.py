@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 from lorasb_ds.adapter import linear_layers
 from lorasb_ds.config import load_run_config
 from lorasb_ds.data import collate, epoch_order, tokenize_rows
-from lorasb_ds.rows import load_rows
 from lorasb_ds.loading import load_tokenizer
+from lorasb_ds.rows import load_rows
 from tests.dist.test_gradients import true_gradients
 from tests.runs import REALLY_SHARDED, ROOT, metrics, run_command, run_ranks, word_rows, write_jsonl
 
@@ -60,7 +60,8 @@ def two_runs(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
             *f"lorasb train --num-procs {procs} --gradient-accumulation-steps {accumulation} "
             f"--model {demo_model} --data {data} --dtype fp32 --r 16 --init-samples 6 "
             f"--target-modules q_proj,down_proj --micro-batch-size 2 --lr 6e-3 "
-            f"--max-steps {STEPS} --seed 3 --ds_config {folder}/ds.json --output-dir {folder}/{procs}".split()
+            f"--max-steps {STEPS} --seed 3 --ds_config {folder}/ds.json "
+            f"--output-dir {folder}/{procs}".split()
         )
     return folder / "2", folder / "1", folder / "rows.jsonl"
 
@@ -220,10 +221,11 @@ def test_init_is_the_paper_s_formula(tiny_model: Path, tmp_path: Path, tokenizer
         "init_lr": eta,
         "micro_batch_size": 2,
     }
-    run_ranks(
-        "initialize", 2, config=config, out=str(tmp_path), zero_optimization=REALLY_SHARDED
+    run_ranks("initialize", 2, config=config, out=str(tmp_path), zero_optimization=REALLY_SHARDED)
+    live, basis = (
+        load_file(tmp_path / "live.safetensors"),
+        load_file(tmp_path / "basis.safetensors"),
     )
-    live, basis = load_file(tmp_path / "live.safetensors"), load_file(tmp_path / "basis.safetensors")
     report = json.loads((tmp_path / "init.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     examples = tokenize_rows(load_rows(config["data"]), tokenizer, load_run_config(config)).examples
@@ -242,7 +244,9 @@ def test_init_is_the_paper_s_formula(tiny_model: Path, tmp_path: Path, tokenizer
         for product in (A @ A.T, B.T @ B):
             torch.testing.assert_close(product, torch.eye(r), atol=1e-5, rtol=0)
         U, S, Vh = torch.linalg.svd(G.sign(), full_matrices=False)
-        torch.testing.assert_close(R, torch.diag(-eta * S[:r]), atol=1e-3 * eta * S[0].item(), rtol=0)
+        torch.testing.assert_close(
+            R, torch.diag(-eta * S[:r]), atol=1e-3 * eta * S[0].item(), rtol=0
+        )
         update, expected = B @ R @ A, -eta * (U[:, :r] * S[:r]) @ Vh[:r]
         # An entry of G that is nearly zero may have the other sign: the tolerance is for those.
         assert torch.linalg.norm(update - expected) <= 0.03 * torch.linalg.norm(expected), name
