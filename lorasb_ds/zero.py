@@ -155,7 +155,7 @@ def peak_memory_bytes() -> int:
     """Highest memory in use since the last reset: the device's, on a CPU the process's."""
     if accelerator_name() != "cpu":
         return int(get_accelerator().max_memory_allocated())
-    return _proc_status("VmHWM")
+    return _process_peak_bytes()
 
 
 def reset_peak_memory() -> None:
@@ -170,11 +170,11 @@ def reset_peak_memory() -> None:
         return  # not Linux, or not allowed: the peak is then that of the whole process
 
 
-def _proc_status(key: str) -> int:
+def _process_peak_bytes() -> int:
     try:
         with open("/proc/self/status") as file:  # noqa: PTH123
             for line in file:
-                if line.startswith(key + ":"):
+                if line.startswith("VmHWM:"):
                     return int(line.split()[1]) * 1024
     except OSError:
         pass

@@ -15,27 +15,12 @@ from transformers import AutoModelForCausalLM
 from lorasb_ds import quantization
 from lorasb_ds.adapter import inject, linear_layers
 from lorasb_ds.config import load_run_config
-from lorasb_ds.data import collate, tokenize_rows
+from lorasb_ds.data import Batch, collate, tokenize_rows
 from lorasb_ds.gradients import average_gradients
 from lorasb_ds.linalg import truncated_svd
 from lorasb_ds.rows import load_rows
+from tests.references import true_gradients
 from tests.runs import REALLY_SHARDED, run_ranks, word_rows, write_jsonl
-
-
-def true_gradients(model: nn.Module, examples: list[Any], pad: int) -> dict[str, torch.Tensor]:
-    """`.grad` of every linear weight after one backward of the mean loss over label tokens.
-
-    Independent of the project: transformers' own loss on one padded batch of all rows.
-    """
-    batch = collate(examples, pad)
-    model.requires_grad_(True)
-    loss = model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels
-    ).loss
-    loss.backward()
-    modules = dict(model.named_modules())
-    result = {name: modules[name].weight.grad.float() for name in linear_layers(model)}
-    return result | {"loss": loss.detach()}
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -65,10 +50,15 @@ def examples_of(config: dict[str, Any], tokenizer: Any) -> list[Any]:
     return tokenize_rows(load_rows(config["data"]), tokenizer, load_run_config(config)).examples
 
 
+def batch_of(config: dict[str, Any], tokenizer: Any) -> Batch:
+    """All rows in one."""
+    return collate(examples_of(config, tokenizer), tokenizer.pad_token_id)
+
+
 def test_zero3_on_two_ranks_real_model(demo_model: Path, tmp_path: Path, tokenizer: Any) -> None:
     config = setting(demo_model, tmp_path, dtype="fp32")
     model = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32)
-    expected = true_gradients(model, examples_of(config, tokenizer), tokenizer.pad_token_id)
+    expected = true_gradients(model, batch_of(config, tokenizer))
     assert len(expected) == 210 + 1
     found = captured(config, tmp_path, 2)
     assert_close(found, expected, tol=1e-4)
@@ -92,7 +82,7 @@ def test_checkpointing_any_ranks(
 ) -> None:
     config = setting(tiny_model, tmp_path, dtype="fp32", gradient_checkpointing=True)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    expected = true_gradients(model, examples_of(config, tokenizer), tokenizer.pad_token_id)
+    expected = true_gradients(model, batch_of(config, tokenizer))
     assert_close(captured(config, tmp_path, world_size), expected, tol=1e-4)
 
 
@@ -142,6 +132,6 @@ def test_4bit_equals_the_dequantized_model(
     # fp32 and autograd alone: what 4 bits leave of the weights is what is differentiated, up to
     # bf16's rounding of activations.
     exact = copy.deepcopy(plain).float()
-    expected = true_gradients(exact, examples_of(config, tokenizer), tokenizer.pad_token_id)
+    expected = true_gradients(exact, batch_of(config, tokenizer))
     assert_close(found, expected, tol=0.05)
     assert_close(found, tapped(plain, config, tokenizer), tol=1e-6)

@@ -19,7 +19,7 @@ from lorasb_ds.config import load_run_config
 from lorasb_ds.data import collate, epoch_order, tokenize_rows
 from lorasb_ds.loading import load_tokenizer
 from lorasb_ds.rows import load_rows
-from tests.dist.test_gradients import true_gradients
+from tests.references import own_loss, true_gradients
 from tests.runs import REALLY_SHARDED, ROOT, metrics, run_command, run_ranks, word_rows, write_jsonl
 
 STEPS, ROWS, GLOBAL_BATCH = 10, 22, 4  # 6 steps an epoch, the last with 2 rows
@@ -103,9 +103,7 @@ def test_equals_plain_torch(
         size = min(GLOBAL_BATCH, ROWS - start % ROWS)
         batch = collate([examples[i] for i in order[start : start + size]], tokenizer.pad_token_id)
         start += size
-        loss = model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels
-        ).loss
+        loss = own_loss(model, batch)
         loss.backward()
         norm = nn.utils.clip_grad_norm_([layer.R for layer in layers], config.max_grad_norm)
         norms.append(norm.item())
@@ -229,7 +227,8 @@ def test_init_is_the_paper_s_formula(tiny_model: Path, tmp_path: Path, tokenizer
     report = json.loads((tmp_path / "init.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     examples = tokenize_rows(load_rows(config["data"]), tokenizer, load_run_config(config)).examples
-    expected_gradients = true_gradients(model, examples, tokenizer.pad_token_id)
+    batch = collate(examples, tokenizer.pad_token_id)
+    expected_gradients = true_gradients(model, batch)
     assert report["loss_before"] == pytest.approx(expected_gradients.pop("loss").item(), abs=1e-5)
     assert {(len(G) > G.shape[1]) - (len(G) < G.shape[1]) for G in expected_gradients.values()} == {
         -1,
@@ -257,11 +256,7 @@ def test_init_is_the_paper_s_formula(tiny_model: Path, tmp_path: Path, tokenizer
     with torch.no_grad():
         for name, update in updates.items():
             model.get_submodule(name).weight += update
-    batch = collate(examples, tokenizer.pad_token_id)
-    after = model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels
-    ).loss
-    assert report["loss_after"] == pytest.approx(after.item(), abs=1e-5)
+    assert report["loss_after"] == pytest.approx(own_loss(model, batch).item(), abs=1e-5)
 
 
 def test_ranks_with_other_rows_refuse(tiny_model: Path, tmp_path: Path) -> None:

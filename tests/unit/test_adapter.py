@@ -18,6 +18,7 @@ from lorasb_ds.export import peft_target_modules
 from lorasb_ds.gradients import average_gradients, no_dropout
 from lorasb_ds.loading import load_base, load_config, read_shapes
 from lorasb_ds.loss import token_loss_sum
+from tests.references import own_loss, true_gradients
 from tests.runs import word_rows
 
 SHAPES = {"m.0.q_proj": (8, 8), "m.0.k_proj": (4, 8), "m.1.q_proj": (8, 8), "m.1.k_proj": (4, 8)}
@@ -129,9 +130,7 @@ def tiny(tiny_model: Path, tokenizer: Any) -> tuple[Any, Any]:
 
 def test_loss_is_transformers_own(tiny: tuple[Any, Any]) -> None:
     model, batch = tiny
-    expected = model.eval()(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels
-    ).loss
+    expected = own_loss(model.eval(), batch)
     found = token_loss_sum(model, batch) / batch.num_label_tokens
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
@@ -143,12 +142,8 @@ def test_taps_equal_grad_whatever_the_batches(
 ) -> None:
     model, batch = tiny
     with no_dropout(model):
-        loss = model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels
-        ).loss
-        loss.backward()
-    modules = dict(model.named_modules())
-    expected = {name: modules[name].weight.grad.clone() for name in linear_layers(model)}
+        expected = true_gradients(model, batch)
+    loss = expected.pop("loss")
     model.zero_grad()
     if checkpointing is not None:
         kwargs = {"use_reentrant": checkpointing}

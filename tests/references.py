@@ -1,0 +1,27 @@
+"""What the project is compared with: transformers' own loss and autograd's own gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lorasb_ds.adapter import linear_layers
+from lorasb_ds.data import Batch
+
+
+def own_loss(model: Any, batch: Batch) -> torch.Tensor:
+    """transformers' mean loss over the labels of one padded batch."""
+    return model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels
+    ).loss
+
+
+def true_gradients(model: Any, batch: Batch) -> dict[str, torch.Tensor]:
+    """`.grad` of every linear weight after one backward of that loss, and the "loss"."""
+    model.requires_grad_(True)
+    loss = own_loss(model, batch)
+    loss.backward()
+    modules = dict(model.named_modules())
+    result = {name: modules[name].weight.grad.float() for name in linear_layers(model)}
+    return result | {"loss": loss.detach()}
