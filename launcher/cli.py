@@ -46,14 +46,42 @@ def reports_problems(command: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of a verb that starts a job on this host."""
+    options = (
+        click.option(
+            "--num-procs", type=click.IntRange(min=1), help="Processes on this host's CPU."
+        ),
+        click.option(
+            "--num-gpus", type=click.IntRange(min=1), help="GPUs of this host. [default: all]"
+        ),
+        click.option("--master-port", type=click.IntRange(1, 65535), help="[default: a free one]"),
+        click.option("--dry-run", is_flag=True, help="Check, print the command, and stop."),
+        run_options,
+        reports_problems,
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @main.command(context_settings=CONTEXT)
-@click.option("--num-procs", type=click.IntRange(min=1), help="Processes on this host's CPU.")
-@click.option("--num-gpus", type=click.IntRange(min=1), help="GPUs of this host. [default: all]")
-@click.option("--master-port", type=click.IntRange(1, 65535), help="[default: a free one]")
-@click.option("--dry-run", is_flag=True, help="Check, print the command, and stop.")
-@run_options
-@reports_problems
-def train(
+@job_options
+def train(**options: Any) -> None:
+    """Fine-tune a model: init from gradients, train, save the adapter."""
+    _start_job([], **options)
+
+
+@main.command(context_settings=CONTEXT)
+@job_options
+def init(**options: Any) -> None:
+    """Do the init only; `train --init-from` takes up its output folder, also for a smaller r."""
+    _start_job(["--init-only"], **options)
+
+
+def _start_job(
+    worker_flags: Sequence[str],
+    *,
     num_procs: int | None,
     num_gpus: int | None,
     master_port: int | None,
@@ -61,7 +89,7 @@ def train(
     run_json: str | None,
     **given: Any,
 ) -> None:
-    """Fine-tune a model: init from gradients, train, save the adapter."""
+    """Check what can be checked without torch, and run the worker on every rank."""
     if num_procs is not None and num_gpus is not None:
         raise ConfigError("--num-procs (CPU) and --num-gpus exclude each other. Give one of them.")
     if run_json is not None and num_procs is None and num_gpus is None:
@@ -72,7 +100,7 @@ def train(
     else:  # DeepSpeed counts the GPUs; the workers check the rest before they join
         read_json(config.ds_config, "--ds-config")
     check_output_dir(config)
-    arguments = to_arguments({"config": run_json, **given})
+    arguments = [*worker_flags, *to_arguments({"config": run_json, **given})]
     cores = len(os.sched_getaffinity(0))
     environment = job_environment(os.environ, num_procs, num_gpus, cores)
     # With CUDA_VISIBLE_DEVICES DeepSpeed takes what it names, and must not get a count.

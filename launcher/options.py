@@ -48,9 +48,10 @@ def _option(name: str, field: FieldInfo) -> Callable[[Command], Command]:
 
 
 def _plain_type(annotation: Any) -> Any:
-    """``int | None`` -> ``int``."""
+    """``int | None`` -> ``int``; of several types, ``str``: pydantic tells them apart."""
     if get_origin(annotation) in (types.UnionType, Union):
-        return next(a for a in get_args(annotation) if a is not type(None))
+        kinds = [a for a in get_args(annotation) if a is not type(None)]
+        return kinds[0] if len(kinds) == 1 else str
     return annotation
 
 

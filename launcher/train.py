@@ -19,8 +19,9 @@ GRACE_S = 10.0
 
 @click.command(context_settings=CONTEXT)
 @click.option("--local-rank", type=int, hidden=True, help="Given by DeepSpeed's launcher.")
+@click.option("--init-only", is_flag=True, help="Stop after the init (`lorasb init`).")
 @run_options
-def main(local_rank: int | None, run_json: str | None, **given: Any) -> None:
+def main(local_rank: int | None, init_only: bool, run_json: str | None, **given: Any) -> None:
     """Fine-tune a model on the ranks of a DeepSpeed job."""
     if "RANK" not in os.environ:
         _refuse(
@@ -45,7 +46,7 @@ def main(local_rank: int | None, run_json: str | None, **given: Any) -> None:
 
     zero.init_process_group()
     try:
-        run_training(prepared)
+        run_training(prepared, init_only)
     except ConfigError as error:
         _refuse(error)
     except FloatingPointError as error:

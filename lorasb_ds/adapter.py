@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from lorasb_ds.config import ALL_LINEAR, ConfigError
 
-# Called in the backward pass with a layer's input (…, in) and the gradient of its output (…, out).
-Tap = Callable[[torch.Tensor, torch.Tensor], None]
 Shapes = dict[str, tuple[int, int]]  # layer name -> (out, in)
+
+
+class Tap(Protocol):
+    """What watches a layer during the init."""
+
+    def reached(self) -> None:
+        """The layer was called; again when checkpointing recomputes it."""
+
+    def add(self, x: torch.Tensor, grad_y: torch.Tensor) -> None:
+        """In the backward pass: the layer's input (…, in) and its output's gradient (…, out)."""
 
 
 class LoraSBLinear(nn.Module):
@@ -22,16 +32,22 @@ class LoraSBLinear(nn.Module):
     A (r, in) and B (out, r) are frozen and orthonormal: ``A Aᵀ = Bᵀ B = I``. R (r, r) is trained.
     All three are zero until the init phase fills them.
 
+    Args:
+        base_layer: ``nn.Linear``, a 4-bit layer, or transformers' ``Conv1D``, whose weight is
+            (in, out); only its output is used, so that any of them and any bias will do.
+
     Attributes:
-        enabled: False switches the branch off; the layer is then exactly the base.
+        scale: multiplies the branch; 1 but in the search for eta. At 0 the branch is not computed
+            and the layer is exactly the base.
         tap: when set, sees every input and output gradient of the base layer.
     """
 
-    def __init__(self, base_layer: nn.Linear, r: int, dtype: torch.dtype) -> None:
+    def __init__(self, base_layer: nn.Module, r: int, dtype: torch.dtype) -> None:
         super().__init__()
-        device = base_layer.weight.device
+        weight: Any = base_layer.weight
+        device = weight.device
         self.base_layer = base_layer
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.out_features, self.in_features = layer_shape(base_layer)
 
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -39,7 +55,7 @@ class LoraSBLinear(nn.Module):
         self.lora_A = nn.Parameter(zeros(r, self.in_features), requires_grad=False)
         self.lora_B = nn.Parameter(zeros(self.out_features, r), requires_grad=False)
         self.lora_R = nn.Parameter(zeros(r, r))
-        self.enabled = True
+        self.scale = 1.0
         self.tap: Tap | None = None
 
     @property
@@ -51,12 +67,14 @@ class LoraSBLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base_layer(x)
         if self.tap is not None:
+            self.tap.reached()
             # A leaf that requires grad makes autograd reach this layer although everything below
             # is frozen, and no further down than the lowest layer that has one.
             anchor = torch.zeros(0, device=x.device, requires_grad=True)
             y = _TapFunction.apply(y, x, anchor, self.tap)
-        if self.enabled:
-            y = y + F.linear(F.linear(F.linear(x, self.lora_A), self.lora_R), self.lora_B)
+        if self.scale != 0:
+            branch = F.linear(F.linear(F.linear(x, self.lora_A), self.lora_R), self.lora_B)
+            y = y + (branch if self.scale == 1 else branch * self.scale)
         return y
 
 
@@ -75,29 +93,61 @@ class _TapFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y):
         (x,) = ctx.saved_tensors
-        ctx.tap(x.detach(), grad_y)
+        ctx.tap.add(x.detach(), grad_y)
         return grad_y, None, None, None
 
 
+def layer_shape(layer: Any) -> tuple[int, int]:
+    """(out, in) of a linear layer of any kind."""
+    if isinstance(layer, Conv1D):
+        return layer.nf, layer.nx
+    return layer.out_features, layer.in_features
+
+
 def linear_layers(model: Any) -> Shapes:
-    """Every linear layer but the head, by name in the model's order. 4-bit layers count."""
+    """Every linear layer but the head, by name in the model's order. 4-bit layers count.
+
+    A layer that two parents share is left out: PEFT would load its adapter into one of them only.
+    (Blocks that are used several times are fine: their layers have one parent.)
+    """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    parents: defaultdict[nn.Module, set[nn.Module]] = defaultdict(set)
+    for module in model.modules():
+        for child in module.children():
+            parents[child].add(module)
     return {
-        name: (module.out_features, module.in_features)
+        name: layer_shape(module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
+        if isinstance(module, nn.Linear | Conv1D)
+        and module is not head
+        and len(parents[module]) == 1
+    }
+
+
+def expert_layers(model: nn.Module) -> dict[str, int]:
+    """Modules that hold the experts of an MoE block as 3-D parameters, and their elements.
+
+    They are no linear layers, so that they get no adapter and stay frozen.
+    """
+    return {
+        name: sum(p.numel() for p in experts)
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.Conv1d)
+        and (experts := [p for p in module.parameters(recurse=False) if p.ndim == 3])
     }
 
 
 def select_targets(layers: Shapes, target_modules: str, r: int) -> Shapes:
     """The layers that get an adapter: all, or those whose name is or ends in a given one (PEFT).
 
+    All are all with more than one output: gates such as Qwen-MoE's of shared experts have one.
+
     Raises:
         ConfigError: if a name matches nothing, or r is larger than a matched layer allows.
     """
     if target_modules == ALL_LINEAR:
-        targets = layers
-        missing = [] if layers else [ALL_LINEAR]
+        targets = {name: shape for name, shape in layers.items() if min(shape) > 1}
+        missing = [] if targets else [ALL_LINEAR]
     else:
         wanted = [name.strip() for name in target_modules.split(",") if name.strip()]
         matches = {w: {n for n in layers if n == w or n.endswith("." + w)} for w in wanted}
@@ -133,16 +183,16 @@ def inject(
     for name in targets:
         parent_name, _, child = name.rpartition(".")
         parent = model.get_submodule(parent_name)
-        adapter = LoraSBLinear(parent.get_submodule(child), r, dtype)  # type: ignore[arg-type]
+        adapter = LoraSBLinear(parent.get_submodule(child), r, dtype)
         setattr(parent, child, adapter)
         adapters[name] = adapter
     return adapters
 
 
-def enable(adapters: Mapping[str, LoraSBLinear], enabled: bool) -> None:
-    """Switch all branches on or off; off, the model is exactly the base."""
+def set_scale(adapters: Mapping[str, LoraSBLinear], scale: float) -> None:
+    """Multiply all branches; at 0 the model is exactly the base."""
     for adapter in adapters.values():
-        adapter.enabled = enabled
+        adapter.scale = scale
 
 
 def to_plain_lora(A: torch.Tensor, B: torch.Tensor, R: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -107,10 +107,32 @@ class RunConfig(BaseModel):
     init_samples: int | None = Field(
         None,
         ge=1,
-        description="Training rows in the init's gradient. [default: 0.1 % of them, at least 64]",
+        description="Training rows in the init's sample, of which one in eight is held back to "
+        "measure losses on. [default: 0.1 % of them, at least 64]",
     )
-    init_lr: float = Field(
-        1e-4, gt=0, description="Eta, the learning rate of the step that the init takes."
+    init_lr: Annotated[float, Field(gt=0)] | Literal["auto", "schedule"] = Field(
+        "auto",
+        description="Eta, the learning rate of the step that the init takes: a number, 'schedule' "
+        "(the first step's of --lr and its warmup), or 'auto' (the best of a handful, measured "
+        "on the held-back rows).",
+    )
+    init_update: Literal["sign", "adam", "raw"] = Field(
+        "sign",
+        description="The step that the init imitates: sign of the gradient (the paper), "
+        "g/(|g|+epsilon) (AdamW's first step), or the gradient itself.",
+    )
+    init_memory_gib: float | None = Field(
+        None,
+        gt=0,
+        description="Memory of a process for the init's gradients and SVD, beside base and "
+        "activations; layers are taken in groups, a pass over the sample for each. "
+        "[default: no limit, one pass]",
+    )
+    init_offload: bool = Field(False, description="Keep the init's gradient shards in host memory.")
+    init_from: str | None = Field(
+        None,
+        description="Folder of an earlier `lorasb init` or train run whose basis is taken instead "
+        "of computing one; r may be smaller than its r.",
     )
     seed: int = Field(42, ge=0, description="Seed of everything random in the run.")
     gradient_checkpointing: bool = Field(
@@ -168,17 +190,20 @@ def replayed_processes(run_json: str) -> tuple[int | None, int | None]:
 
 
 def problems_of(error: ValidationError) -> list[str]:
-    """One sentence for each thing that is wrong."""
-    return [_problem(dict(e)) for e in error.errors()]
+    """One sentence for each field that is wrong."""
+    by_field: dict[str, list[dict[str, Any]]] = {}
+    for found in error.errors():
+        by_field.setdefault(str(found["loc"][0]) if found["loc"] else "?", []).append(dict(found))
+    return [_problem(field, errors) for field, errors in by_field.items()]
 
 
-def _problem(error: dict[str, Any]) -> str:
-    field = str(error["loc"][0]) if error["loc"] else "?"
-    if error["type"] == "extra_forbidden":
+def _problem(field: str, errors: list[dict[str, Any]]) -> str:
+    if errors[0]["type"] == "extra_forbidden":
         known = ", ".join(RunConfig.model_fields)
         return f"'{field}' is not an option of this version. It knows: {known}."
-    message = error["msg"][0].lower() + error["msg"][1:]
-    return f"{option_name(field)} {error['input']!r} is not allowed: {message}."
+    # A field of several types has a message for each of them.
+    messages = " or ".join(e["msg"][0].lower() + e["msg"][1:] for e in errors)
+    return f"{option_name(field)} {errors[0]['input']!r} is not allowed: {messages}."
 
 
 def read_json(path: str, option: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,15 +41,16 @@ class TokenizedRows:
     examples: list[Example] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
 
-    def digest(self) -> str:
-        """Equal for equal examples in equal order."""
-        result = hashlib.sha256()
-        for example in self.examples:
-            result.update(f"{example.num_prompt_tokens}:{example.input_ids}".encode())
-        return result.hexdigest()
-
     def describe(self) -> str:
         return ", ".join(f"{n} {what}" for what, n in self.counts.items())
+
+
+def digest(examples: Iterable[Example]) -> str:
+    """Equal for equal examples in equal order."""
+    result = hashlib.sha256()
+    for example in examples:
+        result.update(f"{example.num_prompt_tokens}:{example.input_ids}".encode())
+    return result.hexdigest()
 
 
 def render_prompt(tokenizer: Any, messages: Messages) -> list[int]:
@@ -175,7 +176,15 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(num_rows, generator=generator).tolist()
 
 
-def sample_indices(num_rows: int, wanted: int | None, seed: int) -> list[int]:
-    """Rows of the init sample: ``wanted``, or 0.1 % of all but at least 64; never more than all."""
-    count = wanted or max(64, math.ceil(num_rows / 1000))
-    return epoch_order(num_rows, seed, epoch=-1)[: min(count, num_rows)]
+def init_sample(num_rows: int, wanted: int | None, seed: int) -> tuple[list[int], list[int]]:
+    """Rows of the init sample: those of the gradient, and those held back to measure losses on.
+
+    ``wanted`` rows together, or 0.1 % of all but at least 64; never more than all. One in eight is
+    held back, but at least one; a sample of one row is used for both.
+    """
+    count = min(wanted or max(64, math.ceil(num_rows / 1000)), num_rows)
+    order = epoch_order(num_rows, seed, epoch=-1)[:count]
+    if count == 1:
+        return order, order
+    num_held_back = max(1, count // 8)
+    return order[num_held_back:], order[:num_held_back]

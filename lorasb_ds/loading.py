@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from lorasb_ds import quantization, zero
-from lorasb_ds.adapter import Shapes, linear_layers
+from lorasb_ds.adapter import Shapes, expert_layers, linear_layers
 from lorasb_ds.config import DEMO_MODEL, ConfigError, RunConfig, demo_model_dir
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -107,13 +109,38 @@ def load_tokenizer(model: str) -> Any:
     return tokenizer
 
 
-def read_shapes(hf_config: Any) -> Shapes:
-    """The linear layers of a model, from its configuration alone; no weight is read."""
+def read_shapes(hf_config: Any) -> tuple[Shapes, dict[str, int]]:
+    """Linear layers, and expert modules with their elements, from a model's configuration alone."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config)
-    return linear_layers(model)
+    return linear_layers(model), expert_layers(model)
+
+
+def weights_digest(model: str, hf_config: Any) -> str:
+    """Tells one model's weights from another's: the hub's commit, or of every file in a folder its
+    name, header and the first 4 KiB of every tensor.
+
+    Any training, merging or quantizing changes those. It does not guard against forgery.
+    """
+    folder = Path(model_path(model))
+    if not folder.is_dir():
+        return f"{model}@{getattr(hf_config, '_commit_hash', None)}"
+    result = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        result.update(path.name.encode())
+        with path.open("rb") as file:
+            # https://huggingface.co/docs/safetensors: length (8 bytes), JSON header, tensors.
+            length = int.from_bytes(file.read(8), "little")
+            header = file.read(length)
+            result.update(header)
+            for entry in json.loads(header).values():
+                if "data_offsets" in entry:
+                    begin, end = entry["data_offsets"]
+                    file.seek(8 + length + begin)
+                    result.update(file.read(min(4096, end - begin)))
+    return result.hexdigest()
 
 
 def load_base(config: RunConfig, hf_config: Any, ds_config: dict[str, Any]) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,13 @@ import torch.distributed as dist
 
 from lorasb_ds import zero
 from lorasb_ds.adapter import Shapes, select_targets
+from lorasb_ds.basis import check_basis, fingerprint
 from lorasb_ds.config import ConfigError, RunConfig, check_output_dir, read_json
-from lorasb_ds.data import TokenizedRows, tokenize_rows
+from lorasb_ds.data import Batch, TokenizedRows, digest, init_sample, micro_batches, tokenize_rows
 from lorasb_ds.ds_config import resolve_ds_config
+from lorasb_ds.initialize import Sample
 from lorasb_ds.loading import load_config, load_tokenizer, read_shapes
+from lorasb_ds.plan import InitPlan, plan_init
 from lorasb_ds.rows import load_rows
 
 
@@ -28,8 +32,35 @@ class Prepared:
     tokenizer: Any
     layers: Shapes
     targets: Shapes
+    experts: dict[str, int]  # MoE modules that stay frozen, and their elements
     train: TokenizedRows
     held_out: TokenizedRows | None
+    gradient_rows: list[int]  # of the training rows, for the init
+    probe_rows: list[int]
+    init_plan: InitPlan
+    init_lr_given: bool
+    made_from: dict[str, str]  # all that the init depends on but its rank
+
+    def batches(self, rows: TokenizedRows, indices: Iterable[int]) -> list[Batch]:
+        """This rank's micro-batches of some rows; as many on every rank."""
+        return list(
+            micro_batches(
+                rows.examples,
+                list(indices),
+                self.config.micro_batch_size,
+                self.tokenizer.pad_token_id,
+                zero.rank(),
+                zero.world_size(),
+            )
+        )
+
+    def sample(self, indices: Sequence[int]) -> Sample:
+        """Training rows for the init, on this rank's device."""
+        return Sample(
+            batches=[batch.to(zero.device()) for batch in self.batches(self.train, indices)],
+            num_rows=len(indices),
+            num_label_tokens=sum(self.train.examples[i].num_label_tokens for i in indices),
+        )
 
 
 def prepare(config: RunConfig, world_size: int) -> Prepared:
@@ -39,10 +70,11 @@ def prepare(config: RunConfig, world_size: int) -> Prepared:
         ConfigError: what is wrong and what to do about it.
     """
     ds_config_file = read_json(config.ds_config, "--ds-config")
+    init_lr_given = "init_lr" in config.model_fields_set or config.init_lr != "auto"
     ds_config, config = resolve_ds_config(config, world_size)
     check_output_dir(config)
     hf_config = load_config(config.model)
-    layers = read_shapes(hf_config)
+    layers, experts = read_shapes(hf_config)
     targets = select_targets(layers, config.target_modules, config.r)
     tokenizer = load_tokenizer(config.model)
     train = tokenize_rows(load_rows(config.data), tokenizer, config)
@@ -50,6 +82,19 @@ def prepare(config: RunConfig, world_size: int) -> Prepared:
     if config.eval_data is not None:
         rows = load_rows(config.eval_data, "--eval-data", held_out=True)
         held_out = tokenize_rows(rows, tokenizer, config, option="--eval-data")
+    gradient_rows, probe_rows = init_sample(len(train.examples), config.init_samples, config.seed)
+    made_from = fingerprint(config, hf_config, targets, [train.examples[i] for i in gradient_rows])
+    if config.init_from is not None:
+        check_basis(config, made_from)
+    longest = max(len(train.examples[i].input_ids) for i in gradient_rows)
+    budget = config.init_memory_gib
+    init_plan = plan_init(
+        targets,
+        r=config.r,
+        world_size=world_size,
+        tokens_per_micro_batch=config.micro_batch_size * longest,
+        budget_bytes=None if budget is None else int(budget * (1 << 30)),
+    )
     return Prepared(
         config=config,
         ds_config=ds_config,
@@ -58,8 +103,14 @@ def prepare(config: RunConfig, world_size: int) -> Prepared:
         tokenizer=tokenizer,
         layers=layers,
         targets=targets,
+        experts=experts,
         train=train,
         held_out=held_out,
+        gradient_rows=gradient_rows,
+        probe_rows=probe_rows,
+        init_plan=init_plan,
+        init_lr_given=init_lr_given,
+        made_from=made_from,
     )
 
 
@@ -74,8 +125,9 @@ def check_ranks_agree(run: Prepared) -> None:
         "the options": run.config.model_dump_json(exclude={"ds_config"}),
         "the ds_config": json.dumps(run.ds_config, sort_keys=True),
         "the model's layers": json.dumps(run.layers),
-        "the training rows": run.train.digest(),
-        "the held-out rows": run.held_out.digest() if run.held_out else "",
+        "the training rows": digest(run.train.examples),
+        "the held-out rows": digest(run.held_out.examples) if run.held_out else "",
+        "the model's files": run.made_from["model files"],
     }
     all_held: list[Any] = [None] * zero.world_size()
     dist.all_gather_object(all_held, held)

@@ -10,7 +10,7 @@ from typing import Any
 
 from lorasb_ds.adapter import Shapes
 from lorasb_ds.files import write_text
-from lorasb_ds.initialize import InitReport
+from lorasb_ds.initialize import InitReport, LayerInit
 
 GIB = 1 << 30
 
@@ -36,6 +36,31 @@ def draw_loss_curve(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     figure.savefig(path, dpi=120)
 
 
+def draw_init(path: Path, init: InitReport) -> None:
+    """A PNG of every layer's singular values, and of the energy that the r directions capture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    spectra, energies = figure.subplots(1, 2)
+    kinds: dict[str, list[LayerInit]] = {}
+    for name, layer in init.layers.items():
+        kinds.setdefault(name.rpartition(".")[2], []).append(layer)
+    for i, (kind, layers) in enumerate(kinds.items()):
+        color = f"C{i % 10}"
+        for j, layer in enumerate(layers):
+            ranks = range(1, len(layer.spectrum) + 1)
+            label = kind if j == 0 else None
+            spectra.loglog(ranks, layer.spectrum, color=color, alpha=0.4, lw=0.7, label=label)
+        share = [layer.captured_energy for layer in layers]
+        energies.plot(range(len(layers)), share, "o-", color=color, ms=3, lw=0.8, label=kind)
+    spectra.set(xlabel="i", ylabel="i-th singular value", title=f"{init.update} of the gradient")
+    energies.set(xlabel="layer", ylabel="captured energy", ylim=(0, 1.02))
+    energies.legend(fontsize="small")
+    for axes in (spectra, energies):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
 def write_report(
     path: Path,
     *,
@@ -43,6 +68,7 @@ def write_report(
     rows: Sequence[dict[str, Any]],
     targets: Shapes,
     r: int,
+    experts: dict[str, int],
     run: dict[str, Any],
     world_size: int,
     device: str,
@@ -69,20 +95,42 @@ def write_report(
         "",
         "| | |",
         "|---|---:|",
-        f"| sample | {init.num_samples} rows, {init.num_label_tokens} label tokens |",
-        f"| time | {init.total_s:.1f} s (gradients {init.gradients_s:.1f}, SVD {init.svd_s:.1f}) |",
-        f"| peak memory of rank 0 | {init.peak_memory_bytes / GIB:.2f} GiB |",
-        f"| captured energy of sign(G): min / median / max | {min(energies):.3f} / "
+        f"| sample | {init.num_samples} rows, {init.num_label_tokens} label tokens, "
+        f"loss {init.loss:.4f} |",
+        f"| update | {init.update} |",
+        f"| time | {init.total_s:.1f} s: gradients {init.gradients_s:.1f}, their communication "
+        f"{init.communication_s:.1f}, SVD {init.svd_s:.1f}, eta {init.step.seconds:.1f} |",
+        f"| passes over the sample | {init.passes} |",
+        f"| predicted memory of gradients and SVD | {init.predicted_memory_bytes / GIB:.2f} GiB |",
+        f"| measured peak of rank 0, with activations, above the base's "
+        f"{init.memory_at_start_bytes / GIB:.2f} GiB | "
+        f"{(init.peak_memory_bytes - init.memory_at_start_bytes) / GIB:.2f} GiB |",
+        f"| captured energy: min / median / max | {min(energies):.3f} / "
         f"{statistics.median(energies):.3f} / {max(energies):.3f} |",
-        f"| loss of the sample: base / after the fill (eta = {init.init_lr:g}) | "
-        f"{init.loss_before:.4f} / {init.loss_after:.4f} |",
+        f"| loss of {init.step.num_samples} other rows: base / filled, eta = "
+        f"{init.step.init_lr:.3g} | {init.step.loss_before:.4f} / {init.step.loss_after:.4f} |",
         "",
     ]
+    if init.step.losses:
+        lines += ["| eta | " + " | ".join(init.step.losses) + " |"]
+        lines += ["|---|" + "---:|" * len(init.step.losses)]
+        losses = " | ".join(f"{loss:.4f}" for loss in init.step.losses.values())
+        lines += [f"| loss of those rows | {losses} |", ""]
     if init.not_descending:
         names = ", ".join(init.not_descending)
         lines += [f"**No descent**, so that R starts at 0: {names}.", ""]
-    lines += ["## Training", "", "![loss](loss.png)", ""]
+    if init.partly_reached:
+        counts = ", ".join(f"{name} ({n})" for name, n in init.partly_reached.items())
+        lines += [f"**Not called by all {init.num_batches} micro-batches**: {counts}.", ""]
+    if experts:
+        lines += [
+            f"**MoE**: {len(experts)} layers of experts, {sum(experts.values()):,} parameters, stay"
+            " frozen without an adapter.",
+            "",
+        ]
+    lines += ["![spectra and captured energy](init.png)", ""]
     if train:
+        lines += ["## Training", "", "![loss](loss.png)", ""]
         lines += [
             f"{train[-1]['step']} steps, {seconds:.0f} s, {speed:.0f} tokens/s; loss "
             f"{train[0]['loss']:.4f} -> {train[-1]['loss']:.4f}.",
@@ -98,15 +146,17 @@ def write_report(
     lines += [
         "## Init, layer by layer",
         "",
-        "Captured energy is the share of ‖sign(G)‖² in the r directions kept; descent is "
-        "⟨BRA, G⟩, the first-order change of the loss.",
+        "Captured energy is the share of the update's squared Frobenius norm in the r directions "
+        "kept; slope is ⟨USVh, G⟩, the first-order fall of the loss per eta; orthonormality is the "
+        "largest entry of |BᵀB - I| and |AAᵀ - I|, in fp32 and as stored.",
         "",
-        "| layer | captured energy | σ₁ | σᵣ | descent |",
-        "|---|---:|---:|---:|---:|",
+        "| layer | captured energy | σ₁ | σᵣ | slope | orthonormality |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
     lines += [
-        f"| {name} | {layer.captured_energy:.4f} | {layer.largest_singular_value:.1f} | "
-        f"{layer.smallest_singular_value:.1f} | {layer.descent:.2e} |"
+        f"| {name} | {layer.captured_energy:.4f} | {layer.spectrum[0]:.4g} | "
+        f"{layer.spectrum[-1]:.4g} | {layer.slope:.2e} | {layer.orthonormality_error:.0e} / "
+        f"{layer.stored_orthonormality_error:.0e} |"
         for name, layer in init.layers.items()
     ]
     write_text(path, "\n".join(lines) + "\n")

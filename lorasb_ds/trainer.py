@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict
-from datetime import datetime
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,50 +13,36 @@ import torch.distributed as dist
 
 from lorasb_ds import zero
 from lorasb_ds.adapter import LoraSBLinear, inject
-from lorasb_ds.config import DS_CONFIG_COPY, ConfigError, RunConfig
-from lorasb_ds.data import (
-    Batch,
-    TokenizedRows,
-    collate,
-    epoch_order,
-    micro_batches,
-    sample_indices,
-)
+from lorasb_ds.basis import StoredBasis, save_basis, take_up
+from lorasb_ds.config import DS_CONFIG_COPY, RunConfig
+from lorasb_ds.data import Batch, collate, epoch_order
 from lorasb_ds.ds_config import global_batch_size
 from lorasb_ds.evaluate import held_out_loss
-from lorasb_ds.export import BASIS_FORMAT, collect_lora, save_peft_adapter
-from lorasb_ds.files import save_tensors, write_json
+from lorasb_ds.export import collect_lora, save_peft_adapter
+from lorasb_ds.files import write_json
 from lorasb_ds.gradients import branches_off
 from lorasb_ds.initialize import InitReport, initialize
 from lorasb_ds.loading import DTYPES, load_base, model_path
 from lorasb_ds.loss import token_loss_sum
 from lorasb_ds.metrics import RunLog, provenance
+from lorasb_ds.output import make_output_dir
 from lorasb_ds.prepare import Prepared, check_ranks_agree
-from lorasb_ds.report import draw_loss_curve, write_report
+from lorasb_ds.report import GIB, draw_init, draw_loss_curve, write_report
 
-# All that a run writes into its folder, and --overwrite removes.
-OUTPUTS = (
-    "run.json",
-    DS_CONFIG_COPY,
-    "metrics.jsonl",
-    "tensorboard",
-    "basis.safetensors",
-    "init.json",
-    "adapter",
-    "loss.png",
-    "report.md",
-)
+Adapters = dict[str, LoraSBLinear]
 
 
-def run_training(run: Prepared) -> Path:
+def run_training(run: Prepared, init_only: bool = False) -> Path:
     """The whole run, inside a process group. Collective.
 
+    Args:
+        init_only: stop when the init is done and reported.
     Returns:
-        The output folder, which holds ``OUTPUTS``.
+        The output folder, which holds ``output.OUTPUTS``.
     """
     config, is_main = run.config, zero.rank() == 0
     check_ranks_agree(run)
-    folder = _make_output_dir(config)
+    folder = make_output_dir(config)
     description = {
         "config": {**config.model_dump(), "output_dir": str(folder)},
         "ds_config": run.ds_config,
@@ -84,11 +67,16 @@ def run_training(run: Prepared) -> Path:
         f"{len(adapters)} layers with an adapter, {len(adapters) * config.r**2:,} trainable "
         f"parameters, {zero.world_size()} process(es) on {zero.accelerator_name()}"
     )
+    if run.experts:
+        _say(
+            f"{len(run.experts)} layers of MoE experts ({sum(run.experts.values()):,} parameters) "
+            "stay frozen without an adapter"
+        )
 
     def evaluate(step: int, stage: Literal["base", "init", "trained"]) -> None:
         if run.held_out is None:
             return
-        batches = batches_of(run, run.held_out, range(len(run.held_out.examples)))
+        batches = run.batches(run.held_out, range(len(run.held_out.examples)))
         loss = held_out_loss(engine.module, batches, zero.device())
         _say(f"step {step}: held-out loss {loss:.4f} ({stage})")
         if log:
@@ -96,44 +84,54 @@ def run_training(run: Prepared) -> Path:
 
     with branches_off(adapters):
         evaluate(0, "base")
-    report = _initialize(run, engine, adapters, folder)
+    report = init_phase(run, engine, adapters, folder)
     evaluate(0, "init")
-    train(run, engine, num_steps, log)
-    evaluate(num_steps, "trained")
-
-    tensors = collect_lora(adapters)
+    tensors = {}
+    if not init_only:
+        train(run, engine, num_steps, log)
+        evaluate(num_steps, "trained")
+        tensors = collect_lora(adapters)
     if is_main:
         assert log is not None
-        save_peft_adapter(
-            folder / "adapter",
-            tensors,
-            r=config.r,
-            targets=run.targets,
-            layers=run.layers,
-            base_model=model_path(config.model),
-        )
-        draw_loss_curve(folder / "loss.png", log.rows)
+        if tensors:
+            save_peft_adapter(
+                folder / "adapter",
+                tensors,
+                r=config.r,
+                targets=run.targets,
+                layers=run.layers,
+                base_model=model_path(config.model),
+            )
+            draw_loss_curve(folder / "loss.png", log.rows)
+        draw_init(folder / "init.png", report)
         write_report(
             folder / "report.md",
             init=report,
             rows=log.rows,
             targets=run.targets,
             r=config.r,
+            experts=run.experts,
             run=description,
             world_size=zero.world_size(),
             device=zero.accelerator_name(),
         )
         log.close()
     dist.barrier()
-    _say(f"adapter saved: {folder / 'adapter'}   report: {folder / 'report.md'}")
+    saved = "basis" if init_only else "adapter"
+    where = folder / ("basis.safetensors" if init_only else "adapter")
+    _say(f"{saved} saved: {where}   report: {folder / 'report.md'}")
     return folder
 
 
-def start_engine(run: Prepared) -> tuple[Any, dict[str, LoraSBLinear]]:
+def start_engine(run: Prepared) -> tuple[Any, Adapters]:
     """The base with placeholders for adapters, inside the run's one engine. Collective."""
     config = run.config
     model = load_base(config, run.hf_config, run.ds_config)
     adapters = inject(model, run.targets, config.r, DTYPES[config.dtype])
+    if run.ds_config["zero_optimization"]["stage"] == 3:
+        zero.shard_blocks_whole(
+            model.get_submodule(name.rpartition(".")[0]) for name in run.experts
+        )
     R = [adapter.lora_R for adapter in adapters.values()]
     optimizer = torch.optim.AdamW(R, lr=config.lr, weight_decay=0.0)
     num_steps = count_steps(config, len(run.train.examples), zero.world_size())
@@ -215,7 +213,7 @@ def step_batches(run: Prepared, num_steps: int) -> Iterator[list[Batch]]:
         for first in range(0, len(order), rows_per_step):
             if steps_done == num_steps:
                 return
-            batches = batches_of(run, run.train, order[first : first + rows_per_step])
+            batches = run.batches(run.train, order[first : first + rows_per_step])
             filler = collate(examples[:1], run.tokenizer.pad_token_id, weightless=True)
             yield batches + [filler] * (accumulation - len(batches))
             steps_done += 1
@@ -240,65 +238,53 @@ def make_scheduler(optimizer: torch.optim.Optimizer, config: RunConfig, num_step
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: shape(done + 1))
 
 
-def _initialize(run: Prepared, engine: Any, adapters: Any, folder: Path) -> InitReport:
-    """The init phase on the run's sample; the basis is on disk when it returns. Collective."""
-    config, examples = run.config, run.train.examples
-    sample = sample_indices(len(examples), config.init_samples, config.seed)
-    report, basis = initialize(
-        engine,
-        adapters,
-        [batch.to(zero.device()) for batch in batches_of(run, run.train, sample)],
-        num_samples=len(sample),
-        num_label_tokens=sum(examples[i].num_label_tokens for i in sample),
-        init_lr=config.init_lr,
-        seed=config.seed,
-    )
+def init_phase(run: Prepared, engine: Any, adapters: Adapters, folder: Path) -> InitReport:
+    """A, B and R by the init, or from an earlier one; on disk when it returns. Collective."""
+    config, plan = run.config, run.init_plan
+    init_lr = config.init_lr if config.init_lr != "schedule" else float(engine.get_lr()[0])
+    probe = run.sample(run.probe_rows)
+    if config.init_from is not None:
+        stored = StoredBasis(config.init_from, config.r)
+        report, basis = take_up(
+            engine, adapters, stored, probe, init_lr if run.init_lr_given else None
+        )
+        _say(f"init taken from {config.init_from}")
+    else:
+        passes = f", in {len(plan.groups)} passes" if len(plan.groups) > 1 else ""
+        _say(
+            f"init: gradients and SVD will take {plan.predicted_bytes / GIB:.2f} GiB a process"
+            f"{passes}"
+        )
+        if plan.exceeds_budget:
+            _say(
+                f"warning: --init-memory-gib {config.init_memory_gib:g} is less than the largest "
+                "layer needs by itself. Use more processes, or a smaller --micro-batch-size."
+            )
+        report, basis = initialize(
+            engine,
+            adapters,
+            run.sample(run.gradient_rows),
+            probe,
+            plan,
+            init_lr=init_lr,
+            update=config.init_update,
+            offload=config.init_offload,
+            seed=config.seed,
+        )
     if zero.rank() == 0:
-        about = {"format": "pt", "basis_format": BASIS_FORMAT, "r": str(config.r)}
-        save_tensors(folder / "basis.safetensors", basis, about)
-        write_json(folder / "init.json", asdict(report))
+        save_basis(folder, basis, report, run.made_from)
+    step = report.step
     _say(
         f"init: {report.num_samples} rows, {report.total_s:.1f} s (gradients "
-        f"{report.gradients_s:.1f}, SVD {report.svd_s:.1f}); sample loss {report.loss_before:.4f} "
-        f"-> {report.loss_after:.4f}"
+        f"{report.gradients_s:.1f}, communication {report.communication_s:.1f}, SVD "
+        f"{report.svd_s:.1f}); eta {step.init_lr:.3g}, loss of {step.num_samples} other rows "
+        f"{step.loss_before:.4f} -> {step.loss_after:.4f}"
     )
     if report.not_descending:
         _say(f"warning: no descent in {', '.join(report.not_descending)}: R starts at 0 there")
+    if report.partly_reached:
+        _say(f"warning: not called by every micro-batch: {', '.join(report.partly_reached)}")
     return report
-
-
-def batches_of(run: Prepared, rows: TokenizedRows, indices: Iterable[int]) -> list[Batch]:
-    """This rank's micro-batches of some rows; as many on every rank."""
-    return list(
-        micro_batches(
-            rows.examples,
-            list(indices),
-            run.config.micro_batch_size,
-            run.tokenizer.pad_token_id,
-            zero.rank(),
-            zero.world_size(),
-        )
-    )
-
-
-def _make_output_dir(config: RunConfig) -> Path:
-    """Rank 0 makes the folder, without what an overwritten run left; all hear of it. Collective."""
-    name: list[str] = [""]
-    if zero.rank() == 0:
-        default = Path("runs") / f"{Path(config.model).name}-{datetime.now():%Y%m%d-%H%M%S}"
-        folder = Path(config.output_dir or default)
-        try:
-            folder.mkdir(parents=True, exist_ok=config.output_dir is not None)
-            for old in OUTPUTS:
-                if (folder / old).is_dir():
-                    shutil.rmtree(folder / old)
-                else:
-                    (folder / old).unlink(missing_ok=True)
-        except OSError as error:
-            raise ConfigError(f"--output-dir {folder} cannot be written: {error}.") from error
-        name = [str(folder)]
-    dist.broadcast_object_list(name, src=0)
-    return Path(name[0])
 
 
 def _say(text: str) -> None:

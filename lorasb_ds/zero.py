@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -81,6 +82,16 @@ def loading_context(ds_config: dict[str, Any]) -> Any:
     return HfDeepSpeedConfig(ds_config)
 
 
+def shard_blocks_whole(blocks: Iterable[torch.nn.Module]) -> None:
+    """ZeRO-3 gathers such a module at once and not its parts one by one ("leaf modules").
+
+    For blocks whose parts some ranks do not call, such as an MoE block's experts: ranks would wait
+    for each other in gathers that never come. Before the engine is made.
+    """
+    for block in blocks:
+        deepspeed.utils.set_z3_leaf_module(block, True)
+
+
 def make_engine(
     model: torch.nn.Module,
     trainable: list[torch.nn.Parameter],
@@ -151,11 +162,53 @@ def full_fp32(param: torch.nn.Parameter) -> torch.Tensor:
     return value.detach().float()
 
 
+class Stopwatch:
+    """Seconds spent inside its ``with`` blocks; on an accelerator, by events on its stream."""
+
+    def __init__(self) -> None:
+        self._host_s = 0.0
+        self._events: list[tuple[Any, Any]] = []
+
+    def __enter__(self) -> None:
+        if accelerator_name() == "cpu":
+            self._start: Any = time.perf_counter()
+        else:
+            self._start = get_accelerator().Event(enable_timing=True)
+            self._start.record()
+
+    def __exit__(self, *_: object) -> None:
+        if accelerator_name() == "cpu":
+            self._host_s += time.perf_counter() - self._start
+        else:
+            end = get_accelerator().Event(enable_timing=True)
+            end.record()
+            self._events.append((self._start, end))
+
+    def seconds(self) -> float:
+        """Of all blocks so far; waits for the device."""
+        if self._events:
+            get_accelerator().synchronize()
+        return self._host_s + sum(start.elapsed_time(end) for start, end in self._events) / 1e3
+
+
+def pinned_zeros(*shape: int) -> torch.Tensor:
+    """fp32 zeros in host memory, page-locked where there is another memory."""
+    zeros = torch.zeros(shape)
+    return zeros if accelerator_name() == "cpu" else get_accelerator().pin_memory(zeros)
+
+
+def memory_bytes() -> int:
+    """Memory in use now: the device's, on a CPU the process's."""
+    if accelerator_name() != "cpu":
+        return int(get_accelerator().memory_allocated())
+    return _process_bytes("VmRSS")
+
+
 def peak_memory_bytes() -> int:
     """Highest memory in use since the last reset: the device's, on a CPU the process's."""
     if accelerator_name() != "cpu":
         return int(get_accelerator().max_memory_allocated())
-    return _process_peak_bytes()
+    return _process_bytes("VmHWM")
 
 
 def reset_peak_memory() -> None:
@@ -170,11 +223,12 @@ def reset_peak_memory() -> None:
         return  # not Linux, or not allowed: the peak is then that of the whole process
 
 
-def _process_peak_bytes() -> int:
+def _process_bytes(key: str) -> int:
+    """VmRSS or VmHWM of this process; where there is no /proc, its peak for both."""
     try:
         with open("/proc/self/status") as file:  # noqa: PTH123
             for line in file:
-                if line.startswith("VmHWM:"):
+                if line.startswith(f"{key}:"):
                     return int(line.split()[1]) * 1024
     except OSError:
         pass

@@ -59,11 +59,10 @@ def gradients(config: dict[str, Any], out: str, zero_optimization: dict[str, Any
     from lorasb_ds import zero
     from lorasb_ds.gradients import average_gradients, is_transposed
     from lorasb_ds.initialize import gather_rows
-    from lorasb_ds.trainer import batches_of
 
     run, engine, adapters = _start(config, zero_optimization)
     examples = run.train.examples
-    batches = batches_of(run, run.train, range(len(examples)))
+    batches = run.batches(run.train, range(len(examples)))
     shards, loss = average_gradients(
         engine.module, adapters, batches, sum(e.num_label_tokens for e in examples)
     )
@@ -85,7 +84,7 @@ def export(config: dict[str, Any], basis: str, out: str, zero_optimization: dict
     """Fill given factors, take one optimizer step, and write logits and the PEFT folder."""
     from lorasb_ds import zero
     from lorasb_ds.export import collect_lora, save_peft_adapter
-    from lorasb_ds.trainer import batches_of, train_step
+    from lorasb_ds.trainer import train_step
 
     run, engine, adapters = _start(config, zero_optimization)
     given = load_file(basis)
@@ -99,7 +98,7 @@ def export(config: dict[str, Any], basis: str, out: str, zero_optimization: dict
     for name, adapter in adapters.items():
         result[f"filled.{name}"] = zero.full_fp32(adapter.lora_R).clone()
     engine.train()
-    train_step(engine, batches_of(run, run.train, range(4)))
+    train_step(engine, run.batches(run.train, range(4)))
     input_ids = torch.tensor([run.train.examples[0].input_ids])
     with torch.no_grad():
         logits = engine.module.eval()(input_ids=input_ids, use_cache=False).logits
@@ -125,21 +124,21 @@ def export(config: dict[str, Any], basis: str, out: str, zero_optimization: dict
 
 def initialize(config: dict[str, Any], out: str, zero_optimization: dict[str, Any]) -> None:
     """The init on all training rows; what then lies in the layers, and what was reported."""
-    from dataclasses import asdict
-
     from lorasb_ds import initialize as phase
     from lorasb_ds import zero
-    from lorasb_ds.trainer import batches_of
+    from lorasb_ds.basis import save_basis
 
     run, engine, adapters = _start(config, zero_optimization)
-    examples = run.train.examples
+    sample = run.sample(range(len(run.train.examples)))
     report, basis = phase.initialize(
         engine,
         adapters,
-        batches_of(run, run.train, range(len(examples))),
-        num_samples=len(examples),
-        num_label_tokens=sum(e.num_label_tokens for e in examples),
+        sample,
+        sample,
+        run.init_plan,
         init_lr=run.config.init_lr,
+        update=run.config.init_update,
+        offload=run.config.init_offload,
         seed=0,
     )
     _assert_sharded(run, adapters)
@@ -151,8 +150,7 @@ def initialize(config: dict[str, Any], out: str, zero_optimization: dict[str, An
             live[f"{name}.B"] = adapter.lora_B.data.clone()
     if zero.rank() == 0:
         save_file(live, f"{out}/live.safetensors")
-        save_file(basis, f"{out}/basis.safetensors")
-        (Path(out) / "init.json").write_text(json.dumps(asdict(report)))
+        save_basis(Path(out), basis, report, run.made_from)
     else:
         assert basis == {}
 
@@ -182,7 +180,7 @@ def not_finite(config: dict[str, Any]) -> None:
     if zero.rank() == 1:
         G[0, 0] = torch.nan
     with pytest.raises(FloatingPointError, match="layer is not finite"):
-        decompose("layer", G, 1, 1e-4)
+        decompose("layer", G, 1, "sign")
 
 
 if __name__ == "__main__":

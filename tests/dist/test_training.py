@@ -88,7 +88,7 @@ def test_equals_plain_torch(
         name: (
             basis[f"{name}.lora_A"],
             basis[f"{name}.lora_B"],
-            torch.diag(-config.init_lr * basis[f"{name}.S"]),
+            basis[f"{name}.lora_R"],
         )
         for name in json.loads((run / "init.json").read_text())["layers"]
     }
@@ -133,7 +133,7 @@ def test_basis_is_orthonormal_and_descends(two_runs: tuple[Path, Path, Path]) ->
         A, B = basis[f"{name}.lora_A"], basis[f"{name}.lora_B"]
         for product in (A @ A.T, B.T @ B):
             torch.testing.assert_close(product, torch.eye(16), atol=1e-5, rtol=0)
-        assert layer["descent"] < 0
+        assert basis[f"{name}.slopes"].sum() > 0
         assert 0 < layer["captured_energy"] <= 1
 
 
@@ -229,7 +229,8 @@ def test_init_is_the_paper_s_formula(tiny_model: Path, tmp_path: Path, tokenizer
     examples = tokenize_rows(load_rows(config["data"]), tokenizer, load_run_config(config)).examples
     batch = collate(examples, tokenizer.pad_token_id)
     expected_gradients = true_gradients(model, batch)
-    assert report["loss_before"] == pytest.approx(expected_gradients.pop("loss").item(), abs=1e-5)
+    assert report["loss"] == pytest.approx(expected_gradients.pop("loss").item(), abs=1e-5)
+    assert report["step"]["loss_before"] == pytest.approx(report["loss"], abs=1e-6)
     assert {(len(G) > G.shape[1]) - (len(G) < G.shape[1]) for G in expected_gradients.values()} == {
         -1,
         0,
@@ -249,14 +250,16 @@ def test_init_is_the_paper_s_formula(tiny_model: Path, tmp_path: Path, tokenizer
         update, expected = B @ R @ A, -eta * (U[:, :r] * S[:r]) @ Vh[:r]
         # An entry of G that is nearly zero may have the other sign: the tolerance is for those.
         assert torch.linalg.norm(update - expected) <= 0.03 * torch.linalg.norm(expected), name
-        descent = (update * G).sum().item()
-        assert descent < 0
-        assert report["layers"][name]["descent"] == pytest.approx(descent, rel=1e-3)
+        slope = -(update * G).sum().item() / eta
+        assert slope > 0
+        assert basis[f"{name}.slopes"].sum().item() == pytest.approx(slope, rel=1e-3)
+        torch.testing.assert_close(basis[f"{name}.S"], S[:r], atol=1e-3 * S[0].item(), rtol=0)
+        torch.testing.assert_close(basis[f"{name}.lora_R"], R, atol=0, rtol=0)
         updates[name] = update
     with torch.no_grad():
         for name, update in updates.items():
             model.get_submodule(name).weight += update
-    assert report["loss_after"] == pytest.approx(own_loss(model, batch).item(), abs=1e-5)
+    assert report["step"]["loss_after"] == pytest.approx(own_loss(model, batch).item(), abs=1e-5)
 
 
 def test_ranks_with_other_rows_refuse(tiny_model: Path, tmp_path: Path) -> None:

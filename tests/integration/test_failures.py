@@ -167,7 +167,7 @@ def test_a_killed_worker_ends_the_run(running: tuple[subprocess.Popen[bytes], st
     assert not (Path(folder) / "adapter").exists()
     # What the init found was on disk before the first step, whole.
     basis = load_file(Path(folder) / "basis.safetensors")
-    assert len(basis) == 3 * 14
+    assert len(basis) == 5 * 14
 
 
 def test_sigterm_ends_every_process(running: tuple[subprocess.Popen[bytes], str]) -> None:

@@ -38,7 +38,7 @@ def test_forward_is_the_formula() -> None:
     x = torch.randn(2, 4, 6, dtype=torch.float64)
     W = adapter.base_layer.weight + adapter.lora_B @ adapter.lora_R @ adapter.lora_A
     torch.testing.assert_close(adapter(x), F.linear(x, W, adapter.base_layer.bias))
-    adapter.enabled = False
+    adapter.scale = 0.0
     assert torch.equal(adapter(x), adapter.base_layer(x))
 
 
@@ -99,7 +99,8 @@ def test_peft_target_modules() -> None:
 
 
 def test_shapes_without_weights_and_trainable_parameters(demo_model: Path) -> None:
-    layers = read_shapes(load_config(str(demo_model)))
+    layers, experts = read_shapes(load_config(str(demo_model)))
+    assert experts == {}
     assert len(layers) == 210
     assert not any("lm_head" in name for name in layers)
     model = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.bfloat16)
@@ -164,7 +165,7 @@ def test_taps_equal_grad_whatever_the_batches(
         torch.testing.assert_close(G, weight_gradient, atol=1e-6, rtol=1e-4)
     assert not model.training, "the mode is given back"
     assert model.config.attention_dropout == 0.5
-    assert all(a.tap is None and a.enabled for a in adapters.values())
+    assert all(a.tap is None and a.scale == 1 for a in adapters.values())
     assert all(p.grad is None for p in model.parameters()), "no parameter got a gradient"
 
 

@@ -18,8 +18,8 @@ from lorasb_ds.data import (
     collate,
     encode,
     epoch_order,
+    init_sample,
     micro_batches,
-    sample_indices,
     tokenize_rows,
 )
 from lorasb_ds.rows import choose_columns, load_rows, to_messages
@@ -269,7 +269,9 @@ def test_orders() -> None:
     assert sorted(epoch_order(9, 1, 0)) == list(range(9))
     assert epoch_order(50, 1, 0) != epoch_order(50, 1, 1)
     assert epoch_order(50, 1, 0) != epoch_order(50, 2, 0)
-    assert len(sample_indices(1_000_000, None, 0)) == 1000
-    assert len(sample_indices(5000, None, 0)) == 64
-    assert len(set(sample_indices(30, None, 0))) == 30
-    assert len(sample_indices(30, 7, 0)) == 7
+    assert [len(rows) for rows in init_sample(1_000_000, None, 0)] == [875, 125]
+    assert [len(rows) for rows in init_sample(5000, None, 0)] == [56, 8]
+    gradient, held_back = init_sample(30, None, 0)
+    assert sorted(gradient + held_back) == list(range(30))
+    assert [len(rows) for rows in init_sample(30, 7, 0)] == [6, 1]
+    assert init_sample(30, 1, 0)[0] == init_sample(30, 1, 0)[1]

@@ -5,29 +5,47 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorasb_ds.initialize import InitReport, decompose
+from lorasb_ds.initialize import UPDATES, LayerInit, decompose, describe
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
 
-def report_of(**layers: torch.Tensor) -> InitReport:
-    found = {name: decompose(name, G, 1, 1e-4)[1] for name, G in layers.items()}
-    return InitReport(1, 1, 1e-4, 0.0, 0.0, 0.0, 0.0, 0.0, 0, found)
+def layer_of(G: torch.Tensor, r: int = 1, update: str = "sign") -> LayerInit:
+    svd, slopes = decompose("layer", G, r, update)
+    return describe(svd, slopes, torch.bfloat16, 1, None)
 
 
-def test_descent_is_the_inner_product_with_the_update() -> None:
+@pytest.mark.parametrize("update", UPDATES)
+def test_the_update_and_its_slope(update: str) -> None:
+    G = 1e-7 * torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
+    wanted = {
+        "sign": torch.where(G > 0, 1.0, -1.0),
+        "adam": torch.tensor([[g / (abs(g) + 1e-8) for g in row] for row in G.tolist()]),
+        "raw": G,
+    }[update]
+    svd, slopes = decompose("layer", G, 3, update)
+    found = (svd.U_local * svd.S) @ svd.Vh
+    exact = torch.linalg.svd(wanted)
+    expected = (exact.U[:, :3] * exact.S[:3]) @ exact.Vh[:3]
+    torch.testing.assert_close(found, expected, atol=1e-5 * wanted.abs().max().item(), rtol=0)
+    slope = (found * G).sum().item()
+    assert slopes.sum().item() == pytest.approx(slope, rel=1e-4)
+    assert slope > 0
+
+
+def test_a_layer_s_report() -> None:
     G = torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
-    svd, layer = decompose("layer", G, 3, 0.1)
-    update = (svd.U_local * (-0.1 * svd.S)) @ svd.Vh
-    assert layer.descent == pytest.approx((update * G).sum().item(), rel=1e-5)
-    assert layer.descent < 0
-    exact = torch.linalg.svd(G.sign())
-    expected = -0.1 * (exact.U[:, :3] * exact.S[:3]) @ exact.Vh[:3]
-    torch.testing.assert_close(update, expected, atol=1e-5, rtol=0)
+    layer = layer_of(G, 3)
+    assert layer.orthonormality_error < 1e-5 < layer.stored_orthonormality_error < 1e-2
+    assert layer.squared_norm == pytest.approx(54, rel=1e-5)
+    torch.testing.assert_close(layer.R(0.5), torch.diag(-0.5 * torch.tensor(layer.spectrum)))
 
 
-def test_layers_that_do_not_descend_are_named() -> None:
+def test_layers_that_do_not_descend_start_at_zero() -> None:
     uphill = torch.full((6, 6), 0.01)
     uphill[0, 0] = -100.0  # one entry is all of G and hardly any of sign(G)
-    report = report_of(good=torch.ones(3, 2), uphill=uphill, unused=torch.zeros(4, 4))
-    assert report.not_descending == ["uphill", "unused"]
+    matrices = {"good": torch.ones(3, 2), "uphill": uphill, "unused": torch.zeros(4, 4)}
+    layers = {name: layer_of(G) for name, G in matrices.items()}
+    assert [name for name, layer in layers.items() if layer.slope <= 0] == ["uphill", "unused"]
+    assert [name for name, layer in layers.items() if layer.R(1.0).any()] == ["good"]
+    assert layers["unused"].orthonormality_error < 1e-5, "any basis, but a basis"

@@ -1,0 +1,163 @@
+"""The result of an init on disk: what it was made from, and taking it up again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lorasb_ds import zero
+from lorasb_ds.adapter import LoraSBLinear, Shapes
+from lorasb_ds.config import ConfigError, RunConfig
+from lorasb_ds.data import Example, digest
+from lorasb_ds.files import save_tensors, write_json
+from lorasb_ds.initialize import Basis, InitReport, LayerInit, Sample, Step, choose_step
+from lorasb_ds.loading import weights_digest
+
+BASIS_FORMAT = "2"
+BASIS_FILE, REPORT_FILE = "basis.safetensors", "init.json"
+
+
+def fingerprint(
+    config: RunConfig, hf_config: Any, targets: Shapes, gradient_rows: Sequence[Example]
+) -> dict[str, str]:
+    """All that a basis depends on but its rank, by the name under which a difference is told."""
+    return {
+        "basis format": BASIS_FORMAT,
+        "model files": weights_digest(config.model, hf_config),
+        "--load-in-4bit": str(config.load_in_4bit),
+        "--dtype": config.dtype,
+        "target layers": hashlib.sha256(json.dumps(targets).encode()).hexdigest(),
+        "rows of the init sample (--data, --init-samples, --seed, --max-length)": digest(
+            gradient_rows
+        ),
+        "--init-update": config.init_update,
+        "--seed": str(config.seed),
+    }
+
+
+def save_basis(
+    folder: Path, basis: Basis, report: InitReport, made_from: Mapping[str, str]
+) -> None:
+    """Write ``init.json``, and then ``basis.safetensors``: with that file the init is finished.
+
+    It holds ``<layer>.lora_A`` (r, in) and ``.lora_B`` (out, r) in the run's dtype, and in fp32
+    ``.lora_R`` (r, r), ``.S`` and ``.slopes`` (r,), the singular values and ``LayerInit.slopes``.
+    """
+    content = asdict(report)
+    tensors = dict(basis)
+    for name, layer in content["layers"].items():
+        tensors[f"{name}.S"] = torch.tensor(layer.pop("spectrum"))
+        tensors[f"{name}.slopes"] = torch.tensor(layer.pop("slopes"))
+    write_json(folder / REPORT_FILE, content)
+    metadata = {"format": "pt", "made_from": json.dumps(dict(made_from), sort_keys=True)}
+    save_tensors(folder / BASIS_FILE, tensors, metadata)
+
+
+def check_basis(config: RunConfig, made_from: Mapping[str, str]) -> None:
+    """Refuse a basis that another run's settings would not have given.
+
+    Raises:
+        ConfigError: what is missing or differs.
+    """
+    assert config.init_from is not None
+    folder = Path(config.init_from).expanduser()
+    option = f"--init-from {config.init_from}"
+    for file in (BASIS_FILE, REPORT_FILE):
+        if not (folder / file).is_file():
+            raise ConfigError(
+                f"{option}: there is no {file} in it. Name the output folder of a `lorasb init` or "
+                "`lorasb train` whose init has finished."
+            )
+    try:
+        with safe_open(folder / BASIS_FILE, "pt") as file:
+            metadata = file.metadata() or {}
+            names = [name for name in file.keys() if name.endswith(".S")]  # noqa: SIM118
+            r_max = min(file.get_slice(name).get_shape()[0] for name in names)
+        theirs = json.loads(metadata["made_from"])
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ConfigError(
+            f"{option}: {BASIS_FILE} is not a basis of this version. Compute it again by `lorasb "
+            "init`."
+        ) from error
+    differ = [what for what, value in made_from.items() if theirs.get(what) != value]
+    if differ:
+        raise ConfigError(
+            f"{option} was made from something else: {', '.join(differ)} differ. Give the options "
+            "that it was made with (its run.json has them), or leave --init-from out."
+        )
+    if config.r > r_max:
+        raise ConfigError(
+            f"--r {config.r} is larger than the basis of {option}, which has r = {r_max}. A "
+            "smaller r is cut from it exactly; for a larger one compute it again."
+        )
+
+
+class StoredBasis:
+    """A basis on disk, cut to its first r directions, which is exact."""
+
+    def __init__(self, folder: str, r: int) -> None:
+        self.folder, self.r = Path(folder).expanduser(), r
+
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """``lora_A`` (r, in) and ``lora_B`` (out, r) of a layer, on the CPU."""
+        with safe_open(self.folder / BASIS_FILE, "pt") as file:
+            A = file.get_slice(f"{name}.lora_A")[: self.r]
+            B = file.get_slice(f"{name}.lora_B")[:, : self.r]
+        return A, B
+
+    def report(self) -> InitReport:
+        """What the init found, for the first r directions."""
+        content = json.loads((self.folder / REPORT_FILE).read_text(encoding="utf-8"))
+        with safe_open(self.folder / BASIS_FILE, "pt") as file:
+            layers = {
+                name: self._cut(
+                    layer,
+                    file.get_tensor(f"{name}.S").tolist(),
+                    file.get_tensor(f"{name}.slopes").tolist(),
+                )
+                for name, layer in content.pop("layers").items()
+            }
+        return InitReport(**content | {"step": Step(**content["step"])}, layers=layers)
+
+    def _cut(self, scalars: dict[str, Any], S: list[float], slopes: list[float]) -> LayerInit:
+        share = sum(s * s for s in S[: self.r]) / sum(s * s for s in S) if any(S) else 1.0
+        scalars["captured_energy"] *= share
+        return LayerInit(**scalars, spectrum=tuple(S[: self.r]), slopes=tuple(slopes[: self.r]))
+
+
+def take_up(
+    engine: Any,
+    adapters: Mapping[str, LoraSBLinear],
+    stored: StoredBasis,
+    probe: Sample,
+    init_lr: float | Literal["auto"] | None,
+) -> tuple[InitReport, Basis]:
+    """Fill A, B and R from an earlier init. Collective; every rank reads the files.
+
+    Args:
+        init_lr: eta, where another one than the stored is wanted.
+    Returns:
+        As ``initialize``.
+    """
+    report = stored.report()
+    is_main = zero.rank() == 0
+    basis: Basis = {}
+    for name, adapter in adapters.items():
+        A, B = stored.factors(name) if is_main else (None, None)
+        zero.fill(adapter.lora_A, A)
+        zero.fill(adapter.lora_B, B)
+        if A is not None and B is not None:
+            basis |= {f"{name}.lora_A": A, f"{name}.lora_B": B}
+    step = choose_step(
+        engine, adapters, report.layers, probe, report.step.init_lr if init_lr is None else init_lr
+    )
+    if is_main:
+        basis |= {f"{name}.lora_R": layer.R(step.init_lr) for name, layer in report.layers.items()}
+    return replace(report, step=step), basis

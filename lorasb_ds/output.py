@@ -1,0 +1,46 @@
+"""The folder of a run."""
+
+from __future__ import annotations
+
+import shutil
+from datetime import datetime
+from pathlib import Path
+
+import torch.distributed as dist
+
+from lorasb_ds import zero
+from lorasb_ds.config import DS_CONFIG_COPY, ConfigError, RunConfig
+
+# All that a run writes into its folder, and --overwrite removes.
+OUTPUTS = (
+    "run.json",
+    DS_CONFIG_COPY,
+    "metrics.jsonl",
+    "tensorboard",
+    "basis.safetensors",
+    "init.json",
+    "init.png",
+    "adapter",
+    "loss.png",
+    "report.md",
+)
+
+
+def make_output_dir(config: RunConfig) -> Path:
+    """Rank 0 makes the folder, without what an overwritten run left; all hear of it. Collective."""
+    name: list[str] = [""]
+    if zero.rank() == 0:
+        default = Path("runs") / f"{Path(config.model).name}-{datetime.now():%Y%m%d-%H%M%S}"
+        folder = Path(config.output_dir or default)
+        try:
+            folder.mkdir(parents=True, exist_ok=config.output_dir is not None)
+            for old in OUTPUTS:
+                if (folder / old).is_dir():
+                    shutil.rmtree(folder / old)
+                else:
+                    (folder / old).unlink(missing_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--output-dir {folder} cannot be written: {error}.") from error
+        name = [str(folder)]
+    dist.broadcast_object_list(name, src=0)
+    return Path(name[0])
