@@ -1,0 +1,55 @@
+"""Groups of layers under a budget."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorasb_ds.linalg import row_range
+from lorasb_ds.plan import plan_init
+
+SIDES = st.integers(1, 300)
+
+
+@given(
+    shapes=st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=12),
+    world_size=st.integers(1, 9),
+    budget=st.one_of(st.none(), st.integers(1, 10**6)),
+)
+def test_every_layer_once_within_the_budget(
+    shapes: list[tuple[int, int]], world_size: int, budget: int | None
+) -> None:
+    targets = {f"layer{i}": shape for i, shape in enumerate(shapes)}
+    plan = plan_init(
+        targets, r=1, world_size=world_size, tokens_per_micro_batch=7, budget_bytes=budget
+    )
+    assert [name for group in plan.groups for name in group] == list(targets)
+    held = []
+    for group in plan.groups:
+        # What GradientShards allocates on the rank with most rows.
+        rows = [
+            max(len(row_range(max(targets[n]), k, world_size)) for k in range(world_size))
+            for n in group
+        ]
+        held.append(sum(4 * k * min(targets[n]) for k, n in zip(rows, group, strict=True)))
+    assert plan.shard_bytes == max(held)
+    assert plan.predicted_bytes > plan.shard_bytes
+    if budget is None:
+        assert len(plan.groups) == 1
+        assert not plan.exceeds_budget
+    else:
+        assert plan.exceeds_budget == (plan.predicted_bytes > budget)
+        if plan.exceeds_budget:
+            worst = held.index(max(held))
+            assert len(plan.groups[worst]) == 1, "nothing smaller can be taken"
+
+
+def test_no_pass_too_many() -> None:
+    targets = {f"layer{i}": (100, 10) for i in range(10)}
+    options = {"r": 1, "world_size": 1, "tokens_per_micro_batch": 1}
+    workspace = plan_init(targets, **options, budget_bytes=None).workspace_bytes
+    for layers_a_pass in (1, 3, 5, 10):
+        budget = workspace + layers_a_pass * 4 * 100 * 10
+        plan = plan_init(targets, **options, budget_bytes=budget)
+        assert len(plan.groups) == -(-10 // layers_a_pass)
+        assert not plan.exceeds_budget
