@@ -75,6 +75,12 @@ def prepare(config: RunConfig, world_size: int) -> Prepared:
     check_output_dir(config)
     hf_config = load_config(config.model)
     layers, experts = read_shapes(hf_config)
+    if experts and ds_config["zero_optimization"]["stage"] == 3:
+        # Gathered at once and not part by part ("leaf modules"): ranks whose tokens go elsewhere
+        # would wait for each other. DeepSpeed's own list names whole MoE blocks, of which it would
+        # reduce the trainable parameters at every backward pass, the init's too.
+        leaves = {"classes": [], "names": list(experts)}
+        ds_config["zero_optimization"].setdefault("leaf_module", leaves)
     targets = select_targets(layers, config.target_modules, config.r)
     tokenizer = load_tokenizer(config.model)
     train = tokenize_rows(load_rows(config.data), tokenizer, config)

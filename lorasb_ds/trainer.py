@@ -128,10 +128,6 @@ def start_engine(run: Prepared) -> tuple[Any, Adapters]:
     config = run.config
     model = load_base(config, run.hf_config, run.ds_config)
     adapters = inject(model, run.targets, config.r, DTYPES[config.dtype])
-    if run.ds_config["zero_optimization"]["stage"] == 3:
-        zero.shard_blocks_whole(
-            model.get_submodule(name.rpartition(".")[0]) for name in run.experts
-        )
     R = [adapter.lora_R for adapter in adapters.values()]
     optimizer = torch.optim.AdamW(R, lr=config.lr, weight_decay=0.0)
     num_steps = count_steps(config, len(run.train.examples), zero.world_size())

@@ -82,16 +82,6 @@ def loading_context(ds_config: dict[str, Any]) -> Any:
     return HfDeepSpeedConfig(ds_config)
 
 
-def shard_blocks_whole(blocks: Iterable[torch.nn.Module]) -> None:
-    """ZeRO-3 gathers such a module at once and not its parts one by one ("leaf modules").
-
-    For blocks whose parts some ranks do not call, such as an MoE block's experts: ranks would wait
-    for each other in gathers that never come. Before the engine is made.
-    """
-    for block in blocks:
-        deepspeed.utils.set_z3_leaf_module(block, True)
-
-
 def make_engine(
     model: torch.nn.Module,
     trainable: list[torch.nn.Parameter],

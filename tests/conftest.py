@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches out
@@ -45,9 +46,36 @@ def tiny_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         pad_token_id=2,
         tie_word_embeddings=True,
     )
+    return _saved(LlamaForCausalLM, config, folder, demo_model)
+
+
+@pytest.fixture(scope="session")
+def tiny_moe(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Qwen2-MoE: routed experts, a shared one, biases in its attention."""
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    config = Qwen2MoeConfig(
+        vocab_size=49152,
+        hidden_size=32,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=8,
+        num_experts_per_tok=2,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-moe"
+    return _saved(Qwen2MoeForCausalLM, config, folder, demo_model)
+
+
+def _saved(kind: Any, config: Any, folder: Path, demo_model: Path) -> Path:
+    """A random model with the demo's tokenizer."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder)
+        kind(config).save_pretrained(folder)
     for file in demo_model.glob("*token*"):
         shutil.copy(file, folder)
     shutil.copy(demo_model / "chat_template.jinja", folder)

@@ -68,7 +68,7 @@ def gradients(config: dict[str, Any], out: str, zero_optimization: dict[str, Any
     )
     zero.release(engine)
     _assert_sharded(run, adapters)
-    assert all(p.grad is None for p in engine.module.parameters())
+    assert [n for n, p in engine.module.named_parameters() if p.grad is not None] == []
     whole = {}
     for name, adapter in adapters.items():
         long_side = max(adapter.out_features, adapter.in_features)
@@ -168,6 +168,59 @@ def disagree(config: dict[str, Any]) -> None:
         run.train.examples.reverse()
     with pytest.raises(ConfigError, match=r"Rank 1 and rank 0 do not agree on the training rows\."):
         check_ranks_agree(run)
+
+
+def uneven(out: str) -> None:
+    """Gradients where each rank calls other layers, and some more often than others."""
+    from types import SimpleNamespace
+
+    from torch import nn
+
+    from lorasb_ds import zero
+    from lorasb_ds.adapter import inject, linear_layers
+    from lorasb_ds.data import Batch
+    from lorasb_ds.gradients import average_gradients
+    from lorasb_ds.initialize import gather_rows
+
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(20, 6)
+            self.experts = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)])
+            self.last = nn.Linear(6, 9)
+            self.head = nn.Linear(9, 20)
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.head
+
+        def forward(self, input_ids: torch.Tensor, logits_to_keep: torch.Tensor, **_: Any) -> Any:
+            x = self.embed(input_ids)
+            for expert in input_ids[0, :2].tolist():  # the first two tokens are a route
+                x = x + torch.tanh(self.experts[expert](x))
+            return SimpleNamespace(logits=self.head(self.last(x)[:, logits_to_keep]))
+
+    def batch_of(route: list[int]) -> Batch:
+        ids = torch.tensor([[*route, 5, 7, 11]])
+        labels = torch.where(ids < 4, -100, ids)
+        return Batch(ids, torch.ones_like(ids), labels, 3)
+
+    zero.init_process_group()
+    torch.manual_seed(0)
+    model = Routed()
+    routes = [[0, 0], [0, 1], [1, 0], [0, 1], [1, 1], [0, 0]]
+    share = len(routes) // zero.world_size()
+    first = zero.rank() * share
+    batches = [batch_of(route) for route in routes[first : first + share]]
+    adapters = inject(model, linear_layers(model), 2, torch.float32)
+    found, loss = average_gradients(model, adapters, batches, 18)
+    result = {"loss": torch.tensor(loss)}
+    for name, G in found.shards.items():
+        whole = gather_rows(G, max(adapters[name].out_features, adapters[name].in_features), None)
+        if whole is not None:
+            result[name] = whole
+            result[f"{name}.reached"] = torch.tensor(found.reached[name])
+    if zero.rank() == 0:
+        save_file(result, out)
 
 
 def not_finite(config: dict[str, Any]) -> None:

@@ -24,7 +24,8 @@ from tests.runs import REALLY_SHARDED, run_ranks, word_rows, write_jsonl
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
-    return (torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b)).item()
+    error, norm = (torch.linalg.vector_norm(t.double()).item() for t in (a - b, b))
+    return error / norm if norm else error
 
 
 def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tol: float):
@@ -135,3 +136,33 @@ def test_4bit_equals_the_dequantized_model(
     expected = true_gradients(exact, batch_of(config, tokenizer))
     assert_close(found, expected, tol=0.05)
     assert_close(found, tapped(plain, config, tokenizer), tol=1e-6)
+
+
+def test_ranks_that_call_different_layers(tmp_path: Path) -> None:
+    results = []
+    for world_size in (1, 2, 3):
+        out = tmp_path / f"{world_size}.safetensors"
+        run_ranks("uneven", world_size, out=str(out))
+        results.append(load_file(out))
+    reached = {name: int(n) for name, n in results[0].items() if name.endswith(".reached")}
+    assert reached == {
+        "experts.0.reached": 5,
+        "experts.1.reached": 4,
+        "experts.2.reached": 0,
+        "last.reached": 6,
+    }
+    assert results[0]["experts.0"].any()
+    for result in results[1:]:
+        assert_close(result, results[0], tol=1e-5)
+
+
+def test_mixture_of_experts_under_zero3(
+    demo_model: Path, tmp_path: Path, tokenizer: Any, tiny_moe: Path
+) -> None:
+    """Two ranks whose tokens go to different experts: no rank waits for another's."""
+    config = setting(tiny_moe, tmp_path, dtype="fp32")
+    model = AutoModelForCausalLM.from_pretrained(tiny_moe, dtype=torch.float32)
+    expected = true_gradients(model, batch_of(config, tokenizer))
+    expected = {n: G for n, G in expected.items() if not n.endswith("shared_expert_gate")}
+    assert len(expected) == 2 * 7 + 1
+    assert_close(captured(config, tmp_path, 2), expected, tol=1e-4)
