@@ -180,3 +180,33 @@ def test_sigterm_ends_every_process(running: tuple[subprocess.Popen[bytes], str]
 
 def _cmdline(pid: int) -> bytes:
     return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def test_a_rank_that_dies_in_the_init(demo_model: Path, tmp_path: Path) -> None:
+    """Nothing that looks finished is left, and no process waits for the dead one."""
+    folder, log = tmp_path / "init", tmp_path / "log"
+    command = (
+        f"{Path(sys.executable).parent}/lorasb init --num-procs 2 --init-samples 800 --r 8 "
+        f"--output-dir {folder}"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    with log.open("w") as file:
+        child = subprocess.Popen(command.split(), cwd=ROOT, env=environment, stdout=file)
+        try:
+            deadline = time.monotonic() + 120
+            while "init: gradients and SVD will take" not in log.read_text():
+                assert child.poll() is None
+                assert time.monotonic() < deadline, "the init did not begin"
+                time.sleep(0.3)
+            time.sleep(3)  # in the middle of a pass that takes a minute
+            ranks = [p for p in workers(str(folder)) if b"--local_rank=1" in _cmdline(p)]
+            os.kill(max(ranks), signal.SIGKILL)
+            assert child.wait(timeout=60) != 0
+            assert gone(str(folder), 10), "no process is left"
+        finally:
+            child.kill()
+            for pid in workers(str(folder)):
+                os.kill(pid, signal.SIGKILL)
+    assert not (folder / "basis.safetensors").exists()
+    with pytest.raises(ConfigError, match=r"there is no basis\.safetensors"):
+        prepare(load_run_config({"init_from": str(folder), "r": 8}), 1)

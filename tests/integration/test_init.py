@@ -1,0 +1,126 @@
+"""`lorasb init`, and what `lorasb train --init-from` makes of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lorasb_ds.config import ConfigError, load_run_config
+from lorasb_ds.prepare import prepare
+from tests.runs import metrics, run_command, word_rows, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_jsonl(tmp_path_factory.mktemp("rows") / "rows.jsonl", word_rows(20))
+
+
+@pytest.fixture(scope="module")
+def made(tiny_model: Path, rows: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("init") / "init"
+    output = run_command(
+        *f"lorasb init --num-procs 2 --model {tiny_model} --data {rows} --r 12 --dtype fp32 "
+        f"--init-memory-gib 0.0001 --output-dir {folder}".split()
+    )
+    assert "passes" in output
+    assert "basis saved" in output
+    return folder
+
+
+def test_the_folder(made: Path) -> None:
+    names = {path.name for path in made.iterdir()}
+    assert names >= {"basis.safetensors", "init.json", "init.png", "report.md", "run.json"}
+    assert not names & {"adapter", "loss.png"}
+    assert (made / "init.png").read_bytes().startswith(b"\x89PNG")
+    report = (made / "report.md").read_text()
+    assert "passes over the sample" in report
+    assert "## Training" not in report
+    assert report.count("| model.layers.") == 14
+    init = json.loads((made / "init.json").read_text())
+    parts = ("gradients_s", "communication_s", "svd_s")
+    assert all(init[part] > 0 for part in parts)
+    assert sum(init[part] for part in parts) + init["step"]["seconds"] <= init["total_s"]
+    # The first rows are the gradient's, the others were held back.
+    assert (init["num_samples"], init["step"]["num_samples"]) == (18, 2)
+
+
+@pytest.mark.parametrize("r", [12, 5])
+def test_train_takes_it_up(made: Path, tiny_model: Path, rows: str, tmp_path: Path, r: int) -> None:
+    """On another number of processes, and cut to a smaller r."""
+    run_command(
+        *f"lorasb train --num-procs 1 --model {tiny_model} --data {rows} --eval-data {rows} "
+        f"--r {r} --dtype fp32 --init-from {made} --max-steps 2 --output-dir {tmp_path}/run".split()
+    )
+    stored, taken = (load_file(f / "basis.safetensors") for f in (made, tmp_path / "run"))
+    cut = {"lora_A": lambda t: t[:r], "lora_B": lambda t: t[:, :r], "lora_R": lambda t: t[:r, :r]}
+    assert stored.keys() == taken.keys()
+    for name, tensor in taken.items():
+        expected = cut.get(name.rpartition(".")[2], lambda t: t[:r])(stored[name])
+        assert torch.equal(tensor, expected), name
+    init = json.loads((tmp_path / "run" / "init.json").read_text())
+    for name, layer in init["layers"].items():
+        S = stored[f"{name}.S"].double().square()
+        whole = json.loads((made / "init.json").read_text())["layers"][name]["captured_energy"]
+        share = (S[:r].sum() / S.sum()).item()
+        assert layer["captured_energy"] == pytest.approx(whole * share, rel=1e-6)
+    losses = [row["eval_loss"] for row in metrics(tmp_path / "run") if "eval_loss" in row]
+    assert losses[1] < losses[0], "the fill of the earlier run descends here, too"
+    steps = [row for row in metrics(tmp_path / "run") if "loss" in row]
+    assert len(steps) == 2
+
+
+def test_another_eta(made: Path, tiny_model: Path, rows: str, tmp_path: Path) -> None:
+    run_command(
+        *f"lorasb init --num-procs 1 --model {tiny_model} --data {rows} --r 12 --dtype fp32 "
+        f"--init-from {made} --init-lr 3e-4 --output-dir {tmp_path}/run".split()
+    )
+    basis = load_file(tmp_path / "run" / "basis.safetensors")
+    for name, R in basis.items():
+        if name.endswith(".lora_R"):
+            S = basis[name.replace("lora_R", "S")]
+            torch.testing.assert_close(R, torch.diag(-3e-4 * S))
+
+
+def refused(made: Path, **given: Any) -> str:
+    with pytest.raises(ConfigError) as error:
+        prepare(load_run_config({"init_from": str(made), "dtype": "fp32", "r": 12} | given), 1)
+    return str(error.value)
+
+
+def test_what_was_made_from_something_else_is_refused(
+    made: Path, tiny_model: Path, rows: str, tmp_path: Path
+) -> None:
+    same = {"model": str(tiny_model), "data": rows}
+    prepare(load_run_config({"init_from": str(made), "dtype": "fp32", "r": 12} | same), 2)
+    assert "r = 12. A smaller r" in refused(made, **same | {"r": 13})
+    assert "--seed" in refused(made, **same, seed=7)
+    assert ": --dtype differ" in refused(made, **same | {"dtype": "bf16"})
+    assert ": --init-update differ" in refused(made, **same, init_update="raw")
+    assert ": target layers differ" in refused(made, **same, target_modules="q_proj")
+    other = write_jsonl(
+        tmp_path / "other.jsonl", [*word_rows(19), {"question": "q", "answer": "a"}]
+    )
+    assert "rows of the init sample" in refused(made, **same | {"data": other})
+    tuned = tmp_path / "tuned"
+    shutil.copytree(tiny_model, tuned)
+    tensors = load_file(tuned / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
+    save_file(tensors, tuned / "model.safetensors", metadata={"format": "pt"})
+    assert ": model files differ" in refused(made, **same | {"model": str(tuned)})
+
+
+def test_what_is_no_basis_is_refused(made: Path, tiny_model: Path, rows: str, tmp_path: Path):
+    same = {"model": str(tiny_model), "data": rows}
+    assert "there is no basis.safetensors" in refused(tmp_path, **same)
+    broken = tmp_path / "broken"
+    shutil.copytree(made, broken)
+    (broken / "basis.safetensors").write_bytes(b"0" * 100)
+    assert "not a basis of this version" in refused(broken, **same)
+    (broken / "init.json").unlink()
+    assert "there is no init.json" in refused(broken, **same)
