@@ -11,9 +11,14 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import default_pg_timeout
-from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_set_full_fp32_param,
+    safe_set_local_fp32_param,
+)
 
 VERSION = deepspeed.__version__
 
@@ -142,7 +147,15 @@ def fill_trainable(param: torch.nn.Parameter, value: torch.Tensor) -> None:
         value: whole and equal on every rank.
     """
     fill(param, value)
-    safe_set_full_fp32_param(param, value.to(device(), torch.float32))
+    value = value.to(device(), torch.float32)
+    if not hasattr(param, "ds_id"):
+        safe_set_full_fp32_param(param, value)
+        return
+    # Under ZeRO-3 safe_set_full_fp32_param raises (DeepSpeed 0.19.8) where the elements are no
+    # multiple of the world size and the last rank's part is padded.
+    length = param.ds_tensor.ds_numel
+    padded = F.pad(value.flatten(), (0, length * world_size() - value.numel()))
+    safe_set_local_fp32_param(param, padded[length * rank() : length * (rank() + 1)])
 
 
 def full_fp32(param: torch.nn.Parameter) -> torch.Tensor:
