@@ -157,6 +157,50 @@ def initialize(config: dict[str, Any], out: str, zero_optimization: dict[str, An
         assert basis == {}
 
 
+def four_bit(config: dict[str, Any], out: str, zero_optimization: dict[str, Any]) -> None:
+    """Held-out loss, init, some steps and export on a 4-bit base of which each rank has a share."""
+    from lorasb_ds import initialize as phase
+    from lorasb_ds import zero
+    from lorasb_ds.evaluate import held_out_loss
+    from lorasb_ds.export import collect_lora
+    from lorasb_ds.quantization import PackedLinear4bit
+    from lorasb_ds.trainer import batches_of, step_batches, train_step
+
+    run, engine, adapters = _start(config, zero_optimization)
+    bases = [adapter.base_layer for adapter in adapters.values()]
+    assert all(isinstance(base, PackedLinear4bit) for base in bases)
+    weights = [base.weight for base in bases]
+    shares = [weight.ds_tensor.numel() for weight in weights]
+    assert shares == [-(-weight.ds_numel // zero.world_size()) for weight in weights]
+
+    def assert_released() -> None:
+        if zero.world_size() > 1:
+            zero.release(engine)
+            assert all(parameter.numel() == 0 for parameter in engine.module.parameters())
+
+    assert_released()
+    examples = run.train.examples
+    batches = batches_of(run, run.train, range(len(examples)))
+    losses = [held_out_loss(engine.module, batches, zero.device()) for _ in range(2)]
+    assert losses[0] == losses[1], "the weights were not those of the first time"
+    assert_released()
+    phase.initialize(
+        engine,
+        adapters,
+        batches,
+        num_samples=len(examples),
+        num_label_tokens=sum(e.num_label_tokens for e in examples),
+        init_lr=run.config.init_lr,
+        seed=0,
+    )
+    engine.train()
+    losses += [train_step(engine, step)[0] for step in step_batches(run, run.config.max_steps)]
+    assert_released()
+    tensors = collect_lora(adapters)
+    if zero.rank() == 0:
+        save_file(tensors | {"losses": torch.tensor(losses)}, out)
+
+
 def disagree(config: dict[str, Any]) -> None:
     """Ranks that hold different rows refuse to train, all of them."""
     from lorasb_ds import zero
