@@ -121,8 +121,9 @@ def load_base(config: RunConfig, hf_config: Any, ds_config: dict[str, Any]) -> n
 
     Collective under ZeRO-3 (transformers reads on every rank and shards parameter by parameter),
     but not in 4 bits: every rank reads and quantizes all of the checkpoint, and the engine shards
-    it. A rank's peak is then the whole 4-bit model on its device, plus the layers in transit: a few
-    on the way from the file (as many as transformers reads ahead) and one being packed.
+    it. A rank's peak is then the whole 4-bit model on its device, plus one weight on its way: in
+    bf16 with bitsandbytes' intermediates (about 14 bytes for each of its numbers on a CPU), or
+    quantized twice while it is packed. The checkpoint's files are mapped, not held.
     """
     dtype = DTYPES[config.dtype]
     options: dict[str, Any] = {"dtype": dtype}
