@@ -59,7 +59,7 @@ def resolve_ds_config(config: RunConfig, world_size: int) -> tuple[dict[str, Any
     for section in ("optimizer", "scheduler"):
         problems += _check_section(section, raw, config.ds_config, agree)
     problems += _check_precision(raw, config, updates)
-    problems += _check_zero(raw, config, world_size)
+    problems += _check_zero(raw, config)
     if problems:
         raise ConfigError(*problems)
     try:
@@ -127,25 +127,26 @@ def _check_precision(raw: dict[str, Any], config: RunConfig, updates: dict[str, 
     return []
 
 
-def _check_zero(raw: dict[str, Any], config: RunConfig, world_size: int) -> list[str]:
+def _check_zero(raw: dict[str, Any], config: RunConfig) -> list[str]:
     problems = []
-    stage = _section(raw, "zero_optimization").get("stage", 0)
+    section = _section(raw, "zero_optimization")
+    stage = section.get("stage", 0)
     if isinstance(stage, bool) or stage not in (1, 2, 3):
         problems.append(
             f"{config.ds_config}: zero_optimization.stage is {stage!r}; it must be 1, 2 or 3."
         )
-    offload = _section(_section(raw, "zero_optimization"), "offload_optimizer")
+    offload = _section(section, "offload_optimizer")
     if offload.get("device", "none") != "none":
         problems.append(
             f"{config.ds_config}: offload_optimizer is set. The optimizer of LoRA-SB is tiny and "
             "DeepSpeed offloads no torch optimizer; remove it (offload_param may stay)."
         )
-    if config.load_in_4bit and stage == 3 and world_size > 1:
-        problems.append(
-            f"--load-in-4bit with ZeRO stage 3 ({config.ds_config}) on {world_size} processes: a "
-            "4-bit base cannot be sharded yet. Use --ds-config ds_configs/zero2.json (every "
-            "process holds the 4-bit base), one process, or leave --load-in-4bit out."
-        )
+    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
+        if config.load_in_4bit and section.get(key) is True:
+            problems.append(
+                f"{config.ds_config}: {key} is true, but the parameters of a 4-bit base are bytes "
+                "and no numbers: they would be ruined. Remove it, or leave --load-in-4bit out."
+            )
     return problems
 
 

@@ -146,7 +146,11 @@ def weights_digest(model: str, hf_config: Any) -> str:
 def load_base(config: RunConfig, hf_config: Any, ds_config: dict[str, Any]) -> nn.Module:
     """The frozen base where the run wants it: ZeRO-3 shards, 4-bit, or plain on the device.
 
-    Collective under ZeRO-3 (transformers reads on every rank and shards parameter by parameter).
+    Collective under ZeRO-3 (transformers reads on every rank and shards parameter by parameter),
+    but not in 4 bits: every rank reads and quantizes all of the checkpoint, and the engine shards
+    it. A rank's peak is then the whole 4-bit model on its device, plus one weight on its way: in
+    bf16 with bitsandbytes' intermediates (about 14 bytes for each of its numbers on a CPU), or
+    quantized twice while it is packed. The checkpoint's files are mapped, not held.
     """
     dtype = DTYPES[config.dtype]
     options: dict[str, Any] = {"dtype": dtype}
@@ -159,7 +163,7 @@ def load_base(config: RunConfig, hf_config: Any, ds_config: dict[str, Any]) -> n
     model = _read_weights(config.model, config=hf_config, **options)
     del alive
     if config.load_in_4bit:
-        quantization.keep_weights_as_stored(model)
+        quantization.pack_linear_layers(model)
     if config.gradient_checkpointing:
         # The reentrant kind needs inputs that require grad, which a frozen embedding's do not.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

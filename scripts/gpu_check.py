@@ -35,7 +35,7 @@ def main() -> int:
     many = f"--num-gpus {num_gpus}"
     checks = {
         f"ZeRO-3, {num_gpus} GPU(s)": many,
-        "4-bit, ZeRO-3, 1 GPU": "--num-gpus 1 --load-in-4bit",
+        f"4-bit, ZeRO-3, {num_gpus} GPU(s)": f"{many} --load-in-4bit",
         f"4-bit, ZeRO-2, {num_gpus} GPU(s)": f"{many} --load-in-4bit --ds-config "
         "ds_configs/zero2.json",
         "ZeRO-3, parameters offloaded": f"{many} --ds-config ds_configs/zero3_offload.json",

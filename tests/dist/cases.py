@@ -45,6 +45,23 @@ def _start(config: dict[str, Any], zero_optimization: dict[str, Any]) -> Any:
     return run, *start_engine(run)
 
 
+def _initialize(run: Any, engine: Any, adapters: dict[str, Any], sample: Any) -> Any:
+    """By the run's options; losses are measured on the same rows."""
+    from lorasb_ds.initialize import initialize
+
+    return initialize(
+        engine,
+        adapters,
+        sample,
+        sample,
+        run.init_plan,
+        init_lr=run.config.init_lr,
+        update=run.config.init_update,
+        offload=run.config.init_offload,
+        seed=0,
+    )
+
+
 def _assert_sharded(run: Any, adapters: dict[str, Any]) -> None:
     from lorasb_ds import zero
 
@@ -124,23 +141,12 @@ def export(config: dict[str, Any], basis: str, out: str, zero_optimization: dict
 
 def initialize(config: dict[str, Any], out: str, zero_optimization: dict[str, Any]) -> None:
     """The init on all training rows; what then lies in the layers, and what was reported."""
-    from lorasb_ds import initialize as phase
     from lorasb_ds import zero
     from lorasb_ds.basis import save_basis
 
     run, engine, adapters = _start(config, zero_optimization)
     sample = run.sample(range(len(run.train.examples)))
-    report, basis = phase.initialize(
-        engine,
-        adapters,
-        sample,
-        sample,
-        run.init_plan,
-        init_lr=run.config.init_lr,
-        update=run.config.init_update,
-        offload=run.config.init_offload,
-        seed=0,
-    )
+    report, basis = _initialize(run, engine, adapters, sample)
     _assert_sharded(run, adapters)
     live = {}
     for name, adapter in adapters.items():
@@ -153,6 +159,40 @@ def initialize(config: dict[str, Any], out: str, zero_optimization: dict[str, An
         save_basis(Path(out), basis, report, run.made_from)
     else:
         assert basis == {}
+
+
+def four_bit(config: dict[str, Any], out: str, zero_optimization: dict[str, Any]) -> None:
+    """Held-out loss, init, some steps and export on a 4-bit base of which each rank has a share."""
+    from lorasb_ds import zero
+    from lorasb_ds.evaluate import held_out_loss
+    from lorasb_ds.export import collect_lora
+    from lorasb_ds.quantization import PackedLinear4bit
+    from lorasb_ds.trainer import step_batches, train_step
+
+    run, engine, adapters = _start(config, zero_optimization)
+    bases = [adapter.base_layer for adapter in adapters.values()]
+    assert all(isinstance(base, PackedLinear4bit) for base in bases)
+    weights = [base.weight for base in bases]
+    shares = [weight.ds_tensor.numel() for weight in weights]
+    assert shares == [-(-weight.ds_numel // zero.world_size()) for weight in weights]
+
+    def assert_released() -> None:
+        if zero.world_size() > 1:
+            zero.release(engine)
+            assert all(parameter.numel() == 0 for parameter in engine.module.parameters())
+
+    assert_released()
+    sample = run.sample(range(len(run.train.examples)))
+    losses = [held_out_loss(engine.module, sample.batches, zero.device()) for _ in range(2)]
+    assert losses[0] == losses[1], "the weights were not those of the first time"
+    assert_released()
+    _initialize(run, engine, adapters, sample)
+    engine.train()
+    losses += [train_step(engine, step)[0] for step in step_batches(run, run.config.max_steps)]
+    assert_released()
+    tensors = collect_lora(adapters)
+    if zero.rank() == 0:
+        save_file(tensors | {"losses": torch.tensor(losses)}, out)
 
 
 def disagree(config: dict[str, Any]) -> None:

@@ -133,7 +133,7 @@ def test_a_run_is_replayed_and_overwritten(tiny_model: Path, tmp_path: Path) -> 
 
 
 OPTIONS = {  # what each shipped configuration is tried with
-    "zero3": ("--load-in-4bit", 1),
+    "zero3": ("--load-in-4bit", 2),
     "zero2": ("--load-in-4bit", 2),
     "zero3_offload": ("--gradient-checkpointing", 2),
 }

@@ -97,7 +97,6 @@ def test_every_field_is_an_option_with_its_default_in_the_help() -> None:
     [
         (["--ds-config", "nowhere.json"], "no such file"),
         (["--num-procs", "2", "--num-gpus", "2"], "exclude each other"),
-        (["--num-procs", "2", "--load-in-4bit"], "zero2.json"),
         (["--lr", "-1"], "--lr -1.0"),
         (["--config", "nowhere.json"], "no such file"),
         (["--no-such-option"], "No such option"),
