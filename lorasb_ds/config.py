@@ -125,8 +125,8 @@ class RunConfig(BaseModel):
         None,
         gt=0,
         description="Memory of a process for the init's gradients and SVD, beside base and "
-        "activations; layers are taken in groups, a pass over the sample for each. "
-        "[default: no limit, one pass]",
+        "activations; layers are taken in groups, for the time of one more forward pass. "
+        "[default: no limit]",
     )
     init_offload: bool = Field(False, description="Keep the init's gradient shards in host memory.")
     init_from: str | None = Field(

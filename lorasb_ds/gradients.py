@@ -37,7 +37,8 @@ class GradientShards:
         shards: layer -> (rows here, short side), fp32: rows of G (out, in) where out >= in, else
             rows of Gᵀ. Row ranges are those of ``linalg.row_range``.
         reached: layer -> micro-batches with a label, of all ranks, that called it; complete after
-            ``average_gradients``.
+            ``finish``.
+        loss: of the whole sample, per label token, at the base; set by ``finish``.
         communication: time in reductions.
     """
 
@@ -124,8 +125,9 @@ class GradientShards:
         self._uneven.clear()
         self._calls.clear()
 
-    def finish(self) -> None:
+    def finish(self, loss: float) -> None:
         """Sum up ``reached`` over the ranks. Collective."""
+        self.loss = loss
         counts = torch.tensor([self.reached[name] for name in self.shards], device=self._device)
         dist.all_reduce(counts, group=self.group)
         self.reached = Counter(dict(zip(self.shards, counts.tolist(), strict=True)))
@@ -181,7 +183,7 @@ def average_gradients(
     *,
     names: Iterable[str] | None = None,
     offload: bool = False,
-) -> tuple[GradientShards, float]:
+) -> GradientShards:
     """Gradient of the sample's mean loss over label tokens, at the base's weights, sharded.
 
     ``G = Σ_batches Σ_tokens ∂CE/∂W0 / num_label_tokens``: the training loss's own weighting, with
@@ -198,12 +200,12 @@ def average_gradients(
         names: the layers that are wanted, by default all; the backward pass stops below the lowest.
         offload: keep the shards in host memory.
     Returns:
-        The shards, and the sample's loss (the same on every rank).
+        The shards, with the sample's loss.
     """
     wanted = {name: adapters[name] for name in (adapters if names is None else names)}
     shards = GradientShards(wanted, group, offload)
     loss_sum = torch.zeros((), dtype=torch.float64, device=zero.device())
-    with _taps(wanted, shards), branches_off(adapters), no_dropout(model):
+    with taps(wanted, shards), branches_off(adapters), no_dropout(model):
         for batch in batches:
             loss = token_loss_sum(model, batch)
             shards.after_forward(batch.num_label_tokens > 0)
@@ -211,13 +213,14 @@ def average_gradients(
                 (loss / num_label_tokens).backward()
             shards.after_backward()
             loss_sum += loss.detach().double()
-    shards.finish()
     dist.all_reduce(loss_sum, group=group)
-    return shards, loss_sum.item() / num_label_tokens
+    shards.finish(loss_sum.item() / num_label_tokens)
+    return shards
 
 
 @contextmanager
-def _taps(adapters: Mapping[str, LoraSBLinear], shards: GradientShards) -> Iterator[None]:
+def taps(adapters: Mapping[str, LoraSBLinear], shards: GradientShards) -> Iterator[None]:
+    """These layers show their inputs and output gradients to the shards meanwhile."""
     for name, adapter in adapters.items():
         adapter.tap = _LayerTap(shards, name)
     try:

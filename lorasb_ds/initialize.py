@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,11 +19,18 @@ from torch import nn
 from lorasb_ds import zero
 from lorasb_ds.adapter import LoraSBLinear, set_scale
 from lorasb_ds.data import Batch
-from lorasb_ds.gradients import average_gradients, branches_off, is_transposed, no_dropout
+from lorasb_ds.gradients import (
+    GradientShards,
+    average_gradients,
+    branches_off,
+    is_transposed,
+    no_dropout,
+)
 from lorasb_ds.linalg import Group, TruncatedSVD, row_range, truncated_svd
 from lorasb_ds.line_search import search_init_lr
 from lorasb_ds.loss import token_loss_sum
 from lorasb_ds.plan import InitPlan
+from lorasb_ds.segments import gradients_by_segment
 
 ADAM_EPSILON = 1e-8
 
@@ -95,7 +102,7 @@ class InitReport:
     num_batches: int  # micro-batches of all ranks
     loss: float  # of the gradient's rows, at the base
     step: Step
-    passes: int
+    num_groups: int  # of layers, whose gradients were held at the same time
     predicted_memory_bytes: int  # of gradients and SVD, without activations (plan.py)
     peak_memory_bytes: int  # of rank 0, all that it holds
     memory_at_start_bytes: int
@@ -138,7 +145,7 @@ def initialize(
 ) -> tuple[InitReport, Basis]:
     """Fill A, B and R of every adapter in place. Collective.
 
-    The sample passes once for each group of the plan; which group a layer is in changes nothing.
+    Layers are done in the groups of the plan; which group a layer is in changes nothing.
 
     Args:
         engine: around the model with placeholders; its parameters may be sharded by ZeRO-3.
@@ -162,28 +169,20 @@ def initialize(
     layers: dict[str, LayerInit] = {}
     basis: Basis = {}
     gradients_s = communication_s = svd_s = 0.0
-    for names in plan.groups:
-        began = time.perf_counter()
-        gradients, loss = average_gradients(
-            model,
-            adapters,
-            sample.batches,
-            sample.num_label_tokens,
-            group,
-            names=names,
-            offload=offload,
-        )
+    began = time.perf_counter()
+    for gradients in _gradients_by_group(model, adapters, plan, sample, group, offload):
         zero.release(engine)
         communication_s += gradients.communication.seconds()
         gradients_s += time.perf_counter() - began
         began = time.perf_counter()
-        for name in names:
+        for name in list(gradients.shards):
             adapter, G = adapters[name], gradients.take(name)
             svd, slopes = decompose(name, G, adapter.r, update, group, seed)
             reached = gradients.reached[name]
             layers[name] = describe(svd, slopes, adapter.lora_A.dtype, reached, group)
             basis |= _fill_factors(name, adapter, svd, group)
         svd_s += time.perf_counter() - began
+        began = time.perf_counter()
     layers = {name: layers[name] for name in adapters}
     step = choose_step(engine, adapters, layers, probe, init_lr)
     if zero.rank() == 0:
@@ -198,9 +197,9 @@ def initialize(
         num_samples=sample.num_rows,
         num_label_tokens=sample.num_label_tokens,
         num_batches=int(num_batches),
-        loss=loss,
+        loss=gradients.loss,
         step=step,
-        passes=len(plan.groups),
+        num_groups=len(plan.groups),
         predicted_memory_bytes=plan.predicted_bytes,
         peak_memory_bytes=zero.peak_memory_bytes(),
         memory_at_start_bytes=memory_at_start,
@@ -211,6 +210,25 @@ def initialize(
         layers=layers,
     )
     return report, basis
+
+
+def _gradients_by_group(
+    model: nn.Module,
+    adapters: Mapping[str, LoraSBLinear],
+    plan: InitPlan,
+    sample: Sample,
+    group: Group,
+    offload: bool,
+) -> Iterator[GradientShards]:
+    """A group of layers after the other. Collective."""
+    of_sample = (sample.batches, sample.num_label_tokens, group)
+    if len(plan.groups) > 1 and plan.prefix is not None:
+        yield from gradients_by_segment(
+            model, adapters, plan.groups, plan.prefix, *of_sample, offload
+        )
+        return
+    for names in plan.groups:
+        yield average_gradients(model, adapters, *of_sample, names=names, offload=offload)
 
 
 def decompose(

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 FP32_BYTES = 4
 
 
 @dataclass(frozen=True)
 class InitPlan:
-    """Groups of layers, each taken in one pass over the sample."""
+    """Groups of layers, of which the gradients are held at the same time."""
 
     groups: tuple[tuple[str, ...], ...]
+    prefix: str | None  # of the names of decoder blocks, where groups can be cut between them
     shard_bytes: int  # of the largest group, on the rank with most
     workspace_bytes: int  # of the layer with most
+    boundary_bytes: int  # of what is stored between groups, on the rank with most
     budget_bytes: int | None
 
     @property
     def predicted_bytes(self) -> int:
         """The most that a rank holds at a time beside base, activations and the finished basis."""
-        return self.shard_bytes + self.workspace_bytes
+        return self.shard_bytes + self.workspace_bytes + self.boundary_bytes
 
     @property
     def exceeds_budget(self) -> bool:
@@ -33,36 +37,75 @@ def plan_init(
     r: int,
     world_size: int,
     tokens_per_micro_batch: int,
+    boundary_bytes: int,
     budget_bytes: int | None,
 ) -> InitPlan:
-    """Put as many layers into every pass as the budget allows; one layer always is taken.
-
-    Groups are filled from the model's first layer on: a pass ends its backward at the lowest layer
-    of its group, and so the last one, which is left over, is the shallowest.
+    """As few groups as the budget allows; a layer is never divided.
 
     Args:
         targets: layer -> (out, in), in the model's order.
         tokens_per_micro_batch: at most; the layer's inputs and output gradients are worked on
             in fp32.
+        boundary_bytes: hidden states of the whole sample, on the rank with most.
     """
     workspace = max(
         _workspace_bytes(*shape, r, world_size, tokens_per_micro_batch)
         for shape in targets.values()
     )
     sizes = {name: _shard_bytes(*shape, world_size) for name, shape in targets.items()}
-    available = None if budget_bytes is None else budget_bytes - workspace
-    groups: list[list[str]] = [[]]
-    for name, size in sizes.items():
-        used = sum(sizes[other] for other in groups[-1])
-        if groups[-1] and available is not None and used + size > available:
-            groups.append([])
-        groups[-1].append(name)
+    prefix = blocks_prefix(targets)
+    units = [[name] for name in targets]
+    if prefix is not None:
+        units = [list(unit) for _, unit in groupby(targets, lambda name: block_of(name, prefix))]
+
+    groups, stored = [list(targets)], 0
+    if budget_bytes is not None and sum(sizes.values()) + workspace > budget_bytes:
+        # What is stored between groups takes from the budget, too: the more groups, the more.
+        for expected in range(2, len(targets) + 1):
+            # Inputs of all but the first, the same of the one that is run again, a gradient.
+            stored = (expected + 1) * boundary_bytes if prefix is not None else 0
+            groups = _fill(units, sizes, budget_bytes - workspace - stored)
+            if len(groups) <= expected:
+                break
     return InitPlan(
         groups=tuple(map(tuple, groups)),
+        prefix=prefix,
         shard_bytes=max(sum(sizes[name] for name in group) for group in groups),
         workspace_bytes=workspace,
+        boundary_bytes=stored if len(groups) > 1 else 0,
         budget_bytes=budget_bytes,
     )
+
+
+def blocks_prefix(names: Iterable[str]) -> str | None:
+    """``model.layers.`` of ``model.layers.3.mlp.up_proj``; None unless all names share it."""
+    prefixes = {match[1] if (match := re.match(r"(.*?\.)\d+\.", name)) else None for name in names}
+    return prefixes.pop() if len(prefixes) == 1 else None
+
+
+def block_of(name: str, prefix: str) -> int:
+    """The number of the block that a layer lies in."""
+    return int(name.removeprefix(prefix).partition(".")[0])
+
+
+def _fill(
+    units: Iterable[Sequence[str]], sizes: Mapping[str, int], available: int
+) -> list[list[str]]:
+    """Whole units while they fit; one that is too large by itself is taken layer by layer."""
+    groups: list[list[str]] = []
+    room = -1
+    for unit in units:
+        size = sum(sizes[name] for name in unit)
+        if size <= room:
+            groups[-1] += unit
+            room -= size
+        elif size <= available or len(unit) == 1:
+            groups.append(list(unit))
+            room = available - size
+        else:
+            groups += _fill([[name] for name in unit], sizes, available)
+            room = -1
+    return groups
 
 
 def _shard_bytes(out_features: int, in_features: int, world_size: int) -> int:

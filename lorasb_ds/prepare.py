@@ -16,7 +16,7 @@ from lorasb_ds.config import ConfigError, RunConfig, check_output_dir, read_json
 from lorasb_ds.data import Batch, TokenizedRows, digest, init_sample, micro_batches, tokenize_rows
 from lorasb_ds.ds_config import resolve_ds_config
 from lorasb_ds.initialize import Sample
-from lorasb_ds.loading import load_config, load_tokenizer, read_shapes
+from lorasb_ds.loading import DTYPES, load_config, load_tokenizer, read_shapes
 from lorasb_ds.plan import InitPlan, plan_init
 from lorasb_ds.rows import load_rows
 
@@ -93,12 +93,15 @@ def prepare(config: RunConfig, world_size: int) -> Prepared:
     if config.init_from is not None:
         check_basis(config, made_from)
     longest = max(len(train.examples[i].input_ids) for i in gradient_rows)
+    rows_per_rank = -(-len(gradient_rows) // world_size)
+    bytes_per_token = hf_config.get_text_config().hidden_size * DTYPES[config.dtype].itemsize
     budget = config.init_memory_gib
     init_plan = plan_init(
         targets,
         r=config.r,
         world_size=world_size,
         tokens_per_micro_batch=config.micro_batch_size * longest,
+        boundary_bytes=rows_per_rank * longest * bytes_per_token,
         budget_bytes=None if budget is None else int(budget * (1 << 30)),
     )
     return Prepared(

@@ -246,10 +246,10 @@ def init_phase(run: Prepared, engine: Any, adapters: Adapters, folder: Path) -> 
         )
         _say(f"init taken from {config.init_from}")
     else:
-        passes = f", in {len(plan.groups)} passes" if len(plan.groups) > 1 else ""
+        groups = f", in {len(plan.groups)} groups of layers" if len(plan.groups) > 1 else ""
         _say(
             f"init: gradients and SVD will take {plan.predicted_bytes / GIB:.2f} GiB a process"
-            f"{passes}"
+            f"{groups}"
         )
         if plan.exceeds_budget:
             _say(

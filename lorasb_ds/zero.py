@@ -138,7 +138,7 @@ def _given(value: torch.Tensor | None) -> torch.Tensor:
     return value
 
 
-def fill_trainable(param: torch.nn.Parameter, value: torch.Tensor) -> None:
+def fill_trainable(param: Any, value: torch.Tensor) -> None:
     """Set a trainable parameter and the optimizer's fp32 master of it. Collective.
 
     Without the second, the first optimizer step would bring the old value back.

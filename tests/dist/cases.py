@@ -80,7 +80,7 @@ def gradients(config: dict[str, Any], out: str, zero_optimization: dict[str, Any
     run, engine, adapters = _start(config, zero_optimization)
     examples = run.train.examples
     batches = run.batches(run.train, range(len(examples)))
-    shards, loss = average_gradients(
+    shards = average_gradients(
         engine.module, adapters, batches, sum(e.num_label_tokens for e in examples)
     )
     zero.release(engine)
@@ -94,7 +94,7 @@ def gradients(config: dict[str, Any], out: str, zero_optimization: dict[str, Any
             transposed = is_transposed(adapter.out_features, adapter.in_features)
             whole[name] = (G.T if transposed else G).contiguous()
     if zero.rank() == 0:
-        save_file(whole | {"loss": torch.tensor(loss)}, out)
+        save_file(whole | {"loss": torch.tensor(shards.loss)}, out)
 
 
 def export(config: dict[str, Any], basis: str, out: str, zero_optimization: dict[str, Any]) -> None:
@@ -252,8 +252,8 @@ def uneven(out: str) -> None:
     first = zero.rank() * share
     batches = [batch_of(route) for route in routes[first : first + share]]
     adapters = inject(model, linear_layers(model), 2, torch.float32)
-    found, loss = average_gradients(model, adapters, batches, 18)
-    result = {"loss": torch.tensor(loss)}
+    found = average_gradients(model, adapters, batches, 18)
+    result = {"loss": torch.tensor(found.loss)}
     for name, G in found.shards.items():
         whole = gather_rows(G, max(adapters[name].out_features, adapters[name].in_features), None)
         if whole is not None:

@@ -95,8 +95,8 @@ def test_a_budget_changes_memory_and_passes_and_nothing_else(
     at_once, _, one_pass = initialized(config | {"init_lr": 2.0**-12}, tmp_path, 2)
     budget = {"init_memory_gib": 60e-6, "init_offload": True, "init_lr": "auto"}
     grouped, _, many = initialized(config | budget, tmp_path, 2)
-    assert one_pass["passes"] == 1
-    assert many["passes"] > 3
+    assert one_pass["num_groups"] == 1
+    assert many["num_groups"] > 3
     assert many["predicted_memory_bytes"] < one_pass["predicted_memory_bytes"]
     assert one_pass["loss"] == many["loss"]
     etas = {float(eta) for eta in many["step"]["losses"]}

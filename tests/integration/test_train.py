@@ -66,7 +66,7 @@ def test_report(run: Path) -> None:
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     init = json.loads((run / "init.json").read_text())
     assert init["step"]["loss_after"] < init["step"]["loss_before"]
-    assert init["passes"] == 1
+    assert init["num_groups"] == 1
     assert len(init["step"]["losses"]) >= 4
     assert all(0.2 < layer["captured_energy"] <= 1 for layer in init["layers"].values())
 

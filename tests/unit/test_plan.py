@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorasb_ds.linalg import row_range
-from lorasb_ds.plan import plan_init
+from lorasb_ds.plan import block_of, blocks_prefix, plan_init
 
 SIDES = st.integers(1, 300)
 
@@ -21,7 +21,12 @@ def test_every_layer_once_within_the_budget(
 ) -> None:
     targets = {f"layer{i}": shape for i, shape in enumerate(shapes)}
     plan = plan_init(
-        targets, r=1, world_size=world_size, tokens_per_micro_batch=7, budget_bytes=budget
+        targets,
+        r=1,
+        world_size=world_size,
+        tokens_per_micro_batch=7,
+        boundary_bytes=1000,
+        budget_bytes=budget,
     )
     assert [name for group in plan.groups for name in group] == list(targets)
     held = []
@@ -46,10 +51,35 @@ def test_every_layer_once_within_the_budget(
 
 def test_no_pass_too_many() -> None:
     targets = {f"layer{i}": (100, 10) for i in range(10)}
-    options = {"r": 1, "world_size": 1, "tokens_per_micro_batch": 1}
+    options = {"r": 1, "world_size": 1, "tokens_per_micro_batch": 1, "boundary_bytes": 0}
     workspace = plan_init(targets, **options, budget_bytes=None).workspace_bytes
     for layers_a_pass in (1, 3, 5, 10):
         budget = workspace + layers_a_pass * 4 * 100 * 10
         plan = plan_init(targets, **options, budget_bytes=budget)
         assert len(plan.groups) == -(-10 // layers_a_pass)
         assert not plan.exceeds_budget
+
+
+def test_groups_are_cut_between_blocks_where_they_fit() -> None:
+    targets = {f"model.layers.{i}.{kind}": (100, 10) for i in range(6) for kind in "qkv"}
+    options = {"r": 1, "world_size": 1, "tokens_per_micro_batch": 1, "boundary_bytes": 50}
+    workspace = plan_init(targets, **options, budget_bytes=None).workspace_bytes
+    layer = 4 * 100 * 10
+    # Room for 7 layers, and for what is stored between 3 groups: two blocks of 3 a group.
+    plan = plan_init(targets, **options, budget_bytes=workspace + 7 * layer + 4 * 50)
+    assert plan.prefix == "model.layers."
+    assert [len(group) for group in plan.groups] == [6, 6, 6]
+    assert (plan.boundary_bytes, plan.exceeds_budget) == (4 * 50, False)
+    # Room for 2 layers: every block in two parts.
+    plan = plan_init(targets, **options, budget_bytes=workspace + 2 * layer + 13 * 50)
+    assert [len(group) for group in plan.groups] == [2, 1] * 6
+    for group in plan.groups:
+        assert len({name.split(".")[2] for name in group}) == 1
+
+
+def test_blocks_prefix() -> None:
+    assert blocks_prefix(["model.layers.0.mlp.up", "model.layers.11.mlp.up"]) == "model.layers."
+    assert blocks_prefix(["h.0.experts.3.up", "h.1.experts.0.up"]) == "h."
+    assert blocks_prefix(["model.layers.0.mlp.up", "model.project_in"]) is None
+    assert blocks_prefix(["encoder.0.up", "decoder.0.up"]) is None
+    assert block_of("model.layers.11.mlp.up", "model.layers.") == 11

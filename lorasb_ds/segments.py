@@ -1,0 +1,239 @@
+"""Gradients of one group of layers after the other, at the cost of one more forward pass in all.
+
+A pass over the whole model for every group would cost as many passes as there are groups. Instead
+the model is cut where groups meet, between decoder blocks. One forward pass stores what enters each
+segment and the gradient at the last block's output; then segments are done from the last to the
+first: each is run again from its stored input, and hands the gradient at its input down. Bits are
+those of a whole pass, since autograd, too, hands on between blocks just that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lorasb_ds import zero
+from lorasb_ds.adapter import LoraSBLinear
+from lorasb_ds.data import Batch
+from lorasb_ds.gradients import GradientShards, branches_off, no_dropout, taps
+from lorasb_ds.linalg import Group
+from lorasb_ds.loss import token_loss_sum
+from lorasb_ds.plan import block_of
+
+# What a segment gives on its second run may differ from the first by this share: some kernels of
+# GPUs add in no fixed order. A block that depends on more than its input is off by far more.
+REPLAY_TOLERANCE = 1e-2
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Blocks ``first`` to ``last``, and the layers in them whose gradients are wanted."""
+
+    first: int
+    last: int
+    names: tuple[str, ...]
+
+
+def cut(groups: Sequence[Sequence[str]], prefix: str, num_blocks: int) -> list[Segment]:
+    """Segments of the groups, from the model's end to its beginning.
+
+    A segment reaches up to the one above it. Groups within one block share its segment.
+
+    Args:
+        groups: names of layers in the model's order; a block's layers are in one group, or in
+            groups that hold no other block's.
+        prefix: what comes before a block's number in those names.
+    """
+    segments: list[Segment] = []
+    for names in reversed(groups):
+        first = min(block_of(name, prefix) for name in names)
+        if segments and segments[-1].first == first:
+            last = segments[-1].last
+        else:
+            last = segments[-1].first - 1 if segments else num_blocks - 1
+        segments.append(Segment(first, last, tuple(names)))
+    return segments
+
+
+def gradients_by_segment(
+    model: nn.Module,
+    adapters: Mapping[str, LoraSBLinear],
+    groups: Sequence[Sequence[str]],
+    prefix: str,
+    batches: Sequence[Batch],
+    num_label_tokens: int,
+    group: Group = None,
+    offload: bool = False,
+) -> Iterator[GradientShards]:
+    """``average_gradients`` of every group, from the model's last layers to its first. Collective.
+
+    Between two of them the caller may use the model's parameters, but not run it in another mode.
+
+    Args:
+        groups, prefix: see ``cut``; ``prefix`` without its dot names the blocks' ModuleList.
+        offload: keep gradient shards and what is stored between blocks in host memory.
+    Yields:
+        The group's shards.
+    Raises:
+        RuntimeError: if a block's output depends on more than its input and its other arguments.
+    """
+    blocks = model.get_submodule(prefix.rstrip("."))
+    assert isinstance(blocks, nn.ModuleList)
+    segments = cut(groups, prefix, len(blocks))
+    keep = torch.device("cpu") if offload else zero.device()
+    with branches_off(adapters), no_dropout(model):
+        starts = {segment.first for segment in segments if segment.first > 0}
+        inputs, output_grads, loss = _first_pass(
+            model, blocks, starts, batches, num_label_tokens, keep
+        )
+        dist.all_reduce(loss, group=group)
+        for i, segment in enumerate(segments):
+            wanted = {name: adapters[name] for name in segment.names}
+            shards = GradientShards(wanted, group, offload)
+            with taps(wanted, shards):
+                input_grads = [
+                    _replay(model, blocks, segment, batch, number, inputs, output_grads, shards)
+                    for number, batch in enumerate(batches)
+                ]
+            shards.finish(loss.item())
+            if i + 1 < len(segments) and segments[i + 1].last != segment.last:
+                output_grads = [grad.to(keep) for grad in input_grads if grad is not None]
+                inputs.pop(segment.last + 1, None)  # was kept to compare with
+            yield shards
+
+
+class _Stage(nn.Module):
+    """Stands in a block's place: runs it or passes its input on, and may exchange both ends."""
+
+    def __init__(self, block: nn.Module, run: bool = True) -> None:
+        super().__init__()
+        self._block = (block,)  # in a tuple: not a module of this one
+        self.run = run
+        self.enter: Any = lambda hidden_states: hidden_states
+        self.leave: Any = lambda hidden_states: hidden_states
+
+    def __getattr__(self, name: str) -> Any:
+        # Models look at attributes of their blocks, such as attention_type.
+        return getattr(self.__dict__["_block"][0], name)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        hidden_states = self.enter(hidden_states)
+        if not self.run:
+            return hidden_states
+        output = self._block[0](hidden_states, *args, **kwargs)
+        if isinstance(output, tuple):
+            raise RuntimeError("a block returns several values")
+        return self.leave(output)
+
+
+@contextmanager
+def _stages(blocks: nn.ModuleList) -> Iterator[list[_Stage]]:
+    """Stages in the place of all blocks, meanwhile."""
+    originals = list(blocks)
+    stages = [_Stage(block) for block in originals]
+    for i, stage in enumerate(stages):
+        blocks[i] = stage
+    try:
+        yield stages
+    finally:
+        for i, block in enumerate(originals):
+            blocks[i] = block
+
+
+def _first_pass(
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    starts: set[int],
+    batches: Sequence[Batch],
+    num_label_tokens: int,
+    keep: torch.device,
+) -> tuple[dict[int, list[torch.Tensor]], list[torch.Tensor], torch.Tensor]:
+    """What enters the blocks ``starts``, and the gradient of the loss at the last block's output,
+    both for every batch; and this rank's part of the loss."""
+    inputs: dict[int, list[torch.Tensor]] = {start: [] for start in starts}
+    output_grads, ends = [], []
+    loss_sum = torch.zeros((), dtype=torch.float64, device=zero.device())
+
+    def record(start: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        inputs[start].append(hidden_states.detach().to(keep))
+        return hidden_states
+
+    def end(hidden_states: torch.Tensor) -> torch.Tensor:
+        ends.append(hidden_states.detach().requires_grad_())
+        return ends[-1]
+
+    with _stages(blocks) as stages:
+        for start in starts:
+            stages[start].enter = lambda hidden_states, start=start: record(start, hidden_states)
+        stages[-1].leave = end
+        for batch in batches:
+            loss = token_loss_sum(model, batch)
+            (loss / num_label_tokens).backward()
+            loss_sum += loss.detach().double() / num_label_tokens
+            grad = ends.pop().grad
+            assert grad is not None
+            output_grads.append(grad.to(keep))
+    return inputs, output_grads, loss_sum
+
+
+def _replay(
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    segment: Segment,
+    batch: Batch,
+    number: int,
+    inputs: Mapping[int, Sequence[torch.Tensor]],
+    output_grads: Sequence[torch.Tensor],
+    shards: GradientShards,
+) -> torch.Tensor | None:
+    """Forward and backward of one segment for one batch; the gradient at its input."""
+    device = batch.input_ids.device
+    start: torch.Tensor | None = None
+    if segment.first > 0:
+        start = inputs[segment.first][number].to(device).requires_grad_()
+    outputs: list[torch.Tensor] = []
+
+    def begin(_: torch.Tensor) -> torch.Tensor:
+        assert start is not None
+        return start
+
+    def end(hidden_states: torch.Tensor) -> torch.Tensor:
+        outputs.append(hidden_states)
+        return hidden_states.detach()
+
+    with _stages(blocks) as stages:
+        for i, stage in enumerate(stages):
+            stage.run = segment.first <= i <= segment.last
+        if start is not None:
+            stages[segment.first].enter = begin
+        stages[segment.last].leave = end
+        model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            logits_to_keep=1,  # the head's output is not looked at
+            use_cache=False,
+        )
+    shards.after_forward(batch.num_label_tokens > 0)
+    output = outputs.pop()
+    if segment.last + 1 in inputs and number == 0:
+        _check(output, inputs[segment.last + 1][number].to(device), segment)
+    if output.requires_grad:
+        output.backward(output_grads[number].to(device))
+    shards.after_backward()
+    return None if start is None else start.grad
+
+
+def _check(found: torch.Tensor, expected: torch.Tensor, segment: Segment) -> None:
+    error = torch.linalg.vector_norm(found.detach().float() - expected.float())
+    if not error <= REPLAY_TOLERANCE * torch.linalg.vector_norm(expected.float()):
+        raise RuntimeError(
+            f"blocks {segment.first} to {segment.last} do not give the same output for the same "
+            "input: they depend on what other blocks leave behind. Leave --init-memory-gib out, or "
+            "raise it until one pass is enough."
+        )

@@ -1,0 +1,137 @@
+"""Gradients by segments of the model against those of one pass: the same bits. One process."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+from lorasb_ds.adapter import LoraSBLinear, inject, linear_layers
+from lorasb_ds.data import Batch
+from lorasb_ds.gradients import average_gradients
+from lorasb_ds.segments import Segment, cut, gradients_by_segment
+from tests.unit.test_gradients import batch_of
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+LLAMA = LlamaConfig(
+    vocab_size=50,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=4,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+)
+GPT2 = GPT2Config(n_layer=4, n_head=2, n_embd=16, vocab_size=50, n_positions=32)
+
+
+def model_of(config: Any, dtype: torch.dtype = torch.float32) -> tuple[Any, dict[str, Any]]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model, inject(model, linear_layers(model), 4, dtype)
+
+
+def by_segment(
+    model: Any, adapters: dict[str, LoraSBLinear], groups: list[list[str]], batches: list[Batch]
+) -> tuple[dict[str, torch.Tensor], list[float]]:
+    prefix = "transformer.h." if "transformer" in groups[0][0] else "model.layers."
+    found, losses = {}, []
+    num_tokens = sum(batch.num_label_tokens for batch in batches)
+    for shards in gradients_by_segment(model, adapters, groups, prefix, batches, num_tokens):
+        found |= shards.shards
+        losses.append(shards.loss)
+    return found, losses
+
+
+BATCHES = [batch_of(2, 5), batch_of(3, 9)]
+TOKENS = sum(batch.num_label_tokens for batch in BATCHES)
+
+
+@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["none", "reentrant", "non"])
+@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
+def test_the_same_bits_as_one_pass(config: Any, checkpointing: bool | None) -> None:
+    model, adapters = model_of(config, torch.bfloat16)
+    if checkpointing is not None:
+        kwargs = {"use_reentrant": checkpointing}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        if checkpointing:
+            model.enable_input_require_grads()
+    whole = average_gradients(model, adapters, BATCHES, TOKENS)
+    names = list(adapters)
+    per_block = len(names) // 4
+    # A part of a block, the rest of it, a block, and two blocks.
+    ends = [0, 1, per_block, 2 * per_block, 4 * per_block]
+    groups = [names[i:j] for i, j in pairwise(ends)]
+    blocks = model.get_decoder().h if config is GPT2 else model.get_decoder().layers
+    originals = list(blocks)
+    found, losses = by_segment(model, adapters, groups, BATCHES)
+    assert found.keys() == whole.shards.keys()
+    for name, G in whole.shards.items():
+        assert G.any()
+        assert torch.equal(found[name], G), name
+    assert losses == [pytest.approx(whole.loss, rel=1e-12)] * 4
+    assert all(a is b for a, b in zip(blocks, originals, strict=True)), "the blocks are back"
+    assert all(p.grad is None for p in model.parameters())
+    assert all(adapter.scale == 1 for adapter in adapters.values())
+
+
+def test_blocks_without_a_wanted_layer() -> None:
+    """Below, between and above those that have one."""
+    model, adapters = model_of(LLAMA)
+    wanted = ["model.layers.1.mlp.up_proj", "model.layers.2.self_attn.q_proj"]
+    whole = average_gradients(model, adapters, BATCHES, TOKENS, names=wanted)
+    found, _ = by_segment(model, adapters, [[name] for name in wanted], BATCHES)
+    assert found.keys() == set(wanted)
+    for name in wanted:
+        assert torch.equal(found[name], whole.shards[name])
+
+
+def test_only_a_segment_is_run() -> None:
+    model, adapters = model_of(LLAMA)
+    runs = [0] * 4
+    for i, block in enumerate(model.model.layers):
+        block.register_forward_hook(lambda *_, i=i: runs.__setitem__(i, runs[i] + 1))
+    names = list(adapters)
+    by_segment(model, adapters, [names[7 * i : 7 * i + 7] for i in range(4)], BATCHES[:1])
+    assert runs == [2, 2, 2, 2], "one forward pass more than a whole pass takes"
+
+
+def test_cut() -> None:
+    groups = [["b.1.q"], ["b.2.q", "b.3.q"], ["b.4.q"], ["b.4.k"]]
+    assert cut(groups, "b.", 7) == [
+        Segment(4, 6, ("b.4.k",)),
+        Segment(4, 6, ("b.4.q",)),
+        Segment(2, 3, ("b.2.q", "b.3.q")),
+        Segment(1, 1, ("b.1.q",)),
+    ]
+
+
+def test_blocks_that_depend_on_others_are_refused() -> None:
+    model, adapters = model_of(LLAMA)
+
+    class Remembers(nn.Module):
+        """Adds what the block before it was given."""
+
+        last: torch.Tensor | None = None
+
+        def __init__(self, block: nn.Module, before: Remembers | None) -> None:
+            super().__init__()
+            self.block, self.before = block, [before]
+
+        def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            self.last = x.detach()
+            y = self.block(x, *args, **kwargs)
+            before = self.before[0]
+            return y if before is None or before.last is None else y + before.last[0, 0]
+
+    before = None
+    for i, block in enumerate(list(model.model.layers)):
+        model.model.layers[i] = before = Remembers(block, before)
+    names = list(adapters)
+    with pytest.raises(RuntimeError, match="depend on what other blocks leave behind"):
+        by_segment(model, adapters, [names[:7], names[7:14], names[14:]], BATCHES)
