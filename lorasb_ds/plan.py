@@ -62,8 +62,9 @@ def plan_init(
     if budget_bytes is not None and sum(sizes.values()) + workspace > budget_bytes:
         # What is stored between groups takes from the budget, too: the more groups, the more.
         for expected in range(2, len(targets) + 1):
-            # Inputs of all but the first, the same of the one that is run again, a gradient.
-            stored = (expected + 1) * boundary_bytes if prefix is not None else 0
+            # The inputs of all segments but the first; gradients at both ends of one.
+            segments = min(expected, len(units)) if prefix is not None else -1
+            stored = (segments + 1) * boundary_bytes
             groups = _fill(units, sizes, budget_bytes - workspace - stored)
             if len(groups) <= expected:
                 break

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -125,7 +126,7 @@ class _Stage(nn.Module):
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         hidden_states = self.enter(hidden_states)
         if not self.run:
-            return hidden_states
+            return hidden_states.detach().requires_grad_()
         output = self._block[0](hidden_states, *args, **kwargs)
         if isinstance(output, tuple):
             raise RuntimeError("a block returns several values")
@@ -170,7 +171,7 @@ def _first_pass(
 
     with _stages(blocks) as stages:
         for start in starts:
-            stages[start].enter = lambda hidden_states, start=start: record(start, hidden_states)
+            stages[start].enter = partial(record, start)
         stages[-1].leave = end
         for batch in batches:
             loss = token_loss_sum(model, batch)
@@ -196,7 +197,7 @@ def _replay(
     device = batch.input_ids.device
     start: torch.Tensor | None = None
     if segment.first > 0:
-        start = inputs[segment.first][number].to(device).requires_grad_()
+        start = inputs[segment.first][number].to(device).detach().requires_grad_()
     outputs: list[torch.Tensor] = []
 
     def begin(_: torch.Tensor) -> torch.Tensor:

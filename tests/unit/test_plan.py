@@ -71,7 +71,7 @@ def test_groups_are_cut_between_blocks_where_they_fit() -> None:
     assert [len(group) for group in plan.groups] == [6, 6, 6]
     assert (plan.boundary_bytes, plan.exceeds_budget) == (4 * 50, False)
     # Room for 2 layers: every block in two parts.
-    plan = plan_init(targets, **options, budget_bytes=workspace + 2 * layer + 13 * 50)
+    plan = plan_init(targets, **options, budget_bytes=workspace + 2 * layer + 7 * 50)
     assert [len(group) for group in plan.groups] == [2, 1] * 6
     for group in plan.groups:
         assert len({name.split(".")[2] for name in group}) == 1
