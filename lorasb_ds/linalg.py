@@ -1,17 +1,37 @@
-"""Truncated SVD of a matrix whose rows are sharded over ranks. Torch only."""
+"""Truncated SVD of a matrix whose rows are sharded over ranks. Torch only.
+
+Two ways to the leading right subspace, and one end for both:
+
+- *gram*: ``MᵀM`` of the shorter side and a dense eigensolver;
+- *krylov*: block Lanczos with M and Mᵀ (Golub, Underwood 1977), never forming the Gram matrix. Its
+  energy converges also without a gap behind the r-th singular value (Musco, Musco 2015,
+  arXiv 1504.05477);
+- the end is Rayleigh-Ritz on r vectors in fp64 (Halko, Martinsson, Tropp 2011, section 5.1) and
+  CholeskyQR of the long factor (Yamamoto et al. 2015).
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 Group = dist.ProcessGroup | None
+Method = Literal["auto", "gram", "krylov"]
 
-# Directions whose singular value is below this share of the largest are noise of the Gram matrix
-# (its fp64 eigenvalues are singular values squared: half of the digits are lost).
-RANK_TOLERANCE = 1e-7
+# Numbers from `scripts/bench.py svd` (docs/benchmarks.md).
+GRAM_SIDE, GRAM_SHARE = 192, 6  # the Gram way where n <= max(GRAM_SIDE, GRAM_SHARE * r)
+DENSE_SHARE = 8  # all eigenvectors of the Gram matrix where n <= DENSE_SHARE * r, else Lanczos
+BLOCK = 16  # columns of a Krylov block: wider ones need larger bases, narrower ones more steps
+# The energy that residuals say is missing, as a share of what was found, where Krylov stops: 0.2 to
+# 1 of it was really missing. bf16 adds 1e-5.
+ENERGY_TOLERANCE = 5e-5
+# For real-valued matrices: where residuals give every singular value to half of this share.
+VALUE_TOLERANCE = 1e-2
+
+CHUNK_ENTRIES = 2**18  # of M, converted at a time
 
 
 class TruncatedSVD(NamedTuple):
@@ -33,87 +53,293 @@ def row_range(num_rows: int, rank: int, world_size: int) -> range:
 
 
 def truncated_svd(
-    local_rows: torch.Tensor, r: int, *, group: Group = None, seed: int = 0
+    local_rows: torch.Tensor,
+    r: int,
+    *,
+    group: Group = None,
+    seed: int = 0,
+    method: Method = "auto",
 ) -> TruncatedSVD:
-    """Exact rank-r SVD of a row-sharded matrix, by the Gram matrix of its columns.
-
-    The eigenvectors of ``MᵀM`` give the leading right subspace; ``M V`` is orthonormalised by
-    CholeskyQR2 and a small SVD of ``QᵀM`` turns the bases and undoes the Gram matrix's loss of
-    digits (Halko, Martinsson, Tropp 2011, section 5.1: Rayleigh-Ritz on an orthonormal range).
+    """Rank-r SVD of a row-sharded matrix: at least 0.9999 of the energy that r directions can hold.
 
     Collective: every rank of ``group`` calls it, in the same order.
 
     Args:
         local_rows: (rows here, n), the shard of ``row_range(m, rank, world_size)``; may be empty.
-            int8 for sign matrices: their Gram matrix is exact in fp32 while m < 2²⁴. Any other
-            dtype is worked on in fp64. Not modified. The whole matrix must have m >= n.
+            int8 for sign matrices (entries -1, 0, 1; m < 2²⁴): their Gram matrix is exact, and so
+            are they in bf16. Any other dtype is worked on in fp64, so that singular values down to
+            1e-5 of the largest come out. Not modified. The whole matrix must have m >= n.
         r: 1 <= r <= n.
-        seed: of the vectors that complete U where M has fewer than r directions.
+        seed: of Krylov's first block, and of the vectors that complete U where M has fewer than r
+            directions.
+        method: "auto" takes the Gram way where ``n <= GRAM_SHARE * r``.
     Returns:
         U orthonormal to 1e-5, also for rank-deficient and zero matrices: singular values that are
-        zero come with an arbitrary orthonormal completion that depends on ``seed`` and shape only.
-        Each row of Vh has its largest entry positive.
+        zero come with an arbitrary orthonormal completion. Each row of Vh has its largest entry
+        positive. The same input on as many ranks gives the same bits.
     Raises:
-        ValueError: on every rank alike, if a shard is not 2-D or r is out of range.
-    Communication: all-reduces of (world_size,), (n, n), (r, n), (r, r) twice and (r,) at most
-        twice; broadcasts of (n, r), (r, n), (r, r) and (r,).
+        ValueError: on every rank alike, if a shard is not 2-D or not finite, or r is out of range.
+    Communication: all-reduces of (world_size + 1,), (r² + 1,), and (r, r) at most twice;
+        broadcasts of (n, r) and (r, n + 1). Gram: a reduce of (n, n). Krylov: an all-reduce of
+        (n, BLOCK) a step, some (2 + 3 r / BLOCK) to (5 + 6 r / BLOCK) of them, and a few broadcasts
+        of one number.
+    Memory beside the shard, for sign matrices, in bytes: Gram: 8 n² and 3 more such matrices of
+        the eigensolver on rank 0. Krylov: 2 for each entry of the shard (4 on processors without
+        bf16) and 4 n for each vector of the basis, some 2 r to 6 r of them, n at worst. The end:
+        32 r for each row and column.
     """
+    num_rows, first_row = _whole_matrix(local_rows, r, group)
+    n = local_rows.shape[1]
+    if method == "gram" or (method == "auto" and n <= max(GRAM_SIDE, GRAM_SHARE * r)):
+        V = _gram_subspace(local_rows, r, group, seed)
+    else:
+        V = _krylov_subspace(local_rows, r, group, seed)
+
+    # Rayleigh-Ritz: V is turned so that the columns of M V are orthogonal. In fp64 from here on:
+    # rounding in fp32 would look like directions where there are none.
+    V = _broadcast(V, group).double()
+    V = _cholesky_qr(V, V.T @ V)
+    Y, squared_norm = _times(local_rows, V, group)
+    squares, W = torch.linalg.eigh(_all_reduce(Y.T @ Y, group))
+    # One rank's result for all: LAPACK need not give the same bits on different processors.
+    S = _broadcast(squares.clamp_min(0).sqrt().flip(0), group)
+    W = _broadcast(W.flip(1).contiguous(), group)
+    Vh = _broadcast((V @ W).T.contiguous(), group)
+
+    deficient = _rank_tolerance(_work_dtype(local_rows)) * S[0] >= S  # all of them, where M is 0
+    U = Y @ W / torch.where(deficient, 1.0, S)
+    if not deficient.any():
+        # Orthonormal already, to 1e-8 for sign matrices and 1e-2 for others.
+        U = _cholesky_qr(U, _all_reduce(U.T @ U, group))
+    else:
+        completion = _random(num_rows, r, torch.Generator().manual_seed(seed), U)
+        U[:, deficient] = completion[first_row : first_row + len(U), deficient] / num_rows**0.5
+        for _ in range(2):
+            U = _cholesky_qr(U, _all_reduce(U.T @ U, group))
+        # Half a step more, exact for M of a rank below r.
+        U_small, S, Vh = torch.linalg.svd(_projected(local_rows, U, group), full_matrices=False)
+        U = U @ _broadcast(U_small.contiguous(), group)
+        S, Vh = _broadcast(S, group), _broadcast(Vh.contiguous(), group)
+    signs = Vh.gather(1, Vh.abs().argmax(1, keepdim=True)).sign()  # (r, 1)
+    captured = S.square().sum().item() / squared_norm if squared_norm > 0 else 1.0
+    return TruncatedSVD((U * signs.T).float(), S.float(), (signs * Vh).float(), captured)
+
+
+def _whole_matrix(local_rows: torch.Tensor, r: int, group: Group) -> tuple[int, int]:
+    """Number of rows of the whole matrix, and the index of this rank's first one."""
     if local_rows.ndim != 2:
         raise ValueError(f"local_rows must be 2-D, not {tuple(local_rows.shape)}")
     n = local_rows.shape[1]
     if not 1 <= r <= n:
         raise ValueError(f"r = {r} is not in 1..{n}, the number of columns")
     rank, world_size = _rank_and_size(group)
-    num_rows, first_row = _global_rows(len(local_rows), rank, world_size, group, local_rows.device)
-    if num_rows < n:
-        raise ValueError(f"the matrix has {num_rows} rows and {n} columns; give its transpose")
-
-    work = torch.float32 if local_rows.dtype == torch.int8 else torch.float64
-    M = local_rows.to(work)
-    gram = _all_reduce(M.T @ M, group)
-    squared_norm = gram.diagonal().double().sum().item()
-
-    if rank == 0:
-        V = torch.linalg.eigh(gram.double()).eigenvectors[:, -r:].flip(1).contiguous()
-    else:
-        V = torch.empty(n, r, dtype=torch.float64, device=M.device)
-    V = _broadcast(V, group)
-
-    # In fp64: rounding in fp32 would look like directions where there are none.
-    Y = M.double() @ V
-    scale = _all_reduce(Y.square().sum(0), group).sqrt()
-    deficient = scale <= RANK_TOLERANCE * max(scale.max().item(), torch.finfo(torch.float32).tiny)
-    if deficient.any():
-        Y[:, deficient] = _random_rows(num_rows, r, seed, Y)[
-            first_row : first_row + len(Y), deficient
-        ]
-        scale = _all_reduce(Y.square().sum(0), group).sqrt()
-    Q = _cholesky_qr2(Y / scale, group)
-
-    projected = _all_reduce(Q.T @ M.double(), group)  # (r, n)
-    U_small, S, Vh = torch.linalg.svd(projected, full_matrices=False)
-    signs = Vh.gather(1, Vh.abs().argmax(1, keepdim=True)).sign()  # (r, 1)
-    # One rank's result for all: LAPACK need not give the same bits on different processors.
-    S, Vh, U_small = (_broadcast(t.contiguous(), group) for t in (S, signs * Vh, U_small * signs.T))
-    captured = S.square().sum().item() / squared_norm if squared_norm > 0 else 1.0
-    return TruncatedSVD((Q @ U_small).float(), S.float(), Vh.float(), captured)
+    counts = torch.zeros(world_size + 1, dtype=torch.int64, device=local_rows.device)
+    counts[rank] = len(local_rows)
+    if local_rows.is_floating_point():
+        counts[-1] = (~torch.isfinite(local_rows)).any()
+    *sizes, not_finite = _all_reduce(counts, group).tolist()
+    if not_finite:
+        raise ValueError(f"the rows of {not_finite} rank(s) are not finite")
+    if sum(sizes) < n:
+        raise ValueError(f"the matrix has {sum(sizes)} rows and {n} columns; give its transpose")
+    return sum(sizes), sum(sizes[:rank])
 
 
-def _cholesky_qr2(Y: torch.Tensor, group: Group) -> torch.Tensor:
-    """Orthonormal columns with the span of Y's, twice for accuracy (Yamamoto et al. 2015).
+def _gram_subspace(local_rows: torch.Tensor, r: int, group: Group, seed: int) -> torch.Tensor:
+    """The r leading eigenvectors of ``MᵀM``: (n, r), fp32 or fp64; meaningful on rank 0."""
+    gram = _reduce(_gram(local_rows), group)
+    n = len(gram)
+    if _rank_and_size(group)[0] > 0:
+        return gram.new_empty(n, r)
+    if n <= DENSE_SHARE * r:
+        _, vectors = torch.linalg.eigh(gram)  # ascending
+        return vectors[:, -r:].flip(1).contiguous()
+    return _block_lanczos(lambda block: gram @ block, n, r, gram, seed, bool)
 
-    A column depends on those before it only, so that completing vectors at the end leave the
-    leading directions alone. Columns of Y have unit length.
+
+def _gram(local_rows: torch.Tensor) -> torch.Tensor:
+    """``MᵀM`` of the rows here: (n, n), fp32 and exact for sign matrices, else fp64."""
+    on_cpu = local_rows.device.type == "cpu"
+    if _is_signs(local_rows) and on_cpu and torch.cpu._is_vnni_supported() and len(local_rows):
+        # 5 to 8 times as fast as fp32. Without VNNI it would be a plain loop.
+        exact: torch.Tensor = torch._int_mm(local_rows.T.contiguous(), local_rows)
+        return exact.float()
+    n = local_rows.shape[1]
+    gram = torch.zeros(n, n, dtype=_work_dtype(local_rows), device=local_rows.device)
+    for rows in _chunks(local_rows):
+        chunk = local_rows[rows].to(gram.dtype)
+        gram.addmm_(chunk.T, chunk)
+    return gram
+
+
+def _krylov_subspace(local_rows: torch.Tensor, r: int, group: Group, seed: int) -> torch.Tensor:
+    """The r leading Ritz vectors of ``MᵀM`` in a block Krylov space: (n, r), fp32 or fp64.
+
+    Sign matrices are multiplied in bf16, in which they are exact: to round the other factor costs
+    the square of that rounding, 1e-5 of the energy.
     """
-    for _ in range(2):
-        L = torch.linalg.cholesky(_all_reduce(Y.T @ Y, group))
-        Y = torch.linalg.solve_triangular(L, Y.T, upper=False).T
-    return Y
+    work = _work_dtype(local_rows)
+    M = local_rows.to(_product_dtype(local_rows))
+
+    def product(block: torch.Tensor) -> torch.Tensor:
+        return _all_reduce((M.T @ (M @ block.to(M.dtype))).to(work), group)
+
+    def agree(converged: torch.Tensor) -> bool:  # rank 0's word
+        return _broadcast(converged.float(), group).item() > 0
+
+    like = torch.empty(0, dtype=work, device=local_rows.device)
+    return _block_lanczos(product, local_rows.shape[1], r, like, seed, agree)
 
 
-def _random_rows(num_rows: int, r: int, seed: int, like: torch.Tensor) -> torch.Tensor:
+def _block_lanczos(
+    product: Callable[[torch.Tensor], torch.Tensor],
+    n: int,
+    r: int,
+    like: torch.Tensor,
+    seed: int,
+    agree: Callable[[torch.Tensor], bool],
+) -> torch.Tensor:
+    """The r leading Ritz vectors of a symmetric, positive semidefinite matrix G: (n, r).
+
+    Full reorthogonalisation: basis V, ``H = Vᵀ G V``, and the residual of a Ritz vector ``V z`` is
+    ``B z_last``, where B is what a step leaves outside of V. A space that cannot grow, since G has
+    a low rank, goes on in random directions; at the latest it ends with all n.
+
+    Args:
+        product: ``X -> G X`` of (n, up to BLOCK).
+        like: of the dtype (fp32 for sign matrices, else fp64) and on the device to work with.
+        agree: whether to stop, from what this rank thinks of it.
+    """
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(num_rows, r, generator=generator, dtype=torch.float64).to(like.device)
+    block, _ = torch.linalg.qr(_random(n, min(BLOCK, n), generator, like))
+    basis = block.new_empty(min(n, 4 * (r + BLOCK)), n)  # its rows are the vectors
+    columns: list[torch.Tensor] = []  # of H, a block of them each, down to the diagonal
+    k, next_check = 0, min(2 * r + 3 * BLOCK, n)
+    while True:
+        if k + block.shape[1] > len(basis):
+            basis = torch.cat([basis, torch.empty_like(basis)])
+        basis[k : k + block.shape[1]] = block.T
+        k += block.shape[1]
+        V = basis[:k]
+        W = product(block)
+        columns.append(V @ W)
+        W -= V.T @ columns[-1]
+        Q, B = torch.linalg.qr(W)
+        if k >= next_check:
+            values, vectors = torch.linalg.eigh(_upper_triangle(columns), UPLO="U")  # ascending
+            vectors = vectors[:, -r:]
+            residuals = torch.linalg.vector_norm(B @ vectors[k - block.shape[1] :], dim=0)
+            if agree(_converged(values, residuals)) or k == n:
+                return (V.T @ vectors.flip(1)).contiguous()
+            next_check = min(k + max(BLOCK, k // 6), n)
+        block = _orthogonal_to(V, Q[:, : n - k], generator)
+
+
+def _upper_triangle(columns: list[torch.Tensor]) -> torch.Tensor:
+    """H from its columns; zeros below the diagonal blocks."""
+    matrix = columns[-1].new_zeros(len(columns[-1]), len(columns[-1]))
+    for part in columns:
+        matrix[: len(part), len(part) - part.shape[1] : len(part)] = part
+    return matrix
+
+
+def _converged(values: torch.Tensor, residuals: torch.Tensor) -> torch.Tensor:
+    """Whether Ritz pairs are good enough: a bool.
+
+    For sign matrices by the energy that is missing: a Ritz value t with residual s is low by about
+    ``s² / (t - u)``, u being the Rayleigh quotient of what has yet to be mixed in (Parlett 1998,
+    section 11.7), for which the next best Ritz values stand. Else by the values: each is within s.
+
+    Args:
+        values: (k,), ascending; fp32 for sign matrices, else fp64.
+        residuals: (r,), of the last r of them.
+    """
+    r = len(residuals)
+    wanted, next_best = values[-r:], values[-r - BLOCK : -r]
+    floor = wanted[-1] * _rank_tolerance(values.dtype) ** 2 + torch.finfo(values.dtype).tiny
+    if values.dtype == torch.float64:
+        return (residuals <= VALUE_TOLERANCE * torch.maximum(wanted, floor)).all()
+    distance = wanted - next_best.mean() if len(next_best) else wanted
+    missing = residuals.square() / torch.maximum(distance, floor)
+    return torch.le(missing.sum(), ENERGY_TOLERANCE * wanted.sum())
+
+
+def _orthogonal_to(V: torch.Tensor, Q: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Orthonormal columns, orthogonal to the rows of V, that begin with Q's directions.
+
+    Columns that lie in the span of V are replaced by random ones.
+    """
+    while True:
+        Q, R = torch.linalg.qr(Q - V.T @ (V @ Q))
+        kept = R.diagonal().abs()
+        if (kept > 0.5).all():  # twice is enough (Parlett 1998, section 6.9)
+            return Q
+        for lost in (kept < 1e-4).nonzero().flatten().tolist():
+            Q[:, lost] = _random(len(Q), 1, generator, Q)[:, 0] / len(Q) ** 0.5
+
+
+def _times(local_rows: torch.Tensor, V: torch.Tensor, group: Group) -> tuple[torch.Tensor, float]:
+    """``M V`` of the rows here, in fp64; and the squared Frobenius norm of the whole M."""
+    Y = V.new_empty(len(local_rows), V.shape[1])
+    squared_norm = V.new_zeros(())
+    for rows in _chunks(local_rows):
+        chunk = local_rows[rows].double()
+        torch.mm(chunk, V, out=Y[rows])
+        squared_norm += torch.linalg.vector_norm(chunk).square()
+    return Y, _all_reduce(squared_norm, group).item()
+
+
+def _projected(local_rows: torch.Tensor, U: torch.Tensor, group: Group) -> torch.Tensor:
+    """``Uᵀ M``: (r, n), fp64, of all rows."""
+    result = U.new_zeros(U.shape[1], local_rows.shape[1])
+    for rows in _chunks(local_rows):
+        result.addmm_(U[rows].T, local_rows[rows].double())
+    return _all_reduce(result, group)
+
+
+def _cholesky_qr(Y: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """Orthonormal columns with the span of Y's, whose error is the square of Y's condition.
+
+    A column depends on those before it only.
+
+    Args:
+        Y: (rows here, r), fp64, with columns of about unit length. gram: ``YᵀY`` of all rows.
+    """
+    L = torch.linalg.cholesky(gram)
+    orthonormal: torch.Tensor = torch.linalg.solve_triangular(L, Y.T, upper=False)
+    return orthonormal.T
+
+
+def _is_signs(local_rows: torch.Tensor) -> bool:
+    return local_rows.dtype == torch.int8
+
+
+def _work_dtype(local_rows: torch.Tensor) -> torch.dtype:
+    return torch.float32 if _is_signs(local_rows) else torch.float64
+
+
+def _product_dtype(local_rows: torch.Tensor) -> torch.dtype:
+    if _is_signs(local_rows):
+        on_cpu = local_rows.device.type == "cpu"
+        if not on_cpu or torch.cpu._is_avx512_bf16_supported():
+            return torch.bfloat16
+    return _work_dtype(local_rows)
+
+
+def _rank_tolerance(work: torch.dtype) -> float:
+    """Directions whose singular value is below this share of the largest are noise."""
+    return 1e-4 if work == torch.float32 else 1e-7
+
+
+def _chunks(local_rows: torch.Tensor) -> list[slice]:
+    size = max(1, CHUNK_ENTRIES // local_rows.shape[1])
+    return [slice(start, start + size) for start in range(0, len(local_rows), size)]
+
+
+def _random(
+    rows: int, columns: int, generator: torch.Generator, like: torch.Tensor
+) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float64).to(like)
 
 
 def _rank_and_size(group: Group) -> tuple[int, int]:
@@ -122,23 +348,19 @@ def _rank_and_size(group: Group) -> tuple[int, int]:
     return dist.get_rank(group), dist.get_world_size(group)
 
 
-def _global_rows(
-    num_local: int, rank: int, world_size: int, group: Group, device: torch.device
-) -> tuple[int, int]:
-    """Number of rows of the whole matrix, and the index of this rank's first one."""
-    counts = torch.zeros(world_size, dtype=torch.int64, device=device)
-    counts[rank] = num_local
-    counts = _all_reduce(counts, group)
-    return int(counts.sum()), int(counts[:rank].sum())
-
-
 def _all_reduce(tensor: torch.Tensor, group: Group) -> torch.Tensor:
-    if dist.is_initialized() and dist.get_world_size(group) > 1:
+    if _rank_and_size(group)[1] > 1:
         dist.all_reduce(tensor, group=group)
     return tensor
 
 
+def _reduce(tensor: torch.Tensor, group: Group) -> torch.Tensor:
+    if _rank_and_size(group)[1] > 1:
+        dist.reduce(tensor, group=group, group_dst=0)
+    return tensor
+
+
 def _broadcast(tensor: torch.Tensor, group: Group) -> torch.Tensor:
-    if dist.is_initialized() and dist.get_world_size(group) > 1:
+    if _rank_and_size(group)[1] > 1:
         dist.broadcast(tensor, group=group, group_src=0)
     return tensor
