@@ -12,6 +12,7 @@ Two ways to the leading right subspace, and one end for both:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -88,18 +89,18 @@ def truncated_svd(
         bf16) and 4 n for each vector of the basis, some 2 r to 6 r of them, n at worst. The end:
         32 r for each row and column.
     """
-    num_rows, first_row = _whole_matrix(local_rows, r, group)
+    num_rows, first_row, squared_norm = _whole_matrix(local_rows, r, group)
     n = local_rows.shape[1]
     if method == "gram" or (method == "auto" and n <= max(GRAM_SIDE, GRAM_SHARE * r)):
-        V = _gram_subspace(local_rows, r, group, seed)
+        V = _gram_subspace(local_rows, r, group, seed, squared_norm)
     else:
-        V = _krylov_subspace(local_rows, r, group, seed)
+        V = _krylov_subspace(local_rows, r, group, seed, squared_norm)
 
     # Rayleigh-Ritz: V is turned so that the columns of M V are orthogonal. In fp64 from here on:
     # rounding in fp32 would look like directions where there are none.
     V = _broadcast(V, group).double()
     V = _cholesky_qr(V, V.T @ V)
-    Y, squared_norm = _times(local_rows, V, group)
+    Y = _times(local_rows, V)
     squares, W = torch.linalg.eigh(_all_reduce(Y.T @ Y, group))
     # One rank's result for all: LAPACK need not give the same bits on different processors.
     S = _broadcast(squares.clamp_min(0).sqrt().flip(0), group)
@@ -125,36 +126,41 @@ def truncated_svd(
     return TruncatedSVD((U * signs.T).float(), S.float(), (signs * Vh).float(), captured)
 
 
-def _whole_matrix(local_rows: torch.Tensor, r: int, group: Group) -> tuple[int, int]:
-    """Number of rows of the whole matrix, and the index of this rank's first one."""
+def _whole_matrix(local_rows: torch.Tensor, r: int, group: Group) -> tuple[int, int, float]:
+    """Number of rows of the whole matrix, index of this rank's first one, squared norm."""
     if local_rows.ndim != 2:
         raise ValueError(f"local_rows must be 2-D, not {tuple(local_rows.shape)}")
     n = local_rows.shape[1]
     if not 1 <= r <= n:
         raise ValueError(f"r = {r} is not in 1..{n}, the number of columns")
     rank, world_size = _rank_and_size(group)
-    counts = torch.zeros(world_size + 1, dtype=torch.int64, device=local_rows.device)
-    counts[rank] = len(local_rows)
-    if local_rows.is_floating_point():
-        counts[-1] = (~torch.isfinite(local_rows)).any()
-    *sizes, not_finite = _all_reduce(counts, group).tolist()
-    if not_finite:
-        raise ValueError(f"the rows of {not_finite} rank(s) are not finite")
-    if sum(sizes) < n:
-        raise ValueError(f"the matrix has {sum(sizes)} rows and {n} columns; give its transpose")
-    return sum(sizes), sum(sizes[:rank])
+    facts = torch.zeros(world_size + 1, dtype=torch.float64, device=local_rows.device)
+    facts[rank] = len(local_rows)
+    if _is_signs(local_rows):
+        facts[-1] = torch.count_nonzero(local_rows)
+    else:
+        facts[-1] = torch.linalg.vector_norm(local_rows, dtype=torch.float64).square()
+    *sizes, squared_norm = _all_reduce(facts, group).tolist()
+    num_rows, first_row = int(sum(sizes)), int(sum(sizes[:rank]))
+    if num_rows < n:
+        raise ValueError(f"the matrix has {num_rows} rows and {n} columns; give its transpose")
+    if not math.isfinite(squared_norm):
+        raise ValueError("the matrix is not finite")
+    return num_rows, first_row, squared_norm
 
 
-def _gram_subspace(local_rows: torch.Tensor, r: int, group: Group, seed: int) -> torch.Tensor:
+def _gram_subspace(
+    local_rows: torch.Tensor, r: int, group: Group, seed: int, squared_norm: float
+) -> torch.Tensor:
     """The r leading eigenvectors of ``MᵀM``: (n, r), fp32 or fp64; meaningful on rank 0."""
     gram = _reduce(_gram(local_rows), group)
     n = len(gram)
     if _rank_and_size(group)[0] > 0:
         return gram.new_empty(n, r)
     if n <= DENSE_SHARE * r:
-        _, vectors = torch.linalg.eigh(gram)  # ascending
-        return vectors[:, -r:].flip(1).contiguous()
-    return _block_lanczos(lambda block: gram @ block, n, r, gram, seed, bool)
+        eigenvectors: torch.Tensor = torch.linalg.eigh(gram).eigenvectors  # ascending
+        return eigenvectors[:, -r:].flip(1).contiguous()
+    return _block_lanczos(lambda block: gram @ block, n, r, gram, seed, squared_norm, bool)
 
 
 def _gram(local_rows: torch.Tensor) -> torch.Tensor:
@@ -172,7 +178,9 @@ def _gram(local_rows: torch.Tensor) -> torch.Tensor:
     return gram
 
 
-def _krylov_subspace(local_rows: torch.Tensor, r: int, group: Group, seed: int) -> torch.Tensor:
+def _krylov_subspace(
+    local_rows: torch.Tensor, r: int, group: Group, seed: int, squared_norm: float
+) -> torch.Tensor:
     """The r leading Ritz vectors of ``MᵀM`` in a block Krylov space: (n, r), fp32 or fp64.
 
     Sign matrices are multiplied in bf16, in which they are exact: to round the other factor costs
@@ -188,7 +196,7 @@ def _krylov_subspace(local_rows: torch.Tensor, r: int, group: Group, seed: int) 
         return _broadcast(converged.float(), group).item() > 0
 
     like = torch.empty(0, dtype=work, device=local_rows.device)
-    return _block_lanczos(product, local_rows.shape[1], r, like, seed, agree)
+    return _block_lanczos(product, local_rows.shape[1], r, like, seed, squared_norm, agree)
 
 
 def _block_lanczos(
@@ -197,24 +205,28 @@ def _block_lanczos(
     r: int,
     like: torch.Tensor,
     seed: int,
+    trace: float,
     agree: Callable[[torch.Tensor], bool],
 ) -> torch.Tensor:
     """The r leading Ritz vectors of a symmetric, positive semidefinite matrix G: (n, r).
 
     Full reorthogonalisation: basis V, ``H = Vᵀ G V``, and the residual of a Ritz vector ``V z`` is
-    ``B z_last``, where B is what a step leaves outside of V. A space that cannot grow, since G has
-    a low rank, goes on in random directions; at the latest it ends with all n.
+    ``B z_last``, where B is what a step leaves outside of V. A space that can grow no more goes on
+    in random directions, since it may have missed copies of a multiple eigenvalue, until it is
+    twice as large or holds all energy; at the latest it ends with all n. (An eigenvalue that occurs
+    more than BLOCK times, to all digits, before the space is exhausted, is missed.)
 
     Args:
         product: ``X -> G X`` of (n, up to BLOCK).
         like: of the dtype (fp32 for sign matrices, else fp64) and on the device to work with.
+        trace: of G.
         agree: whether to stop, from what this rank thinks of it.
     """
     generator = torch.Generator().manual_seed(seed)
-    block, _ = torch.linalg.qr(_random(n, min(BLOCK, n), generator, like))
+    block: torch.Tensor = torch.linalg.qr(_random(n, min(BLOCK, n), generator, like)).Q
     basis = block.new_empty(min(n, 4 * (r + BLOCK)), n)  # its rows are the vectors
     columns: list[torch.Tensor] = []  # of H, a block of them each, down to the diagonal
-    k, next_check = 0, min(2 * r + 3 * BLOCK, n)
+    k, next_check, exhausted_at = 0, min(2 * r + 3 * BLOCK, n), 0
     while True:
         if k + block.shape[1] > len(basis):
             basis = torch.cat([basis, torch.empty_like(basis)])
@@ -229,10 +241,14 @@ def _block_lanczos(
             values, vectors = torch.linalg.eigh(_upper_triangle(columns), UPLO="U")  # ascending
             vectors = vectors[:, -r:]
             residuals = torch.linalg.vector_norm(B @ vectors[k - block.shape[1] :], dim=0)
-            if agree(_converged(values, residuals)) or k == n:
-                return (V.T @ vectors.flip(1)).contiguous()
+            converged = _converged(values, residuals) & (k >= 2 * exhausted_at)
+            complete = values[-r:].sum() >= (1 - ENERGY_TOLERANCE) * trace
+            if agree(converged | complete) or k == n:
+                found: torch.Tensor = V.T @ vectors.flip(1)
+                return found.contiguous()
             next_check = min(k + max(BLOCK, k // 6), n)
-        block = _orthogonal_to(V, Q[:, : n - k], generator)
+        block, exhausted = _orthogonal_to(V, Q[:, : n - k], generator)
+        exhausted_at = k if exhausted else exhausted_at
 
 
 def _upper_triangle(columns: list[torch.Tensor]) -> torch.Tensor:
@@ -258,35 +274,36 @@ def _converged(values: torch.Tensor, residuals: torch.Tensor) -> torch.Tensor:
     wanted, next_best = values[-r:], values[-r - BLOCK : -r]
     floor = wanted[-1] * _rank_tolerance(values.dtype) ** 2 + torch.finfo(values.dtype).tiny
     if values.dtype == torch.float64:
-        return (residuals <= VALUE_TOLERANCE * torch.maximum(wanted, floor)).all()
+        return torch.all(residuals <= VALUE_TOLERANCE * torch.maximum(wanted, floor))
     distance = wanted - next_best.mean() if len(next_best) else wanted
     missing = residuals.square() / torch.maximum(distance, floor)
     return torch.le(missing.sum(), ENERGY_TOLERANCE * wanted.sum())
 
 
-def _orthogonal_to(V: torch.Tensor, Q: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _orthogonal_to(
+    V: torch.Tensor, Q: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, bool]:
     """Orthonormal columns, orthogonal to the rows of V, that begin with Q's directions.
 
-    Columns that lie in the span of V are replaced by random ones.
+    Columns that lie in the span of V are replaced by random ones; whether there were any.
     """
+    any_lost = False
     while True:
         Q, R = torch.linalg.qr(Q - V.T @ (V @ Q))
         kept = R.diagonal().abs()
-        if (kept > 0.5).all():  # twice is enough (Parlett 1998, section 6.9)
-            return Q
+        if kept.numel() == 0 or kept.min() > 0.5:  # twice is enough (Parlett 1998, section 6.9)
+            return Q, any_lost
         for lost in (kept < 1e-4).nonzero().flatten().tolist():
+            any_lost = True
             Q[:, lost] = _random(len(Q), 1, generator, Q)[:, 0] / len(Q) ** 0.5
 
 
-def _times(local_rows: torch.Tensor, V: torch.Tensor, group: Group) -> tuple[torch.Tensor, float]:
-    """``M V`` of the rows here, in fp64; and the squared Frobenius norm of the whole M."""
+def _times(local_rows: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
+    """``M V`` of the rows here: (rows here, r), fp64."""
     Y = V.new_empty(len(local_rows), V.shape[1])
-    squared_norm = V.new_zeros(())
     for rows in _chunks(local_rows):
-        chunk = local_rows[rows].double()
-        torch.mm(chunk, V, out=Y[rows])
-        squared_norm += torch.linalg.vector_norm(chunk).square()
-    return Y, _all_reduce(squared_norm, group).item()
+        torch.mm(local_rows[rows].double(), V, out=Y[rows])
+    return Y
 
 
 def _projected(local_rows: torch.Tensor, U: torch.Tensor, group: Group) -> torch.Tensor:

@@ -6,16 +6,19 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+if TYPE_CHECKING:
+    from lorasb_ds.linalg import Method
 
-def svd(matrices: str, out: str, r: dict[str, int]) -> None:
-    """Truncated SVD of every matrix of a file; each rank writes what it has."""
+
+def svd(matrices: str, out: str, r: dict[str, int], methods: list[Method]) -> None:
+    """Truncated SVD of every matrix of a file, in every way; each rank writes what it has."""
     from lorasb_ds.linalg import row_range, truncated_svd
 
     dist.init_process_group("gloo")
@@ -24,11 +27,13 @@ def svd(matrices: str, out: str, r: dict[str, int]) -> None:
     for name, M in load_file(matrices).items():
         rows = row_range(len(M), rank, world_size)
         local = M[rows.start : rows.stop].clone()
-        before = local.clone()
-        U_local, S, Vh, energy = truncated_svd(local, r[name])
-        assert torch.equal(local, before), "the input was modified"
-        results |= {f"{name}.U": U_local, f"{name}.S": S, f"{name}.Vh": Vh}
-        results[f"{name}.energy"] = torch.tensor(energy, dtype=torch.float64)
+        for method in methods:
+            before = local.clone()
+            U_local, S, Vh, energy = truncated_svd(local, r[name], method=method)
+            assert torch.equal(local, before), "the input was modified"
+            key = f"{method}.{name}"
+            results |= {f"{key}.U": U_local, f"{key}.S": S, f"{key}.Vh": Vh}
+            results[f"{key}.energy"] = torch.tensor(energy, dtype=torch.float64)
     save_file({k: v.contiguous() for k, v in results.items()}, f"{out}/{rank}.safetensors")
 
 
