@@ -13,7 +13,7 @@ Two ways to the leading right subspace, and one end for both:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ Method = Literal["auto", "gram", "krylov"]
 
 # Numbers from `scripts/bench.py svd` (docs/benchmarks.md).
 GRAM_SIDE, GRAM_SHARE = 192, 6  # the Gram way where n <= max(GRAM_SIDE, GRAM_SHARE * r)
+GRAM_SIDE_SHARED = 1024  # GRAM_SIDE on several ranks
 DENSE_SHARE = 8  # all eigenvectors of the Gram matrix where n <= DENSE_SHARE * r, else Lanczos
 BLOCK = 16  # columns of a Krylov block: wider ones need larger bases, narrower ones more steps
 # The energy that residuals say is missing, as a share of what was found, where Krylov stops: 0.2 to
@@ -73,61 +74,73 @@ def truncated_svd(
         r: 1 <= r <= n.
         seed: of Krylov's first block, and of the vectors that complete U where M has fewer than r
             directions.
-        method: "auto" takes the Gram way where ``n <= GRAM_SHARE * r``.
+        method: "auto" takes the Gram way where n is small or r a large share of it.
     Returns:
         U orthonormal to 1e-5, also for rank-deficient and zero matrices: singular values that are
         zero come with an arbitrary orthonormal completion. Each row of Vh has its largest entry
         positive. The same input on as many ranks gives the same bits.
     Raises:
         ValueError: on every rank alike, if a shard is not 2-D or not finite, or r is out of range.
-    Communication: all-reduces of (world_size + 1,), (r² + 1,), and (r, r) at most twice;
-        broadcasts of (n, r) and (r, n + 1). Gram: a reduce of (n, n). Krylov: an all-reduce of
-        (n, BLOCK) a step, some (2 + 3 r / BLOCK) to (5 + 6 r / BLOCK) of them, and a few broadcasts
-        of one number.
-    Memory beside the shard, for sign matrices, in bytes: Gram: 8 n² and 3 more such matrices of
-        the eigensolver on rank 0. Krylov: 2 for each entry of the shard (4 on processors without
-        bf16) and 4 n for each vector of the basis, some 2 r to 6 r of them, n at worst. The end:
-        32 r for each row and column.
+    Communication: all-reduces of (world_size + 1,) and (r, r); broadcasts of (n, r) and
+        (r + n + 1, r). Gram: a reduce of (n, n). Krylov: an all-reduce of (n, BLOCK) a step, about
+        5 + r / BLOCK to 5 + 3 r / BLOCK of them, and a few broadcasts of one number. A matrix that
+        is real-valued needs one (r, r) more; one of a rank below r two, and (r, n) twice.
+    Memory beside the shard, for sign matrices, in bytes: Gram: 8 n² and the dense eigensolver's
+        8 n² on one rank, 8 n² on the others. Krylov: 2 for each entry of the shard (4 on processors
+        without bf16) and 4 n for each vector of the basis: 2 r to 6 r of them, n at worst. The end:
+        16 r for each row here and 24 r for each column.
     """
-    num_rows, first_row, squared_norm = _whole_matrix(local_rows, r, group)
-    n = local_rows.shape[1]
-    if method == "gram" or (method == "auto" and n <= max(GRAM_SIDE, GRAM_SHARE * r)):
-        V = _gram_subspace(local_rows, r, group, seed, squared_norm)
-    else:
-        V = _krylov_subspace(local_rows, r, group, seed, squared_norm)
-
-    # Rayleigh-Ritz: V is turned so that the columns of M V are orthogonal. In fp64 from here on:
-    # rounding in fp32 would look like directions where there are none.
-    V = _broadcast(V, group).double()
-    V = _cholesky_qr(V, V.T @ V)
-    Y = _times(local_rows, V)
-    squares, W = torch.linalg.eigh(_all_reduce(Y.T @ Y, group))
-    # One rank's result for all: LAPACK need not give the same bits on different processors.
-    S = _broadcast(squares.clamp_min(0).sqrt().flip(0), group)
-    W = _broadcast(W.flip(1).contiguous(), group)
-    Vh = _broadcast((V @ W).T.contiguous(), group)
-
-    deficient = _rank_tolerance(_work_dtype(local_rows)) * S[0] >= S  # all of them, where M is 0
-    U = Y @ W / torch.where(deficient, 1.0, S)
-    if not deficient.any():
-        # Orthonormal already, to 1e-8 for sign matrices and 1e-2 for others.
-        U = _cholesky_qr(U, _all_reduce(U.T @ U, group))
-    else:
-        completion = _random(num_rows, r, torch.Generator().manual_seed(seed), U)
-        U[:, deficient] = completion[first_row : first_row + len(U), deficient] / num_rows**0.5
-        for _ in range(2):
-            U = _cholesky_qr(U, _all_reduce(U.T @ U, group))
-        # Half a step more, exact for M of a rank below r.
-        U_small, S, Vh = torch.linalg.svd(_projected(local_rows, U, group), full_matrices=False)
-        U = U @ _broadcast(U_small.contiguous(), group)
-        S, Vh = _broadcast(S, group), _broadcast(Vh.contiguous(), group)
-    signs = Vh.gather(1, Vh.abs().argmax(1, keepdim=True)).sign()  # (r, 1)
-    captured = S.square().sum().item() / squared_norm if squared_norm > 0 else 1.0
-    return TruncatedSVD((U * signs.T).float(), S.float(), (signs * Vh).float(), captured)
+    return truncated_svds([local_rows], r, group=group, seed=seed, method=method)[0]
 
 
-def _whole_matrix(local_rows: torch.Tensor, r: int, group: Group) -> tuple[int, int, float]:
-    """Number of rows of the whole matrix, index of this rank's first one, squared norm."""
+def truncated_svds(
+    shards: Sequence[torch.Tensor],
+    r: int,
+    *,
+    group: Group = None,
+    seed: int = 0,
+    method: Method = "auto",
+) -> list[TruncatedSVD]:
+    """``truncated_svd`` of several matrices; Gram matrices are spread over ranks.
+
+    The i-th one is reduced to rank ``i % world_size``, and all ranks solve theirs at the same time:
+    give world_size matrices at once (a rank holds its own ones' Gram matrices together). The same
+    bits as one by one, on ranks with the same processors.
+    """
+    rank, world_size = _rank_and_size(group)
+    facts = [_whole_matrix(shard, r, group) for shard in shards]
+    side = GRAM_SIDE if world_size == 1 else GRAM_SIDE_SHARED
+    by_gram = [
+        method == "gram" or (method == "auto" and shard.shape[1] <= max(side, GRAM_SHARE * r))
+        for shard in shards
+    ]
+    grams: dict[int, torch.Tensor] = {}
+    for i, shard in enumerate(shards):
+        if by_gram[i]:
+            gram = _reduce(_gram(shard), i % world_size, group)
+            if rank == i % world_size:
+                grams[i] = gram
+    solved = {i: _gram_subspace(gram, r, seed, facts[i]) for i, gram in grams.items()}
+    results = []
+    for i, shard in enumerate(shards):
+        if not by_gram[i]:
+            V = _broadcast(_krylov_subspace(shard, r, group, seed, facts[i]), 0, group)
+        else:
+            empty = torch.empty(shard.shape[1], r, dtype=_work_dtype(shard), device=shard.device)
+            V = _broadcast(solved.pop(i, empty), i % world_size, group)
+        results.append(_rayleigh_ritz(shard, V, facts[i], group, seed))
+    return results
+
+
+class _Whole(NamedTuple):
+    """What all ranks know of the whole matrix."""
+
+    num_rows: int
+    first_row: int  # of this rank
+    squared_norm: float
+
+
+def _whole_matrix(local_rows: torch.Tensor, r: int, group: Group) -> _Whole:
     if local_rows.ndim != 2:
         raise ValueError(f"local_rows must be 2-D, not {tuple(local_rows.shape)}")
     n = local_rows.shape[1]
@@ -141,26 +154,63 @@ def _whole_matrix(local_rows: torch.Tensor, r: int, group: Group) -> tuple[int, 
     else:
         facts[-1] = torch.linalg.vector_norm(local_rows, dtype=torch.float64).square()
     *sizes, squared_norm = _all_reduce(facts, group).tolist()
-    num_rows, first_row = int(sum(sizes)), int(sum(sizes[:rank]))
-    if num_rows < n:
-        raise ValueError(f"the matrix has {num_rows} rows and {n} columns; give its transpose")
+    whole = _Whole(int(sum(sizes)), int(sum(sizes[:rank])), squared_norm)
+    if whole.num_rows < n:
+        raise ValueError(f"the matrix has {whole.num_rows} rows, {n} columns; give its transpose")
     if not math.isfinite(squared_norm):
         raise ValueError("the matrix is not finite")
-    return num_rows, first_row, squared_norm
+    return whole
 
 
-def _gram_subspace(
-    local_rows: torch.Tensor, r: int, group: Group, seed: int, squared_norm: float
-) -> torch.Tensor:
-    """The r leading eigenvectors of ``MᵀM``: (n, r), fp32 or fp64; meaningful on rank 0."""
-    gram = _reduce(_gram(local_rows), group)
-    n = len(gram)
-    if _rank_and_size(group)[0] > 0:
-        return gram.new_empty(n, r)
-    if n <= DENSE_SHARE * r:
-        eigenvectors: torch.Tensor = torch.linalg.eigh(gram).eigenvectors  # ascending
-        return eigenvectors[:, -r:].flip(1).contiguous()
-    return _block_lanczos(lambda block: gram @ block, n, r, gram, seed, squared_norm, bool)
+def _rayleigh_ritz(
+    local_rows: torch.Tensor, V: torch.Tensor, whole: _Whole, group: Group, seed: int
+) -> TruncatedSVD:
+    """The SVD of M within the span of V's columns: V is turned so that those of M V are orthogonal.
+
+    In fp64: rounding in fp32 would look like directions where there are none.
+    """
+    n, r = V.shape
+    V = V.double()
+    V = _cholesky_qr(V, V.T @ V)
+    Y = V.new_empty(len(local_rows), r)  # M V
+    for rows in _chunks(local_rows):
+        torch.mm(local_rows[rows].double(), V, out=Y[rows])
+    squares, W = torch.linalg.eigh(_all_reduce(Y.T @ Y, group))
+    S, W = squares.clamp_min(0).sqrt().flip(0), W.flip(1)
+    # One rank's result for all: LAPACK need not give the same bits on different processors.
+    S, W, V = _broadcast(torch.cat([S[None], W, V @ W]), 0, group).split([1, r, n])
+    S, Vh = S[0], V.T
+
+    deficient = _rank_tolerance(_work_dtype(local_rows)) * S[0] >= S  # all of them, where M is 0
+    U = Y @ W / torch.where(deficient, 1.0, S)  # orthonormal to 1e-8 for signs, 1e-2 for others
+    if deficient.any():
+        completion = _random(whole.num_rows, r, torch.Generator().manual_seed(seed), U)
+        here = slice(whole.first_row, whole.first_row + len(U))
+        U[:, deficient] = completion[here, deficient] / whole.num_rows**0.5
+        for _ in range(2):
+            U = _cholesky_qr(U, _all_reduce(U.T @ U, group))
+        # Half a step more, exact for M of a rank below r.
+        projected = V.new_zeros(r, n)  # UᵀM
+        for rows in _chunks(local_rows):
+            projected.addmm_(U[rows].T, local_rows[rows].double())
+        U_small, S, Vh = torch.linalg.svd(_all_reduce(projected, group), full_matrices=False)
+        S, W, V = _broadcast(torch.cat([S[None], U_small, Vh.T]), 0, group).split([1, r, n])
+        U, S, Vh = U @ W, S[0], V.T
+    elif not _is_signs(local_rows):
+        U = _cholesky_qr(U, _all_reduce(U.T @ U, group))
+    signs = Vh.gather(1, Vh.abs().argmax(1, keepdim=True)).sign()  # (r, 1)
+    captured = S.square().sum().item() / whole.squared_norm if whole.squared_norm > 0 else 1.0
+    Vh = (signs * Vh).float().contiguous()
+    return TruncatedSVD((U * signs.T).float(), S.float(), Vh, captured)
+
+
+def _gram_subspace(gram: torch.Tensor, r: int, seed: int, whole: _Whole) -> torch.Tensor:
+    """The r leading eigenvectors of ``MᵀM``: (n, r), fp32 or fp64. Not collective."""
+    if len(gram) > DENSE_SHARE * r:
+        trace = whole.squared_norm
+        return _block_lanczos(lambda block: gram @ block, len(gram), r, gram, seed, trace, bool)
+    eigenvectors: torch.Tensor = torch.linalg.eigh(gram).eigenvectors  # ascending
+    return eigenvectors[:, -r:].flip(1).contiguous()
 
 
 def _gram(local_rows: torch.Tensor) -> torch.Tensor:
@@ -179,7 +229,7 @@ def _gram(local_rows: torch.Tensor) -> torch.Tensor:
 
 
 def _krylov_subspace(
-    local_rows: torch.Tensor, r: int, group: Group, seed: int, squared_norm: float
+    local_rows: torch.Tensor, r: int, group: Group, seed: int, whole: _Whole
 ) -> torch.Tensor:
     """The r leading Ritz vectors of ``MᵀM`` in a block Krylov space: (n, r), fp32 or fp64.
 
@@ -193,10 +243,11 @@ def _krylov_subspace(
         return _all_reduce((M.T @ (M @ block.to(M.dtype))).to(work), group)
 
     def agree(converged: torch.Tensor) -> bool:  # rank 0's word
-        return _broadcast(converged.float(), group).item() > 0
+        return _broadcast(converged.float(), 0, group).item() > 0
 
     like = torch.empty(0, dtype=work, device=local_rows.device)
-    return _block_lanczos(product, local_rows.shape[1], r, like, seed, squared_norm, agree)
+    trace = whole.squared_norm
+    return _block_lanczos(product, local_rows.shape[1], r, like, seed, trace, agree)
 
 
 def _block_lanczos(
@@ -298,22 +349,6 @@ def _orthogonal_to(
             Q[:, lost] = _random(len(Q), 1, generator, Q)[:, 0] / len(Q) ** 0.5
 
 
-def _times(local_rows: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
-    """``M V`` of the rows here: (rows here, r), fp64."""
-    Y = V.new_empty(len(local_rows), V.shape[1])
-    for rows in _chunks(local_rows):
-        torch.mm(local_rows[rows].double(), V, out=Y[rows])
-    return Y
-
-
-def _projected(local_rows: torch.Tensor, U: torch.Tensor, group: Group) -> torch.Tensor:
-    """``Uᵀ M``: (r, n), fp64, of all rows."""
-    result = U.new_zeros(U.shape[1], local_rows.shape[1])
-    for rows in _chunks(local_rows):
-        result.addmm_(U[rows].T, local_rows[rows].double())
-    return _all_reduce(result, group)
-
-
 def _cholesky_qr(Y: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     """Orthonormal columns with the span of Y's, whose error is the square of Y's condition.
 
@@ -371,13 +406,13 @@ def _all_reduce(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     return tensor
 
 
-def _reduce(tensor: torch.Tensor, group: Group) -> torch.Tensor:
+def _reduce(tensor: torch.Tensor, owner: int, group: Group) -> torch.Tensor:
     if _rank_and_size(group)[1] > 1:
-        dist.reduce(tensor, group=group, group_dst=0)
+        dist.reduce(tensor, group=group, group_dst=owner)
     return tensor
 
 
-def _broadcast(tensor: torch.Tensor, group: Group) -> torch.Tensor:
+def _broadcast(tensor: torch.Tensor, owner: int, group: Group) -> torch.Tensor:
     if _rank_and_size(group)[1] > 1:
-        dist.broadcast(tensor, group=group, group_src=0)
+        dist.broadcast(tensor, group=group, group_src=owner)
     return tensor
