@@ -3,9 +3,7 @@
 Two ways to the leading right subspace, and one end for both:
 
 - *gram*: ``MᵀM`` of the shorter side and a dense eigensolver;
-- *krylov*: block Lanczos with M and Mᵀ (Golub, Underwood 1977), never forming the Gram matrix. Its
-  energy converges also without a gap behind the r-th singular value (Musco, Musco 2015,
-  arXiv 1504.05477);
+- *krylov*: block Lanczos with M and Mᵀ (lanczos.py), never forming the Gram matrix;
 - the end is Rayleigh-Ritz on r vectors in fp64 (Halko, Martinsson, Tropp 2011, section 5.1) and
   CholeskyQR of the long factor (Yamamoto et al. 2015).
 """
@@ -13,11 +11,13 @@ Two ways to the leading right subspace, and one end for both:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
+
+from lorasb_ds.lanczos import leading_ritz_vectors, random_matrix, rank_tolerance
 
 Group = dist.ProcessGroup | None
 Method = Literal["auto", "gram", "krylov"]
@@ -26,12 +26,6 @@ Method = Literal["auto", "gram", "krylov"]
 GRAM_SIDE, GRAM_SHARE = 192, 6  # the Gram way where n <= max(GRAM_SIDE, GRAM_SHARE * r)
 GRAM_SIDE_SHARED = 1024  # GRAM_SIDE on several ranks
 DENSE_SHARE = 8  # all eigenvectors of the Gram matrix where n <= DENSE_SHARE * r, else Lanczos
-BLOCK = 16  # columns of a Krylov block: wider ones need larger bases, narrower ones more steps
-# The energy that residuals say is missing, as a share of what was found, where Krylov stops: 0.2 to
-# 1 of it was really missing. bf16 adds 1e-5.
-ENERGY_TOLERANCE = 5e-5
-# For real-valued matrices: where residuals give every singular value to half of this share.
-VALUE_TOLERANCE = 1e-2
 
 CHUNK_ENTRIES = 2**18  # of M, converted at a time
 
@@ -181,10 +175,10 @@ def _rayleigh_ritz(
     S, W, V = _broadcast(torch.cat([S[None], W, V @ W]), 0, group).split([1, r, n])
     S, Vh = S[0], V.T
 
-    deficient = _rank_tolerance(_work_dtype(local_rows)) * S[0] >= S  # all of them, where M is 0
+    deficient = rank_tolerance(_work_dtype(local_rows)) * S[0] >= S  # all of them, where M is 0
     U = Y @ W / torch.where(deficient, 1.0, S)  # orthonormal to 1e-8 for signs, 1e-2 for others
     if deficient.any():
-        completion = _random(whole.num_rows, r, torch.Generator().manual_seed(seed), U)
+        completion = random_matrix(whole.num_rows, r, torch.Generator().manual_seed(seed), U)
         here = slice(whole.first_row, whole.first_row + len(U))
         U[:, deficient] = completion[here, deficient] / whole.num_rows**0.5
         for _ in range(2):
@@ -208,7 +202,9 @@ def _gram_subspace(gram: torch.Tensor, r: int, seed: int, whole: _Whole) -> torc
     """The r leading eigenvectors of ``MᵀM``: (n, r), fp32 or fp64. Not collective."""
     if len(gram) > DENSE_SHARE * r:
         trace = whole.squared_norm
-        return _block_lanczos(lambda block: gram @ block, len(gram), r, gram, seed, trace, bool)
+        return leading_ritz_vectors(
+            lambda block: gram @ block, len(gram), r, gram, seed, trace, bool
+        )
     eigenvectors: torch.Tensor = torch.linalg.eigh(gram).eigenvectors  # ascending
     return eigenvectors[:, -r:].flip(1).contiguous()
 
@@ -247,106 +243,7 @@ def _krylov_subspace(
 
     like = torch.empty(0, dtype=work, device=local_rows.device)
     trace = whole.squared_norm
-    return _block_lanczos(product, local_rows.shape[1], r, like, seed, trace, agree)
-
-
-def _block_lanczos(
-    product: Callable[[torch.Tensor], torch.Tensor],
-    n: int,
-    r: int,
-    like: torch.Tensor,
-    seed: int,
-    trace: float,
-    agree: Callable[[torch.Tensor], bool],
-) -> torch.Tensor:
-    """The r leading Ritz vectors of a symmetric, positive semidefinite matrix G: (n, r).
-
-    Full reorthogonalisation: basis V, ``H = Vᵀ G V``, and the residual of a Ritz vector ``V z`` is
-    ``B z_last``, where B is what a step leaves outside of V. A space that can grow no more goes on
-    in random directions, since it may have missed copies of a multiple eigenvalue, until it is
-    twice as large or holds all energy; at the latest it ends with all n. (An eigenvalue that occurs
-    more than BLOCK times, to all digits, before the space is exhausted, is missed.)
-
-    Args:
-        product: ``X -> G X`` of (n, up to BLOCK).
-        like: of the dtype (fp32 for sign matrices, else fp64) and on the device to work with.
-        trace: of G.
-        agree: whether to stop, from what this rank thinks of it.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    block: torch.Tensor = torch.linalg.qr(_random(n, min(BLOCK, n), generator, like)).Q
-    basis = block.new_empty(min(n, 4 * (r + BLOCK)), n)  # its rows are the vectors
-    columns: list[torch.Tensor] = []  # of H, a block of them each, down to the diagonal
-    k, next_check, exhausted_at = 0, min(2 * r + 3 * BLOCK, n), 0
-    while True:
-        if k + block.shape[1] > len(basis):
-            basis = torch.cat([basis, torch.empty_like(basis)])
-        basis[k : k + block.shape[1]] = block.T
-        k += block.shape[1]
-        V = basis[:k]
-        W = product(block)
-        columns.append(V @ W)
-        W -= V.T @ columns[-1]
-        Q, B = torch.linalg.qr(W)
-        if k >= next_check:
-            values, vectors = torch.linalg.eigh(_upper_triangle(columns), UPLO="U")  # ascending
-            vectors = vectors[:, -r:]
-            residuals = torch.linalg.vector_norm(B @ vectors[k - block.shape[1] :], dim=0)
-            converged = _converged(values, residuals) & (k >= 2 * exhausted_at)
-            complete = values[-r:].sum() >= (1 - ENERGY_TOLERANCE) * trace
-            if agree(converged | complete) or k == n:
-                found: torch.Tensor = V.T @ vectors.flip(1)
-                return found.contiguous()
-            next_check = min(k + max(BLOCK, k // 6), n)
-        block, exhausted = _orthogonal_to(V, Q[:, : n - k], generator)
-        exhausted_at = k if exhausted else exhausted_at
-
-
-def _upper_triangle(columns: list[torch.Tensor]) -> torch.Tensor:
-    """H from its columns; zeros below the diagonal blocks."""
-    matrix = columns[-1].new_zeros(len(columns[-1]), len(columns[-1]))
-    for part in columns:
-        matrix[: len(part), len(part) - part.shape[1] : len(part)] = part
-    return matrix
-
-
-def _converged(values: torch.Tensor, residuals: torch.Tensor) -> torch.Tensor:
-    """Whether Ritz pairs are good enough: a bool.
-
-    For sign matrices by the energy that is missing: a Ritz value t with residual s is low by about
-    ``s² / (t - u)``, u being the Rayleigh quotient of what has yet to be mixed in (Parlett 1998,
-    section 11.7), for which the next best Ritz values stand. Else by the values: each is within s.
-
-    Args:
-        values: (k,), ascending; fp32 for sign matrices, else fp64.
-        residuals: (r,), of the last r of them.
-    """
-    r = len(residuals)
-    wanted, next_best = values[-r:], values[-r - BLOCK : -r]
-    floor = wanted[-1] * _rank_tolerance(values.dtype) ** 2 + torch.finfo(values.dtype).tiny
-    if values.dtype == torch.float64:
-        return torch.all(residuals <= VALUE_TOLERANCE * torch.maximum(wanted, floor))
-    distance = wanted - next_best.mean() if len(next_best) else wanted
-    missing = residuals.square() / torch.maximum(distance, floor)
-    return torch.le(missing.sum(), ENERGY_TOLERANCE * wanted.sum())
-
-
-def _orthogonal_to(
-    V: torch.Tensor, Q: torch.Tensor, generator: torch.Generator
-) -> tuple[torch.Tensor, bool]:
-    """Orthonormal columns, orthogonal to the rows of V, that begin with Q's directions.
-
-    Columns that lie in the span of V are replaced by random ones; whether there were any.
-    """
-    any_lost = False
-    while True:
-        Q, R = torch.linalg.qr(Q - V.T @ (V @ Q))
-        kept = R.diagonal().abs()
-        if kept.numel() == 0 or kept.min() > 0.5:  # twice is enough (Parlett 1998, section 6.9)
-            return Q, any_lost
-        for lost in (kept < 1e-4).nonzero().flatten().tolist():
-            any_lost = True
-            Q[:, lost] = _random(len(Q), 1, generator, Q)[:, 0] / len(Q) ** 0.5
+    return leading_ritz_vectors(product, local_rows.shape[1], r, like, seed, trace, agree)
 
 
 def _cholesky_qr(Y: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
@@ -378,20 +275,9 @@ def _product_dtype(local_rows: torch.Tensor) -> torch.dtype:
     return _work_dtype(local_rows)
 
 
-def _rank_tolerance(work: torch.dtype) -> float:
-    """Directions whose singular value is below this share of the largest are noise."""
-    return 1e-4 if work == torch.float32 else 1e-7
-
-
 def _chunks(local_rows: torch.Tensor) -> list[slice]:
     size = max(1, CHUNK_ENTRIES // local_rows.shape[1])
     return [slice(start, start + size) for start in range(0, len(local_rows), size)]
-
-
-def _random(
-    rows: int, columns: int, generator: torch.Generator, like: torch.Tensor
-) -> torch.Tensor:
-    return torch.randn(rows, columns, generator=generator, dtype=torch.float64).to(like)
 
 
 def _rank_and_size(group: Group) -> tuple[int, int]:
