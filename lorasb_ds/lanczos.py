@@ -62,8 +62,7 @@ def leading_ritz_vectors(
             vectors = vectors[:, -r:]
             residuals = torch.linalg.vector_norm(B @ vectors[k - block.shape[1] :], dim=0)
             converged = _converged(values, residuals) & (k >= 2 * exhausted_at)
-            complete = values[-r:].sum() >= (1 - ENERGY_TOLERANCE) * trace
-            if agree(converged | complete) or k == n:
+            if agree(converged | _complete(values[-r:], trace)) or k == n:
                 found: torch.Tensor = V.T @ vectors.flip(1)
                 return found.contiguous()
             next_check = min(k + max(BLOCK, k // 6), n)
@@ -98,6 +97,12 @@ def _converged(values: torch.Tensor, residuals: torch.Tensor) -> torch.Tensor:
     distance = wanted - next_best.mean() if len(next_best) else wanted
     missing = residuals.square() / torch.maximum(distance, floor)
     return torch.le(missing.sum(), ENERGY_TOLERANCE * wanted.sum())
+
+
+def _complete(values: torch.Tensor, trace: float) -> torch.Tensor:
+    """Whether these eigenvalues leave nothing of the trace: a bool."""
+    rest = ENERGY_TOLERANCE if values.dtype == torch.float32 else 1e-13
+    return torch.ge(values.sum(), (1 - rest) * trace)
 
 
 def _orthogonal_to(
