@@ -24,10 +24,10 @@ Method = Literal["auto", "gram", "krylov"]
 
 # Numbers from `scripts/bench.py svd` (docs/benchmarks.md).
 GRAM_SIDE, GRAM_SHARE = 192, 6  # the Gram way where n <= max(GRAM_SIDE, GRAM_SHARE * r)
-GRAM_SIDE_SHARED = 1024  # GRAM_SIDE on several ranks
+GRAM_SIDE_SHARED = 1024  # GRAM_SIDE on several ranks: it saves an all-reduce a step
 DENSE_SHARE = 8  # all eigenvectors of the Gram matrix where n <= DENSE_SHARE * r, else Lanczos
 
-CHUNK_ENTRIES = 2**18  # of M, converted at a time
+CHUNK_ENTRIES = {"cpu": 2**18}  # of M, converted at a time: what a cache holds
 
 
 class TruncatedSVD(NamedTuple):
@@ -76,13 +76,13 @@ def truncated_svd(
     Raises:
         ValueError: on every rank alike, if a shard is not 2-D or not finite, or r is out of range.
     Communication: all-reduces of (world_size + 1,) and (r, r); broadcasts of (n, r) and
-        (r + n + 1, r). Gram: a reduce of (n, n). Krylov: an all-reduce of (n, BLOCK) a step, about
-        5 + r / BLOCK to 5 + 3 r / BLOCK of them, and a few broadcasts of one number. A matrix that
-        is real-valued needs one (r, r) more; one of a rank below r two, and (r, n) twice.
-    Memory beside the shard, for sign matrices, in bytes: Gram: 8 n² and the dense eigensolver's
-        8 n² on one rank, 8 n² on the others. Krylov: 2 for each entry of the shard (4 on processors
-        without bf16) and 4 n for each vector of the basis: 2 r to 6 r of them, n at worst. The end:
-        16 r for each row here and 24 r for each column.
+        (r + n + 1, r). Gram: a reduce of (n, n). Krylov: an all-reduce of (n, BLOCK) a step, mostly
+        3 + r/8 to 3 + r/4 of them, and a few broadcasts of one number. A real-valued matrix needs
+        one (r, r) more; one of a rank below r two, an all-reduce of (r, n) and another broadcast.
+    Memory beside the shard, for sign matrices, in bytes: Gram: 4 n², on its owner four times that.
+        Krylov: 2 for each entry of the shard (4 on processors without bf16) and 4 n for each vector
+        of the basis, mostly 48 + 2 r to 48 + 4 r of them, n at worst. The end: 24 r for each row
+        here and each column.
     """
     return truncated_svds([local_rows], r, group=group, seed=seed, method=method)[0]
 
@@ -276,7 +276,8 @@ def _product_dtype(local_rows: torch.Tensor) -> torch.dtype:
 
 
 def _chunks(local_rows: torch.Tensor) -> list[slice]:
-    size = max(1, CHUNK_ENTRIES // local_rows.shape[1])
+    entries = CHUNK_ENTRIES.get(local_rows.device.type, 2**24)
+    size = max(1, entries // local_rows.shape[1])
     return [slice(start, start + size) for start in range(0, len(local_rows), size)]
 
 

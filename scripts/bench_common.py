@@ -33,16 +33,19 @@ def machine() -> dict[str, Any]:
 def interleaved_medians(ways: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """Median seconds of each way, all ways in turn in every round: a busy machine slows all alike.
 
-    Ways are called once beforehand where there is more than one round.
+    Every round starts with another one, since what ran before matters. Ways are called once
+    beforehand where there is more than one round.
     """
     if repeats > 1:
         for run in ways.values():
             run()
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    order = list(ways)
     for _ in range(repeats):
-        for name, run in ways.items():
+        order = [*order[1:], order[0]]
+        for name in order:
             start = time.perf_counter()
-            run()
+            ways[name]()
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
