@@ -26,7 +26,7 @@ from lorasb_ds.gradients import (
     is_transposed,
     no_dropout,
 )
-from lorasb_ds.linalg import Group, TruncatedSVD, row_range, truncated_svd
+from lorasb_ds.linalg import Group, TruncatedSVD, row_range, truncated_svds
 from lorasb_ds.line_search import search_init_lr
 from lorasb_ds.loss import token_loss_sum
 from lorasb_ds.plan import InitPlan
@@ -175,12 +175,14 @@ def initialize(
         communication_s += gradients.communication.seconds()
         gradients_s += time.perf_counter() - began
         began = time.perf_counter()
-        for name in list(gradients.shards):
-            adapter, G = adapters[name], gradients.take(name)
-            svd, slopes = decompose(name, G, adapter.r, update, group, seed)
-            reached = gradients.reached[name]
-            layers[name] = describe(svd, slopes, adapter.lora_A.dtype, reached, group)
-            basis |= _fill_factors(name, adapter, svd, group)
+        names = list(gradients.shards)
+        for first in range(0, len(names), zero.world_size()):  # a layer for each rank's eigensolver
+            G = {n: gradients.take(n) for n in names[first : first + zero.world_size()]}
+            r = adapters[names[first]].r
+            for name, (svd, slopes) in decompose(G, r, update, group, seed).items():
+                adapter, reached = adapters[name], gradients.reached[name]
+                layers[name] = describe(svd, slopes, adapter.lora_A.dtype, reached, group)
+                basis |= _fill_factors(name, adapter, svd, group)
         svd_s += time.perf_counter() - began
         began = time.perf_counter()
     layers = {name: layers[name] for name in adapters}
@@ -232,26 +234,34 @@ def _gradients_by_group(
 
 
 def decompose(
-    name: str, G: torch.Tensor, r: int, update: str, group: Group = None, seed: int = 0
-) -> tuple[TruncatedSVD, torch.Tensor]:
-    """SVD of the update of one layer's gradient, and each direction's slope. Collective.
+    gradients: Mapping[str, torch.Tensor], r: int, update: str, group: Group = None, seed: int = 0
+) -> dict[str, tuple[TruncatedSVD, torch.Tensor]]:
+    """SVD of the updates of some layers' gradients, and each direction's slope. Collective.
 
     Args:
-        G: (rows here, short side), this rank's shard of the gradient or of its transpose.
+        gradients: layer -> (rows here, short side), this rank's shard of its gradient or of the
+            transpose. As many as there are ranks make use of all of them.
     Returns:
-        The SVD, and ``S_i u_iᵀ G v_i``, (r,); they are the same for the transpose.
+        layer -> its SVD, and ``S_i u_iᵀ G v_i``, (r,); they are the same for the transpose.
+    Raises:
+        FloatingPointError: on every rank, if a gradient is not finite.
     """
-    finite = torch.tensor(float(torch.isfinite(G).all()), device=G.device)
+    finite = torch.tensor([float(torch.isfinite(G).all()) for G in gradients.values()])
+    finite = finite.to(zero.device())
     dist.all_reduce(finite, op=dist.ReduceOp.MIN, group=group)
-    if not finite:
+    if bad := [name for name, ok in zip(gradients, finite.tolist(), strict=True) if not ok]:
         raise FloatingPointError(
-            f"the gradient of {name} is not finite. The base or the data hold values that overflow "
-            "in its dtype; look at the loss of the base, or try --dtype fp32."
+            f"the gradient of {', '.join(bad)} is not finite. The base or the data hold values "
+            "that overflow in its dtype; look at the loss of the base, or try --dtype fp32."
         )
-    svd = truncated_svd(UPDATES[update](G), r, group=group, seed=seed)
-    along = ((svd.U_local.T @ G) * svd.Vh).sum(1)  # (r,): u_iᵀ G v_i, of the rows here
-    dist.all_reduce(along, group=group)
-    return svd, svd.S * along
+    updates = [UPDATES[update](G) for G in gradients.values()]
+    results = {}
+    svds = truncated_svds(updates, r, group=group, seed=seed)
+    for (name, G), svd in zip(gradients.items(), svds, strict=True):
+        along = ((svd.U_local.T @ G) * svd.Vh).sum(1)  # (r,): u_iᵀ G v_i, of the rows here
+        dist.all_reduce(along, group=group)
+        results[name] = svd, svd.S * along
+    return results
 
 
 def describe(

@@ -1,17 +1,33 @@
-"""Truncated SVD of a matrix whose rows are sharded over ranks. Torch only."""
+"""Truncated SVD of a matrix whose rows are sharded over ranks. Torch only.
+
+Two ways to the leading right subspace, and one end for both:
+
+- *gram*: ``MᵀM`` of the shorter side and a dense eigensolver;
+- *krylov*: block Lanczos with M and Mᵀ (lanczos.py), never forming the Gram matrix;
+- the end is Rayleigh-Ritz on r vectors in fp64 (Halko, Martinsson, Tropp 2011, section 5.1) and
+  CholeskyQR of the long factor (Yamamoto et al. 2015).
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-Group = dist.ProcessGroup | None
+from lorasb_ds.lanczos import leading_ritz_vectors, random_matrix, rank_tolerance
 
-# Directions whose singular value is below this share of the largest are noise of the Gram matrix
-# (its fp64 eigenvalues are singular values squared: half of the digits are lost).
-RANK_TOLERANCE = 1e-7
+Group = dist.ProcessGroup | None
+Method = Literal["auto", "gram", "krylov"]
+
+# Numbers from `scripts/bench.py svd` (docs/benchmarks.md).
+GRAM_SIDE, GRAM_SHARE = 192, 6  # the Gram way where n <= max(GRAM_SIDE, GRAM_SHARE * r)
+GRAM_SIDE_SHARED = 1024  # GRAM_SIDE on several ranks: it saves an all-reduce a step
+DENSE_SHARE = 8  # all eigenvectors of the Gram matrix where n <= DENSE_SHARE * r, else Lanczos
+
+CHUNK_ENTRIES = {"cpu": 2**18}  # of M, converted at a time: what a cache holds
 
 
 class TruncatedSVD(NamedTuple):
@@ -33,87 +49,239 @@ def row_range(num_rows: int, rank: int, world_size: int) -> range:
 
 
 def truncated_svd(
-    local_rows: torch.Tensor, r: int, *, group: Group = None, seed: int = 0
+    local_rows: torch.Tensor,
+    r: int,
+    *,
+    group: Group = None,
+    seed: int = 0,
+    method: Method = "auto",
 ) -> TruncatedSVD:
-    """Exact rank-r SVD of a row-sharded matrix, by the Gram matrix of its columns.
-
-    The eigenvectors of ``MᵀM`` give the leading right subspace; ``M V`` is orthonormalised by
-    CholeskyQR2 and a small SVD of ``QᵀM`` turns the bases and undoes the Gram matrix's loss of
-    digits (Halko, Martinsson, Tropp 2011, section 5.1: Rayleigh-Ritz on an orthonormal range).
+    """Rank-r SVD of a row-sharded matrix: at least 0.9999 of the energy that r directions can hold.
 
     Collective: every rank of ``group`` calls it, in the same order.
 
     Args:
         local_rows: (rows here, n), the shard of ``row_range(m, rank, world_size)``; may be empty.
-            int8 for sign matrices: their Gram matrix is exact in fp32 while m < 2²⁴. Any other
-            dtype is worked on in fp64. Not modified. The whole matrix must have m >= n.
+            int8 for sign matrices (entries -1, 0, 1; m < 2²⁴): their Gram matrix is exact, and so
+            are they in bf16. Any other dtype is worked on in fp64, so that singular values down to
+            1e-5 of the largest come out. Not modified. The whole matrix must have m >= n.
         r: 1 <= r <= n.
-        seed: of the vectors that complete U where M has fewer than r directions.
+        seed: of Krylov's first block, and of the vectors that complete U where M has fewer than r
+            directions.
+        method: "auto" takes the Gram way where n is small or r a large share of it.
     Returns:
         U orthonormal to 1e-5, also for rank-deficient and zero matrices: singular values that are
-        zero come with an arbitrary orthonormal completion that depends on ``seed`` and shape only.
-        Each row of Vh has its largest entry positive.
+        zero come with an arbitrary orthonormal completion. Each row of Vh has its largest entry
+        positive. The same input on as many ranks gives the same bits.
     Raises:
-        ValueError: on every rank alike, if a shard is not 2-D or r is out of range.
-    Communication: all-reduces of (world_size,), (n, n), (r, n), (r, r) twice and (r,) at most
-        twice; broadcasts of (n, r), (r, n), (r, r) and (r,).
+        ValueError: on every rank alike, if a shard is not 2-D or not finite, or r is out of range.
+    Communication: all-reduces of (world_size + 1,) and (r, r); broadcasts of (n, r) and
+        (r + n + 1, r). Gram: a reduce of (n, n). Krylov: a broadcast and an all-reduce of
+        (n, BLOCK) a step, mostly 3 + r/8 to 3 + r/4 steps, and a few broadcasts of one number. A
+        real-valued matrix needs one (r, r) more; one of a rank below r two, an all-reduce of (r, n)
+        and another broadcast.
+    Memory beside the shard, for sign matrices, in bytes: Gram: 4 n², on its owner four times that.
+        Krylov: 2 for each entry of the shard (4 on processors without bf16) and 4 n for each vector
+        of the basis, mostly 48 + 2 r to 48 + 4 r of them, n at worst. The end: 24 r for each row
+        here and each column.
     """
+    return truncated_svds([local_rows], r, group=group, seed=seed, method=method)[0]
+
+
+def truncated_svds(
+    shards: Sequence[torch.Tensor],
+    r: int,
+    *,
+    group: Group = None,
+    seed: int = 0,
+    method: Method = "auto",
+) -> list[TruncatedSVD]:
+    """``truncated_svd`` of several matrices; Gram matrices are spread over ranks.
+
+    The i-th one is reduced to rank ``i % world_size``, and all ranks solve theirs at the same time:
+    give world_size matrices at once (a rank holds its own ones' Gram matrices together). The same
+    bits as one by one, on ranks with the same processors.
+    """
+    rank, world_size = _rank_and_size(group)
+    facts = [_whole_matrix(shard, r, group) for shard in shards]
+    side = GRAM_SIDE if world_size == 1 else GRAM_SIDE_SHARED
+    by_gram = [
+        method == "gram" or (method == "auto" and shard.shape[1] <= max(side, GRAM_SHARE * r))
+        for shard in shards
+    ]
+    grams: dict[int, torch.Tensor] = {}
+    for i, shard in enumerate(shards):
+        if by_gram[i]:
+            gram = _reduce(_gram(shard), i % world_size, group)
+            if rank == i % world_size:
+                grams[i] = gram
+    solved = {i: _gram_subspace(gram, r, seed, facts[i]) for i, gram in grams.items()}
+    results = []
+    for i, shard in enumerate(shards):
+        if not by_gram[i]:
+            V = _broadcast(_krylov_subspace(shard, r, group, seed, facts[i]), 0, group)
+        else:
+            empty = torch.empty(shard.shape[1], r, dtype=_work_dtype(shard), device=shard.device)
+            V = _broadcast(solved.pop(i, empty), i % world_size, group)
+        results.append(_rayleigh_ritz(shard, V, facts[i], group, seed))
+    return results
+
+
+class _Whole(NamedTuple):
+    """What all ranks know of the whole matrix."""
+
+    num_rows: int
+    first_row: int  # of this rank
+    squared_norm: float
+
+
+def _whole_matrix(local_rows: torch.Tensor, r: int, group: Group) -> _Whole:
     if local_rows.ndim != 2:
         raise ValueError(f"local_rows must be 2-D, not {tuple(local_rows.shape)}")
     n = local_rows.shape[1]
     if not 1 <= r <= n:
         raise ValueError(f"r = {r} is not in 1..{n}, the number of columns")
     rank, world_size = _rank_and_size(group)
-    num_rows, first_row = _global_rows(len(local_rows), rank, world_size, group, local_rows.device)
-    if num_rows < n:
-        raise ValueError(f"the matrix has {num_rows} rows and {n} columns; give its transpose")
-
-    work = torch.float32 if local_rows.dtype == torch.int8 else torch.float64
-    M = local_rows.to(work)
-    gram = _all_reduce(M.T @ M, group)
-    squared_norm = gram.diagonal().double().sum().item()
-
-    if rank == 0:
-        V = torch.linalg.eigh(gram.double()).eigenvectors[:, -r:].flip(1).contiguous()
+    facts = torch.zeros(world_size + 1, dtype=torch.float64, device=local_rows.device)
+    facts[rank] = len(local_rows)
+    if _is_signs(local_rows):
+        facts[-1] = torch.count_nonzero(local_rows)
     else:
-        V = torch.empty(n, r, dtype=torch.float64, device=M.device)
-    V = _broadcast(V, group)
-
-    # In fp64: rounding in fp32 would look like directions where there are none.
-    Y = M.double() @ V
-    scale = _all_reduce(Y.square().sum(0), group).sqrt()
-    deficient = scale <= RANK_TOLERANCE * max(scale.max().item(), torch.finfo(torch.float32).tiny)
-    if deficient.any():
-        Y[:, deficient] = _random_rows(num_rows, r, seed, Y)[
-            first_row : first_row + len(Y), deficient
-        ]
-        scale = _all_reduce(Y.square().sum(0), group).sqrt()
-    Q = _cholesky_qr2(Y / scale, group)
-
-    projected = _all_reduce(Q.T @ M.double(), group)  # (r, n)
-    U_small, S, Vh = torch.linalg.svd(projected, full_matrices=False)
-    signs = Vh.gather(1, Vh.abs().argmax(1, keepdim=True)).sign()  # (r, 1)
-    # One rank's result for all: LAPACK need not give the same bits on different processors.
-    S, Vh, U_small = (_broadcast(t.contiguous(), group) for t in (S, signs * Vh, U_small * signs.T))
-    captured = S.square().sum().item() / squared_norm if squared_norm > 0 else 1.0
-    return TruncatedSVD((Q @ U_small).float(), S.float(), Vh.float(), captured)
+        facts[-1] = torch.linalg.vector_norm(local_rows, dtype=torch.float64).square()
+    *sizes, squared_norm = _all_reduce(facts, group).tolist()
+    whole = _Whole(int(sum(sizes)), int(sum(sizes[:rank])), squared_norm)
+    if whole.num_rows < n:
+        raise ValueError(f"the matrix has {whole.num_rows} rows, {n} columns; give its transpose")
+    if not math.isfinite(squared_norm):
+        raise ValueError("the matrix is not finite")
+    return whole
 
 
-def _cholesky_qr2(Y: torch.Tensor, group: Group) -> torch.Tensor:
-    """Orthonormal columns with the span of Y's, twice for accuracy (Yamamoto et al. 2015).
+def _rayleigh_ritz(
+    local_rows: torch.Tensor, V: torch.Tensor, whole: _Whole, group: Group, seed: int
+) -> TruncatedSVD:
+    """The SVD of M within the span of V's columns: V is turned so that those of M V are orthogonal.
 
-    A column depends on those before it only, so that completing vectors at the end leave the
-    leading directions alone. Columns of Y have unit length.
+    In fp64: rounding in fp32 would look like directions where there are none.
     """
-    for _ in range(2):
-        L = torch.linalg.cholesky(_all_reduce(Y.T @ Y, group))
-        Y = torch.linalg.solve_triangular(L, Y.T, upper=False).T
-    return Y
+    n, r = V.shape
+    V = V.double()
+    V = _cholesky_qr(V, V.T @ V)
+    Y = V.new_empty(len(local_rows), r)  # M V
+    for rows in _chunks(local_rows):
+        torch.mm(local_rows[rows].double(), V, out=Y[rows])
+    squares, W = torch.linalg.eigh(_all_reduce(Y.T @ Y, group))
+    S, W = squares.clamp_min(0).sqrt().flip(0), W.flip(1)
+    # One rank's result for all: LAPACK need not give the same bits on different processors.
+    S, W, V = _broadcast(torch.cat([S[None], W, V @ W]), 0, group).split([1, r, n])
+    S, Vh = S[0], V.T
+
+    deficient = rank_tolerance(_work_dtype(local_rows)) * S[0] >= S  # all of them, where M is 0
+    U = Y @ W / torch.where(deficient, 1.0, S)  # orthonormal to 1e-8 for signs, 1e-2 for others
+    if deficient.any():
+        completion = random_matrix(whole.num_rows, r, torch.Generator().manual_seed(seed), U)
+        here = slice(whole.first_row, whole.first_row + len(U))
+        U[:, deficient] = completion[here, deficient] / whole.num_rows**0.5
+        for _ in range(2):
+            U = _cholesky_qr(U, _all_reduce(U.T @ U, group))
+        # Half a step more, exact for M of a rank below r.
+        projected = V.new_zeros(r, n)  # UᵀM
+        for rows in _chunks(local_rows):
+            projected.addmm_(U[rows].T, local_rows[rows].double())
+        U_small, S, Vh = torch.linalg.svd(_all_reduce(projected, group), full_matrices=False)
+        S, W, V = _broadcast(torch.cat([S[None], U_small, Vh.T]), 0, group).split([1, r, n])
+        U, S, Vh = U @ W, S[0], V.T
+    elif not _is_signs(local_rows):
+        U = _cholesky_qr(U, _all_reduce(U.T @ U, group))
+    signs = Vh.gather(1, Vh.abs().argmax(1, keepdim=True)).sign()  # (r, 1)
+    captured = S.square().sum().item() / whole.squared_norm if whole.squared_norm > 0 else 1.0
+    Vh = (signs * Vh).float().contiguous()
+    return TruncatedSVD((U * signs.T).float(), S.float(), Vh, captured)
 
 
-def _random_rows(num_rows: int, r: int, seed: int, like: torch.Tensor) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(num_rows, r, generator=generator, dtype=torch.float64).to(like.device)
+def _gram_subspace(gram: torch.Tensor, r: int, seed: int, whole: _Whole) -> torch.Tensor:
+    """The r leading eigenvectors of ``MᵀM``: (n, r), fp32 or fp64. Not collective."""
+    if len(gram) > DENSE_SHARE * r:
+        trace = whole.squared_norm
+        return leading_ritz_vectors(
+            lambda block: gram @ block, len(gram), r, gram, seed, trace, bool
+        )
+    eigenvectors: torch.Tensor = torch.linalg.eigh(gram).eigenvectors  # ascending
+    return eigenvectors[:, -r:].flip(1).contiguous()
+
+
+def _gram(local_rows: torch.Tensor) -> torch.Tensor:
+    """``MᵀM`` of the rows here: (n, n), fp32 and exact for sign matrices, else fp64."""
+    on_cpu = local_rows.device.type == "cpu"
+    if _is_signs(local_rows) and on_cpu and torch.cpu._is_vnni_supported() and len(local_rows):
+        # 5 to 8 times as fast as fp32. Without VNNI it would be a plain loop.
+        exact: torch.Tensor = torch._int_mm(local_rows.T.contiguous(), local_rows)
+        return exact.float()
+    n = local_rows.shape[1]
+    gram = torch.zeros(n, n, dtype=_work_dtype(local_rows), device=local_rows.device)
+    for rows in _chunks(local_rows):
+        chunk = local_rows[rows].to(gram.dtype)
+        gram.addmm_(chunk.T, chunk)
+    return gram
+
+
+def _krylov_subspace(
+    local_rows: torch.Tensor, r: int, group: Group, seed: int, whole: _Whole
+) -> torch.Tensor:
+    """The r leading Ritz vectors of ``MᵀM`` in a block Krylov space: (n, r), fp32 or fp64.
+
+    Sign matrices are multiplied in bf16, in which they are exact: to round the other factor costs
+    the square of that rounding, 1e-5 of the energy.
+    """
+    work = _work_dtype(local_rows)
+    M = local_rows.to(_product_dtype(local_rows))
+
+    def product(block: torch.Tensor) -> torch.Tensor:
+        # Rank 0's block for all: its basis is the one that counts.
+        factor = _broadcast(block.to(M.dtype).contiguous(), 0, group)
+        return _all_reduce((M.T @ (M @ factor)).to(work), group)
+
+    def agree(converged: torch.Tensor) -> bool:  # rank 0's word
+        return _broadcast(converged.float(), 0, group).item() > 0
+
+    like = torch.empty(0, dtype=work, device=local_rows.device)
+    trace = whole.squared_norm
+    return leading_ritz_vectors(product, local_rows.shape[1], r, like, seed, trace, agree)
+
+
+def _cholesky_qr(Y: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """Orthonormal columns with the span of Y's, whose error is the square of Y's condition.
+
+    A column depends on those before it only.
+
+    Args:
+        Y: (rows here, r), fp64, with columns of about unit length. gram: ``YᵀY`` of all rows.
+    """
+    L = torch.linalg.cholesky(gram)
+    orthonormal: torch.Tensor = torch.linalg.solve_triangular(L, Y.T, upper=False)
+    return orthonormal.T
+
+
+def _is_signs(local_rows: torch.Tensor) -> bool:
+    return local_rows.dtype == torch.int8
+
+
+def _work_dtype(local_rows: torch.Tensor) -> torch.dtype:
+    return torch.float32 if _is_signs(local_rows) else torch.float64
+
+
+def _product_dtype(local_rows: torch.Tensor) -> torch.dtype:
+    if _is_signs(local_rows):
+        on_cpu = local_rows.device.type == "cpu"
+        if not on_cpu or torch.cpu._is_avx512_bf16_supported():
+            return torch.bfloat16
+    return _work_dtype(local_rows)
+
+
+def _chunks(local_rows: torch.Tensor) -> list[slice]:
+    entries = CHUNK_ENTRIES.get(local_rows.device.type, 2**24)
+    size = max(1, entries // local_rows.shape[1])
+    return [slice(start, start + size) for start in range(0, len(local_rows), size)]
 
 
 def _rank_and_size(group: Group) -> tuple[int, int]:
@@ -122,23 +290,19 @@ def _rank_and_size(group: Group) -> tuple[int, int]:
     return dist.get_rank(group), dist.get_world_size(group)
 
 
-def _global_rows(
-    num_local: int, rank: int, world_size: int, group: Group, device: torch.device
-) -> tuple[int, int]:
-    """Number of rows of the whole matrix, and the index of this rank's first one."""
-    counts = torch.zeros(world_size, dtype=torch.int64, device=device)
-    counts[rank] = num_local
-    counts = _all_reduce(counts, group)
-    return int(counts.sum()), int(counts[:rank].sum())
-
-
 def _all_reduce(tensor: torch.Tensor, group: Group) -> torch.Tensor:
-    if dist.is_initialized() and dist.get_world_size(group) > 1:
+    if _rank_and_size(group)[1] > 1:
         dist.all_reduce(tensor, group=group)
     return tensor
 
 
-def _broadcast(tensor: torch.Tensor, group: Group) -> torch.Tensor:
-    if dist.is_initialized() and dist.get_world_size(group) > 1:
-        dist.broadcast(tensor, group=group, group_src=0)
+def _reduce(tensor: torch.Tensor, owner: int, group: Group) -> torch.Tensor:
+    if _rank_and_size(group)[1] > 1:
+        dist.reduce(tensor, group=group, group_dst=owner)
+    return tensor
+
+
+def _broadcast(tensor: torch.Tensor, owner: int, group: Group) -> torch.Tensor:
+    if _rank_and_size(group)[1] > 1:
+        dist.broadcast(tensor, group=group, group_src=owner)
     return tensor

@@ -6,29 +6,41 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+if TYPE_CHECKING:
+    from lorasb_ds.linalg import Method
 
-def svd(matrices: str, out: str, r: dict[str, int]) -> None:
-    """Truncated SVD of every matrix of a file; each rank writes what it has."""
-    from lorasb_ds.linalg import row_range, truncated_svd
+
+def svd(matrices: str, out: str, r: dict[str, int], methods: list[Method]) -> None:
+    """Truncated SVD of every matrix of a file, in every way; each rank writes what it has."""
+    from lorasb_ds.linalg import row_range, truncated_svd, truncated_svds
 
     dist.init_process_group("gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
     results: dict[str, torch.Tensor] = {}
+    shards = []
     for name, M in load_file(matrices).items():
         rows = row_range(len(M), rank, world_size)
         local = M[rows.start : rows.stop].clone()
-        before = local.clone()
-        U_local, S, Vh, energy = truncated_svd(local, r[name])
-        assert torch.equal(local, before), "the input was modified"
-        results |= {f"{name}.U": U_local, f"{name}.S": S, f"{name}.Vh": Vh}
-        results[f"{name}.energy"] = torch.tensor(energy, dtype=torch.float64)
+        shards.append(local)
+        for method in methods:
+            before = local.clone()
+            U_local, S, Vh, energy = truncated_svd(local, r[name], method=method)
+            assert torch.equal(local, before), "the input was modified"
+            key = f"{method}.{name}"
+            results |= {f"{key}.U": U_local, f"{key}.S": S, f"{key}.Vh": Vh}
+            results[f"{key}.energy"] = torch.tensor(energy, dtype=torch.float64)
+    for method in methods:  # each owner solves its own: the same bits as rank 0 alone
+        for shard, found in zip(shards, truncated_svds(shards, 1, method=method), strict=True):
+            alone = truncated_svd(shard, 1, method=method)
+            assert all(torch.equal(a, b) for a, b in zip(found[:3], alone[:3], strict=True))
+            assert found.captured_energy == alone.captured_energy
     save_file({k: v.contiguous() for k, v in results.items()}, f"{out}/{rank}.safetensors")
 
 
@@ -273,7 +285,7 @@ def not_finite(config: dict[str, Any]) -> None:
     if zero.rank() == 1:
         G[0, 0] = torch.nan
     with pytest.raises(FloatingPointError, match="layer is not finite"):
-        decompose("layer", G, 1, "sign")
+        decompose({"layer": G}, 1, "sign")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("one_process")
 
 
 def layer_of(G: torch.Tensor, r: int = 1, update: str = "sign") -> LayerInit:
-    svd, slopes = decompose("layer", G, r, update)
+    svd, slopes = decompose({"layer": G}, r, update)["layer"]
     return describe(svd, slopes, torch.bfloat16, 1, None)
 
 
@@ -23,7 +23,7 @@ def test_the_update_and_its_slope(update: str) -> None:
         "adam": torch.tensor([[g / (abs(g) + 1e-8) for g in row] for row in G.tolist()]),
         "raw": G,
     }[update]
-    svd, slopes = decompose("layer", G, 3, update)
+    svd, slopes = decompose({"layer": G}, 3, update)["layer"]
     found = (svd.U_local * svd.S) @ svd.Vh
     exact = torch.linalg.svd(wanted)
     expected = (exact.U[:, :3] * exact.S[:3]) @ exact.Vh[:3]

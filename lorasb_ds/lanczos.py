@@ -1,0 +1,134 @@
+"""Leading eigenvectors of a symmetric matrix that can only be multiplied with. Torch only, local.
+
+Block Lanczos (Golub, Underwood 1977). The energy that a block Krylov space captures converges
+also where no gap lies behind the r-th singular value (Musco, Musco 2015, arXiv 1504.05477).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+# Numbers from `scripts/bench.py svd` (docs/benchmarks.md).
+BLOCK = 16  # columns of a Krylov block: wider ones need larger bases, narrower ones more steps
+# Where Krylov stops: when residuals say that this share of the energy found is missing. Really
+# missing was at most half of it, bf16's 1e-5 included, in 798 trials: docs/benchmarks.md.
+ENERGY_TOLERANCE = 8e-5
+# For real-valued matrices: where residuals give every singular value to half of this share.
+VALUE_TOLERANCE = 1e-2
+
+
+def leading_ritz_vectors(
+    product: Callable[[torch.Tensor], torch.Tensor],
+    n: int,
+    r: int,
+    like: torch.Tensor,
+    seed: int,
+    trace: float,
+    agree: Callable[[torch.Tensor], bool],
+) -> torch.Tensor:
+    """The r leading Ritz vectors of a symmetric, positive semidefinite matrix G: (n, r).
+
+    Full reorthogonalisation: basis V, ``H = Vᵀ G V``, and the residual of a Ritz vector ``V z`` is
+    ``B z_last``, where B is what a step leaves outside of V. A space that can grow no more goes on
+    in random directions, since it may have missed copies of a multiple eigenvalue, until it is
+    twice as large or holds all energy; at the latest it ends with all n. (An eigenvalue that occurs
+    more than BLOCK times, to all digits, before the space is exhausted, is missed.)
+
+    Args:
+        product: ``X -> G X`` of (n, up to BLOCK).
+        like: of the dtype (fp32 for sign matrices, else fp64) and on the device to work with.
+        trace: of G.
+        agree: whether to stop, from what this rank thinks of it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    block: torch.Tensor = torch.linalg.qr(random_matrix(n, min(BLOCK, n), generator, like)).Q
+    basis = block.new_empty(min(n, 4 * (r + BLOCK)), n)  # its rows are the vectors
+    columns: list[torch.Tensor] = []  # of H, a block of them each, down to the diagonal
+    k, next_check, exhausted_at = 0, min(2 * r + 3 * BLOCK, n), 0
+    while True:
+        if k + block.shape[1] > len(basis):
+            basis = torch.cat([basis, torch.empty_like(basis)])
+        basis[k : k + block.shape[1]] = block.T
+        k += block.shape[1]
+        V = basis[:k]
+        W = product(block)
+        columns.append(V @ W)
+        W -= V.T @ columns[-1]
+        Q, B = torch.linalg.qr(W)
+        if k >= next_check:
+            values, vectors = torch.linalg.eigh(_upper_triangle(columns), UPLO="U")  # ascending
+            vectors = vectors[:, -r:]
+            residuals = torch.linalg.vector_norm(B @ vectors[k - block.shape[1] :], dim=0)
+            converged = _converged(values, residuals) & (k >= 2 * exhausted_at)
+            if agree(converged | _complete(values[-r:], trace)) or k == n:
+                found: torch.Tensor = V.T @ vectors.flip(1)
+                return found.contiguous()
+            next_check = min(k + max(BLOCK, k // 6), n)
+        block, exhausted = _orthogonal_to(V, Q[:, : n - k], generator)
+        exhausted_at = k if exhausted else exhausted_at
+
+
+def _upper_triangle(columns: list[torch.Tensor]) -> torch.Tensor:
+    """H from its columns; zeros below the diagonal blocks."""
+    matrix = columns[-1].new_zeros(len(columns[-1]), len(columns[-1]))
+    for part in columns:
+        matrix[: len(part), len(part) - part.shape[1] : len(part)] = part
+    return matrix
+
+
+def _converged(values: torch.Tensor, residuals: torch.Tensor) -> torch.Tensor:
+    """Whether Ritz pairs are good enough: a bool.
+
+    For sign matrices by the energy that is missing: a Ritz value t with residual s is low by about
+    ``s² / (t - u)``, u being the Rayleigh quotient of what has yet to be mixed in (Parlett 1998,
+    section 11.7), for which the next best Ritz values stand. Else by the values: each is within s.
+
+    Args:
+        values: (k,), ascending; fp32 for sign matrices, else fp64.
+        residuals: (r,), of the last r of them.
+    """
+    r = len(residuals)
+    wanted, next_best = values[-r:], values[-r - BLOCK : -r]
+    floor = wanted[-1] * rank_tolerance(values.dtype) ** 2 + torch.finfo(values.dtype).tiny
+    if values.dtype == torch.float64:
+        return torch.all(residuals <= VALUE_TOLERANCE * torch.maximum(wanted, floor))
+    distance = wanted - next_best.mean() if len(next_best) else wanted
+    missing = residuals.square() / torch.maximum(distance, floor)
+    return torch.le(missing.sum(), ENERGY_TOLERANCE * wanted.sum())
+
+
+def _complete(values: torch.Tensor, trace: float) -> torch.Tensor:
+    """Whether these eigenvalues leave nothing of the trace: a bool."""
+    rest = ENERGY_TOLERANCE if values.dtype == torch.float32 else 1e-13
+    return torch.ge(values.sum(), (1 - rest) * trace)
+
+
+def _orthogonal_to(
+    V: torch.Tensor, Q: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, bool]:
+    """Orthonormal columns, orthogonal to the rows of V, that begin with Q's directions.
+
+    Columns that lie in the span of V are replaced by random ones; whether there were any.
+    """
+    any_lost = False
+    while True:
+        Q, R = torch.linalg.qr(Q - V.T @ (V @ Q))
+        kept = R.diagonal().abs()
+        if kept.numel() == 0 or kept.min() > 0.5:  # twice is enough (Parlett 1998, section 6.9)
+            return Q, any_lost
+        for lost in (kept < 1e-4).nonzero().flatten().tolist():
+            any_lost = True
+            Q[:, lost] = random_matrix(len(Q), 1, generator, Q)[:, 0] / len(Q) ** 0.5
+
+
+def rank_tolerance(work: torch.dtype) -> float:
+    """Directions whose singular value is below this share of the largest are noise."""
+    return 1e-4 if work == torch.float32 else 1e-7
+
+
+def random_matrix(
+    rows: int, columns: int, generator: torch.Generator, like: torch.Tensor
+) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float64).to(like)

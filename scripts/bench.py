@@ -1,0 +1,20 @@
+#!/usr/bin/env python
+"""Benchmarks. Each prints a table of ratios taken in one run, and writes its numbers as JSON."""
+
+from __future__ import annotations
+
+import click
+from bench_init import init, scale
+from bench_svd import svd
+
+
+@click.group(help=__doc__)
+def main() -> None:
+    pass
+
+
+for command in (svd, init, scale):
+    main.add_command(command)
+
+if __name__ == "__main__":
+    main()
