@@ -215,7 +215,7 @@ def initialize(
 
 
 def _gradients_by_group(
-    model: nn.Module,
+    model: Any,
     adapters: Mapping[str, LoraSBLinear],
     plan: InitPlan,
     sample: Sample,

@@ -40,7 +40,7 @@ def plan_init(
     boundary_bytes: int,
     budget_bytes: int | None,
 ) -> InitPlan:
-    """As few groups as the budget allows; a layer is never divided.
+    """As few groups as the budget allows, or those that take least; a layer is never divided.
 
     Args:
         targets: layer -> (out, in), in the model's order.
@@ -58,24 +58,35 @@ def plan_init(
     if prefix is not None:
         units = [list(unit) for _, unit in groupby(targets, lambda name: block_of(name, prefix))]
 
-    groups, stored = [list(targets)], 0
-    if budget_bytes is not None and sum(sizes.values()) + workspace > budget_bytes:
-        # What is stored between groups takes from the budget, too: the more groups, the more.
-        for expected in range(2, len(targets) + 1):
-            # The inputs of all segments but the first; gradients at both ends of one.
-            segments = min(expected, len(units)) if prefix is not None else -1
-            stored = (segments + 1) * boundary_bytes
-            groups = _fill(units, sizes, budget_bytes - workspace - stored)
-            if len(groups) <= expected:
-                break
-    return InitPlan(
-        groups=tuple(map(tuple, groups)),
-        prefix=prefix,
-        shard_bytes=max(sum(sizes[name] for name in group) for group in groups),
-        workspace_bytes=workspace,
-        boundary_bytes=stored if len(groups) > 1 else 0,
-        budget_bytes=budget_bytes,
-    )
+    def stored_bytes(num_groups: int) -> int:
+        """Between segments: the inputs of all but the first, and gradients at both ends of one."""
+        if prefix is None or num_groups == 1:
+            return 0
+        return (min(num_groups, len(units)) + 1) * boundary_bytes
+
+    def plan_of(groups: Sequence[Sequence[str]]) -> InitPlan:
+        return InitPlan(
+            groups=tuple(map(tuple, groups)),
+            prefix=prefix,
+            shard_bytes=max(sum(sizes[name] for name in group) for group in groups),
+            workspace_bytes=workspace,
+            boundary_bytes=stored_bytes(len(groups)),
+            budget_bytes=budget_bytes,
+        )
+
+    plan = plan_of([list(targets)])
+    if budget_bytes is None or not plan.exceeds_budget:
+        return plan
+    # What is stored between groups takes room, too, so that from some number on more of them take
+    # more: for every number, what the budget leaves, and an even share.
+    numbers = range(2, len(targets) + 1)
+    rooms = {budget_bytes - workspace - stored_bytes(n) for n in numbers}
+    rooms |= {plan.shard_bytes // n for n in numbers}
+    plans = [plan, *(plan_of(_fill(units, sizes, room)) for room in sorted(rooms))]
+    fitting = [plan for plan in plans if not plan.exceeds_budget]
+    if fitting:
+        return min(fitting, key=lambda plan: len(plan.groups))
+    return min(plans, key=lambda plan: (plan.predicted_bytes, len(plan.groups)))
 
 
 def blocks_prefix(names: Iterable[str]) -> str | None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import PreTrainedModel
 
 from lorasb_ds import zero
 from lorasb_ds.adapter import LoraSBLinear
@@ -63,7 +64,7 @@ def cut(groups: Sequence[Sequence[str]], prefix: str, num_blocks: int) -> list[S
 
 
 def gradients_by_segment(
-    model: nn.Module,
+    model: PreTrainedModel,
     adapters: Mapping[str, LoraSBLinear],
     groups: Sequence[Sequence[str]],
     prefix: str,
@@ -184,7 +185,7 @@ def _first_pass(
 
 
 def _replay(
-    model: nn.Module,
+    model: PreTrainedModel,
     blocks: nn.ModuleList,
     segment: Segment,
     batch: Batch,
@@ -214,11 +215,8 @@ def _replay(
         if start is not None:
             stages[segment.first].enter = begin
         stages[segment.last].leave = end
-        model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            logits_to_keep=1,  # the head's output is not looked at
-            use_cache=False,
+        model.base_model(  # without the head
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
         )
     shards.after_forward(batch.num_label_tokens > 0)
     output = outputs.pop()

@@ -40,6 +40,7 @@ def paper(config: dict[str, Any], out: str) -> None:
     from lorasb_ds.loading import DTYPES, model_path
 
     run = _prepare(config, 1)
+    zero.init_process_group()
     batches = run.batches(run.train, run.gradient_rows)
     dtype = DTYPES[run.config.dtype]
     model = AutoModelForCausalLM.from_pretrained(model_path(run.config.model), dtype=dtype)
@@ -72,6 +73,7 @@ def paper(config: dict[str, Any], out: str) -> None:
         "peak_bytes": zero.peak_memory_bytes() - before,
     }
     Path(out).write_text(json.dumps(result))
+    zero.close_process_group()
 
 
 def ours(config: dict[str, Any], out: str) -> None:
