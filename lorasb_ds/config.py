@@ -66,7 +66,8 @@ class RunConfig(BaseModel):
     ds_config: str = Field(
         str(SHIPPED_DS_CONFIGS / "zero3.json"),
         description="DeepSpeed configuration (JSON). 'auto' values are filled from these options; "
-        "its numbers win over options that are not given. [default: the shipped zero3.json]",
+        "its numbers win over options that are not given. [default: the shipped zero3.json; on one "
+        "process zero2.json]",
     )
     output_dir: str | None = Field(
         None, description="Folder of the run. [default: runs/MODEL-DATE-TIME]"

@@ -10,7 +10,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lorasb_ds.config import ConfigError, RunConfig, option_name, problems_of, read_json
+from lorasb_ds.config import (
+    SHIPPED_DS_CONFIGS,
+    ConfigError,
+    RunConfig,
+    option_name,
+    problems_of,
+    read_json,
+)
 
 # Where DeepSpeed keeps what an option says. A missing key is filled like "auto": DeepSpeed's own
 # defaults would speak otherwise (gradient_clipping is 1.0 when it is not set).
@@ -33,6 +40,9 @@ def resolve_ds_config(config: RunConfig, world_size: int) -> tuple[dict[str, Any
     Raises:
         ConfigError: with one paragraph for every problem.
     """
+    if world_size == 1 and config.ds_config == RunConfig.model_fields["ds_config"].default:
+        # Stage 3 has nothing to shard on one process, and takes half of its time to do so.
+        config = config.model_copy(update={"ds_config": str(SHIPPED_DS_CONFIGS / "zero2.json")})
     raw = read_json(config.ds_config, "--ds-config")
     problems: list[str] = []
     updates: dict[str, Any] = {}

@@ -107,9 +107,7 @@ class GradientShards:
         with _exact_products(long, short):
             long, short = long.float(), short.float()
             if name in self._uneven:
-                self._uneven[name].addmm_(long.T, short)
-            elif self.world_size == 1 and self.shards[name].device == long.device:
-                self.shards[name].addmm_(long.T, short)
+                self._uneven[name] += long.T @ short
             else:
                 for owner, rows in self._blocks(long.shape[1]):
                     self._reduce(name, long[:, rows.start : rows.stop].T @ short, owner)

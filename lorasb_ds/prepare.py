@@ -69,9 +69,9 @@ def prepare(config: RunConfig, world_size: int) -> Prepared:
     Raises:
         ConfigError: what is wrong and what to do about it.
     """
-    ds_config_file = read_json(config.ds_config, "--ds-config")
     init_lr_given = "init_lr" in config.model_fields_set or config.init_lr != "auto"
     ds_config, config = resolve_ds_config(config, world_size)
+    ds_config_file = read_json(config.ds_config, "--ds-config")
     check_output_dir(config)
     hf_config = load_config(config.model)
     layers, experts = read_shapes(hf_config)
