@@ -34,13 +34,15 @@ def main() -> int:
         print(torch.cuda.get_device_name(index), torch.version.cuda)
     many = f"--num-gpus {num_gpus}"
     checks = {
-        f"ZeRO-3, {num_gpus} GPU(s)": many,
-        f"4-bit, ZeRO-3, {num_gpus} GPU(s)": f"{many} --load-in-4bit",
+        f"ZeRO-3, {num_gpus} GPU(s)": f"{many} --ds-config ds_configs/zero3.json",
+        f"4-bit, ZeRO-3, {num_gpus} GPU(s)": f"{many} --load-in-4bit --ds-config "
+        "ds_configs/zero3.json",
         f"4-bit, ZeRO-2, {num_gpus} GPU(s)": f"{many} --load-in-4bit --ds-config "
         "ds_configs/zero2.json",
         "ZeRO-3, parameters offloaded": f"{many} --ds-config ds_configs/zero3_offload.json",
-        "ZeRO-3, gradient checkpointing": "--num-gpus 1 --gradient-checkpointing",
-        "ZeRO-3, fp32": "--num-gpus 1 --dtype fp32",
+        "ZeRO-2, gradient checkpointing": "--num-gpus 1 --gradient-checkpointing",
+        "ZeRO-3, fp32": "--num-gpus 1 --dtype fp32 --ds-config ds_configs/zero3.json",
+        "init in 0.2 GiB, shards offloaded": f"{many} --init-memory-gib 0.2 --init-offload",
     }
     deadline = time.monotonic() + BUDGET_S
     with tempfile.TemporaryDirectory() as scratch:

@@ -58,6 +58,8 @@ def run_ranks(case: str, world_size: int, timeout: float = 240, **arguments: Any
         for rank in ranks:
             rank.kill()
             rank.wait()
+        for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):  # noqa: S108
+            buffer.unlink(missing_ok=True)
     texts = []
     for output in outputs:
         output.seek(0)

@@ -151,6 +151,10 @@ def running(tiny_model: Path, tmp_path: Path):
         os.kill(pid, signal.SIGKILL)
 
 
+def shared_memory() -> list[Path]:
+    return list(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))  # noqa: S108
+
+
 def gone(marker: str, within_s: float) -> bool:
     deadline = time.monotonic() + within_s
     while workers(marker) and time.monotonic() < deadline:
@@ -160,10 +164,13 @@ def gone(marker: str, within_s: float) -> bool:
 
 def test_a_killed_worker_ends_the_run(running: tuple[subprocess.Popen[bytes], str]) -> None:
     child, folder = running
+    before = shared_memory()
+    assert len(before) >= 2, "DeepSpeed's buffers of this run"
     ranks = [pid for pid in workers(folder) if b"--local_rank=1" in _cmdline(pid)]
     os.kill(max(ranks), signal.SIGKILL)
     assert child.wait(timeout=60) != 0
     assert gone(folder, 10), "no process is left"
+    assert len(before) - len(shared_memory()) >= 2, "they went with it"
     assert not (Path(folder) / "adapter").exists()
     # What the init found was on disk before the first step, whole.
     basis = load_file(Path(folder) / "basis.safetensors")

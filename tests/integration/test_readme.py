@@ -25,6 +25,7 @@ def starting(*words: str) -> list[str]:
 def test_all_are_tried_here() -> None:
     tried = [
         *starting("lorasb", "train"),
+        *starting("lorasb", "init"),
         *starting("lorasb", "eval"),
         *starting("deepspeed"),
         *[line for line in COMMANDS if line.startswith("scripts/")],
@@ -39,10 +40,11 @@ def test_scripts(line: str) -> None:
     run_command("bash", "-n", line)
 
 
-@pytest.mark.parametrize("line", starting("lorasb", "train"))
+@pytest.mark.parametrize("line", starting("lorasb", "train") + starting("lorasb", "init"))
 def test_train(line: str) -> None:
     result = CliRunner().invoke(main, [*shlex.split(line)[1:], "--dry-run"])
     assert result.exit_code == 0, result.output
+    assert ("--init-only" in result.output) == line.startswith("lorasb init")
 
 
 @pytest.mark.parametrize("line", starting("lorasb", "eval"))
