@@ -64,6 +64,11 @@ class LoraSBLinear(nn.Module):
         # ZeRO-3 keeps the whole shape of what it has sharded in ds_shape.
         return int(getattr(self.lora_R, "ds_shape", self.lora_R.shape)[0])
 
+    @property
+    def weight(self) -> Any:
+        """The base layer's, for models that look at it."""
+        return self.base_layer.weight
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base_layer(x)
         if self.tap is not None:

@@ -25,12 +25,12 @@ BASIS_FILE, REPORT_FILE = "basis.safetensors", "init.json"
 
 
 def fingerprint(
-    config: RunConfig, hf_config: Any, targets: Shapes, gradient_rows: Sequence[Example]
+    config: RunConfig, targets: Shapes, gradient_rows: Sequence[Example]
 ) -> dict[str, str]:
     """All that a basis depends on but its rank, by the name under which a difference is told."""
     return {
         "basis format": BASIS_FORMAT,
-        "model files": weights_digest(config.model, hf_config),
+        "model files": weights_digest(config.model),
         "--load-in-4bit": str(config.load_in_4bit),
         "--dtype": config.dtype,
         "target layers": hashlib.sha256(json.dumps(targets).encode()).hexdigest(),
@@ -60,9 +60,11 @@ def save_basis(
     save_tensors(folder / BASIS_FILE, tensors, metadata)
 
 
-def check_basis(config: RunConfig, made_from: Mapping[str, str]) -> None:
-    """Refuse a basis that another run's settings would not have given.
+def check_basis(config: RunConfig, made_from: Mapping[str, str]) -> InitReport:
+    """Refuse a basis that this run's settings would not have given.
 
+    Returns:
+        What the init found, cut to this run's r.
     Raises:
         ConfigError: what is missing or differs.
     """
@@ -81,10 +83,11 @@ def check_basis(config: RunConfig, made_from: Mapping[str, str]) -> None:
             names = [name for name in file.keys() if name.endswith(".S")]  # noqa: SIM118
             r_max = min(file.get_slice(name).get_shape()[0] for name in names)
         theirs = json.loads(metadata["made_from"])
-    except (SafetensorError, KeyError, ValueError) as error:
+        report = StoredBasis(config.init_from, config.r).report()
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise ConfigError(
-            f"{option}: {BASIS_FILE} is not a basis of this version. Compute it again by `lorasb "
-            "init`."
+            f"{option}: {BASIS_FILE} and {REPORT_FILE} are not a basis of this version. Compute it "
+            "again by `lorasb init`."
         ) from error
     differ = [what for what, value in made_from.items() if theirs.get(what) != value]
     if differ:
@@ -97,6 +100,7 @@ def check_basis(config: RunConfig, made_from: Mapping[str, str]) -> None:
             f"--r {config.r} is larger than the basis of {option}, which has r = {r_max}. A "
             "smaller r is cut from it exactly; for a larger one compute it again."
         )
+    return report
 
 
 class StoredBasis:
@@ -136,17 +140,18 @@ def take_up(
     engine: Any,
     adapters: Mapping[str, LoraSBLinear],
     stored: StoredBasis,
+    report: InitReport,
     probe: Sample,
     init_lr: float | Literal["auto"] | None,
 ) -> tuple[InitReport, Basis]:
-    """Fill A, B and R from an earlier init. Collective; every rank reads the files.
+    """Fill A, B and R from an earlier init. Collective; rank 0 reads A and B.
 
     Args:
+        report: of ``check_basis``, the same on every rank.
         init_lr: eta, where another one than the stored is wanted.
     Returns:
         As ``initialize``.
     """
-    report = stored.report()
     is_main = zero.rank() == 0
     basis: Basis = {}
     for name, adapter in adapters.items():

@@ -111,11 +111,11 @@ class RunConfig(BaseModel):
         description="Training rows in the init's sample, of which one in eight is held back to "
         "measure losses on. [default: 0.1 % of them, at least 64]",
     )
-    init_lr: Annotated[float, Field(gt=0)] | Literal["auto", "schedule"] = Field(
-        "auto",
+    init_lr: Annotated[float, Field(gt=0)] | Literal["auto", "schedule"] | None = Field(
+        None,
         description="Eta, the learning rate of the step that the init takes: a number, 'schedule' "
         "(the first step's of --lr and its warmup), or 'auto' (the best of a handful, measured "
-        "on the held-back rows).",
+        "on the held-back rows). [default: auto; with --init-from, that init's]",
     )
     init_update: Literal["sign", "adam", "raw"] = Field(
         "sign",
@@ -126,8 +126,9 @@ class RunConfig(BaseModel):
         None,
         gt=0,
         description="Memory of a process for the init's gradients and SVD, beside base and "
-        "activations; layers are taken in groups, for the time of one more forward pass. "
-        "[default: no limit]",
+        "activations (host memory counts, too); layers are taken in groups, for the time of about "
+        "one more forward pass, or a pass for each group in models that cannot be cut into "
+        "segments. [default: no limit]",
     )
     init_offload: bool = Field(False, description="Keep the init's gradient shards in host memory.")
     init_from: str | None = Field(
@@ -238,9 +239,16 @@ def demo_model_dir() -> Path:
 
 def check_output_dir(config: RunConfig) -> None:
     """Refuse to write into a folder that holds something, unless --overwrite is given."""
-    if config.output_dir is None or config.overwrite:
+    if config.output_dir is None:
         return
     folder = Path(config.output_dir)
+    if config.init_from is not None and folder.resolve() == Path(config.init_from).resolve():
+        raise ConfigError(
+            f"--output-dir {folder} is the folder of --init-from, and would be overwritten. Name "
+            "another one."
+        )
+    if config.overwrite:
+        return
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--output-dir {folder} is a file. Name a folder.")
     if folder.is_dir() and any(folder.iterdir()):

@@ -40,7 +40,8 @@ def resolve_ds_config(config: RunConfig, world_size: int) -> tuple[dict[str, Any
     Raises:
         ConfigError: with one paragraph for every problem.
     """
-    if world_size == 1 and config.ds_config == RunConfig.model_fields["ds_config"].default:
+    is_default = config.ds_config == RunConfig.model_fields["ds_config"].default
+    if world_size == 1 and is_default and "ds_config" not in config.model_fields_set:
         # Stage 3 has nothing to shard on one process, and takes half of its time to do so.
         config = config.model_copy(update={"ds_config": str(SHIPPED_DS_CONFIGS / "zero2.json")})
     raw = read_json(config.ds_config, "--ds-config")

@@ -1,4 +1,4 @@
-"""What a run leaves behind: the basis, and the adapter as a plain PEFT LoRA folder."""
+"""What a run leaves behind: the adapter as a plain PEFT LoRA folder."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ import torch
 from lorasb_ds import zero
 from lorasb_ds.adapter import LoraSBLinear, Shapes, to_plain_lora
 from lorasb_ds.files import publish, save_tensors, write_json
-
-BASIS_FORMAT = "1"
 
 
 def collect_lora(adapters: Mapping[str, LoraSBLinear]) -> dict[str, torch.Tensor]:

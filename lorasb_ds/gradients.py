@@ -7,6 +7,7 @@ part of it; a block is reduced to its owner at once. Of several ranks none holds
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -55,44 +56,44 @@ class GradientShards:
         self.communication = zero.Stopwatch()
         self.shards: dict[str, torch.Tensor] = {}
         self.reached: Counter[str] = Counter()
-        self._calls: Counter[str] = Counter()  # of the running forward pass
+        self._calls: list[str] = []  # of the running forward pass, in order
         self._uneven: dict[str, torch.Tensor] = {}  # whole gradients of the running batch
         for name, adapter in adapters.items():
             long_side, short_side = sorted((adapter.out_features, adapter.in_features))[::-1]
             rows = row_range(long_side, self.rank, self.world_size)
             shape = (len(rows), short_side)
             self.shards[name] = (
-                zero.pinned_zeros(*shape)
-                if offload
-                else torch.zeros(shape, device=adapter.lora_R.device)
+                zero.pinned_zeros(*shape) if offload else torch.zeros(shape, device=zero.device())
             )
-        self._device = next(iter(adapters.values())).lora_R.device
         self._shapes = {n: (a.out_features, a.in_features) for n, a in adapters.items()}
 
     def take(self, name: str) -> torch.Tensor:
         """A layer's shard on the device; it is not kept."""
-        return self.shards.pop(name).to(self._device)
+        return self.shards.pop(name).to(zero.device())
 
     def after_forward(self, has_labels: bool) -> None:
         """Find the layers that this batch reached. Collective.
 
-        Ranks call most layers equally often. Where they do not (data decided on the way), a
-        layer's gradient of this batch is summed up here whole, since ranks could not meet in the
-        middle of the backward pass.
+        Ranks call most layers equally often and in the same order. Where they do not (data decided
+        on the way), a layer's gradient of this batch is summed up here whole, since ranks could not
+        meet in the middle of the backward pass.
 
-        Communication: one all-reduce of 2 integers a layer.
+        Communication: one all-reduce of 2 integers a layer, and 2.
         """
-        calls = [self._calls[name] for name in self.shards]
-        self.reached.update({name: 1 for name in self.shards if self._calls[name] and has_labels})
+        counts = Counter(self._calls)
+        self.reached.update({name: 1 for name in counts if has_labels})
         if self.world_size == 1:
             return
-        bounds = torch.tensor([calls, [-n for n in calls]], device=self._device)
+        order = zlib.crc32(" ".join(self._calls).encode())
+        mine = [counts[name] for name in self.shards] + [order]
+        bounds = torch.tensor([mine, [-n for n in mine]], device=zero.device())
         dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=self.group)
-        for name, most, least in zip(self.shards, *bounds.tolist(), strict=True):
-            if most != -least:
+        *differ, other_order = (bounds[0] + bounds[1] != 0).tolist()
+        for name, differs in zip(self.shards, differ, strict=True):
+            if differs or (other_order and counts[name]):
                 out_features, in_features = self._shapes[name]
                 long_side, short_side = sorted((out_features, in_features))[::-1]
-                self._uneven[name] = torch.zeros(long_side, short_side, device=self._device)
+                self._uneven[name] = torch.zeros(long_side, short_side, device=zero.device())
 
     def add(self, name: str, x: torch.Tensor, grad_y: torch.Tensor) -> None:
         """Add one call's ``δᵀ x``. Collective: same layers in the same order.
@@ -126,7 +127,7 @@ class GradientShards:
     def finish(self, loss: float) -> None:
         """Sum up ``reached`` over the ranks. Collective."""
         self.loss = loss
-        counts = torch.tensor([self.reached[name] for name in self.shards], device=self._device)
+        counts = torch.tensor([self.reached[name] for name in self.shards], device=zero.device())
         dist.all_reduce(counts, group=self.group)
         self.reached = Counter(dict(zip(self.shards, counts.tolist(), strict=True)))
 
@@ -166,7 +167,7 @@ class _LayerTap:
         self.shards, self.name = shards, name
 
     def reached(self) -> None:
-        self.shards._calls[self.name] += 1
+        self.shards._calls.append(self.name)
 
     def add(self, x: torch.Tensor, grad_y: torch.Tensor) -> None:
         self.shards.add(self.name, x, grad_y)
@@ -240,21 +241,24 @@ def branches_off(adapters: Mapping[str, LoraSBLinear]) -> Iterator[None]:
 
 @contextmanager
 def no_dropout(model: nn.Module) -> Iterator[None]:
-    """Train mode with every dropout at 0."""
+    """Train mode with every dropout and noise at 0."""
     was_training = model.training
-    # nn.Dropout's p, and rates that modules keep as attention_dropout, hidden_dropout, layerdrop, …
+    # nn.Dropout's p, and rates that modules or their configurations keep as attention_dropout,
+    # hidden_dropout, attn_pdrop, layerdrop, router_jitter_noise, …
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     rates = [
-        (module, name, rate)
-        for module in model.modules()
-        for name, rate in vars(module).items()
-        if isinstance(rate, float) and ("drop" in name or isinstance(module, nn.Dropout))
+        (owner, name, rate)
+        for owner in [*model.modules(), *configs.values()]
+        for name, rate in vars(owner).items()
+        if isinstance(rate, float)
+        and ("drop" in name or "jitter" in name or isinstance(owner, nn.Dropout))
     ]
     model.train()
-    for module, attribute, _ in rates:
-        setattr(module, attribute, 0.0)
+    for owner, attribute, _ in rates:
+        setattr(owner, attribute, 0.0)
     try:
         yield
     finally:
-        for module, attribute, rate in rates:
-            setattr(module, attribute, rate)
+        for owner, attribute, rate in rates:
+            setattr(owner, attribute, rate)
         model.train(was_training)

@@ -30,7 +30,7 @@ from lorasb_ds.linalg import Group, TruncatedSVD, row_range, truncated_svds
 from lorasb_ds.line_search import search_init_lr
 from lorasb_ds.loss import token_loss_sum
 from lorasb_ds.plan import InitPlan
-from lorasb_ds.segments import gradients_by_segment
+from lorasb_ds.segments import SegmentError, gradients_by_segment
 
 ADAM_EPSILON = 1e-8
 
@@ -170,7 +170,7 @@ def initialize(
     basis: Basis = {}
     gradients_s = communication_s = svd_s = 0.0
     began = time.perf_counter()
-    for gradients in _gradients_by_group(model, adapters, plan, sample, group, offload):
+    for gradients in gradients_by_group(model, adapters, plan, sample, group, offload):
         zero.release(engine)
         communication_s += gradients.communication.seconds()
         gradients_s += time.perf_counter() - began
@@ -214,7 +214,7 @@ def initialize(
     return report, basis
 
 
-def _gradients_by_group(
+def gradients_by_group(
     model: Any,
     adapters: Mapping[str, LoraSBLinear],
     plan: InitPlan,
@@ -222,14 +222,23 @@ def _gradients_by_group(
     group: Group,
     offload: bool,
 ) -> Iterator[GradientShards]:
-    """A group of layers after the other. Collective."""
+    """A group of layers after the other: by segments of the model, or else in whole passes.
+
+    Collective.
+    """
     of_sample = (sample.batches, sample.num_label_tokens, group)
+    remaining = list(plan.groups)
     if len(plan.groups) > 1 and plan.prefix is not None:
-        yield from gradients_by_segment(
-            model, adapters, plan.groups, plan.prefix, *of_sample, offload
-        )
-        return
-    for names in plan.groups:
+        try:
+            for gradients in gradients_by_segment(
+                model, adapters, plan.groups, plan.prefix, *of_sample, offload
+            ):
+                remaining.remove(tuple(gradients.shards))
+                yield gradients
+        except SegmentError as error:
+            if dist.get_rank(group) == 0:
+                print(f"lorasb: a pass for each group: not in segments, since {error}", flush=True)
+    for names in remaining:
         yield average_gradients(model, adapters, *of_sample, names=names, offload=offload)
 
 

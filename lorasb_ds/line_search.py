@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 
 FIRST_EXPONENT = -13  # 1.2e-4: the best one is within a factor of 4 as a rule
-LIMITS = (-23, -5)
 MAX_EVALUATIONS = 9
 
 
@@ -36,7 +35,7 @@ def search_init_lr(loss_at: Callable[[float], float], unit: float = 1.0) -> dict
     for exponent in (FIRST_EXPONENT, FIRST_EXPONENT + 2, FIRST_EXPONENT - 2):
         measure(exponent)
     low, high = FIRST_EXPONENT - 2, FIRST_EXPONENT + 2
-    while len(losses) < MAX_EVALUATIONS - 2 and LIMITS[0] < low and high < LIMITS[1]:
+    while len(losses) < MAX_EVALUATIONS - 2:
         if best() == high:
             high += 2
             measure(high)

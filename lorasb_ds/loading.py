@@ -118,29 +118,51 @@ def read_shapes(hf_config: Any) -> tuple[Shapes, dict[str, int]]:
     return linear_layers(model), expert_layers(model)
 
 
-def weights_digest(model: str, hf_config: Any) -> str:
+def weights_digest(model: str) -> str:
     """Tells one model's weights from another's: the hub's commit, or of every file in a folder its
-    name, header and the first 4 KiB of every tensor.
+    name, header, and 4 KiB from the beginning, middle and end of every tensor.
 
-    Any training, merging or quantizing changes those. It does not guard against forgery.
+    Training, merging or quantizing changes those; an edit of a few rows may not.
+
+    Raises:
+        ConfigError: if a file is broken.
     """
+    from transformers.utils import cached_file
+
     folder = Path(model_path(model))
     if not folder.is_dir():
-        return f"{model}@{getattr(hf_config, '_commit_hash', None)}"
+        # A snapshot's folder in the cache is named after the commit.
+        return f"{model}@{Path(str(cached_file(model, 'config.json'))).parent.name}"
     result = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
         result.update(path.name.encode())
-        with path.open("rb") as file:
-            # https://huggingface.co/docs/safetensors: length (8 bytes), JSON header, tensors.
-            length = int.from_bytes(file.read(8), "little")
-            header = file.read(length)
-            result.update(header)
-            for entry in json.loads(header).values():
-                if "data_offsets" in entry:
-                    begin, end = entry["data_offsets"]
-                    file.seek(8 + length + begin)
-                    result.update(file.read(min(4096, end - begin)))
+        try:
+            _digest_tensors(path, result)
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise ConfigError(
+                f"--model {model}: {path.name} cannot be read: it is no whole safetensors file."
+            ) from error
     return result.hexdigest()
+
+
+def _digest_tensors(path: Path, result: Any) -> None:
+    # https://huggingface.co/docs/safetensors: length of the header (8 bytes), header, tensors.
+    sample, file_size = 4096, path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if 8 + length > file_size:
+            raise ValueError("the file ends within its header")
+        header = file.read(length)
+        result.update(header)
+        for name, entry in json.loads(header).items():
+            if name == "__metadata__":
+                continue
+            begin, end = (8 + length + offset for offset in entry["data_offsets"])
+            if end > file_size:
+                raise ValueError("the file ends before its last tensor")
+            for start in (begin, (begin + end) // 2, max(begin, end - sample)):
+                file.seek(start)
+                result.update(file.read(min(sample, end - start)))
 
 
 def load_base(config: RunConfig, hf_config: Any, ds_config: dict[str, Any]) -> nn.Module:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 FP32_BYTES = 4
+GRAM_SIDE = 1024  # as linalg.GRAM_SIDE_SHARED
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ def plan_init(
     *,
     r: int,
     world_size: int,
+    update: str,
     tokens_per_micro_batch: int,
     boundary_bytes: int,
     budget_bytes: int | None,
@@ -44,12 +46,13 @@ def plan_init(
 
     Args:
         targets: layer -> (out, in), in the model's order.
+        update: of the gradient, as --init-update.
         tokens_per_micro_batch: at most; the layer's inputs and output gradients are worked on
             in fp32.
         boundary_bytes: hidden states of the whole sample, on the rank with most.
     """
     workspace = max(
-        _workspace_bytes(*shape, r, world_size, tokens_per_micro_batch)
+        _workspace_bytes(*shape, r, world_size, update, tokens_per_micro_batch)
         for shape in targets.values()
     )
     sizes = {name: _shard_bytes(*shape, world_size) for name, shape in targets.items()}
@@ -126,11 +129,19 @@ def _shard_bytes(out_features: int, in_features: int, world_size: int) -> int:
 
 
 def _workspace_bytes(
-    out_features: int, in_features: int, r: int, world_size: int, tokens: int
+    out_features: int, in_features: int, r: int, world_size: int, update: str, tokens: int
 ) -> int:
-    """Of one layer: in the backward pass its fp32 x and δ and a block of ``δᵀx``; in the SVD the
-    signs as int8, their fp32 copy, and vectors of both sides (see ``linalg``)."""
+    """Of one layer: in the backward pass its fp32 x and δ and a block of ``δᵀx``; in the SVD what
+    ``linalg`` says, for the updates of as many layers as there are ranks."""
     shard = _shard_bytes(out_features, in_features, world_size)
-    backward = tokens * (out_features + in_features) * FP32_BYTES + shard
-    decomposition = shard + shard // FP32_BYTES + 4 * r * (out_features + in_features) * FP32_BYTES
+    short_side, both_sides = min(out_features, in_features), out_features + in_features
+    backward = tokens * both_sides * FP32_BYTES + shard
+    # int8 signs multiplied in bf16, or fp32 numbers in fp64.
+    signs = update == "sign"
+    updates = world_size * (shard // 4 if signs else shard)
+    products = shard // 2 if signs else 2 * shard
+    gram = 0
+    if short_side <= max(GRAM_SIDE, 6 * r):
+        gram = (20 if signs else 40) * short_side**2
+    decomposition = updates + max(products, gram) + 32 * r * both_sides
     return max(backward, decomposition)

@@ -15,7 +15,7 @@ from lorasb_ds.basis import check_basis, fingerprint
 from lorasb_ds.config import ConfigError, RunConfig, check_output_dir, read_json
 from lorasb_ds.data import Batch, TokenizedRows, digest, init_sample, micro_batches, tokenize_rows
 from lorasb_ds.ds_config import resolve_ds_config
-from lorasb_ds.initialize import Sample
+from lorasb_ds.initialize import InitReport, Sample
 from lorasb_ds.loading import DTYPES, load_config, load_tokenizer, read_shapes
 from lorasb_ds.plan import InitPlan, plan_init
 from lorasb_ds.rows import load_rows
@@ -38,7 +38,7 @@ class Prepared:
     gradient_rows: list[int]  # of the training rows, for the init
     probe_rows: list[int]
     init_plan: InitPlan
-    init_lr_given: bool
+    stored_init: InitReport | None  # that of --init-from, cut to r
     made_from: dict[str, str]  # all that the init depends on but its rank
 
     def batches(self, rows: TokenizedRows, indices: Iterable[int]) -> list[Batch]:
@@ -69,7 +69,6 @@ def prepare(config: RunConfig, world_size: int) -> Prepared:
     Raises:
         ConfigError: what is wrong and what to do about it.
     """
-    init_lr_given = "init_lr" in config.model_fields_set or config.init_lr != "auto"
     ds_config, config = resolve_ds_config(config, world_size)
     ds_config_file = read_json(config.ds_config, "--ds-config")
     check_output_dir(config)
@@ -89,17 +88,19 @@ def prepare(config: RunConfig, world_size: int) -> Prepared:
         rows = load_rows(config.eval_data, "--eval-data", held_out=True)
         held_out = tokenize_rows(rows, tokenizer, config, option="--eval-data")
     gradient_rows, probe_rows = init_sample(len(train.examples), config.init_samples, config.seed)
-    made_from = fingerprint(config, hf_config, targets, [train.examples[i] for i in gradient_rows])
-    if config.init_from is not None:
-        check_basis(config, made_from)
+    made_from = fingerprint(config, targets, [train.examples[i] for i in gradient_rows])
+    stored_init = None if config.init_from is None else check_basis(config, made_from)
     longest = max(len(train.examples[i].input_ids) for i in gradient_rows)
-    rows_per_rank = -(-len(gradient_rows) // world_size)
+    # Rows are dealt out in micro-batches.
+    rounds = -(-len(gradient_rows) // (config.micro_batch_size * world_size))
+    rows_per_rank = min(len(gradient_rows), rounds * config.micro_batch_size)
     bytes_per_token = hf_config.get_text_config().hidden_size * DTYPES[config.dtype].itemsize
     budget = config.init_memory_gib
     init_plan = plan_init(
         targets,
         r=config.r,
         world_size=world_size,
+        update=config.init_update,
         tokens_per_micro_batch=config.micro_batch_size * longest,
         boundary_bytes=rows_per_rank * longest * bytes_per_token,
         budget_bytes=None if budget is None else int(budget * (1 << 30)),
@@ -118,7 +119,7 @@ def prepare(config: RunConfig, world_size: int) -> Prepared:
         gradient_rows=gradient_rows,
         probe_rows=probe_rows,
         init_plan=init_plan,
-        init_lr_given=init_lr_given,
+        stored_init=stored_init,
         made_from=made_from,
     )
 
@@ -137,6 +138,7 @@ def check_ranks_agree(run: Prepared) -> None:
         "the training rows": digest(run.train.examples),
         "the held-out rows": digest(run.held_out.examples) if run.held_out else "",
         "the model's files": run.made_from["model files"],
+        "the basis": repr(run.stored_init),
     }
     all_held: list[Any] = [None] * zero.world_size()
     dist.all_gather_object(all_held, held)

@@ -81,6 +81,7 @@ def write_report(
     energies = [layer.captured_energy for layer in init.layers.values()]
     seconds = sum(row["step_time_s"] for row in train)
     speed = sum(row["tokens"] for row in train) / seconds if seconds else math.nan
+    taken = run["config"]["init_from"]
     lines = [
         f"# LoRA-SB, r = {r}: {run['config']['model']} on {run['config']['data']}",
         "",
@@ -93,6 +94,7 @@ def write_report(
         "",
         "## Init",
         "",
+        *([f"Taken from {taken}: times and memory are those of that run.", ""] if taken else []),
         "| | |",
         "|---|---:|",
         f"| sample | {init.num_samples} rows, {init.num_label_tokens} label tokens, "

@@ -9,6 +9,7 @@ those of a whole pass, since autograd, too, hands on between blocks just that.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,10 @@ from lorasb_ds.plan import block_of
 # What a segment gives on its second run may differ from the first by this share: some kernels of
 # GPUs add in no fixed order. A block that depends on more than its input is off by far more.
 REPLAY_TOLERANCE = 1e-2
+
+
+class SegmentError(Exception):
+    """The model cannot be run in segments. Raised on every rank alike, before any gradient."""
 
 
 @dataclass(frozen=True)
@@ -83,15 +88,20 @@ def gradients_by_segment(
     Yields:
         The group's shards.
     Raises:
-        RuntimeError: if a block's output depends on more than its input and its other arguments.
+        SegmentError: if a block's output depends on more than its input and its other arguments, or
+            a block is used more than once. Groups that were not yielded are not done.
     """
     blocks = model.get_submodule(prefix.rstrip("."))
-    assert isinstance(blocks, nn.ModuleList)
+    if not isinstance(blocks, nn.ModuleList):
+        raise SegmentError(f"{prefix.rstrip('.')} is no list of blocks")
+    uses = Counter(module for block in blocks for module in block.modules())
+    if shared := [name for name, adapter in adapters.items() if uses[adapter] != 1]:
+        raise SegmentError(f"{shared[0]} is not in one block alone")
     segments = cut(groups, prefix, len(blocks))
     keep = torch.device("cpu") if offload else zero.device()
     with branches_off(adapters), no_dropout(model):
         starts = {segment.first for segment in segments if segment.first > 0}
-        inputs, output_grads, loss = _first_pass(
+        inputs, output_grads, widths, loss = _first_pass(
             model, blocks, starts, batches, num_label_tokens, keep
         )
         dist.all_reduce(loss, group=group)
@@ -100,12 +110,14 @@ def gradients_by_segment(
             shards = GradientShards(wanted, group, offload)
             with taps(wanted, shards):
                 input_grads = [
-                    _replay(model, blocks, segment, batch, number, inputs, output_grads, shards)
+                    _replay(
+                        model, blocks, segment, batch, number, inputs, output_grads, widths, shards
+                    )
                     for number, batch in enumerate(batches)
                 ]
             shards.finish(loss.item())
             if i + 1 < len(segments) and segments[i + 1].last != segment.last:
-                output_grads = [grad.to(keep) for grad in input_grads if grad is not None]
+                output_grads = [grad for grad in input_grads if grad is not None]
                 inputs.pop(segment.last + 1, None)  # was kept to compare with
             yield shards
 
@@ -113,10 +125,17 @@ def gradients_by_segment(
 class _Stage(nn.Module):
     """Stands in a block's place: runs it or passes its input on, and may exchange both ends."""
 
-    def __init__(self, block: nn.Module, run: bool = True) -> None:
+    def __init__(self, block: nn.Module, width: int | None) -> None:
+        """
+        Args:
+            width: how many values the block returns as a tuple, of which the first goes on to the
+                next block; None: it returns just that one.
+        """
         super().__init__()
         self._block = (block,)  # in a tuple: not a module of this one
-        self.run = run
+        self.width = width
+        self.run = True
+        self.runs = 0
         self.enter: Any = lambda hidden_states: hidden_states
         self.leave: Any = lambda hidden_states: hidden_states
 
@@ -127,18 +146,21 @@ class _Stage(nn.Module):
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         hidden_states = self.enter(hidden_states)
         if not self.run:
-            return hidden_states.detach().requires_grad_()
+            rest = (None,) * ((self.width or 1) - 1)
+            return hidden_states if self.width is None else (hidden_states, *rest)
+        self.runs += 1
         output = self._block[0](hidden_states, *args, **kwargs)
-        if isinstance(output, tuple):
-            raise RuntimeError("a block returns several values")
-        return self.leave(output)
+        if not isinstance(output, tuple):
+            return self.leave(output)
+        self.width = len(output)
+        return (self.leave(output[0]), *output[1:])
 
 
 @contextmanager
-def _stages(blocks: nn.ModuleList) -> Iterator[list[_Stage]]:
+def _stages(blocks: nn.ModuleList, widths: Sequence[int | None]) -> Iterator[list[_Stage]]:
     """Stages in the place of all blocks, meanwhile."""
     originals = list(blocks)
-    stages = [_Stage(block) for block in originals]
+    stages = [_Stage(block, width) for block, width in zip(originals, widths, strict=True)]
     for i, stage in enumerate(stages):
         blocks[i] = stage
     try:
@@ -155,9 +177,9 @@ def _first_pass(
     batches: Sequence[Batch],
     num_label_tokens: int,
     keep: torch.device,
-) -> tuple[dict[int, list[torch.Tensor]], list[torch.Tensor], torch.Tensor]:
+) -> tuple[dict[int, list[torch.Tensor]], list[torch.Tensor], list[int | None], torch.Tensor]:
     """What enters the blocks ``starts``, and the gradient of the loss at the last block's output,
-    both for every batch; and this rank's part of the loss."""
+    both for every batch; how blocks return their output; and this rank's part of the loss."""
     inputs: dict[int, list[torch.Tensor]] = {start: [] for start in starts}
     output_grads, ends = [], []
     loss_sum = torch.zeros((), dtype=torch.float64, device=zero.device())
@@ -170,18 +192,22 @@ def _first_pass(
         ends.append(hidden_states.detach().requires_grad_())
         return ends[-1]
 
-    with _stages(blocks) as stages:
+    with _stages(blocks, [None] * len(blocks)) as stages:
         for start in starts:
             stages[start].enter = partial(record, start)
         stages[-1].leave = end
         for batch in batches:
             loss = token_loss_sum(model, batch)
+            if any(stage.runs != 1 for stage in stages):
+                raise SegmentError("its blocks are not called once each")
+            for stage in stages:
+                stage.runs = 0
             (loss / num_label_tokens).backward()
             loss_sum += loss.detach().double() / num_label_tokens
             grad = ends.pop().grad
             assert grad is not None
             output_grads.append(grad.to(keep))
-    return inputs, output_grads, loss_sum
+    return inputs, output_grads, [stage.width for stage in stages], loss_sum
 
 
 def _replay(
@@ -192,6 +218,7 @@ def _replay(
     number: int,
     inputs: Mapping[int, Sequence[torch.Tensor]],
     output_grads: Sequence[torch.Tensor],
+    widths: Sequence[int | None],
     shards: GradientShards,
 ) -> torch.Tensor | None:
     """Forward and backward of one segment for one batch; the gradient at its input."""
@@ -209,30 +236,36 @@ def _replay(
         outputs.append(hidden_states)
         return hidden_states.detach()
 
-    with _stages(blocks) as stages:
+    with _stages(blocks, widths) as stages:
         for i, stage in enumerate(stages):
             stage.run = segment.first <= i <= segment.last
         if start is not None:
             stages[segment.first].enter = begin
         stages[segment.last].leave = end
-        model.base_model(  # without the head
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        )
-    shards.after_forward(batch.num_label_tokens > 0)
+        try:
+            model.base_model(  # without the head
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            # Blocks that look for what others left behind do not find it.
+            raise SegmentError(f"blocks {segment.first} to {segment.last}: {error!r}") from error
     output = outputs.pop()
     if segment.last + 1 in inputs and number == 0:
         _check(output, inputs[segment.last + 1][number].to(device), segment)
+    shards.after_forward(batch.num_label_tokens > 0)
     if output.requires_grad:
         output.backward(output_grads[number].to(device))
     shards.after_backward()
-    return None if start is None else start.grad
+    if start is None:
+        return None
+    grad = start.grad if start.grad is not None else torch.zeros_like(start)
+    return grad.to(inputs[segment.first][number].device)
 
 
 def _check(found: torch.Tensor, expected: torch.Tensor, segment: Segment) -> None:
     error = torch.linalg.vector_norm(found.detach().float() - expected.float())
     if not error <= REPLAY_TOLERANCE * torch.linalg.vector_norm(expected.float()):
-        raise RuntimeError(
+        raise SegmentError(
             f"blocks {segment.first} to {segment.last} do not give the same output for the same "
-            "input: they depend on what other blocks leave behind. Leave --init-memory-gib out, or "
-            "raise it until one pass is enough."
+            "input: they depend on what other blocks leave behind"
         )

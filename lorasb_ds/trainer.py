@@ -237,13 +237,11 @@ def make_scheduler(optimizer: torch.optim.Optimizer, config: RunConfig, num_step
 def init_phase(run: Prepared, engine: Any, adapters: Adapters, folder: Path) -> InitReport:
     """A, B and R by the init, or from an earlier one; on disk when it returns. Collective."""
     config, plan = run.config, run.init_plan
-    init_lr = config.init_lr if config.init_lr != "schedule" else float(engine.get_lr()[0])
+    init_lr = float(engine.get_lr()[0]) if config.init_lr == "schedule" else config.init_lr
     probe = run.sample(run.probe_rows)
-    if config.init_from is not None:
+    if config.init_from is not None and run.stored_init is not None:
         stored = StoredBasis(config.init_from, config.r)
-        report, basis = take_up(
-            engine, adapters, stored, probe, init_lr if run.init_lr_given else None
-        )
+        report, basis = take_up(engine, adapters, stored, run.stored_init, probe, init_lr)
         _say(f"init taken from {config.init_from}")
     else:
         groups = f", in {len(plan.groups)} groups of layers" if len(plan.groups) > 1 else ""
@@ -253,8 +251,10 @@ def init_phase(run: Prepared, engine: Any, adapters: Adapters, folder: Path) -> 
         )
         if plan.exceeds_budget:
             _say(
-                f"warning: --init-memory-gib {config.init_memory_gib:g} is less than the largest "
-                "layer needs by itself. Use more processes, or a smaller --micro-batch-size."
+                f"warning: --init-memory-gib {config.init_memory_gib:g} is not enough: at least "
+                f"{plan.shard_bytes / GIB:.3f} for gradients (more processes: less), "
+                f"{plan.boundary_bytes / GIB:.3f} for hidden states (fewer --init-samples: less), "
+                f"{plan.workspace_bytes / GIB:.3f} for work on one layer (a smaller --r: less)."
             )
         report, basis = initialize(
             engine,
@@ -262,7 +262,7 @@ def init_phase(run: Prepared, engine: Any, adapters: Adapters, folder: Path) -> 
             run.sample(run.gradient_rows),
             probe,
             plan,
-            init_lr=init_lr,
+            init_lr=init_lr or "auto",
             update=config.init_update,
             offload=config.init_offload,
             seed=config.seed,

@@ -172,6 +172,11 @@ def measure(case: Callable[..., None], config: dict[str, Any], world_size: int =
                 "PYTHONPATH": str(ROOT),
             }
             ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
+        while any(rank.poll() is None for rank in ranks):
+            if any(rank.poll() for rank in ranks):
+                for rank in ranks:
+                    rank.kill()
+            time.sleep(0.1)
         statuses = [rank.wait() for rank in ranks]
         for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):  # noqa: S108
             buffer.unlink(missing_ok=True)
@@ -288,7 +293,13 @@ def scale(repeats: int, quick: bool) -> None:
         runs = {f"{kind} {number}": results for (kind, number), results in found.items()}
         write_json(
             ROOT / "docs/benchmarks/scale.json",
-            {"machine": machine(), "repeats": repeats, "config": SCALE, "runs": runs},
+            {
+                "machine": machine(),
+                "repeats": repeats,
+                "config": SCALE,
+                "config of layers": {"init_memory_gib": 0.06},
+                "runs": runs,
+            },
         )
 
 

@@ -85,7 +85,9 @@ def test_weights_that_cannot_be_read(
         save_file(tensors, file, metadata={"format": "pt"})
     command = f"lorasb train --num-procs 2 --model {model} --data {rows} --r 4 --output-dir"
     output = run_command(*command.split(), str(tmp_path / "run"), status=2)
-    assert {"truncated": "cannot be read", "renamed": "the files lack"}[fault] in output
+    assert {"truncated": "is no whole safetensors file", "renamed": "the files lack"}[
+        fault
+    ] in output
     assert "Traceback" not in output
 
 

@@ -50,11 +50,13 @@ def test_the_folder(made: Path) -> None:
     assert (init["num_samples"], init["step"]["num_samples"]) == (18, 2)
 
 
-@pytest.mark.parametrize("r", [12, 5])
-def test_train_takes_it_up(made: Path, tiny_model: Path, rows: str, tmp_path: Path, r: int) -> None:
-    """On another number of processes, and cut to a smaller r."""
+@pytest.mark.parametrize(("r", "num_procs"), [(12, 3), (5, 1)])
+def test_train_takes_it_up(
+    made: Path, tiny_model: Path, rows: str, tmp_path: Path, r: int, num_procs: int
+) -> None:
+    """On other numbers of processes, sharded and not, and cut to a smaller r."""
     run_command(
-        *f"lorasb train --num-procs 1 --model {tiny_model} --data {rows} --eval-data {rows} "
+        *f"lorasb train --num-procs {num_procs} --model {tiny_model} --data {rows} --eval-data {rows} "
         f"--r {r} --dtype fp32 --init-from {made} --max-steps 2 --output-dir {tmp_path}/run".split()
     )
     stored, taken = (load_file(f / "basis.safetensors") for f in (made, tmp_path / "run"))
@@ -75,10 +77,12 @@ def test_train_takes_it_up(made: Path, tiny_model: Path, rows: str, tmp_path: Pa
     assert len(steps) == 2
 
 
-def test_another_eta(made: Path, tiny_model: Path, rows: str, tmp_path: Path) -> None:
+def test_the_schedule_s_eta(made: Path, tiny_model: Path, rows: str, tmp_path: Path) -> None:
+    """3 steps, all of them warmup to 9e-4: the first one's learning rate is a third of that."""
     run_command(
         *f"lorasb init --num-procs 1 --model {tiny_model} --data {rows} --r 12 --dtype fp32 "
-        f"--init-from {made} --init-lr 3e-4 --output-dir {tmp_path}/run".split()
+        f"--init-from {made} --init-lr schedule --lr 9e-4 --max-steps 3 --warmup-ratio 0.99 "
+        f"--output-dir {tmp_path}/run".split()
     )
     basis = load_file(tmp_path / "run" / "basis.safetensors")
     for name, R in basis.items():
@@ -124,3 +128,7 @@ def test_what_is_no_basis_is_refused(made: Path, tiny_model: Path, rows: str, tm
     assert "not a basis of this version" in refused(broken, **same)
     (broken / "init.json").unlink()
     assert "there is no init.json" in refused(broken, **same)
+    shutil.copy(made / "basis.safetensors", broken)
+    (broken / "init.json").write_text("{}")
+    assert "not a basis of this version" in refused(broken, **same)
+    assert "would be overwritten" in refused(made, **same, output_dir=str(made), overwrite=True)

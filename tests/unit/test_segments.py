@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig
 
 from lorasb_ds.adapter import LoraSBLinear, inject, linear_layers
 from lorasb_ds.data import Batch
 from lorasb_ds.gradients import average_gradients
-from lorasb_ds.segments import Segment, cut, gradients_by_segment
+from lorasb_ds.initialize import Sample, gradients_by_group
+from lorasb_ds.plan import plan_init
+from lorasb_ds.segments import Segment, SegmentError, cut, gradients_by_segment
 from tests.unit.test_gradients import batch_of
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -112,27 +115,77 @@ def test_cut() -> None:
     ]
 
 
-def test_blocks_that_depend_on_others_are_refused() -> None:
+class Remembers(nn.Module):
+    """Adds what the block before it was given."""
+
+    def __init__(self, block: nn.Module, before: Remembers | None) -> None:
+        super().__init__()
+        self.block, self.before, self.last = block, [before], None
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.last = x.detach()
+        y = self.block(x, *args, **kwargs)
+        before = self.before[0]
+        return y if before is None else y + before.last[0, 0]
+
+
+class Twice(nn.ModuleList):
+    """A model that goes through its blocks twice."""
+
+    def __iter__(self) -> Any:
+        return iter(list(super().__iter__()) * 2)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self if isinstance(index, slice) else super().__getitem__(index)
+
+
+@pytest.mark.parametrize("kind", ["remembers", "shared", "twice"])
+def test_models_that_cannot_be_cut(kind: str) -> None:
     model, adapters = model_of(LLAMA)
+    layers = model.model.layers
+    if kind == "remembers":
+        before = None
+        for i, block in enumerate(list(layers)):
+            layers[i] = before = Remembers(block, before)
+    elif kind == "shared":
+        layers[3].mlp = layers[0].mlp
+    else:
+        model.model.layers = Twice(list(layers))
+    names = [name for name in adapters if not (kind == "shared" and "3.mlp" in name)]
+    groups = [names[:7], names[7:14], names[14:]]
+    with pytest.raises(SegmentError):
+        by_segment(model, adapters, groups, BATCHES)
+    # The init then passes the whole model once for each group.
+    plan = plan_init(
+        {name: (adapters[name].out_features, adapters[name].in_features) for name in names},
+        r=4,
+        world_size=1,
+        update="sign",
+        tokens_per_micro_batch=1,
+        boundary_bytes=0,
+        budget_bytes=None,
+    )
+    plan = replace(plan, groups=tuple(map(tuple, groups)))
+    kept = {name: adapters[name] for name in names}
+    found = {}
+    for shards in gradients_by_group(model, kept, plan, Sample(BATCHES, 5, TOKENS), None, False):
+        found |= shards.shards
+    whole = average_gradients(model, kept, BATCHES, TOKENS)
+    assert found.keys() == whole.shards.keys()
+    for name, G in whole.shards.items():
+        assert torch.equal(found[name], G), name
 
-    class Remembers(nn.Module):
-        """Adds what the block before it was given."""
 
-        last: torch.Tensor | None = None
-
-        def __init__(self, block: nn.Module, before: Remembers | None) -> None:
-            super().__init__()
-            self.block, self.before = block, [before]
-
-        def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            self.last = x.detach()
-            y = self.block(x, *args, **kwargs)
-            before = self.before[0]
-            return y if before is None or before.last is None else y + before.last[0, 0]
-
-    before = None
-    for i, block in enumerate(list(model.model.layers)):
-        model.model.layers[i] = before = Remembers(block, before)
+def test_blocks_that_return_tuples() -> None:
+    config = BloomConfig(vocab_size=50, hidden_size=16, n_layer=4, n_head=2)
+    model, adapters = model_of(config)
+    whole = average_gradients(model, adapters, BATCHES, TOKENS)
     names = list(adapters)
-    with pytest.raises(RuntimeError, match="depend on what other blocks leave behind"):
-        by_segment(model, adapters, [names[:7], names[7:14], names[14:]], BATCHES)
+    groups = [names[:4], names[4:8], names[8:]]
+    found = {}
+    prefix = "transformer.h."
+    for shards in gradients_by_segment(model, adapters, groups, prefix, BATCHES, TOKENS):
+        found |= shards.shards
+    assert found.keys() == whole.shards.keys()
+    for name, G in whole.shards.items():
+        assert torch.equal(found[name], G), name
