@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lorasb_ds.config import load_run_config
+from lorasb_ds.config import RunConfig, load_run_config
 from lorasb_ds.data import collate, tokenize_rows
+from lorasb_ds.loading import load_tokenizer
 from lorasb_ds.rows import load_rows
 from tests.references import own_loss, true_gradients
 from tests.runs import REALLY_SHARDED, run_ranks, word_rows, write_jsonl
@@ -115,3 +116,25 @@ def test_a_budget_changes_memory_and_passes_and_nothing_else(
     for name in at_once:
         if name.endswith(".R"):
             assert torch.equal(at_once[name] * ratio, grouped[name]), name
+
+
+def test_the_gradient_itself_with_its_own_scale_of_eta(tiny_model: Path, tmp_path: Path) -> None:
+    """--init-update raw --init-lr auto on 2 ranks: B R A is that share of G's truncated SVD."""
+    config = setting(tiny_model, tmp_path, r=8, init_update="raw", init_lr="auto")
+    live, basis, report = initialized(config, tmp_path, 2)
+    step = report["step"]
+    assert step["loss_after"] == min(step["losses"].values())
+    assert step["loss_after"] < step["losses"]["0"]
+    assert step["init_lr"] > 1e-3, "entries of a gradient are much smaller than 1"
+    examples = tokenize_rows(
+        load_rows(config["data"]), load_tokenizer(str(tiny_model)), RunConfig()
+    )
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    expected = true_gradients(model, collate(examples.examples, 2))
+    for name in ("model.layers.0.mlp.down_proj", "model.layers.1.self_attn.k_proj"):
+        U, S, Vh = torch.linalg.svd(expected[name], full_matrices=False)
+        best = (U[:, :8] * S[:8]) @ Vh[:8]
+        A, B, R = (live[f"{name}.{factor}"] for factor in "ABR")
+        update = B @ R @ A / -step["init_lr"]
+        assert torch.linalg.norm(update - best) <= 1e-3 * torch.linalg.norm(best), name
+        torch.testing.assert_close(basis[f"{name}.S"], S[:8], atol=0, rtol=1e-3)
