@@ -118,7 +118,7 @@ def gradients_by_segment(
             shards.finish(loss.item())
             if i + 1 < len(segments) and segments[i + 1].last != segment.last:
                 output_grads = [grad for grad in input_grads if grad is not None]
-                inputs.pop(segment.last + 1, None)  # was kept to compare with
+                del inputs[segment.last + 1]  # was kept to compare with
             yield shards
 
 
@@ -189,6 +189,8 @@ def _first_pass(
         return hidden_states
 
     def end(hidden_states: torch.Tensor) -> torch.Tensor:
+        # The first batch's is compared with the last segment's.
+        inputs.setdefault(len(blocks), [hidden_states.detach().to(keep)])
         ends.append(hidden_states.detach().requires_grad_())
         return ends[-1]
 
@@ -250,7 +252,7 @@ def _replay(
             # Blocks that look for what others left behind do not find it.
             raise SegmentError(f"blocks {segment.first} to {segment.last}: {error!r}") from error
     output = outputs.pop()
-    if segment.last + 1 in inputs and number == 0:
+    if number == 0:
         _check(output, inputs[segment.last + 1][number].to(device), segment)
     shards.after_forward(batch.num_label_tokens > 0)
     if output.requires_grad:

@@ -57,7 +57,8 @@ def test_train_takes_it_up(
     """On other numbers of processes, sharded and not, and cut to a smaller r."""
     run_command(
         *f"lorasb train --num-procs {num_procs} --model {tiny_model} --data {rows} "
-        f"--eval-data {rows} --r {r} --dtype fp32 --init-from {made} --max-steps 2 --output-dir {tmp_path}/run".split()
+        f"--eval-data {rows} --r {r} --dtype fp32 --init-from {made} --max-steps 2 "
+        f"--output-dir {tmp_path}/run".split()
     )
     stored, taken = (load_file(f / "basis.safetensors") for f in (made, tmp_path / "run"))
     cut = {"lora_A": lambda t: t[:r], "lora_B": lambda t: t[:, :r], "lora_R": lambda t: t[:r, :r]}
