@@ -41,7 +41,10 @@ class GradientShards:
             ``finish``.
         loss: of the whole sample, per label token, at the base; set by ``finish``.
         communication: time in reductions.
+        of_segment: whether only a segment of the model was run for them.
     """
+
+    of_segment = False
 
     def __init__(
         self, adapters: Mapping[str, LoraSBLinear], group: Group = None, offload: bool = False

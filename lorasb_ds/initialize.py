@@ -103,6 +103,8 @@ class InitReport:
     loss: float  # of the gradient's rows, at the base
     step: Step
     num_groups: int  # of layers, whose gradients were held at the same time
+    passes: int  # forward and backward over the sample; by segments it is one, and a forward more
+    by_segments: bool
     predicted_memory_bytes: int  # of gradients and SVD, without activations (plan.py)
     peak_memory_bytes: int  # of rank 0, all that it holds
     memory_at_start_bytes: int
@@ -168,10 +170,12 @@ def initialize(
     model = engine.module  # the engine itself would scale the loss and expect a step
     layers: dict[str, LayerInit] = {}
     basis: Basis = {}
+    segments = 0
     gradients_s = communication_s = svd_s = 0.0
     began = time.perf_counter()
     for gradients in gradients_by_group(model, adapters, plan, sample, group, offload):
         zero.release(engine)
+        segments += gradients.of_segment
         communication_s += gradients.communication.seconds()
         gradients_s += time.perf_counter() - began
         began = time.perf_counter()
@@ -202,6 +206,8 @@ def initialize(
         loss=gradients.loss,
         step=step,
         num_groups=len(plan.groups),
+        passes=len(plan.groups) - segments + (segments > 0),
+        by_segments=segments > 0,
         predicted_memory_bytes=plan.predicted_bytes,
         peak_memory_bytes=zero.peak_memory_bytes(),
         memory_at_start_bytes=memory_at_start,

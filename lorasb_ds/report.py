@@ -103,6 +103,8 @@ def write_report(
         f"| time | {init.total_s:.1f} s: gradients {init.gradients_s:.1f}, their communication "
         f"{init.communication_s:.1f}, SVD {init.svd_s:.1f}, eta {init.step.seconds:.1f} |",
         f"| groups of layers | {init.num_groups} |",
+        f"| passes over the sample | {init.passes}"
+        f"{', and one more forward' if init.by_segments else ''} |",
         f"| predicted memory of gradients and SVD | {init.predicted_memory_bytes / GIB:.2f} GiB |",
         f"| measured peak of rank 0, with activations, above the base's "
         f"{init.memory_at_start_bytes / GIB:.2f} GiB | "

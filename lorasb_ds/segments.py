@@ -108,6 +108,7 @@ def gradients_by_segment(
         for i, segment in enumerate(segments):
             wanted = {name: adapters[name] for name in segment.names}
             shards = GradientShards(wanted, group, offload)
+            shards.of_segment = True
             with taps(wanted, shards):
                 input_grads = [
                     _replay(

@@ -98,6 +98,8 @@ def test_a_budget_changes_memory_and_passes_and_nothing_else(
     grouped, _, many = initialized(config | budget, tmp_path, 2)
     assert one_pass["num_groups"] == 1
     assert many["num_groups"] > 3
+    assert many["by_segments"]
+    assert one_pass["passes"] == many["passes"] == 1
     assert many["predicted_memory_bytes"] < one_pass["predicted_memory_bytes"]
     assert one_pass["loss"] == many["loss"]
     etas = {float(eta) for eta in many["step"]["losses"]}
