@@ -211,6 +211,7 @@ def test_4bit_on_two_ranks_equals_one_process(tiny_model: Path, tmp_path: Path) 
         "model": str(tiny_model),
         "data": write_jsonl(tmp_path / "rows.jsonl", word_rows(8)),
         "load_in_4bit": True,
+        "ds_config": "ds_configs/zero3.json",
         "r": 8,
         "init_lr": 1e-3,
         "lr": 1e-2,

@@ -21,6 +21,8 @@ from lorasb_ds.config import (
 )
 from lorasb_ds.ds_config import resolve_ds_config
 
+ZERO3 = str(SHIPPED_DS_CONFIGS / "zero3.json")
+
 
 def ds_file(tmp_path: Path, **content: Any) -> str:
     path = tmp_path / "ds.json"
@@ -206,6 +208,16 @@ def test_shipped_configurations_say_auto(file: Path) -> None:
     assert all(content[key] == "auto" for key in (*filled, "gradient_clipping"))
     config = load_run_config({"ds_config": str(file), "micro_batch_size": 5})
     assert resolve_ds_config(config, 3)[0]["train_batch_size"] == 15
+
+
+def test_one_process_takes_zero2_unless_told_otherwise() -> None:
+    """ZeRO-3 has nothing to shard there."""
+    default = load_run_config({})
+    for world_size, given, stage in ((1, {}, 2), (2, {}, 3), (1, {"ds_config": ZERO3}, 3)):
+        resolved, config = resolve_ds_config(load_run_config(given), world_size)
+        assert resolved["zero_optimization"]["stage"] == stage
+        assert Path(config.ds_config).name == f"zero{stage}.json"
+    assert Path(default.ds_config).name == "zero3.json"
 
 
 def test_a_missing_ds_config_names_the_shipped_ones() -> None:
