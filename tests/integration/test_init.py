@@ -15,6 +15,8 @@ from lorasb_ds.config import ConfigError, load_run_config
 from lorasb_ds.prepare import prepare
 from tests.runs import metrics, run_command, word_rows, write_jsonl
 
+COMMON = {"dtype": "fp32", "r": 12, "init_samples": 4}
+
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -26,7 +28,8 @@ def made(tiny_model: Path, rows: str, tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("init") / "init"
     output = run_command(
         *f"lorasb init --num-procs 2 --model {tiny_model} --data {rows} --r 12 --dtype fp32 "
-        f"--init-memory-gib 0.0001 --output-dir {folder}".split()
+        f"--init-samples 4 --micro-batch-size 1 --init-memory-gib 1e-6 "
+        f"--output-dir {folder}".split()
     )
     assert "groups of layers" in output
     assert "basis saved" in output
@@ -47,7 +50,7 @@ def test_the_folder(made: Path) -> None:
     assert all(init[part] > 0 for part in parts)
     assert sum(init[part] for part in parts) + init["step"]["seconds"] <= init["total_s"]
     # The first rows are the gradient's, the others were held back.
-    assert (init["num_samples"], init["step"]["num_samples"]) == (18, 2)
+    assert (init["num_samples"], init["step"]["num_samples"]) == (3, 1)
 
 
 @pytest.mark.parametrize(("r", "num_procs"), [(12, 3), (5, 1)])
@@ -57,7 +60,8 @@ def test_train_takes_it_up(
     """On other numbers of processes, sharded and not, and cut to a smaller r."""
     run_command(
         *f"lorasb train --num-procs {num_procs} --model {tiny_model} --data {rows} "
-        f"--eval-data {rows} --r {r} --dtype fp32 --init-from {made} --max-steps 2 "
+        f"--eval-data {rows} --r {r} --dtype fp32 --init-from {made} --init-samples 4 "
+        f"--micro-batch-size 1 --max-steps 2 "
         f"--output-dir {tmp_path}/run".split()
     )
     stored, taken = (load_file(f / "basis.safetensors") for f in (made, tmp_path / "run"))
@@ -82,7 +86,8 @@ def test_the_schedule_s_eta(made: Path, tiny_model: Path, rows: str, tmp_path: P
     """3 steps, all of them warmup to 9e-4: the first one's learning rate is a third of that."""
     run_command(
         *f"lorasb init --num-procs 1 --model {tiny_model} --data {rows} --r 12 --dtype fp32 "
-        f"--init-from {made} --init-lr schedule --lr 9e-4 --max-steps 3 --warmup-ratio 0.99 "
+        f"--init-from {made} --init-samples 4 --init-lr schedule --lr 9e-4 --max-steps 3 "
+        f"--warmup-ratio 0.99 "
         f"--output-dir {tmp_path}/run".split()
     )
     basis = load_file(tmp_path / "run" / "basis.safetensors")
@@ -94,7 +99,7 @@ def test_the_schedule_s_eta(made: Path, tiny_model: Path, rows: str, tmp_path: P
 
 def refused(made: Path, **given: Any) -> str:
     with pytest.raises(ConfigError) as error:
-        prepare(load_run_config({"init_from": str(made), "dtype": "fp32", "r": 12} | given), 1)
+        prepare(load_run_config(COMMON | {"init_from": str(made)} | given), 1)
     return str(error.value)
 
 
@@ -102,15 +107,13 @@ def test_what_was_made_from_something_else_is_refused(
     made: Path, tiny_model: Path, rows: str, tmp_path: Path
 ) -> None:
     same = {"model": str(tiny_model), "data": rows}
-    prepare(load_run_config({"init_from": str(made), "dtype": "fp32", "r": 12} | same), 2)
+    prepare(load_run_config(COMMON | {"init_from": str(made)} | same), 2)
     assert "r = 12. A smaller r" in refused(made, **same | {"r": 13})
     assert "--seed" in refused(made, **same, seed=7)
     assert ": --dtype differ" in refused(made, **same | {"dtype": "bf16"})
     assert ": --init-update differ" in refused(made, **same, init_update="raw")
     assert ": target layers differ" in refused(made, **same, target_modules="q_proj")
-    other = write_jsonl(
-        tmp_path / "other.jsonl", [*word_rows(19), {"question": "q", "answer": "a"}]
-    )
+    other = write_jsonl(tmp_path / "other.jsonl", word_rows(21)[1:])
     assert "rows of the init sample" in refused(made, **same | {"data": other})
     tuned = tmp_path / "tuned"
     shutil.copytree(tiny_model, tuned)
