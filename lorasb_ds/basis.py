@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,15 @@ from lorasb_ds.adapter import LoraSBLinear, Shapes
 from lorasb_ds.config import ConfigError, RunConfig
 from lorasb_ds.data import Example, digest
 from lorasb_ds.files import save_tensors, write_json
-from lorasb_ds.initialize import Basis, InitReport, LayerInit, Sample, Step, choose_step
+from lorasb_ds.initialize import (
+    Basis,
+    InitReport,
+    LayerInit,
+    Sample,
+    Step,
+    choose_step,
+    fill_factors,
+)
 from lorasb_ds.loading import weights_digest
 
 BASIS_FORMAT = "2"
@@ -53,6 +62,7 @@ def save_basis(
     content = asdict(report)
     tensors = dict(basis)
     for name, layer in content["layers"].items():
+        tensors[f"{name}.lora_R"] = report.layers[name].R(report.step.init_lr)
         tensors[f"{name}.S"] = torch.tensor(layer.pop("spectrum"))
         tensors[f"{name}.slopes"] = torch.tensor(layer.pop("slopes"))
     write_json(folder / REPORT_FILE, content)
@@ -83,7 +93,7 @@ def check_basis(config: RunConfig, made_from: Mapping[str, str]) -> InitReport:
             names = [name for name in file.keys() if name.endswith(".S")]  # noqa: SIM118
             r_max = min(file.get_slice(name).get_shape()[0] for name in names)
         theirs = json.loads(metadata["made_from"])
-        report = StoredBasis(config.init_from, config.r).report()
+        report = _read_report(folder, config.r)
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise ConfigError(
             f"{option}: {BASIS_FILE} and {REPORT_FILE} are not a basis of this version. Compute it "
@@ -103,48 +113,37 @@ def check_basis(config: RunConfig, made_from: Mapping[str, str]) -> InitReport:
     return report
 
 
-class StoredBasis:
-    """A basis on disk, cut to its first r directions, which is exact."""
+def _read_report(folder: Path, r: int) -> InitReport:
+    """What a stored init found, cut to its first r directions, which is exact."""
+    content = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+    with safe_open(folder / BASIS_FILE, "pt") as file:
+        layers = {
+            name: _cut(
+                layer,
+                file.get_tensor(f"{name}.S").tolist(),
+                file.get_tensor(f"{name}.slopes").tolist(),
+                r,
+            )
+            for name, layer in content.pop("layers").items()
+        }
+    return InitReport(**content | {"step": Step(**content["step"])}, layers=layers)
 
-    def __init__(self, folder: str, r: int) -> None:
-        self.folder, self.r = Path(folder).expanduser(), r
 
-    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """``lora_A`` (r, in) and ``lora_B`` (out, r) of a layer, on the CPU."""
-        with safe_open(self.folder / BASIS_FILE, "pt") as file:
-            A = file.get_slice(f"{name}.lora_A")[: self.r]
-            B = file.get_slice(f"{name}.lora_B")[:, : self.r]
-        return A, B
-
-    def report(self) -> InitReport:
-        """What the init found, for the first r directions."""
-        content = json.loads((self.folder / REPORT_FILE).read_text(encoding="utf-8"))
-        with safe_open(self.folder / BASIS_FILE, "pt") as file:
-            layers = {
-                name: self._cut(
-                    layer,
-                    file.get_tensor(f"{name}.S").tolist(),
-                    file.get_tensor(f"{name}.slopes").tolist(),
-                )
-                for name, layer in content.pop("layers").items()
-            }
-        return InitReport(**content | {"step": Step(**content["step"])}, layers=layers)
-
-    def _cut(self, scalars: dict[str, Any], S: list[float], slopes: list[float]) -> LayerInit:
-        share = sum(s * s for s in S[: self.r]) / sum(s * s for s in S) if any(S) else 1.0
-        scalars["captured_energy"] *= share
-        return LayerInit(**scalars, spectrum=tuple(S[: self.r]), slopes=tuple(slopes[: self.r]))
+def _cut(scalars: dict[str, Any], S: list[float], slopes: list[float], r: int) -> LayerInit:
+    share = sum(s * s for s in S[:r]) / sum(s * s for s in S) if any(S) else 1.0
+    scalars["captured_energy"] *= share
+    return LayerInit(**scalars, spectrum=tuple(S[:r]), slopes=tuple(slopes[:r]))
 
 
 def take_up(
     engine: Any,
     adapters: Mapping[str, LoraSBLinear],
-    stored: StoredBasis,
+    folder: str,
     report: InitReport,
     probe: Sample,
     init_lr: float | Literal["auto"] | None,
 ) -> tuple[InitReport, Basis]:
-    """Fill A, B and R from an earlier init. Collective; rank 0 reads A and B.
+    """Fill A, B and R from an earlier init, cut to the adapters' r. Collective; rank 0 reads.
 
     Args:
         report: of ``check_basis``, the same on every rank.
@@ -152,17 +151,19 @@ def take_up(
     Returns:
         As ``initialize``.
     """
-    is_main = zero.rank() == 0
     basis: Basis = {}
-    for name, adapter in adapters.items():
-        A, B = stored.factors(name) if is_main else (None, None)
-        zero.fill(adapter.lora_A, A)
-        zero.fill(adapter.lora_B, B)
-        if A is not None and B is not None:
-            basis |= {f"{name}.lora_A": A, f"{name}.lora_B": B}
+    with ExitStack() as stack:
+        file: Any = None
+        if zero.rank() == 0:
+            path = Path(folder).expanduser() / BASIS_FILE
+            file = stack.enter_context(safe_open(path, "pt"))
+        for name, adapter in adapters.items():
+            A = B = None
+            if file is not None:
+                A = file.get_slice(f"{name}.lora_A")[: adapter.r]
+                B = file.get_slice(f"{name}.lora_B")[:, : adapter.r]
+            basis |= fill_factors(name, adapter, A, B)
     step = choose_step(
         engine, adapters, report.layers, probe, report.step.init_lr if init_lr is None else init_lr
     )
-    if is_main:
-        basis |= {f"{name}.lora_R": layer.R(step.init_lr) for name, layer in report.layers.items()}
     return replace(report, step=step), basis

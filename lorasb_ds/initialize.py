@@ -129,7 +129,7 @@ class InitReport:
         }
 
 
-# On rank 0: "<layer>.lora_A" and ".lora_B" as the adapter stores them, ".lora_R" in fp32.
+# On rank 0: "<layer>.lora_A" and ".lora_B" as the adapter stores them.
 Basis = dict[str, torch.Tensor]
 
 
@@ -186,13 +186,11 @@ def initialize(
             for name, (svd, slopes) in decompose(G, r, update, group, seed).items():
                 adapter, reached = adapters[name], gradients.reached[name]
                 layers[name] = describe(svd, slopes, adapter.lora_A.dtype, reached, group)
-                basis |= _fill_factors(name, adapter, svd, group)
+                basis |= fill_factors(name, adapter, *_factors(adapter, svd, group))
         svd_s += time.perf_counter() - began
         began = time.perf_counter()
     layers = {name: layers[name] for name in adapters}
     step = choose_step(engine, adapters, layers, probe, init_lr)
-    if zero.rank() == 0:
-        basis |= {f"{name}.lora_R": layer.R(step.init_lr) for name, layer in layers.items()}
     num_batches = torch.tensor(
         sum(batch.num_label_tokens > 0 for batch in sample.batches), device=zero.device()
     )
@@ -305,14 +303,22 @@ def describe(
     )
 
 
-def _fill_factors(name: str, adapter: LoraSBLinear, svd: TruncatedSVD, group: Group) -> Basis:
-    """Put one layer's A and B in place; return its part of the basis. Collective."""
+def _factors(
+    adapter: LoraSBLinear, svd: TruncatedSVD, group: Group
+) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+    """One layer's A and B on rank 0. Collective."""
     U = gather_rows(svd.U_local, max(adapter.out_features, adapter.in_features), group)
-    B: torch.Tensor | None = U
-    A: torch.Tensor | None = svd.Vh
+    if U is None:
+        return None, None
     if is_transposed(adapter.out_features, adapter.in_features):
-        # Gᵀ ~ U S Vh, so G ~ Vhᵀ S Uᵀ.
-        B, A = svd.Vh.T, U.T if U is not None else None
+        return U.T, svd.Vh.T  # Gᵀ ~ U S Vh, so G ~ Vhᵀ S Uᵀ
+    return svd.Vh, U
+
+
+def fill_factors(
+    name: str, adapter: LoraSBLinear, A: torch.Tensor | None, B: torch.Tensor | None
+) -> Basis:
+    """Put rank 0's A and B of one layer in place; its part of the basis. Collective."""
     zero.fill(adapter.lora_A, A)
     zero.fill(adapter.lora_B, B)
     if A is None or B is None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from lorasb_ds import zero
 from lorasb_ds.adapter import LoraSBLinear, inject
-from lorasb_ds.basis import StoredBasis, save_basis, take_up
+from lorasb_ds.basis import save_basis, take_up
 from lorasb_ds.config import DS_CONFIG_COPY, RunConfig
 from lorasb_ds.data import Batch, collate, epoch_order
 from lorasb_ds.ds_config import global_batch_size
@@ -240,8 +240,7 @@ def init_phase(run: Prepared, engine: Any, adapters: Adapters, folder: Path) -> 
     init_lr = float(engine.get_lr()[0]) if config.init_lr == "schedule" else config.init_lr
     probe = run.sample(run.probe_rows)
     if config.init_from is not None and run.stored_init is not None:
-        stored = StoredBasis(config.init_from, config.r)
-        report, basis = take_up(engine, adapters, stored, run.stored_init, probe, init_lr)
+        report, basis = take_up(engine, adapters, config.init_from, run.stored_init, probe, init_lr)
         _say(f"init taken from {config.init_from}")
     else:
         groups = f", in {len(plan.groups)} groups of layers" if len(plan.groups) > 1 else ""
