@@ -128,6 +128,15 @@ class Batch:
         )
 
 
+@dataclass(frozen=True)
+class Sample:
+    """Rows as micro-batches, this rank's; and their numbers, of all ranks together."""
+
+    batches: Sequence[Batch]
+    num_rows: int
+    num_label_tokens: int
+
+
 def collate(examples: Sequence[Example], pad_token_id: int, weightless: bool = False) -> Batch:
     """Pad on the right to the longest example.
 

@@ -19,8 +19,8 @@ from torch import nn
 from lorasb_ds import zero
 from lorasb_ds.adapter import LoraSBLinear, set_scale
 from lorasb_ds.data import Batch
-from lorasb_ds.linalg import Group, row_range
 from lorasb_ds.loss import token_loss_sum
+from lorasb_ds.sharding import Group, row_range
 
 
 def is_transposed(out_features: int, in_features: int) -> bool:

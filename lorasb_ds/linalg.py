@@ -15,16 +15,15 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from lorasb_ds.lanczos import leading_ritz_vectors, random_matrix, rank_tolerance
+from lorasb_ds.plan import GRAM_SHARE, GRAM_SIDE_SHARED
+from lorasb_ds.sharding import Group, all_reduce, broadcast, rank_and_size, reduce
 
-Group = dist.ProcessGroup | None
 Method = Literal["auto", "gram", "krylov"]
 
 # Numbers from `scripts/bench.py svd` (docs/benchmarks.md).
-GRAM_SIDE, GRAM_SHARE = 192, 6  # the Gram way where n <= max(GRAM_SIDE, GRAM_SHARE * r)
-GRAM_SIDE_SHARED = 1024  # GRAM_SIDE on several ranks: it saves an all-reduce a step
+GRAM_SIDE = 192  # the Gram way where n <= max(GRAM_SIDE, GRAM_SHARE * r); on several ranks plan's
 DENSE_SHARE = 8  # all eigenvectors of the Gram matrix where n <= DENSE_SHARE * r, else Lanczos
 
 CHUNK_ENTRIES = {"cpu": 2**18}  # of M, converted at a time: what a cache holds
@@ -37,15 +36,6 @@ class TruncatedSVD(NamedTuple):
     S: torch.Tensor  # (r,), fp32, descending
     Vh: torch.Tensor  # (r, n), fp32
     captured_energy: float  # sum of S squared over the squared Frobenius norm of M; 1 if M is 0
-
-
-def row_range(num_rows: int, rank: int, world_size: int) -> range:
-    """The rows of ``rank``: contiguous, in rank order, sizes that differ by at most one.
-
-    Ranges of all ranks cover ``range(num_rows)`` without overlap; some are empty when there are
-    more ranks than rows.
-    """
-    return range(num_rows * rank // world_size, num_rows * (rank + 1) // world_size)
 
 
 def truncated_svd(
@@ -102,7 +92,7 @@ def truncated_svds(
     give world_size matrices at once (a rank holds its own ones' Gram matrices together). The same
     bits as one by one, on ranks with the same processors.
     """
-    rank, world_size = _rank_and_size(group)
+    rank, world_size = rank_and_size(group)
     facts = [_whole_matrix(shard, r, group) for shard in shards]
     side = GRAM_SIDE if world_size == 1 else GRAM_SIDE_SHARED
     by_gram = [
@@ -112,17 +102,17 @@ def truncated_svds(
     grams: dict[int, torch.Tensor] = {}
     for i, shard in enumerate(shards):
         if by_gram[i]:
-            gram = _reduce(_gram(shard), i % world_size, group)
+            gram = reduce(_gram(shard), i % world_size, group)
             if rank == i % world_size:
                 grams[i] = gram
     solved = {i: _gram_subspace(gram, r, seed, facts[i]) for i, gram in grams.items()}
     results = []
     for i, shard in enumerate(shards):
         if not by_gram[i]:
-            V = _broadcast(_krylov_subspace(shard, r, group, seed, facts[i]), 0, group)
+            V = broadcast(_krylov_subspace(shard, r, group, seed, facts[i]), 0, group)
         else:
             empty = torch.empty(shard.shape[1], r, dtype=_work_dtype(shard), device=shard.device)
-            V = _broadcast(solved.pop(i, empty), i % world_size, group)
+            V = broadcast(solved.pop(i, empty), i % world_size, group)
         results.append(_rayleigh_ritz(shard, V, facts[i], group, seed))
     return results
 
@@ -141,14 +131,14 @@ def _whole_matrix(local_rows: torch.Tensor, r: int, group: Group) -> _Whole:
     n = local_rows.shape[1]
     if not 1 <= r <= n:
         raise ValueError(f"r = {r} is not in 1..{n}, the number of columns")
-    rank, world_size = _rank_and_size(group)
+    rank, world_size = rank_and_size(group)
     facts = torch.zeros(world_size + 1, dtype=torch.float64, device=local_rows.device)
     facts[rank] = len(local_rows)
     if _is_signs(local_rows):
         facts[-1] = torch.count_nonzero(local_rows)
     else:
         facts[-1] = torch.linalg.vector_norm(local_rows, dtype=torch.float64).square()
-    *sizes, squared_norm = _all_reduce(facts, group).tolist()
+    *sizes, squared_norm = all_reduce(facts, group).tolist()
     whole = _Whole(int(sum(sizes)), int(sum(sizes[:rank])), squared_norm)
     if whole.num_rows < n:
         raise ValueError(f"the matrix has {whole.num_rows} rows, {n} columns; give its transpose")
@@ -170,10 +160,10 @@ def _rayleigh_ritz(
     Y = V.new_empty(len(local_rows), r)  # M V
     for rows in _chunks(local_rows):
         torch.mm(local_rows[rows].double(), V, out=Y[rows])
-    squares, W = torch.linalg.eigh(_all_reduce(Y.T @ Y, group))
+    squares, W = torch.linalg.eigh(all_reduce(Y.T @ Y, group))
     S, W = squares.clamp_min(0).sqrt().flip(0), W.flip(1)
     # One rank's result for all: LAPACK need not give the same bits on different processors.
-    S, W, V = _broadcast(torch.cat([S[None], W, V @ W]), 0, group).split([1, r, n])
+    S, W, V = broadcast(torch.cat([S[None], W, V @ W]), 0, group).split([1, r, n])
     S, Vh = S[0], V.T
 
     deficient = rank_tolerance(_work_dtype(local_rows)) * S[0] >= S  # all of them, where M is 0
@@ -183,16 +173,16 @@ def _rayleigh_ritz(
         here = slice(whole.first_row, whole.first_row + len(U))
         U[:, deficient] = completion[here, deficient] / whole.num_rows**0.5
         for _ in range(2):
-            U = _cholesky_qr(U, _all_reduce(U.T @ U, group))
+            U = _cholesky_qr(U, all_reduce(U.T @ U, group))
         # Half a step more, exact for M of a rank below r.
         projected = V.new_zeros(r, n)  # UᵀM
         for rows in _chunks(local_rows):
             projected.addmm_(U[rows].T, local_rows[rows].double())
-        U_small, S, Vh = torch.linalg.svd(_all_reduce(projected, group), full_matrices=False)
-        S, W, V = _broadcast(torch.cat([S[None], U_small, Vh.T]), 0, group).split([1, r, n])
+        U_small, S, Vh = torch.linalg.svd(all_reduce(projected, group), full_matrices=False)
+        S, W, V = broadcast(torch.cat([S[None], U_small, Vh.T]), 0, group).split([1, r, n])
         U, S, Vh = U @ W, S[0], V.T
     elif not _is_signs(local_rows):
-        U = _cholesky_qr(U, _all_reduce(U.T @ U, group))
+        U = _cholesky_qr(U, all_reduce(U.T @ U, group))
     signs = Vh.gather(1, Vh.abs().argmax(1, keepdim=True)).sign()  # (r, 1)
     captured = S.square().sum().item() / whole.squared_norm if whole.squared_norm > 0 else 1.0
     Vh = (signs * Vh).float().contiguous()
@@ -238,11 +228,11 @@ def _krylov_subspace(
 
     def product(block: torch.Tensor) -> torch.Tensor:
         # Rank 0's block for all: its basis is the one that counts.
-        factor = _broadcast(block.to(M.dtype).contiguous(), 0, group)
-        return _all_reduce((M.T @ (M @ factor)).to(work), group)
+        factor = broadcast(block.to(M.dtype).contiguous(), 0, group)
+        return all_reduce((M.T @ (M @ factor)).to(work), group)
 
     def agree(converged: torch.Tensor) -> bool:  # rank 0's word
-        return _broadcast(converged.float(), 0, group).item() > 0
+        return broadcast(converged.float(), 0, group).item() > 0
 
     like = torch.empty(0, dtype=work, device=local_rows.device)
     trace = whole.squared_norm
@@ -282,27 +272,3 @@ def _chunks(local_rows: torch.Tensor) -> list[slice]:
     entries = CHUNK_ENTRIES.get(local_rows.device.type, 2**24)
     size = max(1, entries // local_rows.shape[1])
     return [slice(start, start + size) for start in range(0, len(local_rows), size)]
-
-
-def _rank_and_size(group: Group) -> tuple[int, int]:
-    if not dist.is_initialized():
-        return 0, 1
-    return dist.get_rank(group), dist.get_world_size(group)
-
-
-def _all_reduce(tensor: torch.Tensor, group: Group) -> torch.Tensor:
-    if _rank_and_size(group)[1] > 1:
-        dist.all_reduce(tensor, group=group)
-    return tensor
-
-
-def _reduce(tensor: torch.Tensor, owner: int, group: Group) -> torch.Tensor:
-    if _rank_and_size(group)[1] > 1:
-        dist.reduce(tensor, group=group, group_dst=owner)
-    return tensor
-
-
-def _broadcast(tensor: torch.Tensor, owner: int, group: Group) -> torch.Tensor:
-    if _rank_and_size(group)[1] > 1:
-        dist.broadcast(tensor, group=group, group_src=owner)
-    return tensor

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from itertools import groupby
 
 FP32_BYTES = 4
-GRAM_SIDE = 1024  # as linalg.GRAM_SIDE_SHARED
+# On several ranks linalg takes the Gram way where n <= max(GRAM_SIDE_SHARED, GRAM_SHARE * r): it
+# saves an all-reduce a step. Numbers from `scripts/bench.py svd` (docs/benchmarks.md).
+GRAM_SIDE_SHARED, GRAM_SHARE = 1024, 6
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def _workspace_bytes(
     updates = world_size * (shard // 4 if signs else shard)
     products = shard // 2 if signs else 2 * shard
     gram = 0
-    if short_side <= max(GRAM_SIDE, 6 * r):
+    if short_side <= max(GRAM_SIDE_SHARED, GRAM_SHARE * r):
         gram = (20 if signs else 40) * short_side**2
     decomposition = updates + max(products, gram) + 32 * r * both_sides
     return max(backward, decomposition)

@@ -13,9 +13,17 @@ from lorasb_ds import zero
 from lorasb_ds.adapter import Shapes, select_targets
 from lorasb_ds.basis import check_basis, fingerprint
 from lorasb_ds.config import ConfigError, RunConfig, check_output_dir, read_json
-from lorasb_ds.data import Batch, TokenizedRows, digest, init_sample, micro_batches, tokenize_rows
+from lorasb_ds.data import (
+    Batch,
+    Sample,
+    TokenizedRows,
+    digest,
+    init_sample,
+    micro_batches,
+    tokenize_rows,
+)
 from lorasb_ds.ds_config import resolve_ds_config
-from lorasb_ds.initialize import InitReport, Sample
+from lorasb_ds.init_report import InitReport
 from lorasb_ds.loading import DTYPES, load_config, load_tokenizer, read_shapes
 from lorasb_ds.plan import InitPlan, plan_init
 from lorasb_ds.rows import load_rows

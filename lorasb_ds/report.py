@@ -10,7 +10,7 @@ from typing import Any
 
 from lorasb_ds.adapter import Shapes
 from lorasb_ds.files import write_text
-from lorasb_ds.initialize import InitReport, LayerInit
+from lorasb_ds.init_report import InitReport, LayerInit
 
 GIB = 1 << 30
 

@@ -15,13 +15,14 @@ from lorasb_ds import zero
 from lorasb_ds.adapter import LoraSBLinear, inject
 from lorasb_ds.basis import save_basis, take_up
 from lorasb_ds.config import DS_CONFIG_COPY, RunConfig
-from lorasb_ds.data import Batch, collate, epoch_order
+from lorasb_ds.data import Batch, Sample, collate, epoch_order
 from lorasb_ds.ds_config import global_batch_size
 from lorasb_ds.evaluate import held_out_loss
 from lorasb_ds.export import collect_lora, save_peft_adapter
 from lorasb_ds.files import write_json
 from lorasb_ds.gradients import branches_off
-from lorasb_ds.initialize import InitReport, initialize
+from lorasb_ds.init_report import InitReport
+from lorasb_ds.initialize import Basis, initialize
 from lorasb_ds.loading import DTYPES, load_base, model_path
 from lorasb_ds.loss import token_loss_sum
 from lorasb_ds.metrics import RunLog, provenance
@@ -234,13 +235,38 @@ def make_scheduler(optimizer: torch.optim.Optimizer, config: RunConfig, num_step
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: shape(done + 1))
 
 
+def initialize_by(
+    run: Prepared, engine: Any, adapters: Adapters, sample: Sample, probe: Sample
+) -> tuple[InitReport, Basis]:
+    """``initialize`` with a run's options. Collective."""
+    return initialize(
+        engine,
+        adapters,
+        sample,
+        probe,
+        run.init_plan,
+        init_lr=_init_lr(run, engine) or "auto",
+        update=run.config.init_update,
+        offload=run.config.init_offload,
+        seed=run.config.seed,
+    )
+
+
+def _init_lr(run: Prepared, engine: Any) -> Any:
+    """A number, "auto", or None where nothing was asked for."""
+    if run.config.init_lr == "schedule":
+        return float(engine.get_lr()[0])
+    return run.config.init_lr
+
+
 def init_phase(run: Prepared, engine: Any, adapters: Adapters, folder: Path) -> InitReport:
     """A, B and R by the init, or from an earlier one; on disk when it returns. Collective."""
     config, plan = run.config, run.init_plan
-    init_lr = float(engine.get_lr()[0]) if config.init_lr == "schedule" else config.init_lr
     probe = run.sample(run.probe_rows)
     if config.init_from is not None and run.stored_init is not None:
-        report, basis = take_up(engine, adapters, config.init_from, run.stored_init, probe, init_lr)
+        report, basis = take_up(
+            engine, adapters, config.init_from, run.stored_init, probe, _init_lr(run, engine)
+        )
         _say(f"init taken from {config.init_from}")
     else:
         groups = f", in {len(plan.groups)} groups of layers" if len(plan.groups) > 1 else ""
@@ -255,17 +281,8 @@ def init_phase(run: Prepared, engine: Any, adapters: Adapters, folder: Path) -> 
                 f"{plan.boundary_bytes / GIB:.3f} for hidden states (fewer --init-samples: less), "
                 f"{plan.workspace_bytes / GIB:.3f} for work on one layer (a smaller --r: less)."
             )
-        report, basis = initialize(
-            engine,
-            adapters,
-            run.sample(run.gradient_rows),
-            probe,
-            plan,
-            init_lr=init_lr or "auto",
-            update=config.init_update,
-            offload=config.init_offload,
-            seed=config.seed,
-        )
+        sample = run.sample(run.gradient_rows)
+        report, basis = initialize_by(run, engine, adapters, sample, probe)
     if zero.rank() == 0:
         save_basis(folder, basis, report, run.made_from)
     step = report.step

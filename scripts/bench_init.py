@@ -82,8 +82,7 @@ def ours(config: dict[str, Any], out: str) -> None:
 
     from lorasb_ds import zero
     from lorasb_ds.gradients import GradientShards
-    from lorasb_ds.initialize import initialize
-    from lorasb_ds.trainer import start_engine
+    from lorasb_ds.trainer import initialize_by, start_engine
 
     run = _prepare(config, int(os.environ["WORLD_SIZE"]))
     zero.init_process_group()
@@ -96,17 +95,7 @@ def ours(config: dict[str, Any], out: str) -> None:
     del shards
     dist.barrier()
     before = _start_measuring()
-    report, _ = initialize(
-        engine,
-        adapters,
-        sample,
-        probe,
-        run.init_plan,
-        init_lr=run.config.init_lr,
-        update=run.config.init_update,
-        offload=run.config.init_offload,
-        seed=run.config.seed,
-    )
+    report, _ = initialize_by(run, engine, adapters, sample, probe)
     peak = torch.tensor(report.peak_memory_bytes - before, dtype=torch.float64)
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     result = {

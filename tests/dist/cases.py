@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 def svd(matrices: str, out: str, r: dict[str, int], methods: list[Method]) -> None:
     """Truncated SVD of every matrix of a file, in every way; each rank writes what it has."""
-    from lorasb_ds.linalg import row_range, truncated_svd, truncated_svds
+    from lorasb_ds.linalg import truncated_svd, truncated_svds
+    from lorasb_ds.sharding import row_range
 
     dist.init_process_group("gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -57,23 +58,6 @@ def _start(config: dict[str, Any], zero_optimization: dict[str, Any]) -> Any:
     return run, *start_engine(run)
 
 
-def _initialize(run: Any, engine: Any, adapters: dict[str, Any], sample: Any) -> Any:
-    """By the run's options; losses are measured on the same rows."""
-    from lorasb_ds.initialize import initialize
-
-    return initialize(
-        engine,
-        adapters,
-        sample,
-        sample,
-        run.init_plan,
-        init_lr=run.config.init_lr,
-        update=run.config.init_update,
-        offload=run.config.init_offload,
-        seed=0,
-    )
-
-
 def _assert_sharded(run: Any, adapters: dict[str, Any]) -> None:
     from lorasb_ds import zero
 
@@ -87,14 +71,11 @@ def gradients(config: dict[str, Any], out: str, zero_optimization: dict[str, Any
     """The average gradient of all training rows, gathered whole on rank 0."""
     from lorasb_ds import zero
     from lorasb_ds.gradients import average_gradients, is_transposed
-    from lorasb_ds.initialize import gather_rows
+    from lorasb_ds.sharding import gather_rows
 
     run, engine, adapters = _start(config, zero_optimization)
-    examples = run.train.examples
-    batches = run.batches(run.train, range(len(examples)))
-    shards = average_gradients(
-        engine.module, adapters, batches, sum(e.num_label_tokens for e in examples)
-    )
+    sample = run.sample(range(len(run.train.examples)))
+    shards = average_gradients(engine.module, adapters, sample.batches, sample.num_label_tokens)
     zero.release(engine)
     _assert_sharded(run, adapters)
     assert [n for n, p in engine.module.named_parameters() if p.grad is not None] == []
@@ -155,10 +136,12 @@ def initialize(config: dict[str, Any], out: str, zero_optimization: dict[str, An
     """The init on all training rows; what then lies in the layers, and what was reported."""
     from lorasb_ds import zero
     from lorasb_ds.basis import save_basis
+    from lorasb_ds.trainer import initialize_by
 
     run, engine, adapters = _start(config, zero_optimization)
     sample = run.sample(range(len(run.train.examples)))
-    report, basis = _initialize(run, engine, adapters, sample)
+    # Losses are measured on the same rows.
+    report, basis = initialize_by(run, engine, adapters, sample, sample)
     _assert_sharded(run, adapters)
     live = {}
     for name, adapter in adapters.items():
@@ -179,7 +162,7 @@ def four_bit(config: dict[str, Any], out: str, zero_optimization: dict[str, Any]
     from lorasb_ds.evaluate import held_out_loss
     from lorasb_ds.export import collect_lora
     from lorasb_ds.quantization import PackedLinear4bit
-    from lorasb_ds.trainer import step_batches, train_step
+    from lorasb_ds.trainer import initialize_by, step_batches, train_step
 
     run, engine, adapters = _start(config, zero_optimization)
     bases = [adapter.base_layer for adapter in adapters.values()]
@@ -198,7 +181,7 @@ def four_bit(config: dict[str, Any], out: str, zero_optimization: dict[str, Any]
     losses = [held_out_loss(engine.module, sample.batches, zero.device()) for _ in range(2)]
     assert losses[0] == losses[1], "the weights were not those of the first time"
     assert_released()
-    _initialize(run, engine, adapters, sample)
+    initialize_by(run, engine, adapters, sample, sample)
     engine.train()
     losses += [train_step(engine, step)[0] for step in step_batches(run, run.config.max_steps)]
     assert_released()
@@ -232,7 +215,7 @@ def uneven(out: str) -> None:
     from lorasb_ds.adapter import inject, linear_layers
     from lorasb_ds.data import Batch
     from lorasb_ds.gradients import average_gradients
-    from lorasb_ds.initialize import gather_rows
+    from lorasb_ds.sharding import gather_rows
 
     class Routed(nn.Module):
         def __init__(self) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorasb_ds.initialize import UPDATES, LayerInit, decompose, describe
+from lorasb_ds.init_report import LayerInit
+from lorasb_ds.initialize import UPDATES, decompose, describe
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
