@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
-from pathlib import Path
 from typing import Any
 
 import click
 
 from launcher.command import eval_command, job_environment, train_command
 from launcher.options import CONTEXT, run_options, to_arguments
+from launcher.ranks import free_port, remove_shared_memory
 from lorasb_ds import __version__
 from lorasb_ds.config import (
     ConfigError,
@@ -106,7 +105,7 @@ def _start_job(
     environment = job_environment(os.environ, num_procs, num_gpus, cores)
     # With CUDA_VISIBLE_DEVICES DeepSpeed takes what it names, and must not get a count.
     named = num_procs is None and "CUDA_VISIBLE_DEVICES" in environment
-    port = master_port or _free_port()
+    port = master_port or free_port()
     command = train_command(
         arguments, count=None if named else num_procs or num_gpus, master_port=port
     )
@@ -116,9 +115,7 @@ def _start_job(
         click.echo(shlex.join(command))
         return
     status = _run(command, environment)
-    # DeepSpeed's collectives on CPUs leave 66 MiB of shared memory behind for every process.
-    for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):  # noqa: S108
-        buffer.unlink(missing_ok=True)
+    remove_shared_memory(port)
     sys.exit(status)
 
 
@@ -127,12 +124,6 @@ def _start_job(
 def eval(arguments: Sequence[str]) -> None:  # noqa: A001
     """Held-out loss and exact match of a model, with or without an adapter (see eval --help)."""
     sys.exit(_run(eval_command(arguments), dict(os.environ)))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 def _run(command: Sequence[str], environment: dict[str, str]) -> int:

@@ -61,14 +61,13 @@ class GradientShards:
         self.reached: Counter[str] = Counter()
         self._calls: list[str] = []  # of the running forward pass, in order
         self._uneven: dict[str, torch.Tensor] = {}  # whole gradients of the running batch
-        for name, adapter in adapters.items():
-            long_side, short_side = sorted((adapter.out_features, adapter.in_features))[::-1]
-            rows = row_range(long_side, self.rank, self.world_size)
-            shape = (len(rows), short_side)
+        sides = {n: (a.out_features, a.in_features) for n, a in adapters.items()}
+        self._shapes = {name: (max(pair), min(pair)) for name, pair in sides.items()}  # whole
+        for name, (long_side, short_side) in self._shapes.items():
+            shape = (len(row_range(long_side, self.rank, self.world_size)), short_side)
             self.shards[name] = (
                 zero.pinned_zeros(*shape) if offload else torch.zeros(shape, device=zero.device())
             )
-        self._shapes = {n: (a.out_features, a.in_features) for n, a in adapters.items()}
 
     def take(self, name: str) -> torch.Tensor:
         """A layer's shard on the device; it is not kept."""
@@ -94,9 +93,7 @@ class GradientShards:
         *differ, other_order = (bounds[0] + bounds[1] != 0).tolist()
         for name, differs in zip(self.shards, differ, strict=True):
             if differs or (other_order and counts[name]):
-                out_features, in_features = self._shapes[name]
-                long_side, short_side = sorted((out_features, in_features))[::-1]
-                self._uneven[name] = torch.zeros(long_side, short_side, device=zero.device())
+                self._uneven[name] = torch.zeros(self._shapes[name], device=zero.device())
 
     def add(self, name: str, x: torch.Tensor, grad_y: torch.Tensor) -> None:
         """Add one call's ``δᵀ x``. Collective: same layers in the same order.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -17,6 +16,8 @@ from typing import Any
 import click
 import torch
 from bench_common import machine, write_json
+
+from launcher.ranks import free_port, rank_environment, remove_shared_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
@@ -139,27 +140,15 @@ def _start_measuring() -> int:
 
 def measure(case: Callable[..., None], config: dict[str, Any], world_size: int = 1) -> dict:
     """Run a case in fresh processes that share this machine's cores."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     threads = max(1, len(os.sched_getaffinity(0)) // world_size)
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder) / "result.json")
         command = [sys.executable, __file__, case.__name__, json.dumps(config), out]
         ranks = []
         for rank in range(world_size):
-            environment = os.environ | {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "LOCAL_SIZE": str(world_size),
-                "WORLD_SIZE": str(world_size),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "DS_ACCELERATOR": "cpu",
-                "OMP_NUM_THREADS": str(threads),
-                "PYTHONHASHSEED": "0",
-                "PYTHONPATH": str(ROOT),
-            }
+            environment = os.environ | rank_environment(rank, world_size, port, threads)
+            environment |= {"PYTHONHASHSEED": "0", "PYTHONPATH": str(ROOT)}
             ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
         while any(rank.poll() is None for rank in ranks):
             if any(rank.poll() for rank in ranks):
@@ -167,8 +156,7 @@ def measure(case: Callable[..., None], config: dict[str, Any], world_size: int =
                     rank.kill()
             time.sleep(0.1)
         statuses = [rank.wait() for rank in ranks]
-        for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):  # noqa: S108
-            buffer.unlink(missing_ok=True)
+        remove_shared_memory(port)
         if any(statuses):
             raise SystemExit(f"{case.__name__} {config} failed")
         return json.loads(Path(out).read_text())

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from launcher.ranks import free_port, rank_environment, remove_shared_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -22,27 +23,13 @@ REALLY_SHARDED = {
 }
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
-
-
 def run_ranks(case: str, world_size: int, timeout: float = 240, **arguments: Any) -> None:
     """Run a function of tests/dist/cases.py on gloo ranks; fails as soon as one of them does."""
-    port = str(free_port())
+    port = free_port()
     outputs = [tempfile.TemporaryFile("w+") for _ in range(world_size)]  # noqa: SIM115, closed below
     ranks = []
     for rank, output in enumerate(outputs):
-        environment = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "LOCAL_SIZE": str(world_size),
-            "WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "OMP_NUM_THREADS": "1",
-        }
+        environment = os.environ | rank_environment(rank, world_size, port, threads=1)
         command = [sys.executable, "-m", "tests.dist.cases", case, json.dumps(arguments)]
         ranks.append(
             subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
@@ -58,8 +45,7 @@ def run_ranks(case: str, world_size: int, timeout: float = 240, **arguments: Any
         for rank in ranks:
             rank.kill()
             rank.wait()
-        for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):  # noqa: S108
-            buffer.unlink(missing_ok=True)
+        remove_shared_memory(port)
     texts = []
     for output in outputs:
         output.seek(0)
