@@ -76,6 +76,12 @@ class RunConfig(BaseModel):
     load_in_4bit: bool = Field(
         False, description="Quantize the base to 4 bits (NF4, double quantization, bf16 compute)."
     )
+    load_in_8bit: bool = Field(
+        False, description="Quantize the base to 8 bits (int8 rows, bf16 compute)."
+    )
+    trust_remote_code: bool = Field(
+        False, description="Run model code that comes with the base. Only if you have read it."
+    )
     dtype: Literal["bf16", "fp32"] = Field(
         "bf16", description="Compute dtype of base and adapter. R is trained in fp32 always."
     )

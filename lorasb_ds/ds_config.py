@@ -133,8 +133,14 @@ def _check_precision(raw: dict[str, Any], config: RunConfig, updates: dict[str, 
                 f'{config.ds_config}. Leave the option out, or set bf16.enabled to "auto" there.'
             ]
         updates["dtype"] = dtype
-    if config.load_in_4bit and updates.get("dtype", config.dtype) != "bf16":
-        return ["--load-in-4bit computes in bf16. Leave out --dtype fp32 (or set bf16 to enabled)."]
+    if config.load_in_4bit and config.load_in_8bit:
+        return ["--load-in-4bit and --load-in-8bit exclude each other. Give one of them."]
+    quantized = config.load_in_4bit or config.load_in_8bit
+    if quantized and updates.get("dtype", config.dtype) != "bf16":
+        return [
+            f"--load-in-{4 if config.load_in_4bit else 8}bit computes in bf16. Leave out --dtype "
+            "fp32 (or set bf16 to enabled)."
+        ]
     return []
 
 
@@ -153,10 +159,11 @@ def _check_zero(raw: dict[str, Any], config: RunConfig) -> list[str]:
             "DeepSpeed offloads no torch optimizer; remove it (offload_param may stay)."
         )
     for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
-        if config.load_in_4bit and section.get(key) is True:
+        if (config.load_in_4bit or config.load_in_8bit) and section.get(key) is True:
             problems.append(
-                f"{config.ds_config}: {key} is true, but the parameters of a 4-bit base are bytes "
-                "and no numbers: they would be ruined. Remove it, or leave --load-in-4bit out."
+                f"{config.ds_config}: {key} is true, but the parameters of a quantized base are "
+                "bytes and no numbers: they would be ruined. Remove it, or leave --load-in-4bit "
+                "(or --load-in-8bit) out."
             )
     return problems
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,51 +11,26 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
+from transformers.core_model_loading import build_glob_alternation
 
 from lorasb_ds import quantization, zero
-from lorasb_ds.adapter import Shapes, expert_layers, linear_layers
-from lorasb_ds.config import DEMO_MODEL, ConfigError, RunConfig, demo_model_dir
+from lorasb_ds.adapter import linear_layers
+from lorasb_ds.base_files import (
+    StoredTensor,
+    first_line,
+    model_folder,
+    model_path,
+    stored_tensors,
+)
+from lorasb_ds.config import ConfigError, RunConfig
+from lorasb_ds.streaming import TensorReader, put, stream_weights
+from lorasb_ds.weight_map import Source, map_weights
 
+Kind = quantization.Kind
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def model_path(model: str) -> str:
-    """What transformers is given for ``--model``: the demo's folder for 'demo', else the same.
-
-    Raises:
-        ConfigError: if a folder is named that does not exist or holds no safetensors.
-    """
-    if model == DEMO_MODEL:
-        folder = demo_model_dir()
-        if not (folder / "config.json").is_file():
-            raise ConfigError(
-                f"--model demo: {folder} does not hold the demo model. Fetch it by "
-                "scripts/setup.sh, or name a model of your own."
-            )
-        return str(folder)
-    folder = Path(model).expanduser()
-    if not folder.exists():
-        if model.startswith((".", "/", "~")) or model.count("/") > 1:
-            raise ConfigError(
-                f"--model {model}: there is no such folder. Give a folder with config.json and "
-                "*.safetensors, or a hub name such as mistralai/Mistral-7B-v0.1."
-            )
-        return model
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"--model {model}: the folder has no config.json, so it is no model.")
-    if not any(folder.glob("*.safetensors")):
-        legacy = sorted(f.name for f in folder.glob("*.bin"))
-        found = (
-            f"only {', '.join(legacy)}, which are pickles and can run code" if legacy else "none"
-        )
-        raise ConfigError(
-            f"--model {model}: the weights must be *.safetensors; the folder has {found}. Convert "
-            "them by save_pretrained of a trusted copy."
-        )
-    return str(folder)
-
-
-def load_config(model: str) -> Any:
+def load_config(model: str, trust_remote_code: bool = False) -> Any:
     """The transformers configuration of a causal language model.
 
     Raises:
@@ -64,27 +39,49 @@ def load_config(model: str) -> Any:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    folder = model_folder(model, trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(model_path(model), trust_remote_code=False)
+        # Without an answer transformers would ask on the console.
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, StrictDataclassError) as error:
+        remedy = "It must be a model that transformers knows."
+        if "trust_remote_code" in str(error):
+            remedy = "If you trust that code, give --trust-remote-code."
         raise ConfigError(
-            f"--model {model} cannot be read: {_first_line(error)} It must be a folder with a "
-            "model that transformers knows, or the name of one on the hub (which needs a network "
-            "or a filled cache)."
+            f"--model {model} cannot be read: {first_line(error)} {remedy}"
         ) from error
-    if getattr(config, "quantization_config", None):
-        raise ConfigError(
-            f"--model {model} is quantized already. Give the base it was made from; "
-            "--load-in-4bit quantizes it."
-        )
+    stored_quantization(config, model)
     architectures = config.architectures or []
     causal = all(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not causal:
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or (own_code and trust_remote_code)
+    if not (known and causal):
         raise ConfigError(
             f"--model {model} is a {', '.join(architectures) or type(config).__name__}, not a "
             "causal language model (…ForCausalLM). Only those can be trained so far."
         )
     return config
+
+
+def stored_quantization(hf_config: Any, model: str) -> Kind | None:
+    """How the base's files are quantized; None if they are not.
+
+    Raises:
+        ConfigError: if it was not by bitsandbytes.
+    """
+    found = getattr(hf_config, "quantization_config", None)
+    if not found:
+        return None
+    found = found if isinstance(found, dict) else found.to_dict()
+    if found.get("load_in_4bit"):
+        return "4bit"
+    if found.get("load_in_8bit"):
+        return "8bit"
+    raise ConfigError(
+        f"--model {model} is quantized by {found.get('quant_method')}; of quantized bases only "
+        "those of bitsandbytes can be trained. Give the base it was made from; --load-in-4bit "
+        "quantizes it."
+    )
 
 
 def load_tokenizer(model: str) -> Any:
@@ -109,83 +106,40 @@ def load_tokenizer(model: str) -> Any:
     return tokenizer
 
 
-def read_shapes(hf_config: Any) -> tuple[Shapes, dict[str, int]]:
-    """Linear layers, and expert modules with their elements, from a model's configuration alone."""
+def empty_model(hf_config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
+    """The model without its weights: parameters on the meta device, buffers real.
+
+    Args:
+        dtype: of all floating parameters but those that the model keeps in fp32.
+    """
+    from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config)
-    return linear_layers(model), expert_layers(model)
+    with init_empty_weights(include_buffers=False):
+        model: Any = AutoModelForCausalLM.from_config(
+            hf_config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    if fp32 := list(model._get_dtype_plan(dtype)):
+        pattern, *_ = build_glob_alternation(fp32)
+        for name, value in model.state_dict().items():
+            if pattern.search(name):
+                put(model, name, value.float())
+    return model
 
 
-def weights_digest(model: str) -> str:
-    """Tells one model's weights from another's: the hub's commit, or of every file in a folder its
-    name, header, and 4 KiB from the beginning, middle and end of every tensor.
+def load_base(config: RunConfig, hf_config: Any, ds_config: dict[str, Any]) -> Any:
+    """The frozen base where the run wants it: plain, 8-bit or 4-bit; whole, or in ZeRO-3 shards.
 
-    Training, merging or quantizing changes those; an edit of a few rows may not.
+    Collective. Each rank reads a part of the checkpoint, which the others get from it; see
+    ``streaming`` for what is in memory meanwhile. transformers' own ways read the whole model into
+    the memory of rank 0 (ZeRO-3) or of every rank (quantized).
 
     Raises:
-        ConfigError: if a file is broken.
+        ConfigError: on every rank alike, if the files are not those of the model.
     """
-    from transformers.utils import cached_file
-
-    folder = Path(model_path(model))
-    if not folder.is_dir():
-        # A snapshot's folder in the cache is named after the commit.
-        return f"{model}@{Path(str(cached_file(model, 'config.json'))).parent.name}"
-    result = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        result.update(path.name.encode())
-        try:
-            _digest_tensors(path, result)
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise ConfigError(
-                f"--model {model}: {path.name} cannot be read: it is no whole safetensors file."
-            ) from error
-    return result.hexdigest()
-
-
-def _digest_tensors(path: Path, result: Any) -> None:
-    # https://huggingface.co/docs/safetensors: length of the header (8 bytes), header, tensors.
-    sample, file_size = 4096, path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if 8 + length > file_size:
-            raise ValueError("the file ends within its header")
-        header = file.read(length)
-        result.update(header)
-        for name, entry in json.loads(header).items():
-            if name == "__metadata__":
-                continue
-            begin, end = (8 + length + offset for offset in entry["data_offsets"])
-            if end > file_size:
-                raise ValueError("the file ends before its last tensor")
-            for start in (begin, (begin + end) // 2, max(begin, end - sample)):
-                file.seek(start)
-                result.update(file.read(min(sample, end - start)))
-
-
-def load_base(config: RunConfig, hf_config: Any, ds_config: dict[str, Any]) -> nn.Module:
-    """The frozen base where the run wants it: ZeRO-3 shards, 4-bit, or plain on the device.
-
-    Collective under ZeRO-3 (transformers reads on every rank and shards parameter by parameter),
-    but not in 4 bits: every rank reads and quantizes all of the checkpoint, and the engine shards
-    it. A rank's peak is then the whole 4-bit model on its device, plus one weight on its way: in
-    bf16 with bitsandbytes' intermediates (about 14 bytes for each of its numbers on a CPU), or
-    quantized twice while it is packed. The checkpoint's files are mapped, not held.
-    """
-    dtype = DTYPES[config.dtype]
-    options: dict[str, Any] = {"dtype": dtype}
-    alive = None
-    if config.load_in_4bit:
-        options["quantization_config"] = quantization.nf4_config(dtype)
-        options["device_map"] = {"": zero.device()}
-    else:
-        alive = zero.loading_context(ds_config)
-    model = _read_weights(config.model, config=hf_config, **options)
-    del alive
-    if config.load_in_4bit:
-        quantization.pack_linear_layers(model)
+    model = empty_model(hf_config, DTYPES[config.dtype], config.trust_remote_code)
+    kind: Kind | None = "4bit" if config.load_in_4bit else "8bit" if config.load_in_8bit else None
+    _fill(model, config.model, kind, zero.sharder(ds_config))
     if config.gradient_checkpointing:
         # The reentrant kind needs inputs that require grad, which a frozen embedding's do not.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -193,48 +147,70 @@ def load_base(config: RunConfig, hf_config: Any, ds_config: dict[str, Any]) -> n
     return model
 
 
-def _read_weights(model: str, **options: Any) -> Any:
-    """from_pretrained, but a weight that is missing is an error and not a random one."""
-    from transformers import AutoModelForCausalLM
+def _fill(
+    model: Any, name: str, kind: Kind | None, shard: Callable[[nn.Parameter], None] | None
+) -> None:
+    """All weights of an empty model, from its files. Collective."""
+    stored = stored_tensors(name)
+    sources = map_weights(model, stored, name)
+    dtype = model.get_input_embeddings().weight.dtype
+    if any(source.beside for source in sources):
+        _pack_as_stored(model, sources, stored, dtype)
+    elif kind is not None:
+        for layer in linear_layers(model):
+            quantization.pack_layer(model, layer, kind, dtype)
+    stream_weights(model, sources, stored, shard)
+    for parameter, twin in model.all_tied_weights_keys.items():
+        put(model, parameter, model.get_parameter(twin))
+    for buffer, value in list(model.named_buffers()):
+        put(model, buffer, value.to(zero.device()))
 
-    try:
-        result: Any = AutoModelForCausalLM.from_pretrained(
-            model_path(model),
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **options,
+
+def _pack_as_stored(
+    model: nn.Module,
+    sources: Sequence[Source],
+    stored: Mapping[str, StoredTensor],
+    dtype: torch.dtype,
+) -> None:
+    """Packed layers for the weights that bitsandbytes has quantized, and for no others."""
+    reader = TensorReader(stored)
+    for source in sources:
+        if not source.beside:
+            continue
+        (target,) = source.targets
+        name = target.removesuffix(".weight")
+        state = next((k for n, k in source.beside.items() if n.startswith("quant_state")), None)
+        if state is None:
+            quantization.pack_layer(model, name, "8bit", dtype)
+            continue
+        described = json.loads(bytes(reader.read(state).cpu().numpy()))
+        quantization.pack_layer(
+            model,
+            name,
+            "4bit",
+            dtype,
+            quant_type=described["quant_type"],
+            blocksize=described["blocksize"],
+            nested="nested_blocksize" in described,
+            stored_dtype=getattr(torch, described["dtype"]),
         )
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "mismatch" not in str(error):
-            raise
-        raise ConfigError(
-            f"--model {model}: its weights cannot be read: {_first_line(error)}"
-        ) from error
-    loaded, info = result
-    if missing := sorted(info["missing_keys"]):
-        raise ConfigError(
-            f"--model {model}: the files lack {len(missing)} weights of the model, such as "
-            f"{', '.join(missing[:3])}. Is it a whole {type(loaded).__name__} checkpoint?"
-        )
-    return loaded
-
-
-def _first_line(error: BaseException) -> str:
-    text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return text.strip().rstrip(".") + "."
+    reader.close()
 
 
 def load_plain(
     model: str, dtype: str, adapter: str | None = None
 ) -> tuple[nn.Module, torch.device]:
     """A whole model on one device for inference, with PEFT's reading of an adapter folder."""
+    from transformers import GenerationConfig
+
     if adapter is not None:
         for file in ("adapter_config.json", "adapter_model.safetensors"):
             if not (Path(adapter) / file).is_file():
                 raise ConfigError(f"--adapter {adapter}: the folder has no {file}.")
-    device = zero.device()
-    base = _read_weights(model, dtype=DTYPES[dtype], device_map={"": device})
+    base = empty_model(load_config(model), DTYPES[dtype])
+    _fill(base, model, None, None)
+    if (model_folder(model) / "generation_config.json").is_file():
+        base.generation_config = GenerationConfig.from_pretrained(model_folder(model))
     if adapter is not None:
         from peft import PeftModel
 
@@ -242,6 +218,6 @@ def load_plain(
             base = PeftModel.from_pretrained(base, adapter)
         except (RuntimeError, ValueError, SafetensorError) as error:
             raise ConfigError(
-                f"--adapter {adapter} does not fit --model {model}: {_first_line(error)}"
+                f"--adapter {adapter} does not fit --model {model}: {first_line(error)}"
             ) from error
-    return base.eval(), device
+    return base.eval(), zero.device()

@@ -10,7 +10,8 @@ from typing import Any
 import torch.distributed as dist
 
 from lorasb_ds import zero
-from lorasb_ds.adapter import Shapes, select_targets
+from lorasb_ds.adapter import Shapes, expert_layers, linear_layers, select_targets
+from lorasb_ds.base_files import stored_tensors
 from lorasb_ds.basis import check_basis, fingerprint
 from lorasb_ds.config import ConfigError, RunConfig, check_output_dir, read_json
 from lorasb_ds.data import (
@@ -24,9 +25,16 @@ from lorasb_ds.data import (
 )
 from lorasb_ds.ds_config import resolve_ds_config
 from lorasb_ds.init_report import InitReport
-from lorasb_ds.loading import DTYPES, load_config, load_tokenizer, read_shapes
+from lorasb_ds.loading import (
+    DTYPES,
+    empty_model,
+    load_config,
+    load_tokenizer,
+    stored_quantization,
+)
 from lorasb_ds.plan import InitPlan, plan_init
 from lorasb_ds.rows import load_rows
+from lorasb_ds.weight_map import map_weights
 
 
 @dataclass(frozen=True)
@@ -77,11 +85,19 @@ def prepare(config: RunConfig, world_size: int) -> Prepared:
     Raises:
         ConfigError: what is wrong and what to do about it.
     """
+    hf_config = load_config(config.model, config.trust_remote_code)
+    config = _with_stored_quantization(config, hf_config)
     ds_config, config = resolve_ds_config(config, world_size)
     ds_config_file = read_json(config.ds_config, "--ds-config")
     check_output_dir(config)
-    hf_config = load_config(config.model)
-    layers, experts = read_shapes(hf_config)
+    model = empty_model(hf_config, DTYPES[config.dtype], config.trust_remote_code)
+    sources = map_weights(model, stored_tensors(config.model), config.model)
+    if any(s.beside for s in sources) != (stored_quantization(hf_config, config.model) is not None):
+        raise ConfigError(
+            f"--model {config.model}: config.json and the weights do not agree on whether they "
+            "are quantized (quantization_config). Fetch the files again."
+        )
+    layers, experts = linear_layers(model), expert_layers(model)
     if experts and ds_config["zero_optimization"]["stage"] == 3:
         # Gathered at once and not part by part ("leaf modules"): ranks whose tokens go elsewhere
         # would wait for each other. DeepSpeed's own list names whole MoE blocks, of which it would
@@ -130,6 +146,20 @@ def prepare(config: RunConfig, world_size: int) -> Prepared:
         stored_init=stored_init,
         made_from=made_from,
     )
+
+
+def _with_stored_quantization(config: RunConfig, hf_config: Any) -> RunConfig:
+    """A base that is quantized in its files is taken as it is."""
+    stored = stored_quantization(hf_config, config.model)
+    if stored is None:
+        return config
+    asked = {"load_in_4bit": config.load_in_4bit, "load_in_8bit": config.load_in_8bit}
+    if any(given for name, given in asked.items() if name != f"load_in_{stored}"):
+        raise ConfigError(
+            f"--model {config.model} is quantized already, to {stored[0]} bits. Leave out "
+            "--load-in-4bit and --load-in-8bit, or give the base it was made from."
+        )
+    return config.model_copy(update={f"load_in_{stored}": True})
 
 
 def check_ranks_agree(run: Prepared) -> None:

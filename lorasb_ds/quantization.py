@@ -1,92 +1,101 @@
-"""4-bit bases: NF4 with double quantization, shardable. The only import of bitsandbytes."""
+"""Quantized linear layers that ZeRO-3 can shard, in 4 and in 8 bits. The only import of
+bitsandbytes."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+Kind = Literal["4bit", "8bit"]
+
+# bitsandbytes' defaults: QLoRA's block of weights (arXiv 2305.14314), and a block of their scales.
+BLOCKSIZE, NESTED_BLOCKSIZE = 64, 256
+# Rows of a weight are quantized so many at a time that no block is cut.
+ROW_MULTIPLE = 64
 
 
-def nf4_config(compute_dtype: torch.dtype) -> Any:
-    """NF4 with double quantization, as transformers' ``quantization_config``."""
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
-    )
-
-
-def pack_linear_layers(model: nn.Module) -> None:
-    """Put a ``PackedLinear4bit`` in the place of every Linear4bit of bitsandbytes, one by one."""
-    from bitsandbytes.nn import Linear4bit
-
-    # Names only: a list of layers would keep every replaced one alive.
-    names = [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]
-    for name in names:
-        layer = model.get_submodule(name)
-        model.set_submodule(name, PackedLinear4bit(layer))
-        # The layer and its weight refer to each other: without this, memory of the whole model
-        # would wait for the garbage collector.
-        del layer.weight
-
-
-class PackedLinear4bit(nn.Linear):
-    """``y = W x + b``, W (out, in) in NF4 with double quantization (QLoRA, arXiv 2305.14314).
+class PackedLinear(nn.Linear):
+    """``y = W x + b``, W (out, in) quantized.
 
     All that W is made of lies in one frozen parameter, since ZeRO-3 shards parameters and nothing
-    else. bitsandbytes' layer keeps the scales of its blocks outside, whole on every rank; its
-    backward holds on to the bytes that ZeRO-3 gathered for the forward; and on CPUs with
-    AVX512-BF16 it repacks them in place. Dequantized by bitsandbytes, to the same bits.
+    else. bitsandbytes' layers keep their scales outside, whole on every rank; their backward holds
+    on to the bytes that ZeRO-3 gathered for the forward; and on CPUs with AVX512-BF16 they repack
+    them in place. Here weights alone are quantized: x and the products are of ``dtype``.
 
     Attributes:
+        stored_transposed: whether a checkpoint holds W as (in, out).
         weight: bytes seen as a flat bf16 vector, which DeepSpeed neither casts nor skips; they are
-            no numbers. In this order, padded to an even length:
-            the codes of W, row by row, two in a byte;
-            the scale of every block of ``blocksize`` weights, uint8;
-            the scale of every block of 256 scales, fp32;
-            the mean of the scales, fp32.
+            no numbers. On the meta device at first.
         dtype: of W dequantized, and so of x, b and y.
     """
 
-    def __init__(self, layer: Any) -> None:
-        """The same weight as a quantized Linear4bit of bitsandbytes; its bias is shared."""
-        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
-        state = layer.weight.quant_state
-        if state.quant_type != "nf4" or not state.nested or state.state2.blocksize != 256:
-            raise ValueError("the layer must be quantized to NF4 with double quantization")
-        self.bias = layer.bias
-        self.blocksize, self.dtype = state.blocksize, state.dtype
-        parts = [layer.weight, state.absmax, state.state2.absmax, state.offset]
-        parts = [part.detach().reshape(-1).view(torch.uint8) for part in parts]
-        self._num_bytes = [len(part) for part in parts]
-        packed = torch.cat([*parts, parts[0].new_zeros(sum(self._num_bytes) % 2)])
-        self.weight = nn.Parameter(packed.view(torch.bfloat16), requires_grad=False)
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: nn.Parameter | None,
+        dtype: torch.dtype,
+        num_bytes: Sequence[int],
+    ) -> None:
+        """
+        Args:
+            num_bytes: of each part of ``weight``.
+        """
+        super().__init__(in_features, out_features, bias=False, device="meta")
+        self.bias: Any = bias
+        self.dtype = dtype
+        self.stored_transposed = False
+        self._num_bytes = list(num_bytes)
+        packed = torch.empty(-(-sum(num_bytes) // 2), dtype=torch.bfloat16, device="meta")
+        self.weight = nn.Parameter(packed, requires_grad=False)
+
+    def quantize(self, rows: Iterable[torch.Tensor]) -> torch.Tensor:
+        """The value of ``weight`` for a W, in memory for a few rows of it.
+
+        Args:
+            rows: W's, in order, (rows, in) each; a multiple of ``ROW_MULTIPLE`` but in the last.
+        Raises:
+            ValueError: if a scale is not finite.
+        """
+        raise NotImplementedError
+
+    def pack_stored(self, codes: torch.Tensor, beside: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The value of ``weight`` for a W that bitsandbytes has quantized, to the same bits.
+
+        Args:
+            beside: what a checkpoint holds beside the codes, by bitsandbytes' names.
+        Raises:
+            ValueError: if it is quantized in another way than this layer's.
+        """
+        raise NotImplementedError
 
     def dequantize(self) -> torch.Tensor:
         """W (out, in) in ``dtype``, newly made. Under ZeRO-3 the weight must be gathered."""
-        from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
+        raise NotImplementedError
 
+    def pack(self, *parts: torch.Tensor) -> torch.Tensor:
+        """Parts of any dtype as one flat bf16 vector of their bytes, padded to an even length."""
+        views = [part.detach().reshape(-1).view(torch.uint8) for part in parts]
+        if [len(view) for view in views] != self._num_bytes:
+            raise ValueError(f"parts of {[len(v) for v in views]} bytes, not {self._num_bytes}")
+        padding = views[0].new_zeros(sum(self._num_bytes) % 2)
+        return torch.cat([*views, padding]).view(torch.bfloat16)
+
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        """Views of ``weight``, uint8."""
         packed = self.weight.detach().view(torch.uint8)
-        codes, absmax, *fp32 = packed[: sum(self._num_bytes)].split(self._num_bytes)
-        # Copied, since an fp32 view must be aligned; a 16384th of the numbers is not much.
-        absmax2, offset = (part.clone().view(torch.float32) for part in fp32)
-        scales = dequantize_blockwise(absmax, absmax=absmax2, blocksize=256).add_(offset)
-        shape = torch.Size((self.out_features, self.in_features))
-        state = QuantState(
-            scales, shape, blocksize=self.blocksize, quant_type="nf4", dtype=self.dtype
-        )
-        return dequantize_4bit(codes, state)
+        return packed[: sum(self._num_bytes)].split(self._num_bytes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _Linear4bitFunction.apply(x, self)
+        return _PackedLinearFunction.apply(x, self)
 
 
-class _Linear4bitFunction(torch.autograd.Function):
+class _PackedLinearFunction(torch.autograd.Function):
     """``F.linear`` that keeps no weight for its backward, neither packed nor dequantized.
 
     The backward reads the layer's parameter as it is then: ZeRO-3 has gathered it again.
@@ -100,3 +109,154 @@ class _Linear4bitFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y):
         return grad_y @ ctx.layer.dequantize(), None
+
+
+class PackedLinear4bit(PackedLinear):
+    """W in NF4 or FP4 (QLoRA, arXiv 2305.14314), (de)quantized by bitsandbytes to the same bits.
+
+    Parts of ``weight``: the codes, row by row, two in a byte; then, with double quantization
+    (``nested``), the scale of every block in uint8, the scale of every 256 of those in fp32, and
+    their mean in fp32; else the scale of every block in fp32.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: nn.Parameter | None,
+        dtype: torch.dtype,
+        *,
+        quant_type: str = "nf4",
+        blocksize: int = BLOCKSIZE,
+        nested: bool = True,
+        stored_dtype: torch.dtype | None = None,
+    ) -> None:
+        """
+        Args:
+            stored_dtype: what bitsandbytes dequantizes to, before it casts; by default ``dtype``.
+        """
+        blocks = -(-in_features * out_features // blocksize)
+        scales = [blocks, 4 * -(-blocks // NESTED_BLOCKSIZE), 4] if nested else [4 * blocks]
+        codes = -(-in_features * out_features // 2)
+        super().__init__(in_features, out_features, bias, dtype, [codes, *scales])
+        self.quant_type, self.blocksize, self.nested = quant_type, blocksize, nested
+        self.stored_dtype = stored_dtype or dtype
+
+    def quantize(self, rows: Iterable[torch.Tensor]) -> torch.Tensor:
+        from bitsandbytes.functional import quantize_4bit, quantize_blockwise
+
+        codes, scales = [], []
+        for chunk in rows:
+            found, state = quantize_4bit(
+                chunk.contiguous(), blocksize=self.blocksize, quant_type=self.quant_type
+            )
+            codes.append(found.flatten())
+            scales.append(state.absmax)
+        absmax = torch.cat(scales)
+        if not self.nested:
+            return self.pack(torch.cat(codes), absmax)
+        # As quantize_4bit does by itself for a whole weight with compress_statistics.
+        offset = absmax.mean()
+        nested_absmax, nested = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)
+        return self.pack(torch.cat(codes), nested_absmax, nested.absmax, offset)
+
+    def pack_stored(self, codes: torch.Tensor, beside: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        from bitsandbytes.functional import create_dynamic_map, get_4bit_type
+
+        state = stored_state(beside, codes.device)
+        standard = torch.equal(state.code, get_4bit_type(self.quant_type, device=codes.device))
+        if self.nested:
+            dynamic_map = create_dynamic_map().to(codes.device)
+            standard &= torch.allclose(state.state2.code, dynamic_map, atol=1e-6, rtol=0)
+        if not standard:
+            raise ValueError("it was quantized with another map than bitsandbytes' own")
+        if not self.nested:
+            return self.pack(codes, state.absmax)
+        return self.pack(codes, state.absmax, state.state2.absmax, state.offset)
+
+    def dequantize(self) -> torch.Tensor:
+        from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
+
+        codes, absmax, *fp32 = self.parts()
+        if self.nested:
+            # Copied, since an fp32 view must be aligned; a 16384th of the numbers is not much.
+            absmax2, offset = (part.clone().view(torch.float32) for part in fp32)
+            scales = dequantize_blockwise(absmax, absmax=absmax2, blocksize=NESTED_BLOCKSIZE)
+            scales = scales.add_(offset)
+        else:
+            scales = absmax.clone().view(torch.float32)
+        state = QuantState(
+            scales,
+            torch.Size((self.out_features, self.in_features)),
+            blocksize=self.blocksize,
+            quant_type=self.quant_type,
+            dtype=self.stored_dtype,
+        )
+        return dequantize_4bit(codes, state).to(self.dtype)
+
+
+class PackedLinear8bit(PackedLinear):
+    """W in int8 with a scale for each row, quantized by bitsandbytes (LLM.int8, arXiv 2208.07339).
+
+    Unlike LLM.int8 the input is not quantized. Parts of ``weight``: int8 codes; the largest
+    absolute value of each row, fp32, to which 127 corresponds.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: nn.Parameter | None,
+        dtype: torch.dtype,
+    ) -> None:
+        num_bytes = [in_features * out_features, 4 * out_features]
+        super().__init__(in_features, out_features, bias, dtype, num_bytes)
+
+    def quantize(self, rows: Iterable[torch.Tensor]) -> torch.Tensor:
+        from bitsandbytes.functional import int8_vectorwise_quant
+
+        found = [int8_vectorwise_quant(chunk.half().contiguous())[:2] for chunk in rows]
+        codes, scales = (torch.cat(parts) for parts in zip(*found, strict=True))
+        if not torch.isfinite(scales).all():
+            raise ValueError("a weight exceeds fp16's range, which 8 bits are made from")
+        return self.pack(codes, scales)
+
+    def pack_stored(self, codes: torch.Tensor, beside: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        if beside.get("weight_format", torch.zeros(1)).any():
+            raise ValueError("its codes are not stored row by row (weight_format is not 0)")
+        return self.pack(codes, beside["SCB"].float())
+
+    def dequantize(self) -> torch.Tensor:
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        codes, scales = self.parts()
+        codes = codes.view(torch.int8).view(self.out_features, self.in_features)
+        # Copied, since an fp32 view must be aligned.
+        return int8_vectorwise_dequant(codes, scales.clone().view(torch.float32)).to(self.dtype)
+
+
+def stored_state(beside: Mapping[str, torch.Tensor], device: torch.device) -> Any:
+    """bitsandbytes' QuantState of a 4-bit weight, from what a checkpoint holds beside its codes."""
+    from bitsandbytes.functional import QuantState
+
+    return QuantState.from_dict(dict(beside), device=device)
+
+
+def pack_layer(model: nn.Module, name: str, kind: Kind, dtype: torch.dtype, **options: Any) -> None:
+    """Put an empty packed layer in the place of a linear one (``nn.Linear``, ``Conv1D``).
+
+    Args:
+        options: of ``PackedLinear4bit``.
+    """
+    layer: Any = model.get_submodule(name)
+    transposed = isinstance(layer, Conv1D)
+    in_features, out_features = (
+        (layer.nx, layer.nf) if transposed else (layer.in_features, layer.out_features)
+    )
+    packed: PackedLinear
+    if kind == "4bit":
+        packed = PackedLinear4bit(in_features, out_features, layer.bias, dtype, **options)
+    else:
+        packed = PackedLinear8bit(in_features, out_features, layer.bias, dtype)
+    packed.stored_transposed = transposed
+    model.set_submodule(name, packed)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from lorasb_ds import zero
 from lorasb_ds.adapter import LoraSBLinear, inject
+from lorasb_ds.base_files import model_path
 from lorasb_ds.basis import save_basis, take_up
 from lorasb_ds.config import DS_CONFIG_COPY, RunConfig
 from lorasb_ds.data import Batch, Sample, collate, epoch_order
@@ -23,7 +24,7 @@ from lorasb_ds.files import write_json
 from lorasb_ds.gradients import branches_off
 from lorasb_ds.init_report import InitReport
 from lorasb_ds.initialize import Basis, initialize
-from lorasb_ds.loading import DTYPES, load_base, model_path
+from lorasb_ds.loading import DTYPES, load_base
 from lorasb_ds.loss import token_loss_sum
 from lorasb_ds.metrics import RunLog, provenance
 from lorasb_ds.output import make_output_dir

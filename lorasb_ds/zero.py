@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -74,17 +74,25 @@ def close_process_group() -> None:
         dist.destroy_process_group()
 
 
-def loading_context(ds_config: dict[str, Any]) -> Any:
-    """Tells transformers to load straight into ZeRO-3 shards, for as long as it is referenced.
+class _Init(deepspeed.zero.Init):
+    """``zero.Init`` for parameters of which every rank holds the same value already."""
 
-    transformers keeps only a weak reference: without this object every rank would hold a whole
-    copy. None below stage 3.
+    def _zero_init_param(self, param: Any) -> None:
+        # DeepSpeed's own broadcasts rank 0's value in between.
+        self._convert_to_deepspeed_param(param)
+        param.partition()
+
+
+def sharder(ds_config: dict[str, Any]) -> Callable[[torch.nn.Parameter], None] | None:
+    """What turns a parameter, whole and equal on every rank, into its ZeRO-3 shard. Collective.
+
+    DeepSpeed does it: what a ds_config says of offload, hpZ or quantization holds. None below
+    stage 3.
     """
     if ds_config["zero_optimization"]["stage"] != 3:
         return None
-    from transformers.integrations import HfDeepSpeedConfig
-
-    return HfDeepSpeedConfig(ds_config)
+    init = _Init(module=torch.nn.Module(), config_dict_or_path=ds_config)
+    return lambda parameter: init._convert_to_zero_parameters([parameter])
 
 
 def make_engine(
@@ -198,6 +206,12 @@ def pinned_zeros(*shape: int) -> torch.Tensor:
     """fp32 zeros in host memory, page-locked where there is another memory."""
     zeros = torch.zeros(shape)
     return zeros if accelerator_name() == "cpu" else get_accelerator().pin_memory(zeros)
+
+
+def pinned_bytes(size: int) -> torch.Tensor:
+    """Bytes in host memory, of any value; page-locked where there is another memory."""
+    empty = torch.empty(size, dtype=torch.uint8)
+    return empty if accelerator_name() == "cpu" else get_accelerator().pin_memory(empty)
 
 
 def memory_bytes() -> int:

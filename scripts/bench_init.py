@@ -38,7 +38,8 @@ def paper(config: dict[str, Any], out: str) -> None:
     from transformers import AutoModelForCausalLM
 
     from lorasb_ds import zero
-    from lorasb_ds.loading import DTYPES, model_path
+    from lorasb_ds.base_files import model_path
+    from lorasb_ds.loading import DTYPES
 
     run = _prepare(config, 1)
     zero.init_process_group()

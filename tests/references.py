@@ -25,3 +25,15 @@ def true_gradients(model: Any, batch: Batch) -> dict[str, torch.Tensor]:
     modules = dict(model.named_modules())
     result = {name: modules[name].weight.grad.float() for name in linear_layers(model)}
     return result | {"loss": loss.detach()}
+
+
+def nf4_config(compute_dtype: torch.dtype) -> Any:
+    """NF4 with double quantization, as transformers' ``quantization_config``."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )

@@ -13,14 +13,13 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lorasb_ds import quantization
 from lorasb_ds.adapter import inject, linear_layers
 from lorasb_ds.config import load_run_config
 from lorasb_ds.data import Batch, collate, tokenize_rows
 from lorasb_ds.gradients import average_gradients
 from lorasb_ds.linalg import truncated_svd
 from lorasb_ds.rows import load_rows
-from tests.references import true_gradients
+from tests.references import nf4_config, true_gradients
 from tests.runs import REALLY_SHARDED, run_ranks, word_rows, write_jsonl
 
 
@@ -134,7 +133,7 @@ def test_4bit_equals_the_dequantized_model(
     model = AutoModelForCausalLM.from_pretrained(
         tiny_model,
         dtype=torch.bfloat16,
-        quantization_config=quantization.nf4_config(torch.bfloat16),
+        quantization_config=nf4_config(torch.bfloat16),
     )
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
     layers, quantized = dict(plain.named_modules()), dict(model.named_modules())

@@ -11,12 +11,19 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lorasb_ds.adapter import LoraSBLinear, inject, linear_layers, select_targets, to_plain_lora
+from lorasb_ds.adapter import (
+    LoraSBLinear,
+    expert_layers,
+    inject,
+    linear_layers,
+    select_targets,
+    to_plain_lora,
+)
 from lorasb_ds.config import ConfigError, RunConfig
 from lorasb_ds.data import collate, tokenize_rows
 from lorasb_ds.export import peft_target_modules
 from lorasb_ds.gradients import average_gradients, no_dropout
-from lorasb_ds.loading import load_base, load_config, read_shapes
+from lorasb_ds.loading import empty_model, load_base, load_config
 from lorasb_ds.loss import token_loss_sum
 from tests.references import own_loss, true_gradients
 from tests.runs import word_rows
@@ -99,8 +106,9 @@ def test_peft_target_modules() -> None:
 
 
 def test_shapes_without_weights_and_trainable_parameters(demo_model: Path) -> None:
-    layers, experts = read_shapes(load_config(str(demo_model)))
-    assert experts == {}
+    empty = empty_model(load_config(str(demo_model)), torch.bfloat16)
+    layers = linear_layers(empty)
+    assert expert_layers(empty) == {}
     assert len(layers) == 210
     assert not any("lm_head" in name for name in layers)
     model = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.bfloat16)

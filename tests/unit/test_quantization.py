@@ -1,64 +1,129 @@
-"""The packed 4-bit layer against bitsandbytes' own and a plain linear layer."""
+"""The packed layers against bitsandbytes' own and a plain linear layer."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Int8Params, Linear4bit
 from torch import nn
-from transformers import AutoModelForCausalLM
 
-from lorasb_ds.adapter import LoraSBLinear, linear_layers
-from lorasb_ds.quantization import PackedLinear4bit, nf4_config, pack_linear_layers
+from lorasb_ds.adapter import LoraSBLinear
+from lorasb_ds.quantization import PackedLinear, PackedLinear4bit, PackedLinear8bit
+
+BF16 = torch.bfloat16
 
 
-def quantized(out_features: int, in_features: int, seed: int = 0) -> Linear4bit:
+def quantized(
+    out_features: int, in_features: int, seed: int = 0, **options: Any
+) -> tuple[Linear4bit, torch.Tensor]:
+    """bitsandbytes' layer, and the weight that it was made from."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         layer = Linear4bit(
-            in_features, out_features, compute_dtype=torch.bfloat16, quant_type="nf4"
+            in_features, out_features, compute_dtype=BF16, **{"quant_type": "nf4"} | options
         )
-    return layer.bfloat16().to("cpu").requires_grad_(False)  # to() is what quantizes
+    layer = layer.bfloat16().requires_grad_(False)
+    W = layer.weight.data.clone()
+    return layer.to("cpu"), W  # to() is what quantizes
 
 
-def dense(layer: Linear4bit) -> nn.Linear:
-    result = nn.Linear(layer.in_features, layer.out_features, device="meta")
-    weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    result.weight = nn.Parameter(weight, requires_grad=False)
-    result.bias = layer.bias
-    return result
+def packed(out_features: int, in_features: int, seed: int = 0) -> PackedLinear4bit:
+    layer, W = quantized(out_features, in_features, seed)
+    result = PackedLinear4bit(in_features, out_features, layer.bias, BF16)
+    return filled(result, result.quantize(W.split(64)))
 
 
-# Odd numbers of weights, of blocks (64 weights), of bytes; blocks of blocks (64 · 256) not full.
-SHAPES = [(1, 1), (5, 7), (33, 70), (48, 80), (64, 64), (129, 129), (300, 130), (256, 320)]
+def filled(layer: Any, value: torch.Tensor) -> Any:
+    assert value.shape == layer.weight.shape
+    layer.weight = nn.Parameter(value, requires_grad=False)
+    return layer
 
 
-@pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
-def test_equals_the_dequantized_layer_bit_for_bit(out_features: int, in_features: int) -> None:
-    layer = quantized(out_features, in_features)
-    packed, plain = PackedLinear4bit(layer), dense(layer)
-    assert torch.equal(packed.dequantize(), plain.weight)
-    (parameter, _bias), numel = packed.parameters(), out_features * in_features
-    assert (parameter.dtype, parameter.dim()) == (torch.bfloat16, 1)
-    # 4 bits, an 8-bit scale for 64 of them and an fp32 one for 256 scales; or parts of those.
-    size = 2 * parameter.numel()
-    assert numel * (0.5 + 1 / 64 + 4 / 2**14) <= size <= numel * (0.5 + 1 / 64 + 4 / 2**14) + 12
-    x = torch.randn(3, 4, in_features, dtype=torch.bfloat16, requires_grad=True)
-    grad_y = torch.randn(3, 4, out_features, dtype=torch.bfloat16)
-    y, expected = packed(x), plain(x)
+def assert_computes(layer: PackedLinear, W: torch.Tensor) -> None:
+    """Forward and backward of a plain layer with these weights, bit for bit."""
+    assert torch.equal(layer.dequantize(), W)
+    plain = nn.Linear(layer.in_features, layer.out_features, device="meta")
+    plain.weight, plain.bias = nn.Parameter(W, requires_grad=False), layer.bias
+    x = torch.randn(3, 4, layer.in_features, dtype=BF16, requires_grad=True)
+    grad_y = torch.randn(3, 4, layer.out_features, dtype=BF16)
+    y, expected = layer(x), plain(x)
     assert torch.equal(y, expected)
     (found,) = torch.autograd.grad(y, x, grad_y)
     assert torch.equal(found, torch.autograd.grad(expected, x, grad_y)[0])
 
 
+# Odd numbers of weights, of blocks (64 weights), of bytes; blocks of blocks (64 · 256) not full;
+# more rows than are quantized at a time.
+SHAPES = [(1, 1), (5, 7), (33, 70), (48, 80), (64, 64), (129, 129), (300, 130), (256, 320)]
+
+
+@pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
+def test_4bit_equals_bitsandbytes(out_features: int, in_features: int) -> None:
+    layer, W = quantized(out_features, in_features)
+    result = PackedLinear4bit(in_features, out_features, layer.bias, BF16)
+    assert result.weight.is_meta
+    filled(result, result.quantize(W.split(64)))
+    assert_computes(result, dequantize_4bit(layer.weight.data, layer.weight.quant_state))
+    (parameter, _bias), numel = result.parameters(), out_features * in_features
+    assert (parameter.dtype, parameter.dim()) == (BF16, 1)
+    # 4 bits, an 8-bit scale for 64 of them and an fp32 one for 256 scales; or parts of those.
+    size = 2 * parameter.numel()
+    assert numel * (0.5 + 1 / 64 + 4 / 2**14) <= size <= numel * (0.5 + 1 / 64 + 4 / 2**14) + 12
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("stored", [torch.float16, BF16])
+def test_4bit_takes_up_what_bitsandbytes_stored(
+    quant_type: str, nested: bool, stored: torch.dtype
+) -> None:
+    layer, W = quantized(48, 80, quant_type=quant_type, compress_statistics=nested)
+    layer = Linear4bit(80, 48, compress_statistics=nested, quant_type=quant_type).to(stored)
+    layer.weight.data = W.to(stored)
+    layer = layer.to("cpu")
+    tensors = layer.state_dict()
+    codes, bias = tensors.pop("weight"), nn.Parameter(tensors.pop("bias").to(BF16))
+    beside = {name.removeprefix("weight."): tensor for name, tensor in tensors.items()}
+    result = PackedLinear4bit(
+        80, 48, bias, BF16, quant_type=quant_type, nested=nested, stored_dtype=stored
+    )
+    filled(result, result.pack_stored(codes, beside))
+    W = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    assert W.dtype == stored
+    assert_computes(result, W.to(BF16))
+    beside["quant_map"] = beside["quant_map"].flip(0)
+    with pytest.raises(ValueError, match="another map"):
+        result.pack_stored(codes, beside)
+
+
+@pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
+def test_8bit_equals_bitsandbytes(out_features: int, in_features: int) -> None:
+    W = torch.randn(out_features, in_features, dtype=BF16)
+    bias = nn.Parameter(torch.randn(out_features, dtype=BF16), requires_grad=False)
+    theirs = Int8Params(W.clone(), has_fp16_weights=False, requires_grad=False).to("cpu")
+    result = PackedLinear8bit(in_features, out_features, bias, BF16)
+    filled(result, result.quantize(W.split(64)))
+    codes, scales = result.parts()
+    assert torch.equal(codes.view(torch.int8).view(W.shape), theirs.CB)
+    assert torch.equal(scales.clone().view(torch.float32), theirs.SCB)
+    # Half a step of 1/127 of a row's largest weight, and what bf16 rounds.
+    error = (result.dequantize().float() - W.float()).abs()
+    assert (error <= 0.51 / 127 * theirs.SCB[:, None] + W.abs() * 2**-8).all()
+    assert_computes(result, result.dequantize())
+    stored = result.pack_stored(theirs.CB, {"SCB": theirs.SCB})
+    assert torch.equal(stored.view(torch.uint8), result.weight.view(torch.uint8))
+    with pytest.raises(ValueError, match="exceeds fp16"):
+        result.quantize([W * 1e6])
+
+
 def test_no_weight_is_kept_for_the_backward() -> None:
     """The backward takes what the parameter holds then: ZeRO-3 frees and gathers it in between."""
-    packed, other = (PackedLinear4bit(quantized(48, 80, seed)) for seed in (0, 1))
-    adapter = LoraSBLinear(packed, 4, torch.bfloat16)
+    layer, other = packed(48, 80, 0), packed(48, 80, 1)
+    adapter = LoraSBLinear(layer, 4, torch.bfloat16)
     adapter.scale = 0.0
     adapter.tap = SimpleNamespace(reached=lambda: None, add=lambda x, grad_y: None)
     x = torch.randn(3, 80, dtype=torch.bfloat16, requires_grad=True)
@@ -69,33 +134,7 @@ def test_no_weight_is_kept_for_the_backward() -> None:
         y = adapter(x)
     assert saved == [x.numel()], "the tap's input and nothing else"
     y = adapter(x)
-    packed.weight.data = other.weight.data
+    layer.weight.data = other.weight.data
     y.sum().backward()
     expected = torch.ones(3, 48, dtype=torch.bfloat16) @ other.dequantize()
     assert torch.equal(x.grad, expected)
-
-
-def test_packing_keeps_the_model(tiny_model: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(
-        tiny_model, dtype=torch.bfloat16, quantization_config=nf4_config(torch.bfloat16)
-    )
-    model.train()  # in eval mode bitsandbytes repacks its weights on some CPUs
-    layers, head = linear_layers(model), model.lm_head.weight
-    input_ids = torch.arange(10).view(1, 10)
-    with torch.no_grad():
-        before = model(input_ids).logits
-        pack_linear_layers(model)
-        assert torch.equal(model(input_ids).logits, before)
-        assert torch.equal(model.eval()(input_ids).logits, before)
-        assert torch.equal(model(input_ids).logits, before)
-    assert linear_layers(model) == layers
-    kinds = {name: type(model.get_submodule(name)) for name in layers}
-    assert set(kinds.values()) == {PackedLinear4bit}
-    assert type(model.lm_head) is nn.Linear
-    assert model.lm_head.weight is head
-
-
-def test_other_quantizations_are_refused() -> None:
-    layer = Linear4bit(64, 64, compress_statistics=False, quant_type="nf4").bfloat16().to("cpu")
-    with pytest.raises(ValueError, match="double quantization"):
-        PackedLinear4bit(layer)

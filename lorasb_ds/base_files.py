@@ -1,0 +1,199 @@
+"""The files of a base: where they are and which tensors they hold. Torch-free."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorasb_ds.config import DEMO_MODEL, ConfigError, demo_model_dir, read_json
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+# What a base needs; a repository may hold the same weights in other forms, too.
+DOWNLOADED = ("*.json", "*.jinja", "*.model", "*.txt", "model*.safetensors")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor of a checkpoint lies."""
+
+    file: Path
+    dtype: str  # as safetensors names it: BF16, F32, U8, …
+    shape: tuple[int, ...]
+    begin: int  # in bytes, from the beginning of the file
+    end: int
+
+
+def model_path(model: str) -> str:
+    """What ``--model`` stands for: the demo's folder, a folder, or a hub name.
+
+    Raises:
+        ConfigError: if a folder is named that does not exist or holds no model.
+    """
+    if model == DEMO_MODEL:
+        folder = demo_model_dir()
+        if not (folder / "config.json").is_file():
+            raise ConfigError(
+                f"--model demo: {folder} does not hold the demo model. Fetch it by "
+                "scripts/setup.sh, or name a model of your own."
+            )
+        return str(folder)
+    folder = Path(model).expanduser()
+    if not folder.exists():
+        if model.startswith((".", "/", "~")) or model.count("/") > 1:
+            raise ConfigError(
+                f"--model {model}: there is no such folder. Give a folder with config.json and "
+                "*.safetensors, or a hub name such as mistralai/Mistral-7B-v0.1."
+            )
+        return model
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"--model {model}: the folder has no config.json, so it is no model.")
+    return str(folder)
+
+
+def model_folder(model: str, trust_remote_code: bool = False) -> Path:
+    """The folder with a base's files; a hub name is looked up in the cache, or fetched into it.
+
+    Raises:
+        ConfigError: if it cannot be fetched.
+    """
+    path = model_path(model)
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    patterns = [*DOWNLOADED, *(["*.py"] if trust_remote_code else [])]
+    try:
+        return Path(snapshot_download(path, allow_patterns=patterns))
+    except (OSError, HFValidationError) as error:  # all of the hub's errors are one of these
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            remedy = "The disk is full: free some of it, or name another one by HF_HOME."
+        else:
+            remedy = (
+                "It must be a folder with a model, or the name of one on the hub (which needs a "
+                "network or a filled cache; a gated one needs `hf auth login`)."
+            )
+        raise ConfigError(
+            f"--model {model} cannot be fetched: {first_line(error)} {remedy}"
+        ) from error
+
+
+def stored_tensors(model: str) -> dict[str, StoredTensor]:
+    """Every tensor of a base's checkpoint, from the files' headers alone.
+
+    Raises:
+        ConfigError: naming the file, and the tensor if there is one, where the files are not
+            whole or not safetensors.
+    """
+    folder = model_folder(model)
+    index_file = folder / INDEX
+    if (folder / WEIGHTS).is_file():
+        return read_header(folder / WEIGHTS, model)
+    if not index_file.is_file():
+        legacy = sorted(file.name for file in folder.glob("*.bin"))
+        found = (
+            f"only {', '.join(legacy)}, which are pickles and can run code" if legacy else "none"
+        )
+        raise ConfigError(
+            f"--model {model}: the weights must be {WEIGHTS}, or several files with {INDEX}; "
+            f"{folder} has {found}. Convert them by save_pretrained of a trusted copy."
+        )
+    index = read_json(str(index_file), "--model").get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise ConfigError(f"--model {model}: {INDEX} has no weight_map. Fetch the file again.")
+    found_tensors: dict[str, StoredTensor] = {}
+    for file in sorted(set(index.values())):
+        names = [name for name, where in index.items() if where == file]
+        path = folder / Path(file).name  # in the same folder, whatever the index says
+        if not path.is_file():
+            raise ConfigError(
+                f"--model {model}: {path.name} is missing, which {INDEX} names for {len(names)} "
+                f"tensors such as {names[0]}. Fetch the file again."
+            )
+        found_tensors |= read_header(path, model)
+        if lost := [name for name in names if name not in found_tensors]:
+            raise ConfigError(
+                f"--model {model}: {INDEX} names {len(lost)} tensors that are not in {path.name}, "
+                f"such as {lost[0]}. Fetch both files again."
+            )
+    return found_tensors
+
+
+def read_header(path: Path, model: str) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file: https://huggingface.co/docs/safetensors (format).
+
+    Raises:
+        ConfigError: if the file is not whole.
+    """
+    try:
+        file_size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 0 < length <= file_size - 8:
+                raise ValueError("it ends within its header")
+            header = json.loads(file.read(length))
+        tensors = {
+            name: StoredTensor(
+                path,
+                entry["dtype"],
+                tuple(entry["shape"]),
+                *(8 + length + offset for offset in entry["data_offsets"]),
+            )
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"--model {model}: {path.name} is no whole safetensors file: {first_line(error)} "
+            "Fetch it again."
+        ) from error
+    for name, tensor in tensors.items():
+        if tensor.end > file_size:
+            raise ConfigError(
+                f"--model {model}: {path.name} is no whole safetensors file: it ends at byte "
+                f"{file_size:,}, within {name}, which ends at {tensor.end:,}. Fetch it again."
+            )
+    return tensors
+
+
+def weights_digest(model: str) -> str:
+    """Tells one model's weights from another's: the hub's commit, or of every file in a folder its
+    name, header, and 4 KiB from the beginning, middle and end of every tensor.
+
+    Training, merging or quantizing changes those; an edit of a few rows may not.
+
+    Raises:
+        ConfigError: if a file is broken.
+    """
+    folder = model_folder(model)
+    if not Path(model_path(model)).is_dir():
+        return f"{model}@{folder.name}"  # a snapshot's folder in the cache is named by its commit
+    result = hashlib.sha256((folder / "config.json").read_bytes())
+    by_file: dict[Path, dict[str, StoredTensor]] = {}
+    for name, tensor in stored_tensors(model).items():
+        by_file.setdefault(tensor.file, {})[name] = tensor
+    for path, tensors in sorted(by_file.items()):
+        result.update(path.name.encode())
+        _digest(path, tensors, result)
+    return result.hexdigest()
+
+
+def _digest(path: Path, tensors: Mapping[str, StoredTensor], result: hashlib._Hash) -> None:
+    sample = 4096
+    with path.open("rb") as file:
+        for name, tensor in tensors.items():
+            result.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+            middle = (tensor.begin + tensor.end) // 2
+            for start in (tensor.begin, middle, max(tensor.begin, tensor.end - sample)):
+                file.seek(start)
+                result.update(file.read(min(sample, tensor.end - start)))
+
+
+def first_line(error: BaseException) -> str:
+    """What other libraries say, without their advice."""
+    text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return text.strip().rstrip(".") + "."

@@ -1,0 +1,248 @@
+"""From a checkpoint's files into the places where a base lives, a tensor at a time.
+
+Ranks take turns: each reads (and quantizes) its part of the checkpoint and broadcasts it, so that
+all of it is read once, however many ranks there are. What was received becomes a ZeRO-3 shard, or
+is kept whole, before the next tensor comes. No file is mapped.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lorasb_ds import zero
+from lorasb_ds.base_files import StoredTensor
+from lorasb_ds.config import ConfigError
+from lorasb_ds.quantization import ROW_MULTIPLE, PackedLinear
+from lorasb_ds.sharding import Group, broadcast, rank_and_size
+from lorasb_ds.weight_map import Source
+
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+# Elements that are read (and quantized) at a time. bitsandbytes takes 14 bytes an element on a CPU,
+# and is fastest at this size.
+CHUNK = 1 << 20
+
+
+class TensorReader:
+    """Reads tensors of a checkpoint by ``pread``, a few rows at a time, on to this rank's device.
+
+    safetensors' own ways either map the file, which counts as this process's memory and keeps what
+    was read, or read a whole tensor for every slice.
+
+    Raises (all methods):
+        ValueError: naming the tensor and its file, if a value is not finite or the dtype unknown.
+        OSError: if a file cannot be read.
+    """
+
+    def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
+        self.stored = stored
+        self._descriptors: dict[os.PathLike[str], int] = {}
+
+    def close(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def read(self, key: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A whole tensor; a floating one in ``dtype``."""
+        tensor = self.stored[key]
+        if dtype is None or not _dtype(key, tensor).is_floating_point:
+            dtype = _dtype(key, tensor)
+        result = torch.empty(tensor.shape, dtype=dtype, device=zero.device())
+        rows, start = result.view(_num_rows(tensor.shape), -1), 0
+        for chunk in self.rows(key, dtype):
+            rows[start : start + len(chunk)] = chunk
+            start += len(chunk)
+        return result
+
+    def rows(self, key: str, dtype: torch.dtype, multiple: int = 1) -> Iterator[torch.Tensor]:
+        """Rows in order, (rows, numbers in a row), as ``multiple`` of so many but in the last.
+
+        A chunk is overwritten by the next.
+        """
+        tensor = self.stored[key]
+        num_rows = _num_rows(tensor.shape)
+        row_bytes = (tensor.end - tensor.begin) // max(1, num_rows)
+        width = math.prod(tensor.shape[1:])
+        step = max(1, CHUNK // max(1, width) // multiple) * multiple
+        buffer = zero.pinned_bytes(min(step, num_rows) * row_bytes)
+        for first in range(0, num_rows, step):
+            count = min(step, num_rows - first)
+            part = buffer[: count * row_bytes]
+            self._fill(part, key, tensor.begin + first * row_bytes)
+            chunk = part.view(_dtype(key, tensor)).view(count, width)
+            chunk = chunk.to(zero.device(), dtype)
+            if dtype.is_floating_point and not all(map(math.isfinite, _range(chunk))):
+                raise ValueError(
+                    f"{key} in {tensor.file.name} holds values that are not finite in {dtype}"
+                )
+            yield chunk
+
+    def _fill(self, buffer: torch.Tensor, key: str, offset: int) -> None:
+        path = self.stored[key].file
+        if path not in self._descriptors:
+            self._descriptors[path] = os.open(path, os.O_RDONLY)
+        view = memoryview(buffer.numpy())  # type: ignore[arg-type]
+        while view:
+            count = os.preadv(self._descriptors[path], [view], offset)
+            if count == 0:
+                raise ValueError(f"{path.name} ends within {key}")
+            view, offset = view[count:], offset + count
+
+
+def _dtype(key: str, tensor: StoredTensor) -> torch.dtype:
+    if tensor.dtype not in DTYPES:
+        raise ValueError(
+            f"{key} in {tensor.file.name} is stored as {tensor.dtype}; only "
+            f"{', '.join(DTYPES)} are known"
+        )
+    return DTYPES[tensor.dtype]
+
+
+def _num_rows(shape: Sequence[int]) -> int:
+    return shape[0] if shape else 1
+
+
+def _range(values: torch.Tensor) -> list[float]:
+    """Smallest and largest; NaN if there is one."""
+    return [bound.item() for bound in values.aminmax()] if values.numel() else []
+
+
+def stream_weights(
+    model: Any,
+    sources: Sequence[Source],
+    stored: Mapping[str, StoredTensor],
+    shard: Callable[[nn.Parameter], None] | None,
+    group: Group = None,
+) -> None:
+    """Give every parameter and stored buffer of a model its value. Collective.
+
+    A rank holds, beside its share: the tensor that it reads or quantizes, one that it receives, and
+    a few rows.
+
+    Args:
+        model: with parameters on the meta device, in the dtypes that are wanted; ``PackedLinear``
+            layers where weights are to be quantized.
+        shard: partitions a parameter over the ranks, each of which holds its whole value; None to
+            keep it whole.
+    Raises:
+        ConfigError: on every rank alike, if one of them cannot read what it has to.
+    Communication: one broadcast of every tensor; an all-reduce of one integer for as many of them
+        as there are ranks.
+    """
+    rank, world_size = rank_and_size(group)
+    reader = TensorReader(stored)
+    # Largest first: the ranks' turns are about equally long, and memory is still free.
+    sources = sorted(sources, key=lambda s: -sum(stored[k].end - stored[k].begin for k in s.keys))
+    try:
+        for first in range(0, len(sources), world_size):
+            wave = sources[first : first + world_size]
+            values, problem = {}, None
+            if rank < len(wave):
+                try:
+                    values = _read(model, wave[rank], reader)
+                except (OSError, ValueError, torch.OutOfMemoryError) as error:
+                    problem = f"{wave[rank].keys[0]}: {error}"
+            _raise_together(problem, group)
+            for owner, source in enumerate(wave):
+                for name in source.targets:
+                    if owner == rank:
+                        value = values.pop(name)
+                    else:
+                        value = torch.empty_like(_get(model, name), device=zero.device())
+                    placed = put(model, name, broadcast(value, owner, group))
+                    del value
+                    if shard is not None and isinstance(placed, nn.Parameter):
+                        shard(placed)
+            _release_host_memory()
+    finally:
+        reader.close()
+
+
+def _read(model: Any, source: Source, reader: TensorReader) -> dict[str, torch.Tensor]:
+    """Target -> value as the model holds it."""
+    if source.converter is not None:
+        dtype = next(model.parameters()).dtype
+        found = source.convert(model, lambda key: reader.read(key, dtype))
+        return {name: _settled(model, name, tensor) for name, tensor in found.items()}
+    (target,), key = source.targets, source.keys[0]
+    layer = _packed_layer(model, target)
+    if layer is None:
+        return {target: reader.read(key, _get(model, target).dtype)}
+    if source.beside:
+        beside = {name: reader.read(key) for name, key in source.beside.items()}
+        return {target: layer.pack_stored(reader.read(key), beside)}
+    if layer.stored_transposed:
+        return {target: _settled(model, target, reader.read(key, layer.dtype).T.contiguous())}
+    return {target: layer.quantize(reader.rows(key, layer.dtype, ROW_MULTIPLE))}
+
+
+def _settled(model: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A whole tensor as the model holds it."""
+    layer = _packed_layer(model, name)
+    if layer is None:
+        return tensor.to(_get(model, name).dtype).contiguous()
+    step = max(1, CHUNK // layer.in_features // ROW_MULTIPLE) * ROW_MULTIPLE
+    return layer.quantize(tensor.split(step))
+
+
+def _packed_layer(model: nn.Module, name: str) -> PackedLinear | None:
+    module, _, leaf = name.rpartition(".")
+    layer = model.get_submodule(module)
+    return layer if isinstance(layer, PackedLinear) and leaf == "weight" else None
+
+
+def _get(model: nn.Module, name: str) -> torch.Tensor:
+    module, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(module), leaf)
+
+
+def put(model: nn.Module, name: str, value: torch.Tensor) -> torch.Tensor:
+    """Set a parameter (frozen, unless it is one already) or buffer by name, of any shape."""
+    module_name, _, leaf = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    if leaf in module._buffers:
+        module._buffers[leaf] = value
+        return value
+    if not isinstance(value, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=False)
+    module._parameters[leaf] = value
+    return value
+
+
+def _raise_together(problem: str | None, group: Group) -> None:
+    """End on every rank if one has a problem. Collective."""
+    if rank_and_size(group)[1] > 1:
+        failed = torch.tensor(int(problem is not None), device=zero.device())
+        dist.all_reduce(failed, group=group)
+        if failed.item():
+            problems: list[str | None] = [None] * rank_and_size(group)[1]
+            dist.all_gather_object(problems, problem, group=group)
+            problem = next(filter(None, problems))
+    if problem is not None:
+        raise ConfigError(f"The base cannot be loaded. {problem}")
+
+
+def _release_host_memory() -> None:
+    """Hand freed memory back: glibc keeps up to 32 MiB of each size that was in use."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -1,0 +1,175 @@
+"""Which tensors of a checkpoint make which parameters of a model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from lorasb_ds.base_files import StoredTensor
+from lorasb_ds.config import ConfigError
+
+# What bitsandbytes keeps beside a quantized weight, in 4 bits and in 8.
+STATE_4BIT = re.compile(
+    r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__(nf4|fp4))$"
+)
+STATE_8BIT = re.compile(r"\.(SCB|weight_format)$")
+
+
+@dataclass
+class Source:
+    """What is read in one go: one parameter (or buffer), or several that are stored as one.
+
+    Attributes:
+        targets: names in the model, and the shapes that come out.
+        keys: names in the checkpoint.
+        beside: of a weight that is quantized already, bitsandbytes' own names of the tensors beside
+            its codes (absmax, SCB, …) -> names in the checkpoint.
+        converter: transformers' own, for weights that it fuses, splits or permutes.
+    """
+
+    targets: dict[str, torch.Size]
+    keys: tuple[str, ...]
+    beside: dict[str, str] = field(default_factory=dict)
+    converter: Any = None
+    patterns: tuple[str, ...] = ()  # the converter's own, one for each key
+
+    def convert(self, model: nn.Module, read: Callable[[str], torch.Tensor]) -> dict[str, Any]:
+        """Target -> tensor, by transformers' own operations."""
+        transform, first = deepcopy(self.converter), next(iter(self.targets))
+        for key, pattern in zip(self.keys, self.patterns, strict=True):
+            transform.add_tensor(first, key, pattern, partial(read, key))
+        found = transform.convert(first, model=model, config=model.config)
+        return {name: t[0] if isinstance(t, list) else t for name, t in found.items()}
+
+
+def map_weights(model: Any, stored: Mapping[str, StoredTensor], name: str) -> list[Source]:
+    """Every parameter and stored buffer of a model, and where it comes from.
+
+    Names are those of the checkpoint through transformers' renamings and fusions (of MoE experts
+    into 3-D parameters, for one). Tensors that the model has no use for are left out.
+
+    Args:
+        model: as transformers makes it, before anything is replaced; on the meta device will do.
+        stored: the checkpoint's tensors.
+        name: of the model, for errors.
+    Returns:
+        Without parameters that are tied to others.
+    Raises:
+        ConfigError: naming tensor and file, if one is missing, has another shape, or is quantized
+            in a way that is not known.
+    """
+    state = model.state_dict()
+    conversions = get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    beside = _beside_codes(stored)
+    sources: dict[str, Source] = {}
+    for key in sorted(stored, key=dot_natural_key):
+        if STATE_4BIT.search(key) or STATE_8BIT.search(key):
+            continue
+        prefix = model.base_model_prefix
+        target, pattern = rename_source_key(key, renamings, converters, prefix, state)
+        if target not in state and key in state:
+            target, pattern = key, None
+        if target not in state:
+            continue
+        if pattern is None:
+            sources[target] = Source({target: state[target].shape}, (key,), beside.get(key, {}))
+            continue
+        if key in beside:
+            raise ConfigError(
+                f"--model {name}: {key} is quantized by itself, but transformers fuses it into "
+                f"{target}. Give the base that it was made from."
+            )
+        source = sources.setdefault(target, Source({target: torch.Size()}, ()))
+        source.converter = by_pattern[pattern]
+        source.keys += (key,)
+        source.patterns += (pattern,)
+
+    tied = {t: s for t, s in model.all_tied_weights_keys.items() if t in state}
+    for target, twin in tied.items():
+        found = sources.pop(target, None)
+        if found is not None and twin not in sources:  # stored under the other name
+            sources[twin] = Source({twin: state[twin].shape}, found.keys, found.beside)
+    result = list(sources.values())
+    for source in result:
+        _check_shapes(model, source, state, stored, name)
+    _check_complete(model, result, set(state) - set(tied), stored, name)
+    return result
+
+
+def _beside_codes(stored: Mapping[str, StoredTensor]) -> dict[str, dict[str, str]]:
+    """Quantized weight -> what lies beside it."""
+    result: dict[str, dict[str, str]] = {}
+    for key in stored:
+        if match := STATE_4BIT.search(key):
+            result.setdefault(key[: match.start()], {})[match[0][1:]] = key
+        elif match := STATE_8BIT.search(key):
+            result.setdefault(f"{key[: match.start()]}.weight", {})[match[1]] = key
+    return result
+
+
+def _check_shapes(
+    model: Any,
+    source: Source,
+    state: Mapping[str, torch.Tensor],
+    stored: Mapping[str, StoredTensor],
+    name: str,
+) -> None:
+    """What comes out of a source must be what the model has; fills in the targets of fusions."""
+    files = ", ".join(sorted({stored[key].file.name for key in source.keys}))
+    if source.converter is not None:
+        try:
+            found = source.convert(model, lambda key: torch.empty(stored[key].shape, device="meta"))
+        except (RuntimeError, ValueError, IndexError, KeyError) as error:
+            raise ConfigError(
+                f"--model {name}: {source.keys[0]} and {len(source.keys) - 1} more in {files} "
+                f"cannot be put together: {str(error).splitlines()[0]}"
+            ) from error
+        source.targets = {target: tensor.shape for target, tensor in found.items()}
+    elif not source.beside:
+        source.targets = {next(iter(source.targets)): torch.Size(stored[source.keys[0]].shape)}
+    for target, shape in source.targets.items():
+        expected = state[target].shape if target in state else None
+        if shape != expected:
+            raise ConfigError(
+                f"--model {name}: {source.keys[0]} in {files} makes {target} of shape "
+                f"{tuple(shape)}, but the model of config.json has "
+                f"{'none' if expected is None else tuple(expected)}. The files do not belong "
+                "together; fetch them again."
+            )
+
+
+def _check_complete(
+    model: Any, sources: list[Source], wanted: set[str], stored: Mapping[str, Any], name: str
+) -> None:
+    found = {target for source in sources for target in source.targets}
+    parameters = {parameter for parameter, _ in model.named_parameters()}
+    # Buffers that the model's own code makes need not be stored where it says so.
+    ignored = [re.compile(p) for p in (model._keys_to_ignore_on_load_missing or [])]
+    missing = sorted(
+        target
+        for target in wanted - found
+        if target in parameters or not any(pattern.search(target) for pattern in ignored)
+    )
+    if missing:
+        raise ConfigError(
+            f"--model {name}: the files lack {len(missing)} weights of the model, such as "
+            f"{', '.join(missing[:3])}. Is it a whole {type(model).__name__} checkpoint? (They "
+            f"hold {len(stored)} tensors.)"
+        )

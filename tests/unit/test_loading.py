@@ -1,0 +1,259 @@
+"""The streaming loader against transformers' own, on files as they come and on broken ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from lorasb_ds.adapter import linear_layers
+from lorasb_ds.base_files import stored_tensors, weights_digest
+from lorasb_ds.config import ConfigError, RunConfig
+from lorasb_ds.loading import load_base, load_config, load_plain
+from lorasb_ds.quantization import PackedLinear, PackedLinear4bit, PackedLinear8bit
+from tests.references import nf4_config
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+LLAMA = {
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+MOE = {"moe_intermediate_size": 24, "num_experts_per_tok": 2}
+DEEPSEEK = {
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+GPT2 = {"vocab_size": 512, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 1}
+GPT2 |= {"eos_token_id": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+# Tied heads; biases; fused and renamed experts; 1-D and scalar buffers; fp32 kept beside bf16;
+# weights stored as (in, out); one projection for q, k and v.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "Llama": LLAMA | {"tie_word_embeddings": True},
+    "Qwen2": LLAMA,
+    "Gemma2": LLAMA | {"head_dim": 8},
+    "Mixtral": LLAMA | {"num_local_experts": 4},
+    "Qwen2Moe": LLAMA | MOE | {"num_experts": 4, "shared_expert_intermediate_size": 40},
+    "DeepseekV3": LLAMA | MOE | DEEPSEEK,
+    "Phi3": LLAMA | {"pad_token_id": 0, "eos_token_id": 2},
+    "GPT2": GPT2,
+    "Bloom": {"vocab_size": 512, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+}
+
+
+def make(architecture: str, folder: Path) -> Path:
+    """A random model in many small files."""
+    config = getattr(transformers, f"{architecture}Config")(**ARCHITECTURES[architecture])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        for parameter in model.parameters():
+            parameter.data.normal_(0, 0.1)
+    model.save_pretrained(folder, max_shard_size="20KB")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make("Llama", tmp_path_factory.mktemp("models") / "llama")
+
+
+def everything(model: Any) -> dict[str, torch.Tensor]:
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_equals_transformers(architecture: str, dtype: str, tmp_path: Path) -> None:
+    folder = make(architecture, tmp_path)
+    assert (folder / "model.safetensors.index.json").is_file()
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
+    found, _ = load_plain(str(folder), dtype)
+    ours, theirs = everything(found), everything(expected)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype, name
+        assert torch.equal(ours[name], tensor), name
+    input_ids = torch.arange(1, 9).view(1, 8)
+    with torch.no_grad():
+        assert torch.equal(found(input_ids).logits, expected.eval()(input_ids).logits)
+
+
+def test_a_head_stored_under_the_other_name(llama: Path, tmp_path: Path) -> None:
+    expected = AutoModelForCausalLM.from_pretrained(llama)
+    shutil.copy(llama / "config.json", tmp_path)
+    tensors = {name: tensor.clone() for name, tensor in expected.state_dict().items()}
+    del tensors["model.embed_tokens.weight"]
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)  # of old files; unused
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    found, _ = load_plain(str(tmp_path), "fp32")
+    assert found.lm_head.weight is found.model.embed_tokens.weight
+    assert torch.equal(found.lm_head.weight, expected.lm_head.weight)
+
+
+def base(folder: Path, **options: Any) -> Any:
+    config = RunConfig(model=str(folder), **options)
+    return load_base(config, load_config(str(folder)), {"zero_optimization": {"stage": 2}})
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Qwen2", "GPT2", "Mixtral"])
+def test_4bit_equals_transformers_and_bitsandbytes(architecture: str, tmp_path: Path) -> None:
+    folder = make(architecture, tmp_path)
+    expected = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, quantization_config=nf4_config(torch.bfloat16)
+    ).train()  # in eval mode bitsandbytes repacks its weights on some CPUs
+    found = base(folder, load_in_4bit=True).train()
+    kinds = {type(found.get_submodule(name)) for name in linear_layers(found)}
+    assert kinds == {PackedLinear4bit}
+    assert linear_layers(found).keys() == linear_layers(expected).keys()
+    assert not isinstance(found.lm_head, PackedLinear)
+    input_ids = torch.arange(1, 9).view(1, 8)
+    with torch.no_grad():
+        assert torch.equal(found(input_ids).logits, expected(input_ids).logits)
+
+
+def test_8bit_is_near_the_base(llama: Path) -> None:
+    plain, found = base(llama), base(llama, load_in_8bit=True)
+    layers = linear_layers(plain)
+    assert {type(found.get_submodule(name)) for name in layers} == {PackedLinear8bit}
+    for name in layers:
+        W, quantized = plain.get_submodule(name).weight, found.get_submodule(name).dequantize()
+        error = torch.linalg.norm((quantized - W).float()) / torch.linalg.norm(W.float())
+        assert 0 < error < 0.01, name
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_quantized_files_are_taken_as_they_are(llama: Path, tmp_path: Path, nested: bool) -> None:
+    quantization = nf4_config(torch.bfloat16)
+    quantization.bnb_4bit_use_double_quant = nested
+    theirs = AutoModelForCausalLM.from_pretrained(
+        llama, dtype=torch.bfloat16, quantization_config=quantization
+    )
+    theirs.save_pretrained(tmp_path)
+    found = base(tmp_path, load_in_4bit=True)
+    for name in linear_layers(found):
+        layer, stored = found.get_submodule(name), theirs.get_submodule(name).weight
+        assert isinstance(layer, PackedLinear4bit)
+        assert layer.nested == nested
+        assert torch.equal(layer.parts()[0], stored.data.flatten()), name
+    input_ids = torch.arange(1, 9).view(1, 8)
+    with torch.no_grad():
+        assert torch.equal(found(input_ids).logits, theirs.train()(input_ids).logits)
+
+
+def test_8bit_files_are_taken_as_they_are(llama: Path, tmp_path: Path) -> None:
+    theirs = AutoModelForCausalLM.from_pretrained(
+        llama,
+        dtype=torch.bfloat16,
+        quantization_config=transformers.BitsAndBytesConfig(load_in_8bit=True),
+    )
+    theirs.save_pretrained(tmp_path)
+    found, ours = base(tmp_path, load_in_8bit=True), base(llama, load_in_8bit=True)
+    for name in linear_layers(found):
+        layer, again = found.get_submodule(name), ours.get_submodule(name)
+        assert isinstance(layer, PackedLinear8bit)
+        assert torch.equal(layer.dequantize(), again.dequantize()), name
+
+
+def edit_index(folder: Path, change: Callable[[dict[str, str]], object]) -> None:
+    path = folder / "model.safetensors.index.json"
+    content = json.loads(path.read_text())
+    change(content["weight_map"])
+    path.write_text(json.dumps(content))
+
+
+def edit_tensor(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    path = folder / index["weight_map"][name]
+    tensors = load_file(path)
+    save_file({**tensors, name: change(tensors[name])}, path, metadata={"format": "pt"})
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def with_nan(tensor: torch.Tensor) -> torch.Tensor:
+    tensor[3, 2] = torch.nan
+    return tensor
+
+
+def truncate(folder: Path) -> None:
+    path = folder / stored_tensors(str(folder))[UP].file.name
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing file": (
+        lambda f: stored_tensors(str(f))[UP].file.unlink(),
+        r"model-0000\d-of-0000\d\.safetensors is missing, which model\.safetensors\.index\.json "
+        r"names for \d+ tensors such as model\.layers\.",
+    ),
+    "truncated file": (truncate, r"ends at byte [\d,]+, within model\.layers\.1\.\S+, which ends"),
+    "empty file": (
+        lambda f: stored_tensors(str(f))[UP].file.write_bytes(b""),
+        "is no whole safetensors file: it ends within its header",
+    ),
+    "tensor that is not there": (
+        lambda f: edit_index(f, lambda i: i.update({"model.extra": i[UP]})),
+        r"names 1 tensors that are not in model-\S+, such as model\.extra",
+    ),
+    "tensor that is not named": (
+        lambda f: edit_tensor(f, UP, lambda t: t) or edit_index(f, lambda i: i.pop(UP)),
+        "",  # it is there: the index is not needed for it
+    ),
+    "other shape": (
+        lambda f: edit_tensor(f, UP, lambda t: t[:-1].contiguous()),
+        r"up_proj\.weight of shape \(47, 32\), but the model of config\.json has \(48, 32\)",
+    ),
+    "not a number": (lambda f: edit_tensor(f, UP, with_nan), rf"{UP} in model-\S+ holds values "),
+    "infinite in bf16": (
+        lambda f: edit_tensor(f, UP, lambda t: t * 0 + 3.4e38),
+        rf"{UP} in model-\S+ holds values that are not finite in torch\.bfloat16",
+    ),
+    "unknown dtype": (
+        lambda f: edit_tensor(f, UP, lambda t: t.to(torch.float8_e4m3fn)),
+        rf"{UP} in model-\S+ is stored as F8_E4M3; only BF16, F16, ",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_broken_files(fault: str, llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(llama, folder)
+    break_it, message = FAULTS[fault]
+    break_it(folder)
+    for quantized in (False, True):
+        if not message:
+            assert base(folder, load_in_4bit=quantized) is not None
+            continue
+        with pytest.raises(ConfigError, match=message):
+            base(folder, load_in_4bit=quantized)
+
+
+def test_the_digest_sees_every_tensor(llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(llama, folder)
+    before = weights_digest(str(folder))
+    assert before == weights_digest(str(llama))
+    edit_tensor(folder, UP, lambda t: t * 1.01)
+    assert weights_digest(str(folder)) != before
