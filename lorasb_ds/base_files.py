@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from lorasb_ds.config import DEMO_MODEL, ConfigError, demo_model_dir, read_json
@@ -54,6 +55,7 @@ def model_path(model: str) -> str:
     return str(folder)
 
 
+@cache  # or the hub would be asked for every use
 def model_folder(model: str, trust_remote_code: bool = False) -> Path:
     """The folder with a base's files; a hub name is looked up in the cache, or fetched into it.
 

@@ -47,9 +47,8 @@ class TensorReader:
     safetensors' own ways either map the file, which counts as this process's memory and keeps what
     was read, or read a whole tensor for every slice.
 
-    Raises (all methods):
-        ValueError: naming the tensor and its file, if a value is not finite or the dtype unknown.
-        OSError: if a file cannot be read.
+    All methods raise ValueError, naming tensor and file, if it cannot be read, is of an unknown
+    dtype, or holds a value that is not finite.
     """
 
     def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
@@ -98,14 +97,17 @@ class TensorReader:
 
     def _fill(self, buffer: torch.Tensor, key: str, offset: int) -> None:
         path = self.stored[key].file
-        if path not in self._descriptors:
-            self._descriptors[path] = os.open(path, os.O_RDONLY)
         view = memoryview(buffer.numpy())  # type: ignore[arg-type]
-        while view:
-            count = os.preadv(self._descriptors[path], [view], offset)
-            if count == 0:
-                raise ValueError(f"{path.name} ends within {key}")
-            view, offset = view[count:], offset + count
+        try:
+            if path not in self._descriptors:
+                self._descriptors[path] = os.open(path, os.O_RDONLY)
+            while view:
+                count = os.preadv(self._descriptors[path], [view], offset)
+                if count == 0:
+                    raise OSError("the file ends before")
+                view, offset = view[count:], offset + count
+        except OSError as error:
+            raise ValueError(f"{key} in {path.name} cannot be read: {error}") from error
 
 
 def _dtype(key: str, tensor: StoredTensor) -> torch.dtype:
@@ -159,8 +161,8 @@ def stream_weights(
             if rank < len(wave):
                 try:
                     values = _read(model, wave[rank], reader)
-                except (OSError, ValueError, torch.OutOfMemoryError) as error:
-                    problem = f"{wave[rank].keys[0]}: {error}"
+                except (ValueError, torch.OutOfMemoryError) as error:
+                    problem = str(error)
             _raise_together(problem, group)
             for owner, source in enumerate(wave):
                 for name in source.targets:
@@ -238,7 +240,7 @@ def _raise_together(problem: str | None, group: Group) -> None:
             dist.all_gather_object(problems, problem, group=group)
             problem = next(filter(None, problems))
     if problem is not None:
-        raise ConfigError(f"The base cannot be loaded. {problem}")
+        raise ConfigError(f"The base cannot be loaded: {problem}")
 
 
 def _release_host_memory() -> None:

@@ -190,6 +190,53 @@ def four_bit(config: dict[str, Any], out: str, zero_optimization: dict[str, Any]
         save_file(tensors | {"losses": torch.tensor(losses)}, out)
 
 
+def load(config: dict[str, Any], out: str, zero_optimization: dict[str, Any]) -> None:
+    """The base as it is loaded; rank 0 writes its whole parameters and what all ranks read."""
+    from lorasb_ds import zero
+    from lorasb_ds.config import load_run_config
+    from lorasb_ds.loading import load_base, load_config
+
+    zero.init_process_group()
+    run = load_run_config(config)
+    ds_config = {"train_batch_size": zero.world_size(), "zero_optimization": zero_optimization}
+    hf_config = load_config(run.model)
+    before = _bytes_read()
+    model = load_base(run, hf_config, ds_config)
+    read = torch.tensor(_bytes_read() - before)
+    dist.all_reduce(read)
+    result = {"bytes_read": read}
+    sharded = zero_optimization["stage"] == 3
+    for name, parameter in model.named_parameters():
+        assert (parameter.numel() == 0) == sharded, name
+        if sharded:
+            assert parameter.ds_tensor.numel() == -(-parameter.ds_numel // zero.world_size())
+        with zero.gathered([parameter]):
+            value = parameter.data.clone()
+        result[name] = value.view(torch.uint8) if run.load_in_4bit and value.dim() == 1 else value
+    result |= {name: buffer.clone() for name, buffer in model.named_buffers()}
+    if zero.rank() == 0:
+        save_file(result, out)
+
+
+def _bytes_read() -> int:
+    """That this process asked files for, from the page cache or not."""
+    fields = Path("/proc/self/io").read_text().split()
+    return int(fields[fields.index("rchar:") + 1])
+
+
+def load_broken(config: dict[str, Any], message: str) -> None:
+    """A base that one rank cannot read ends all of them, with the same words."""
+    from lorasb_ds import zero
+    from lorasb_ds.config import ConfigError, load_run_config
+    from lorasb_ds.loading import load_base, load_config
+
+    zero.init_process_group()
+    run = load_run_config(config)
+    ds_config = {"train_batch_size": zero.world_size(), "zero_optimization": {"stage": 3}}
+    with pytest.raises(ConfigError, match=message):
+        load_base(run, load_config(run.model), ds_config)
+
+
 def disagree(config: dict[str, Any]) -> None:
     """Ranks that hold different rows refuse to train, all of them."""
     from lorasb_ds import zero

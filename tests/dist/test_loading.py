@@ -1,0 +1,75 @@
+"""A base on several ranks: read once, shared by all, whole or in ZeRO-3 shards."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from lorasb_ds.adapter import linear_layers
+from lorasb_ds.config import RunConfig
+from lorasb_ds.loading import load_base, load_config
+from tests.runs import REALLY_SHARDED, run_ranks
+
+STAGE_3: dict[str, Any] = {"stage": 3} | REALLY_SHARDED
+
+
+@pytest.mark.parametrize(
+    ("world_size", "zero_optimization"), [(3, STAGE_3), (2, {"stage": 2})], ids=["zero3", "zero2"]
+)
+@pytest.mark.parametrize("quantized", [False, True])
+def test_ranks_hold_what_one_process_does(
+    demo_model: Path, tmp_path: Path, world_size: int, zero_optimization: Any, quantized: bool
+) -> None:
+    options = {"model": str(demo_model), "load_in_4bit": quantized}
+    out = str(tmp_path / "out.safetensors")
+    run_ranks("load", world_size, config=options, out=out, zero_optimization=zero_optimization)
+    found = load_file(out)
+    bytes_read = int(found.pop("bytes_read"))
+    files_bytes = sum(file.stat().st_size for file in demo_model.glob("*.safetensors"))
+    # Once in all; headers, configurations and Python's own modules by every rank.
+    assert files_bytes <= bytes_read <= files_bytes + world_size * (8 << 20)
+    if quantized:
+        config = RunConfig(**options)
+        ds_config = {"zero_optimization": {"stage": 2}}
+        model = load_base(config, load_config(str(demo_model)), ds_config)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.bfloat16)
+    expected = dict(model.named_parameters()) | dict(model.named_buffers())
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        value = value.view(found[name].dtype)
+        assert torch.equal(found[name], value), name
+
+
+def test_moe_experts_are_fused_on_their_way(tiny_moe: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "out.safetensors")
+    config = {"model": str(tiny_moe), "dtype": "fp32"}
+    run_ranks("load", 2, config=config, out=out, zero_optimization=STAGE_3)
+    found = load_file(out)
+    found.pop("bytes_read")
+    model = AutoModelForCausalLM.from_pretrained(tiny_moe, dtype=torch.float32)
+    expected = dict(model.named_parameters()) | dict(model.named_buffers())
+    assert found.keys() == expected.keys()
+    assert any(tensor.dim() == 3 for tensor in found.values())
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("layer", ["layers.0.mlp.up_proj", "layers.1.self_attn.k_proj"])
+def test_one_rank_that_cannot_read_ends_all(tiny_model: Path, tmp_path: Path, layer: str) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    file, name = tmp_path / "model" / "model.safetensors", f"model.{layer}.weight"
+    assert f"model.{layer}" in linear_layers(AutoModelForCausalLM.from_pretrained(tiny_model))
+    tensors = load_file(file)
+    tensors[name][0, 5] = torch.inf
+    save_file(tensors, file, metadata={"format": "pt"})
+    message = rf"The base cannot be loaded: {name} in model\.safetensors holds values "
+    for quantized in (False, True):
+        config = {"model": str(tmp_path / "model"), "load_in_4bit": quantized}
+        run_ranks("load_broken", 2, config=config, message=message)
