@@ -200,6 +200,8 @@ def load(config: dict[str, Any], out: str, zero_optimization: dict[str, Any]) ->
     run = load_run_config(config)
     ds_config = {"train_batch_size": zero.world_size(), "zero_optimization": zero_optimization}
     hf_config = load_config(run.model)
+    import bitsandbytes  # noqa: F401, its libraries are no part of what is measured
+
     before = _bytes_read()
     model = load_base(run, hf_config, ds_config)
     read = torch.tensor(_bytes_read() - before)
@@ -212,7 +214,7 @@ def load(config: dict[str, Any], out: str, zero_optimization: dict[str, Any]) ->
             assert parameter.ds_tensor.numel() == -(-parameter.ds_numel // zero.world_size())
         with zero.gathered([parameter]):
             value = parameter.data.clone()
-        result[name] = value.view(torch.uint8) if run.load_in_4bit and value.dim() == 1 else value
+        result[name] = value.view(torch.uint8) if "_proj." in name else value
     result |= {name: buffer.clone() for name, buffer in model.named_buffers()}
     if zero.rank() == 0:
         save_file(result, out)

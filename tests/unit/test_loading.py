@@ -257,3 +257,40 @@ def test_the_digest_sees_every_tensor(llama: Path, tmp_path: Path) -> None:
     assert before == weights_digest(str(llama))
     edit_tensor(folder, UP, lambda t: t * 1.01)
     assert weights_digest(str(folder)) != before
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_of_a_base_needs_a_flag(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "c"))
+    folder = tmp_path / "model"
+    shutil.copytree(llama, folder)
+    (folder / "own.py").write_text(OWN_CODE)
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "own"}
+    config["auto_map"] = {
+        "AutoConfig": "own.OwnConfig",
+        "AutoModelForCausalLM": "own.OwnForCausalLM",
+    }
+    config["architectures"] = ["OwnForCausalLM"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="If you trust that code, give --trust-remote-code"):
+        load_config(str(folder))
+    hf_config = load_config(str(folder), trust_remote_code=True)
+    trusted = RunConfig(model=str(folder), trust_remote_code=True, dtype="fp32")
+    found = load_base(trusted, hf_config, {"zero_optimization": {"stage": 2}})
+    assert type(found).__name__ == "OwnForCausalLM"
+    expected = AutoModelForCausalLM.from_pretrained(llama)
+    input_ids = torch.arange(1, 9).view(1, 8)
+    with torch.no_grad():
+        assert torch.equal(found(input_ids).logits, expected(input_ids).logits)
