@@ -7,6 +7,7 @@ import click
 from bench_init import init, scale
 from bench_load import main as load
 from bench_svd import svd
+from bench_wide import main as wide
 
 
 @click.group(help=__doc__)
@@ -14,7 +15,7 @@ def main() -> None:
     pass
 
 
-for command in (svd, init, scale, load):
+for command in (svd, init, scale, load, wide):
     main.add_command(command)
 
 if __name__ == "__main__":

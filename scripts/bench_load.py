@@ -7,14 +7,14 @@ import re
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 import torch
 from bench_common import ROOT, machine, measure, row, write_json
-from bench_memory import watched
+from bench_memory import held, held_bytes, watched
 from bench_model import read_once, write_llama
 
 MB = 1e6
@@ -52,7 +52,8 @@ CASES = [
     Case(ORDINARY, 8, 2, 1),
     *(Case(SHARDED, 16, 3, ranks) for ranks in (1, 2, 4)),
 ]
-QUICK_CASES = [case for case in CASES if case.ranks <= 2 and case.bits != 8]
+QUICK_CASES = [Case(OURS, 16, 2, 1), Case(OURS, 16, 3, 2), Case(ORDINARY, 16, 2, 1)]
+QUICK_CASES += [Case(ORDINARY, 4, 2, 1), Case(SHARDED, 16, 3, 1)]
 
 
 def load(settings: dict[str, Any], out: str) -> None:
@@ -113,25 +114,8 @@ def _loaded(model: str, way: str, bits: int, stage: int) -> Any:
         loaded = AutoModelForCausalLM.from_pretrained(model, **options)
         del alive
     for weight in loaded.parameters():
-        _here(weight).flatten().view(torch.uint8)[::4096].sum()
+        held(weight).flatten().view(torch.uint8)[::4096].sum()
     return loaded
-
-
-def _here(weight: Any) -> torch.Tensor:
-    """What this rank has of a parameter."""
-    return getattr(weight, "ds_tensor", weight).detach()
-
-
-def held_bytes(parameters: Iterable[Any]) -> int:
-    """Of what this rank has of parameters, with the scales that bitsandbytes keeps beside them."""
-    total = 0
-    for weight in parameters:
-        total += _here(weight).nbytes
-        if (state := getattr(weight, "quant_state", None)) is not None:  # NF4
-            total += state.absmax.nbytes + state.state2.absmax.nbytes
-        if (scales := getattr(weight, "SCB", None)) is not None:  # int8
-            total += scales.nbytes
-    return total
 
 
 def summary(runs: list[list[dict[str, float]]]) -> dict[str, float]:
@@ -157,10 +141,10 @@ def targets(found: Mapping[Case, Mapping[str, float]], block: int) -> list[dict[
             continue
         wanted = {"mapped_peak_bytes": 50 * MB}
         if case.stage == 3 and (whole := found.get(Case(OURS, case.bits, 2, 1))):
-            held = whole["held_bytes"]
-            wanted["anon_peak_bytes"] = held / case.ranks + 2 * block + 150 * MB
+            whole_bytes = whole["held_bytes"]
+            wanted["anon_peak_bytes"] = whole_bytes / case.ranks + 2 * block + 150 * MB
             if case.ranks > 1:
-                wanted["anon_after_bytes"] = {2: 0.55, 4: 0.3}[case.ranks] * held
+                wanted["anon_after_bytes"] = {2: 0.55, 4: 0.3}[case.ranks] * whole_bytes
         if ordinary := found.get(Case(ORDINARY, case.bits, 2, case.ranks)):
             wanted["seconds"] = ordinary["seconds"]
         for name, limit in wanted.items():

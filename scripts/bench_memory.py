@@ -1,4 +1,4 @@
-"""Time, memory and bytes read of a piece of work, in each rank.
+"""Time, memory and bytes read of a piece of work, and bytes of parameters, in each rank.
 
 Run as a script it is the sampler: a process of its own, which no lock of the other one holds up.
 """
@@ -12,9 +12,9 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 INTERVAL_S = 0.005
 T = TypeVar("T")
@@ -63,8 +63,25 @@ def watched(work: Callable[[], T]) -> tuple[T, dict[str, float]]:
     }
 
 
+def held(weight: Any) -> Any:
+    """What this rank has of a parameter: under ZeRO-3 its shard."""
+    return getattr(weight, "ds_tensor", weight).detach()
+
+
+def held_bytes(parameters: Iterable[Any]) -> int:
+    """Of what this rank has of parameters, with the scales that bitsandbytes keeps beside them."""
+    total = 0
+    for weight in parameters:
+        total += held(weight).nbytes
+        if (state := getattr(weight, "quant_state", None)) is not None:  # NF4
+            total += state.absmax.nbytes + state.state2.absmax.nbytes
+        if (scales := getattr(weight, "SCB", None)) is not None:  # int8
+            total += scales.nbytes
+    return total
+
+
 def _status(pid: int) -> dict[str, int]:
-    """The kernel's counts of a process's memory, in bytes."""
+    """The kernel's counts of a process's memory, in bytes; empty when it has ended."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     sizes = (line.split() for line in lines if line.endswith(" kB"))
     return {words[0].rstrip(":"): int(words[1]) * 1024 for words in sizes}
@@ -83,7 +100,7 @@ def _sample(pid: int) -> None:
     while not ended:
         ended = bool(select.select([sys.stdin], [], [], INTERVAL_S)[0])
         status = _status(pid)
-        peaks = {key: max(peak, status[key]) for key, peak in peaks.items()}
+        peaks = {key: max(peak, status.get(key, 0)) for key, peak in peaks.items()}
     print(json.dumps(peaks))
 
 
