@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import click
 from bench_init import init, scale
+from bench_load import main as load
 from bench_svd import svd
+from bench_wide import main as wide
 
 
 @click.group(help=__doc__)
@@ -13,7 +15,7 @@ def main() -> None:
     pass
 
 
-for command in (svd, init, scale):
+for command in (svd, init, scale, load, wide):
     main.add_command(command)
 
 if __name__ == "__main__":
