@@ -66,7 +66,7 @@ class TensorReader:
         if dtype is None or not _dtype(key, tensor).is_floating_point:
             dtype = _dtype(key, tensor)
         result = torch.empty(tensor.shape, dtype=dtype, device=zero.device())
-        rows, start = result.view(_num_rows(tensor.shape), -1), 0
+        rows, start = result.view(_num_rows(tensor.shape), math.prod(tensor.shape[1:])), 0
         for chunk in self.rows(key, dtype):
             rows[start : start + len(chunk)] = chunk
             start += len(chunk)
