@@ -80,15 +80,18 @@ class Prepared:
         )
 
 
-def prepare(config: RunConfig, world_size: int) -> Prepared:
+def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -> Prepared:
     """Check the configuration, the model's shapes and the data. Not collective.
 
+    Args:
+        local_size: processes on this host. [default: all]
     Raises:
         ConfigError: what is wrong and what to do about it.
     """
     hf_config = load_config(config.model, config.trust_remote_code)
     config = _with_stored_quantization(config, hf_config)
-    ds_config, config = resolve_ds_config(config, world_size)
+    ds_config, config = resolve_ds_config(config, world_size, local_size)
+    zero.check_ds_config(ds_config, config.ds_config)
     ds_config_file = read_json(config.ds_config, "--ds-config")
     check_output_dir(config)
     model = empty_model(hf_config, DTYPES[config.dtype], config.trust_remote_code)
