@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,18 @@ def test_a_run_is_replayed_and_overwritten(tiny_model: Path, tmp_path: Path) -> 
     unclipped = metrics(again)
     assert unclipped[0]["loss"] == losses[0][0]
     assert all(row["grad_norm"] > 0 for row in unclipped)
+
+
+def test_a_chosen_pad_token_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    says = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(says | {"pad_token": None}))
+    data = write_jsonl(tmp_path / "rows.jsonl", word_rows(8))
+    output = run_command(
+        *f"lorasb init --num-procs 1 --model {model} --data {data} --r 4 --init-lr 1e-3 "
+        f"--target-modules q_proj --output-dir {tmp_path}/run".split()
+    )
+    assert output.count("has no pad token: padding with <|endoftext|> (masked") == 1
 
 
 @pytest.mark.parametrize(
