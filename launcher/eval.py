@@ -66,8 +66,9 @@ def evaluate(
     from lorasb_ds import evaluate as evaluation
     from lorasb_ds.config import DEMO_EVAL_DATA
     from lorasb_ds.data import tokenize_rows
-    from lorasb_ds.loading import load_config, load_plain, load_tokenizer
+    from lorasb_ds.loading import load_config, load_plain
     from lorasb_ds.rows import choose_columns, load_rows
+    from lorasb_ds.tokenizer import load_tokenizer
 
     given = {"prompt_column": prompt_column, "response_column": response_column}
     config = load_run_config(

@@ -37,7 +37,10 @@ def main(local_rank: int | None, init_only: bool, run_json: str | None, **given:
         from lorasb_ds.prepare import prepare
 
         _check_device()
-        prepared = prepare(config, int(os.environ["WORLD_SIZE"]))
+        local_size = os.environ.get("LOCAL_SIZE")  # DeepSpeed's launcher sets it
+        prepared = prepare(
+            config, int(os.environ["WORLD_SIZE"]), None if local_size is None else int(local_size)
+        )
     except ConfigError as error:
         _refuse(error)
 

@@ -6,6 +6,8 @@ file wins over an option that was not given; an option that was given and differ
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -27,13 +29,31 @@ FIELDS = {
     "gradient_clipping": "max_grad_norm",
 }
 
+MICS = (
+    "DeepSpeed has removed MiCS. zero_hpz_partition_size keeps the gathers of a frozen base within "
+    "a host, too: see ds_configs/zero3_hpz.json."
+)
+# Keys of zero_optimization that are refused, and why.
+REFUSED = {
+    "mics_shard_size": MICS,
+    "mics_hierarchical_params_gather": MICS,
+    "zero_quantized_nontrainable_weights": "DeepSpeed quantizes the memory of frozen parameters "
+    "before it is filled, and A and B would be cut to whole numbers. Remove it; --load-in-4bit and "
+    "--load-in-8bit store the base quantized.",
+    "zero_quantized_gradients": "R's gradients are small: quantizing them saves nothing and costs "
+    "precision. Remove it.",
+}
 
-def resolve_ds_config(config: RunConfig, world_size: int) -> tuple[dict[str, Any], RunConfig]:
+
+def resolve_ds_config(
+    config: RunConfig, world_size: int, local_size: int | None = None
+) -> tuple[dict[str, Any], RunConfig]:
     """Read ``config.ds_config`` and make it and the options agree.
 
     Args:
         config: the run; what is in its ``model_fields_set`` was asked for.
         world_size: number of processes.
+        local_size: those on this host. [default: all]
     Returns:
         The configuration for ``deepspeed.initialize``, without any "auto"; and the run with the
         file's numbers in place of its defaults.
@@ -70,7 +90,8 @@ def resolve_ds_config(config: RunConfig, world_size: int) -> tuple[dict[str, Any
     for section in ("optimizer", "scheduler"):
         problems += _check_section(section, raw, config.ds_config, agree)
     problems += _check_precision(raw, config, updates)
-    problems += _check_zero(raw, config)
+    zero_section = _fill_zero(_section(raw, "zero_optimization"), local_size or world_size)
+    problems += _check_zero(zero_section, config, world_size)
     if problems:
         raise ConfigError(*problems)
     try:
@@ -87,6 +108,7 @@ def resolve_ds_config(config: RunConfig, world_size: int) -> tuple[dict[str, Any
         resolved[key] = getattr(resolved_config, field)
     resolved["train_batch_size"] = global_batch_size(resolved_config, world_size)
     resolved["bf16"] = {**_section(raw, "bf16"), "enabled": resolved_config.dtype == "bf16"}
+    resolved["zero_optimization"] = zero_section
     # What is still "auto" has no option: DeepSpeed's default holds.
     return _without_auto(resolved), resolved_config
 
@@ -144,28 +166,71 @@ def _check_precision(raw: dict[str, Any], config: RunConfig, updates: dict[str, 
     return []
 
 
-def _check_zero(raw: dict[str, Any], config: RunConfig) -> list[str]:
-    problems = []
-    section = _section(raw, "zero_optimization")
+def _fill_zero(section: dict[str, Any], local_size: int) -> dict[str, Any]:
+    """What the hosts decide: the processes that share one, and where its fast drive is."""
+    section = dict(section)
+    if section.get("zero_hpz_partition_size") == "auto":
+        section["zero_hpz_partition_size"] = local_size
+    offload = _section(section, "offload_param")
+    if offload.get("nvme_path") == "auto":
+        section["offload_param"] = {**offload, "nvme_path": os.environ.get("TMPDIR")}
+    return section
+
+
+def _check_zero(section: dict[str, Any], config: RunConfig, world_size: int) -> list[str]:
+    path = config.ds_config
+    problems = [
+        f"{path}: zero_optimization.{key} is set. {reason}"
+        for key, reason in REFUSED.items()
+        if section.get(key, False) is not False
+    ]
     stage = section.get("stage", 0)
     if isinstance(stage, bool) or stage not in (1, 2, 3):
         problems.append(
-            f"{config.ds_config}: zero_optimization.stage is {stage!r}; it must be 1, 2 or 3."
+            f"{path}: zero_optimization.stage is {stage!r}; it must be 1, 2 or 3. (Without ZeRO "
+            "DeepSpeed keeps no fp32 master of R that can be set. Stage 1 replicates the base in "
+            "the same way.)"
         )
-    offload = _section(section, "offload_optimizer")
-    if offload.get("device", "none") != "none":
+    if _section(section, "offload_optimizer").get("device", "none") != "none":
         problems.append(
-            f"{config.ds_config}: offload_optimizer is set. The optimizer of LoRA-SB is tiny and "
+            f"{path}: offload_optimizer is set. The optimizer of LoRA-SB is tiny and "
             "DeepSpeed offloads no torch optimizer; remove it (offload_param may stay)."
         )
-    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
-        if (config.load_in_4bit or config.load_in_8bit) and section.get(key) is True:
-            problems.append(
-                f"{config.ds_config}: {key} is true, but the parameters of a quantized base are "
-                "bytes and no numbers: they would be ruined. Remove it, or leave --load-in-4bit "
-                "(or --load-in-8bit) out."
-            )
+    if (config.load_in_4bit or config.load_in_8bit) and section.get("zero_quantized_weights"):
+        problems.append(
+            f"{path}: zero_quantized_weights is true, but the parameters of a quantized base are "
+            "bytes and no numbers: they would be ruined. Remove it, or leave --load-in-4bit "
+            "(or --load-in-8bit) out."
+        )
+    on_nvme = _section(section, "offload_param").get("device") == "nvme"
+    if on_nvme:
+        problems += _check_nvme_path(_section(section, "offload_param").get("nvme_path"), path)
+    group = section.get("zero_hpz_partition_size", 1)
+    if isinstance(group, bool) or not isinstance(group, int) or group < 1 or world_size % group:
+        problems.append(
+            f"{path}: zero_hpz_partition_size is {group!r}; it must divide the number of "
+            f'processes, {world_size}. Set it to those of one host, or to "auto".'
+        )
+    elif group > 1 and on_nvme:
+        problems.append(
+            f"{path}: zero_hpz_partition_size is {group}, but DeepSpeed cannot keep a host's "
+            "second copy of the base on NVMe. Remove it, or offload_param."
+        )
     return problems
+
+
+def _check_nvme_path(folder: object, path: str) -> list[str]:
+    if not isinstance(folder, str):
+        return [
+            f"{path}: offload_param.nvme_path is not set. Name a folder on an NVMe drive of each "
+            'host; "auto" takes the one that the environment variable TMPDIR names.'
+        ]
+    if not Path(folder).is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        return [
+            f"{path}: offload_param.nvme_path is {folder}, which is no folder that can be written "
+            "to. Make it on an NVMe drive of each host, or name another one."
+        ]
+    return []
 
 
 def _settle_batch(

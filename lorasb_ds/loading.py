@@ -1,4 +1,4 @@
-"""The base: its configuration, its tokenizer, its shapes, and its frozen weights."""
+"""The base: its configuration, its shapes, and its frozen weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from lorasb_ds.base_files import (
     StoredTensor,
     first_line,
     model_folder,
-    model_path,
     stored_tensors,
 )
 from lorasb_ds.config import ConfigError, RunConfig
@@ -82,28 +81,6 @@ def stored_quantization(hf_config: Any, model: str) -> Kind | None:
         "those of bitsandbytes can be trained. Give the base it was made from; --load-in-4bit "
         "quantizes it."
     )
-
-
-def load_tokenizer(model: str) -> Any:
-    """The base's tokenizer, padding on the right; a missing pad token becomes the end of sequence.
-
-    Labels never come from padding (it is masked by position), so that no embedding is added.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_path(model), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"--model {model}: its tokenizer cannot be read: {' '.join(str(error).split())[:300]} "
-            "The folder needs tokenizer.json (or tokenizer.model) and tokenizer_config.json."
-        ) from error
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(f"--model {model}: its tokenizer has no end-of-sequence token.")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"
-    return tokenizer
 
 
 def empty_model(hf_config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:

@@ -29,11 +29,11 @@ from lorasb_ds.loading import (
     DTYPES,
     empty_model,
     load_config,
-    load_tokenizer,
     stored_quantization,
 )
 from lorasb_ds.plan import InitPlan, plan_init
 from lorasb_ds.rows import load_rows
+from lorasb_ds.tokenizer import choose_pad_token, read_tokenizer
 from lorasb_ds.weight_map import map_weights
 
 
@@ -46,6 +46,7 @@ class Prepared:
     ds_config_file: dict[str, Any]  # as it was read, before "auto" was filled
     hf_config: Any
     tokenizer: Any
+    pad_note: str | None  # where the tokenizer had no pad token that the model knows
     layers: Shapes
     targets: Shapes
     experts: dict[str, int]  # MoE modules that stay frozen, and their elements
@@ -79,15 +80,18 @@ class Prepared:
         )
 
 
-def prepare(config: RunConfig, world_size: int) -> Prepared:
+def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -> Prepared:
     """Check the configuration, the model's shapes and the data. Not collective.
 
+    Args:
+        local_size: processes on this host. [default: all]
     Raises:
         ConfigError: what is wrong and what to do about it.
     """
     hf_config = load_config(config.model, config.trust_remote_code)
     config = _with_stored_quantization(config, hf_config)
-    ds_config, config = resolve_ds_config(config, world_size)
+    ds_config, config = resolve_ds_config(config, world_size, local_size)
+    zero.check_ds_config(ds_config, config.ds_config)
     ds_config_file = read_json(config.ds_config, "--ds-config")
     check_output_dir(config)
     model = empty_model(hf_config, DTYPES[config.dtype], config.trust_remote_code)
@@ -105,7 +109,8 @@ def prepare(config: RunConfig, world_size: int) -> Prepared:
         leaves = {"classes": [], "names": list(experts)}
         ds_config["zero_optimization"].setdefault("leaf_module", leaves)
     targets = select_targets(layers, config.target_modules, config.r)
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = read_tokenizer(config.model, hf_config)
+    pad_note = choose_pad_token(tokenizer, hf_config.get_text_config().vocab_size)
     train = tokenize_rows(load_rows(config.data), tokenizer, config)
     held_out = None
     if config.eval_data is not None:
@@ -135,6 +140,7 @@ def prepare(config: RunConfig, world_size: int) -> Prepared:
         ds_config_file=ds_config_file,
         hf_config=hf_config,
         tokenizer=tokenizer,
+        pad_note=pad_note,
         layers=layers,
         targets=targets,
         experts=experts,

@@ -62,6 +62,8 @@ def run_training(run: Prepared, init_only: bool = False) -> Path:
         log = RunLog(folder)
         _say(f"run folder {folder}")
         _say(f"training rows: {run.train.describe()}")
+        if run.pad_note:
+            _say(run.pad_note)
 
     engine, adapters = start_engine(run)
     num_steps = count_steps(config, len(run.train.examples), zero.world_size())

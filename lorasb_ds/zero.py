@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -14,11 +15,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import default_pg_timeout
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_set_full_fp32_param,
     safe_set_local_fp32_param,
 )
+from pydantic import ValidationError
+
+from lorasb_ds.config import ConfigError
 
 VERSION = deepspeed.__version__
 
@@ -72,6 +77,41 @@ def new_group() -> dist.ProcessGroup:
 def close_process_group() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def check_ds_config(ds_config: dict[str, Any], path: str) -> None:
+    """Refuse what DeepSpeed would refuse when the base has been loaded. Not collective.
+
+    Args:
+        path: the file it comes from, for messages.
+    Raises:
+        ConfigError: if DeepSpeed's own class does not take it, or an operator that it needs cannot
+            run here.
+    """
+    # Without a process group DeepSpeed counts one process, and train_batch_size would not fit.
+    alone = {k: v for k, v in copy.deepcopy(ds_config).items() if k != "train_batch_size"}
+    try:
+        section = DeepSpeedConfig(alone).zero_config
+    except ValidationError as error:
+        found = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ConfigError(f"{path}: DeepSpeed {VERSION} does not take it: {found}.") from error
+    except (DeepSpeedConfigError, AssertionError, ValueError) as error:
+        raise ConfigError(f"{path}: DeepSpeed {VERSION} does not take it: {error}") from error
+    if section.zero_quantized_weights and accelerator_name() == "cpu":
+        raise ConfigError(
+            f"{path}: zero_quantized_weights is true, and DeepSpeed quantizes on GPUs only. Remove "
+            "it, or take ds_configs/zero3.json."
+        )
+    offload = section.offload_param
+    if offload is not None and offload.device == "nvme":
+        builder = get_accelerator().create_op_builder("AsyncIOBuilder")
+        if builder is None or not builder.is_compatible():
+            raise ConfigError(
+                f"{path}: offload_param.device is nvme, for which DeepSpeed compiles async_io, and "
+                "libaio is missing. Install it (Debian and Ubuntu: libaio-dev), or point CFLAGS "
+                "and LDFLAGS to it; `ds_report` shows what DeepSpeed finds. The other way is "
+                "ds_configs/zero3_offload.json."
+            )
 
 
 class _Init(deepspeed.zero.Init):

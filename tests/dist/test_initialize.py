@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from lorasb_ds.config import RunConfig, load_run_config
 from lorasb_ds.data import collate, tokenize_rows
-from lorasb_ds.loading import load_tokenizer
 from lorasb_ds.rows import load_rows
+from lorasb_ds.tokenizer import load_tokenizer
 from tests.references import own_loss, true_gradients
 from tests.runs import REALLY_SHARDED, run_ranks, word_rows, write_jsonl
 

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 from lorasb_ds.adapter import linear_layers
 from lorasb_ds.config import load_run_config
 from lorasb_ds.data import collate, epoch_order, tokenize_rows
-from lorasb_ds.loading import load_tokenizer
 from lorasb_ds.rows import load_rows
+from lorasb_ds.tokenizer import load_tokenizer
 from tests.references import own_loss
 from tests.runs import REALLY_SHARDED, ROOT, metrics, run_command, run_ranks, word_rows, write_jsonl
 

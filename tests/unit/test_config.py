@@ -161,7 +161,56 @@ def test_the_global_batch_decides_the_accumulation(tmp_path: Path) -> None:
         ({}, {"train_micro_batch_size_per_gpu": 2.5}, ["--micro-batch-size 2.5"]),
         ({"lr": float("inf")}, {}, ["--lr inf"]),
         ({}, {"fp16": {"enabled": True}}, ["fp16.enabled", "bf16"]),
-        ({}, {"zero_optimization": {"stage": 0}}, ["stage is 0"]),
+        ({}, {"zero_optimization": {"stage": 0}}, ["stage is 0", "fp32 master", "Stage 1"]),
+        (
+            {},
+            {"zero_optimization": {"stage": 3, "mics_shard_size": 2}},
+            ["mics_shard_size", "removed", "zero_hpz_partition_size"],
+        ),
+        (
+            {},
+            {"zero_optimization": {"stage": 3, "zero_quantized_nontrainable_weights": True}},
+            ["zero_quantized_nontrainable_weights", "whole numbers", "--load-in-4bit"],
+        ),
+        (
+            {},
+            {"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}},
+            ["zero_quantized_gradients", "Remove it"],
+        ),
+        *[
+            (
+                {},
+                {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": group}},
+                [f"zero_hpz_partition_size is {group!r}", "divide the number of processes, 2"],
+            )
+            for group in (0, 3, 4, "two", True)
+        ],
+        (
+            {},
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+            ["nvme_path is not set", "TMPDIR"],
+        ),
+        (
+            {},
+            {
+                "zero_optimization": {
+                    "stage": 3,
+                    "offload_param": {"device": "nvme", "nvme_path": "/no/such/folder"},
+                }
+            },
+            ["nvme_path is /no/such/folder", "written to"],
+        ),
+        (
+            {},
+            {
+                "zero_optimization": {
+                    "stage": 3,
+                    "zero_hpz_partition_size": 2,
+                    "offload_param": {"device": "nvme", "nvme_path": "/tmp"},  # noqa: S108
+                }
+            },
+            ["zero_hpz_partition_size is 2", "on NVMe"],
+        ),
         ({}, {"optimizer": {"type": "Muon"}}, ["'Muon'", "AdamW"]),
         (
             {},
@@ -202,12 +251,36 @@ def test_all_disagreements_are_reported_together(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", sorted(SHIPPED_DS_CONFIGS.glob("*.json")), ids=lambda f: f.name)
-def test_shipped_configurations_say_auto(file: Path) -> None:
+def test_shipped_configurations_say_auto(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     content = json.loads(file.read_text())
     filled = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     assert all(content[key] == "auto" for key in (*filled, "gradient_clipping"))
     config = load_run_config({"ds_config": str(file), "micro_batch_size": 5})
     assert resolve_ds_config(config, 3)[0]["train_batch_size"] == 15
+
+
+def test_hpz_groups_are_hosts() -> None:
+    config = load_run_config({"ds_config": str(SHIPPED_DS_CONFIGS / "zero3_hpz.json")})
+    for world_size, local_size, expected in ((8, 4, 4), (8, None, 8), (1, 1, 1)):
+        resolved, _ = resolve_ds_config(config, world_size, local_size)
+        assert resolved["zero_optimization"]["zero_hpz_partition_size"] == expected
+    with pytest.raises(ConfigError, match="is 3; it must divide the number of processes, 8"):
+        resolve_ds_config(config, 8, 3)
+
+
+def test_the_nvme_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    offload = {"device": "nvme", "nvme_path": "auto"}
+    content = {"zero_optimization": {"stage": 3, "offload_param": offload}}
+    monkeypatch.delenv("TMPDIR", raising=False)
+    assert "nvme_path is not set" in problems(tmp_path, {}, **content)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    resolved, _ = resolve_ds_config(
+        load_run_config({"ds_config": ds_file(tmp_path, **content)}), world_size=2
+    )
+    assert resolved["zero_optimization"]["offload_param"]["nvme_path"] == str(tmp_path)
 
 
 def test_one_process_takes_zero2_unless_told_otherwise() -> None:

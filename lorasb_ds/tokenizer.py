@@ -1,0 +1,151 @@
+"""The base's tokenizer: read from whatever its folder has, and with a token to pad by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lorasb_ds.base_files import first_line, model_folder
+from lorasb_ds.config import ConfigError
+from lorasb_ds.loading import load_config
+
+# Which of transformers' classes reads a bare tokenizer.model. All of these begin a text with the
+# beginning-of-sequence token.
+SENTENCEPIECE_CLASSES = {
+    "llama": "LlamaTokenizer",
+    "mistral": "LlamaTokenizer",
+    "mixtral": "LlamaTokenizer",
+    "gemma": "GemmaTokenizer",
+    "gemma2": "GemmaTokenizer",
+    "gemma3_text": "GemmaTokenizer",
+}
+
+# Tokens that vocabularies hold for padding, though not every tokenizer_config.json says so:
+# Gemma's; BERT's, which many fine-tuned models took over; Falcon 3's; Llama 3's; Qwen's and Phi's.
+PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>")
+
+# Spaces at both ends and inside, digits, line ends, characters that become bytes, and some that a
+# normalization would change.
+PROBE = "  Say 12345:\n\n\tx = f(y)   # größer, 漢字, 🙂 ﬁn² "
+
+
+def load_tokenizer(model: str) -> Any:
+    """The base's tokenizer, padding on the right, with a pad token (see ``choose_pad_token``).
+
+    Raises:
+        ConfigError: if it cannot be read or does not fit the model.
+    """
+    hf_config = load_config(model)
+    tokenizer = read_tokenizer(model, hf_config)
+    choose_pad_token(tokenizer, hf_config.get_text_config().vocab_size)
+    return tokenizer
+
+
+def read_tokenizer(model: str, hf_config: Any) -> Any:
+    """The base's tokenizer as its files have it, padding on the right.
+
+    Raises:
+        ConfigError: if it cannot be read, has no end-of-sequence token, or one that the model
+            does not know.
+    """
+    folder = model_folder(model)
+    if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
+        tokenizer = _read_sentencepiece(model, folder, hf_config.model_type)
+    else:
+        tokenizer = _read_by_transformers(model, folder)
+    vocab_size = hf_config.get_text_config().vocab_size
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"--model {model}: its tokenizer has no end-of-sequence token.")
+    if tokenizer.eos_token_id >= vocab_size:
+        raise ConfigError(
+            f"--model {model}: the tokenizer's end-of-sequence token {tokenizer.eos_token} is "
+            f"number {tokenizer.eos_token_id}, but the model's vocabulary has {vocab_size} tokens. "
+            "The tokenizer is another model's: fetch its files again."
+        )
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def choose_pad_token(tokenizer: Any, vocab_size: int) -> str | None:
+    """Give the tokenizer a pad token that the model has an embedding for, if it has none.
+
+    Its own, else a token reserved for padding, the unknown token, or the end of sequence: no
+    embedding is added. Labels never come from padding, which is masked by its position.
+
+    Args:
+        vocab_size: the model's; ids from there on have no embedding.
+    Returns:
+        What was chosen and why, for the user; None where the tokenizer's own is taken.
+    """
+    own, own_id = tokenizer.pad_token, tokenizer.pad_token_id
+    if own_id is not None and own_id < vocab_size:
+        return None
+    vocabulary = tokenizer.get_vocab()
+    wanted = (*PAD_TOKENS, tokenizer.unk_token, tokenizer.eos_token)
+    chosen = next(token for token in wanted if vocabulary.get(token, vocab_size) < vocab_size)
+    tokenizer.pad_token = chosen
+    reason = "has no pad token" if own_id is None else f"pads with {own}, unknown to the model"
+    return f"the tokenizer {reason}: padding with {chosen} (masked, so it is not trained on)"
+
+
+def _read_by_transformers(model: str, folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(
+            f"--model {model}: its tokenizer cannot be read: {' '.join(str(error).split())[:300]} "
+            "The folder needs tokenizer.json (or a sentencepiece tokenizer.model)."
+        ) from error
+
+
+def _read_sentencepiece(model: str, folder: Path, model_type: str) -> Any:
+    """A tokenizer from a sentencepiece file alone, checked against sentencepiece itself.
+
+    AutoTokenizer reads such a folder without complaint, but (transformers 5.23) for Llama and
+    Mistral without the space before a text's first word, and for all without the beginning of
+    sequence.
+    """
+    import transformers
+    from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+    from tokenizers import normalizers
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    remedy = (
+        "Put a tokenizer.json beside it: the model's publisher may have one, and save_pretrained "
+        "of a tokenizer that works writes one."
+    )
+    if model_type not in SENTENCEPIECE_CLASSES:
+        raise ConfigError(
+            f"--model {model}: there is no tokenizer.json, and how a {model_type} model uses "
+            f"tokenizer.model is not known (it is for {', '.join(SENTENCEPIECE_CLASSES)}). {remedy}"
+        )
+    try:
+        sentencepiece = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(
+            f"--model {model}: tokenizer.model is no sentencepiece model (Llama 3's, for one, is "
+            f"tiktoken's): {first_line(error)} {remedy}"
+        ) from error
+    says_bos = "add_bos_token" in get_tokenizer_config(folder)
+    tokenizer = getattr(transformers, SENTENCEPIECE_CLASSES[model_type]).from_pretrained(
+        folder, **({} if says_bos else {"add_bos_token": True})
+    )
+    # As sentencepiece does it; the class adds no space to a text that begins with one.
+    spec: Any = sentencepiece_model_pb2
+    spec = spec.ModelProto.FromString(sentencepiece.serialized_model_proto())
+    prefix = [normalizers.Prepend("▁")] if spec.normalizer_spec.add_dummy_prefix else []
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
+        [*prefix, normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.backend_tokenizer.pre_tokenizer = None
+    ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+    same_ids = ids == sentencepiece.encode(PROBE)
+    is_bpe = spec.trainer_spec.model_type == spec.trainer_spec.BPE
+    if not (is_bpe and same_ids and tokenizer.decode(ids) == sentencepiece.decode(ids)):
+        raise ConfigError(
+            f"--model {model}: tokenizer.model, read as a {SENTENCEPIECE_CLASSES[model_type]}, "
+            f"does not give the tokens that sentencepiece gives. {remedy}"
+        )
+    return tokenizer
