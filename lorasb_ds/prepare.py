@@ -25,7 +25,7 @@ from lorasb_ds.data import (
 from lorasb_ds.ds_config import resolve_ds_config
 from lorasb_ds.init_report import InitReport
 from lorasb_ds.loading import DTYPES, load_config, load_tokenizer, read_shapes
-from lorasb_ds.plan import InitPlan, plan_init
+from lorasb_ds.init_plan import InitPlan, plan_init
 from lorasb_ds.rows import load_rows
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasb_ds.plan import block_of, blocks_prefix, plan_init
+from lorasb_ds.init_plan import block_of, blocks_prefix, plan_init
 from lorasb_ds.sharding import row_range
 
 SIDES = st.integers(1, 300)
