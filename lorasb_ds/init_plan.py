@@ -20,9 +20,15 @@ class InitPlan:
     groups: tuple[tuple[str, ...], ...]
     prefix: str | None  # of the names of decoder blocks, where groups can be cut between them
     shard_bytes: int  # of the largest group, on the rank with most
-    workspace_bytes: int  # of the layer with most
+    backward_bytes: int  # of the layer with most, in the backward pass
+    svd_bytes: int  # and in its decomposition
     boundary_bytes: int  # of what is stored between groups, on the rank with most
     budget_bytes: int | None
+
+    @property
+    def workspace_bytes(self) -> int:
+        """What work on one layer takes."""
+        return max(self.backward_bytes, self.svd_bytes)
 
     @property
     def predicted_bytes(self) -> int:
@@ -53,10 +59,10 @@ def plan_init(
             in fp32.
         boundary_bytes: hidden states of the whole sample, on the rank with most.
     """
-    workspace = max(
-        _workspace_bytes(*shape, r, world_size, update, tokens_per_micro_batch)
-        for shape in targets.values()
-    )
+    shapes = set(targets.values())
+    backward = max(_backward_bytes(*s, world_size, tokens_per_micro_batch) for s in shapes)
+    svd = max(_svd_bytes(*s, r, world_size, update) for s in shapes)
+    workspace = max(backward, svd)
     sizes = {name: _shard_bytes(*shape, world_size) for name, shape in targets.items()}
     prefix = blocks_prefix(targets)
     units = [[name] for name in targets]
@@ -74,7 +80,8 @@ def plan_init(
             groups=tuple(map(tuple, groups)),
             prefix=prefix,
             shard_bytes=max(sum(sizes[name] for name in group) for group in groups),
-            workspace_bytes=workspace,
+            backward_bytes=backward,
+            svd_bytes=svd,
             boundary_bytes=stored_bytes(len(groups)),
             budget_bytes=budget_bytes,
         )
@@ -82,15 +89,17 @@ def plan_init(
     plan = plan_of([list(targets)])
     if budget_bytes is None or not plan.exceeds_budget:
         return plan
-    # What is stored between groups takes room, too, so that from some number on more of them take
-    # more: for every number, what the budget leaves, and an even share.
-    numbers = range(2, len(targets) + 1)
-    rooms = {budget_bytes - workspace - stored_bytes(n) for n in numbers}
-    rooms |= {plan.shard_bytes // n for n in numbers}
+    # What is stored between groups takes room, too. A room makes as few groups as it can: where
+    # they are too many for what it leaves them, those many are the next number to try.
+    number, largest = 2, max(sizes.values())
+    while (room := budget_bytes - workspace - stored_bytes(number)) >= largest:
+        fitting = plan_of(_fill(units, sizes, room))
+        if not fitting.exceeds_budget:
+            return fitting
+        number = max(number + 1, len(fitting.groups))
+    # Nothing fits. From some number on more groups take more: the least of several even shares.
+    rooms = {largest, *(plan.shard_bytes // n for n in range(2, 33))}
     plans = [plan, *(plan_of(_fill(units, sizes, room)) for room in sorted(rooms))]
-    fitting = [plan for plan in plans if not plan.exceeds_budget]
-    if fitting:
-        return min(fitting, key=lambda plan: len(plan.groups))
     return min(plans, key=lambda plan: (plan.predicted_bytes, len(plan.groups)))
 
 
@@ -130,14 +139,16 @@ def _shard_bytes(out_features: int, in_features: int, world_size: int) -> int:
     return -(-long_side // world_size) * short_side * FP32_BYTES
 
 
-def _workspace_bytes(
-    out_features: int, in_features: int, r: int, world_size: int, update: str, tokens: int
-) -> int:
-    """Of one layer: in the backward pass its fp32 x and δ and a block of ``δᵀx``; in the SVD what
-    ``linalg`` says, for the updates of as many layers as there are ranks."""
+def _backward_bytes(out_features: int, in_features: int, world_size: int, tokens: int) -> int:
+    """Of one layer: its fp32 x and δ, and a block of ``δᵀx``."""
+    shard = _shard_bytes(out_features, in_features, world_size)
+    return tokens * (out_features + in_features) * FP32_BYTES + shard
+
+
+def _svd_bytes(out_features: int, in_features: int, r: int, world_size: int, update: str) -> int:
+    """Of one layer: what ``linalg`` says, for the updates of as many layers as there are ranks."""
     shard = _shard_bytes(out_features, in_features, world_size)
     short_side, both_sides = min(out_features, in_features), out_features + in_features
-    backward = tokens * both_sides * FP32_BYTES + shard
     # int8 signs multiplied in bf16, or fp32 numbers in fp64.
     signs = update == "sign"
     updates = world_size * (shard // 4 if signs else shard)
@@ -145,5 +156,4 @@ def _workspace_bytes(
     gram = 0
     if short_side <= max(GRAM_SIDE_SHARED, GRAM_SHARE * r):
         gram = (20 if signs else 40) * short_side**2
-    decomposition = updates + max(products, gram) + 32 * r * both_sides
-    return max(backward, decomposition)
+    return updates + max(products, gram) + 32 * r * both_sides

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -200,6 +201,11 @@ def pinned_zeros(*shape: int) -> torch.Tensor:
     return zeros if accelerator_name() == "cpu" else get_accelerator().pin_memory(zeros)
 
 
+def free_device_bytes() -> int:
+    """Of this rank's device, which is not the CPU; before ``init_process_group``, too."""
+    return int(get_accelerator().available_memory(int(os.environ.get("LOCAL_RANK", 0))))
+
+
 def memory_bytes() -> int:
     """Memory in use now: the device's, on a CPU the process's."""
     if accelerator_name() != "cpu":
@@ -215,9 +221,13 @@ def peak_memory_bytes() -> int:
 
 
 def reset_peak_memory() -> None:
+    """Measure the peak from what is in use now on; on a CPU, freed memory is handed back first."""
     if accelerator_name() != "cpu":
         get_accelerator().reset_peak_memory_stats()
         return
+    # glibc keeps what was freed in pieces of up to 32 MiB.
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
     try:
         # Linux: 5 sets the high-water mark of this process back to what it holds now.
         with open("/proc/self/clear_refs", "w") as file:  # noqa: PTH123

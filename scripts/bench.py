@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import click
 from bench_init import init, scale
+from bench_plan import plan
 from bench_svd import svd
 
 
@@ -13,7 +14,7 @@ def main() -> None:
     pass
 
 
-for command in (svd, init, scale):
+for command in (svd, init, scale, plan):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -1,16 +1,25 @@
-"""What the benchmarks share: fair timing, and what a result says about where it was measured."""
+"""What the benchmarks share: fresh processes, fair timing, and where a result was measured."""
 
 from __future__ import annotations
 
+import inspect
 import json
+import os
 import platform
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from launcher.ranks import free_port, rank_environment, remove_shared_memory
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def machine() -> dict[str, Any]:
@@ -48,6 +57,46 @@ def interleaved_medians(ways: Mapping[str, Callable[[], Any]], repeats: int) -> 
             ways[name]()
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def measure(case: Callable[..., None], settings: Mapping[str, Any], world_size: int = 1) -> Any:
+    """Run a case in fresh processes that share this machine's cores.
+
+    Args:
+        case: a function of a script which, given its name, the settings as JSON and a path, calls
+            it with the settings and the path. One rank writes its result there, as JSON.
+    Returns:
+        The result.
+    """
+    port = free_port()
+    threads = max(1, len(os.sched_getaffinity(0)) // world_size)
+    with tempfile.TemporaryDirectory() as folder:
+        out = str(Path(folder) / "result.json")
+        script = inspect.getfile(case)
+        command = [sys.executable, script, case.__name__, json.dumps(settings), out]
+        ranks = []
+        for rank in range(world_size):
+            environment = os.environ | rank_environment(rank, world_size, port, threads)
+            environment |= {"PYTHONHASHSEED": "0", "PYTHONPATH": str(ROOT)}
+            ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
+        while any(rank.poll() is None for rank in ranks):
+            if any(rank.poll() for rank in ranks):
+                for rank in ranks:
+                    rank.kill()
+            time.sleep(0.1)
+        statuses = [rank.wait() for rank in ranks]
+        remove_shared_memory(port)
+        if any(statuses):
+            raise SystemExit(f"{case.__name__} {settings} failed")
+        return json.loads(Path(out).read_text())
+
+
+def medians(results: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {key: statistics.median(result[key] for result in results) for key in results[0]}
+
+
+def row(name: str, cells: Sequence[str]) -> str:
+    return f"| {name} | " + " | ".join(cells) + " |"
 
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:

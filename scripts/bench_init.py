@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from bench_common import machine, write_json
+from bench_common import ROOT, machine, measure, medians, row, write_json
 
-from launcher.ranks import free_port, rank_environment, remove_shared_memory
-
-ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
 TASK = "reasoning-gym:word_sequence_reversal"
 # 54 rows, of which 48 go into the gradient and 6 are held back; nearly all have 256 tokens or more.
@@ -136,38 +131,6 @@ def _start_measuring() -> int:
 
     zero.reset_peak_memory()
     return zero.memory_bytes()
-
-
-def measure(case: Callable[..., None], config: dict[str, Any], world_size: int = 1) -> dict:
-    """Run a case in fresh processes that share this machine's cores."""
-    port = free_port()
-    threads = max(1, len(os.sched_getaffinity(0)) // world_size)
-    with tempfile.TemporaryDirectory() as folder:
-        out = str(Path(folder) / "result.json")
-        command = [sys.executable, __file__, case.__name__, json.dumps(config), out]
-        ranks = []
-        for rank in range(world_size):
-            environment = os.environ | rank_environment(rank, world_size, port, threads)
-            environment |= {"PYTHONHASHSEED": "0", "PYTHONPATH": str(ROOT)}
-            ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
-        while any(rank.poll() is None for rank in ranks):
-            if any(rank.poll() for rank in ranks):
-                for rank in ranks:
-                    rank.kill()
-            time.sleep(0.1)
-        statuses = [rank.wait() for rank in ranks]
-        remove_shared_memory(port)
-        if any(statuses):
-            raise SystemExit(f"{case.__name__} {config} failed")
-        return json.loads(Path(out).read_text())
-
-
-def medians(results: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {key: statistics.median(result[key] for result in results) for key in results[0]}
-
-
-def row(name: str, cells: Sequence[str]) -> str:
-    return f"| {name} | " + " | ".join(cells) + " |"
 
 
 @click.command()

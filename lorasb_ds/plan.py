@@ -1,0 +1,188 @@
+"""What fits where: every way to hold a base on a cluster, and the one to take. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from lorasb_ds.config import SHIPPED_DS_CONFIGS, read_json
+from lorasb_ds.footprint import RUNTIME_BYTES, Footprint, Workload, footprint, init_plan
+from lorasb_ds.model_shape import ModelShape
+from lorasb_ds.placement import Form, Placement, placement_of
+from lorasb_ds.traffic import CPU_SPEEDS, Speeds, Traffic, init_traffic, step_seconds, step_traffic
+
+GIB = 1 << 30
+# What --init-memory-gib may be where the gradients of all layers do not fit.
+BUDGETS_GIB = (64, 32, 16, 8, 4, 2, 1, 0.5, 0.25)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Hosts alike, with ranks alike."""
+
+    nodes: int
+    ranks_per_node: int
+    memory_bytes: int  # of a rank's device; on CPUs its share of the host's
+    host_memory_bytes: int | None = None  # of a host, where known
+    cpu: bool = False
+    speeds: Speeds = Speeds()
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+    @property
+    def runtime_bytes(self) -> int:
+        return RUNTIME_BYTES["cpu" if self.cpu else "gpu"]
+
+
+def cpu_cluster(num_procs: int, memory_bytes: int) -> Cluster:
+    """Processes on one host's CPU that share so much memory."""
+    return Cluster(1, num_procs, memory_bytes // num_procs, cpu=True, speeds=CPU_SPEEDS)
+
+
+@dataclass(frozen=True)
+class Strategy:
+    name: str
+    form: Form
+    ds_config: str  # a shipped one
+    options: tuple[str, ...] = ()
+
+
+QUANTIZED = ("--load-in-4bit",)
+STRATEGIES = (
+    Strategy("bf16 on every rank", "bf16", "zero2.json"),
+    Strategy("4-bit on every rank", "nf4", "zero2.json", QUANTIZED),
+    Strategy("bf16, ZeRO-3", "bf16", "zero3.json"),
+    Strategy("4-bit, ZeRO-3", "nf4", "zero3.json", QUANTIZED),
+    Strategy("bf16, ZeRO-3, offloaded", "bf16", "zero3_offload.json"),
+    Strategy("4-bit, ZeRO-3, offloaded", "nf4", "zero3_offload.json", QUANTIZED),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One strategy on a cluster, with what was added to the workload so that it fits."""
+
+    strategy: Strategy
+    placement: Placement
+    work: Workload
+    memory: Footprint
+    step: Traffic
+    init: Traffic
+    step_s: float
+    needed_bytes: int  # of a rank's device
+    headroom_bytes: int
+    host_needed_bytes: int  # of the first host; 0 on CPUs, where it is in needed_bytes
+    fits: bool
+    added: tuple[str, ...]  # options beyond those that were asked for
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Of `lorasb train`, that make it this strategy."""
+        file = f"ds_configs/{self.strategy.ds_config}"
+        return ("--ds-config", file, *self.strategy.options, *self.added)
+
+
+def needed(memory: Footprint, cluster: Cluster) -> tuple[int, int]:
+    """Bytes of a rank's device and of the first host, with what runs beside tensors.
+
+    On CPUs the first is rank 0's process, and the second 0.
+    """
+    device = max(memory.phases(cluster.cpu).values()) + cluster.runtime_bytes
+    if cluster.cpu:
+        return device, 0
+    return device, cluster.ranks_per_node * memory.host + memory.host_rank0
+
+
+def fits(memory: Footprint, cluster: Cluster) -> bool:
+    device, host = needed(memory, cluster)
+    host_fits = cluster.host_memory_bytes is None or host <= cluster.host_memory_bytes
+    return device <= cluster.memory_bytes and host_fits and not memory.init.exceeds_budget
+
+
+def plan(shape: ModelShape, cluster: Cluster, work: Workload) -> list[Outcome]:
+    """Every strategy that makes sense there, as asked for or with the least change that fits."""
+    return [
+        _fitted(shape, cluster, strategy, work)
+        for strategy in STRATEGIES
+        if not (cluster.world_size == 1 and strategy.ds_config == "zero3.json")
+        and not (cluster.cpu and "offload" in strategy.ds_config)  # to the memory it is in anyway
+    ]
+
+
+def recommended(outcomes: Sequence[Outcome]) -> Outcome | None:
+    """Of those that fit, the one with the shortest step; the first of equals."""
+    fitting = [outcome for outcome in outcomes if outcome.fits]
+    return min(fitting, key=lambda outcome: outcome.step_s) if fitting else None
+
+
+def _fitted(shape: ModelShape, cluster: Cluster, strategy: Strategy, work: Workload) -> Outcome:
+    ds_config = read_json(str(SHIPPED_DS_CONFIGS / strategy.ds_config), "--ds-config")
+    placement = placement_of(ds_config, strategy.form, cluster.world_size)
+
+    def memory_of(work: Workload) -> Footprint:
+        init = init_plan(shape, work, cluster.world_size, placement.dtype_bytes)
+        return footprint(shape, placement, work, init)
+
+    memory = memory_of(work)
+    added: tuple[str, ...] = ()
+    if not (is_fit := fits(memory, cluster)):
+        for changed, options in _changes(work, memory.init.predicted_bytes):
+            other = memory_of(changed)
+            is_fit = fits(other, cluster)
+            if is_fit or needed(other, cluster) < needed(memory, cluster):
+                work, memory, added = changed, other, options
+            if is_fit:
+                break
+    step = step_traffic(shape, placement, work)
+    device, host = needed(memory, cluster)
+    return Outcome(
+        strategy=strategy,
+        placement=placement,
+        work=work,
+        memory=memory,
+        step=step,
+        init=init_traffic(shape, placement, work, memory),
+        step_s=step_seconds(shape, placement, work, step, cluster.speeds, cluster.nodes),
+        needed_bytes=device,
+        headroom_bytes=cluster.memory_bytes - device,
+        host_needed_bytes=host,
+        fits=is_fit,
+        added=added,
+    )
+
+
+def _changes(work: Workload, init_bytes: int) -> Iterator[tuple[Workload, tuple[str, ...]]]:
+    """Workloads that take less memory for more time, the cheapest first."""
+    variants: list[tuple[Workload, tuple[str, ...]]] = [(work, ())]
+    if not work.gradient_checkpointing:
+        checkpointed = replace(work, gradient_checkpointing=True)
+        variants.append((checkpointed, ("--gradient-checkpointing",)))
+    for variant, added in variants:
+        if added:
+            yield variant, added
+        if work.init_memory_bytes is None:
+            for gib in BUDGETS_GIB:
+                if gib * GIB < init_bytes:
+                    budgeted = replace(variant, init_memory_bytes=int(gib * GIB))
+                    yield budgeted, (*added, "--init-memory-gib", f"{gib:g}")
+
+
+def command(
+    outcome: Outcome,
+    cluster: Cluster,
+    model: str,
+    hostfile: str | None,
+    options: Mapping[str, object],
+) -> list[str]:
+    """What starts it. ``TRAIN.jsonl`` stands for the data."""
+    work = {"--model": model, "--data": "TRAIN.jsonl", **options}
+    arguments = [word for pair in work.items() for word in map(str, pair)]
+    if outcome.work.gradient_checkpointing and "--gradient-checkpointing" not in outcome.added:
+        arguments.append("--gradient-checkpointing")
+    arguments += outcome.options
+    if cluster.nodes > 1:
+        return ["deepspeed", "--hostfile", hostfile or "HOSTFILE", "launcher/train.py", *arguments]
+    count = "--num-procs" if cluster.cpu else "--num-gpus"
+    return ["lorasb", "train", count, str(cluster.ranks_per_node), *arguments]

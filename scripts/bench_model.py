@@ -1,0 +1,81 @@
+"""Random checkpoints of real shapes, written a decoder block at a time."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+
+def write_llama(folder: Path, shape: Mapping[str, Any]) -> None:
+    """A bf16 Llama with the demo's vocabulary and tokenizer: a file a decoder block, one for the rest.
+
+    Weights are normal with a deviation of 1/sqrt(hidden size), norms are 1. What is held in memory
+    is one file's tensors. The folder may hold the same model already: it is then left as it is.
+
+    Args:
+        shape: fields of LlamaConfig.
+    """
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from lorasb_ds.config import demo_model_dir
+
+    demo = demo_model_dir()
+    demo_config = LlamaConfig.from_pretrained(demo)
+    tokens = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+    config = LlamaConfig(**{key: getattr(demo_config, key) for key in tokens}, **shape)
+    config.architectures, config.dtype = ["LlamaForCausalLM"], "bfloat16"
+    described = config.to_json_string(use_diff=True)
+    written = folder / "config.json"  # the last file that is written
+    if written.is_file():
+        if written.read_text() != described:
+            raise SystemExit(f"{folder} holds another model. Name an empty folder.")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = {name: weight.shape for name, weight in model.named_parameters()}  # tied ones once
+    files = [
+        [name for name in shapes if name.startswith(f"model.layers.{i}.")]
+        for i in range(config.num_hidden_layers)
+    ]
+    files.append([name for name in shapes if not re.match(r"model\.layers\.", name)])
+    index = {}
+    for number, names in enumerate(files, 1):
+        file = f"model-{number:05}-of-{len(files):05}.safetensors"
+        generator = torch.Generator().manual_seed(number)
+        tensors = {name: torch.ones(shapes[name], dtype=torch.bfloat16) for name in names}
+        for weight in tensors.values():
+            if weight.dim() > 1:
+                weight.normal_(std=config.hidden_size**-0.5, generator=generator)
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(names, file)
+    total = sum(2 * shape.numel() for shape in shapes.values())
+    content = {"metadata": {"total_size": total}, "weight_map": index}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=1))
+    for file in [*demo.glob("*token*"), demo / "chat_template.jinja"]:
+        shutil.copy(file, folder)
+    written.write_text(described)
+
+
+def block_bytes(folder: Path) -> int:
+    """Of a decoder block of a model that ``write_llama`` wrote."""
+    first, *_ = sorted(folder.glob("*.safetensors"))
+    with safe_open(first, "pt") as file:
+        return sum(file.get_tensor(name).nbytes for name in file.keys())
+
+
+def read_once(folder: Path) -> None:
+    """Bring a model's files into the page cache."""
+    buffer = bytearray(1 << 24)
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
