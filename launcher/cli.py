@@ -28,7 +28,14 @@ from lorasb_ds.ds_config import resolve_ds_config
 from lorasb_ds.plan import plan as make_plan
 
 POSITIVE = click.FloatRange(min=0, min_open=True)
-CLUSTER_OPTIONS = ["nodes", "gpus_per_node", "gpu_memory_gib", "host_memory_gib", "hostfile", "num_procs"]
+CLUSTER_OPTIONS = [
+    "nodes",
+    "gpus_per_node",
+    "gpu_memory_gib",
+    "host_memory_gib",
+    "hostfile",
+    "num_procs",
+]
 
 
 @click.group(context_settings=CONTEXT)

@@ -28,8 +28,8 @@ def read_hostfile(path: str) -> dict[str, int]:
         match = re.fullmatch(r"(\S+)\s+slots=(\d+)", text)
         if match is None or int(match[2]) < 1 or match[1] in hosts:
             raise ConfigError(
-                f"--hostfile {path}, line {number}: {text!r} is not `host slots=N` with N above 0 and a "
-                "host that no other line names. Mend the line."
+                f"--hostfile {path}, line {number}: {text!r} is not `host slots=N` with N above 0 "
+                "and a host that no other line names. Mend the line."
             )
         hosts[match[1]] = int(match[2])
     if not hosts:

@@ -1,4 +1,4 @@
-"""`lorasb plan`: from its options to a cluster and a shape, and from outcomes to text. Torch-free."""
+"""`lorasb plan`: options to cluster, shape and workload; outcomes to text. Torch-free."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def find_shape(model: str) -> ModelShape:
         cached = None
     if not isinstance(cached, str):
         raise ConfigError(
-            f"--model {model} is no folder with a config.json, no hub name in the cache (`lorasb plan` "
-            f"asks no network), and none of the shapes it knows: {', '.join(BUILT_IN)}."
+            f"--model {model} is no folder with a config.json, no hub name in the cache (`lorasb "
+            f"plan` asks no network), and none of the shapes it knows: {', '.join(BUILT_IN)}."
         )
     return shape_from_config(model, read_json(cached, "--model"))
 
@@ -58,8 +58,8 @@ def find_cluster(
         slots = set(read_hostfile(hostfile).values())
         if len(slots) > 1:
             raise ConfigError(
-                f"--hostfile {hostfile}: hosts have {', '.join(map(str, sorted(slots)))} slots. The plan "
-                "is for hosts alike: give each the smallest of these numbers."
+                f"--hostfile {hostfile}: hosts have {', '.join(map(str, sorted(slots)))} slots. "
+                "The plan is for hosts alike: give each the smallest of these numbers."
             )
         nodes, gpus_per_node = len(read_hostfile(hostfile)), slots.pop()
     host = None if host_memory_gib is None else int(host_memory_gib * GIB)
@@ -232,7 +232,7 @@ def table(options: Mapping[str, Any]) -> str:
             nodes = -(-gpus // 8)
             cluster = Cluster(nodes, gpus // nodes, int(options["gpu_memory_gib"] * GIB))
             best = recommended(plan(shape, cluster, find_workload(shape, options)))
-            cells.append(_cell(best) if best else "–")
+            cells.append(_cell(best) if best else "-")
         lines.append(f"| {model} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

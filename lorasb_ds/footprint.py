@@ -68,7 +68,7 @@ class Footprint:
     init: InitPlan
     init_activations: int  # with the layers' inputs that the init needs
     host_base: int  # offloaded share
-    host_init: int  # offloaded gradients
+    host_init: int  # offloaded gradients and hidden states
     host_rank0: int  # A and B as the basis, and as the adapter in fp32, while they are saved
 
     @property
@@ -144,7 +144,7 @@ def footprint(shape: ModelShape, placement: Placement, work: Workload, init: Ini
     # the input; torch's own keeps a view of the weight, and so does A's and B's beside packed ones.
     plain = placement.form in BYTES
     block = block_activation_bytes(shape, work, d, inputs=placement.sharded and plain)
-    init_block = block_activation_bytes(shape, work, d, inputs=True)
+    init_block = block_activation_bytes(shape, work, d, inputs=True, branches=False)
     pinned = both_sides * work.r * d if placement.sharded and not plain else 0
     boundaries = work.tokens * shape.hidden_size * d
     gradients = work.tokens * (3 * shape.intermediate_size + 6 * shape.hidden_size) * d
@@ -167,7 +167,7 @@ def footprint(shape: ModelShape, placement: Placement, work: Workload, init: Ini
         if recomputed
         else init_block * blocks_at_once,
         host_base=0 if on_device else hosted,
-        host_init=init.shard_bytes if work.init_offload else 0,
+        host_init=init.shard_bytes + init.boundary_bytes if work.init_offload else 0,
         host_rank0=both_sides * work.r * 4,
     )
 
@@ -189,7 +189,7 @@ def init_plan(shape: ModelShape, work: Workload, world_size: int, dtype_bytes: i
 
 
 def block_activation_bytes(
-    shape: ModelShape, work: Workload, dtype_bytes: int, inputs: bool
+    shape: ModelShape, work: Workload, dtype_bytes: int, *, inputs: bool, branches: bool = True
 ) -> int:
     """What autograd keeps of one decoder block for its backward pass, for one micro-batch.
 
@@ -200,10 +200,12 @@ def block_activation_bytes(
 
     Args:
         inputs: whether those of the linear layers are kept, too, as the init needs them.
+        branches: whether adapters take part.
     """
     queries = shape.num_heads * shape.head_dim
     numbers = 4 * queries + work.max_length + 3 * shape.intermediate_size
-    numbers += work.r * len(work.targets) // shape.num_blocks
+    if branches:
+        numbers += work.r * len(work.targets) // shape.num_blocks
     if inputs:
         numbers += 2 * shape.hidden_size + queries + shape.intermediate_size
     fp32 = shape.normed_width + shape.num_heads

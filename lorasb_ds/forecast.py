@@ -11,12 +11,12 @@ from lorasb_ds.footprint import Footprint, Workload
 from lorasb_ds.host_memory import available_bytes, ranks_of_host
 from lorasb_ds.model_shape import ModelShape
 from lorasb_ds.plan import GIB, Cluster, needed, plan, recommended
-from lorasb_ds.traffic import CPU_SPEEDS, Speeds
+from lorasb_ds.traffic import CPU_SPEEDS, GPU_SPEEDS
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Peaks of a rank's device (on CPUs, of rank 0's process beyond what it holds when it joins)."""
+    """Peaks of a rank's device; on CPUs of rank 0's process, above what it holds when it joins."""
 
     phases: dict[str, int]
     runtime_bytes: int  # beside tensors; in none of the phases
@@ -45,7 +45,7 @@ def this_cluster(world_size: int) -> Cluster:
         memory_bytes=host // local_ranks if cpu else zero.free_device_bytes(),
         host_memory_bytes=host,
         cpu=cpu,
-        speeds=CPU_SPEEDS if cpu else Speeds(),
+        speeds=CPU_SPEEDS if cpu else GPU_SPEEDS,
     )
 
 
@@ -65,12 +65,13 @@ def forecast(
     problems = []
     if device > cluster.memory_bytes:
         problems.append(
-            f"It needs {device / GIB:.2f} GiB a process, and {cluster.memory_bytes / GIB:.2f} are free"
+            f"It needs {device / GIB:.2f} GiB a process, and {cluster.memory_bytes / GIB:.2f} are "
+            "free"
         )
     if cluster.host_memory_bytes is not None and host > cluster.host_memory_bytes:
         problems.append(
-            f"It needs {host / GIB:.2f} GiB of host memory, and {cluster.host_memory_bytes / GIB:.2f} "
-            "are free"
+            f"It needs {host / GIB:.2f} GiB of host memory, and "
+            f"{cluster.host_memory_bytes / GIB:.2f} are free"
         )
     problem = None
     if problems:

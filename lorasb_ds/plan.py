@@ -9,7 +9,15 @@ from lorasb_ds.config import SHIPPED_DS_CONFIGS, read_json
 from lorasb_ds.footprint import RUNTIME_BYTES, Footprint, Workload, footprint, init_plan
 from lorasb_ds.model_shape import ModelShape
 from lorasb_ds.placement import Form, Placement, placement_of
-from lorasb_ds.traffic import CPU_SPEEDS, Speeds, Traffic, init_traffic, step_seconds, step_traffic
+from lorasb_ds.traffic import (
+    CPU_SPEEDS,
+    GPU_SPEEDS,
+    Speeds,
+    Traffic,
+    init_traffic,
+    step_seconds,
+    step_traffic,
+)
 
 GIB = 1 << 30
 # What --init-memory-gib may be where the gradients of all layers do not fit.
@@ -25,7 +33,7 @@ class Cluster:
     memory_bytes: int  # of a rank's device; on CPUs its share of the host's
     host_memory_bytes: int | None = None  # of a host, where known
     cpu: bool = False
-    speeds: Speeds = Speeds()
+    speeds: Speeds = GPU_SPEEDS
 
     @property
     def world_size(self) -> int:

@@ -25,6 +25,7 @@ class Speeds:
     message_s: float = 2e-5
 
 
+GPU_SPEEDS = Speeds()
 CPU_SPEEDS = Speeds(2e9, 1e9, 1e10, 1e10, 5e10, 0.5, 2e-4)
 
 

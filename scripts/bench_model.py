@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 
 def write_llama(folder: Path, shape: Mapping[str, Any]) -> None:
-    """A bf16 Llama with the demo's vocabulary and tokenizer: a file a decoder block, one for the rest.
+    """A bf16 Llama with the demo's vocabulary and tokenizer.
 
-    Weights are normal with a deviation of 1/sqrt(hidden size), norms are 1. What is held in memory
-    is one file's tensors. The folder may hold the same model already: it is then left as it is.
+    Every decoder block has a file, in order; what is left has the last one. Weights are normal with
+    a deviation of 1/sqrt(hidden size), norms are 1. What is held in memory is one file's tensors.
+    The folder may hold the same model already: it is then left as it is.
 
     Args:
         shape: fields of LlamaConfig.
@@ -63,13 +63,6 @@ def write_llama(folder: Path, shape: Mapping[str, Any]) -> None:
     for file in [*demo.glob("*token*"), demo / "chat_template.jinja"]:
         shutil.copy(file, folder)
     written.write_text(described)
-
-
-def block_bytes(folder: Path) -> int:
-    """Of a decoder block of a model that ``write_llama`` wrote."""
-    first, *_ = sorted(folder.glob("*.safetensors"))
-    with safe_open(first, "pt") as file:
-        return sum(file.get_tensor(name).nbytes for name in file.keys())
 
 
 def read_once(folder: Path) -> None:

@@ -7,7 +7,6 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,14 @@ PLACES: dict[str, tuple[str, dict[str, Any]]] = {
     "ZeRO-3 bf16, nothing kept": ("really", {}),
     "ZeRO-3 4-bit, nothing kept": ("really", {"load_in_4bit": True}),
 }
-WORK = {"max_length": 128, "micro_batch_size": 2, "r": 32, "init_lr": 1e-4, "max_steps": 3}
+WORK = {
+    "max_length": 128,
+    "micro_batch_size": 2,
+    "r": 32,
+    "init_lr": 1e-4,
+    "max_steps": 3,
+    "force": True,
+}
 TENSORS, PEAKS = ("base", "adapters", "optimizer"), ("load", "init", "train")
 TENSOR_TARGET, PEAK_TARGET = 0.05, 0.15
 
@@ -56,31 +62,28 @@ def run(config: dict[str, Any], out: str) -> None:
     idle = zero.memory_bytes()
     engine, adapters = start_engine(prepared)
     peaks = {"load": zero.peak_memory_bytes() - idle}
-    tensors = _tensor_bytes(engine, there)
     sample, probe = (prepared.sample(r) for r in (prepared.gradient_rows, prepared.probe_rows))
     report, basis = initialize_by(prepared, engine, adapters, sample, probe)
     peaks["init"] = report.peak_memory_bytes - idle
-    del basis
+    del basis, sample, probe
     zero.reset_peak_memory()
     train(prepared, engine, WORK["max_steps"], None)
     peaks["train"] = zero.peak_memory_bytes() - idle
+    tensors = _tensor_bytes(engine, there)
     found: list[Any] = [None] * zero.world_size()
     dist.all_gather_object(found, (tensors, peaks))
-    result: dict[str, Any] = {
+    memory, forecast = prepared.footprint, prepared.forecast
+    predicted = {name: peak + forecast.runtime_bytes for name, peak in forecast.phases.items()}
+    predicted |= {"adapters": memory.adapters, "optimizer": memory.optimizer}
+    predicted |= {"base": memory.base + memory.quantization}
+    parts = {k: v for k, v in vars(memory).items() if k != "init"} | {
+        f"init {k}": v for k, v in vars(memory.init).items() if k.endswith("_bytes")
+    }
+    result = {
         "tensors": {key: max(t[key] for t, _ in found) for key in TENSORS},
         "peaks": {key: max(p[key] for _, p in found) for key in PEAKS},
-    }
-    print_ = prepared.footprint
-    result["predicted"] = {
-        "base": print_.base + print_.quantization,
-        "adapters": print_.adapters,
-        "optimizer": print_.optimizer,
-        "load": print_.load_peak,
-        "init": print_.init_peak,
-        "train": print_.train_peak,
-    }
-    result["footprint"] = {k: v for k, v in asdict(print_).items() if k != "init"} | {
-        "init": {k: v for k, v in asdict(print_.init).items() if k.endswith("bytes")}
+        "predicted": predicted,
+        "parts": parts,
     }
     if zero.rank() == 0:
         Path(out).write_text(json.dumps(result))
@@ -106,22 +109,23 @@ def _storages(tensors: Iterator[torch.Tensor]) -> dict[int, int]:
 
 
 def _tensor_bytes(engine: Any, there: set[int]) -> dict[str, int]:
-    """Bytes of all tensors that were not there before the load, by what they are of."""
+    """Bytes of all tensors that were not there before the load, by what they are of.
+
+    Whatever is no parameter, and was made by all the work until now, counts as the optimizer's.
+    """
     gc.collect()
     left = {a: n for a, n in _storages(_all_tensors()).items() if a not in there}
-
-    def take(tensors: Iterator[torch.Tensor]) -> int:
-        return sum(left.pop(address, 0) for address in _storages(tensors))
-
-    def of_parameters(adapters: bool) -> Iterator[torch.Tensor]:
-        for name, parameter in engine.module.named_parameters():
-            if ("lora_" in name) == adapters:
-                yield parameter.data
-                if hasattr(parameter, "ds_tensor"):
-                    yield parameter.ds_tensor
-
-    base, adapters = take(of_parameters(False)), take(of_parameters(True))
-    return {"base": base, "adapters": adapters, "optimizer": sum(left.values())}
+    found = {"base": 0, "adapters": 0}
+    for name, parameter in engine.module.named_parameters():
+        shard = getattr(parameter, "ds_tensor", None)
+        # A parameter that ZeRO-3 has gathered for the moment is not kept.
+        kept = [parameter.data] if shard is None or parameter.ds_persist else []
+        kind = "adapters" if "lora_" in name else "base"
+        addresses = _storages(iter(kept if shard is None else [*kept, shard]))
+        found[kind] += sum(left.pop(address, 0) for address in addresses)
+        for address in _storages(iter([parameter.data])):
+            left.pop(address, None)
+    return found | {"optimizer": sum(left.values())}
 
 
 def really_sharded(folder: Path) -> str:
