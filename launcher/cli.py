@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from launcher import plan_command
 from launcher.command import eval_command, job_environment, train_command
 from launcher.options import CONTEXT, run_options, to_arguments
 from launcher.ranks import free_port, remove_shared_memory
@@ -24,6 +25,17 @@ from lorasb_ds.config import (
     replayed_processes,
 )
 from lorasb_ds.ds_config import resolve_ds_config
+from lorasb_ds.plan import plan as make_plan
+
+POSITIVE = click.FloatRange(min=0, min_open=True)
+CLUSTER_OPTIONS = [
+    "nodes",
+    "gpus_per_node",
+    "gpu_memory_gib",
+    "host_memory_gib",
+    "hostfile",
+    "num_procs",
+]
 
 
 @click.group(context_settings=CONTEXT)
@@ -124,6 +136,43 @@ def _start_job(
 def eval(arguments: Sequence[str]) -> None:  # noqa: A001
     """Held-out loss and exact match of a model, with or without an adapter (see eval --help)."""
     sys.exit(_run(eval_command(arguments), dict(os.environ)))
+
+
+@main.command(context_settings=CONTEXT)
+@click.option("--model", help="A folder, a hub name in the cache, or a shape (llama-3-70b, …).")
+@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--gpus-per-node", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--gpu-memory-gib", type=POSITIVE, default=80.0, show_default=True)
+@click.option("--host-memory-gib", type=POSITIVE, help="Of every host. [default: not checked]")
+@click.option("--hostfile", help="DeepSpeed's, in place of --nodes and --gpus-per-node.")
+@click.option(
+    "--num-procs", type=click.IntRange(min=1), help="Processes on this host's CPU instead."
+)
+@click.option("--r", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--max-length", type=click.IntRange(min=8), default=1024, show_default=True)
+@click.option("--micro-batch-size", type=click.IntRange(min=1), default=4, show_default=True)
+@click.option("--gradient-checkpointing", is_flag=True)
+@click.option("--init-memory-gib", type=POSITIVE, help="[default: no limit, or what fits]")
+@click.option("--init-samples", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="All numbers, in bytes.")
+@click.option(
+    "--table", is_flag=True, help="7B to 405B on 1 to 128 GPUs instead (docs/planning.md)."
+)
+@reports_problems
+def plan(model: str | None, as_json: bool, table: bool, **options: Any) -> None:
+    """What fits where: memory, traffic and time of every way to hold a base on a cluster."""
+    if table:
+        click.echo(plan_command.table(options))
+        return
+    if model is None:
+        raise ConfigError("--model is missing. Name a folder, a hub name in the cache, or a shape.")
+    shape = plan_command.find_shape(model)
+    cluster = plan_command.find_cluster(**{name: options[name] for name in CLUSTER_OPTIONS})
+    work = plan_command.find_workload(shape, options)
+    outcomes = make_plan(shape, cluster, work)
+    line = plan_command.command_line(outcomes, cluster, model, options["hostfile"], options)
+    show = plan_command.as_json if as_json else plan_command.render
+    click.echo(show(shape, cluster, outcomes, line))
 
 
 def _run(command: Sequence[str], environment: dict[str, str]) -> int:

@@ -142,6 +142,9 @@ class RunConfig(BaseModel):
         description="Folder of an earlier `lorasb init` or train run whose basis is taken instead "
         "of computing one; r may be smaller than its r.",
     )
+    force: bool = Field(
+        False, description="Start although the predicted memory is more than what is free."
+    )
     seed: int = Field(42, ge=0, description="Seed of everything random in the run.")
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass to save memory."

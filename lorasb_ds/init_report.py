@@ -58,7 +58,7 @@ class InitReport:
     num_groups: int  # of layers, whose gradients were held at the same time
     passes: int  # forward and backward over the sample; by segments it is one, and a forward more
     by_segments: bool
-    predicted_memory_bytes: int  # of gradients and SVD, without activations (plan.py)
+    predicted_memory_bytes: int  # of gradients and SVD, without activations (init_plan.py)
     peak_memory_bytes: int  # of rank 0, all that it holds
     memory_at_start_bytes: int
     gradients_s: float  # forward, backward and the gathers of ZeRO in them

@@ -17,9 +17,9 @@ from lorasb_ds import zero
 from lorasb_ds.adapter import LoraSBLinear
 from lorasb_ds.data import Sample
 from lorasb_ds.gradients import GradientShards, average_gradients, is_transposed
+from lorasb_ds.init_plan import InitPlan
 from lorasb_ds.init_report import InitReport, LayerInit
 from lorasb_ds.linalg import TruncatedSVD, truncated_svds
-from lorasb_ds.plan import InitPlan
 from lorasb_ds.segments import SegmentError, gradients_by_segment
 from lorasb_ds.sharding import Group, gather_rows
 from lorasb_ds.step import choose_step

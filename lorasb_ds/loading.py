@@ -96,6 +96,7 @@ def empty_model(hf_config: Any, dtype: torch.dtype, trust_remote_code: bool = Fa
         model: Any = AutoModelForCausalLM.from_config(
             hf_config, dtype=dtype, trust_remote_code=trust_remote_code
         )
+    model.tie_weights()  # the context above has given tied parameters one object each
     if fp32 := list(model._get_dtype_plan(dtype)):
         pattern, *_ = build_glob_alternation(fp32)
         for name, value in model.state_dict().items():

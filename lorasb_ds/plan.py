@@ -1,149 +1,196 @@
-"""What the init phase will hold in memory, and in how many passes it is done. Torch-free."""
+"""What fits where: every way to hold a base on a cluster, and the one to take. Torch-free."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-FP32_BYTES = 4
-# On several ranks linalg takes the Gram way where n <= max(GRAM_SIDE_SHARED, GRAM_SHARE * r): it
-# saves an all-reduce a step. Numbers from `scripts/bench.py svd` (docs/benchmarks.md).
-GRAM_SIDE_SHARED, GRAM_SHARE = 1024, 6
+from lorasb_ds.config import SHIPPED_DS_CONFIGS, read_json
+from lorasb_ds.footprint import RUNTIME_BYTES, Footprint, Workload, footprint, init_plan
+from lorasb_ds.model_shape import ModelShape
+from lorasb_ds.placement import Form, Placement, placement_of
+from lorasb_ds.traffic import (
+    CPU_SPEEDS,
+    GPU_SPEEDS,
+    Speeds,
+    Traffic,
+    init_traffic,
+    step_seconds,
+    step_traffic,
+)
+
+GIB = 1 << 30
+# What --init-memory-gib may be where the gradients of all layers do not fit.
+BUDGETS_GIB = (64, 32, 16, 8, 4, 2, 1, 0.5, 0.25)
 
 
 @dataclass(frozen=True)
-class InitPlan:
-    """Groups of layers, of which the gradients are held at the same time."""
+class Cluster:
+    """Hosts alike, with ranks alike."""
 
-    groups: tuple[tuple[str, ...], ...]
-    prefix: str | None  # of the names of decoder blocks, where groups can be cut between them
-    shard_bytes: int  # of the largest group, on the rank with most
-    workspace_bytes: int  # of the layer with most
-    boundary_bytes: int  # of what is stored between groups, on the rank with most
-    budget_bytes: int | None
-
-    @property
-    def predicted_bytes(self) -> int:
-        """The most that a rank holds at a time beside base, activations and the finished basis."""
-        return self.shard_bytes + self.workspace_bytes + self.boundary_bytes
+    nodes: int
+    ranks_per_node: int
+    memory_bytes: int  # of a rank's device; on CPUs its share of the host's
+    host_memory_bytes: int | None = None  # of a host, where known
+    cpu: bool = False
+    speeds: Speeds = GPU_SPEEDS
 
     @property
-    def exceeds_budget(self) -> bool:
-        return self.budget_bytes is not None and self.predicted_bytes > self.budget_bytes
+    def world_size(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+    @property
+    def runtime_bytes(self) -> int:
+        return RUNTIME_BYTES["cpu" if self.cpu else "gpu"]
 
 
-def plan_init(
-    targets: Mapping[str, tuple[int, int]],
-    *,
-    r: int,
-    world_size: int,
-    update: str,
-    tokens_per_micro_batch: int,
-    boundary_bytes: int,
-    budget_bytes: int | None,
-) -> InitPlan:
-    """As few groups as the budget allows, or those that take least; a layer is never divided.
+def cpu_cluster(num_procs: int, memory_bytes: int) -> Cluster:
+    """Processes on one host's CPU that share so much memory."""
+    return Cluster(1, num_procs, memory_bytes // num_procs, cpu=True, speeds=CPU_SPEEDS)
 
-    Args:
-        targets: layer -> (out, in), in the model's order.
-        update: of the gradient, as --init-update.
-        tokens_per_micro_batch: at most; the layer's inputs and output gradients are worked on
-            in fp32.
-        boundary_bytes: hidden states of the whole sample, on the rank with most.
+
+@dataclass(frozen=True)
+class Strategy:
+    name: str
+    form: Form
+    ds_config: str  # a shipped one
+    options: tuple[str, ...] = ()
+
+
+QUANTIZED = ("--load-in-4bit",)
+STRATEGIES = (
+    Strategy("bf16 on every rank", "bf16", "zero2.json"),
+    Strategy("4-bit on every rank", "nf4", "zero2.json", QUANTIZED),
+    Strategy("bf16, ZeRO-3", "bf16", "zero3.json"),
+    Strategy("4-bit, ZeRO-3", "nf4", "zero3.json", QUANTIZED),
+    Strategy("bf16, ZeRO-3, offloaded", "bf16", "zero3_offload.json"),
+    Strategy("4-bit, ZeRO-3, offloaded", "nf4", "zero3_offload.json", QUANTIZED),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One strategy on a cluster, with what was added to the workload so that it fits."""
+
+    strategy: Strategy
+    placement: Placement
+    work: Workload
+    memory: Footprint
+    step: Traffic
+    init: Traffic
+    step_s: float
+    needed_bytes: int  # of a rank's device
+    headroom_bytes: int
+    host_needed_bytes: int  # of the first host; 0 on CPUs, where it is in needed_bytes
+    fits: bool
+    added: tuple[str, ...]  # options beyond those that were asked for
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Of `lorasb train`, that make it this strategy."""
+        file = f"ds_configs/{self.strategy.ds_config}"
+        return ("--ds-config", file, *self.strategy.options, *self.added)
+
+
+def needed(memory: Footprint, cluster: Cluster) -> tuple[int, int]:
+    """Bytes of a rank's device and of the first host, with what runs beside tensors.
+
+    On CPUs the first is rank 0's process, and the second 0.
     """
-    workspace = max(
-        _workspace_bytes(*shape, r, world_size, update, tokens_per_micro_batch)
-        for shape in targets.values()
+    device = max(memory.phases(cluster.cpu).values()) + cluster.runtime_bytes
+    if cluster.cpu:
+        return device, 0
+    return device, cluster.ranks_per_node * memory.host + memory.host_rank0
+
+
+def fits(memory: Footprint, cluster: Cluster) -> bool:
+    device, host = needed(memory, cluster)
+    host_fits = cluster.host_memory_bytes is None or host <= cluster.host_memory_bytes
+    return device <= cluster.memory_bytes and host_fits and not memory.init.exceeds_budget
+
+
+def plan(shape: ModelShape, cluster: Cluster, work: Workload) -> list[Outcome]:
+    """Every strategy that makes sense there, as asked for or with the least change that fits."""
+    return [
+        _fitted(shape, cluster, strategy, work)
+        for strategy in STRATEGIES
+        if not (cluster.world_size == 1 and strategy.ds_config == "zero3.json")
+        and not (cluster.cpu and "offload" in strategy.ds_config)  # to the memory it is in anyway
+    ]
+
+
+def recommended(outcomes: Sequence[Outcome]) -> Outcome | None:
+    """Of those that fit, the one with the shortest step; the first of equals."""
+    fitting = [outcome for outcome in outcomes if outcome.fits]
+    return min(fitting, key=lambda outcome: outcome.step_s) if fitting else None
+
+
+def _fitted(shape: ModelShape, cluster: Cluster, strategy: Strategy, work: Workload) -> Outcome:
+    ds_config = read_json(str(SHIPPED_DS_CONFIGS / strategy.ds_config), "--ds-config")
+    placement = placement_of(ds_config, strategy.form, cluster.world_size)
+
+    def memory_of(work: Workload) -> Footprint:
+        init = init_plan(shape, work, cluster.world_size, placement.dtype_bytes)
+        return footprint(shape, placement, work, init)
+
+    memory = memory_of(work)
+    added: tuple[str, ...] = ()
+    if not (is_fit := fits(memory, cluster)):
+        for changed, options in _changes(work, memory.init.predicted_bytes):
+            other = memory_of(changed)
+            is_fit = fits(other, cluster)
+            if is_fit or needed(other, cluster) < needed(memory, cluster):
+                work, memory, added = changed, other, options
+            if is_fit:
+                break
+    step = step_traffic(shape, placement, work)
+    device, host = needed(memory, cluster)
+    return Outcome(
+        strategy=strategy,
+        placement=placement,
+        work=work,
+        memory=memory,
+        step=step,
+        init=init_traffic(shape, placement, work, memory),
+        step_s=step_seconds(shape, placement, work, step, cluster.speeds, cluster.nodes),
+        needed_bytes=device,
+        headroom_bytes=cluster.memory_bytes - device,
+        host_needed_bytes=host,
+        fits=is_fit,
+        added=added,
     )
-    sizes = {name: _shard_bytes(*shape, world_size) for name, shape in targets.items()}
-    prefix = blocks_prefix(targets)
-    units = [[name] for name in targets]
-    if prefix is not None:
-        units = [list(unit) for _, unit in groupby(targets, lambda name: block_of(name, prefix))]
-
-    def stored_bytes(num_groups: int) -> int:
-        """Between segments: the inputs of all but the first, and gradients at both ends of one."""
-        if prefix is None or num_groups == 1:
-            return 0
-        return (min(num_groups, len(units)) + 1) * boundary_bytes
-
-    def plan_of(groups: Sequence[Sequence[str]]) -> InitPlan:
-        return InitPlan(
-            groups=tuple(map(tuple, groups)),
-            prefix=prefix,
-            shard_bytes=max(sum(sizes[name] for name in group) for group in groups),
-            workspace_bytes=workspace,
-            boundary_bytes=stored_bytes(len(groups)),
-            budget_bytes=budget_bytes,
-        )
-
-    plan = plan_of([list(targets)])
-    if budget_bytes is None or not plan.exceeds_budget:
-        return plan
-    # What is stored between groups takes room, too, so that from some number on more of them take
-    # more: for every number, what the budget leaves, and an even share.
-    numbers = range(2, len(targets) + 1)
-    rooms = {budget_bytes - workspace - stored_bytes(n) for n in numbers}
-    rooms |= {plan.shard_bytes // n for n in numbers}
-    plans = [plan, *(plan_of(_fill(units, sizes, room)) for room in sorted(rooms))]
-    fitting = [plan for plan in plans if not plan.exceeds_budget]
-    if fitting:
-        return min(fitting, key=lambda plan: len(plan.groups))
-    return min(plans, key=lambda plan: (plan.predicted_bytes, len(plan.groups)))
 
 
-def blocks_prefix(names: Iterable[str]) -> str | None:
-    """``model.layers.`` of ``model.layers.3.mlp.up_proj``; None unless all names share it."""
-    prefixes = {match[1] if (match := re.match(r"(.*?\.)\d+\.", name)) else None for name in names}
-    return prefixes.pop() if len(prefixes) == 1 else None
+def _changes(work: Workload, init_bytes: int) -> Iterator[tuple[Workload, tuple[str, ...]]]:
+    """Workloads that take less memory for more time, the cheapest first."""
+    variants: list[tuple[Workload, tuple[str, ...]]] = [(work, ())]
+    if not work.gradient_checkpointing:
+        checkpointed = replace(work, gradient_checkpointing=True)
+        variants.append((checkpointed, ("--gradient-checkpointing",)))
+    for variant, added in variants:
+        if added:
+            yield variant, added
+        if work.init_memory_bytes is None:
+            for gib in BUDGETS_GIB:
+                if gib * GIB < init_bytes:
+                    budgeted = replace(variant, init_memory_bytes=int(gib * GIB))
+                    yield budgeted, (*added, "--init-memory-gib", f"{gib:g}")
 
 
-def block_of(name: str, prefix: str) -> int:
-    """The number of the block that a layer lies in."""
-    return int(name.removeprefix(prefix).partition(".")[0])
-
-
-def _fill(
-    units: Iterable[Sequence[str]], sizes: Mapping[str, int], available: int
-) -> list[list[str]]:
-    """Whole units while they fit; one that is too large by itself is taken layer by layer."""
-    groups: list[list[str]] = []
-    room = -1
-    for unit in units:
-        size = sum(sizes[name] for name in unit)
-        if size <= room:
-            groups[-1] += unit
-            room -= size
-        elif size <= available or len(unit) == 1:
-            groups.append(list(unit))
-            room = available - size
-        else:
-            groups += _fill([[name] for name in unit], sizes, available)
-            room = -1
-    return groups
-
-
-def _shard_bytes(out_features: int, in_features: int, world_size: int) -> int:
-    long_side, short_side = max(out_features, in_features), min(out_features, in_features)
-    return -(-long_side // world_size) * short_side * FP32_BYTES
-
-
-def _workspace_bytes(
-    out_features: int, in_features: int, r: int, world_size: int, update: str, tokens: int
-) -> int:
-    """Of one layer: in the backward pass its fp32 x and δ and a block of ``δᵀx``; in the SVD what
-    ``linalg`` says, for the updates of as many layers as there are ranks."""
-    shard = _shard_bytes(out_features, in_features, world_size)
-    short_side, both_sides = min(out_features, in_features), out_features + in_features
-    backward = tokens * both_sides * FP32_BYTES + shard
-    # int8 signs multiplied in bf16, or fp32 numbers in fp64.
-    signs = update == "sign"
-    updates = world_size * (shard // 4 if signs else shard)
-    products = shard // 2 if signs else 2 * shard
-    gram = 0
-    if short_side <= max(GRAM_SIDE_SHARED, GRAM_SHARE * r):
-        gram = (20 if signs else 40) * short_side**2
-    decomposition = updates + max(products, gram) + 32 * r * both_sides
-    return max(backward, decomposition)
+def command(
+    outcome: Outcome,
+    cluster: Cluster,
+    model: str,
+    hostfile: str | None,
+    options: Mapping[str, object],
+) -> list[str]:
+    """What starts it. ``TRAIN.jsonl`` stands for the data."""
+    work = {"--model": model, "--data": "TRAIN.jsonl", **options}
+    arguments = [word for pair in work.items() for word in map(str, pair)]
+    if outcome.work.gradient_checkpointing and "--gradient-checkpointing" not in outcome.added:
+        arguments.append("--gradient-checkpointing")
+    arguments += outcome.options
+    if cluster.nodes > 1:
+        return ["deepspeed", "--hostfile", hostfile or "HOSTFILE", "launcher/train.py", *arguments]
+    count = "--num-procs" if cluster.cpu else "--num-gpus"
+    return ["lorasb", "train", count, str(cluster.ranks_per_node), *arguments]

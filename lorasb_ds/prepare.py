@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.distributed as dist
 
 from lorasb_ds import zero
-from lorasb_ds.adapter import Shapes, expert_layers, linear_layers, select_targets
+from lorasb_ds.adapter import Shapes, expert_layers, select_targets
 from lorasb_ds.base_files import stored_tensors
 from lorasb_ds.basis import check_basis, fingerprint
 from lorasb_ds.config import ConfigError, RunConfig, check_output_dir, read_json
@@ -24,15 +24,14 @@ from lorasb_ds.data import (
     tokenize_rows,
 )
 from lorasb_ds.ds_config import resolve_ds_config
+from lorasb_ds.footprint import Footprint, Workload, footprint, init_plan
+from lorasb_ds.forecast import Forecast, check_fits, forecast, this_cluster
 from lorasb_ds.init_report import InitReport
-from lorasb_ds.loading import (
-    DTYPES,
-    empty_model,
-    load_config,
-    stored_quantization,
-)
-from lorasb_ds.plan import InitPlan, plan_init
+from lorasb_ds.loading import DTYPES, empty_model, load_config, stored_quantization
+from lorasb_ds.model_shape import ModelShape
+from lorasb_ds.placement import Placement, placement_of
 from lorasb_ds.rows import load_rows
+from lorasb_ds.shapes import shape_of
 from lorasb_ds.tokenizer import choose_pad_token, read_tokenizer
 from lorasb_ds.weight_map import map_weights
 
@@ -47,14 +46,17 @@ class Prepared:
     hf_config: Any
     tokenizer: Any
     pad_note: str | None  # where the tokenizer had no pad token that the model knows
-    layers: Shapes
+    shape: ModelShape
     targets: Shapes
     experts: dict[str, int]  # MoE modules that stay frozen, and their elements
     train: TokenizedRows
     held_out: TokenizedRows | None
     gradient_rows: list[int]  # of the training rows, for the init
     probe_rows: list[int]
-    init_plan: InitPlan
+    placement: Placement
+    workload: Workload
+    footprint: Footprint
+    forecast: Forecast
     stored_init: InitReport | None  # that of --init-from, cut to r
     made_from: dict[str, str]  # all that the init depends on but its rank
 
@@ -101,15 +103,15 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
             f"--model {config.model}: config.json and the weights do not agree on whether they "
             "are quantized (quantization_config). Fetch the files again."
         )
-    layers, experts = linear_layers(model), expert_layers(model)
+    shape, experts = shape_of(config.model, model), expert_layers(model)
     if experts and ds_config["zero_optimization"]["stage"] == 3:
         # Gathered at once and not part by part ("leaf modules"): ranks whose tokens go elsewhere
         # would wait for each other. DeepSpeed's own list names whole MoE blocks, of which it would
         # reduce the trainable parameters at every backward pass, the init's too.
         leaves = {"classes": [], "names": list(experts)}
         ds_config["zero_optimization"].setdefault("leaf_module", leaves)
-    targets = select_targets(layers, config.target_modules, config.r)
-    tokenizer = read_tokenizer(config.model, hf_config)
+    targets = select_targets(dict(shape.layers), config.target_modules, config.r)
+    tokenizer = read_tokenizer(config.model, hf_config, config.trust_remote_code)
     pad_note = choose_pad_token(tokenizer, hf_config.get_text_config().vocab_size)
     train = tokenize_rows(load_rows(config.data), tokenizer, config)
     held_out = None
@@ -119,21 +121,17 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
     gradient_rows, probe_rows = init_sample(len(train.examples), config.init_samples, config.seed)
     made_from = fingerprint(config, targets, [train.examples[i] for i in gradient_rows])
     stored_init = None if config.init_from is None else check_basis(config, made_from)
+    form = "nf4" if config.load_in_4bit else "int8" if config.load_in_8bit else config.dtype
+    placement = placement_of(ds_config, form, world_size)
+    workload = _workload(config, targets, train, len(gradient_rows))
     longest = max(len(train.examples[i].input_ids) for i in gradient_rows)
-    # Rows are dealt out in micro-batches.
-    rounds = -(-len(gradient_rows) // (config.micro_batch_size * world_size))
-    rows_per_rank = min(len(gradient_rows), rounds * config.micro_batch_size)
-    bytes_per_token = hf_config.get_text_config().hidden_size * DTYPES[config.dtype].itemsize
-    budget = config.init_memory_gib
-    init_plan = plan_init(
-        targets,
-        r=config.r,
-        world_size=world_size,
-        update=config.init_update,
-        tokens_per_micro_batch=config.micro_batch_size * longest,
-        boundary_bytes=rows_per_rank * longest * bytes_per_token,
-        budget_bytes=None if budget is None else int(budget * (1 << 30)),
+    init = init_plan(
+        shape, replace(workload, max_length=longest), world_size, placement.dtype_bytes
     )
+    memory = footprint(shape, placement, workload, init)
+    cluster = this_cluster(world_size)
+    forecasted = forecast(shape, memory, workload, cluster, config.init_from is not None)
+    check_fits(forecasted, config.force)
     return Prepared(
         config=config,
         ds_config=ds_config,
@@ -141,14 +139,17 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
         hf_config=hf_config,
         tokenizer=tokenizer,
         pad_note=pad_note,
-        layers=layers,
+        shape=shape,
         targets=targets,
         experts=experts,
         train=train,
         held_out=held_out,
         gradient_rows=gradient_rows,
         probe_rows=probe_rows,
-        init_plan=init_plan,
+        placement=placement,
+        workload=workload,
+        footprint=memory,
+        forecast=forecasted,
         stored_init=stored_init,
         made_from=made_from,
     )
@@ -168,6 +169,27 @@ def _with_stored_quantization(config: RunConfig, hf_config: Any) -> RunConfig:
     return config.model_copy(update={f"load_in_{stored}": True})
 
 
+def _workload(
+    config: RunConfig, targets: Shapes, train: TokenizedRows, init_samples: int
+) -> Workload:
+    """What the run computes, for its footprint."""
+    longest = max(len(example.input_ids) for example in train.examples)
+    shortest_prompt = min(example.num_prompt_tokens for example in train.examples)
+    budget = config.init_memory_gib
+    return Workload(
+        targets=targets,
+        r=config.r,
+        max_length=longest,
+        num_labels=longest - max(1, shortest_prompt),
+        micro_batch_size=config.micro_batch_size,
+        gradient_checkpointing=config.gradient_checkpointing,
+        init_samples=init_samples,
+        init_memory_bytes=None if budget is None else int(budget * (1 << 30)),
+        init_update=config.init_update,
+        init_offload=config.init_offload,
+    )
+
+
 def check_ranks_agree(run: Prepared) -> None:
     """Refuse to go on unless every rank holds the same run and the same rows. Collective.
 
@@ -178,7 +200,7 @@ def check_ranks_agree(run: Prepared) -> None:
         # ds_config is a path, which may differ between hosts; its content comes next.
         "the options": run.config.model_dump_json(exclude={"ds_config"}),
         "the ds_config": json.dumps(run.ds_config, sort_keys=True),
-        "the model's layers": json.dumps(run.layers),
+        "the model's layers": json.dumps(run.shape.layers),
         "the training rows": digest(run.train.examples),
         "the held-out rows": digest(run.held_out.examples) if run.held_out else "",
         "the model's files": run.made_from["model files"],

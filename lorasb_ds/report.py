@@ -140,6 +140,15 @@ def write_report(
             f"{train[0]['loss']:.4f} -> {train[-1]['loss']:.4f}.",
             "",
         ]
+    memory = run["memory"]
+    lines += ["## Memory of rank 0", "", "| GiB | predicted | measured |", "|---|---:|---:|"]
+    phases = memory["predicted"]["phases"]
+    runtime = memory["predicted"]["runtime_bytes"] if device == "cpu" else 0
+    lines += [
+        f"| {phase} | {(phases[phase] + runtime) / GIB:.2f} | {peak / GIB:.2f} |"
+        for phase, peak in memory["measured"].items()
+    ]
+    lines += ["", "Peaks: of the device's tensors; on a CPU of the process, above its start.", ""]
     if evals:
         lines += ["| held-out loss | step | eval_loss |", "|---|---:|---:|"]
         stages = {"base": "base", "init": "after the init", "trained": "trained"}

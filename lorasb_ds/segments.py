@@ -25,8 +25,8 @@ from lorasb_ds import zero
 from lorasb_ds.adapter import LoraSBLinear
 from lorasb_ds.data import Batch
 from lorasb_ds.gradients import GradientShards, branches_off, no_dropout, taps
+from lorasb_ds.init_plan import block_of
 from lorasb_ds.loss import token_loss_sum
-from lorasb_ds.plan import block_of
 from lorasb_ds.sharding import Group
 
 # What a segment gives on its second run may differ from the first by this share: some kernels of

@@ -7,7 +7,6 @@ is kept whole, before the next tensor comes. No file is mapped.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -174,7 +173,7 @@ def stream_weights(
                     del value
                     if shard is not None and isinstance(placed, nn.Parameter):
                         shard(placed)
-            _release_host_memory()
+            zero.release_host_memory()
     finally:
         reader.close()
 
@@ -241,10 +240,3 @@ def _raise_together(problem: str | None, group: Group) -> None:
             problem = next(filter(None, problems))
     if problem is not None:
         raise ConfigError(f"The base cannot be loaded: {problem}")
-
-
-def _release_host_memory() -> None:
-    """Hand freed memory back: glibc keeps up to 32 MiB of each size that was in use."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

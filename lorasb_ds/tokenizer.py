@@ -41,7 +41,7 @@ def load_tokenizer(model: str) -> Any:
     return tokenizer
 
 
-def read_tokenizer(model: str, hf_config: Any) -> Any:
+def read_tokenizer(model: str, hf_config: Any, trust_remote_code: bool = False) -> Any:
     """The base's tokenizer as its files have it, padding on the right.
 
     Raises:
@@ -52,7 +52,7 @@ def read_tokenizer(model: str, hf_config: Any) -> Any:
     if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
         tokenizer = _read_sentencepiece(model, folder, hf_config.model_type)
     else:
-        tokenizer = _read_by_transformers(model, folder)
+        tokenizer = _read_by_transformers(model, folder, trust_remote_code)
     vocab_size = hf_config.get_text_config().vocab_size
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"--model {model}: its tokenizer has no end-of-sequence token.")
@@ -88,11 +88,11 @@ def choose_pad_token(tokenizer: Any, vocab_size: int) -> str | None:
     return f"the tokenizer {reason}: padding with {chosen} (masked, so it is not trained on)"
 
 
-def _read_by_transformers(model: str, folder: Path) -> Any:
+def _read_by_transformers(model: str, folder: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(
             f"--model {model}: its tokenizer cannot be read: {' '.join(str(error).split())[:300]} "

@@ -44,14 +44,17 @@ def run_training(run: Prepared, init_only: bool = False) -> Path:
     """
     config, is_main = run.config, zero.rank() == 0
     check_ranks_agree(run)
+    zero.reset_peak_memory()
+    idle_bytes = 0 if zero.accelerator_name() != "cpu" else zero.memory_bytes()
     folder = make_output_dir(config)
-    description = {
+    description: dict[str, Any] = {
         "config": {**config.model_dump(), "output_dir": str(folder)},
         "ds_config": run.ds_config,
         "world_size": zero.world_size(),
         "accelerator": zero.accelerator_name(),
         "rows": {"train": dict(run.train.counts)}
         | ({"held_out": dict(run.held_out.counts)} if run.held_out else {}),
+        "memory": {"predicted": run.forecast.describe()},
         **provenance(),
     }
     log = None
@@ -64,6 +67,9 @@ def run_training(run: Prepared, init_only: bool = False) -> Path:
         _say(f"training rows: {run.train.describe()}")
         if run.pad_note:
             _say(run.pad_note)
+        _say(str(run.forecast))
+        if run.forecast.problem:
+            _say(f"warning: {run.forecast.problem}")
 
     engine, adapters = start_engine(run)
     num_steps = count_steps(config, len(run.train.examples), zero.world_size())
@@ -86,24 +92,31 @@ def run_training(run: Prepared, init_only: bool = False) -> Path:
         if log:
             log.write({"step": step, "stage": stage, "eval_loss": loss})
 
+    peaks = {"load": zero.peak_memory_bytes() - idle_bytes}
     with branches_off(adapters):
         evaluate(0, "base")
     report = init_phase(run, engine, adapters, folder)
     evaluate(0, "init")
     tensors = {}
+    if config.init_from is None:
+        peaks["init"] = zero.peak_memory_bytes() - idle_bytes
     if not init_only:
+        zero.reset_peak_memory()
         train(run, engine, num_steps, log)
         evaluate(num_steps, "trained")
         tensors = collect_lora(adapters)
+        peaks["train"] = zero.peak_memory_bytes() - idle_bytes
     if is_main:
         assert log is not None
+        description["memory"]["measured"] = peaks
+        write_json(folder / "run.json", description)
         if tensors:
             save_peft_adapter(
                 folder / "adapter",
                 tensors,
                 r=config.r,
                 targets=run.targets,
-                layers=run.layers,
+                layers=dict(run.shape.layers),
                 base_model=model_path(config.model),
             )
             draw_loss_curve(folder / "loss.png", log.rows)
@@ -247,7 +260,7 @@ def initialize_by(
         adapters,
         sample,
         probe,
-        run.init_plan,
+        run.footprint.init,
         init_lr=_init_lr(run, engine) or "auto",
         update=run.config.init_update,
         offload=run.config.init_offload,
@@ -264,7 +277,7 @@ def _init_lr(run: Prepared, engine: Any) -> Any:
 
 def init_phase(run: Prepared, engine: Any, adapters: Adapters, folder: Path) -> InitReport:
     """A, B and R by the init, or from an earlier one; on disk when it returns. Collective."""
-    config, plan = run.config, run.init_plan
+    config, plan = run.config, run.footprint.init
     probe = run.sample(run.probe_rows)
     if config.init_from is not None and run.stored_init is not None:
         report, basis = take_up(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -254,6 +255,17 @@ def pinned_bytes(size: int) -> torch.Tensor:
     return empty if accelerator_name() == "cpu" else get_accelerator().pin_memory(empty)
 
 
+def free_device_bytes() -> int:
+    """Of this rank's device, which is not the CPU; before ``init_process_group``, too."""
+    return int(get_accelerator().available_memory(int(os.environ.get("LOCAL_RANK", 0))))
+
+
+def release_host_memory() -> None:
+    """Hand freed memory back to the system: glibc keeps pieces of up to 32 MiB."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
+
+
 def memory_bytes() -> int:
     """Memory in use now: the device's, on a CPU the process's."""
     if accelerator_name() != "cpu":
@@ -269,9 +281,11 @@ def peak_memory_bytes() -> int:
 
 
 def reset_peak_memory() -> None:
+    """Measure the peak from what is in use now on; on a CPU, freed memory is handed back first."""
     if accelerator_name() != "cpu":
         get_accelerator().reset_peak_memory_stats()
         return
+    release_host_memory()
     try:
         # Linux: 5 sets the high-water mark of this process back to what it holds now.
         with open("/proc/self/clear_refs", "w") as file:  # noqa: PTH123

@@ -6,6 +6,7 @@ from __future__ import annotations
 import click
 from bench_init import init, scale
 from bench_load import main as load
+from bench_plan import plan
 from bench_svd import svd
 from bench_wide import main as wide
 
@@ -15,7 +16,7 @@ def main() -> None:
     pass
 
 
-for command in (svd, init, scale, load, wide):
+for command in (svd, init, scale, load, wide, plan):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def export(config: dict[str, Any], basis: str, out: str, zero_optimization: dict
             tensors,
             r=run.config.r,
             targets=run.targets,
-            layers=run.layers,
+            layers=dict(run.shape.layers),
             base_model=run.config.model,
         )
 

@@ -98,6 +98,20 @@ def test_layers(tiny_model: Path, rows: str) -> None:
     assert "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in message
 
 
+def test_what_cannot_fit(tiny_model: Path, rows: str, tmp_path: Path) -> None:
+    """Refused before anything is loaded; with --force it starts."""
+    given = {"model": str(tiny_model), "data": rows, "r": 4, "micro_batch_size": 10**7}
+    message = refused(**given)
+    assert "GiB a process" in message
+    assert "free" in message
+    assert "--force" in message
+    forced = prepare(load_run_config(given | {"force": True}), 1)
+    assert "--force" in str(forced.forecast.problem)
+    small = prepare(load_run_config(given | {"micro_batch_size": 1}), 1)
+    assert small.forecast.problem is None
+    assert 0 < small.forecast.needed_bytes < small.forecast.free_bytes
+
+
 def test_eval_data_is_named(tiny_model: Path, rows: str, tmp_path: Path) -> None:
     other = write_jsonl(tmp_path / "other.jsonl", [{"text": "a"}])
     message = refused(model=str(tiny_model), data=rows, r=4, eval_data=other)

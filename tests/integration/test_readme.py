@@ -27,6 +27,7 @@ def test_all_are_tried_here() -> None:
         *starting("lorasb", "train"),
         *starting("lorasb", "init"),
         *starting("lorasb", "eval"),
+        *starting("lorasb", "plan"),
         *starting("deepspeed"),
         *[line for line in COMMANDS if line.startswith("scripts/")],
     ]
@@ -45,6 +46,13 @@ def test_train(line: str) -> None:
     result = CliRunner().invoke(main, [*shlex.split(line)[1:], "--dry-run"])
     assert result.exit_code == 0, result.output
     assert ("--init-only" in result.output) == line.startswith("lorasb init")
+
+
+@pytest.mark.parametrize("line", starting("lorasb", "plan"))
+def test_plan(line: str) -> None:
+    result = CliRunner().invoke(main, shlex.split(line)[1:])
+    assert result.exit_code == 0, result.output
+    assert "Recommended: " in result.output
 
 
 @pytest.mark.parametrize("line", starting("lorasb", "eval"))

@@ -58,12 +58,19 @@ def test_run_json(run: Path) -> None:
     assert content["versions"].keys() >= {"lorasb-ds", "python", "torch", "deepspeed"}
     assert "--max-steps" in content["command"]
     assert content["rows"]["train"] == {"kept": 200}
+    memory = content["memory"]
+    assert memory["measured"].keys() == memory["predicted"]["phases"].keys()
+    assert memory["predicted"]["needed_bytes"] < memory["predicted"]["free_bytes"]
+    for phase in ("init", "train"):
+        predicted = memory["predicted"]["phases"][phase] + memory["predicted"]["runtime_bytes"]
+        assert 0.5 < predicted / memory["measured"][phase] < 2, phase
 
 
 def test_report(run: Path) -> None:
     text = (run / "report.md").read_text()
     assert f"{210 * R * R:,}" in text, "trainable parameters"
     assert text.count("| model.layers.") == 210
+    assert "| GiB | predicted | measured |" in text
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     init = json.loads((run / "init.json").read_text())
     assert init["step"]["loss_after"] < init["step"]["loss_before"]

@@ -1,89 +1,237 @@
-"""Groups of layers under a budget."""
+"""Strategies on clusters, traffic, the command `lorasb plan`, and what `train` makes of it."""
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from hypothesis import given
-from hypothesis import strategies as st
+import pytest
+from click.testing import CliRunner
+from deepspeed.launcher.runner import fetch_hostfile
 
-from lorasb_ds.plan import block_of, blocks_prefix, plan_init
-from lorasb_ds.sharding import row_range
+from launcher.cli import main
+from launcher.hostfile import read_hostfile
+from launcher.plan_command import find_workload
+from lorasb_ds.config import ConfigError
+from lorasb_ds.footprint import Workload
+from lorasb_ds.forecast import check_fits, forecast
+from lorasb_ds.host_memory import available_bytes
+from lorasb_ds.model_shape import BUILT_IN, shape_from_config
+from lorasb_ds.placement import Placement
+from lorasb_ds.plan import GIB, Cluster, cpu_cluster, plan, recommended
+from lorasb_ds.traffic import CPU_SPEEDS, GPU_SPEEDS, step_seconds, step_traffic
+from tests.runs import ROOT
 
-SIDES = st.integers(1, 300)
-COMMON: dict[str, Any] = {"r": 1, "world_size": 1, "update": "sign", "tokens_per_micro_batch": 1}
+OPTIONS: dict[str, Any] = {"r": 64, "max_length": 1024, "micro_batch_size": 4, "init_samples": 64}
+OPTIONS |= {"gradient_checkpointing": False, "init_memory_gib": None}
+LLAMA_7B = shape_from_config("llama-7b", BUILT_IN["llama-7b"])
 
 
-@given(
-    shapes=st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=12),
-    world_size=st.integers(1, 9),
-    budget=st.one_of(st.none(), st.integers(1, 10**6)),
-)
-def test_every_layer_once_within_the_budget(
-    shapes: list[tuple[int, int]], world_size: int, budget: int | None
-) -> None:
-    targets = {f"layer{i}": shape for i, shape in enumerate(shapes)}
-    plan = plan_init(
-        targets,
-        r=1,
-        world_size=world_size,
-        update="sign",
-        tokens_per_micro_batch=7,
-        boundary_bytes=1000,
-        budget_bytes=budget,
+def work_of(**changes: Any) -> Workload:
+    return find_workload(LLAMA_7B, OPTIONS | changes)
+
+
+def invoke(*arguments: str, status: int = 0) -> str:
+    result = CliRunner().invoke(main, ["plan", *arguments])
+    assert result.exit_code == status, result.output
+    return result.output
+
+
+def test_what_fits_is_recommended() -> None:
+    large = plan(LLAMA_7B, Cluster(1, 8, 80 * GIB), work_of())
+    best = recommended(large)
+    assert best is not None
+    assert best.strategy.name == "bf16 on every rank"
+    small = plan(LLAMA_7B, Cluster(1, 1, 16 * GIB), work_of())
+    best = recommended(small)
+    assert best is not None
+    assert best.strategy.form == "nf4"
+    assert "--init-memory-gib" in best.added
+    assert best.work.init_memory_bytes is not None
+    assert best.memory.init.predicted_bytes <= best.work.init_memory_bytes
+    assert recommended(plan(LLAMA_7B, Cluster(1, 1, 2 * GIB), work_of())) is None
+
+
+def test_every_outcome_says_the_truth_about_itself() -> None:
+    for memory_gib in (4, 16, 40, 80):
+        cluster = Cluster(2, 4, memory_gib * GIB, host_memory_bytes=30 * GIB)
+        for outcome in plan(LLAMA_7B, cluster, work_of()):
+            within = outcome.needed_bytes <= cluster.memory_bytes
+            hosted = outcome.host_needed_bytes <= 30 * GIB
+            assert outcome.fits == (within and hosted and not outcome.memory.init.exceeds_budget)
+            assert outcome.headroom_bytes == cluster.memory_bytes - outcome.needed_bytes
+            asked = (
+                "--gradient-checkpointing" in outcome.added,
+                "--init-memory-gib" in outcome.added,
+            )
+            held = (outcome.work.gradient_checkpointing, outcome.work.init_memory_bytes is not None)
+            assert asked == held
+
+
+def test_what_makes_no_sense_is_left_out() -> None:
+    one = [o.strategy.name for o in plan(LLAMA_7B, Cluster(1, 1, 80 * GIB), work_of())]
+    assert "bf16, ZeRO-3" not in one, "one rank has nothing to share"
+    cpu = [o.strategy.name for o in plan(LLAMA_7B, cpu_cluster(2, 160 * GIB), work_of())]
+    assert not any("offloaded" in name for name in cpu), "to where it is already"
+
+
+def test_traffic_of_a_step() -> None:
+    """Two gathers of what is sharded; the third with checkpointing; none where all is whole."""
+    work = work_of()
+    sharded = Placement("bf16", 4, shard_ranks=4, prefetch_bucket_size=int(5e7))
+    factors = sum(64 * (out + in_) for out, in_ in work.targets.values())
+    whole = 2 * (LLAMA_7B.num_parameters + factors)
+    step = step_traffic(LLAMA_7B, sharded, work)
+    assert step.bytes == pytest.approx(2 * whole * 3 / 4, rel=1e-3)
+    assert whole / 1e8 < step.messages < 4 * whole / 1e8
+    again = step_traffic(LLAMA_7B, sharded, replace(work, gradient_checkpointing=True))
+    assert again.bytes == pytest.approx(1.5 * step.bytes, rel=1e-3)
+    replicated = step_traffic(LLAMA_7B, Placement("bf16", 4, stage=2), work)
+    assert replicated.bytes == work.num_trainable * 6 * 3 // 4
+    hosted = step_traffic(LLAMA_7B, replace(sharded, offload="cpu"), work)
+    assert hosted.host_bytes == pytest.approx(2 * whole / 4, rel=1e-3)
+
+
+def test_time_of_a_step() -> None:
+    """4 operations a parameter and token; slower networks where they are waited for."""
+    work = work_of(max_length=16)
+    alone = Placement("bf16", 1, stage=2)
+    seconds = step_seconds(
+        LLAMA_7B, alone, work, step_traffic(LLAMA_7B, alone, work), CPU_SPEEDS, num_nodes=1
     )
-    assert [name for group in plan.groups for name in group] == list(targets)
-    held = []
-    for group in plan.groups:
-        # What GradientShards allocates on the rank with most rows.
-        rows = [
-            max(len(row_range(max(targets[n]), k, world_size)) for k in range(world_size))
-            for n in group
-        ]
-        held.append(sum(4 * k * min(targets[n]) for k, n in zip(rows, group, strict=True)))
-    assert plan.shard_bytes == max(held)
-    assert plan.predicted_bytes > plan.shard_bytes
-    if budget is None:
-        assert len(plan.groups) == 1
-        assert not plan.exceeds_budget
-    else:
-        assert plan.exceeds_budget == (plan.predicted_bytes > budget)
-        if plan.exceeds_budget:  # nothing smaller can be taken: one layer, and the workspace
-            alone = max(4 * -(-max(s) // world_size) * min(s) for s in shapes)
-            assert plan.predicted_bytes == alone + plan.workspace_bytes
+    active = LLAMA_7B.num_parameters - 32000 * 4096  # without embeddings
+    assert seconds == pytest.approx(4 * active * 64 / 2.5e10, rel=0.01)
+    sharded = Placement("bf16", 16, shard_ranks=16, prefetch_bucket_size=int(5e7))
+    traffic = step_traffic(LLAMA_7B, sharded, work)
+    near, far = (
+        step_seconds(LLAMA_7B, sharded, work, traffic, GPU_SPEEDS, num_nodes=n) for n in (1, 2)
+    )
+    assert far > near
 
 
-def test_no_pass_too_many() -> None:
-    targets = {f"layer{i}": (100, 10) for i in range(10)}
-    options = COMMON | {"boundary_bytes": 0}
-    workspace = plan_init(targets, **options, budget_bytes=None).workspace_bytes
-    for layers_a_pass in (1, 3, 5, 10):
-        budget = workspace + layers_a_pass * 4 * 100 * 10
-        plan = plan_init(targets, **options, budget_bytes=budget)
-        assert len(plan.groups) == -(-10 // layers_a_pass)
-        assert not plan.exceeds_budget
+def test_the_command_as_a_user_sees_it() -> None:
+    text = invoke("--model", "llama-3-70b", "--gpus-per-node", "8")
+    assert "70.55 billion parameters on 8 GPU(s) with 80.0 GiB each" in text
+    assert len(re.findall(r"^(?:bf16|4-bit)", text, re.MULTILINE)) == 6
+    *_, line = text.strip().splitlines()
+    words = shlex.split(line)
+    assert words[:2] == ["lorasb", "train"]
+    assert (ROOT / words[words.index("--ds-config") + 1]).is_file()
+    dry_run = CliRunner().invoke(main, [*words[1:], "--dry-run"])
+    assert dry_run.exit_code == 0, dry_run.output
 
 
-def test_groups_are_cut_between_blocks_where_they_fit() -> None:
-    targets = {f"model.layers.{i}.{kind}": (100, 10) for i in range(6) for kind in "qkv"}
-    options = COMMON | {"boundary_bytes": 50}
-    workspace = plan_init(targets, **options, budget_bytes=None).workspace_bytes
-    layer = 4 * 100 * 10
-    # Room for 7 layers, and for what is stored between 3 groups: two blocks of 3 a group.
-    plan = plan_init(targets, **options, budget_bytes=workspace + 7 * layer + 4 * 50)
-    assert plan.prefix == "model.layers."
-    assert [len(group) for group in plan.groups] == [6, 6, 6]
-    assert (plan.boundary_bytes, plan.exceeds_budget) == (4 * 50, False)
-    # Room for 2 layers: every block in two parts.
-    plan = plan_init(targets, **options, budget_bytes=workspace + 2 * layer + 7 * 50)
-    assert [len(group) for group in plan.groups] == [2, 1] * 6
-    for group in plan.groups:
-        assert len({name.split(".")[2] for name in group}) == 1
+def test_json_holds_the_same_numbers() -> None:
+    arguments = ("--model", "mixtral-8x7b", "--host-memory-gib", "512")
+    found = json.loads(invoke(*arguments, "--json"))
+    assert found["recommended"] in [s["name"] for s in found["strategies"] if s["fits"]]
+    text = invoke(*arguments)
+    for strategy in found["strategies"]:
+        assert f"{strategy['needed_bytes'] / GIB:.2f}" in text
+        peaks = strategy["peak_bytes"]
+        assert strategy["needed_bytes"] == max(peaks.values()) + 3 * 2**29
+    assert found["command"] in text
 
 
-def test_blocks_prefix() -> None:
-    assert blocks_prefix(["model.layers.0.mlp.up", "model.layers.11.mlp.up"]) == "model.layers."
-    assert blocks_prefix(["h.0.experts.3.up", "h.1.experts.0.up"]) == "h."
-    assert blocks_prefix(["model.layers.0.mlp.up", "model.project_in"]) is None
-    assert blocks_prefix(["encoder.0.up", "decoder.0.up"]) is None
-    assert block_of("model.layers.11.mlp.up", "model.layers.") == 11
+def test_folders_hub_names_and_hosts(tiny_model: Path, tmp_path: Path) -> None:
+    assert "0.00 billion" in invoke("--model", str(tiny_model), "--r", "8", "--num-procs", "2")
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("# two hosts\nnode-1 slots=4\n\nnode-2 slots=4  # the other\n")
+    text = invoke("--model", "llama-7b", "--hostfile", str(hostfile))
+    assert "on 8 GPU(s) with 80.0 GiB each, 2 hosts" in text
+    assert f"deepspeed --hostfile {hostfile} launcher/train.py" in text
+
+
+def test_hostfile_as_deepspeed_reads_it() -> None:
+    for file in (ROOT / "hostfiles").glob("*.txt"):
+        assert read_hostfile(str(file)) == fetch_hostfile(str(file))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--model is missing"),
+        (["--model", "no/such-model"], r"no hub name in the cache.*llama-7b"),
+        (["--model", "a b c"], "none of the shapes"),
+        (["--model", "llama-7b", "--r", "5000"], "--r 5000 exceeds 4096"),
+        (["--model", "llama-7b", "--nodes", "0"], "--nodes"),
+        (["--model", "llama-7b", "--gpu-memory-gib", "0"], "--gpu-memory-gib"),
+        (["--model", "llama-7b", "--hostfile", "nowhere"], "there is no such file"),
+    ],
+)
+def test_bad_input(arguments: list[str], message: str) -> None:
+    assert re.search(message, " ".join(invoke(*arguments, status=2).split()))
+
+
+@pytest.mark.parametrize("content", ["node-1\n", "a slots=0\n", "a slots=1\na slots=2\n", "# no\n"])
+def test_bad_hostfiles(tmp_path: Path, content: str) -> None:
+    (tmp_path / "hostfile").write_text(content)
+    with pytest.raises(ConfigError, match="host slots=N"):
+        read_hostfile(str(tmp_path / "hostfile"))
+
+
+def test_uneven_hosts(tmp_path: Path) -> None:
+    (tmp_path / "hostfile").write_text("a slots=4\nb slots=8\n")
+    text = invoke("--model", "llama-7b", "--hostfile", str(tmp_path / "hostfile"), status=2)
+    assert "4, 8 slots" in text
+
+
+def test_instant() -> None:
+    """Without torch, on the largest shape; processor time, since the machine may be busy."""
+    code = (
+        "import resource, sys; from launcher.cli import main\n"
+        "main(['plan', '--model', 'llama-3-405b', '--nodes', '4'], standalone_mode=False)\n"
+        "assert not {'torch', 'transformers', 'deepspeed'} & set(sys.modules)\n"
+        "used = resource.getrusage(resource.RUSAGE_SELF); print(used.ru_utime + used.ru_stime)"
+    )
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert time.perf_counter() - start < 20
+    assert float(done.stdout.split()[-1]) < 2
+
+
+def test_the_table_in_the_docs_is_the_command_s() -> None:
+    assert invoke("--table").strip() in (ROOT / "docs/planning.md").read_text()
+
+
+def test_a_run_that_cannot_fit_is_refused_with_what_would() -> None:
+    roomy = Cluster(1, 2, 999 * GIB)  # so that nothing is changed to fit
+    outcomes = {o.strategy.name: o for o in plan(LLAMA_7B, roomy, work_of())}
+    whole = outcomes["bf16 on every rank"]
+    cluster = Cluster(1, 2, 24 * GIB, host_memory_bytes=64 * GIB)
+    found = forecast(LLAMA_7B, whole.memory, work_of(), cluster, init_is_given=False)
+    with pytest.raises(ConfigError, match=r"24.00 are free.*What would fit: --ds-config .*--force"):
+        check_fits(found, force=False)
+    check_fits(found, force=True)
+    assert found.needed_bytes > found.free_bytes == 24 * GIB
+    assert forecast(LLAMA_7B, whole.memory, work_of(), roomy, False).problem is None
+    given = forecast(LLAMA_7B, whole.memory, work_of(), cluster, init_is_given=True)
+    assert set(given.phases) == {"load", "train"}
+    tiny = forecast(LLAMA_7B, whole.memory, work_of(), Cluster(1, 2, GIB), False)
+    assert tiny.problem is not None
+    assert "Nothing fits on 2 of them" in tiny.problem
+
+
+def test_available_memory_within_a_cgroup(tmp_path: Path) -> None:
+    proc, cgroups = tmp_path / "proc", tmp_path / "cgroup"
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text("MemTotal: 900 kB\nMemAvailable:   500 kB\n")
+    assert available_bytes(proc, cgroups) == 500 * 1024
+    (proc / "self/cgroup").write_text("0::/job/step\n")
+    inner, outer = cgroups / "job/step", cgroups / "job"
+    inner.mkdir(parents=True)
+    for folder, limit, used, cached in ((inner, "max", 9, 9), (outer, str(400 * 1024), 300, 100)):
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{used * 1024}\n")
+        (folder / "memory.stat").write_text(f"anon 1\ninactive_file {cached * 1024}\n")
+    assert available_bytes(proc, cgroups) == 200 * 1024
+    assert available_bytes() > 0

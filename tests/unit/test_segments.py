@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaCon
 from lorasb_ds.adapter import LoraSBLinear, inject, linear_layers
 from lorasb_ds.data import Batch, Sample
 from lorasb_ds.gradients import average_gradients
+from lorasb_ds.init_plan import plan_init
 from lorasb_ds.initialize import gradients_by_group
-from lorasb_ds.plan import plan_init
 from lorasb_ds.segments import Segment, SegmentError, cut, gradients_by_segment
 from tests.unit.test_gradients import batch_of
 

@@ -1,0 +1,261 @@
+"""`lorasb plan`: options to cluster, shape and workload; outcomes to text. Torch-free."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from launcher.hostfile import read_hostfile
+from lorasb_ds.config import DEMO_MODEL, ConfigError, demo_model_dir, read_json
+from lorasb_ds.footprint import Workload
+from lorasb_ds.host_memory import available_bytes
+from lorasb_ds.model_shape import BUILT_IN, ModelShape, shape_from_config
+from lorasb_ds.plan import GIB, Cluster, Outcome, command, cpu_cluster, plan, recommended
+
+TABLE_MODELS = ("llama-7b", "llama-13b", "qwen2.5-32b", "llama-3-70b", "llama-3-405b")
+TABLE_GPUS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+def find_shape(model: str) -> ModelShape:
+    """Of a built-in name, a folder with a config.json, or a hub name that is in the cache."""
+    if model in BUILT_IN:
+        return shape_from_config(model, BUILT_IN[model])
+    folder = demo_model_dir() if model == DEMO_MODEL else Path(model).expanduser()
+    if (folder / "config.json").is_file():
+        return shape_from_config(model, read_json(str(folder / "config.json"), "--model"))
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(model, "config.json")
+    except HFValidationError:
+        cached = None
+    if not isinstance(cached, str):
+        raise ConfigError(
+            f"--model {model} is no folder with a config.json, no hub name in the cache (`lorasb "
+            f"plan` asks no network), and none of the shapes it knows: {', '.join(BUILT_IN)}."
+        )
+    return shape_from_config(model, read_json(cached, "--model"))
+
+
+def find_cluster(
+    nodes: int,
+    gpus_per_node: int,
+    gpu_memory_gib: float,
+    host_memory_gib: float | None,
+    hostfile: str | None,
+    num_procs: int | None,
+) -> Cluster:
+    """What the options say; a hostfile says how many hosts there are, and GPUs in each."""
+    if num_procs is not None:
+        memory = host_memory_gib * GIB if host_memory_gib else available_bytes()
+        return cpu_cluster(num_procs, int(memory))
+    if hostfile is not None:
+        slots = set(read_hostfile(hostfile).values())
+        if len(slots) > 1:
+            raise ConfigError(
+                f"--hostfile {hostfile}: hosts have {', '.join(map(str, sorted(slots)))} slots. "
+                "The plan is for hosts alike: give each the smallest of these numbers."
+            )
+        nodes, gpus_per_node = len(read_hostfile(hostfile)), slots.pop()
+    host = None if host_memory_gib is None else int(host_memory_gib * GIB)
+    return Cluster(nodes, gpus_per_node, int(gpu_memory_gib * GIB), host)
+
+
+def find_workload(shape: ModelShape, options: Mapping[str, Any]) -> Workload:
+    """What is computed, at its largest: rows as long as allowed, with labels everywhere."""
+    r, budget = options["r"], options["init_memory_gib"]
+    # As select_targets takes them: gates with one output have no adapter.
+    targets = {name: sides for name, sides in shape.layers.items() if min(sides) > 1}
+    smallest = min(min(sides) for sides in targets.values())
+    if r > smallest:
+        raise ConfigError(f"--r {r} exceeds {smallest}, the shortest side of a layer. Lower --r.")
+    return Workload(
+        targets=targets,
+        r=r,
+        max_length=options["max_length"],
+        num_labels=options["max_length"] - 1,
+        micro_batch_size=options["micro_batch_size"],
+        gradient_checkpointing=options["gradient_checkpointing"],
+        init_samples=options["init_samples"],
+        init_memory_bytes=None if budget is None else int(budget * GIB),
+    )
+
+
+def run_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the ready-made command has to say beside the strategy."""
+    names = ("r", "max_length", "micro_batch_size", "init_samples", "init_memory_gib")
+    given = {name: options[name] for name in names if options[name] is not None}
+    return {"--" + name.replace("_", "-"): f"{value:g}" for name, value in given.items()}
+
+
+def render(
+    shape: ModelShape, cluster: Cluster, outcomes: Sequence[Outcome], command_line: str | None
+) -> str:
+    """A table of strategies, what the recommended one is made of, and its command."""
+    ranks = f"{cluster.world_size} {'process(es)' if cluster.cpu else 'GPU(s)'}"
+    lines = [
+        f"{shape.name}: {shape.num_parameters / 1e9:.2f} billion parameters on {ranks} with "
+        f"{cluster.memory_bytes / GIB:.1f} GiB each"
+        + (f", {cluster.nodes} hosts" if cluster.nodes > 1 else ""),
+        "",
+        *_columns(
+            (
+                "",
+                "needs",
+                "load",
+                "init",
+                "train",
+                "headroom",
+                "host",
+                "a step",
+                "sent",
+                "in",
+                "with",
+            ),
+            [
+                (
+                    o.strategy.name,
+                    _gib(o.needed_bytes),
+                    *map(_gib, o.memory.phases(cluster.cpu).values()),
+                    _gib(o.headroom_bytes) if o.fits else "no",
+                    _gib(o.host_needed_bytes),
+                    f"{o.step_s:.2g} s",
+                    f"{o.step.bytes / GIB:.1f}",
+                    f"{o.step.messages}",
+                    " ".join(o.added),
+                )
+                for o in outcomes
+            ],
+        ),
+        "",
+        "GiB of a rank; host: of the first host; sent: GiB a rank receives in a step, in so many "
+        "messages. Seconds are from assumed speeds (docs/planning.md).",
+        "",
+    ]
+    best = recommended(outcomes)
+    if best is None:
+        return "\n".join(
+            [
+                *lines,
+                "Nothing fits. More or larger GPUs, a smaller --micro-batch-size, "
+                "--max-length or --r need less.",
+            ]
+        )
+    lines += [f"Recommended: {best.strategy.name}", ""]
+    lines += _columns(("GiB of a rank", ""), [(k, _gib(v)) for k, v in parts(best).items()])
+    lines += [
+        "",
+        f"The init: {len(best.memory.init.groups)} group(s) of layers; {best.init.bytes / GIB:.1f} "
+        f"GiB received in {best.init.messages} messages.",
+    ]
+    if command_line is not None:
+        lines += ["", command_line]
+    return "\n".join(lines)
+
+
+def parts(outcome: Outcome) -> dict[str, int]:
+    """Bytes of a rank by what they are of."""
+    memory = outcome.memory
+    return {
+        "base": memory.base,
+        "quantization state": memory.quantization,
+        "A, B, R": memory.adapters,
+        "optimizer": memory.optimizer,
+        "gathered": memory.gathered,
+        "dequantized layer": memory.dequantized,
+        "activations": memory.activations,
+        "logits": memory.logits,
+        "init: gradients": memory.init.shard_bytes,
+        "init: hidden states": memory.init.boundary_bytes,
+        "init: work on a layer": memory.init.workspace_bytes,
+        "init: activations": memory.init_activations,
+        "load: in flight": memory.load_in_flight,
+    }
+
+
+def as_json(
+    shape: ModelShape, cluster: Cluster, outcomes: Sequence[Outcome], command_line: str | None
+) -> str:
+    best = recommended(outcomes)
+    described = {
+        "model": shape.name,
+        "parameters": shape.num_parameters,
+        "cluster": asdict(cluster),
+        "strategies": [
+            {
+                "name": o.strategy.name,
+                "fits": o.fits,
+                "options": list(o.options),
+                "needed_bytes": o.needed_bytes,
+                "headroom_bytes": o.headroom_bytes,
+                "host_needed_bytes": o.host_needed_bytes,
+                "peak_bytes": o.memory.phases(cluster.cpu),
+                "bytes": parts(o),
+                "init_groups": len(o.memory.init.groups),
+                "step": asdict(o.step),
+                "init": asdict(o.init),
+                "step_s": o.step_s,
+            }
+            for o in outcomes
+        ],
+        "recommended": best and best.strategy.name,
+        "command": command_line,
+    }
+    return json.dumps(described, indent=1)
+
+
+def command_line(
+    outcomes: Sequence[Outcome],
+    cluster: Cluster,
+    model: str,
+    hostfile: str | None,
+    options: Mapping[str, Any],
+) -> str | None:
+    best = recommended(outcomes)
+    if best is None:
+        return None
+    return shlex.join(command(best, cluster, model, hostfile, run_options(options)))
+
+
+def table(options: Mapping[str, Any]) -> str:
+    """Markdown: the recommended strategy of known models on more and more GPUs, 8 in a host."""
+    lines = ["| | " + " | ".join(map(str, TABLE_GPUS)) + " |", "|---|" + "---|" * len(TABLE_GPUS)]
+    for model in TABLE_MODELS:
+        shape = find_shape(model)
+        cells = []
+        for gpus in TABLE_GPUS:
+            nodes = -(-gpus // 8)
+            cluster = Cluster(nodes, gpus // nodes, int(options["gpu_memory_gib"] * GIB))
+            best = recommended(plan(shape, cluster, find_workload(shape, options)))
+            cells.append(_cell(best) if best else "-")
+        lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(best: Outcome) -> str:
+    marks = {"--gradient-checkpointing": "c", "--init-memory-gib": "b"}
+    added = "".join(marks.get(word, "") for word in best.added)
+    return f"{best.strategy.name}{f' ({added})' if added else ''}, {best.needed_bytes / GIB:.0f}"
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f}"
+
+
+def _columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Aligned columns: the first and the last to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *rest = [
+            cell.ljust(width) if i == 0 or (i == len(widths) - 1 and i > 1) else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "  ".join([first, *rest]).rstrip()
+
+    return [line(header), *map(line, rows)]

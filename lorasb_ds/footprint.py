@@ -1,0 +1,271 @@
+"""Bytes that a rank holds while it loads, initializes and trains. Pure and torch-free.
+
+Formulas and their sources are told in docs/planning.md; `scripts/bench.py plan` compares them with
+what is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+from lorasb_ds.init_plan import InitPlan, block_of, plan_init
+from lorasb_ds.model_shape import ModelShape
+from lorasb_ds.placement import BYTES, Placement
+
+# AdamW's fp32 master and two moments, and the fp32 sum of gradients.
+OPTIMIZER_BYTES = 16
+# What a process takes beside tensors, once work has begun: kernels made on first use, buffers of
+# gloo or NCCL, what allocators keep back. CPU: measured; GPU, with the driver's context: assumed.
+RUNTIME_BYTES = {"cpu": 160 << 20, "gpu": 3 << 29}
+# log-softmax, the gradient at its output and at its input, all fp32 (torch's cross-entropy).
+LOGIT_BYTES = 12
+# The loader reads and quantizes so many numbers at a time. As read and in the compute dtype each
+# takes up to 8 bytes, and bitsandbytes' intermediates 14 on a CPU.
+LOAD_CHUNK, LOAD_CHUNK_BYTES = 1 << 20, 22
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is computed: the adapter, the batches and the init's sample."""
+
+    targets: Mapping[str, tuple[int, int]]  # layers with an adapter
+    r: int
+    max_length: int  # tokens of the longest row
+    num_labels: int  # positions of a micro-batch from which some row predicts a label, at most
+    micro_batch_size: int
+    gradient_checkpointing: bool
+    init_samples: int  # rows of the gradient
+    init_memory_bytes: int | None = None
+    init_update: str = "sign"
+    init_offload: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Of a rank's micro-batch."""
+        return self.micro_batch_size * self.max_length
+
+    @property
+    def num_trainable(self) -> int:
+        return len(self.targets) * self.r**2
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes on the rank with most, by what they are of; on its device but for those ``host_``."""
+
+    base: int  # its share of weights and what it keeps whole
+    quantization: int  # scales; its share
+    adapters: int  # A, B, R; its share and what it keeps whole
+    optimizer: int  # master, moments and gradients of R, and DeepSpeed's bucket for those
+    load_in_flight: int
+    gathered: int  # by ZeRO-3 at a time
+    dequantized: int  # one layer
+    activations: int  # in training, kept for the backward pass
+    logits: int
+    block_backward: int  # one block's activations where they are recomputed, and its gradients
+    init: InitPlan
+    init_activations: int  # with the layers' inputs that the init needs
+    host_base: int  # offloaded share
+    host_init: int  # offloaded gradients and hidden states
+    host_rank0: int  # A and B as the basis, and as the adapter in fp32, while they are saved
+
+    @property
+    def resident(self) -> int:
+        """What stays on the device all the time."""
+        return self.base + self.quantization + self.adapters + self.optimizer
+
+    @property
+    def load_peak(self) -> int:
+        return self.base + self.quantization + max(self.load_in_flight, self.adapters)
+
+    @property
+    def init_peak(self) -> int:
+        kept = self.init.boundary_bytes + self.init.shard_bytes - self.host_init
+        backward = (
+            self.gathered
+            + self.dequantized
+            + self.init_activations
+            + max(self.logits, self.block_backward + self.init.backward_bytes)
+        )
+        return self.resident + kept + max(backward, self.init.svd_bytes)
+
+    @property
+    def train_peak(self) -> int:
+        return (
+            self.resident
+            + self.gathered
+            + self.dequantized
+            + self.activations
+            + max(self.logits, self.block_backward)
+        )
+
+    @property
+    def peak(self) -> int:
+        """Of the device."""
+        return max(self.load_peak, self.init_peak, self.train_peak)
+
+    @property
+    def host(self) -> int:
+        """Of every rank, on the host."""
+        return self.host_base + self.host_init
+
+    def phases(self, one_memory: bool) -> dict[str, int]:
+        """Peaks of a rank's device; with one memory, on CPUs, of rank 0's process."""
+        if not one_memory:
+            return {"load": self.load_peak, "init": self.init_peak, "train": self.train_peak}
+        return {
+            "load": self.load_peak + self.host_base,
+            "init": self.init_peak + self.host + self.host_rank0 // 2,  # the basis: not yet fp32
+            "train": max(self.train_peak, self.resident + self.host_rank0) + self.host_base,
+        }
+
+
+def footprint(shape: ModelShape, placement: Placement, work: Workload, init: InitPlan) -> Footprint:
+    """What a run will hold."""
+    d = placement.dtype_bytes
+    parts = {name: placement.stored(sides) for name, sides in shape.layers.items()}
+    scales = sum(s for _, s in parts.values())
+    stored = [n + s for n, s in parts.values()] + [n * d for n in shape.others.values()]
+    base_kept, base_shards = _held(stored, placement)
+    adapter_kept, adapter_shards = _held(list(_adapter_bytes(work, d)), placement)
+    on_device = placement.offload == "none"
+    # Scales are sharded with the numbers that they scale.
+    scale_share = scales * base_shards // sum(stored)
+    hosted = base_shards + adapter_shards
+    if placement.offload == "nvme":
+        hosted = min(hosted, placement.nvme_buffer_elements * d)
+    num_optimized = -(-work.num_trainable // placement.world_size)
+    bucket = placement.reduce_bucket_size * 4 if placement.sharded else 0
+    both_sides = sum(out + in_ for out, in_ in work.targets.values())
+    blocks_at_once = _blocks_at_once(init, shape.num_blocks)
+    # In DeepSpeed's linear function for sharded weights (zero3_linear_wrap), whose autograd keeps
+    # the input; torch's own keeps a view of the weight, and so does A's and B's beside packed ones.
+    plain = placement.form in BYTES
+    block = block_activation_bytes(shape, work, d, inputs=placement.sharded and plain)
+    init_block = block_activation_bytes(shape, work, d, inputs=True, branches=False)
+    pinned = both_sides * work.r * d if placement.sharded and not plain else 0
+    boundaries = work.tokens * shape.hidden_size * d
+    gradients = work.tokens * (3 * shape.intermediate_size + 6 * shape.hidden_size) * d
+    recomputed = work.gradient_checkpointing
+    return Footprint(
+        base=base_kept + (base_shards - scale_share if on_device else 0),
+        quantization=scale_share if on_device else 0,
+        adapters=adapter_kept + (adapter_shards if on_device else 0),
+        optimizer=OPTIMIZER_BYTES * num_optimized + bucket,
+        # A tensor that is read or quantized, and one that is received.
+        load_in_flight=2 * max(stored) + LOAD_CHUNK * LOAD_CHUNK_BYTES,
+        gathered=gathered_bytes(shape, placement, work),
+        dequantized=_dequantized_bytes(shape, placement),
+        activations=shape.num_blocks * (boundaries if recomputed else block)
+        + (0 if recomputed else pinned),
+        logits=work.micro_batch_size * work.num_labels * shape.vocab_size * LOGIT_BYTES,
+        block_backward=gradients + (block if recomputed else 0),
+        init=init,
+        init_activations=boundaries * blocks_at_once + init_block
+        if recomputed
+        else init_block * blocks_at_once,
+        host_base=0 if on_device else hosted,
+        host_init=init.shard_bytes + init.boundary_bytes if work.init_offload else 0,
+        host_rank0=both_sides * work.r * 4,
+    )
+
+
+def init_plan(shape: ModelShape, work: Workload, world_size: int, dtype_bytes: int) -> InitPlan:
+    """The init's groups of layers for a workload."""
+    # Rows are dealt out in micro-batches.
+    rounds = -(-work.init_samples // (work.micro_batch_size * world_size))
+    rows_per_rank = min(work.init_samples, rounds * work.micro_batch_size)
+    return plan_init(
+        work.targets,
+        r=work.r,
+        world_size=world_size,
+        update=work.init_update,
+        tokens_per_micro_batch=work.tokens,
+        boundary_bytes=rows_per_rank * work.max_length * shape.hidden_size * dtype_bytes,
+        budget_bytes=work.init_memory_bytes,
+    )
+
+
+def block_activation_bytes(
+    shape: ModelShape, work: Workload, dtype_bytes: int, *, inputs: bool, branches: bool = True
+) -> int:
+    """What autograd keeps of one decoder block for its backward pass, for one micro-batch.
+
+    The base is frozen: its linear layers keep nothing. Kept are fp32 inputs of the norms; queries,
+    keys and values (for all heads: keys and values are repeated where there is a padding mask),
+    the mask as numbers and what attention returns; both factors of the MLP's product and
+    what goes into its activation function; and what goes into every R.
+
+    Args:
+        inputs: whether those of the linear layers are kept, too, as the init needs them.
+        branches: whether adapters take part.
+    """
+    queries = shape.num_heads * shape.head_dim
+    numbers = 4 * queries + work.max_length + 3 * shape.intermediate_size
+    if branches:
+        numbers += work.r * len(work.targets) // shape.num_blocks
+    if inputs:
+        numbers += 2 * shape.hidden_size + queries + shape.intermediate_size
+    fp32 = shape.normed_width + shape.num_heads
+    return work.tokens * (numbers * dtype_bytes + 4 * fp32)
+
+
+def gathered_bytes(shape: ModelShape, placement: Placement, work: Workload) -> int:
+    """The most that ZeRO-3 has gathered at a time, beside what it keeps whole anyway.
+
+    Its coordinator gathers what the module at hand needs (here a linear layer with its A and B),
+    and prefetches while less than ``stage3_max_live_parameters`` elements are there, in buckets
+    that the last parameter may overshoot; parts of a bucket are copied out of it.
+    (deepspeed/runtime/zero/partitioned_param_coordinator.py, partition_parameters.py)
+    """
+    if not placement.sharded or (placement.shard_ranks == 1 and placement.offload == "none"):
+        return 0
+    d = placement.dtype_bytes
+    factors = {name: work.r * sum(sides) * d for name, sides in work.targets.items()}
+    modules = [
+        sum(placement.stored(sides)) + factors.get(name, 0) for name, sides in shape.layers.items()
+    ]
+    modules += [n * d for n in shape.others.values()]
+    total = sum(modules)
+    if placement.prefetch_bucket_size == 0:
+        return 2 * max(modules)
+    live = placement.max_live_parameters * d + max(modules)
+    bucket = min(placement.prefetch_bucket_size * d + max(modules), total)
+    return min(live, total) + bucket
+
+
+def _adapter_bytes(work: Workload, dtype_bytes: int) -> Iterator[int]:
+    """Of every A, B and R."""
+    for out_features, in_features in work.targets.values():
+        for side in (in_features, out_features, work.r):
+            yield work.r * side * dtype_bytes
+
+
+def _held(stored: list[int], placement: Placement) -> tuple[int, int]:
+    """Bytes of parameters that a rank keeps whole beside its shards, and of the shards."""
+    if not placement.sharded:
+        return sum(stored), 0
+    threshold = placement.persistence_threshold * placement.dtype_bytes
+    kept = sum(n for n in stored if n <= threshold) if placement.shard_ranks > 1 else 0
+    shards = sum(-(-n // placement.shard_ranks) for n in stored)
+    if placement.secondary_ranks > 1:
+        kept += sum(-(-n // placement.secondary_ranks) for n in stored)
+    return kept, shards
+
+
+def _dequantized_bytes(shape: ModelShape, placement: Placement) -> int:
+    if placement.form not in ("nf4", "int8"):
+        return 0
+    numel = max(out * in_ for out, in_ in shape.layers.values())
+    return numel * placement.dtype_bytes + numel // 64 * 4
+
+
+def _blocks_at_once(init: InitPlan, num_blocks: int) -> int:
+    """The most blocks whose activations the init holds: of one segment."""
+    if init.prefix is None or len(init.groups) == 1:
+        return num_blocks
+    spans = [[block_of(name, init.prefix) for name in group] for group in init.groups]
+    starts = [*sorted({min(span) for span in spans}), num_blocks]
+    return max(end - start for start, end in pairwise(starts))

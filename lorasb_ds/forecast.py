@@ -1,0 +1,99 @@
+"""Whether a run fits into what is free here, told before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lorasb_ds import zero
+from lorasb_ds.config import ConfigError
+from lorasb_ds.footprint import Footprint, Workload
+from lorasb_ds.host_memory import available_bytes, ranks_of_host
+from lorasb_ds.model_shape import ModelShape
+from lorasb_ds.plan import GIB, Cluster, needed, plan, recommended
+from lorasb_ds.traffic import CPU_SPEEDS, GPU_SPEEDS
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Peaks of a rank's device; on CPUs of rank 0's process, above what it holds when it joins."""
+
+    phases: dict[str, int]
+    runtime_bytes: int  # beside tensors; in none of the phases
+    needed_bytes: int
+    free_bytes: int
+    problem: str | None  # why it does not fit, and what would
+
+    def describe(self) -> dict[str, Any]:
+        return {k: v for k, v in asdict(self).items() if k != "problem"}
+
+    def __str__(self) -> str:
+        phase = max(self.phases, key=lambda name: self.phases[name])
+        return (
+            f"predicted peak {self.needed_bytes / GIB:.2f} GiB a process ({phase}), of "
+            f"{self.free_bytes / GIB:.2f} free"
+        )
+
+
+def this_cluster(world_size: int) -> Cluster:
+    """The hosts of this job, all like this one, with the memory that is free now."""
+    local_ranks = min(ranks_of_host(), world_size)
+    cpu, host = zero.accelerator_name() == "cpu", available_bytes()
+    return Cluster(
+        nodes=max(1, world_size // local_ranks),
+        ranks_per_node=local_ranks,
+        memory_bytes=host // local_ranks if cpu else zero.free_device_bytes(),
+        host_memory_bytes=host,
+        cpu=cpu,
+        speeds=CPU_SPEEDS if cpu else GPU_SPEEDS,
+    )
+
+
+def forecast(
+    shape: ModelShape, memory: Footprint, work: Workload, cluster: Cluster, init_is_given: bool
+) -> Forecast:
+    """A run's footprint against a cluster's free memory; where it is too large, what would fit.
+
+    Args:
+        init_is_given: by --init-from, so that its memory is not taken.
+    """
+    phases = memory.phases(cluster.cpu)
+    if init_is_given:
+        del phases["init"]
+    device = max(phases.values()) + cluster.runtime_bytes
+    _, host = needed(memory, cluster)
+    problems = []
+    if device > cluster.memory_bytes:
+        problems.append(
+            f"It needs {device / GIB:.2f} GiB a process, and {cluster.memory_bytes / GIB:.2f} are "
+            "free"
+        )
+    if cluster.host_memory_bytes is not None and host > cluster.host_memory_bytes:
+        problems.append(
+            f"It needs {host / GIB:.2f} GiB of host memory, and "
+            f"{cluster.host_memory_bytes / GIB:.2f} are free"
+        )
+    problem = None
+    if problems:
+        best = recommended(plan(shape, cluster, work))
+        remedy = (
+            f"What would fit: {' '.join(best.options)}."
+            if best is not None
+            else f"Nothing fits on {cluster.world_size} of them: use more, or see `lorasb plan`."
+        )
+        problem = (
+            f"The run does not fit. {'. '.join(problems)} ("
+            + ", ".join(f"{name} {peak / GIB:.2f}" for name, peak in phases.items())
+            + f"). {remedy} --force starts it all the same."
+        )
+    return Forecast(phases, cluster.runtime_bytes, device, cluster.memory_bytes, problem)
+
+
+def check_fits(found: Forecast, force: bool) -> None:
+    """Refuse a run that cannot fit.
+
+    Raises:
+        ConfigError: what is needed, what is free, and what would fit.
+    """
+    if found.problem is not None and not force:
+        raise ConfigError(found.problem)

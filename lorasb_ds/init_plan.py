@@ -1,0 +1,159 @@
+"""What the init phase will hold in memory, and in how many passes it is done. Torch-free."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+FP32_BYTES = 4
+# On several ranks linalg takes the Gram way where n <= max(GRAM_SIDE_SHARED, GRAM_SHARE * r): it
+# saves an all-reduce a step. Numbers from `scripts/bench.py svd` (docs/benchmarks.md).
+GRAM_SIDE_SHARED, GRAM_SHARE = 1024, 6
+
+
+@dataclass(frozen=True)
+class InitPlan:
+    """Groups of layers, of which the gradients are held at the same time."""
+
+    groups: tuple[tuple[str, ...], ...]
+    prefix: str | None  # of the names of decoder blocks, where groups can be cut between them
+    shard_bytes: int  # of the largest group, on the rank with most
+    backward_bytes: int  # of the layer with most, in the backward pass
+    svd_bytes: int  # and in its decomposition
+    boundary_bytes: int  # of what is stored between groups, on the rank with most
+    budget_bytes: int | None
+
+    @property
+    def workspace_bytes(self) -> int:
+        """What work on one layer takes."""
+        return max(self.backward_bytes, self.svd_bytes)
+
+    @property
+    def predicted_bytes(self) -> int:
+        """The most that a rank holds at a time beside base, activations and the finished basis."""
+        return self.shard_bytes + self.workspace_bytes + self.boundary_bytes
+
+    @property
+    def exceeds_budget(self) -> bool:
+        return self.budget_bytes is not None and self.predicted_bytes > self.budget_bytes
+
+
+def plan_init(
+    targets: Mapping[str, tuple[int, int]],
+    *,
+    r: int,
+    world_size: int,
+    update: str,
+    tokens_per_micro_batch: int,
+    boundary_bytes: int,
+    budget_bytes: int | None,
+) -> InitPlan:
+    """As few groups as the budget allows, or those that take least; a layer is never divided.
+
+    Args:
+        targets: layer -> (out, in), in the model's order.
+        update: of the gradient, as --init-update.
+        tokens_per_micro_batch: at most; the layer's inputs and output gradients are worked on
+            in fp32.
+        boundary_bytes: hidden states of the whole sample, on the rank with most.
+    """
+    shapes = set(targets.values())
+    backward = max(_backward_bytes(*s, world_size, tokens_per_micro_batch) for s in shapes)
+    svd = max(_svd_bytes(*s, r, world_size, update) for s in shapes)
+    workspace = max(backward, svd)
+    sizes = {name: _shard_bytes(*shape, world_size) for name, shape in targets.items()}
+    prefix = blocks_prefix(targets)
+    units = [[name] for name in targets]
+    if prefix is not None:
+        units = [list(unit) for _, unit in groupby(targets, lambda name: block_of(name, prefix))]
+
+    def stored_bytes(num_groups: int) -> int:
+        """Between segments: the inputs of all but the first, and gradients at both ends of one."""
+        if prefix is None or num_groups == 1:
+            return 0
+        return (min(num_groups, len(units)) + 1) * boundary_bytes
+
+    def plan_of(groups: Sequence[Sequence[str]]) -> InitPlan:
+        return InitPlan(
+            groups=tuple(map(tuple, groups)),
+            prefix=prefix,
+            shard_bytes=max(sum(sizes[name] for name in group) for group in groups),
+            backward_bytes=backward,
+            svd_bytes=svd,
+            boundary_bytes=stored_bytes(len(groups)),
+            budget_bytes=budget_bytes,
+        )
+
+    plan = plan_of([list(targets)])
+    if budget_bytes is None or not plan.exceeds_budget:
+        return plan
+    # What is stored between groups takes room, too. A room makes as few groups as it can: where
+    # they are too many for what it leaves them, those many are the next number to try.
+    number, largest = 2, max(sizes.values())
+    while (room := budget_bytes - workspace - stored_bytes(number)) >= largest:
+        fitting = plan_of(_fill(units, sizes, room))
+        if not fitting.exceeds_budget:
+            return fitting
+        number = max(number + 1, len(fitting.groups))
+    # Nothing fits. From some number on more groups take more: the least of several even shares.
+    rooms = {largest, *(plan.shard_bytes // n for n in range(2, 33))}
+    plans = [plan, *(plan_of(_fill(units, sizes, room)) for room in sorted(rooms))]
+    return min(plans, key=lambda plan: (plan.predicted_bytes, len(plan.groups)))
+
+
+def blocks_prefix(names: Iterable[str]) -> str | None:
+    """``model.layers.`` of ``model.layers.3.mlp.up_proj``; None unless all names share it."""
+    prefixes = {match[1] if (match := re.match(r"(.*?\.)\d+\.", name)) else None for name in names}
+    return prefixes.pop() if len(prefixes) == 1 else None
+
+
+def block_of(name: str, prefix: str) -> int:
+    """The number of the block that a layer lies in."""
+    return int(name.removeprefix(prefix).partition(".")[0])
+
+
+def _fill(
+    units: Iterable[Sequence[str]], sizes: Mapping[str, int], available: int
+) -> list[list[str]]:
+    """Whole units while they fit; one that is too large by itself is taken layer by layer."""
+    groups: list[list[str]] = []
+    room = -1
+    for unit in units:
+        size = sum(sizes[name] for name in unit)
+        if size <= room:
+            groups[-1] += unit
+            room -= size
+        elif size <= available or len(unit) == 1:
+            groups.append(list(unit))
+            room = available - size
+        else:
+            groups += _fill([[name] for name in unit], sizes, available)
+            room = -1
+    return groups
+
+
+def _shard_bytes(out_features: int, in_features: int, world_size: int) -> int:
+    long_side, short_side = max(out_features, in_features), min(out_features, in_features)
+    return -(-long_side // world_size) * short_side * FP32_BYTES
+
+
+def _backward_bytes(out_features: int, in_features: int, world_size: int, tokens: int) -> int:
+    """Of one layer: its fp32 x and δ, and a block of ``δᵀx``."""
+    shard = _shard_bytes(out_features, in_features, world_size)
+    return tokens * (out_features + in_features) * FP32_BYTES + shard
+
+
+def _svd_bytes(out_features: int, in_features: int, r: int, world_size: int, update: str) -> int:
+    """Of one layer: what ``linalg`` says, for the updates of as many layers as there are ranks."""
+    shard = _shard_bytes(out_features, in_features, world_size)
+    short_side, both_sides = min(out_features, in_features), out_features + in_features
+    # int8 signs multiplied in bf16, or fp32 numbers in fp64.
+    signs = update == "sign"
+    updates = world_size * (shard // 4 if signs else shard)
+    products = shard // 2 if signs else 2 * shard
+    gram = 0
+    if short_side <= max(GRAM_SIDE_SHARED, GRAM_SHARE * r):
+        gram = (20 if signs else 40) * short_side**2
+    return updates + max(products, gram) + 32 * r * both_sides

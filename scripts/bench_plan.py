@@ -1,0 +1,216 @@
+"""What `lorasb plan` predicts of a run's memory, against what is measured."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from bench_common import ROOT, machine, measure, row, write_json
+from bench_model import write_llama
+
+MIB = 1 << 20
+# hidden, intermediate, blocks, heads, heads of keys
+SIZES = {
+    "50M": (512, 1376, 8, 8, 4),
+    "200M": (1024, 2816, 12, 16, 8),
+    "530M": (1536, 4096, 16, 12, 4),
+}
+PLACES: dict[str, tuple[str, dict[str, Any]]] = {
+    "replicated bf16": ("zero2.json", {}),
+    "ZeRO-3 bf16": ("zero3.json", {}),
+    "ZeRO-3 bf16, nothing kept": ("really", {}),
+    "ZeRO-3 4-bit, nothing kept": ("really", {"load_in_4bit": True}),
+}
+WORK = {
+    "max_length": 128,
+    "micro_batch_size": 2,
+    "r": 32,
+    "init_lr": 1e-4,
+    "max_steps": 3,
+    "force": True,
+}
+TENSORS, PEAKS = ("base", "adapters", "optimizer"), ("load", "init", "train")
+TENSOR_TARGET, PEAK_TARGET = 0.05, 0.15
+
+
+def run(config: dict[str, Any], out: str) -> None:
+    """A run as `lorasb train` makes it; of every number that of the rank with most."""
+    import os
+
+    import torch.distributed as dist
+
+    from launcher.quiet import quiet_libraries
+    from lorasb_ds import zero
+    from lorasb_ds.config import load_run_config
+    from lorasb_ds.prepare import prepare
+    from lorasb_ds.trainer import initialize_by, start_engine, train
+
+    quiet_libraries()
+    prepared = prepare(load_run_config(config), int(os.environ["WORLD_SIZE"]))
+    zero.init_process_group()
+    dist.all_reduce(torch.zeros(1))
+    gc.collect()
+    there = set(_storages(_all_tensors()))
+    zero.reset_peak_memory()
+    idle = zero.memory_bytes()
+    engine, adapters = start_engine(prepared)
+    peaks = {"load": zero.peak_memory_bytes() - idle}
+    sample, probe = (prepared.sample(r) for r in (prepared.gradient_rows, prepared.probe_rows))
+    report, basis = initialize_by(prepared, engine, adapters, sample, probe)
+    peaks["init"] = report.peak_memory_bytes - idle
+    del basis, sample, probe
+    zero.reset_peak_memory()
+    train(prepared, engine, WORK["max_steps"], None)
+    peaks["train"] = zero.peak_memory_bytes() - idle
+    tensors = _tensor_bytes(engine, there)
+    found: list[Any] = [None] * zero.world_size()
+    dist.all_gather_object(found, (tensors, peaks))
+    memory, forecast = prepared.footprint, prepared.forecast
+    predicted = {name: peak + forecast.runtime_bytes for name, peak in forecast.phases.items()}
+    predicted |= {"adapters": memory.adapters, "optimizer": memory.optimizer}
+    predicted |= {"base": memory.base + memory.quantization}
+    parts = {k: v for k, v in vars(memory).items() if k != "init"} | {
+        f"init {k}": v for k, v in vars(memory.init).items() if k.endswith("_bytes")
+    }
+    result = {
+        "tensors": {key: max(t[key] for t, _ in found) for key in TENSORS},
+        "peaks": {key: max(p[key] for _, p in found) for key in PEAKS},
+        "predicted": predicted,
+        "parts": parts,
+    }
+    if zero.rank() == 0:
+        Path(out).write_text(json.dumps(result))
+    dist.barrier()
+    zero.close_process_group()
+
+
+def _all_tensors() -> Iterator[torch.Tensor]:
+    """Every tensor of this process that Python knows."""
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor):
+            yield thing
+
+
+def _storages(tensors: Iterator[torch.Tensor]) -> dict[int, int]:
+    """Address -> bytes of the memory behind them, once for each."""
+    result = {}
+    for tensor in tensors:
+        if tensor.device.type != "meta" and tensor.numel():
+            storage = tensor.untyped_storage()
+            result[storage.data_ptr()] = storage.nbytes()
+    return result
+
+
+def _tensor_bytes(engine: Any, there: set[int]) -> dict[str, int]:
+    """Bytes of all tensors that were not there before the load, by what they are of.
+
+    Whatever is no parameter, and was made by all the work until now, counts as the optimizer's.
+    """
+    gc.collect()
+    left = {a: n for a, n in _storages(_all_tensors()).items() if a not in there}
+    found = {"base": 0, "adapters": 0}
+    for name, parameter in engine.module.named_parameters():
+        shard = getattr(parameter, "ds_tensor", None)
+        # A parameter that ZeRO-3 has gathered for the moment is not kept.
+        kept = [parameter.data] if shard is None or parameter.ds_persist else []
+        kind = "adapters" if "lora_" in name else "base"
+        addresses = _storages(iter(kept if shard is None else [*kept, shard]))
+        found[kind] += sum(left.pop(address, 0) for address in addresses)
+        for address in _storages(iter([parameter.data])):
+            left.pop(address, None)
+    return found | {"optimizer": sum(left.values())}
+
+
+def really_sharded(folder: Path) -> str:
+    """The shipped zero3.json with nothing kept whole, as it is with a model larger than memory."""
+    content = json.loads((ROOT / "ds_configs/zero3.json").read_text())
+    content["zero_optimization"] |= {
+        "stage3_max_live_parameters": 0,
+        "stage3_prefetch_bucket_size": 0,
+        "stage3_param_persistence_threshold": 0,
+    }
+    path = folder / "really-sharded.json"
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def inputs(folder: Path, rows: int = 24) -> dict[str, Any]:
+    """Options of a run on rows that all are as long as allowed."""
+    text = json.dumps({"question": "Count.", "answer": " ".join(map(str, range(1000)))})
+    data = folder / "rows.jsonl"
+    data.write_text(f"{text}\n" * rows)
+    return WORK | {"data": str(data), "init_samples": 9}
+
+
+def model_folder(folder: Path, size: tuple[int, ...]) -> str:
+    """A random Llama, tied."""
+    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    shape = dict(zip((*keys, "num_key_value_heads"), size, strict=True))
+    write_llama(folder, shape | {"tie_word_embeddings": True})
+    return str(folder)
+
+
+def ratios(result: Mapping[str, Any]) -> dict[str, float]:
+    """Predicted to measured, of tensors and peaks."""
+    measured = result["tensors"] | result["peaks"]
+    return {key: result["predicted"][key] / measured[key] for key in (*TENSORS, *PEAKS)}
+
+
+def table(found: Mapping[tuple[str, str, int], Mapping[str, Any]]) -> str:
+    """Predicted / measured MiB, and their ratio."""
+    columns = ("ranks", *TENSORS, *(f"peak: {phase}" for phase in PEAKS))
+    lines = [row("", columns), "|---|" + "---:|" * len(columns)]
+    for (size, place, ranks), result in found.items():
+        cells = [str(ranks)]
+        for key, ratio in ratios(result).items():
+            got = (result["tensors"] | result["peaks"])[key]
+            cells.append(f"{result['predicted'][key] / MIB:.0f} / {got / MIB:.0f} = {ratio:.2f}")
+        lines.append(row(f"{size}, {place}", cells))
+    return "\n".join(lines)
+
+
+@click.command()
+@click.option("--quick", is_flag=True, help="The smallest size on two ranks: whether it runs.")
+@click.option("--only", help="Cases whose name holds this.")
+def plan(quick: bool, only: str | None) -> None:
+    """Tensors and peak memory of runs on random models: predicted / measured, MiB a rank."""
+    sizes, worlds = (["50M"], [2]) if quick else (list(SIZES), [1, 2, 4])
+    found: dict[tuple[str, str, int], Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        common, really = inputs(folder), really_sharded(folder)
+        for size in sizes:
+            model = model_folder(folder / size, SIZES[size])
+            for place, (file, options) in PLACES.items():
+                for ranks in worlds:
+                    key = (size, place, ranks)
+                    if only is not None and only not in f"{size}, {place}, {ranks}":
+                        continue
+                    ds_config = really if file == "really" else str(ROOT / "ds_configs" / file)
+                    case = common | options | {"model": model, "ds_config": ds_config}
+                    found[key] = measure(run, case, ranks)
+                    print(table({key: found[key]}).splitlines()[-1], file=sys.stderr, flush=True)
+    print(table(found))
+    every = [ratios(result) for result in found.values()]
+    for what, keys, target in (("tensors", TENSORS, TENSOR_TARGET), ("peaks", PEAKS, PEAK_TARGET)):
+        off = [abs(ratio[key] - 1) for ratio in every for key in keys]
+        within = sum(error <= target for error in off)
+        print(f"\n{what}: {within} of {len(off)} within {target:.0%}, the worst {max(off):.1%} off")
+    if not quick and only is None:
+        records = [{"case": list(key), **result} for key, result in found.items()]
+        write_json(
+            ROOT / "docs/benchmarks/plan.json",
+            {"machine": machine(), "work": WORK, "sizes": SIZES, "records": records},
+        )
+
+
+if __name__ == "__main__":
+    _, settings, out = sys.argv[1:]
+    run(json.loads(settings), out)

@@ -1,0 +1,190 @@
+"""Predicted bytes against tensors that torch, bitsandbytes and autograd make."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+from lorasb_ds.adapter import inject, set_scale
+from lorasb_ds.data import IGNORE_INDEX, Batch
+from lorasb_ds.footprint import Footprint, Workload, block_activation_bytes, footprint, init_plan
+from lorasb_ds.gradients import taps
+from lorasb_ds.loss import token_loss_sum
+from lorasb_ds.model_shape import BUILT_IN, shape_from_config
+from lorasb_ds.placement import Placement, placement_of
+from lorasb_ds.shapes import shape_of
+
+LLAMA_7B = shape_from_config("llama-7b", BUILT_IN["llama-7b"])
+
+
+def work_of(shape: Any, **changes: Any) -> Workload:
+    work = Workload(
+        targets=shape.layers,
+        r=8,
+        max_length=64,
+        num_labels=63,
+        micro_batch_size=2,
+        gradient_checkpointing=False,
+        init_samples=4,
+    )
+    return replace(work, **changes)
+
+
+def footprint_of(shape: Any, placement: Placement, **changes: Any) -> Footprint:
+    work = work_of(shape, **changes)
+    init = init_plan(shape, work, placement.world_size, placement.dtype_bytes)
+    return footprint(shape, placement, work, init)
+
+
+@pytest.mark.parametrize("sides", [(64, 64), (192, 64), (100, 130)])
+def test_stored_as_bitsandbytes_has_it(sides: tuple[int, int]) -> None:
+    from bitsandbytes.functional import quantize_4bit
+
+    weight = torch.randn(sides, dtype=torch.bfloat16)
+    codes, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    scales = [state.absmax, state.state2.absmax, state.offset.reshape(1)]
+    numbers, of_scales = Placement("nf4", 1).stored(sides)
+    assert numbers == codes.nbytes
+    assert of_scales - sum(part.nbytes for part in scales) in (0, 1)  # to an even length
+    assert (numbers + of_scales) % 2 == 0
+    numel = sides[0] * sides[1]
+    assert Placement("int8", 1).stored(sides) == (numel, 4 * sides[0])
+    assert Placement("bf16", 1).stored(sides) == (weight.nbytes, 0)
+
+
+class _Kept:
+    """A tap, as the init's is for autograd."""
+
+    _calls: list[str]
+
+    def __init__(self) -> None:
+        self._calls = []
+
+    def add(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("kind", [LlamaConfig, Qwen3Config])
+@pytest.mark.parametrize("inputs", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_activations_are_what_autograd_keeps(kind: Any, inputs: bool, dtype: torch.dtype) -> None:
+    """Bytes of one block more, saved in the forward pass: not of parameters, each once."""
+
+    def kept(num_blocks: int) -> tuple[int, Any]:
+        config = kind(
+            hidden_size=64,
+            intermediate_size=176,
+            num_hidden_layers=num_blocks,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            vocab_size=300,
+        )
+        torch.manual_seed(0)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        shape = shape_of("tiny", model)
+        adapters = inject(model, dict(shape.layers), 8, dtype)
+        model.train()
+        if inputs:
+            set_scale(adapters, 0.0)
+        ids = torch.randint(300, (2, 64))
+        mask = torch.ones_like(ids)
+        mask[1, 50:] = 0  # padding, so that there is a mask
+        batch = Batch(ids, mask, ids.masked_fill(mask == 0, IGNORE_INDEX), 113)
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        saved: dict[int, torch.UntypedStorage] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                saved[storage.data_ptr()] = storage
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            if inputs:
+                with taps(adapters, _Kept()):  # type: ignore[arg-type]
+                    loss = token_loss_sum(model, batch)
+            else:
+                loss = token_loss_sum(model, batch)
+        assert loss.requires_grad
+        return sum(storage.nbytes() for storage in saved.values()), shape
+
+    (three, shape), (two, _) = kept(3), kept(2)
+    predicted = block_activation_bytes(
+        shape, work_of(shape), dtype.itemsize, inputs=inputs, branches=not inputs
+    )
+    assert predicted == pytest.approx(three - two, rel=0.05)
+
+
+def test_parameters_over_ranks() -> None:
+    whole = 2 * LLAMA_7B.num_parameters
+    alone = footprint_of(LLAMA_7B, Placement("bf16", 1, stage=2))
+    assert alone.base == whole
+    assert alone.gathered == alone.host == alone.dequantized == 0
+    work = work_of(LLAMA_7B)
+    factors = 2 * sum(8 * (out + in_ + 8) for out, in_ in work.targets.values())
+    assert alone.adapters == factors
+    assert alone.optimizer == 16 * work.num_trainable
+    shared = footprint_of(LLAMA_7B, Placement("bf16", 4, shard_ranks=4))
+    assert shared.base == pytest.approx(whole / 4, rel=1e-6)
+    assert shared.adapters == factors / 4
+    # What is small stays whole beside its shard: all norms, R, and factors of 8 x 4096.
+    kept = footprint_of(
+        LLAMA_7B, Placement("bf16", 4, shard_ranks=4, persistence_threshold=8 * 4096)
+    )
+    assert kept.base - shared.base == 2 * 65 * 4096
+    assert kept.adapters - shared.adapters == 2 * (
+        224 * 64 + 8 * 4096 * (2 * 4 * 32 + 32 * 3)  # attention's two sides, one of the MLP's three
+    )
+
+
+def test_four_bit_is_a_little_above_half_a_byte() -> None:
+    memory = footprint_of(LLAMA_7B, Placement("nf4", 2, shard_ranks=2))
+    numel = sum(out * in_ for out, in_ in LLAMA_7B.layers.values())
+    # QLoRA: 0.127 bits a weight for scales with double quantization.
+    assert 8 * 2 * memory.quantization / numel == pytest.approx(0.127, abs=2e-3)
+    rest = 2 * sum(LLAMA_7B.others.values())
+    assert memory.base + memory.quantization == pytest.approx(
+        (numel * (0.5 + 0.127 / 8) + rest) / 2, rel=1e-3
+    )
+    assert memory.dequantized > 2 * 4096 * 11008
+
+
+def test_offload_secondary_copies_and_groups_of_ranks() -> None:
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    on_device = footprint_of(LLAMA_7B, placement_of({"zero_optimization": zero}, "bf16", 8))
+    offload = zero | {"offload_param": {"device": "cpu"}}
+    hosted = footprint_of(LLAMA_7B, placement_of({"zero_optimization": offload}, "bf16", 8))
+    assert hosted.base == 0
+    assert hosted.host_base == on_device.base + on_device.adapters
+    assert hosted.gathered == on_device.gathered > 0
+    hpz = zero | {"zero_hpz_partition_size": 4}
+    twice = footprint_of(LLAMA_7B, placement_of({"zero_optimization": hpz}, "bf16", 8))
+    assert twice.base == pytest.approx(3 * on_device.base, rel=1e-6)  # 1/8 and 1/4
+    mics = zero | {"mics_shard_size": 2}
+    pairs = footprint_of(LLAMA_7B, placement_of({"zero_optimization": mics}, "bf16", 8))
+    assert pairs.base == pytest.approx(4 * on_device.base, rel=1e-6)
+
+
+def test_a_budget_and_checkpointing_bound_what_they_should() -> None:
+    placement = Placement("bf16", 2, shard_ranks=2)
+    free = footprint_of(LLAMA_7B, placement)
+    bounded = footprint_of(LLAMA_7B, placement, init_memory_bytes=2 << 30)
+    assert free.init.predicted_bytes > 2 << 30 >= bounded.init.predicted_bytes
+    assert bounded.init_peak < free.init_peak
+    assert bounded.train_peak == free.train_peak
+    assert bounded.init_activations < free.init_activations, "of one segment"
+    recomputed = footprint_of(LLAMA_7B, placement, gradient_checkpointing=True)
+    assert recomputed.activations == 32 * 2 * 64 * 4096 * 2
+    assert recomputed.train_peak < free.train_peak
+
+
+def test_offloaded_init_is_on_the_host() -> None:
+    placement = Placement("bf16", 2, stage=2)
+    free, hosted = (footprint_of(LLAMA_7B, placement, init_offload=o) for o in (False, True))
+    assert hosted.host == free.init.shard_bytes
+    assert free.init_peak - hosted.init_peak == free.init.shard_bytes
