@@ -131,7 +131,7 @@ def test_the_same_run_as_by_zero2(
         for key in {"loss", "eval_loss", "grad_norm"} & reference.keys():
             # fp32 sums in another order; the init's signs may turn where a gradient is nearly 0.
             assert row[key] == pytest.approx(reference[key], rel=1e-4), key
-    A, B = (load_file(folder / "basis.safetensors") for folder in (run, by_zero2))
-    assert A.keys() == B.keys()
-    assert all(tensor.abs().max() > 0 for key, tensor in A.items() if key.endswith("lora_R"))
-    assert not list(Path(os.environ["TMPDIR"]).glob("**/*.swp")), "files of an ended run"
+    basis = load_file(run / "basis.safetensors")
+    assert all(tensor.abs().max() > 0 for key, tensor in basis.items() if key.endswith("lora_R"))
+    on_drive = list(Path(os.environ["TMPDIR"]).glob("zero_stage_3/**/*.swp"))
+    assert bool(on_drive) == (name == "zero3_nvme")
