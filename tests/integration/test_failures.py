@@ -64,7 +64,12 @@ def broken(tiny_model: Path, folder: Path, **config: Any) -> str:
 def test_quantized_and_malformed_models(tiny_model: Path, tmp_path: Path, rows: str) -> None:
     quantized = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     model = broken(tiny_model, tmp_path / "a", quantization_config=quantized)
-    assert "is quantized already" in refused(model=model, data=rows)
+    message = refused(model=model, data=rows, r=4)
+    assert "config.json and the weights do not agree on whether they are quantized" in message
+    assert "is quantized already" in refused(model=model, data=rows, load_in_8bit=True)
+    quantized = {"quant_method": "gptq", "bits": 4}
+    model = broken(tiny_model, tmp_path / "d", quantization_config=quantized)
+    assert "is quantized by gptq" in refused(model=model, data=rows)
     model = broken(tiny_model, tmp_path / "b", hidden_size="wide")
     assert "cannot be read" in refused(model=model, data=rows)
     model = broken(tiny_model, tmp_path / "c")
