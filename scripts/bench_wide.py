@@ -6,6 +6,8 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,10 @@ import click
 from bench_common import ROOT, machine, measure, row, write_json
 from bench_memory import held_bytes, watched
 from bench_model import read_once, write_llama
+
+from lorasb_ds.footprint import RUNTIME_BYTES, Workload
+from lorasb_ds.model_shape import BUILT_IN, shape_from_config
+from lorasb_ds.plan import Cluster, plan
 
 GB = 1e9
 RANKS, LAYERS, VOCABULARY = 2, 80, 128256  # the last two are Llama-70B's
@@ -38,6 +44,7 @@ RUN = {
     "gradient_checkpointing": True,
     "ds_config": str(ROOT / "ds_configs/zero3.json"),
 }
+GPUS = ((2, 24), (8, 80))  # number and memory in GiB
 PARTS = ("load", "init", "gradients", "communication", "SVD", "eta", "step")
 
 
@@ -85,6 +92,12 @@ def wide(config: dict[str, Any], out: str) -> None:
         "optimizer_bytes": 16 * run.config.r**2 * len(adapters) / run.hf_config.num_hidden_layers,
         "groups": report.num_groups,
     }
+    # On CPUs the process of rank 0, which holds the basis, too.
+    phases = run.footprint.phases(one_memory=True)
+    result |= {
+        f"{part}_predicted_bytes": phases[phase] + RUNTIME_BYTES["cpu"] * (part != "load")
+        for part, phase in (("load", "load"), ("init", "init"), ("step", "train"))
+    }
     for name, part in (("load", load), ("init", init), ("step", step)):
         before = part["anon_before_bytes"] - load["anon_before_bytes"]
         result[f"{name}_peak_bytes"] = before + part["anon_peak_bytes"]
@@ -92,8 +105,19 @@ def wide(config: dict[str, Any], out: str) -> None:
     dist.all_gather_object(of_all, result)
     largest = {key: max(rank[key] for rank in of_all) for key in result}
     if zero.rank() == 0:
-        Path(out).write_text(json.dumps(largest | {"losses": losses}))
+        work = asdict(run.workload) | {"targets": None}
+        Path(out).write_text(json.dumps(largest | {"losses": losses, "workload": work}))
     zero.close_process_group()
+
+
+def planned(workload: Mapping[str, Any], ranks: int, memory_gib: int) -> dict[str, Any]:
+    """What `lorasb plan` says of Llama-3-70B with this run's rows, on so many GPUs."""
+    shape = shape_from_config("llama-3-70b", BUILT_IN["llama-3-70b"])
+    work = Workload(**{**workload, "targets": shape.layers})
+    cluster = Cluster(1, ranks, memory_gib << 30)
+    found = next(o for o in plan(shape, cluster, work) if o.strategy.name == "4-bit, ZeRO-3")
+    peaks = {"load": found.memory.load_peak, "init": found.memory.init_peak}
+    return peaks | {"step": found.memory.train_peak, "fits": found.fits, "added": found.added}
 
 
 def seconds_of_all(one: float, two: float, vocabulary: int) -> float:
@@ -160,6 +184,21 @@ def main(model_dir: Path | None, out: Path, quick: bool) -> None:
         peaks[part] = {ranks: peak_of_all(*of, ranks) for ranks in worlds}
         measured = [result[f"{part}_peak_bytes"] for result in (one, two)]
         print(row(part, [f"{number / GB:.2f}" for number in (*measured, *peaks[part].values())]))
+    print(
+        "\n" + row("4-bit ZeRO-3 as planned, GB", ["2 layers", *(f"{n} x {g} GB" for n, g in GPUS)])
+    )
+    print("|---|" + "---:|" * (1 + len(GPUS)))
+    plans = [planned(two["workload"], *gpus) for gpus in GPUS]
+    for part in ("load", "init", "step"):
+        numbers = [two[f"{part}_predicted_bytes"], *(found[part] for found in plans)]
+        print(row(part, [f"{number / GB:.2f}" for number in numbers]))
+    verdicts = ["yes" if found["fits"] else "no" for found in plans]
+    print(
+        row(
+            "fits",
+            ["", *(f"{v} {' '.join(f['added'])}" for v, f in zip(verdicts, plans, strict=True))],
+        )
+    )
     print(f"\nlosses of the training steps: {', '.join(f'{loss:.3f}' for loss in two['losses'])}")
     write_json(
         out,
@@ -171,6 +210,7 @@ def main(model_dir: Path | None, out: Path, quick: bool) -> None:
             "measured": found,
             "seconds of 80 layers": seconds,
             "peak bytes of 80 layers by ranks": peaks,
+            "planned": {f"{n} x {g} GiB": p for (n, g), p in zip(GPUS, plans, strict=True)},
         },
     )
 
