@@ -17,8 +17,8 @@ from lorasb_ds.placement import BYTES, Placement
 # AdamW's fp32 master and two moments, and the fp32 sum of gradients.
 OPTIMIZER_BYTES = 16
 # What a process takes beside tensors, once work has begun: kernels made on first use, buffers of
-# gloo or NCCL, what allocators keep back. CPU: measured; GPU, with the driver's context: assumed.
-RUNTIME_BYTES = {"cpu": 160 << 20, "gpu": 3 << 29}
+# gloo, what glibc keeps back. Measured.
+CPU_RUNTIME_BYTES = 160 << 20
 # log-softmax, the gradient at its output and at its input, all fp32 (torch's cross-entropy).
 LOGIT_BYTES = 12
 # The loader reads and quantizes so many numbers at a time. As read and in the compute dtype each
@@ -102,23 +102,20 @@ class Footprint:
         )
 
     @property
-    def peak(self) -> int:
-        """Of the device."""
-        return max(self.load_peak, self.init_peak, self.train_peak)
-
-    @property
     def host(self) -> int:
         """Of every rank, on the host."""
         return self.host_base + self.host_init
 
     def phases(self, one_memory: bool) -> dict[str, int]:
-        """Peaks of a rank's device; with one memory, on CPUs, of rank 0's process."""
+        """Peaks of tensors on a rank's device; with one memory, on CPUs, of rank 0's process."""
         if not one_memory:
             return {"load": self.load_peak, "init": self.init_peak, "train": self.train_peak}
+        basis = self.host_rank0 // 2  # not yet in fp32
+        trained = max(self.train_peak, self.resident + self.host_rank0)
         return {
             "load": self.load_peak + self.host_base,
-            "init": self.init_peak + self.host + self.host_rank0 // 2,  # the basis: not yet fp32
-            "train": max(self.train_peak, self.resident + self.host_rank0) + self.host_base,
+            "init": self.init_peak + self.host + basis + CPU_RUNTIME_BYTES,
+            "train": trained + self.host_base + CPU_RUNTIME_BYTES,
         }
 
 

@@ -19,7 +19,7 @@ class Forecast:
     """Peaks of a rank's device; on CPUs of rank 0's process, above what it holds when it joins."""
 
     phases: dict[str, int]
-    runtime_bytes: int  # beside tensors; in none of the phases
+    runtime_bytes: int  # of GPUs, beside tensors; in none of the phases
     needed_bytes: int
     free_bytes: int
     problem: str | None  # why it does not fit, and what would

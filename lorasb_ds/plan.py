@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lorasb_ds.config import SHIPPED_DS_CONFIGS, read_json
-from lorasb_ds.footprint import RUNTIME_BYTES, Footprint, Workload, footprint, init_plan
+from lorasb_ds.footprint import Footprint, Workload, footprint, init_plan
 from lorasb_ds.model_shape import ModelShape
 from lorasb_ds.placement import Form, Placement, placement_of
 from lorasb_ds.traffic import (
@@ -20,6 +20,8 @@ from lorasb_ds.traffic import (
 )
 
 GIB = 1 << 30
+# The driver's context, NCCL's buffers, what torch's allocator keeps back. Assumed.
+GPU_RUNTIME_BYTES = 3 << 29
 # What --init-memory-gib may be where the gradients of all layers do not fit.
 BUDGETS_GIB = (64, 32, 16, 8, 4, 2, 1, 0.5, 0.25)
 
@@ -41,7 +43,8 @@ class Cluster:
 
     @property
     def runtime_bytes(self) -> int:
-        return RUNTIME_BYTES["cpu" if self.cpu else "gpu"]
+        """Of a device beside what torch's tensors take."""
+        return 0 if self.cpu else GPU_RUNTIME_BYTES
 
 
 def cpu_cluster(num_procs: int, memory_bytes: int) -> Cluster:

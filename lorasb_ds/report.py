@@ -143,9 +143,8 @@ def write_report(
     memory = run["memory"]
     lines += ["## Memory of rank 0", "", "| GiB | predicted | measured |", "|---|---:|---:|"]
     phases = memory["predicted"]["phases"]
-    runtime = memory["predicted"]["runtime_bytes"] if device == "cpu" else 0
     lines += [
-        f"| {phase} | {(phases[phase] + runtime) / GIB:.2f} | {peak / GIB:.2f} |"
+        f"| {phase} | {phases[phase] / GIB:.2f} | {peak / GIB:.2f} |"
         for phase, peak in memory["measured"].items()
     ]
     lines += ["", "Peaks: of the device's tensors; on a CPU of the process, above its start.", ""]
