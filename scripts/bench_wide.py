@@ -16,7 +16,7 @@ from bench_common import ROOT, machine, measure, row, write_json
 from bench_memory import held_bytes, watched
 from bench_model import read_once, write_llama
 
-from lorasb_ds.footprint import RUNTIME_BYTES, Workload
+from lorasb_ds.footprint import Workload
 from lorasb_ds.model_shape import BUILT_IN, shape_from_config
 from lorasb_ds.plan import Cluster, plan
 
@@ -95,7 +95,7 @@ def wide(config: dict[str, Any], out: str) -> None:
     # On CPUs the process of rank 0, which holds the basis, too.
     phases = run.footprint.phases(one_memory=True)
     result |= {
-        f"{part}_predicted_bytes": phases[phase] + RUNTIME_BYTES["cpu"] * (part != "load")
+        f"{part}_predicted_bytes": phases[phase]
         for part, phase in (("load", "load"), ("init", "init"), ("step", "train"))
     }
     for name, part in (("load", load), ("init", init), ("step", step)):
