@@ -12,13 +12,13 @@ from itertools import pairwise
 
 from lorasb_ds.init_plan import InitPlan, block_of, plan_init
 from lorasb_ds.model_shape import ModelShape
-from lorasb_ds.placement import BYTES, Placement
+from lorasb_ds.placement import Placement
 
 # AdamW's fp32 master and two moments, and the fp32 sum of gradients.
 OPTIMIZER_BYTES = 16
 # What a process takes beside tensors, once work has begun: kernels made on first use, buffers of
-# gloo, what glibc keeps back. Measured.
-CPU_RUNTIME_BYTES = 160 << 20
+# gloo. Measured.
+CPU_RUNTIME_BYTES = 100 << 20
 # log-softmax, the gradient at its output and at its input, all fp32 (torch's cross-entropy).
 LOGIT_BYTES = 12
 # The loader reads and quantizes so many numbers at a time. As read and in the compute dtype each
@@ -137,12 +137,10 @@ def footprint(shape: ModelShape, placement: Placement, work: Workload, init: Ini
     bucket = placement.reduce_bucket_size * 4 if placement.sharded else 0
     both_sides = sum(out + in_ for out, in_ in work.targets.values())
     blocks_at_once = _blocks_at_once(init, shape.num_blocks)
-    # In DeepSpeed's linear function for sharded weights (zero3_linear_wrap), whose autograd keeps
-    # the input; torch's own keeps a view of the weight, and so does A's and B's beside packed ones.
-    plain = placement.form in BYTES
-    block = block_activation_bytes(shape, work, d, inputs=placement.sharded and plain)
+    # zero.Init puts a linear function of its own into torch's place (zero3_linear_wrap), whose
+    # autograd keeps the input; torch's keeps a view of the weight, which pins what was gathered.
+    block = block_activation_bytes(shape, work, d, inputs=placement.sharded)
     init_block = block_activation_bytes(shape, work, d, inputs=True, branches=False)
-    pinned = both_sides * work.r * d if placement.sharded and not plain else 0
     boundaries = work.tokens * shape.hidden_size * d
     gradients = work.tokens * (3 * shape.intermediate_size + 6 * shape.hidden_size) * d
     recomputed = work.gradient_checkpointing
@@ -155,8 +153,7 @@ def footprint(shape: ModelShape, placement: Placement, work: Workload, init: Ini
         load_in_flight=2 * max(stored) + LOAD_CHUNK * LOAD_CHUNK_BYTES,
         gathered=gathered_bytes(shape, placement, work),
         dequantized=_dequantized_bytes(shape, placement),
-        activations=shape.num_blocks * (boundaries if recomputed else block)
-        + (0 if recomputed else pinned),
+        activations=shape.num_blocks * (boundaries if recomputed else block),
         logits=work.micro_batch_size * work.num_labels * shape.vocab_size * LOGIT_BYTES,
         block_backward=gradients + (block if recomputed else 0),
         init=init,

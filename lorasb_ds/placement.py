@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Form = Literal["fp32", "bf16", "nf4", "int8"]
-BYTES = {"fp32": 4, "bf16": 2}
 
 
 @dataclass(frozen=True)
