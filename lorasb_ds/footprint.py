@@ -14,8 +14,8 @@ from lorasb_ds.init_plan import InitPlan, block_of, plan_init
 from lorasb_ds.model_shape import ModelShape
 from lorasb_ds.placement import Placement
 
-# AdamW's fp32 master and two moments, and the fp32 sum of gradients.
-OPTIMIZER_BYTES = 16
+# AdamW's fp32 master and two moments; and the fp32 sum of gradients, which ZeRO-3 keeps for good.
+OPTIMIZER_BYTES, GRADIENT_BYTES = 12, 4
 # What a process takes beside tensors, once work has begun: kernels made on first use, buffers of
 # gloo. Measured.
 CPU_RUNTIME_BYTES = 100 << 20
@@ -58,7 +58,7 @@ class Footprint:
     base: int  # its share of weights and what it keeps whole
     quantization: int  # scales; its share
     adapters: int  # A, B, R; its share and what it keeps whole
-    optimizer: int  # master, moments and gradients of R, and DeepSpeed's bucket for those
+    optimizer: int  # master and moments of R; ZeRO-3: and gradients, and the bucket to reduce them
     load_in_flight: int
     gathered: int  # by ZeRO-3 at a time
     dequantized: int  # one layer
@@ -134,7 +134,7 @@ def footprint(shape: ModelShape, placement: Placement, work: Workload, init: Ini
     if placement.offload == "nvme":
         hosted = min(hosted, placement.nvme_buffer_elements * d)
     num_optimized = -(-work.num_trainable // placement.world_size)
-    bucket = placement.reduce_bucket_size * 4 if placement.sharded else 0
+    kept_gradients = GRADIENT_BYTES * num_optimized + placement.reduce_bucket_size * 4
     both_sides = sum(out + in_ for out, in_ in work.targets.values())
     blocks_at_once = _blocks_at_once(init, shape.num_blocks)
     # zero.Init puts a linear function of its own into torch's place (zero3_linear_wrap), whose
@@ -148,7 +148,7 @@ def footprint(shape: ModelShape, placement: Placement, work: Workload, init: Ini
         base=base_kept + (base_shards - scale_share if on_device else 0),
         quantization=scale_share if on_device else 0,
         adapters=adapter_kept + (adapter_shards if on_device else 0),
-        optimizer=OPTIMIZER_BYTES * num_optimized + bucket,
+        optimizer=OPTIMIZER_BYTES * num_optimized + (kept_gradients if placement.sharded else 0),
         # A tensor that is read or quantized, and one that is received.
         load_in_flight=2 * max(stored) + LOAD_CHUNK * LOAD_CHUNK_BYTES,
         gathered=gathered_bytes(shape, placement, work),

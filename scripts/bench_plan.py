@@ -169,7 +169,7 @@ def table(found: Mapping[tuple[str, str, int], Mapping[str, Any]]) -> str:
         cells = [str(ranks)]
         for key, ratio in ratios(result).items():
             got = (result["tensors"] | result["peaks"])[key]
-            cells.append(f"{result['predicted'][key] / MIB:.0f} / {got / MIB:.0f} = {ratio:.2f}")
+            cells.append(f"{result['predicted'][key] / MIB:.4g} / {got / MIB:.4g} = {ratio:.2f}")
         lines.append(row(f"{size}, {place}", cells))
     return "\n".join(lines)
 
