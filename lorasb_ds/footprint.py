@@ -149,8 +149,7 @@ def footprint(shape: ModelShape, placement: Placement, work: Workload, init: Ini
         quantization=scale_share if on_device else 0,
         adapters=adapter_kept + (adapter_shards if on_device else 0),
         optimizer=OPTIMIZER_BYTES * num_optimized + (kept_gradients if placement.sharded else 0),
-        # A tensor that is read or quantized, and one that is received.
-        load_in_flight=2 * max(stored) + LOAD_CHUNK * LOAD_CHUNK_BYTES,
+        load_in_flight=_in_flight_bytes(stored, placement) + LOAD_CHUNK * LOAD_CHUNK_BYTES,
         gathered=gathered_bytes(shape, placement, work),
         dequantized=_dequantized_bytes(shape, placement),
         activations=shape.num_blocks * (boundaries if recomputed else block),
@@ -247,6 +246,26 @@ def _held(stored: list[int], placement: Placement) -> tuple[int, int]:
     if placement.secondary_ranks > 1:
         kept += sum(-(-n // placement.secondary_ranks) for n in stored)
     return kept, shards
+
+
+def _in_flight_bytes(stored: list[int], placement: Placement) -> int:
+    """What the load takes at its peak beyond what it leaves behind.
+
+    Tensors come largest first, as many at a time as there are ranks, each of which has read one of
+    them. One after the other is received and sharded; a rank keeps its own until its turn.
+    (streaming.stream_weights)
+    """
+    order, world_size = sorted(stored, reverse=True), placement.world_size
+    held = peak = 0
+    for first in range(0, len(order), world_size):
+        turn = order[first : first + world_size]
+        for i, size in enumerate(turn):
+            own = turn[i + 1] if i + 1 < len(turn) else 0
+            share = -(-size // placement.shard_ranks) if placement.sharded else 0
+            on_device = share if placement.offload == "none" else 0
+            peak = max(peak, held + own + size + on_device)
+            held += on_device if placement.sharded else size
+    return peak - held
 
 
 def _dequantized_bytes(shape: ModelShape, placement: Placement) -> int:

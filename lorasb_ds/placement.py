@@ -61,13 +61,12 @@ def placement_of(ds_config: Mapping[str, Any], form: Form, world_size: int) -> P
     zero = ds_config.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     offload = zero.get("offload_param") or {}
-    mics = zero.get("mics_shard_size", -1)
     return Placement(
         form=form,
         world_size=world_size,
         stage=stage,
         offload=offload.get("device", "none") if stage == 3 else "none",
-        shard_ranks=(mics if mics > 0 else world_size) if stage == 3 else 1,
+        shard_ranks=world_size if stage == 3 else 1,
         secondary_ranks=zero.get("zero_hpz_partition_size", 1) if stage == 3 else 1,
         max_live_parameters=int(zero.get("stage3_max_live_parameters", 1e9)),
         prefetch_bucket_size=int(zero.get("stage3_prefetch_bucket_size", 5e7)),
