@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -13,8 +15,10 @@ from pathlib import Path
 from lorasb_ds.config import DEMO_MODEL, ConfigError, demo_model_dir, read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-# What a base needs; a repository may hold the same weights in other forms, too.
-DOWNLOADED = ("*.json", "*.jinja", "*.model", "*.txt", "model*.safetensors")
+# What a base needs beside its weights; a repository may hold those in other forms, too.
+DOWNLOADED = ("*.json", "*.jinja", "*.model", "*.txt")
+ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
+ITEM_BYTES |= {"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ def model_path(model: str) -> str:
                 "scripts/setup.sh, or name a model of your own."
             )
         return str(folder)
-    folder = Path(model).expanduser()
+    folder = Path(os.path.expanduser(model))  # noqa: PTH111, Path's raises for unknown users
     if not folder.exists():
         if model.startswith((".", "/", "~")) or model.count("/") > 1:
             raise ConfigError(
@@ -70,7 +74,11 @@ def model_folder(model: str, trust_remote_code: bool = False) -> Path:
 
     patterns = [*DOWNLOADED, *(["*.py"] if trust_remote_code else [])]
     try:
-        return Path(snapshot_download(path, allow_patterns=patterns))
+        folder = Path(snapshot_download(path, allow_patterns=patterns))
+        weights = [WEIGHTS]
+        if (folder / INDEX).is_file():
+            weights += sorted(set(_weight_map(folder, model).values()))
+        return Path(snapshot_download(path, allow_patterns=weights))
     except (OSError, HFValidationError) as error:  # all of the hub's errors are one of these
         if getattr(error, "errno", None) == errno.ENOSPC:
             remedy = "The disk is full: free some of it, or name another one by HF_HOME."
@@ -96,33 +104,55 @@ def stored_tensors(model: str) -> dict[str, StoredTensor]:
     if (folder / WEIGHTS).is_file():
         return read_header(folder / WEIGHTS, model)
     if not index_file.is_file():
+        others = sorted(file.name for file in folder.glob("*.safetensors"))
         legacy = sorted(file.name for file in folder.glob("*.bin"))
-        found = (
-            f"only {', '.join(legacy)}, which are pickles and can run code" if legacy else "none"
-        )
+        found = ", ".join(others) or "none"
+        if legacy:
+            found = f"only {', '.join(legacy)}, which are pickles and can run code"
+        elif not others and path_is_hub_name(model):
+            found = "none (pickles, which can run code, are not fetched)"
         raise ConfigError(
             f"--model {model}: the weights must be {WEIGHTS}, or several files with {INDEX}; "
             f"{folder} has {found}. Convert them by save_pretrained of a trusted copy."
         )
-    index = read_json(str(index_file), "--model").get("weight_map")
-    if not isinstance(index, dict) or not index:
-        raise ConfigError(f"--model {model}: {INDEX} has no weight_map. Fetch the file again.")
+    index = _weight_map(folder, model)
     found_tensors: dict[str, StoredTensor] = {}
     for file in sorted(set(index.values())):
         names = [name for name, where in index.items() if where == file]
-        path = folder / Path(file).name  # in the same folder, whatever the index says
+        path = folder / file
         if not path.is_file():
             raise ConfigError(
-                f"--model {model}: {path.name} is missing, which {INDEX} names for {len(names)} "
+                f"--model {model}: {file} is missing, which {INDEX} names for {len(names)} "
                 f"tensors such as {names[0]}. Fetch the file again."
             )
-        found_tensors |= read_header(path, model)
-        if lost := [name for name in names if name not in found_tensors]:
+        # A tensor may lie in two files; the index says which is meant.
+        header = read_header(path, model)
+        found_tensors |= {n: t for n, t in header.items() if index.get(n, file) == file}
+        if lost := [name for name in names if name not in header]:
             raise ConfigError(
-                f"--model {model}: {INDEX} names {len(lost)} tensors that are not in {path.name}, "
+                f"--model {model}: {INDEX} names {len(lost)} tensors that are not in {file}, "
                 f"such as {lost[0]}. Fetch both files again."
             )
     return found_tensors
+
+
+def path_is_hub_name(model: str) -> bool:
+    return not Path(model_path(model)).is_dir()
+
+
+def _weight_map(folder: Path, model: str) -> dict[str, str]:
+    """Tensor -> file, as the index has it; files lie in the folder or below."""
+    index = read_json(str(folder / INDEX), "--model").get("weight_map")
+    if (
+        not isinstance(index, dict)
+        or not index
+        or not all(isinstance(f, str) and ".." not in Path(f).parts for f in index.values())
+        or any(Path(f).is_absolute() for f in index.values())
+    ):
+        raise ConfigError(
+            f"--model {model}: {INDEX} has no weight_map of files. Fetch the file again."
+        )
+    return index
 
 
 def read_header(path: Path, model: str) -> dict[str, StoredTensor]:
@@ -154,6 +184,13 @@ def read_header(path: Path, model: str) -> dict[str, StoredTensor]:
             "Fetch it again."
         ) from error
     for name, tensor in tensors.items():
+        num_bytes = math.prod(tensor.shape) * ITEM_BYTES.get(tensor.dtype, 0)
+        if tensor.begin < 0 or (num_bytes and tensor.end - tensor.begin != num_bytes):
+            raise ConfigError(
+                f"--model {model}: {path.name} is no whole safetensors file: it has "
+                f"{tensor.end - tensor.begin:,} bytes for {name}, which is {tensor.dtype} of shape "
+                f"{tensor.shape}. Fetch it again."
+            )
         if tensor.end > file_size:
             raise ConfigError(
                 f"--model {model}: {path.name} is no whole safetensors file: it ends at byte "
@@ -172,7 +209,7 @@ def weights_digest(model: str) -> str:
         ConfigError: if a file is broken.
     """
     folder = model_folder(model)
-    if not Path(model_path(model)).is_dir():
+    if path_is_hub_name(model):
         return f"{model}@{folder.name}"  # a snapshot's folder in the cache is named by its commit
     result = hashlib.sha256((folder / "config.json").read_bytes())
     by_file: dict[Path, dict[str, StoredTensor]] = {}

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.core_model_loading import build_glob_alternation
 
 from lorasb_ds import quantization, zero
-from lorasb_ds.adapter import linear_layers
+from lorasb_ds.adapter import layer_shape, linear_layers
 from lorasb_ds.base_files import (
     StoredTensor,
     first_line,
@@ -26,6 +26,16 @@ from lorasb_ds.streaming import TensorReader, put, stream_weights
 from lorasb_ds.weight_map import Source, map_weights
 
 Kind = quantization.Kind
+# What transformers raises for a config.json that makes no sense.
+BROKEN_CONFIG = (
+    AssertionError,
+    AttributeError,
+    ImportError,
+    KeyError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -42,7 +52,7 @@ def load_config(model: str, trust_remote_code: bool = False) -> Any:
     try:
         # Without an answer transformers would ask on the console.
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, StrictDataclassError) as error:
+    except (*BROKEN_CONFIG, OSError, StrictDataclassError) as error:
         remedy = "It must be a model that transformers knows."
         if "trust_remote_code" in str(error):
             remedy = "If you trust that code, give --trust-remote-code."
@@ -71,7 +81,8 @@ def stored_quantization(hf_config: Any, model: str) -> Kind | None:
     found = getattr(hf_config, "quantization_config", None)
     if not found:
         return None
-    found = found if isinstance(found, dict) else found.to_dict()
+    if not isinstance(found, dict):
+        found = found.to_dict() if hasattr(found, "to_dict") else {"quant_method": found}
     if found.get("load_in_4bit"):
         return "4bit"
     if found.get("load_in_8bit"):
@@ -92,10 +103,16 @@ def empty_model(hf_config: Any, dtype: torch.dtype, trust_remote_code: bool = Fa
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    with init_empty_weights(include_buffers=False):
-        model: Any = AutoModelForCausalLM.from_config(
-            hf_config, dtype=dtype, trust_remote_code=trust_remote_code
-        )
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: Any = AutoModelForCausalLM.from_config(
+                hf_config, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+    except BROKEN_CONFIG as error:
+        raise ConfigError(
+            f"transformers cannot make the model of {hf_config.name_or_path}: "
+            f"{type(error).__name__}: {first_line(error)} Look at its config.json."
+        ) from error
     model.tie_weights()  # the context above has given tied parameters one object each
     if fp32 := list(model._get_dtype_plan(dtype)):
         pattern, *_ = build_glob_alternation(fp32)
@@ -140,7 +157,7 @@ def _fill(
     stream_weights(model, sources, stored, shard)
     for parameter, twin in model.all_tied_weights_keys.items():
         put(model, parameter, model.get_parameter(twin))
-    for buffer, value in list(model.named_buffers()):
+    for buffer, value in list(model.named_buffers(remove_duplicate=False)):
         put(model, buffer, value.to(zero.device()))
 
 
@@ -160,19 +177,37 @@ def _pack_as_stored(
         state = next((k for n, k in source.beside.items() if n.startswith("quant_state")), None)
         if state is None:
             quantization.pack_layer(model, name, "8bit", dtype)
+            _check_sides(model, name, stored[source.keys[0]].shape, source.keys[0])
             continue
-        described = json.loads(bytes(reader.read(state).cpu().numpy()))
-        quantization.pack_layer(
-            model,
-            name,
-            "4bit",
-            dtype,
-            quant_type=described["quant_type"],
-            blocksize=described["blocksize"],
-            nested="nested_blocksize" in described,
-            stored_dtype=getattr(torch, described["dtype"]),
-        )
+        try:
+            described = json.loads(bytes(reader.read(state).cpu().numpy()))
+            shape = described["shape"]
+            quantization.pack_layer(
+                model,
+                name,
+                "4bit",
+                dtype,
+                quant_type=described["quant_type"],
+                blocksize=described["blocksize"],
+                nested="nested_blocksize" in described,
+                stored_dtype=getattr(torch, described["dtype"]),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"The base cannot be loaded: {state} in {stored[state].file.name} does not say "
+                f"how its weight is quantized: {first_line(error)} Fetch the file again."
+            ) from error
+        _check_sides(model, name, shape, state)
     reader.close()
+
+
+def _check_sides(model: nn.Module, name: str, shape: Sequence[int], key: str) -> None:
+    sides = layer_shape(model.get_submodule(name))
+    if tuple(shape) != sides:
+        raise ConfigError(
+            f"The base cannot be loaded: {key} is of a weight of shape {tuple(shape)}, where the "
+            f"model of config.json has {sides}. Fetch the files again."
+        )
 
 
 def load_plain(

@@ -33,7 +33,7 @@ from lorasb_ds.placement import Placement, placement_of
 from lorasb_ds.rows import load_rows
 from lorasb_ds.shapes import shape_of
 from lorasb_ds.tokenizer import choose_pad_token, read_tokenizer
-from lorasb_ds.weight_map import map_weights
+from lorasb_ds.weight_map import map_weights, unused_tensors
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Prepared:
     ds_config_file: dict[str, Any]  # as it was read, before "auto" was filled
     hf_config: Any
     tokenizer: Any
-    pad_note: str | None  # where the tokenizer had no pad token that the model knows
+    notes: list[str]  # what the user should know of the base's files
     shape: ModelShape
     targets: Shapes
     experts: dict[str, int]  # MoE modules that stay frozen, and their elements
@@ -97,7 +97,8 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
     ds_config_file = read_json(config.ds_config, "--ds-config")
     check_output_dir(config)
     model = empty_model(hf_config, DTYPES[config.dtype], config.trust_remote_code)
-    sources = map_weights(model, stored_tensors(config.model), config.model)
+    stored = stored_tensors(config.model)
+    sources = map_weights(model, stored, config.model)
     if any(s.beside for s in sources) != (stored_quantization(hf_config, config.model) is not None):
         raise ConfigError(
             f"--model {config.model}: config.json and the weights do not agree on whether they "
@@ -112,7 +113,12 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
         ds_config["zero_optimization"].setdefault("leaf_module", leaves)
     targets = select_targets(dict(shape.layers), config.target_modules, config.r)
     tokenizer = read_tokenizer(config.model, hf_config, config.trust_remote_code)
-    pad_note = choose_pad_token(tokenizer, hf_config.get_text_config().vocab_size)
+    notes = [choose_pad_token(tokenizer, hf_config.get_text_config().vocab_size)]
+    if unused := unused_tensors(model, sources, stored):
+        notes.append(
+            f"warning: {len(unused)} tensors of the checkpoint have no place in the model of "
+            f"config.json, such as {', '.join(unused[:3])}"
+        )
     train = tokenize_rows(load_rows(config.data), tokenizer, config)
     held_out = None
     if config.eval_data is not None:
@@ -138,7 +144,7 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
         ds_config_file=ds_config_file,
         hf_config=hf_config,
         tokenizer=tokenizer,
-        pad_note=pad_note,
+        notes=[note for note in notes if note],
         shape=shape,
         targets=targets,
         experts=experts,

@@ -65,7 +65,7 @@ class PackedLinear(nn.Linear):
         raise NotImplementedError
 
     def pack_stored(self, codes: torch.Tensor, beside: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The value of ``weight`` for a W that bitsandbytes has quantized, to the same bits.
+        """The value of ``weight`` for a W that bitsandbytes has quantized.
 
         Args:
             beside: what a checkpoint holds beside the codes, by bitsandbytes' names.
@@ -231,8 +231,15 @@ class PackedLinear8bit(PackedLinear):
 
         codes, scales = self.parts()
         codes = codes.view(torch.int8).view(self.out_features, self.in_features)
-        # Copied, since an fp32 view must be aligned.
-        return int8_vectorwise_dequant(codes, scales.clone().view(torch.float32)).to(self.dtype)
+        scales = scales.clone().view(torch.float32)  # copied, since an fp32 view must be aligned
+        W = torch.empty(codes.shape, dtype=self.dtype, device=codes.device)
+        # A few rows at a time: bitsandbytes makes them in fp32, twice.
+        step = max(1, (1 << 22) // self.in_features)
+        for rows, part, scale in zip(
+            W.split(step), codes.split(step), scales.split(step), strict=True
+        ):
+            rows.copy_(int8_vectorwise_dequant(part, scale))
+        return W
 
 
 def stored_state(beside: Mapping[str, torch.Tensor], device: torch.device) -> Any:

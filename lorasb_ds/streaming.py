@@ -60,35 +60,40 @@ class TensorReader:
         self._descriptors.clear()
 
     def read(self, key: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """A whole tensor; a floating one in ``dtype``."""
-        tensor = self.stored[key]
-        if dtype is None or not _dtype(key, tensor).is_floating_point:
-            dtype = _dtype(key, tensor)
-        result = torch.empty(tensor.shape, dtype=dtype, device=zero.device())
-        rows, start = result.view(_num_rows(tensor.shape), math.prod(tensor.shape[1:])), 0
+        """A whole tensor in ``dtype``; None: as it is stored, and not looked at."""
+        shape = self.stored[key].shape
+        kind = _dtype(key, self.stored[key]) if dtype is None else dtype
+        result = torch.empty(shape, dtype=kind, device=zero.device())
+        rows, start = result.view(_num_rows(shape), _width(shape)), 0
         for chunk in self.rows(key, dtype):
             rows[start : start + len(chunk)] = chunk
             start += len(chunk)
         return result
 
-    def rows(self, key: str, dtype: torch.dtype, multiple: int = 1) -> Iterator[torch.Tensor]:
-        """Rows in order, (rows, numbers in a row), as ``multiple`` of so many but in the last.
+    def rows(
+        self, key: str, dtype: torch.dtype | None, multiple: int = 1
+    ) -> Iterator[torch.Tensor]:
+        """Rows of the last dimension in order, as ``multiple`` of so many but in the last chunk.
 
         A chunk is overwritten by the next.
         """
         tensor = self.stored[key]
-        num_rows = _num_rows(tensor.shape)
+        stored_dtype = _dtype(key, tensor)
+        if dtype is not None and dtype.is_floating_point != stored_dtype.is_floating_point:
+            raise ValueError(
+                f"{key} in {tensor.file.name} is stored as {tensor.dtype}, where the model has "
+                f"{dtype}"
+            )
+        num_rows, width = _num_rows(tensor.shape), _width(tensor.shape)
         row_bytes = (tensor.end - tensor.begin) // max(1, num_rows)
-        width = math.prod(tensor.shape[1:])
         step = max(1, CHUNK // max(1, width) // multiple) * multiple
         buffer = zero.pinned_bytes(min(step, num_rows) * row_bytes)
         for first in range(0, num_rows, step):
             count = min(step, num_rows - first)
             part = buffer[: count * row_bytes]
             self._fill(part, key, tensor.begin + first * row_bytes)
-            chunk = part.view(_dtype(key, tensor)).view(count, width)
-            chunk = chunk.to(zero.device(), dtype)
-            if dtype.is_floating_point and not all(map(math.isfinite, _range(chunk))):
+            chunk = part.view(stored_dtype).view(count, width).to(zero.device(), dtype)
+            if dtype is not None and not _is_finite(chunk):
                 raise ValueError(
                     f"{key} in {tensor.file.name} holds values that are not finite in {dtype}"
                 )
@@ -119,12 +124,18 @@ def _dtype(key: str, tensor: StoredTensor) -> torch.dtype:
 
 
 def _num_rows(shape: Sequence[int]) -> int:
-    return shape[0] if shape else 1
+    return math.prod(shape[:-1])
 
 
-def _range(values: torch.Tensor) -> list[float]:
-    """Smallest and largest; NaN if there is one."""
-    return [bound.item() for bound in values.aminmax()] if values.numel() else []
+def _width(shape: Sequence[int]) -> int:
+    return shape[-1] if shape else 1
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    if not values.is_floating_point() or not values.numel():
+        return True
+    # The bounds are NaN if there is one: no tensor of truth values is made.
+    return all(math.isfinite(bound.item()) for bound in values.aminmax())
 
 
 def stream_weights(
@@ -145,7 +156,8 @@ def stream_weights(
         shard: partitions a parameter over the ranks, each of which holds its whole value; None to
             keep it whole.
     Raises:
-        ConfigError: on every rank alike, if one of them cannot read what it has to.
+        ConfigError: on every rank alike, if one of them cannot read what it has to. (A rank that
+            has no room for what it receives ends by itself; the launcher ends the others.)
     Communication: one broadcast of every tensor; an all-reduce of one integer for as many of them
         as there are ranks.
     """
@@ -160,8 +172,10 @@ def stream_weights(
             if rank < len(wave):
                 try:
                     values = _read(model, wave[rank], reader)
-                except (ValueError, torch.OutOfMemoryError) as error:
-                    problem = str(error)
+                except (ValueError, KeyError, RuntimeError) as error:
+                    problem, key = str(error), wave[rank].keys[0]
+                    if key not in problem:
+                        problem = f"{key} in {stored[key].file.name}: {problem}"
             _raise_together(problem, group)
             for owner, source in enumerate(wave):
                 for name in source.targets:
@@ -181,11 +195,17 @@ def stream_weights(
 def _read(model: Any, source: Source, reader: TensorReader) -> dict[str, torch.Tensor]:
     """Target -> value as the model holds it."""
     if source.converter is not None:
-        dtype = next(model.parameters()).dtype
+        dtype = _get(model, next(iter(source.targets))).dtype
         found = source.convert(model, lambda key: reader.read(key, dtype))
         return {name: _settled(model, name, tensor) for name, tensor in found.items()}
     (target,), key = source.targets, source.keys[0]
     layer = _packed_layer(model, target)
+    for copy in source.copies:
+        if not _equal(reader, key, copy):
+            raise ValueError(
+                f"{copy} differs from {key}, but config.json ties them. If both are meant, set "
+                "tie_word_embeddings to false there"
+            )
     if layer is None:
         return {target: reader.read(key, _get(model, target).dtype)}
     if source.beside:
@@ -194,6 +214,13 @@ def _read(model: Any, source: Source, reader: TensorReader) -> dict[str, torch.T
     if layer.stored_transposed:
         return {target: _settled(model, target, reader.read(key, layer.dtype).T.contiguous())}
     return {target: layer.quantize(reader.rows(key, layer.dtype, ROW_MULTIPLE))}
+
+
+def _equal(reader: TensorReader, key: str, other: str) -> bool:
+    if reader.stored[key].shape != reader.stored[other].shape:
+        return False
+    pairs = zip(reader.rows(key, None), reader.rows(other, None), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
 
 
 def _settled(model: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -49,7 +49,10 @@ def read_tokenizer(model: str, hf_config: Any, trust_remote_code: bool = False) 
             does not know.
     """
     folder = model_folder(model)
-    if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
+    only_sentencepiece = (folder / "tokenizer.model").is_file() and not (
+        folder / "tokenizer.json"
+    ).is_file()
+    if only_sentencepiece and not trust_remote_code:  # else the base may bring its own class
         tokenizer = _read_sentencepiece(model, folder, hf_config.model_type)
     else:
         tokenizer = _read_by_transformers(model, folder, trust_remote_code)
@@ -93,7 +96,7 @@ def _read_by_transformers(model: str, folder: Path, trust_remote_code: bool) -> 
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
         raise ConfigError(
             f"--model {model}: its tokenizer cannot be read: {' '.join(str(error).split())[:300]} "
             "The folder needs tokenizer.json (or a sentencepiece tokenizer.model)."

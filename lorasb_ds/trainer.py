@@ -65,8 +65,8 @@ def run_training(run: Prepared, init_only: bool = False) -> Path:
         log = RunLog(folder)
         _say(f"run folder {folder}")
         _say(f"training rows: {run.train.describe()}")
-        if run.pad_note:
-            _say(run.pad_note)
+        for note in run.notes:
+            _say(note)
         _say(str(run.forecast))
         if run.forecast.problem:
             _say(f"warning: {run.forecast.problem}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,6 +39,7 @@ class Source:
         beside: of a weight that is quantized already, bitsandbytes' own names of the tensors beside
             its codes (absmax, SCB, …) -> names in the checkpoint.
         converter: transformers' own, for weights that it fuses, splits or permutes.
+        copies: names in the checkpoint of parameters that the model ties to this one: equal.
     """
 
     targets: dict[str, torch.Size]
@@ -46,6 +47,7 @@ class Source:
     beside: dict[str, str] = field(default_factory=dict)
     converter: Any = None
     patterns: tuple[str, ...] = ()  # the converter's own, one for each key
+    copies: tuple[str, ...] = ()
 
     def convert(self, model: nn.Module, read: Callable[[str], torch.Tensor]) -> dict[str, Any]:
         """Target -> tensor, by transformers' own operations."""
@@ -104,13 +106,26 @@ def map_weights(model: Any, stored: Mapping[str, StoredTensor], name: str) -> li
     tied = {t: s for t, s in model.all_tied_weights_keys.items() if t in state}
     for target, twin in tied.items():
         found = sources.pop(target, None)
-        if found is not None and twin not in sources:  # stored under the other name
+        if found is not None and twin in sources:
+            sources[twin].copies += found.keys
+        elif found is not None:  # stored under the other name
             sources[twin] = Source({twin: state[twin].shape}, found.keys, found.beside)
     result = list(sources.values())
     for source in result:
         _check_shapes(model, source, state, stored, name)
     _check_complete(model, result, set(state) - set(tied), stored, name)
     return result
+
+
+def unused_tensors(
+    model: Any, sources: Sequence[Source], stored: Mapping[str, StoredTensor]
+) -> list[str]:
+    """What the checkpoint holds and the model has no use for, but for what is known to be so."""
+    used = {key for s in sources for key in (*s.keys, *s.copies, *s.beside.values())}
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or []), r"rotary_emb\.inv_freq$"]
+    return [
+        key for key in stored if key not in used and not any(re.search(p, key) for p in ignored)
+    ]
 
 
 def _beside_codes(stored: Mapping[str, StoredTensor]) -> dict[str, dict[str, str]]:
@@ -142,7 +157,9 @@ def _check_shapes(
                 f"cannot be put together: {str(error).splitlines()[0]}"
             ) from error
         source.targets = {target: tensor.shape for target, tensor in found.items()}
-    elif not source.beside:
+    elif source.beside:
+        _check_beside(source, files, name)
+    else:
         source.targets = {next(iter(source.targets)): torch.Size(stored[source.keys[0]].shape)}
     for target, shape in source.targets.items():
         expected = state[target].shape if target in state else None
@@ -153,6 +170,22 @@ def _check_shapes(
                 f"{'none' if expected is None else tuple(expected)}. The files do not belong "
                 "together; fetch them again."
             )
+
+
+def _check_beside(source: Source, files: str, name: str) -> None:
+    """Whether all of a quantized weight is there; the shape of the codes tells nothing."""
+    beside = set(source.beside)
+    needed = {"SCB"}
+    if not beside & {"SCB", "weight_format"}:
+        state = {n for n in beside if n.startswith("quant_state.")}
+        needed = {"absmax", "quant_map", *(state or {"quant_state.bitsandbytes__nf4"})}
+        if beside & {"nested_absmax", "nested_quant_map"}:
+            needed |= {"nested_absmax", "nested_quant_map"}
+    if lost := sorted(needed - beside):
+        raise ConfigError(
+            f"--model {name}: {source.keys[0]} in {files} is quantized, but {', '.join(lost)} "
+            "is missing beside it. Fetch the files again."
+        )
 
 
 def _check_complete(

@@ -96,7 +96,7 @@ def check_ds_config(ds_config: dict[str, Any], path: str) -> None:
     except ValidationError as error:
         found = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise ConfigError(f"{path}: DeepSpeed {VERSION} does not take it: {found}.") from error
-    except (DeepSpeedConfigError, AssertionError, ValueError) as error:
+    except (DeepSpeedConfigError, AssertionError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"{path}: DeepSpeed {VERSION} does not take it: {error}") from error
     if section.zero_quantized_weights and accelerator_name() == "cpu":
         raise ConfigError(

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM
 from lorasb_ds.adapter import linear_layers
 from lorasb_ds.base_files import stored_tensors, weights_digest
 from lorasb_ds.config import ConfigError, RunConfig
-from lorasb_ds.loading import load_base, load_config, load_plain
+from lorasb_ds.loading import empty_model, load_base, load_config, load_plain
 from lorasb_ds.quantization import PackedLinear, PackedLinear4bit, PackedLinear8bit
+from lorasb_ds.weight_map import map_weights, unused_tensors
 from tests.references import nf4_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -145,6 +146,8 @@ def test_8bit_is_near_the_base(llama: Path) -> None:
 def test_quantized_files_are_taken_as_they_are(llama: Path, tmp_path: Path, nested: bool) -> None:
     quantization = nf4_config(torch.bfloat16)
     quantization.bnb_4bit_use_double_quant = nested
+    if nested:  # as for FSDP: bytes that are called bf16
+        quantization.bnb_4bit_quant_storage = torch.bfloat16
     theirs = AutoModelForCausalLM.from_pretrained(
         llama, dtype=torch.bfloat16, quantization_config=quantization
     )
@@ -154,7 +157,7 @@ def test_quantized_files_are_taken_as_they_are(llama: Path, tmp_path: Path, nest
         layer, stored = found.get_submodule(name), theirs.get_submodule(name).weight
         assert isinstance(layer, PackedLinear4bit)
         assert layer.nested == nested
-        assert torch.equal(layer.parts()[0], stored.data.flatten()), name
+        assert torch.equal(layer.parts()[0], stored.data.flatten().view(torch.uint8)), name
     input_ids = torch.arange(1, 9).view(1, 8)
     with torch.no_grad():
         assert torch.equal(found(input_ids).logits, theirs.train()(input_ids).logits)
@@ -188,6 +191,17 @@ def edit_tensor(folder: Path, name: str, change: Callable[[torch.Tensor], torch.
     save_file({**tensors, name: change(tensors[name])}, path, metadata={"format": "pt"})
 
 
+def edit_header(folder: Path, name: str, dtype: str) -> None:
+    path = stored_tensors(str(folder))[name].file
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header[name]["dtype"] = dtype
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
+    assert len(text) == length
+    path.write_bytes(content[:8] + text + content[8 + length :])
+
+
 UP = "model.layers.1.mlp.up_proj.weight"
 
 
@@ -199,6 +213,130 @@ def with_nan(tensor: torch.Tensor) -> torch.Tensor:
 def truncate(folder: Path) -> None:
     path = folder / stored_tensors(str(folder))[UP].file.name
     path.write_bytes(path.read_bytes()[:-100])
+
+
+def test_a_head_that_is_tied_but_differs(llama: Path, tmp_path: Path) -> None:
+    """Old files hold both; where they differ, config.json is wrong or the file is."""
+    shutil.copy(llama / "config.json", tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    found, _ = load_plain(str(tmp_path), "fp32")
+    assert found.lm_head.weight is found.model.embed_tokens.weight
+    tensors["lm_head.weight"][7, 3] += 1
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ConfigError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"
+    ):
+        load_plain(str(tmp_path), "fp32")
+
+
+@pytest.mark.parametrize("change", ["num_hidden_layers", "attention_bias"])
+def test_tensors_without_a_place_are_told(tmp_path: Path, change: str) -> None:
+    folder = make("Llama", tmp_path)
+    edit_tensor(folder, UP, lambda t: t)
+    model = empty_model(load_config(str(folder)), torch.bfloat16)
+    stored = stored_tensors(str(folder))
+    assert unused_tensors(model, map_weights(model, stored, "m"), stored) == []
+    config = json.loads((folder / "config.json").read_text())
+    if change == "num_hidden_layers":
+        (folder / "config.json").write_text(json.dumps(config | {change: 1}))
+        expected = [name for name in stored if ".layers.1." in name]
+    else:
+        index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+        path = folder / index[UP]
+        bias = {"model.layers.1.self_attn.q_proj.bias": torch.ones(32)}
+        save_file(load_file(path) | bias, path, metadata={"format": "pt"})
+        expected = list(bias)
+    model, stored = (
+        empty_model(load_config(str(folder)), torch.bfloat16),
+        stored_tensors(str(folder)),
+    )
+    unused = unused_tensors(model, map_weights(model, stored, "m"), stored)
+    assert sorted(unused) == sorted(expected)
+
+
+def without(tensors: dict[str, torch.Tensor], suffix: str) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith(suffix)}
+
+
+BROKEN_4BIT: dict[str, tuple[Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], str]] = {
+    "no absmax": (
+        lambda t: without(t, "1.mlp.up_proj.weight.absmax"),
+        rf"{UP} in model\.safetensors is quantized, but absmax is missing beside it",
+    ),
+    "no nested map": (
+        lambda t: without(t, "1.mlp.up_proj.weight.nested_quant_map"),
+        r"nested_quant_map is missing",
+    ),
+    "no state": (
+        lambda t: without(t, "1.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"),
+        r"quant_state\.bitsandbytes__nf4 is missing",
+    ),
+    "garbage state": (
+        lambda t: t | {f"{UP}.quant_state.bitsandbytes__nf4": torch.zeros(9, dtype=torch.uint8)},
+        r"bitsandbytes__nf4 in model\.safetensors does not say how its weight is quantized",
+    ),
+    "too few codes": (
+        lambda t: t | {UP: t[UP][:-3].clone()},
+        rf"loaded: {UP} in model\.safetensors: parts of \[765, ",
+    ),
+    "another map": (
+        lambda t: t | {f"{UP}.quant_map": t[f"{UP}.quant_map"].flip(0)},
+        rf"loaded: {UP} in model\.safetensors: it was quantized with another map",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN_4BIT)
+def test_broken_quantized_files(llama: Path, tmp_path: Path, fault: str) -> None:
+    theirs = AutoModelForCausalLM.from_pretrained(
+        llama, dtype=torch.bfloat16, quantization_config=nf4_config(torch.bfloat16)
+    )
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    change, message = BROKEN_4BIT[fault]
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=message):
+        base(tmp_path, load_in_4bit=True)
+
+
+def test_8bit_codes_of_another_shape(llama: Path, tmp_path: Path) -> None:
+    theirs = AutoModelForCausalLM.from_pretrained(
+        llama,
+        dtype=torch.bfloat16,
+        quantization_config=transformers.BitsAndBytesConfig(load_in_8bit=True),
+    )
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {UP: tensors[UP].T.contiguous()}, path, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"of shape \(32, 48\), where .* has \(48, 32\)"):
+        base(tmp_path, load_in_8bit=True)
+    save_file(without(tensors, "up_proj.SCB"), path, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="SCB is missing beside it"):
+        base(tmp_path, load_in_8bit=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_act": "foo"},
+        {"rope_parameters": {"rope_type": "foo", "rope_theta": 1e4}},
+        {"pad_token_id": 512},
+        {"vocab_size": -1},
+        {"dtype": "foo"},
+        {"quantization_config": "foo"},
+        {"num_attention_heads": "many"},
+    ],
+    ids=str,
+)
+def test_a_configuration_that_makes_no_sense(llama: Path, tmp_path: Path, change: Any) -> None:
+    shutil.copytree(llama, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ConfigError):
+        base(tmp_path)
 
 
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -229,6 +367,18 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit_tensor(f, UP, lambda t: t * 0 + 3.4e38),
         rf"{UP} in model-\S+ holds values that are not finite in torch\.bfloat16",
     ),
+    "whole numbers": (
+        lambda f: edit_tensor(f, UP, lambda t: t.to(torch.int32)),
+        rf"{UP} in model-\S+ is stored as I32, where the model has torch\.bfloat16",
+    ),
+    "offsets that lie": (
+        lambda f: edit_header(f, UP, "F16"),
+        rf"bytes for {UP}, which is F16 of shape \(48, 32\)",
+    ),
+    "no file name": (
+        lambda f: edit_index(f, lambda i: i.update({UP: None})),
+        r"index\.json has no weight_map of files",
+    ),
     "unknown dtype": (
         lambda f: edit_tensor(f, UP, lambda t: t.to(torch.float8_e4m3fn)),
         rf"{UP} in model-\S+ is stored as F8_E4M3; only BF16, F16, ",
@@ -253,10 +403,13 @@ def test_broken_files(fault: str, llama: Path, tmp_path: Path) -> None:
 def test_the_digest_sees_every_tensor(llama: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(llama, folder)
-    before = weights_digest(str(folder))
-    assert before == weights_digest(str(llama))
-    edit_tensor(folder, UP, lambda t: t * 1.01)
-    assert weights_digest(str(folder)) != before
+    digests = {weights_digest(str(folder))}
+    assert digests == {weights_digest(str(llama))}
+    names = list(stored_tensors(str(folder)))
+    for name in names:
+        edit_tensor(folder, name, lambda t: t * 1.01)
+        digests.add(weights_digest(str(folder)))
+    assert len(digests) == 1 + len(names)
 
 
 OWN_CODE = """
