@@ -37,6 +37,7 @@ def watched(work: Callable[[], T]) -> tuple[T, dict[str, float]]:
     from lorasb_ds import zero
 
     gc.collect()
+    zero.release_host_memory()  # before the sampler sees it
     command = [sys.executable, "-I", "-S", __file__, str(os.getpid())]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as sampler:

@@ -325,3 +325,6 @@ if __name__ == "__main__":
     globals()[sys.argv[1]](**json.loads(sys.argv[2]))
     if dist.is_initialized():
         dist.destroy_process_group()
+    # As the worker ends (launcher/train.py): some thread of gloo's may outlive its group.
+    sys.stdout.flush()
+    os._exit(0)

@@ -78,7 +78,7 @@ def test_one_rank_that_cannot_read_ends_all(tiny_model: Path, tmp_path: Path, ow
     file = tmp_path / "model" / "model.safetensors"
     tensors = load_file(file)
     # Ranks take turns, the largest first.
-    name = f"model.layers.0.mlp.{('up_proj', 'gate_proj')[owner]}.weight"
+    name = f"model.layers.0.mlp.{('gate_proj', 'up_proj')[owner]}.weight"
     order = sorted(tensors, key=lambda n: (-tensors[n].nbytes, dot_natural_key(n)))
     assert order.index(name) % 2 == owner
     tensors[name][0, 5] = torch.inf
