@@ -21,9 +21,11 @@ OPTIMIZER_BYTES, GRADIENT_BYTES = 12, 4
 CPU_RUNTIME_BYTES = 100 << 20
 # log-softmax, the gradient at its output and at its input, all fp32 (torch's cross-entropy).
 LOGIT_BYTES = 12
+# While it loads: what DeepSpeed's engine and modules that are imported on the way take (measured).
+CPU_LOAD_BYTES = 40 << 20
 # The loader reads and quantizes so many numbers at a time. As read and in the compute dtype each
 # takes up to 8 bytes, and bitsandbytes' intermediates 14 on a CPU.
-LOAD_CHUNK, LOAD_CHUNK_BYTES = 1 << 20, 22
+LOAD_CHUNK, READ_BYTES, QUANTIZE_BYTES = 1 << 20, 8, 14
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ class Footprint:
 
     @property
     def load_peak(self) -> int:
-        return self.base + self.quantization + max(self.load_in_flight, self.adapters)
+        engine = self.adapters + self.optimizer
+        return self.base + self.quantization + max(self.load_in_flight, engine)
 
     @property
     def init_peak(self) -> int:
@@ -113,7 +116,7 @@ class Footprint:
         basis = self.host_rank0 // 2  # not yet in fp32
         trained = max(self.train_peak, self.resident + self.host_rank0)
         return {
-            "load": self.load_peak + self.host_base,
+            "load": self.load_peak + self.host_base + CPU_LOAD_BYTES,
             "init": self.init_peak + self.host + basis + CPU_RUNTIME_BYTES,
             "train": trained + self.host_base + CPU_RUNTIME_BYTES,
         }
@@ -149,7 +152,8 @@ def footprint(shape: ModelShape, placement: Placement, work: Workload, init: Ini
         quantization=scale_share if on_device else 0,
         adapters=adapter_kept + (adapter_shards if on_device else 0),
         optimizer=OPTIMIZER_BYTES * num_optimized + (kept_gradients if placement.sharded else 0),
-        load_in_flight=_in_flight_bytes(stored, placement) + LOAD_CHUNK * LOAD_CHUNK_BYTES,
+        load_in_flight=_in_flight_bytes(stored, placement)
+        + LOAD_CHUNK * (READ_BYTES + (QUANTIZE_BYTES if placement.form in ("nf4", "int8") else 0)),
         gathered=gathered_bytes(shape, placement, work),
         dequantized=_dequantized_bytes(shape, placement),
         activations=shape.num_blocks * (boundaries if recomputed else block),

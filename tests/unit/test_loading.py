@@ -163,13 +163,17 @@ def test_quantized_files_are_taken_as_they_are(llama: Path, tmp_path: Path, nest
         assert torch.equal(found(input_ids).logits, theirs.train()(input_ids).logits)
 
 
-def test_8bit_files_are_taken_as_they_are(llama: Path, tmp_path: Path) -> None:
+def save_in_8_bits(model: Path, folder: Path) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(
-        llama,
+        model,
         dtype=torch.bfloat16,
         quantization_config=transformers.BitsAndBytesConfig(load_in_8bit=True),
     )
-    theirs.save_pretrained(tmp_path)
+    theirs.save_pretrained(folder)
+
+
+def test_8bit_files_are_taken_as_they_are(llama: Path, tmp_path: Path) -> None:
+    save_in_8_bits(llama, tmp_path)
     found, ours = base(tmp_path, load_in_8bit=True), base(llama, load_in_8bit=True)
     for name in linear_layers(found):
         layer, again = found.get_submodule(name), ours.get_submodule(name)
@@ -302,12 +306,7 @@ def test_broken_quantized_files(llama: Path, tmp_path: Path, fault: str) -> None
 
 
 def test_8bit_codes_of_another_shape(llama: Path, tmp_path: Path) -> None:
-    theirs = AutoModelForCausalLM.from_pretrained(
-        llama,
-        dtype=torch.bfloat16,
-        quantization_config=transformers.BitsAndBytesConfig(load_in_8bit=True),
-    )
-    theirs.save_pretrained(tmp_path)
+    save_in_8_bits(llama, tmp_path)
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
     save_file(tensors | {UP: tensors[UP].T.contiguous()}, path, metadata={"format": "pt"})
