@@ -3,7 +3,8 @@ bitsandbytes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -83,13 +84,20 @@ class PackedLinear(nn.Linear):
         views = [part.detach().reshape(-1).view(torch.uint8) for part in parts]
         if [len(view) for view in views] != self._num_bytes:
             raise ValueError(f"parts of {[len(v) for v in views]} bytes, not {self._num_bytes}")
-        padding = views[0].new_zeros(sum(self._num_bytes) % 2)
-        return torch.cat([*views, padding]).view(torch.bfloat16)
+        packed = self._zeros(views[0].device)
+        for part, view in zip(self.parts(packed), views, strict=True):
+            part.copy_(view)
+        return packed
 
-    def parts(self) -> tuple[torch.Tensor, ...]:
-        """Views of ``weight``, uint8."""
-        packed = self.weight.detach().view(torch.uint8)
+    def parts(self, packed: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        """Views of ``weight`` (or of a value for it), uint8."""
+        packed = (self.weight.detach() if packed is None else packed).view(torch.uint8)
         return packed[: sum(self._num_bytes)].split(self._num_bytes)
+
+    def _zeros(self, device: torch.device) -> torch.Tensor:
+        """A value for ``weight`` to be filled: small pieces that are kept while others come and go
+        would tear holes into a host's memory, of several times their size."""
+        return torch.zeros(self.weight.shape, dtype=torch.bfloat16, device=device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _PackedLinearFunction.apply(x, self)
@@ -145,20 +153,28 @@ class PackedLinear4bit(PackedLinear):
     def quantize(self, rows: Iterable[torch.Tensor]) -> torch.Tensor:
         from bitsandbytes.functional import quantize_4bit, quantize_blockwise
 
-        codes, scales = [], []
+        chunk, rows = _first(rows)
+        packed = self._zeros(chunk.device)
+        codes, *scales = self.parts(packed)
+        numel = self.in_features * self.out_features
+        absmax = torch.empty(-(-numel // self.blocksize), device=chunk.device)
+        code, block = 0, 0
         for chunk in rows:
             found, state = quantize_4bit(
                 chunk.contiguous(), blocksize=self.blocksize, quant_type=self.quant_type
             )
-            codes.append(found.flatten())
-            scales.append(state.absmax)
-        absmax = torch.cat(scales)
-        if not self.nested:
-            return self.pack(torch.cat(codes), absmax)
-        # As quantize_4bit does by itself for a whole weight with compress_statistics.
-        offset = absmax.mean()
-        nested_absmax, nested = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)
-        return self.pack(torch.cat(codes), nested_absmax, nested.absmax, offset)
+            codes[code : code + found.numel()] = found.flatten()
+            absmax[block : block + len(state.absmax)] = state.absmax
+            code, block = code + found.numel(), block + len(state.absmax)
+        found_scales = [absmax]
+        if self.nested:
+            # As quantize_4bit does by itself for a whole weight with compress_statistics.
+            offset = absmax.mean()
+            nested_absmax, nested = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)
+            found_scales = [nested_absmax, nested.absmax, offset]
+        for part, scale in zip(scales, found_scales, strict=True):
+            part.copy_(scale.reshape(-1).view(torch.uint8))
+        return packed
 
     def pack_stored(self, codes: torch.Tensor, beside: Mapping[str, torch.Tensor]) -> torch.Tensor:
         from bitsandbytes.functional import create_dynamic_map, get_4bit_type
@@ -215,11 +231,21 @@ class PackedLinear8bit(PackedLinear):
     def quantize(self, rows: Iterable[torch.Tensor]) -> torch.Tensor:
         from bitsandbytes.functional import int8_vectorwise_quant
 
-        found = [int8_vectorwise_quant(chunk.half().contiguous())[:2] for chunk in rows]
-        codes, scales = (torch.cat(parts) for parts in zip(*found, strict=True))
-        if not torch.isfinite(scales).all():
-            raise ValueError("a weight exceeds fp16's range, which 8 bits are made from")
-        return self.pack(codes, scales)
+        chunk, rows = _first(rows)
+        packed = self._zeros(chunk.device)
+        codes, scales = self.parts(packed)
+        row = 0
+        for chunk in rows:
+            found, scale, _ = int8_vectorwise_quant(chunk.half().contiguous())
+            if not torch.isfinite(scale).all():
+                raise ValueError("a weight exceeds fp16's range, which 8 bits are made from")
+            end = row + len(chunk)
+            codes[row * self.in_features : end * self.in_features] = found.view(
+                torch.uint8
+            ).flatten()
+            scales[4 * row : 4 * end] = scale.view(torch.uint8)
+            row = end
+        return packed
 
     def pack_stored(self, codes: torch.Tensor, beside: Mapping[str, torch.Tensor]) -> torch.Tensor:
         if beside.get("weight_format", torch.zeros(1)).any():
@@ -240,6 +266,13 @@ class PackedLinear8bit(PackedLinear):
         ):
             rows.copy_(int8_vectorwise_dequant(part, scale))
         return W
+
+
+def _first(rows: Iterable[torch.Tensor]) -> tuple[torch.Tensor, Iterator[torch.Tensor]]:
+    """The first of them, and all of them."""
+    iterator = iter(rows)
+    first = next(iterator)
+    return first, chain([first], iterator)
 
 
 def stored_state(beside: Mapping[str, torch.Tensor], device: torch.device) -> Any:
