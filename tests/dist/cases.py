@@ -239,6 +239,43 @@ def load_broken(config: dict[str, Any], message: str) -> None:
         load_base(run, load_config(run.model), ds_config)
 
 
+def watched(folder: str) -> None:
+    """What the benchmarks' sampler tells of memory that comes, goes, stays, and is mapped."""
+    import mmap
+    import time
+
+    from lorasb_ds import zero
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+    from bench_memory import watched
+
+    zero.init_process_group()
+    path, mb = Path(folder) / "bytes", 1_000_000
+    path.write_bytes(bytes(40 * mb))
+
+    def work() -> torch.Tensor:
+        passing = torch.ones(60 * mb, dtype=torch.uint8)
+        time.sleep(0.2)  # many times the sampler's interval
+        del passing
+        kept = torch.ones(20 * mb, dtype=torch.uint8)
+        path.read_bytes()
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+            assert sum(mapped[:: mmap.PAGESIZE]) == 0
+            time.sleep(0.2)
+        return kept
+
+    work()  # what is once for all: pages of libraries, allocators
+    kept, found = watched(work)
+    assert kept.sum() == 20 * mb
+    # Pages and allocators: a few MB.
+    assert found["anon_peak_bytes"] == pytest.approx(60 * mb, abs=4 * mb)
+    assert found["mapped_peak_bytes"] == pytest.approx(40 * mb, abs=4 * mb)
+    assert found["anon_after_bytes"] == pytest.approx(20 * mb, abs=4 * mb)
+    assert found["peak_bytes"] == pytest.approx(60 * mb, abs=4 * mb)
+    assert found["read_bytes"] == pytest.approx(40 * mb, abs=mb)
+    assert found["seconds"] > 0
+
+
 def disagree(config: dict[str, Any]) -> None:
     """Ranks that hold different rows refuse to train, all of them."""
     from lorasb_ds import zero

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import mmap
-import time
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.runs import ROOT
-
-MB = 1_000_000
+from tests.runs import ROOT, run_ranks
 
 
 @pytest.fixture
@@ -19,34 +14,9 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
 
 
-@pytest.mark.usefixtures("scripts", "one_process")
 def test_watched_tells_kinds_of_memory(tmp_path: Path) -> None:
-    from bench_memory import watched
-
-    path = tmp_path / "bytes"
-    path.write_bytes(bytes(40 * MB))
-
-    def work() -> torch.Tensor:
-        passing = torch.ones(60 * MB, dtype=torch.uint8)
-        time.sleep(0.2)  # many times the sampler's interval
-        del passing
-        kept = torch.ones(20 * MB, dtype=torch.uint8)
-        path.read_bytes()
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
-            assert sum(mapped[:: mmap.PAGESIZE]) == 0
-            time.sleep(0.2)
-        return kept
-
-    work()  # what is once for all: pages of libraries, allocators
-    kept, found = watched(work)
-    assert kept.sum() == 20 * MB
-    # Pages and allocators: a few MB.
-    assert found["anon_peak_bytes"] == pytest.approx(60 * MB, abs=4 * MB)
-    assert found["mapped_peak_bytes"] == pytest.approx(40 * MB, abs=4 * MB)
-    assert found["anon_after_bytes"] == pytest.approx(20 * MB, abs=4 * MB)
-    assert found["peak_bytes"] == pytest.approx(60 * MB, abs=4 * MB)
-    assert found["read_bytes"] == pytest.approx(40 * MB, abs=MB)
-    assert found["seconds"] > 0
+    """In a process of its own: what others have left in this one's heap would count, too."""
+    run_ranks("watched", 1, folder=str(tmp_path))
 
 
 @pytest.mark.usefixtures("scripts")
