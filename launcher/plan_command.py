@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from launcher.hostfile import read_hostfile
-from lorasb_ds.config import DEMO_MODEL, ConfigError, demo_model_dir, read_json
+from lorasb_ds.base_files import model_path
+from lorasb_ds.config import ConfigError, option_name, read_json
 from lorasb_ds.footprint import Workload
 from lorasb_ds.host_memory import available_bytes
 from lorasb_ds.model_shape import BUILT_IN, ModelShape, shape_from_config
@@ -24,9 +25,9 @@ def find_shape(model: str) -> ModelShape:
     """Of a built-in name, a folder with a config.json, or a hub name that is in the cache."""
     if model in BUILT_IN:
         return shape_from_config(model, BUILT_IN[model])
-    folder = demo_model_dir() if model == DEMO_MODEL else Path(model).expanduser()
-    if (folder / "config.json").is_file():
-        return shape_from_config(model, read_json(str(folder / "config.json"), "--model"))
+    path = Path(model_path(model))
+    if path.is_dir():
+        return shape_from_config(model, read_json(str(path / "config.json"), "--model"))
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -55,13 +56,14 @@ def find_cluster(
         memory = host_memory_gib * GIB if host_memory_gib else available_bytes()
         return cpu_cluster(num_procs, int(memory))
     if hostfile is not None:
-        slots = set(read_hostfile(hostfile).values())
+        hosts = read_hostfile(hostfile)
+        slots = set(hosts.values())
         if len(slots) > 1:
             raise ConfigError(
                 f"--hostfile {hostfile}: hosts have {', '.join(map(str, sorted(slots)))} slots. "
                 "The plan is for hosts alike: give each the smallest of these numbers."
             )
-        nodes, gpus_per_node = len(read_hostfile(hostfile)), slots.pop()
+        nodes, gpus_per_node = len(hosts), slots.pop()
     host = None if host_memory_gib is None else int(host_memory_gib * GIB)
     return Cluster(nodes, gpus_per_node, int(gpu_memory_gib * GIB), host)
 
@@ -86,11 +88,11 @@ def find_workload(shape: ModelShape, options: Mapping[str, Any]) -> Workload:
     )
 
 
-def run_options(options: Mapping[str, Any]) -> dict[str, Any]:
+def given_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """What the ready-made command has to say beside the strategy."""
     names = ("r", "max_length", "micro_batch_size", "init_samples", "init_memory_gib")
     given = {name: options[name] for name in names if options[name] is not None}
-    return {"--" + name.replace("_", "-"): f"{value:g}" for name, value in given.items()}
+    return {option_name(name): f"{value:g}" for name, value in given.items()}
 
 
 def render(
@@ -219,19 +221,19 @@ def command_line(
     best = recommended(outcomes)
     if best is None:
         return None
-    return shlex.join(command(best, cluster, model, hostfile, run_options(options)))
+    return shlex.join(command(best, cluster, model, hostfile, given_options(options)))
 
 
 def table(options: Mapping[str, Any]) -> str:
     """Markdown: the recommended strategy of known models on more and more GPUs, 8 in a host."""
     lines = ["| | " + " | ".join(map(str, TABLE_GPUS)) + " |", "|---|" + "---|" * len(TABLE_GPUS)]
     for model in TABLE_MODELS:
-        shape = find_shape(model)
-        cells = []
+        shape, cells = find_shape(model), []
+        work = find_workload(shape, options)
         for gpus in TABLE_GPUS:
             nodes = -(-gpus // 8)
             cluster = Cluster(nodes, gpus // nodes, int(options["gpu_memory_gib"] * GIB))
-            best = recommended(plan(shape, cluster, find_workload(shape, options)))
+            best = recommended(plan(shape, cluster, work))
             cells.append(_cell(best) if best else "-")
         lines.append(f"| {model} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

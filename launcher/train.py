@@ -13,6 +13,7 @@ from launcher.command import GPUS_ASKED_FOR
 from launcher.options import CONTEXT, run_options
 from launcher.quiet import quiet_libraries
 from lorasb_ds.config import ConfigError, load_run_config
+from lorasb_ds.host_memory import ranks_of_host
 
 GRACE_S = 10.0
 
@@ -37,10 +38,8 @@ def main(local_rank: int | None, init_only: bool, run_json: str | None, **given:
         from lorasb_ds.prepare import prepare
 
         _check_device()
-        local_size = os.environ.get("LOCAL_SIZE")  # DeepSpeed's launcher sets it
-        prepared = prepare(
-            config, int(os.environ["WORLD_SIZE"]), None if local_size is None else int(local_size)
-        )
+        world_size = int(os.environ["WORLD_SIZE"])
+        prepared = prepare(config, world_size, ranks_of_host(default=world_size))
     except ConfigError as error:
         _refuse(error)
 

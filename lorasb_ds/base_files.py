@@ -109,7 +109,7 @@ def stored_tensors(model: str) -> dict[str, StoredTensor]:
         found = ", ".join(others) or "none"
         if legacy:
             found = f"only {', '.join(legacy)}, which are pickles and can run code"
-        elif not others and path_is_hub_name(model):
+        elif not others and _is_hub_name(model):
             found = "none (pickles, which can run code, are not fetched)"
         raise ConfigError(
             f"--model {model}: the weights must be {WEIGHTS}, or several files with {INDEX}; "
@@ -136,7 +136,7 @@ def stored_tensors(model: str) -> dict[str, StoredTensor]:
     return found_tensors
 
 
-def path_is_hub_name(model: str) -> bool:
+def _is_hub_name(model: str) -> bool:
     return not Path(model_path(model)).is_dir()
 
 
@@ -209,7 +209,7 @@ def weights_digest(model: str) -> str:
         ConfigError: if a file is broken.
     """
     folder = model_folder(model)
-    if path_is_hub_name(model):
+    if _is_hub_name(model):
         return f"{model}@{folder.name}"  # a snapshot's folder in the cache is named by its commit
     result = hashlib.sha256((folder / "config.json").read_bytes())
     by_file: dict[Path, dict[str, StoredTensor]] = {}

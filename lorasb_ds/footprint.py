@@ -52,6 +52,10 @@ class Workload:
     def num_trainable(self) -> int:
         return len(self.targets) * self.r**2
 
+    def init_rounds(self, world_size: int) -> int:
+        """Micro-batches of each rank in the init: rows are dealt out in those."""
+        return -(-self.init_samples // (self.micro_batch_size * world_size))
+
 
 @dataclass(frozen=True)
 class Footprint:
@@ -171,9 +175,7 @@ def footprint(shape: ModelShape, placement: Placement, work: Workload, init: Ini
 
 def init_plan(shape: ModelShape, work: Workload, world_size: int, dtype_bytes: int) -> InitPlan:
     """The init's groups of layers for a workload."""
-    # Rows are dealt out in micro-batches.
-    rounds = -(-work.init_samples // (work.micro_batch_size * world_size))
-    rows_per_rank = min(work.init_samples, rounds * work.micro_batch_size)
+    rows_per_rank = min(work.init_samples, work.init_rounds(world_size) * work.micro_batch_size)
     return plan_init(
         work.targets,
         r=work.r,

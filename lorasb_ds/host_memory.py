@@ -1,8 +1,10 @@
-"""How much memory this host has left for a process. Torch-free; Linux."""
+"""What this host has left, and what this process holds. Torch-free; Linux."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import resource
 from pathlib import Path
 
 
@@ -23,9 +25,26 @@ def available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cg
     return min(left)
 
 
-def ranks_of_host() -> int:
+def ranks_of_host(default: int = 1) -> int:
     """Ranks of this job on this host, as DeepSpeed's launcher (or torchrun) tells them."""
-    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or default)
+
+
+def process_bytes(key: str) -> int:
+    """VmRSS or VmHWM of this process; where there is no /proc, its peak for both."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{key}:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def release_freed_memory() -> None:
+    """Hand it back to the system: glibc keeps pieces of up to 32 MiB."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def _cgroups(proc: Path, cgroups: Path) -> list[Path]:

@@ -11,6 +11,8 @@ FP32_BYTES = 4
 # On several ranks linalg takes the Gram way where n <= max(GRAM_SIDE_SHARED, GRAM_SHARE * r): it
 # saves an all-reduce a step. Numbers from `scripts/bench.py svd` (docs/benchmarks.md).
 GRAM_SIDE_SHARED, GRAM_SHARE = 1024, 6
+# Columns of a Krylov block: wider ones need larger bases, narrower ones more steps.
+KRYLOV_BLOCK = 16
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,11 @@ def plan_init(
     return min(plans, key=lambda plan: (plan.predicted_bytes, len(plan.groups)))
 
 
+def takes_gram_way(short_side: int, r: int) -> bool:
+    """Whether a layer's SVD goes by its Gram matrix, on several ranks."""
+    return short_side <= max(GRAM_SIDE_SHARED, GRAM_SHARE * r)
+
+
 def blocks_prefix(names: Iterable[str]) -> str | None:
     """``model.layers.`` of ``model.layers.3.mlp.up_proj``; None unless all names share it."""
     prefixes = {match[1] if (match := re.match(r"(.*?\.)\d+\.", name)) else None for name in names}
@@ -154,6 +161,6 @@ def _svd_bytes(out_features: int, in_features: int, r: int, world_size: int, upd
     updates = world_size * (shard // 4 if signs else shard)
     products = shard // 2 if signs else 2 * shard
     gram = 0
-    if short_side <= max(GRAM_SIDE_SHARED, GRAM_SHARE * r):
+    if takes_gram_way(short_side, r):
         gram = (20 if signs else 40) * short_side**2
     return updates + max(products, gram) + 32 * r * both_sides

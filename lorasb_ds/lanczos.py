@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 import torch
 
+from lorasb_ds.init_plan import KRYLOV_BLOCK
+
 # Numbers from `scripts/bench.py svd` (docs/benchmarks.md).
-BLOCK = 16  # columns of a Krylov block: wider ones need larger bases, narrower ones more steps
 # Where Krylov stops: when residuals say that this share of the energy found is missing. Really
 # missing was at most half of it, bf16's 1e-5 included, in 798 trials: docs/benchmarks.md.
 ENERGY_TOLERANCE = 8e-5
@@ -34,19 +35,19 @@ def leading_ritz_vectors(
     ``B z_last``, where B is what a step leaves outside of V. A space that can grow no more goes on
     in random directions, since it may have missed copies of a multiple eigenvalue, until it is
     twice as large or holds all energy; at the latest it ends with all n. (An eigenvalue that occurs
-    more than BLOCK times, to all digits, before the space is exhausted, is missed.)
+    more than KRYLOV_BLOCK times, to all digits, before the space is exhausted, is missed.)
 
     Args:
-        product: ``X -> G X`` of (n, up to BLOCK).
+        product: ``X -> G X`` of (n, up to KRYLOV_BLOCK).
         like: of the dtype (fp32 for sign matrices, else fp64) and on the device to work with.
         trace: of G.
         agree: whether to stop, from what this rank thinks of it.
     """
     generator = torch.Generator().manual_seed(seed)
-    block: torch.Tensor = torch.linalg.qr(random_matrix(n, min(BLOCK, n), generator, like)).Q
-    basis = block.new_empty(min(n, 4 * (r + BLOCK)), n)  # its rows are the vectors
+    block: torch.Tensor = torch.linalg.qr(random_matrix(n, min(KRYLOV_BLOCK, n), generator, like)).Q
+    basis = block.new_empty(min(n, 4 * (r + KRYLOV_BLOCK)), n)  # its rows are the vectors
     columns: list[torch.Tensor] = []  # of H, a block of them each, down to the diagonal
-    k, next_check, exhausted_at = 0, min(2 * r + 3 * BLOCK, n), 0
+    k, next_check, exhausted_at = 0, min(2 * r + 3 * KRYLOV_BLOCK, n), 0
     while True:
         if k + block.shape[1] > len(basis):
             basis = torch.cat([basis, torch.empty_like(basis)])
@@ -65,7 +66,7 @@ def leading_ritz_vectors(
             if agree(converged | _complete(values[-r:], trace)) or k == n:
                 found: torch.Tensor = V.T @ vectors.flip(1)
                 return found.contiguous()
-            next_check = min(k + max(BLOCK, k // 6), n)
+            next_check = min(k + max(KRYLOV_BLOCK, k // 6), n)
         block, exhausted = _orthogonal_to(V, Q[:, : n - k], generator)
         exhausted_at = k if exhausted else exhausted_at
 
@@ -90,7 +91,7 @@ def _converged(values: torch.Tensor, residuals: torch.Tensor) -> torch.Tensor:
         residuals: (r,), of the last r of them.
     """
     r = len(residuals)
-    wanted, next_best = values[-r:], values[-r - BLOCK : -r]
+    wanted, next_best = values[-r:], values[-r - KRYLOV_BLOCK : -r]
     floor = wanted[-1] * rank_tolerance(values.dtype) ** 2 + torch.finfo(values.dtype).tiny
     if values.dtype == torch.float64:
         return torch.all(residuals <= VALUE_TOLERANCE * torch.maximum(wanted, floor))

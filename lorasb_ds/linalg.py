@@ -67,9 +67,9 @@ def truncated_svd(
         ValueError: on every rank alike, if a shard is not 2-D or not finite, or r is out of range.
     Communication: all-reduces of (world_size + 1,) and (r, r); broadcasts of (n, r) and
         (r + n + 1, r). Gram: a reduce of (n, n). Krylov: a broadcast and an all-reduce of
-        (n, BLOCK) a step, mostly 3 + r/8 to 3 + r/4 steps, and a few broadcasts of one number. A
-        real-valued matrix needs one (r, r) more; one of a rank below r two, an all-reduce of (r, n)
-        and another broadcast.
+        (n, KRYLOV_BLOCK) a step, mostly 3 + r/8 to 3 + r/4 steps, and a few broadcasts of one
+        number. A real-valued matrix needs one (r, r) more; one of a rank below r two, an all-reduce
+        of (r, n) and another broadcast.
     Memory beside the shard, for sign matrices, in bytes: Gram: 4 n², on its owner four times that.
         Krylov: 2 for each entry of the shard (4 on processors without bf16) and 4 n for each vector
         of the basis, mostly 48 + 2 r to 48 + 4 r of them, n at worst. The end: 24 r for each row

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers.core_model_loading import build_glob_alternation
+from transformers.pytorch_utils import Conv1D
 
-from lorasb_ds import quantization, zero
+from lorasb_ds import zero
 from lorasb_ds.adapter import layer_shape, linear_layers
 from lorasb_ds.base_files import (
     StoredTensor,
@@ -22,10 +24,10 @@ from lorasb_ds.base_files import (
     stored_tensors,
 )
 from lorasb_ds.config import ConfigError, RunConfig
+from lorasb_ds.quantization import Kind, PackedLinear, PackedLinear4bit, PackedLinear8bit
 from lorasb_ds.streaming import TensorReader, put, stream_weights
 from lorasb_ds.weight_map import Source, map_weights
 
-Kind = quantization.Kind
 # What transformers raises for a config.json that makes no sense.
 BROKEN_CONFIG = (
     AssertionError,
@@ -153,7 +155,7 @@ def _fill(
         _pack_as_stored(model, sources, stored, dtype)
     elif kind is not None:
         for layer in linear_layers(model):
-            quantization.pack_layer(model, layer, kind, dtype)
+            _pack_layer(model, layer, kind, dtype)
     stream_weights(model, sources, stored, shard)
     for parameter, twin in model.all_tied_weights_keys.items():
         put(model, parameter, model.get_parameter(twin))
@@ -168,7 +170,6 @@ def _pack_as_stored(
     dtype: torch.dtype,
 ) -> None:
     """Packed layers for the weights that bitsandbytes has quantized, and for no others."""
-    reader = TensorReader(stored)
     for source in sources:
         if not source.beside:
             continue
@@ -176,13 +177,14 @@ def _pack_as_stored(
         name = target.removesuffix(".weight")
         state = next((k for n, k in source.beside.items() if n.startswith("quant_state")), None)
         if state is None:
-            quantization.pack_layer(model, name, "8bit", dtype)
+            _pack_layer(model, name, "8bit", dtype)
             _check_sides(model, name, stored[source.keys[0]].shape, source.keys[0])
             continue
         try:
-            described = json.loads(bytes(reader.read(state).cpu().numpy()))
+            with closing(TensorReader(stored)) as reader:
+                described = json.loads(bytes(reader.read(state).cpu().numpy()))
             shape = described["shape"]
-            quantization.pack_layer(
+            _pack_layer(
                 model,
                 name,
                 "4bit",
@@ -198,7 +200,25 @@ def _pack_as_stored(
                 f"how its weight is quantized: {first_line(error)} Fetch the file again."
             ) from error
         _check_sides(model, name, shape, state)
-    reader.close()
+
+
+def _pack_layer(
+    model: nn.Module, name: str, kind: Kind, dtype: torch.dtype, **options: Any
+) -> None:
+    """Put an empty packed layer in the place of a linear one (``nn.Linear``, ``Conv1D``).
+
+    Args:
+        options: of ``PackedLinear4bit``.
+    """
+    layer: Any = model.get_submodule(name)
+    out_features, in_features = layer_shape(layer)
+    packed: PackedLinear
+    if kind == "4bit":
+        packed = PackedLinear4bit(in_features, out_features, layer.bias, dtype, **options)
+    else:
+        packed = PackedLinear8bit(in_features, out_features, layer.bias, dtype)
+    packed.stored_transposed = isinstance(layer, Conv1D)
+    model.set_submodule(name, packed)
 
 
 def _check_sides(model: nn.Module, name: str, shape: Sequence[int], key: str) -> None:

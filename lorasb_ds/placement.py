@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 Form = Literal["fp32", "bf16", "nf4", "int8"]
 
+# bitsandbytes' defaults: QLoRA's block of weights (arXiv 2305.14314), and a block of their scales.
+BLOCKSIZE, NESTED_BLOCKSIZE = 64, 256
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -17,7 +20,6 @@ class Placement:
     world_size: int
     stage: int = 3
     offload: Literal["none", "cpu", "nvme"] = "none"
-    shard_ranks: int = 1  # that hold one copy of the base together; 1 below stage 3
     secondary_ranks: int = 1  # ZeRO++: that hold a second copy together, within a node
     max_live_parameters: int = 0
     prefetch_bucket_size: int = 0
@@ -30,27 +32,42 @@ class Placement:
         return self.stage == 3
 
     @property
+    def shard_ranks(self) -> int:
+        """That hold one copy of the base together."""
+        return self.world_size if self.sharded else 1
+
+    @property
     def dtype_bytes(self) -> int:
         """Of the numbers that are computed with."""
         return 4 if self.form == "fp32" else 2
 
     def stored(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """Bytes of a linear layer's weight as it is kept: of its numbers, and of their scales.
-
-        NF4 with double quantization (QLoRA, arXiv 2305.14314): half a byte for each number, one
-        for every 64 of them, 4 for every 256 of those and 4 for the layer. 8 bits: a byte for
-        each number, 4 for every row. Both lie in one vector of even length (quantization.py).
-        """
-        out_features, in_features = shape
-        numel = out_features * in_features
+        """Bytes of a linear layer's weight (out, in) as it is kept: of its numbers, and of their
+        scales; together an even number where it is quantized (quantization.py)."""
         if self.form == "nf4":
-            numbers, blocks = -(-numel // 2), -(-numel // 64)
-            scales = blocks + 4 * -(-blocks // 256) + 4
+            numbers, *scales = bytes_4bit(*shape)
         elif self.form == "int8":
-            numbers, scales = numel, 4 * out_features
+            numbers, *scales = bytes_8bit(*shape)
         else:
-            return numel * self.dtype_bytes, 0
-        return numbers, scales + (numbers + scales) % 2
+            return shape[0] * shape[1] * self.dtype_bytes, 0
+        return numbers, sum(scales) + (numbers + sum(scales)) % 2
+
+
+def bytes_4bit(
+    out_features: int, in_features: int, blocksize: int = BLOCKSIZE, nested: bool = True
+) -> list[int]:
+    """Of the parts of a 4-bit weight (QLoRA, arXiv 2305.14314): half a byte for each number; with
+    double quantization (``nested``) one for every block of them, 4 for every 256 of those and 4
+    for the layer, else 4 for every block."""
+    numel = out_features * in_features
+    blocks = -(-numel // blocksize)
+    scales = [blocks, 4 * -(-blocks // NESTED_BLOCKSIZE), 4] if nested else [4 * blocks]
+    return [-(-numel // 2), *scales]
+
+
+def bytes_8bit(out_features: int, in_features: int) -> list[int]:
+    """Of the parts of an 8-bit weight: one for each number, 4 for every row."""
+    return [out_features * in_features, 4 * out_features]
 
 
 def placement_of(ds_config: Mapping[str, Any], form: Form, world_size: int) -> Placement:
@@ -66,7 +83,6 @@ def placement_of(ds_config: Mapping[str, Any], form: Form, world_size: int) -> P
         world_size=world_size,
         stage=stage,
         offload=offload.get("device", "none") if stage == 3 else "none",
-        shard_ranks=world_size if stage == 3 else 1,
         secondary_ranks=zero.get("zero_hpz_partition_size", 1) if stage == 3 else 1,
         max_live_parameters=int(zero.get("stage3_max_live_parameters", 1e9)),
         prefetch_bucket_size=int(zero.get("stage3_prefetch_bucket_size", 5e7)),

@@ -30,6 +30,8 @@ from lorasb_ds.init_report import InitReport
 from lorasb_ds.loading import DTYPES, empty_model, load_config, stored_quantization
 from lorasb_ds.model_shape import ModelShape
 from lorasb_ds.placement import Placement, placement_of
+from lorasb_ds.plan import GIB
+from lorasb_ds.quantization import Kind
 from lorasb_ds.rows import load_rows
 from lorasb_ds.shapes import shape_of
 from lorasb_ds.tokenizer import choose_pad_token, read_tokenizer
@@ -91,7 +93,8 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
         ConfigError: what is wrong and what to do about it.
     """
     hf_config = load_config(config.model, config.trust_remote_code)
-    config = _with_stored_quantization(config, hf_config)
+    quantization = stored_quantization(hf_config, config.model)
+    config = _with_stored_quantization(config, quantization)
     ds_config, config = resolve_ds_config(config, world_size, local_size)
     zero.check_ds_config(ds_config, config.ds_config)
     ds_config_file = read_json(config.ds_config, "--ds-config")
@@ -99,7 +102,7 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
     model = empty_model(hf_config, DTYPES[config.dtype], config.trust_remote_code)
     stored = stored_tensors(config.model)
     sources = map_weights(model, stored, config.model)
-    if any(s.beside for s in sources) != (stored_quantization(hf_config, config.model) is not None):
+    if any(source.beside for source in sources) != (quantization is not None):
         raise ConfigError(
             f"--model {config.model}: config.json and the weights do not agree on whether they "
             "are quantized (quantization_config). Fetch the files again."
@@ -161,9 +164,8 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
     )
 
 
-def _with_stored_quantization(config: RunConfig, hf_config: Any) -> RunConfig:
+def _with_stored_quantization(config: RunConfig, stored: Kind | None) -> RunConfig:
     """A base that is quantized in its files is taken as it is."""
-    stored = stored_quantization(hf_config, config.model)
     if stored is None:
         return config
     asked = {"load_in_4bit": config.load_in_4bit, "load_in_8bit": config.load_in_8bit}
@@ -190,7 +192,7 @@ def _workload(
         micro_batch_size=config.micro_batch_size,
         gradient_checkpointing=config.gradient_checkpointing,
         init_samples=init_samples,
-        init_memory_bytes=None if budget is None else int(budget * (1 << 30)),
+        init_memory_bytes=None if budget is None else int(budget * GIB),
         init_update=config.init_update,
         init_offload=config.init_offload,
     )

@@ -3,6 +3,7 @@ bitsandbytes."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, Literal
@@ -10,17 +11,16 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.pytorch_utils import Conv1D
+
+from lorasb_ds.placement import BLOCKSIZE, NESTED_BLOCKSIZE, bytes_4bit, bytes_8bit
 
 Kind = Literal["4bit", "8bit"]
 
-# bitsandbytes' defaults: QLoRA's block of weights (arXiv 2305.14314), and a block of their scales.
-BLOCKSIZE, NESTED_BLOCKSIZE = 64, 256
 # Rows of a weight are quantized so many at a time that no block is cut.
 ROW_MULTIPLE = 64
 
 
-class PackedLinear(nn.Linear):
+class PackedLinear(nn.Linear, ABC):
     """``y = W x + b``, W (out, in) quantized.
 
     All that W is made of lies in one frozen parameter, since ZeRO-3 shards parameters and nothing
@@ -55,6 +55,7 @@ class PackedLinear(nn.Linear):
         packed = torch.empty(-(-sum(num_bytes) // 2), dtype=torch.bfloat16, device="meta")
         self.weight = nn.Parameter(packed, requires_grad=False)
 
+    @abstractmethod
     def quantize(self, rows: Iterable[torch.Tensor]) -> torch.Tensor:
         """The value of ``weight`` for a W, in memory for a few rows of it.
 
@@ -63,8 +64,8 @@ class PackedLinear(nn.Linear):
         Raises:
             ValueError: if a scale is not finite.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def pack_stored(self, codes: torch.Tensor, beside: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The value of ``weight`` for a W that bitsandbytes has quantized.
 
@@ -73,15 +74,14 @@ class PackedLinear(nn.Linear):
         Raises:
             ValueError: if it is quantized in another way than this layer's.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def dequantize(self) -> torch.Tensor:
         """W (out, in) in ``dtype``, newly made. Under ZeRO-3 the weight must be gathered."""
-        raise NotImplementedError
 
     def pack(self, *parts: torch.Tensor) -> torch.Tensor:
         """Parts of any dtype as one flat bf16 vector of their bytes, padded to an even length."""
-        views = [part.detach().reshape(-1).view(torch.uint8) for part in parts]
+        views = [_bytes_of(part) for part in parts]
         if [len(view) for view in views] != self._num_bytes:
             raise ValueError(f"parts of {[len(v) for v in views]} bytes, not {self._num_bytes}")
         packed = self._zeros(views[0].device)
@@ -143,10 +143,8 @@ class PackedLinear4bit(PackedLinear):
         Args:
             stored_dtype: what bitsandbytes dequantizes to, before it casts; by default ``dtype``.
         """
-        blocks = -(-in_features * out_features // blocksize)
-        scales = [blocks, 4 * -(-blocks // NESTED_BLOCKSIZE), 4] if nested else [4 * blocks]
-        codes = -(-in_features * out_features // 2)
-        super().__init__(in_features, out_features, bias, dtype, [codes, *scales])
+        num_bytes = bytes_4bit(out_features, in_features, blocksize, nested)
+        super().__init__(in_features, out_features, bias, dtype, num_bytes)
         self.quant_type, self.blocksize, self.nested = quant_type, blocksize, nested
         self.stored_dtype = stored_dtype or dtype
 
@@ -173,13 +171,13 @@ class PackedLinear4bit(PackedLinear):
             nested_absmax, nested = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)
             found_scales = [nested_absmax, nested.absmax, offset]
         for part, scale in zip(scales, found_scales, strict=True):
-            part.copy_(scale.reshape(-1).view(torch.uint8))
+            part.copy_(_bytes_of(scale))
         return packed
 
     def pack_stored(self, codes: torch.Tensor, beside: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        from bitsandbytes.functional import create_dynamic_map, get_4bit_type
+        from bitsandbytes.functional import QuantState, create_dynamic_map, get_4bit_type
 
-        state = stored_state(beside, codes.device)
+        state = QuantState.from_dict(dict(beside), device=codes.device)
         standard = torch.equal(state.code, get_4bit_type(self.quant_type, device=codes.device))
         if self.nested:
             dynamic_map = create_dynamic_map().to(codes.device)
@@ -225,7 +223,7 @@ class PackedLinear8bit(PackedLinear):
         bias: nn.Parameter | None,
         dtype: torch.dtype,
     ) -> None:
-        num_bytes = [in_features * out_features, 4 * out_features]
+        num_bytes = bytes_8bit(out_features, in_features)
         super().__init__(in_features, out_features, bias, dtype, num_bytes)
 
     def quantize(self, rows: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -240,10 +238,8 @@ class PackedLinear8bit(PackedLinear):
             if not torch.isfinite(scale).all():
                 raise ValueError("a weight exceeds fp16's range, which 8 bits are made from")
             end = row + len(chunk)
-            codes[row * self.in_features : end * self.in_features] = found.view(
-                torch.uint8
-            ).flatten()
-            scales[4 * row : 4 * end] = scale.view(torch.uint8)
+            codes[row * self.in_features : end * self.in_features] = _bytes_of(found)
+            scales[4 * row : 4 * end] = _bytes_of(scale)
             row = end
         return packed
 
@@ -268,35 +264,12 @@ class PackedLinear8bit(PackedLinear):
         return W
 
 
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().reshape(-1).view(torch.uint8)
+
+
 def _first(rows: Iterable[torch.Tensor]) -> tuple[torch.Tensor, Iterator[torch.Tensor]]:
     """The first of them, and all of them."""
     iterator = iter(rows)
     first = next(iterator)
     return first, chain([first], iterator)
-
-
-def stored_state(beside: Mapping[str, torch.Tensor], device: torch.device) -> Any:
-    """bitsandbytes' QuantState of a 4-bit weight, from what a checkpoint holds beside its codes."""
-    from bitsandbytes.functional import QuantState
-
-    return QuantState.from_dict(dict(beside), device=device)
-
-
-def pack_layer(model: nn.Module, name: str, kind: Kind, dtype: torch.dtype, **options: Any) -> None:
-    """Put an empty packed layer in the place of a linear one (``nn.Linear``, ``Conv1D``).
-
-    Args:
-        options: of ``PackedLinear4bit``.
-    """
-    layer: Any = model.get_submodule(name)
-    transposed = isinstance(layer, Conv1D)
-    in_features, out_features = (
-        (layer.nx, layer.nf) if transposed else (layer.in_features, layer.out_features)
-    )
-    packed: PackedLinear
-    if kind == "4bit":
-        packed = PackedLinear4bit(in_features, out_features, layer.bias, dtype, **options)
-    else:
-        packed = PackedLinear8bit(in_features, out_features, layer.bias, dtype)
-    packed.stored_transposed = transposed
-    model.set_submodule(name, packed)

@@ -11,8 +11,7 @@ from typing import Any
 from lorasb_ds.adapter import Shapes
 from lorasb_ds.files import write_text
 from lorasb_ds.init_report import InitReport, LayerInit
-
-GIB = 1 << 30
+from lorasb_ds.plan import GIB
 
 
 def draw_loss_curve(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from torch import nn
 from lorasb_ds import zero
 from lorasb_ds.base_files import StoredTensor
 from lorasb_ds.config import ConfigError
+from lorasb_ds.host_memory import release_freed_memory
 from lorasb_ds.quantization import ROW_MULTIPLE, PackedLinear
-from lorasb_ds.sharding import Group, broadcast, rank_and_size
+from lorasb_ds.sharding import Group, all_reduce, broadcast, rank_and_size
 from lorasb_ds.weight_map import Source
 
 DTYPES = {
@@ -86,7 +88,7 @@ class TensorReader:
             )
         num_rows, width = _num_rows(tensor.shape), _width(tensor.shape)
         row_bytes = (tensor.end - tensor.begin) // max(1, num_rows)
-        step = max(1, CHUNK // max(1, width) // multiple) * multiple
+        step = _rows_at_a_time(width, multiple)
         buffer = zero.pinned_bytes(min(step, num_rows) * row_bytes)
         for first in range(0, num_rows, step):
             count = min(step, num_rows - first)
@@ -131,6 +133,10 @@ def _width(shape: Sequence[int]) -> int:
     return shape[-1] if shape else 1
 
 
+def _rows_at_a_time(width: int, multiple: int) -> int:
+    return max(1, CHUNK // max(1, width) // multiple) * multiple
+
+
 def _is_finite(values: torch.Tensor) -> bool:
     if not values.is_floating_point() or not values.numel():
         return True
@@ -162,20 +168,13 @@ def stream_weights(
         as there are ranks.
     """
     rank, world_size = rank_and_size(group)
-    reader = TensorReader(stored)
     # Largest first: the ranks' turns are about equally long, and memory is still free.
     sources = sorted(sources, key=lambda s: -sum(stored[k].end - stored[k].begin for k in s.keys))
-    try:
+    with closing(TensorReader(stored)) as reader:
         for first in range(0, len(sources), world_size):
             wave = sources[first : first + world_size]
-            values, problem = {}, None
-            if rank < len(wave):
-                try:
-                    values = _read(model, wave[rank], reader)
-                except (ValueError, KeyError, RuntimeError) as error:
-                    problem, key = str(error), wave[rank].keys[0]
-                    if key not in problem:
-                        problem = f"{key} in {stored[key].file.name}: {problem}"
+            mine = wave[rank] if rank < len(wave) else None
+            values, problem = _try_to_read(model, mine, reader)
             _raise_together(problem, group)
             for owner, source in enumerate(wave):
                 for name in source.targets:
@@ -187,9 +186,22 @@ def stream_weights(
                     del value
                     if shard is not None and isinstance(placed, nn.Parameter):
                         shard(placed)
-            zero.release_host_memory()
-    finally:
-        reader.close()
+            release_freed_memory()
+
+
+def _try_to_read(
+    model: Any, source: Source | None, reader: TensorReader
+) -> tuple[dict[str, torch.Tensor], str | None]:
+    """What ``_read`` returns, and nothing where there is no source; else what went wrong."""
+    if source is None:
+        return {}, None
+    try:
+        return _read(model, source, reader), None
+    except (ValueError, KeyError, RuntimeError) as error:
+        problem, key = str(error), source.keys[0]
+        if key not in problem:
+            problem = f"{key} in {reader.stored[key].file.name}: {problem}"
+        return {}, problem
 
 
 def _read(model: Any, source: Source, reader: TensorReader) -> dict[str, torch.Tensor]:
@@ -228,8 +240,7 @@ def _settled(model: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
     layer = _packed_layer(model, name)
     if layer is None:
         return tensor.to(_get(model, name).dtype).contiguous()
-    step = max(1, CHUNK // layer.in_features // ROW_MULTIPLE) * ROW_MULTIPLE
-    return layer.quantize(tensor.split(step))
+    return layer.quantize(tensor.split(_rows_at_a_time(layer.in_features, ROW_MULTIPLE)))
 
 
 def _packed_layer(model: nn.Module, name: str) -> PackedLinear | None:
@@ -258,12 +269,11 @@ def put(model: nn.Module, name: str, value: torch.Tensor) -> torch.Tensor:
 
 def _raise_together(problem: str | None, group: Group) -> None:
     """End on every rank if one has a problem. Collective."""
-    if rank_and_size(group)[1] > 1:
-        failed = torch.tensor(int(problem is not None), device=zero.device())
-        dist.all_reduce(failed, group=group)
-        if failed.item():
-            problems: list[str | None] = [None] * rank_and_size(group)[1]
-            dist.all_gather_object(problems, problem, group=group)
-            problem = next(filter(None, problems))
-    if problem is not None:
-        raise ConfigError(f"The base cannot be loaded: {problem}")
+    failed = torch.tensor(int(problem is not None), device=zero.device())
+    if not all_reduce(failed, group).item():
+        return
+    problems = [problem]
+    if (world_size := rank_and_size(group)[1]) > 1:
+        problems = [None] * world_size
+        dist.all_gather_object(problems, problem, group=group)
+    raise ConfigError(f"The base cannot be loaded: {next(filter(None, problems))}")

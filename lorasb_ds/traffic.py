@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lorasb_ds.footprint import Footprint, Workload
-from lorasb_ds.init_plan import GRAM_SHARE, GRAM_SIDE_SHARED
+from lorasb_ds.init_plan import KRYLOV_BLOCK, takes_gram_way
 from lorasb_ds.model_shape import ModelShape
 from lorasb_ds.placement import Placement
-
-KRYLOV_BLOCK = 16  # columns of lanczos.py's block
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ def init_traffic(
 ) -> Traffic:
     """Of the whole init: gathers of its passes, gradients to their owners in fp32, and SVDs."""
     w = placement.world_size
-    rounds = -(-work.init_samples // (work.micro_batch_size * w))
+    rounds = work.init_rounds(w)
     passes = (3 if work.gradient_checkpointing else 2) + (len(memory.init.groups) > 1)
     gathered = _gathers(shape, placement, work, passes)
     sent, messages = gathered.bytes * rounds, gathered.messages * rounds
@@ -68,7 +66,7 @@ def init_traffic(
         messages += rounds * len(work.targets) * w
         for sides in work.targets.values():
             long, short = max(sides), min(sides)
-            steps = 1 if short <= max(GRAM_SIDE_SHARED, GRAM_SHARE * work.r) else 3 + work.r // 4
+            steps = 1 if takes_gram_way(short, work.r) else 3 + work.r // 4
             columns = short if steps == 1 else 2 * KRYLOV_BLOCK * steps
             sent += _share(4 * short * columns + 4 * work.r * (long + 3 * short), placement)
             messages += steps + 8

@@ -28,8 +28,9 @@ from lorasb_ds.loading import DTYPES, load_base
 from lorasb_ds.loss import token_loss_sum
 from lorasb_ds.metrics import RunLog, provenance
 from lorasb_ds.output import make_output_dir
+from lorasb_ds.plan import GIB
 from lorasb_ds.prepare import Prepared, check_ranks_agree
-from lorasb_ds.report import GIB, draw_init, draw_loss_curve, write_report
+from lorasb_ds.report import draw_init, draw_loss_curve, write_report
 
 Adapters = dict[str, LoraSBLinear]
 

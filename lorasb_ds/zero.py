@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +24,7 @@ from deepspeed.utils import (
 from pydantic import ValidationError
 
 from lorasb_ds.config import ConfigError
+from lorasb_ds.host_memory import process_bytes, ranks_of_host, release_freed_memory
 
 VERSION = deepspeed.__version__
 
@@ -57,9 +57,8 @@ def init_process_group() -> None:
     """
     if accelerator_name() == "cpu":
         if "OMP_NUM_THREADS" not in os.environ:
-            local_ranks = int(os.environ.get("LOCAL_SIZE", 1))  # DeepSpeed's launcher sets it
             cores = len(os.sched_getaffinity(0))
-            torch.set_num_threads(max(1, cores // max(1, local_ranks)))
+            torch.set_num_threads(max(1, cores // max(1, ranks_of_host())))
     else:
         get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
     deepspeed.init_distributed()
@@ -260,24 +259,18 @@ def free_device_bytes() -> int:
     return int(get_accelerator().available_memory(int(os.environ.get("LOCAL_RANK", 0))))
 
 
-def release_host_memory() -> None:
-    """Hand freed memory back to the system: glibc keeps pieces of up to 32 MiB."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
-
-
 def memory_bytes() -> int:
     """Memory in use now: the device's, on a CPU the process's."""
     if accelerator_name() != "cpu":
         return int(get_accelerator().memory_allocated())
-    return _process_bytes("VmRSS")
+    return process_bytes("VmRSS")
 
 
 def peak_memory_bytes() -> int:
     """Highest memory in use since the last reset: the device's, on a CPU the process's."""
     if accelerator_name() != "cpu":
         return int(get_accelerator().max_memory_allocated())
-    return _process_bytes("VmHWM")
+    return process_bytes("VmHWM")
 
 
 def reset_peak_memory() -> None:
@@ -285,24 +278,10 @@ def reset_peak_memory() -> None:
     if accelerator_name() != "cpu":
         get_accelerator().reset_peak_memory_stats()
         return
-    release_host_memory()
+    release_freed_memory()
     try:
         # Linux: 5 sets the high-water mark of this process back to what it holds now.
         with open("/proc/self/clear_refs", "w") as file:  # noqa: PTH123
             file.write("5")
     except OSError:
         return  # not Linux, or not allowed: the peak is then that of the whole process
-
-
-def _process_bytes(key: str) -> int:
-    """VmRSS or VmHWM of this process; where there is no /proc, its peak for both."""
-    try:
-        with open("/proc/self/status") as file:  # noqa: PTH123
-            for line in file:
-                if line.startswith(f"{key}:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

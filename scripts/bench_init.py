@@ -14,6 +14,9 @@ from typing import Any
 import click
 import torch
 from bench_common import ROOT, machine, measure, medians, row, write_json
+from bench_model import write_llama
+
+from lorasb_ds.config import demo_model_dir
 
 MIB = 1 << 20
 TASK = "reasoning-gym:word_sequence_reversal"
@@ -21,6 +24,8 @@ TASK = "reasoning-gym:word_sequence_reversal"
 INIT = {"data": f"{TASK}?min_words=40&max_words=60&size=54&seed=3", "init_samples": 54}
 INIT |= {"max_length": 256, "r": 96, "init_lr": 1e-4}
 SCALE = {"data": f"{TASK}?min_words=20&max_words=30&size=18&seed=3", "init_samples": 18}
+WIDTH = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+WIDTH += ("tie_word_embeddings",)
 SCALE |= {"max_length": 128, "micro_batch_size": 2, "r": 16, "init_lr": 1e-4}
 
 
@@ -245,19 +250,9 @@ def scale(repeats: int, quick: bool) -> None:
 
 
 def _model(folder: Path, num_layers: int) -> str:
-    """A random Llama of the demo model's width, with its tokenizer."""
-    import shutil
-
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from lorasb_ds.config import demo_model_dir
-
-    demo = demo_model_dir()
-    config = LlamaConfig.from_pretrained(demo, num_hidden_layers=num_layers)
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    for file in [*demo.glob("*token*"), demo / "chat_template.jinja"]:
-        shutil.copy(file, folder)
+    """A random Llama of the demo model's width."""
+    demo = json.loads((demo_model_dir() / "config.json").read_text())
+    write_llama(folder, {key: demo[key] for key in WIDTH} | {"num_hidden_layers": num_layers})
     return str(folder)
 
 

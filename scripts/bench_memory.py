@@ -35,9 +35,10 @@ def watched(work: Callable[[], T]) -> tuple[T, dict[str, float]]:
     import torch.distributed as dist
 
     from lorasb_ds import zero
+    from lorasb_ds.host_memory import release_freed_memory
 
     gc.collect()
-    zero.release_host_memory()  # before the sampler sees it
+    release_freed_memory()  # before the sampler sees it
     command = [sys.executable, "-I", "-S", __file__, str(os.getpid())]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as sampler:

@@ -136,13 +136,11 @@ def test_parameters_over_ranks() -> None:
     factors = 2 * sum(8 * (out + in_ + 8) for out, in_ in work.targets.values())
     assert alone.adapters == factors
     assert alone.optimizer == 12 * work.num_trainable
-    shared = footprint_of(LLAMA_7B, Placement("bf16", 4, shard_ranks=4))
+    shared = footprint_of(LLAMA_7B, Placement("bf16", 4))
     assert shared.base == pytest.approx(whole / 4, rel=1e-6)
     assert shared.adapters == factors / 4
     # What is small stays whole beside its shard: all norms, R, and factors of 8 x 4096.
-    kept = footprint_of(
-        LLAMA_7B, Placement("bf16", 4, shard_ranks=4, persistence_threshold=8 * 4096)
-    )
+    kept = footprint_of(LLAMA_7B, Placement("bf16", 4, persistence_threshold=8 * 4096))
     assert kept.base - shared.base == 2 * 65 * 4096
     assert kept.adapters - shared.adapters == 2 * (
         224 * 64 + 8 * 4096 * (2 * 4 * 32 + 32 * 3)  # attention's two sides, one of the MLP's three
@@ -150,7 +148,7 @@ def test_parameters_over_ranks() -> None:
 
 
 def test_four_bit_is_a_little_above_half_a_byte() -> None:
-    memory = footprint_of(LLAMA_7B, Placement("nf4", 2, shard_ranks=2))
+    memory = footprint_of(LLAMA_7B, Placement("nf4", 2))
     numel = sum(out * in_ for out, in_ in LLAMA_7B.layers.values())
     # QLoRA: 0.127 bits a weight for scales with double quantization.
     assert 8 * 2 * memory.quantization / numel == pytest.approx(0.127, abs=2e-3)
@@ -175,7 +173,7 @@ def test_offload_and_secondary_copies() -> None:
 
 
 def test_a_budget_and_checkpointing_bound_what_they_should() -> None:
-    placement = Placement("bf16", 2, shard_ranks=2)
+    placement = Placement("bf16", 2)
     free = footprint_of(LLAMA_7B, placement)
     bounded = footprint_of(LLAMA_7B, placement, init_memory_bytes=2 << 30)
     assert free.init.predicted_bytes > 2 << 30 >= bounded.init.predicted_bytes
@@ -202,5 +200,5 @@ def test_offloaded_init_is_on_the_host() -> None:
     [(3, 2, 8), (3, 1, 4), (2, 1, 0), (2, 2, 0), (3, 4, 12)],
 )
 def test_what_is_in_flight_while_loading(stage: int, ranks: int, in_flight: int) -> None:
-    placement = Placement("bf16", ranks, stage=stage, shard_ranks=ranks if stage == 3 else 1)
+    placement = Placement("bf16", ranks, stage=stage)
     assert _in_flight_bytes([4, 8, 4, 8], placement) == in_flight

@@ -85,7 +85,7 @@ def test_what_makes_no_sense_is_left_out() -> None:
 def test_traffic_of_a_step() -> None:
     """Two gathers of what is sharded; the third with checkpointing; none where all is whole."""
     work = work_of()
-    sharded = Placement("bf16", 4, shard_ranks=4, prefetch_bucket_size=int(5e7))
+    sharded = Placement("bf16", 4, prefetch_bucket_size=int(5e7))
     factors = sum(64 * (out + in_) for out, in_ in work.targets.values())
     whole = 2 * (LLAMA_7B.num_parameters + factors)
     step = step_traffic(LLAMA_7B, sharded, work)
@@ -108,7 +108,7 @@ def test_time_of_a_step() -> None:
     )
     active = LLAMA_7B.num_parameters - 32000 * 4096  # without embeddings
     assert seconds == pytest.approx(4 * active * 64 / 2.5e10, rel=0.01)
-    sharded = Placement("bf16", 16, shard_ranks=16, prefetch_bucket_size=int(5e7))
+    sharded = Placement("bf16", 16, prefetch_bucket_size=int(5e7))
     traffic = step_traffic(LLAMA_7B, sharded, work)
     near, far = (
         step_seconds(LLAMA_7B, sharded, work, traffic, GPU_SPEEDS, num_nodes=n) for n in (1, 2)
