@@ -16,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from lorasb_ds import zero
 from lorasb_ds.adapter import LoraSBLinear, Shapes
 from lorasb_ds.base_files import weights_digest
+from lorasb_ds.batches import Sample
 from lorasb_ds.config import ConfigError, RunConfig
-from lorasb_ds.data import Example, Sample, digest
+from lorasb_ds.data import Example, digest
 from lorasb_ds.files import save_tensors, write_json
 from lorasb_ds.init_report import InitReport, LayerInit, Step
 from lorasb_ds.initialize import Basis, fill_factors

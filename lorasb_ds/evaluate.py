@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lorasb_ds.data import Batch, Example, collate, render_prompt
+from lorasb_ds.batches import Batch, collate
+from lorasb_ds.data import Example, render_prompt
 from lorasb_ds.loss import token_loss_sum
 from lorasb_ds.rows import REASONING_GYM, Row, reasoning_gym_dataset, to_messages
 

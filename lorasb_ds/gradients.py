@@ -18,7 +18,7 @@ from torch import nn
 
 from lorasb_ds import zero
 from lorasb_ds.adapter import LoraSBLinear, set_scale
-from lorasb_ds.data import Batch
+from lorasb_ds.batches import Batch
 from lorasb_ds.loss import token_loss_sum
 from lorasb_ds.sharding import Group, row_range
 

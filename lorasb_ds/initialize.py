@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from lorasb_ds import zero
 from lorasb_ds.adapter import LoraSBLinear
-from lorasb_ds.data import Sample
+from lorasb_ds.batches import Sample
 from lorasb_ds.gradients import GradientShards, average_gradients, is_transposed
 from lorasb_ds.init_plan import InitPlan
 from lorasb_ds.init_report import InitReport, LayerInit

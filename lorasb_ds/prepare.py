@@ -13,22 +13,16 @@ from lorasb_ds import zero
 from lorasb_ds.adapter import Shapes, expert_layers, select_targets
 from lorasb_ds.base_files import stored_tensors
 from lorasb_ds.basis import check_basis, fingerprint
+from lorasb_ds.batches import Batch, Sample, micro_batches
 from lorasb_ds.config import ConfigError, RunConfig, check_output_dir, read_json
-from lorasb_ds.data import (
-    Batch,
-    Sample,
-    TokenizedRows,
-    digest,
-    init_sample,
-    micro_batches,
-    tokenize_rows,
-)
+from lorasb_ds.data import TokenizedRows, digest, tokenize_rows
 from lorasb_ds.ds_config import resolve_ds_config
 from lorasb_ds.footprint import Footprint, Workload, footprint, init_plan
 from lorasb_ds.forecast import Forecast, check_fits, forecast, this_cluster
 from lorasb_ds.init_report import InitReport
 from lorasb_ds.loading import DTYPES, empty_model, load_config, stored_quantization
 from lorasb_ds.model_shape import ModelShape
+from lorasb_ds.order import init_sample
 from lorasb_ds.placement import Placement, placement_of
 from lorasb_ds.plan import GIB
 from lorasb_ds.quantization import Kind
@@ -182,13 +176,13 @@ def _workload(
 ) -> Workload:
     """What the run computes, for its footprint."""
     longest = max(len(example.input_ids) for example in train.examples)
-    shortest_prompt = min(example.num_prompt_tokens for example in train.examples)
+    first_label = min(example.first_label for example in train.examples)
     budget = config.init_memory_gib
     return Workload(
         targets=targets,
         r=config.r,
         max_length=longest,
-        num_labels=longest - max(1, shortest_prompt),
+        num_labels=longest - max(1, first_label),
         micro_batch_size=config.micro_batch_size,
         gradient_checkpointing=config.gradient_checkpointing,
         init_samples=init_samples,

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from lorasb_ds import zero
 from lorasb_ds.adapter import LoraSBLinear
-from lorasb_ds.data import Batch
+from lorasb_ds.batches import Batch
 from lorasb_ds.gradients import GradientShards, branches_off, no_dropout, taps
 from lorasb_ds.init_plan import block_of
 from lorasb_ds.loss import token_loss_sum

@@ -13,7 +13,7 @@ from torch import nn
 
 from lorasb_ds import zero
 from lorasb_ds.adapter import LoraSBLinear, set_scale
-from lorasb_ds.data import Sample
+from lorasb_ds.batches import Sample
 from lorasb_ds.evaluate import held_out_loss
 from lorasb_ds.gradients import branches_off
 from lorasb_ds.init_report import LayerInit, Step

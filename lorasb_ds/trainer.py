@@ -15,8 +15,8 @@ from lorasb_ds import zero
 from lorasb_ds.adapter import LoraSBLinear, inject
 from lorasb_ds.base_files import model_path
 from lorasb_ds.basis import save_basis, take_up
+from lorasb_ds.batches import Batch, Sample, collate
 from lorasb_ds.config import DS_CONFIG_COPY, RunConfig
-from lorasb_ds.data import Batch, Sample, collate, epoch_order
 from lorasb_ds.ds_config import global_batch_size
 from lorasb_ds.evaluate import held_out_loss
 from lorasb_ds.export import collect_lora, save_peft_adapter
@@ -27,6 +27,7 @@ from lorasb_ds.initialize import Basis, initialize
 from lorasb_ds.loading import DTYPES, load_base
 from lorasb_ds.loss import token_loss_sum
 from lorasb_ds.metrics import RunLog, provenance
+from lorasb_ds.order import epoch_order
 from lorasb_ds.output import make_output_dir
 from lorasb_ds.plan import GIB
 from lorasb_ds.prepare import Prepared, check_ranks_agree

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lorasb_ds.adapter import linear_layers
-from lorasb_ds.data import Batch
+from lorasb_ds.batches import Batch
 
 
 def own_loss(model: Any, batch: Batch) -> torch.Tensor:

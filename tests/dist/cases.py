@@ -299,7 +299,7 @@ def uneven(out: str) -> None:
 
     from lorasb_ds import zero
     from lorasb_ds.adapter import inject, linear_layers
-    from lorasb_ds.data import Batch
+    from lorasb_ds.batches import Batch
     from lorasb_ds.gradients import average_gradients
     from lorasb_ds.sharding import gather_rows
 

@@ -14,8 +14,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lorasb_ds.adapter import inject, linear_layers
+from lorasb_ds.batches import Batch, collate
 from lorasb_ds.config import load_run_config
-from lorasb_ds.data import Batch, collate, tokenize_rows
+from lorasb_ds.data import tokenize_rows
 from lorasb_ds.gradients import average_gradients
 from lorasb_ds.linalg import truncated_svd
 from lorasb_ds.rows import load_rows

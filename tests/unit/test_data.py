@@ -11,17 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorasb_ds.batches import collate, micro_batches
 from lorasb_ds.config import ConfigError, RunConfig
-from lorasb_ds.data import (
-    IGNORE_INDEX,
-    Example,
-    collate,
-    encode,
-    epoch_order,
-    init_sample,
-    micro_batches,
-    tokenize_rows,
-)
+from lorasb_ds.data import IGNORE_INDEX, Example, encode, tokenize_rows
+from lorasb_ds.order import epoch_order, init_sample
 from lorasb_ds.rows import choose_columns, load_rows, to_messages
 from tests.runs import word_rows, write_jsonl
 
@@ -176,14 +169,14 @@ def test_forms() -> None:
 def test_only_the_response_is_labelled(tokenizer: Any) -> None:
     example = encode(tokenizer, [{"role": "user", "content": "Say red"}], "red", 512)
     assert isinstance(example, Example)
-    prompt = tokenizer.decode(example.input_ids[: example.num_prompt_tokens])
+    prompt = tokenizer.decode(example.input_ids[: example.first_label])
     assert prompt.endswith("<|im_start|>assistant\n")
     assert "Say red" in prompt
-    response = tokenizer.decode(example.input_ids[example.num_prompt_tokens :])
+    response = tokenizer.decode(example.input_ids[example.first_label :])
     assert response == f"red{tokenizer.eos_token}"
-    batch = collate([example, Example([1, 2, 3], 1)], pad_token_id=2)
+    batch = collate([example, Example([1, 2, 3], [IGNORE_INDEX, 2, 3])], pad_token_id=2)
     labelled = batch.input_ids[batch.labels != IGNORE_INDEX].tolist()
-    assert labelled == [*example.input_ids[example.num_prompt_tokens :], 2, 3]
+    assert labelled == [*example.input_ids[example.first_label :], 2, 3]
     assert batch.attention_mask.sum(1).tolist() == [len(example.input_ids), 3]
     assert batch.num_label_tokens == len(labelled)
 
@@ -238,7 +231,7 @@ def test_any_text_is_an_example_or_skipped(
     if isinstance(example, str):
         assert example.startswith("skipped: ")
     else:
-        assert 0 < example.num_prompt_tokens < len(example.input_ids) <= max_length
+        assert 0 < example.first_label < len(example.input_ids) <= max_length
 
 
 @given(
@@ -249,7 +242,7 @@ def test_any_text_is_an_example_or_skipped(
 def test_micro_batches_lose_and_repeat_nothing(
     num_rows: int, micro_batch_size: int, world_size: int
 ) -> None:
-    examples = [Example([7, 100 + i], 1) for i in range(num_rows)]
+    examples = [Example([7, 100 + i], [IGNORE_INDEX, 100 + i]) for i in range(num_rows)]
     order = epoch_order(num_rows, seed=1, epoch=0)
     ranks = [
         list(micro_batches(examples, order, micro_batch_size, 0, rank, world_size))

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig
 
 from lorasb_ds.adapter import LoraSBLinear, inject, linear_layers
-from lorasb_ds.data import Batch, Sample
+from lorasb_ds.batches import Batch, Sample
 from lorasb_ds.gradients import average_gradients
 from lorasb_ds.init_plan import plan_init
 from lorasb_ds.initialize import gradients_by_group

@@ -106,7 +106,7 @@ def test_rows_of_a_bare_tokenizer_model(folders: dict[str, Path], family: str, p
     assert not isinstance(example, str)
     assert example.input_ids[0] == tokenizer.bos_token_id
     assert example.input_ids[-1] == tokenizer.eos_token_id
-    assert tokenizer.decode(example.input_ids[example.num_prompt_tokens : -1]) == "red"
+    assert tokenizer.decode(example.input_ids[example.first_label : -1]) == "red"
 
 
 def test_what_tokenizer_config_says_holds(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_what_tokenizer_config_says_holds(folders: dict[str, Path], tmp_path: Pa
     assert tokenizer("Hello world")["input_ids"] == reference.encode("Hello world")
     example = encode(tokenizer, [{"role": "user", "content": "Hi"}], "Ho", 512)
     assert not isinstance(example, str)
-    prompt = example.input_ids[: example.num_prompt_tokens]
+    prompt = example.input_ids[: example.first_label]
     assert prompt == reference.encode("[INST] Hi [/INST]")
 
 
