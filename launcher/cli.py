@@ -23,6 +23,7 @@ from lorasb_ds.config import (
     load_run_config,
     read_json,
     replayed_processes,
+    resumed_run,
 )
 from lorasb_ds.ds_config import resolve_ds_config
 from lorasb_ds.plan import plan as make_plan
@@ -104,6 +105,8 @@ def _start_job(
     """Check what can be checked without torch, and run the worker on every rank."""
     if num_procs is not None and num_gpus is not None:
         raise ConfigError("--num-procs (CPU) and --num-gpus exclude each other. Give one of them.")
+    if run_json is None and given.get("resume") not in (None, "auto"):
+        run_json = str(resumed_run(given["resume"]) / "run.json")
     if run_json is not None and num_procs is None and num_gpus is None:
         num_procs, num_gpus = replayed_processes(run_json)
     config = load_run_config(given, run_json)
@@ -126,7 +129,7 @@ def _start_job(
 
         click.echo(shlex.join(command))
         return
-    status = _run(command, environment)
+    status = _run_job(command, environment)
     remove_shared_memory(port)
     sys.exit(status)
 
@@ -176,7 +179,7 @@ def plan(model: str | None, as_json: bool, table: bool, **options: Any) -> None:
 
 
 def _run(command: Sequence[str], environment: dict[str, str]) -> int:
-    """Run a job in a process session of its own; pass signals on; its status."""
+    """Run a command in a process session of its own; pass signals on; its status."""
     child = subprocess.Popen(command, env=environment, start_new_session=True)
 
     def pass_on(signum: int, _frame: object) -> None:
@@ -184,8 +187,42 @@ def _run(command: Sequence[str], environment: dict[str, str]) -> int:
 
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, pass_on)
-    status = child.wait()
-    return status if status >= 0 else 128 - status
+    return _status(child.wait())
+
+
+def _run_job(command: Sequence[str], environment: dict[str, str]) -> int:
+    """Run a job in a process session of its own; ask it to end when a signal says so; its status.
+
+    DeepSpeed's launchers take SIGTERM and SIGINT as an order to kill their workers. SIGUSR1 passes
+    them by, as it is ignored here and children inherit that; a worker that has something to save
+    listens to it. It is sent again every second, for workers that were not yet listening.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    child = subprocess.Popen(command, env=environment, start_new_session=True)
+    asked: list[int] = []
+
+    def ask(signum: int, _frame: object) -> None:
+        if asked.count(signal.SIGINT) and signum == signal.SIGINT:
+            os.killpg(child.pid, signal.SIGKILL)
+        elif not asked:
+            click.echo("lorasb: ending after this step, with a checkpoint", err=True)
+            if signum == signal.SIGINT:
+                click.echo("lorasb: Ctrl-C again ends it at once, without one", err=True)
+        asked.append(signum)
+
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(signum, ask)
+    while True:
+        try:
+            return _status(child.wait(timeout=1.0))
+        except subprocess.TimeoutExpired:
+            if asked:
+                os.killpg(child.pid, signal.SIGUSR1)
+
+
+def _status(returncode: int) -> int:
+    """As a shell has it."""
+    return returncode if returncode >= 0 else 128 - returncode
 
 
 if __name__ == "__main__":

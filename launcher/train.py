@@ -14,6 +14,7 @@ from launcher.options import CONTEXT, run_options
 from launcher.quiet import quiet_libraries
 from lorasb_ds.config import ConfigError, load_run_config
 from lorasb_ds.host_memory import ranks_of_host
+from lorasb_ds.stop import EXIT_STOPPED, StopRequest
 
 GRACE_S = 10.0
 
@@ -32,6 +33,8 @@ def main(local_rank: int | None, init_only: bool, run_json: str | None, **given:
             )
         )
     quiet_libraries()
+    stop = StopRequest()
+    stop.listen()
     try:
         config = load_run_config(given, run_json)
         # Imported only now: the options above are wrong or right without torch.
@@ -48,10 +51,10 @@ def main(local_rank: int | None, init_only: bool, run_json: str | None, **given:
 
     zero.init_process_group()
     try:
-        run_training(prepared, init_only)
+        outcome = run_training(prepared, stop, init_only)
     except ConfigError as error:
         _refuse(error)
-    except FloatingPointError as error:
+    except (FloatingPointError, OSError) as error:
         _refuse(error, status=1)
     zero.close_process_group()
     # Everything is saved. On CPUs a thread of gloo's may outlive its group, and would abort the
@@ -59,7 +62,7 @@ def main(local_rank: int | None, init_only: bool, run_json: str | None, **given:
     # jobs): a run that is done would end with a failure.
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(EXIT_STOPPED if outcome == "stopped" else 0)
 
 
 def _check_device() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
 from lorasb_ds import zero
@@ -19,12 +20,12 @@ from lorasb_ds.base_files import weights_digest
 from lorasb_ds.batches import Sample
 from lorasb_ds.config import ConfigError, RunConfig
 from lorasb_ds.data import Example, digest
-from lorasb_ds.files import save_tensors, write_json
+from lorasb_ds.files import save_tensors, write_json, write_sums
 from lorasb_ds.init_report import InitReport, LayerInit, Step
 from lorasb_ds.initialize import Basis, fill_factors
 from lorasb_ds.step import choose_step
 
-BASIS_FORMAT = "2"
+BASIS_FORMAT = "3"
 BASIS_FILE, REPORT_FILE = "basis.safetensors", "init.json"
 
 
@@ -36,6 +37,7 @@ def fingerprint(
         "basis format": BASIS_FORMAT,
         "model files": weights_digest(config.model),
         "--load-in-4bit": str(config.load_in_4bit),
+        "--load-in-8bit": str(config.load_in_8bit),
         "--dtype": config.dtype,
         "target layers": hashlib.sha256(json.dumps(targets).encode()).hexdigest(),
         "rows of the init sample (--data, --init-samples, --seed, --max-length)": digest(
@@ -49,7 +51,7 @@ def fingerprint(
 def save_basis(
     folder: Path, basis: Basis, report: InitReport, made_from: Mapping[str, str]
 ) -> None:
-    """Write ``init.json``, and then ``basis.safetensors``: with that file the init is finished.
+    """Write ``init.json``, then ``basis.safetensors``: with their ``SHA256SUMS`` the init is done.
 
     It holds ``<layer>.lora_A`` (r, in) and ``.lora_B`` (out, r) in the run's dtype, and in fp32
     ``.lora_R`` (r, r), ``.S`` and ``.slopes`` (r,), the singular values and ``LayerInit.slopes``.
@@ -63,19 +65,20 @@ def save_basis(
     write_json(folder / REPORT_FILE, content)
     metadata = {"format": "pt", "made_from": json.dumps(dict(made_from), sort_keys=True)}
     save_tensors(folder / BASIS_FILE, tensors, metadata)
+    write_sums(folder, (BASIS_FILE, REPORT_FILE))
 
 
-def check_basis(config: RunConfig, made_from: Mapping[str, str]) -> InitReport:
+def check_basis(folder: Path, option: str, r: int, made_from: Mapping[str, str]) -> InitReport:
     """Refuse a basis that this run's settings would not have given.
 
+    Args:
+        option: by which the folder was named, for messages.
+        r: of the run; may be smaller than that of the basis.
     Returns:
-        What the init found, cut to this run's r.
+        What the init found, cut to r.
     Raises:
         ConfigError: what is missing or differs.
     """
-    assert config.init_from is not None
-    folder = Path(config.init_from).expanduser()
-    option = f"--init-from {config.init_from}"
     for file in (BASIS_FILE, REPORT_FILE):
         if not (folder / file).is_file():
             raise ConfigError(
@@ -88,7 +91,7 @@ def check_basis(config: RunConfig, made_from: Mapping[str, str]) -> InitReport:
             names = [name for name in file.keys() if name.endswith(".S")]  # noqa: SIM118
             r_max = min(file.get_slice(name).get_shape()[0] for name in names)
         theirs = json.loads(metadata["made_from"])
-        report = _read_report(folder, config.r)
+        report = read_report(folder, r)
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise ConfigError(
             f"{option}: {BASIS_FILE} and {REPORT_FILE} are not a basis of this version. Compute it "
@@ -98,17 +101,17 @@ def check_basis(config: RunConfig, made_from: Mapping[str, str]) -> InitReport:
     if differ:
         raise ConfigError(
             f"{option} was made from something else: {', '.join(differ)} differ. Give the options "
-            "that it was made with (its run.json has them), or leave --init-from out."
+            f"that it was made with (its run.json has them), or leave {option.split()[0]} out."
         )
-    if config.r > r_max:
+    if r > r_max:
         raise ConfigError(
-            f"--r {config.r} is larger than the basis of {option}, which has r = {r_max}. A "
+            f"--r {r} is larger than the basis of {option}, which has r = {r_max}. A "
             "smaller r is cut from it exactly; for a larger one compute it again."
         )
     return report
 
 
-def _read_report(folder: Path, r: int) -> InitReport:
+def read_report(folder: Path, r: int) -> InitReport:
     """What a stored init found, cut to its first r directions, which is exact."""
     content = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
     with safe_open(folder / BASIS_FILE, "pt") as file:
@@ -122,6 +125,23 @@ def _read_report(folder: Path, r: int) -> InitReport:
             for name, layer in content.pop("layers").items()
         }
     return InitReport(**content | {"step": Step(**content["step"])}, layers=layers)
+
+
+def put_back(engine: Any, adapters: Mapping[str, LoraSBLinear], folder: Path) -> None:
+    """Fill A, B and R as the init left them. Collective; rank 0 reads."""
+    with ExitStack() as stack:
+        file: Any = None
+        if zero.rank() == 0:
+            file = stack.enter_context(safe_open(folder / BASIS_FILE, "pt"))
+        for name, adapter in adapters.items():
+            R = torch.zeros(adapter.r, adapter.r, device=zero.device())
+            A = B = None
+            if file is not None:
+                A, B = (file.get_tensor(f"{name}.lora_{factor}") for factor in "AB")
+                R.copy_(file.get_tensor(f"{name}.lora_R"))
+            fill_factors(name, adapter, A, B)
+            dist.broadcast(R, src=0)
+            zero.fill_trainable(adapter.lora_R, R)
 
 
 def _cut(scalars: dict[str, Any], S: list[float], slopes: list[float], r: int) -> LayerInit:

@@ -1,10 +1,12 @@
-"""Examples -> padded micro-batches, dealt out to ranks."""
+"""Examples -> padded or packed micro-batches, dealt out to ranks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -13,20 +15,26 @@ from lorasb_ds.data import IGNORE_INDEX, Example
 
 @dataclass(frozen=True)
 class Batch:
-    """A padded micro-batch. ``labels`` are aligned with ``input_ids``; the loss shifts them."""
+    """A micro-batch. ``labels`` are aligned with ``input_ids``; the loss shifts them.
+
+    A packed one has several examples in a row, and no attention mask: transformers finds from
+    position ids that begin anew where an example ends, and lets none see another.
+    """
 
     input_ids: torch.Tensor  # (rows, length), int64
-    attention_mask: torch.Tensor  # (rows, length), int64
+    attention_mask: torch.Tensor | None  # (rows, length), int64
     labels: torch.Tensor  # (rows, length), int64, IGNORE_INDEX on prompts and padding
     num_label_tokens: int
+    position_ids: torch.Tensor | None = None  # (rows, length), int64, of packed rows
+    num_tokens: int = 0  # without padding; 0 for a weightless batch
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(
-            self.input_ids.to(device),
-            self.attention_mask.to(device),
-            self.labels.to(device),
-            self.num_label_tokens,
-        )
+        moved: dict[str, Any] = {
+            name: value.to(device)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -55,26 +63,82 @@ def collate(examples: Sequence[Example], pad_token_id: int, weightless: bool = F
         attention_mask[i, :n] = 1
         if not weightless:
             labels[i, :n] = torch.tensor(example.labels)
-    # The first token of a row has nothing before it to be predicted from.
-    num_label_tokens = int((labels[:, 1:] != IGNORE_INDEX).sum())
-    return Batch(input_ids, attention_mask, labels, num_label_tokens)
+    return Batch(
+        input_ids,
+        attention_mask,
+        labels,
+        _num_labels(labels),
+        num_tokens=0 if weightless else int(attention_mask.sum()),
+    )
 
 
-def micro_batches(
-    examples: Sequence[Example],
-    indices: Sequence[int],
-    micro_batch_size: int,
+def collate_packed(
+    packs: Sequence[Sequence[Example]],
     pad_token_id: int,
-    rank: int,
-    world_size: int,
-) -> Iterator[Batch]:
-    """This rank's share of ``indices``, in micro-batches; the same number on every rank.
+    *,
+    one_row: bool,
+    weightless: bool = False,
+) -> Batch:
+    """Examples behind each other, a row for every pack.
 
-    Micro-batches are dealt out in turn: micro-batch ``i`` of rank ``k`` holds the rows from
-    ``(i * world_size + k) * micro_batch_size`` on. A rank without rows gets weightless batches.
+    Args:
+        one_row: all packs in one row without padding, as variable-length kernels want it.
+        weightless: as in ``collate``.
     """
-    rows_per_round = micro_batch_size * world_size
-    for round_index in range(math.ceil(len(indices) / rows_per_round)):
-        start = round_index * rows_per_round + rank * micro_batch_size
-        mine = [examples[i] for i in indices[start : start + micro_batch_size]]
-        yield collate(mine or [examples[indices[0]]], pad_token_id, weightless=not mine)
+    if one_row:
+        packs = [[example for pack in packs for example in pack]]
+    length = max(sum(len(e.input_ids) for e in pack) for pack in packs)
+    input_ids = torch.full((len(packs), length), pad_token_id)
+    # Padding is an example of its own.
+    position_ids = torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
+    num_tokens = 0
+    for i, pack in enumerate(packs):
+        start = 0
+        for example in pack:
+            end = start + len(example.input_ids)
+            input_ids[i, start:end] = torch.tensor(example.input_ids)
+            position_ids[i, start:end] = torch.arange(end - start)
+            if not weightless:
+                labels[i, start:end] = torch.tensor(example.labels)
+                labels[i, start] = IGNORE_INDEX  # not to be predicted from the example before it
+            start = end
+        position_ids[i, start:] = torch.arange(length - start)
+        num_tokens += start
+    return Batch(
+        input_ids,
+        None,
+        labels,
+        _num_labels(labels),
+        position_ids,
+        num_tokens=0 if weightless else num_tokens,
+    )
+
+
+def _num_labels(labels: torch.Tensor) -> int:
+    # The first token of a row has nothing before it to be predicted from.
+    return int((labels[:, 1:] != IGNORE_INDEX).sum())
+
+
+def deal(
+    lengths: Sequence[int], micro_batch_size: int, world_size: int, rounds: int | None = None
+) -> list[list[list[int]]]:
+    """Share out units to ranks and micro-batches: longest first, as evenly as it goes.
+
+    Units of similar lengths come together, which saves padding, and the ranks have about the same
+    work in every round. What a step computes does not depend on it: its loss is a mean over tokens.
+
+    Args:
+        lengths: of the units, in tokens.
+        rounds: micro-batches of every rank. [default: as few as hold all units]
+    Returns:
+        ``[round][rank]`` -> positions in ``lengths``; some may be empty.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    if rounds is None:
+        rounds = math.ceil(len(order) / (micro_batch_size * world_size))
+    places = rounds * world_size
+    assert len(order) <= places * micro_batch_size, "the accumulation is made for the step's rows"
+    starts = [place * len(order) // places for place in range(places + 1)]
+    parts = [order[a:b] for a, b in pairwise(starts)]
+    return [parts[i : i + world_size] for i in range(0, places, world_size)]

@@ -82,8 +82,14 @@ class RunConfig(BaseModel):
     trust_remote_code: bool = Field(
         False, description="Run model code that comes with the base. Only if you have read it."
     )
-    dtype: Literal["bf16", "fp32"] = Field(
+    dtype: Literal["bf16", "fp16", "fp32"] = Field(
         "bf16", description="Compute dtype of base and adapter. R is trained in fp32 always."
+    )
+    attn_implementation: str | None = Field(
+        None,
+        min_length=1,
+        description="transformers' attention: eager, sdpa, flash_attention_2, … [default: the "
+        "model's, sdpa as a rule]",
     )
     r: int = Field(64, ge=1, description="Rank of the adapter; r x r numbers a layer are trained.")
     target_modules: str = Field(
@@ -95,11 +101,25 @@ class RunConfig(BaseModel):
     max_length: int = Field(
         1024, ge=8, description="Longest row in tokens; what is beyond is cut off."
     )
+    packing: bool = Field(
+        False,
+        description="Put several short rows into one of --max-length tokens (best-fit decreasing); "
+        "none sees another. --micro-batch-size then counts packs.",
+    )
+    group_by_length: bool = Field(
+        False, description="Batch rows of similar lengths, to pad less; order is less random."
+    )
     epochs: float = Field(1.0, gt=0, description="Passes over the training rows.")
     max_steps: int | None = Field(
         None, ge=1, description="Optimizer steps; wins over --epochs. [default: by --epochs]"
     )
-    lr: float = Field(2e-3, gt=0, description="Peak learning rate of AdamW for R.")
+    optimizer: Literal["adamw", "sgd", "lion"] = Field(
+        "adamw",
+        description="What trains R: torch's AdamW, torch's SGD with momentum 0.9, or bitsandbytes' "
+        "Lion. Each wants another --lr.",
+    )
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay of R.")
+    lr: float = Field(2e-3, gt=0, description="Peak learning rate for R.")
     lr_scheduler: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="Shape of the learning rate after the warmup."
     )
@@ -108,8 +128,57 @@ class RunConfig(BaseModel):
     gradient_accumulation_steps: int = Field(
         1, ge=1, description="Micro-batches per process and optimizer step."
     )
+    train_batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="Rows per optimizer step, of all processes. It need not be divisible by "
+        "anything, and decides --gradient-accumulation-steps unless that is given. [default: "
+        "micro-batch size x accumulation x processes]",
+    )
     max_grad_norm: float = Field(
         1.0, ge=0, description="Gradients are clipped to this norm; 0 switches clipping off."
+    )
+    max_skipped_steps: int = Field(
+        3,
+        ge=0,
+        description="Steps in a row that may be left out since their loss or gradient is not "
+        "finite; one more ends the run with the rows of that step.",
+    )
+    eval_every: int | None = Field(
+        None,
+        ge=1,
+        description="Measure the held-out loss every so many steps, and keep the best checkpoint. "
+        "[default: only before training and at the end]",
+    )
+    generate_samples: int = Field(
+        0, ge=0, description="Held-out rows that are answered at every such evaluation."
+    )
+    early_stopping_patience: int | None = Field(
+        None,
+        ge=1,
+        description="End after so many evaluations in a row without a new best held-out loss; the "
+        "adapter is the best one's. Needs --eval-every.",
+    )
+    load_best_model_at_end: bool = Field(
+        False, description="Save the adapter of the best evaluation, not of the last step."
+    )
+    save_every: int = Field(
+        100, ge=1, description="Steps between two checkpoints; there is one at the end, too."
+    )
+    keep_last: int = Field(
+        2, ge=1, description="Checkpoints that are kept, beside that of the best evaluation."
+    )
+    on_save_error: Literal["stop", "continue"] = Field(
+        "stop",
+        description="What to do when a checkpoint cannot be written (a full disk); the one before "
+        "it is kept in any case.",
+    )
+    resume: str | None = Field(
+        None,
+        min_length=1,
+        description="Go on from a checkpoint: 'auto' (the newest of --output-dir that is whole, or "
+        "from the start if there is none), a run's folder, or one of its checkpoints; with a "
+        "folder, that run's options hold.",
     )
     init_samples: int | None = Field(
         None,
@@ -161,6 +230,10 @@ def load_run_config(given: Mapping[str, Any], run_json: str | None = None) -> Ru
         ConfigError: with one paragraph for every problem.
     """
     asked = {name: value for name, value in given.items() if value is not None}
+    if asked.get("resume", "auto") != "auto":
+        folder = resumed_run(asked["resume"])
+        run_json = run_json or str(folder / "run.json")
+        asked.setdefault("output_dir", str(folder))
     values = {**(_replayed(run_json, asked) if run_json is not None else {}), **asked}
     if "data" not in values and "eval_data" not in values:
         values["eval_data"] = DEMO_EVAL_DATA
@@ -168,8 +241,22 @@ def load_run_config(given: Mapping[str, Any], run_json: str | None = None) -> Ru
         config = RunConfig(**values)
     except ValidationError as error:
         raise ConfigError(*problems_of(error)) from None
+    check_options(config)
     # What was replayed is a default here: a ds_config's numbers may win over it.
     return RunConfig.model_construct(_fields_set=set(asked), **dict(config))
+
+
+def check_options(config: RunConfig) -> None:
+    """Refuse options that ask for nothing together."""
+    problems = [
+        f"{option_name(field)} needs --eval-every N: the evaluations that it goes by."
+        for field in ("early_stopping_patience", "load_best_model_at_end", "generate_samples")
+        if getattr(config, field) and config.eval_every is None
+    ]
+    if config.eval_every is not None and config.eval_data is None:
+        problems.append("--eval-every needs held-out rows. Name them by --eval-data.")
+    if problems:
+        raise ConfigError(*problems)
 
 
 def _replayed(run_json: str, asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,14 +268,32 @@ def _replayed(run_json: str, asked: Mapping[str, Any]) -> dict[str, Any]:
             "wrote into its output folder."
         )
     # A replay is a new run: it gets a folder of its own unless one is asked for.
-    dropped = {"output_dir", "overwrite"}
+    dropped = {"output_dir", "overwrite", "resume"}
     if "epochs" in asked:
         dropped.add("max_steps")
+    if "gradient_accumulation_steps" in asked:
+        dropped.add("train_batch_size")
     if "data" in asked:
         dropped |= {"eval_data", "prompt_column", "response_column"}
     replayed = {name: value for name, value in config.items() if name not in dropped}
     copy = Path(run_json).expanduser().parent / DS_CONFIG_COPY
     return replayed | ({"ds_config": str(copy)} if copy.is_file() else {})
+
+
+def resumed_run(resume: str) -> Path:
+    """The run's folder of ``--resume PATH``, which names it or one of its checkpoints.
+
+    Raises:
+        ConfigError: if it is neither.
+    """
+    path = Path(resume).expanduser()
+    for folder in (path, path.parent.parent):
+        if (folder / "run.json").is_file():
+            return folder
+    raise ConfigError(
+        f"--resume {resume}: neither a run's folder (with a run.json) nor a checkpoint in one. "
+        "Name such a folder, or give --resume auto and --output-dir."
+    )
 
 
 def replayed_processes(run_json: str) -> tuple[int | None, int | None]:
@@ -248,6 +353,10 @@ def demo_model_dir() -> Path:
 
 def check_output_dir(config: RunConfig) -> None:
     """Refuse to write into a folder that holds something, unless --overwrite is given."""
+    if config.resume is not None and config.output_dir is None:
+        raise ConfigError("--resume auto goes on in --output-dir. Name the run's folder by it.")
+    if config.resume is not None and config.overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other. Give one of them.")
     if config.output_dir is None:
         return
     folder = Path(config.output_dir)
@@ -256,10 +365,10 @@ def check_output_dir(config: RunConfig) -> None:
             f"--output-dir {folder} is the folder of --init-from, and would be overwritten. Name "
             "another one."
         )
-    if config.overwrite:
-        return
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--output-dir {folder} is a file. Name a folder.")
+    if config.overwrite or (config.resume is not None and (folder / "run.json").is_file()):
+        return
     if folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(
             f"--output-dir {folder} is not empty. Name another folder, or give --overwrite."

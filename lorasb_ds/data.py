@@ -6,8 +6,10 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 from jinja2 import TemplateError
 
 from lorasb_ds.config import ConfigError, RunConfig
@@ -45,6 +47,21 @@ class TokenizedRows:
 
     examples: list[Example] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(example.input_ids) for example in self.examples], np.int32)
+
+    @property
+    def source_sizes(self) -> tuple[int, ...]:
+        return (len(self.examples),)
+
+    @property
+    def digest(self) -> str:
+        return digest(self.examples)
+
+    def row_id(self, i: int) -> str:
+        return f"row:{i + 1}"
 
     def describe(self) -> str:
         return ", ".join(f"{n} {what}" for what, n in self.counts.items())

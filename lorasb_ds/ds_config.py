@@ -6,6 +6,7 @@ file wins over an option that was not given; an option that was given and differ
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from lorasb_ds.config import (
 FIELDS = {
     "train_micro_batch_size_per_gpu": "micro_batch_size",
     "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "train_batch_size": "train_batch_size",
     "gradient_clipping": "max_grad_norm",
 }
 
@@ -99,22 +101,29 @@ def resolve_ds_config(
         resolved_config = RunConfig(**{**dict(config), **updates})
     except ValidationError as error:
         raise ConfigError(*(f"{config.ds_config}: {p}" for p in problems_of(error))) from None
-    resolved_config = _settle_batch(
-        raw, resolved_config, {*config.model_fields_set, *updates}, world_size
-    )
+    fixed = {*config.model_fields_set, *updates}
+    resolved_config = _settle_batch(resolved_config, fixed, world_size)
 
     resolved = {k: v for k, v in raw.items() if k not in ("optimizer", "scheduler", "fp16")}
     for key, field in FIELDS.items():
         resolved[key] = getattr(resolved_config, field)
-    resolved["train_batch_size"] = global_batch_size(resolved_config, world_size)
-    resolved["bf16"] = {**_section(raw, "bf16"), "enabled": resolved_config.dtype == "bf16"}
+    # DeepSpeed's is always the product; a step may hold fewer rows (some places stay empty).
+    resolved["train_batch_size"] = places(resolved_config, world_size)
+    # Stages 1 and 2 agree on a gradient that is not finite only if they are told to look.
+    agreeing = {"enabled": resolved_config.dtype == "bf16", "check_grad_overflow": True}
+    resolved["bf16"] = {**_section(raw, "bf16"), **agreeing}
+    if resolved_config.dtype == "fp16":
+        resolved["fp16"] = {**_section(raw, "fp16"), "enabled": True}
+    if resolved_config.optimizer != "adamw":
+        # "Untested" is all but Adam. R's partitions are flat, which elementwise optimizers bear.
+        resolved["zero_allow_untested_optimizer"] = True
     resolved["zero_optimization"] = zero_section
     # What is still "auto" has no option: DeepSpeed's default holds.
     return _without_auto(resolved), resolved_config
 
 
-def global_batch_size(config: RunConfig, world_size: int) -> int:
-    """Rows per optimizer step."""
+def places(config: RunConfig, world_size: int) -> int:
+    """For rows in an optimizer step; ``train_batch_size`` of them are taken."""
     return config.micro_batch_size * config.gradient_accumulation_steps * world_size
 
 
@@ -144,15 +153,20 @@ def _check_section(name: str, raw: dict[str, Any], path: str, agree: Any) -> lis
 
 
 def _check_precision(raw: dict[str, Any], config: RunConfig, updates: dict[str, Any]) -> list[str]:
-    if _section(raw, "fp16").get("enabled") is True:
-        return [f"{config.ds_config}: fp16.enabled is true; use bf16 (or --dtype fp32) instead."]
-    bf16 = _section(raw, "bf16").get("enabled", "auto")
-    if bf16 != "auto":
-        dtype = "bf16" if bf16 else "fp32"
+    enabled = {name: _section(raw, name).get("enabled", "auto") for name in ("bf16", "fp16")}
+    if enabled["bf16"] is True and enabled["fp16"] is True:
+        return [f"{config.ds_config}: bf16 and fp16 are both enabled. Enable one of them."]
+    dtype = next((name for name, value in enabled.items() if value is True), None)
+    if dtype is None and enabled["bf16"] is False and enabled["fp16"] != "auto":
+        dtype = "fp32"
+    elif dtype is None and enabled["bf16"] is False:
+        dtype = "fp16" if config.dtype == "fp16" else "fp32"
+    if dtype is not None:
         if "dtype" in config.model_fields_set and dtype != config.dtype:
             return [
-                f"--dtype {config.dtype} differs from bf16.enabled {str(bf16).lower()} in "
-                f'{config.ds_config}. Leave the option out, or set bf16.enabled to "auto" there.'
+                f"--dtype {config.dtype} differs from {config.ds_config}, where bf16.enabled is "
+                f"{str(enabled['bf16']).lower()} and fp16.enabled {str(enabled['fp16']).lower()}. "
+                'Leave the option out, or set them to "auto" there.'
             ]
         updates["dtype"] = dtype
     if config.load_in_4bit and config.load_in_8bit:
@@ -161,7 +175,7 @@ def _check_precision(raw: dict[str, Any], config: RunConfig, updates: dict[str, 
     if quantized and updates.get("dtype", config.dtype) != "bf16":
         return [
             f"--load-in-{4 if config.load_in_4bit else 8}bit computes in bf16. Leave out --dtype "
-            "fp32 (or set bf16 to enabled)."
+            f"{updates.get('dtype', config.dtype)} (or set bf16 to enabled)."
         ]
     return []
 
@@ -233,31 +247,25 @@ def _check_nvme_path(folder: object, path: str) -> list[str]:
     return []
 
 
-def _settle_batch(
-    raw: dict[str, Any], config: RunConfig, fixed: set[str], world_size: int
-) -> RunConfig:
-    """A fixed global batch decides the accumulation where nothing else does.
+def _settle_batch(config: RunConfig, fixed: set[str], world_size: int) -> RunConfig:
+    """A fixed global batch decides the accumulation where nothing else does, and the reverse.
 
     Args:
         fixed: fields that an option or the file has set.
     """
-    total = raw.get("train_batch_size", "auto")
-    if total == "auto":
-        return config
-    if isinstance(total, bool) or not isinstance(total, int) or total < 1:
+    total, per_round = config.train_batch_size, config.micro_batch_size * world_size
+    if total is None:
+        return config.model_copy(update={"train_batch_size": places(config, world_size)})
+    if "gradient_accumulation_steps" not in fixed:
+        rounds = math.ceil(total / per_round)
+        return config.model_copy(update={"gradient_accumulation_steps": rounds})
+    if total > places(config, world_size):
         raise ConfigError(
-            f"{config.ds_config}: train_batch_size is {total!r}; it must be a whole number above 0 "
-            "or 'auto'."
-        )
-    per_round = config.micro_batch_size * world_size
-    if "gradient_accumulation_steps" not in fixed and total % per_round == 0:
-        config = config.model_copy(update={"gradient_accumulation_steps": total // per_round})
-    if total != global_batch_size(config, world_size):
-        raise ConfigError(
-            f"{config.ds_config}: train_batch_size is {total}, but --micro-batch-size "
-            f"{config.micro_batch_size} x --gradient-accumulation-steps "
-            f"{config.gradient_accumulation_steps} x {world_size} processes is "
-            f'{global_batch_size(config, world_size)}. Set it to "auto", or change one of them.'
+            f"A global batch of {total} rows (--train-batch-size, or train_batch_size in "
+            f"{config.ds_config}) has no room in --micro-batch-size {config.micro_batch_size} x "
+            f"--gradient-accumulation-steps {config.gradient_accumulation_steps} x {world_size} "
+            f"processes = {places(config, world_size)}. Leave --gradient-accumulation-steps out, "
+            "or change one of them."
         )
     return config
 

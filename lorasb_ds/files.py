@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+
+SUMS_FILE = "SHA256SUMS"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -27,6 +30,40 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict
     aside = path.with_name(path.name + ".tmp")
     save_file({k: v.contiguous() for k, v in tensors.items()}, aside, metadata=metadata)
     publish(aside, path)
+
+
+def write_sums(folder: Path, names: Sequence[str]) -> str:
+    """Write ``SHA256SUMS`` over some files of a folder, as ``sha256sum -c`` reads it; its text."""
+    text = _sums(folder, names)
+    write_text(folder / SUMS_FILE, text)
+    return text
+
+
+def check_sums(folder: Path, names: Sequence[str]) -> str | None:
+    """What is wrong with files that ``write_sums`` was given; None if they are as they were."""
+    try:
+        stored = (folder / SUMS_FILE).read_bytes()
+        found = _sums(folder, names).encode()
+    except OSError as error:
+        return f"{Path(error.filename or folder).name} cannot be read ({error.strerror})"
+    if stored == found:
+        return None
+    lines = stored.splitlines()
+    changed = [n for n, line in zip(names, found.splitlines(), strict=True) if line not in lines]
+    return f"{', '.join(changed) or SUMS_FILE} is not what was written (by {SUMS_FILE})"
+
+
+def _sums(folder: Path, names: Sequence[str]) -> str:
+    return "".join(f"{file_digest(folder / name)}  {name}\n" for name in names)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def publish(aside: Path, path: Path) -> None:

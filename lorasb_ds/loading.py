@@ -38,7 +38,7 @@ BROKEN_CONFIG = (
     TypeError,
     ValueError,
 )
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def load_config(model: str, trust_remote_code: bool = False) -> Any:

@@ -16,15 +16,18 @@ def token_loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
     Only positions from which some row predicts a label reach the head: on prompts, logits would
     be computed to be thrown away, and the vocabulary makes them the largest tensor of a step.
     """
-    next_labels = batch.labels[:, 1:]
+    next_labels = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORE_INDEX)
     positions = (next_labels != IGNORE_INDEX).any(0).nonzero().flatten()
     if len(positions) == 0:
         positions = positions.new_zeros(1)  # weightless: the head still takes part
+    # Packed batches only: some models take no position ids.
+    packed = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
     logits = model(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         logits_to_keep=positions,
         use_cache=False,
+        **packed,
     ).logits
     return F.cross_entropy(
         logits.float().flatten(0, 1),

@@ -27,6 +27,7 @@ class RunLog:
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        self._folder = folder
         self._file = (folder / "metrics.jsonl").open("w", encoding="utf-8")
         self._tensorboard = SummaryWriter(str(folder / "tensorboard"))
         self._start = self._last_line = time.monotonic()
@@ -42,6 +43,11 @@ class RunLog:
         for key, value in row.items():
             if key not in ("step", "stage"):
                 self._tensorboard.add_scalar(f"{group}/{key}", value, row["step"])
+
+    def write_sample(self, row: dict[str, Any]) -> None:
+        """A generated answer, to ``samples.jsonl``."""
+        with (self._folder / "samples.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def progress(self, row: dict[str, Any], num_steps: int) -> None:
         """Show a training row: a bar in a terminal, else a line now and then and at the end."""

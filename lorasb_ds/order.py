@@ -1,16 +1,193 @@
-"""In which order rows are seen; the same on every rank."""
+"""Which rows each optimizer step sees: the same on every rank, and for any number of ranks."""
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
 
+import numpy as np
 import torch
+
+# Rows of so many steps are sorted by length at a time (as transformers' group_by_length has it):
+# enough for batches of nearly equal lengths, few enough to keep an epoch's order random.
+STEPS_PER_GROUP = 50
+
+Unit = list[int]  # rows that share a place in a batch: one, or with packing as many as fit
+
+
+class Order:
+    """The rows of every optimizer step, as a function of the step's number alone.
+
+    Epochs follow each other, each in its own order. Every step holds ``rows_per_step`` units but
+    the last one of an epoch, which holds what is left: no row is lost or seen twice.
+
+    Args:
+        lengths: (rows,), tokens of every row.
+        rows_per_step: units of an optimizer step, on all ranks together.
+        seed: of the run.
+        source_sizes: rows of every source, in the order of the rows. [default: one source]
+        weights: how often an epoch sees the rows of each source. [default: once]
+        group_by_length: batch rows of similar lengths.
+        pack_length: pack rows into units of at most so many tokens, as few as best-fit decreasing
+            finds.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        rows_per_step: int,
+        seed: int,
+        *,
+        source_sizes: Sequence[int] | None = None,
+        weights: Sequence[float] | None = None,
+        group_by_length: bool = False,
+        pack_length: int | None = None,
+    ) -> None:
+        self._lengths = lengths
+        self._rows_per_step = rows_per_step
+        self._seed = seed
+        self._sizes = list(source_sizes or [len(lengths)])
+        self._weights = list(weights or [1.0] * len(self._sizes))
+        self._group_by_length = group_by_length
+        self._pack_length = pack_length
+        self._epoch = lru_cache(maxsize=2)(self._make_epoch)
+
+    def units(self, step: int) -> list[Unit]:
+        """Of a step, counted from 0."""
+        epoch = 0
+        while step >= (num_steps := self.steps_of_epoch(epoch)):
+            step -= num_steps
+            epoch += 1
+        rows, ends = self._epoch(epoch)
+        first = step * self._rows_per_step
+        bounds = [0, *ends[first : first + self._rows_per_step].tolist()]
+        if first:
+            bounds[0] = int(ends[first - 1])
+        return [rows[start:end].tolist() for start, end in pairwise(bounds)]
+
+    def steps_of_epoch(self, epoch: int) -> int:
+        """Optimizer steps of an epoch. With packing it is packed for that."""
+        if self._pack_length is None:
+            num_units = sum(map(_share, self._sizes, self._weights))
+        else:
+            num_units = len(self._epoch(epoch)[1])
+        return math.ceil(num_units / self._rows_per_step)
+
+    def num_steps(self, epochs: float) -> int:
+        """Optimizer steps of some epochs, at least one."""
+        whole = int(epochs)
+        steps = sum(map(self.steps_of_epoch, range(whole)))
+        if part := epochs - whole:
+            steps += round(part * self.steps_of_epoch(whole))
+        return max(1, steps)
+
+    def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows in the order in which they are seen, and where in it every unit ends."""
+        rows = mixed_order(self._sizes, self._weights, self._seed, epoch)
+        ends = np.arange(1, len(rows) + 1)
+        if self._pack_length is not None:
+            rows = np.sort(rows)  # the same rows give the same packs, whatever the epoch
+            packs = best_fit_decreasing(self._lengths[rows].tolist(), self._pack_length)
+            order = _permutation(len(packs), _epoch_seed(self._seed, epoch))
+            rows = rows[np.concatenate([packs[i] for i in order])]
+            ends = np.cumsum([len(packs[i]) for i in order])
+        if self._group_by_length:
+            tokens = np.diff(np.cumsum(self._lengths[rows], dtype=np.int64)[ends - 1], prepend=0)
+            grouped = group_by_length(tokens, self._rows_per_step, self._seed, epoch)
+            units = [rows[start:end] for start, end in pairwise([0, *ends.tolist()])]
+            rows = np.concatenate([units[i] for i in grouped])
+            ends = np.cumsum([len(units[i]) for i in grouped])
+        return rows, ends
 
 
 def epoch_order(num_rows: int, seed: int, epoch: int) -> list[int]:
     """The order of one epoch's rows: a permutation, the same on every rank."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(num_rows, generator=generator).tolist()
+    return _permutation(num_rows, _epoch_seed(seed, epoch)).tolist()
+
+
+def _epoch_seed(seed: int, epoch: int) -> int:
+    return seed * 1_000_003 + epoch
+
+
+def _permutation(count: int, seed: int) -> np.ndarray:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).numpy()
+
+
+def _share(size: int, weight: float) -> int:
+    """Rows of a source in an epoch."""
+    return max(1, round(weight * size))
+
+
+def mixed_order(
+    sizes: Sequence[int], weights: Sequence[float], seed: int, epoch: int
+) -> np.ndarray:
+    """The rows of an epoch that sees those of source i ``weights[i]`` times, in random order.
+
+    A source's rows are drawn without replacement until all have been seen, and then anew, across
+    epochs: with a weight of 0.5 the second epoch sees the rows that the first one left out.
+    """
+    parts, offset = [], 0
+    for source, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
+        count = _share(size, weight)
+        first, last = epoch * count, (epoch + 1) * count
+        for turn in range(first // size, -(-last // size)):
+            rows = _permutation(size, _epoch_seed(seed + 7919 * source, turn))
+            parts.append(offset + rows[max(0, first - turn * size) : last - turn * size])
+        offset += size
+    if len(parts) == 1:
+        return parts[0]
+    rows = np.concatenate(parts)
+    return rows[_permutation(len(rows), _epoch_seed(seed, epoch) + 500_009)]
+
+
+def group_by_length(lengths: np.ndarray, rows_per_step: int, seed: int, epoch: int) -> list[int]:
+    """An order in which the units of a step are of similar lengths.
+
+    Units are taken as they come, so many at a time, and sorted; then whole steps are shuffled. What
+    is left after the last whole step stays at the end.
+    """
+    num_steps, left = divmod(len(lengths), rows_per_step)
+    size = STEPS_PER_GROUP * rows_per_step
+    order = np.arange(len(lengths))
+    for first in range(0, num_steps * rows_per_step, size):
+        part = slice(first, min(first + size, num_steps * rows_per_step))
+        order[part] = first + np.argsort(-lengths[part], kind="stable")
+    steps = order[: len(order) - left].reshape(num_steps, rows_per_step)
+    shuffled = steps[_permutation(num_steps, _epoch_seed(seed, epoch) + 700_001)]
+    return [*shuffled.flatten().tolist(), *order[len(order) - left :].tolist()]
+
+
+def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Pack items into bins: the longest first, each into the fullest bin that has room for it.
+
+    Args:
+        lengths: of the items, each at most ``capacity``.
+    Returns:
+        The items of every bin.
+    """
+    bins: list[list[int]] = []
+    by_room: dict[int, list[int]] = {}  # room that is left -> bins
+    rooms: list[int] = []  # its keys, sorted
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        at = bisect_left(rooms, lengths[item])
+        if at == len(rooms):
+            room, number = capacity, len(bins)
+            bins.append([])
+        else:
+            room = rooms[at]
+            number = by_room[room].pop()
+            if not by_room[room]:
+                del by_room[room], rooms[at]
+        bins[number].append(item)
+        left = room - lengths[item]
+        if left not in by_room:
+            by_room[left] = []
+            insort(rooms, left)
+        by_room[left].append(number)
+    return bins
 
 
 def init_sample(num_rows: int, wanted: int | None, seed: int) -> tuple[list[int], list[int]]:

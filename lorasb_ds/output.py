@@ -10,12 +10,16 @@ import torch.distributed as dist
 
 from lorasb_ds import zero
 from lorasb_ds.config import DS_CONFIG_COPY, ConfigError, RunConfig
+from lorasb_ds.files import SUMS_FILE
 
 # All that a run writes into its folder, and --overwrite removes.
 OUTPUTS = (
     "run.json",
     DS_CONFIG_COPY,
     "metrics.jsonl",
+    "samples.jsonl",
+    "checkpoints",
+    SUMS_FILE,
     "tensorboard",
     "basis.safetensors",
     "init.json",
@@ -26,15 +30,25 @@ OUTPUTS = (
 )
 
 
-def make_output_dir(config: RunConfig) -> Path:
-    """Rank 0 makes the folder, without what an overwritten run left; all hear of it. Collective."""
+def say(text: str) -> None:
+    """A line on rank 0's console."""
+    if zero.rank() == 0:
+        print(f"lorasb: {text}", flush=True)
+
+
+def make_output_dir(config: RunConfig, resumed: bool) -> Path:
+    """Rank 0 makes the folder, without what an overwritten run left; all hear of it. Collective.
+
+    Args:
+        resumed: everything in it stays.
+    """
     name: list[str] = [""]
     if zero.rank() == 0:
         default = Path("runs") / f"{Path(config.model).name}-{datetime.now():%Y%m%d-%H%M%S}"
         folder = Path(config.output_dir or default)
         try:
             folder.mkdir(parents=True, exist_ok=config.output_dir is not None)
-            for old in OUTPUTS:
+            for old in () if resumed else OUTPUTS:
                 if (folder / old).is_dir():
                     shutil.rmtree(folder / old)
                 else:

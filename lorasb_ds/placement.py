@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Form = Literal["fp32", "bf16", "nf4", "int8"]
+Form = Literal["fp32", "fp16", "bf16", "nf4", "int8"]
 
 # bitsandbytes' defaults: QLoRA's block of weights (arXiv 2305.14314), and a block of their scales.
 BLOCKSIZE, NESTED_BLOCKSIZE = 64, 256

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from lorasb_ds import zero
 from lorasb_ds.adapter import Shapes, expert_layers, select_targets
-from lorasb_ds.base_files import stored_tensors
+from lorasb_ds.base_files import stored_tensors, weights_digest
 from lorasb_ds.basis import check_basis, fingerprint
-from lorasb_ds.batches import Batch, Sample, micro_batches
+from lorasb_ds.batches import Batch, Sample, collate, collate_packed, deal
+from lorasb_ds.checkpoint import Resume, check_same_run, find_resume
 from lorasb_ds.config import ConfigError, RunConfig, check_output_dir, read_json
-from lorasb_ds.data import TokenizedRows, digest, tokenize_rows
+from lorasb_ds.data import TokenizedRows, tokenize_rows
 from lorasb_ds.ds_config import resolve_ds_config
 from lorasb_ds.footprint import Footprint, Workload, footprint, init_plan
 from lorasb_ds.forecast import Forecast, check_fits, forecast, this_cluster
 from lorasb_ds.init_report import InitReport
 from lorasb_ds.loading import DTYPES, empty_model, load_config, stored_quantization
 from lorasb_ds.model_shape import ModelShape
-from lorasb_ds.order import init_sample
+from lorasb_ds.order import Order, Unit, init_sample
 from lorasb_ds.placement import Placement, placement_of
 from lorasb_ds.plan import GIB
 from lorasb_ds.quantization import Kind
@@ -55,19 +59,42 @@ class Prepared:
     forecast: Forecast
     stored_init: InitReport | None  # that of --init-from, cut to r
     made_from: dict[str, str]  # all that the init depends on but its rank
+    order: Order
+    num_steps: int
+    same_run: dict[str, Any]  # what a checkpoint of this run agrees on, but for its basis
+    resume: Resume | None
 
     def batches(self, rows: TokenizedRows, indices: Iterable[int]) -> list[Batch]:
         """This rank's micro-batches of some rows; as many on every rank."""
-        return list(
-            micro_batches(
-                rows.examples,
-                list(indices),
-                self.config.micro_batch_size,
-                self.tokenizer.pad_token_id,
-                zero.rank(),
-                zero.world_size(),
-            )
-        )
+        return self._share(rows, [[i] for i in indices], None, packed=False)
+
+    def step_batches(self, units: Sequence[Unit]) -> list[Batch]:
+        """This rank's micro-batches of an optimizer step on training rows."""
+        rounds = self.config.gradient_accumulation_steps
+        return self._share(self.train, units, rounds, packed=self.config.packing)
+
+    def _share(
+        self, rows: TokenizedRows, units: Sequence[Unit], rounds: int | None, packed: bool
+    ) -> list[Batch]:
+        lengths = [sum(int(rows.lengths[row]) for row in unit) for unit in units]
+        dealt = deal(lengths, self.config.micro_batch_size, zero.world_size(), rounds)
+        shortest = min(range(len(units)), key=lambda i: lengths[i])  # for a rank without rows
+        pad = self.tokenizer.pad_token_id
+        batches = []
+        for of_ranks in dealt:
+            mine = of_ranks[zero.rank()]
+            packs = [[rows.examples[row] for row in units[i]] for i in mine or [shortest]]
+            if packed:
+                batch = collate_packed(packs, pad, one_row=self.one_row, weightless=not mine)
+            else:
+                batch = collate([e for pack in packs for e in pack], pad, weightless=not mine)
+            batches.append(batch)
+        return batches
+
+    @property
+    def one_row(self) -> bool:
+        """Variable-length kernels take a packed batch as one row."""
+        return "flash" in (self.hf_config._attn_implementation or "")
 
     def sample(self, indices: Sequence[int]) -> Sample:
         """Training rows for the init, on this rank's device."""
@@ -89,10 +116,15 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
     hf_config = load_config(config.model, config.trust_remote_code)
     quantization = stored_quantization(hf_config, config.model)
     config = _with_stored_quantization(config, quantization)
+    if config.attn_implementation is not None:
+        hf_config._attn_implementation = config.attn_implementation
+    check_output_dir(config)
+    resume = find_resume(config)
+    if resume is not None and resume.checkpoint is not None:
+        config = _with_global_batch(config, resume)
     ds_config, config = resolve_ds_config(config, world_size, local_size)
     zero.check_ds_config(ds_config, config.ds_config)
     ds_config_file = read_json(config.ds_config, "--ds-config")
-    check_output_dir(config)
     model = empty_model(hf_config, DTYPES[config.dtype], config.trust_remote_code)
     stored = stored_tensors(config.model)
     sources = map_weights(model, stored, config.model)
@@ -101,6 +133,8 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
             f"--model {config.model}: config.json and the weights do not agree on whether they "
             "are quantized (quantization_config). Fetch the files again."
         )
+    if config.packing:
+        _check_packing(config, model)
     shape, experts = shape_of(config.model, model), expert_layers(model)
     if experts and ds_config["zero_optimization"]["stage"] == 3:
         # Gathered at once and not part by part ("leaf modules"): ranks whose tokens go elsewhere
@@ -123,7 +157,26 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
         held_out = tokenize_rows(rows, tokenizer, config, option="--eval-data")
     gradient_rows, probe_rows = init_sample(len(train.examples), config.init_samples, config.seed)
     made_from = fingerprint(config, targets, [train.examples[i] for i in gradient_rows])
-    stored_init = None if config.init_from is None else check_basis(config, made_from)
+    order = Order(
+        train.lengths,
+        config.train_batch_size or 1,
+        config.seed,
+        source_sizes=train.source_sizes,
+        group_by_length=config.group_by_length,
+        pack_length=config.max_length if config.packing else None,
+    )
+    same_run = what_must_match(config, targets, train)
+    stored_init = None
+    if resume is not None:
+        option = f"--resume {config.resume}"
+        if resume.checkpoint is not None:
+            check_same_run(option, resume.checkpoint, same_run)
+        else:
+            check_basis(resume.folder, option, config.r, made_from)
+    elif config.init_from is not None:
+        option = f"--init-from {config.init_from}"
+        folder = Path(config.init_from).expanduser()
+        stored_init = check_basis(folder, option, config.r, made_from)
     form = "nf4" if config.load_in_4bit else "int8" if config.load_in_8bit else config.dtype
     placement = placement_of(ds_config, form, world_size)
     workload = _workload(config, targets, train, len(gradient_rows))
@@ -133,7 +186,8 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
     )
     memory = footprint(shape, placement, workload, init)
     cluster = this_cluster(world_size)
-    forecasted = forecast(shape, memory, workload, cluster, config.init_from is not None)
+    has_init = config.init_from is not None or resume is not None
+    forecasted = forecast(shape, memory, workload, cluster, has_init)
     check_fits(forecasted, config.force)
     return Prepared(
         config=config,
@@ -155,7 +209,47 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
         forecast=forecasted,
         stored_init=stored_init,
         made_from=made_from,
+        order=order,
+        num_steps=config.max_steps or order.num_steps(config.epochs),
+        same_run=same_run,
+        resume=resume,
     )
+
+
+def what_must_match(config: RunConfig, targets: Shapes, train: TokenizedRows) -> dict[str, Any]:
+    """What a checkpoint and the run that takes it up agree on, under the name for messages."""
+    return {
+        "model files": weights_digest(config.model),
+        "--load-in-4bit": config.load_in_4bit,
+        "--load-in-8bit": config.load_in_8bit,
+        "--dtype": config.dtype,
+        "--r": config.r,
+        "target layers": hashlib.sha256(json.dumps(targets).encode()).hexdigest(),
+        "training rows (--data and how it is tokenized)": train.digest,
+        "--train-batch-size": config.train_batch_size,
+        "--packing": config.max_length if config.packing else False,
+        "--group-by-length": config.group_by_length,
+        "--seed": config.seed,
+        "--optimizer": config.optimizer,
+    }
+
+
+def _with_global_batch(config: RunConfig, resume: Resume) -> RunConfig:
+    """The checkpoint's rows per step, unless others were asked for: the order goes by them."""
+    assert resume.checkpoint is not None
+    if "train_batch_size" in config.model_fields_set:
+        return config
+    rows = resume.checkpoint.made_from.get("--train-batch-size")
+    return config.model_copy(update={"train_batch_size": rows})
+
+
+def _check_packing(config: RunConfig, model: Any) -> None:
+    """Refuse a model that has no place for position ids; the engine is tried before training."""
+    if "position_ids" not in inspect.signature(type(model).forward).parameters:
+        raise ConfigError(
+            f"--packing: a {type(model).__name__} takes no position ids, by which packed rows are "
+            "kept apart. Leave it out; --group-by-length pads little, too."
+        )
 
 
 def _with_stored_quantization(config: RunConfig, stored: Kind | None) -> RunConfig:
@@ -175,8 +269,10 @@ def _workload(
     config: RunConfig, targets: Shapes, train: TokenizedRows, init_samples: int
 ) -> Workload:
     """What the run computes, for its footprint."""
-    longest = max(len(example.input_ids) for example in train.examples)
+    longest = int(max(train.lengths))
     first_label = min(example.first_label for example in train.examples)
+    if config.packing:
+        longest, first_label = config.max_length, 0
     budget = config.init_memory_gib
     return Workload(
         targets=targets,
@@ -203,10 +299,11 @@ def check_ranks_agree(run: Prepared) -> None:
         "the options": run.config.model_dump_json(exclude={"ds_config"}),
         "the ds_config": json.dumps(run.ds_config, sort_keys=True),
         "the model's layers": json.dumps(run.shape.layers),
-        "the training rows": digest(run.train.examples),
-        "the held-out rows": digest(run.held_out.examples) if run.held_out else "",
+        "the training rows": run.train.digest,
+        "the held-out rows": run.held_out.digest if run.held_out else "",
         "the model's files": run.made_from["model files"],
         "the basis": repr(run.stored_init),
+        "the checkpoint": repr(run.resume),
     }
     all_held: list[Any] = [None] * zero.world_size()
     dist.all_gather_object(all_held, held)

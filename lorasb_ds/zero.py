@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,8 +18,11 @@ from deepspeed.constants import default_pg_timeout
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from deepspeed.utils import (
     safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
 )
 from pydantic import ValidationError
 
@@ -97,6 +100,11 @@ def check_ds_config(ds_config: dict[str, Any], path: str) -> None:
         raise ConfigError(f"{path}: DeepSpeed {VERSION} does not take it: {found}.") from error
     except (DeepSpeedConfigError, AssertionError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"{path}: DeepSpeed {VERSION} does not take it: {error}") from error
+    if ds_config.get("fp16", {}).get("enabled") and not get_accelerator().is_fp16_supported():
+        raise ConfigError(
+            f"--dtype fp16: DeepSpeed finds no fp16 arithmetic on this {accelerator_name()}. Use "
+            "bf16, which is more precise where it matters, or fp32."
+        )
     if section.zero_quantized_weights and accelerator_name() == "cpu":
         raise ConfigError(
             f"{path}: zero_quantized_weights is true, and DeepSpeed quantizes on GPUs only. Remove "
@@ -196,14 +204,21 @@ def fill_trainable(param: Any, value: torch.Tensor) -> None:
     """
     fill(param, value)
     value = value.to(device(), torch.float32)
-    if not hasattr(param, "ds_id"):
+    if hasattr(param, "ds_id"):
+        safe_set_local_fp32_param(param, _local_part(param, value))
+    else:
         safe_set_full_fp32_param(param, value)
-        return
-    # Under ZeRO-3 safe_set_full_fp32_param raises (DeepSpeed 0.19.8) where the elements are no
-    # multiple of the world size and the last rank's part is padded.
+
+
+def _local_part(param: Any, value: torch.Tensor) -> torch.Tensor:
+    """This rank's flat part of a value as ZeRO-3 shards the parameter.
+
+    DeepSpeed's own functions for whole values (0.19.8) raise where the elements are no multiple of
+    the world size and the last rank's part is padded.
+    """
     length = param.ds_tensor.ds_numel
     padded = F.pad(value.flatten(), (0, length * world_size() - value.numel()))
-    safe_set_local_fp32_param(param, padded[length * rank() : length * (rank() + 1)])
+    return padded[length * rank() : length * (rank() + 1)]
 
 
 def full_fp32(param: torch.nn.Parameter) -> torch.Tensor:
@@ -211,6 +226,68 @@ def full_fp32(param: torch.nn.Parameter) -> torch.Tensor:
     value = safe_get_full_fp32_param(param)
     assert value is not None, "not a parameter that this engine trains"
     return value.detach().float()
+
+
+def flat_masters(engine: Any) -> list[torch.Tensor]:
+    """This rank's flat parts of the fp32 masters: what the engine's torch optimizer steps on."""
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO-3
+        return list(optimizer.fp32_partitioned_groups_flat)
+    return list(optimizer.single_partition_of_fp32_groups)
+
+
+def optimizer_state(engine: Any) -> dict[torch.Tensor, dict[str, Any]]:
+    """The torch optimizer's state by flat master; empty before the first step."""
+    state = engine.optimizer.optimizer.state
+    return {flat: state[flat] for flat in flat_masters(engine) if state.get(flat)}
+
+
+def set_optimizer_state(engine: Any, states: Sequence[dict[str, Any]]) -> None:
+    """Give every flat master a state, of which the parameters' parts can then be set."""
+    for flat, state in zip(flat_masters(engine), states, strict=True):
+        engine.optimizer.optimizer.state[flat] = state
+    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
+        # Stages 1 and 2 link parameters to their part of a state when it is there; DeepSpeed does
+        # so in its first step, and has no public function for it.
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def full_optimizer_state(param: torch.nn.Parameter, key: str) -> torch.Tensor:
+    """A parameter's whole state such as ``exp_avg``, on every rank. Collective."""
+    value = safe_get_full_optimizer_state(param, key)
+    assert value is not None, "not a parameter that this engine trains"
+    return value.detach().float()
+
+
+def fill_optimizer_state(param: Any, key: str, value: torch.Tensor) -> None:
+    """Set it from a whole value that is equal on every rank. Collective."""
+    value = value.to(device(), torch.float32)
+    if hasattr(param, "ds_id"):
+        safe_set_local_optimizer_state(param, _local_part(param, value), key)
+    else:
+        safe_set_full_optimizer_state(param, value, key)
+
+
+def squared_norm(engine: Any) -> torch.Tensor:
+    """Of this rank's part of all masters, fp64; the sum over ranks is that of all R."""
+    norms = [flat.double().square().sum() for flat in flat_masters(engine)]
+    return torch.stack(norms).sum().to(device())
+
+
+def loss_scale_state(engine: Any) -> dict[str, float]:
+    """Of fp16's dynamic loss scale; empty for other dtypes."""
+    if not engine.fp16_enabled():
+        return {}
+    return {
+        name: value
+        for name, value in vars(engine.optimizer.loss_scaler).items()
+        if name in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+    }
+
+
+def set_loss_scale_state(engine: Any, state: Mapping[str, float]) -> None:
+    vars(engine.optimizer.loss_scaler).update(state)
 
 
 class Stopwatch:

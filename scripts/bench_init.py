@@ -84,7 +84,8 @@ def ours(config: dict[str, Any], out: str) -> None:
 
     from lorasb_ds import zero
     from lorasb_ds.gradients import GradientShards
-    from lorasb_ds.trainer import initialize_by, start_engine
+    from lorasb_ds.init_phase import initialize_by
+    from lorasb_ds.trainer import start_engine
 
     run = _prepare(config, int(os.environ["WORLD_SIZE"]))
     zero.init_process_group()

@@ -49,8 +49,10 @@ def run(config: dict[str, Any], out: str) -> None:
     from launcher.quiet import quiet_libraries
     from lorasb_ds import zero
     from lorasb_ds.config import load_run_config
+    from lorasb_ds.init_phase import initialize_by
+    from lorasb_ds.loop import train_step
     from lorasb_ds.prepare import prepare
-    from lorasb_ds.trainer import initialize_by, start_engine, train
+    from lorasb_ds.trainer import start_engine
 
     quiet_libraries()
     prepared = prepare(load_run_config(config), int(os.environ["WORLD_SIZE"]))
@@ -67,7 +69,9 @@ def run(config: dict[str, Any], out: str) -> None:
     peaks["init"] = report.peak_memory_bytes - idle
     del basis, sample, probe
     zero.reset_peak_memory()
-    train(prepared, engine, WORK["max_steps"], None)
+    engine.train()
+    for step in range(prepared.num_steps):
+        train_step(engine, prepared.step_batches(prepared.order.units(step)))
     peaks["train"] = zero.peak_memory_bytes() - idle
     tensors = _tensor_bytes(engine, there)
     found: list[Any] = [None] * zero.world_size()

@@ -57,8 +57,10 @@ def wide(config: dict[str, Any], out: str) -> None:
 
     from lorasb_ds import zero
     from lorasb_ds.config import load_run_config
+    from lorasb_ds.init_phase import initialize_by
+    from lorasb_ds.loop import train_step
     from lorasb_ds.prepare import prepare
-    from lorasb_ds.trainer import initialize_by, start_engine, step_batches, train_step
+    from lorasb_ds.trainer import start_engine
 
     run = prepare(load_run_config(config), int(os.environ["WORLD_SIZE"]))
     zero.init_process_group()
@@ -70,9 +72,10 @@ def wide(config: dict[str, Any], out: str) -> None:
     del basis  # a run saves it now
     engine.train()
     losses, steps = [], []
-    for batches in step_batches(run, run.config.max_steps or 0):
-        (loss, _), found = watched(lambda b=batches: train_step(engine, b))  # type: ignore[misc]
-        losses.append(loss)
+    for number in range(run.num_steps):
+        batches = run.step_batches(run.order.units(number))
+        done, found = watched(lambda b=batches: train_step(engine, b))  # type: ignore[misc]
+        losses.append(done.loss)
         steps.append(found)
     step = min(steps, key=lambda found: found["seconds"])
     blocks = [w for name, w in engine.module.named_parameters() if ".layers." in name]

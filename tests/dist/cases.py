@@ -94,7 +94,7 @@ def export(config: dict[str, Any], basis: str, out: str, zero_optimization: dict
     """Fill given factors, take one optimizer step, and write logits and the PEFT folder."""
     from lorasb_ds import zero
     from lorasb_ds.export import collect_lora, save_peft_adapter
-    from lorasb_ds.trainer import train_step
+    from lorasb_ds.loop import train_step
 
     run, engine, adapters = _start(config, zero_optimization)
     given = load_file(basis)
@@ -136,7 +136,7 @@ def initialize(config: dict[str, Any], out: str, zero_optimization: dict[str, An
     """The init on all training rows; what then lies in the layers, and what was reported."""
     from lorasb_ds import zero
     from lorasb_ds.basis import save_basis
-    from lorasb_ds.trainer import initialize_by
+    from lorasb_ds.init_phase import initialize_by
 
     run, engine, adapters = _start(config, zero_optimization)
     sample = run.sample(range(len(run.train.examples)))
@@ -161,8 +161,9 @@ def four_bit(config: dict[str, Any], out: str, zero_optimization: dict[str, Any]
     from lorasb_ds import zero
     from lorasb_ds.evaluate import held_out_loss
     from lorasb_ds.export import collect_lora
+    from lorasb_ds.init_phase import initialize_by
+    from lorasb_ds.loop import train_step
     from lorasb_ds.quantization import PackedLinear4bit
-    from lorasb_ds.trainer import initialize_by, step_batches, train_step
 
     run, engine, adapters = _start(config, zero_optimization)
     bases = [adapter.base_layer for adapter in adapters.values()]
@@ -183,7 +184,10 @@ def four_bit(config: dict[str, Any], out: str, zero_optimization: dict[str, Any]
     assert_released()
     initialize_by(run, engine, adapters, sample, sample)
     engine.train()
-    losses += [train_step(engine, step)[0] for step in step_batches(run, run.config.max_steps)]
+    for step in range(run.num_steps):
+        result = train_step(engine, run.step_batches(run.order.units(step)))
+        assert result is not None
+        losses.append(result.loss)
     assert_released()
     tensors = collect_lora(adapters)
     if zero.rank() == 0:

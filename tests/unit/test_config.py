@@ -116,7 +116,7 @@ def test_auto_is_filled_and_missing_keys_too(tmp_path: Path) -> None:
     assert resolved["gradient_accumulation_steps"] == 1
     assert resolved["train_batch_size"] == 12
     assert resolved["gradient_clipping"] == 0.5
-    assert resolved["bf16"] == {"enabled": True}
+    assert resolved["bf16"] == {"enabled": True, "check_grad_overflow": True}
     assert "auto" not in json.dumps(resolved)
 
 
@@ -141,6 +141,56 @@ def test_the_global_batch_decides_the_accumulation(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("rows", "world_size", "accumulation", "places"),
+    [(4, 1, 2, 4), (4, 2, 1, 4), (4, 3, 1, 6), (7, 3, 2, 12), (1, 1, 1, 2)],
+)
+def test_a_global_batch_need_not_divide(
+    rows: int, world_size: int, accumulation: int, places: int
+) -> None:
+    given = {"train_batch_size": rows, "micro_batch_size": 2}
+    resolved, config = resolve_ds_config(load_run_config(given), world_size)
+    assert config.train_batch_size == rows
+    assert config.gradient_accumulation_steps == accumulation
+    assert resolved["train_batch_size"] == places, "DeepSpeed's is the product"
+    without = resolve_ds_config(load_run_config({"micro_batch_size": 2}), world_size)[1]
+    assert without.train_batch_size == 2 * world_size
+
+
+@pytest.mark.parametrize(
+    ("content", "given", "dtype"),
+    [
+        ({"fp16": {"enabled": True}}, {}, "fp16"),
+        ({"bf16": {"enabled": False}}, {"dtype": "fp16"}, "fp16"),
+        ({"bf16": {"enabled": False}, "fp16": {"enabled": False}}, {}, "fp32"),
+        ({"fp16": {"enabled": "auto", "initial_scale_power": 8}}, {"dtype": "fp16"}, "fp16"),
+        ({"fp16": {"enabled": False}}, {}, "bf16"),
+    ],
+)
+def test_dtypes(tmp_path: Path, content: Any, given: Any, dtype: str) -> None:
+    path = ds_file(tmp_path, **content)
+    resolved, config = resolve_ds_config(load_run_config({"ds_config": path, **given}), 1)
+    assert config.dtype == dtype
+    assert resolved["bf16"]["enabled"] == (dtype == "bf16")
+    assert resolved.get("fp16", {}).get("enabled", False) == (dtype == "fp16")
+    if "initial_scale_power" in content.get("fp16", {}):
+        assert resolved["fp16"]["initial_scale_power"] == 8
+
+
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        ({"early_stopping_patience": 2}, ["--early-stopping-patience needs --eval-every"]),
+        ({"data": "a.jsonl", "eval_every": 5}, ["--eval-every needs held-out rows"]),
+        ({"load_best_model_at_end": True, "generate_samples": 2}, ["--load-best", "--generate"]),
+    ],
+)
+def test_options_that_ask_for_nothing_together(given: Any, parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_run_config(given)
+    assert all(part in str(error.value) for part in parts)
+
+
+@pytest.mark.parametrize(
     ("given", "content", "parts"),
     [
         ({"lr": 1e-3}, {"optimizer": {"type": "AdamW", "params": {"lr": 2e-3}}}, ["--lr", "0.002"]),
@@ -149,10 +199,14 @@ def test_the_global_batch_decides_the_accumulation(tmp_path: Path) -> None:
             {"train_micro_batch_size_per_gpu": 4},
             ["--micro-batch-size 2", "train_micro_batch_size_per_gpu 4"],
         ),
-        ({"dtype": "fp32"}, {"bf16": {"enabled": True}}, ["--dtype fp32", "bf16.enabled true"]),
-        ({}, {"train_batch_size": 7}, ["train_batch_size is 7", "--micro-batch-size 4"]),
+        ({"dtype": "fp32"}, {"bf16": {"enabled": True}}, ["--dtype fp32", "bf16.enabled is true"]),
+        (
+            {"gradient_accumulation_steps": 1},
+            {"train_batch_size": 700},
+            ["700 rows", "--micro-batch-size 4"],
+        ),
         ({}, {"gradient_clipping": "much"}, ["gradient_clipping", "'much'"]),
-        ({}, {"train_batch_size": "48"}, ["train_batch_size is '48'", "whole number"]),
+        ({}, {"train_batch_size": "48"}, ["train_batch_size is '48'", "a number"]),
         (
             {},
             {"train_micro_batch_size_per_gpu": 0, "train_batch_size": 4},
@@ -160,7 +214,9 @@ def test_the_global_batch_decides_the_accumulation(tmp_path: Path) -> None:
         ),
         ({}, {"train_micro_batch_size_per_gpu": 2.5}, ["--micro-batch-size 2.5"]),
         ({"lr": float("inf")}, {}, ["--lr inf"]),
-        ({}, {"fp16": {"enabled": True}}, ["fp16.enabled", "bf16"]),
+        ({"dtype": "bf16"}, {"fp16": {"enabled": True}}, ["--dtype bf16", "fp16.enabled true"]),
+        ({}, {"fp16": {"enabled": True}, "bf16": {"enabled": True}}, ["both enabled"]),
+        ({"load_in_4bit": True}, {"fp16": {"enabled": True}}, ["--dtype fp16"]),
         ({}, {"zero_optimization": {"stage": 0}}, ["stage is 0", "fp32 master", "Stage 1"]),
         (
             {},
@@ -242,6 +298,7 @@ def test_all_disagreements_are_reported_together(tmp_path: Path) -> None:
     config = load_run_config(
         {
             "ds_config": ds_file(tmp_path, gradient_clipping=2.0, fp16={"enabled": True}),
+            "dtype": "bf16",
             "max_grad_norm": 1.0,
         }
     )

@@ -11,10 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorasb_ds.batches import collate, micro_batches
+from lorasb_ds.batches import collate
 from lorasb_ds.config import ConfigError, RunConfig
 from lorasb_ds.data import IGNORE_INDEX, Example, encode, tokenize_rows
-from lorasb_ds.order import epoch_order, init_sample
 from lorasb_ds.rows import choose_columns, load_rows, to_messages
 from tests.runs import word_rows, write_jsonl
 
@@ -232,39 +231,3 @@ def test_any_text_is_an_example_or_skipped(
         assert example.startswith("skipped: ")
     else:
         assert 0 < example.first_label < len(example.input_ids) <= max_length
-
-
-@given(
-    num_rows=st.integers(1, 60),
-    micro_batch_size=st.integers(1, 5),
-    world_size=st.integers(1, 5),
-)
-def test_micro_batches_lose_and_repeat_nothing(
-    num_rows: int, micro_batch_size: int, world_size: int
-) -> None:
-    examples = [Example([7, 100 + i], [IGNORE_INDEX, 100 + i]) for i in range(num_rows)]
-    order = epoch_order(num_rows, seed=1, epoch=0)
-    ranks = [
-        list(micro_batches(examples, order, micro_batch_size, 0, rank, world_size))
-        for rank in range(world_size)
-    ]
-    assert len({len(batches) for batches in ranks}) == 1, "ranks would wait for each other"
-    seen = [
-        token - 100
-        for round_batches in zip(*ranks, strict=True)
-        for batch in round_batches
-        for token in batch.labels[batch.labels != IGNORE_INDEX].tolist()
-    ]
-    assert seen == order
-
-
-def test_orders() -> None:
-    assert sorted(epoch_order(9, 1, 0)) == list(range(9))
-    assert epoch_order(50, 1, 0) != epoch_order(50, 1, 1)
-    assert epoch_order(50, 1, 0) != epoch_order(50, 2, 0)
-    assert [len(rows) for rows in init_sample(1_000_000, None, 0)] == [875, 125]
-    assert [len(rows) for rows in init_sample(5000, None, 0)] == [56, 8]
-    gradient, held_back = init_sample(30, None, 0)
-    assert sorted(gradient + held_back) == list(range(30))
-    assert [len(rows) for rows in init_sample(30, 7, 0)] == [6, 1]
-    assert init_sample(30, 1, 0)[0] == init_sample(30, 1, 0)[1]

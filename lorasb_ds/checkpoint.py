@@ -1,0 +1,219 @@
+"""Checkpoints: R and all that its training depends on, independent of the number of processes.
+
+    checkpoints/index.json                     which there are, for people and tools
+    checkpoints/step-00000100/
+        state.safetensors     R and its optimizer's state, whole, fp32; every rank's generators
+        trainer.json          progress, and what the run was made from
+        SHA256SUMS            of both; `sha256sum -c` reads it
+
+A checkpoint is written aside, fsynced and renamed: it is whole or not there. A few megabytes for a
+7B model; A and B lie beside it once, in the run's basis.safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from lorasb_ds.config import ConfigError, RunConfig, resumed_run
+from lorasb_ds.files import check_sums, publish, save_tensors, write_json, write_sums
+
+FOLDER = "checkpoints"
+STATE_FILE, TRAINER_FILE = "state.safetensors", "trainer.json"
+FILES = (STATE_FILE, TRAINER_FILE)
+FORMAT = 1
+
+
+@dataclass
+class Progress:
+    """How far a run is. ``step`` is also the data's position: batches are a function of it."""
+
+    step: int = 0  # optimizer steps done or left out
+    updates: int = 0  # those that were done: the schedule's position
+    skipped_in_a_row: int = 0
+    tokens: int = 0
+    best_step: int | None = None
+    best_loss: float | None = None
+    evals_since_best: int = 0
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a folder holds but its tensors."""
+
+    path: Path
+    progress: Progress
+    made_from: dict[str, Any]
+    options: dict[str, Any]  # of the run that wrote it; they may change
+    world_size: int
+    optimizer_scalars: dict[str, float]
+    loss_scale: dict[str, float]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return load_file(self.path / STATE_FILE)
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Where a run goes on: a folder whose init is finished, and its checkpoint if it has one."""
+
+    folder: Path
+    checkpoint: Checkpoint | None
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def step(self) -> int:
+        return self.checkpoint.progress.step if self.checkpoint else 0
+
+
+def write_checkpoint(
+    folder: Path, tensors: Mapping[str, torch.Tensor], content: Mapping[str, Any], step: int
+) -> int:
+    """Write ``checkpoints/step-N``; its size in bytes. One process does it.
+
+    Raises:
+        OSError: if it cannot be written; nothing of it is left then.
+    """
+    path = checkpoint_path(folder, step)
+    aside = path.with_name(path.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        save_tensors(aside / STATE_FILE, tensors, {"format": "pt"})
+        write_json(aside / TRAINER_FILE, {"format": FORMAT, **content})
+        write_sums(aside, FILES)
+        size = sum(file.stat().st_size for file in aside.iterdir())
+        shutil.rmtree(path, ignore_errors=True)  # of a run that was set back
+        publish(aside, path)
+    except OSError:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return size
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / FOLDER / f"step-{step:08d}"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Oldest first; whole ones and others that bear a checkpoint's name."""
+    found = [path for path in (folder / FOLDER).glob("step-*") if path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def tidy(folder: Path, keep_last: int, best_step: int | None) -> None:
+    """Remove what is not to be kept, and what a crash has left; then list what there is."""
+    paths = list_checkpoints(folder)
+    keep = {*paths[-keep_last:]}
+    if best_step is not None:
+        keep.add(checkpoint_path(folder, best_step))
+    for path in paths:
+        if path not in keep:
+            shutil.rmtree(path, ignore_errors=True)
+    for path in (folder / FOLDER).glob("*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+    kept = [path for path in paths if path in keep]
+    listed = [{"step": int(path.name[5:]), "folder": path.name} for path in kept]
+    write_json(folder / FOLDER / "index.json", {"checkpoints": listed, "best_step": best_step})
+
+
+def read_checkpoint(path: Path) -> Checkpoint | str:
+    """What a folder holds, or what is wrong with it."""
+    problem = check_sums(path, FILES)
+    if problem is not None:
+        return problem
+    content = json.loads((path / TRAINER_FILE).read_text(encoding="utf-8"))
+    if content.pop("format") != FORMAT:
+        return "it was written by another version"
+    return Checkpoint(path, Progress(**content.pop("progress")), **content)
+
+
+def find_resume(config: RunConfig) -> Resume | None:
+    """What ``--resume`` means: the newest whole checkpoint, or that which it names.
+
+    Returns:
+        None where there is nothing to go on from: the run starts anew.
+    Raises:
+        ConfigError: if a folder or checkpoint that was named cannot be taken.
+    """
+    if config.resume is None:
+        return None
+    assert config.output_dir is not None, "check_output_dir has seen to it"
+    option, folder = f"--resume {config.resume}", Path(config.output_dir).expanduser()
+    candidates, exact = list_checkpoints(folder), False
+    if config.resume != "auto":
+        source, named = resumed_run(config.resume), Path(config.resume).expanduser()
+        if source.resolve() != folder.resolve():
+            raise ConfigError(
+                f"{option} goes on in {source}. Leave --output-dir {folder} out; to try something "
+                "else from its basis, start a new run with --init-from."
+            )
+        exact = named.resolve() != source.resolve()
+        candidates = [named] if exact else candidates
+    warnings: list[str] = []
+    for path in reversed(candidates):
+        found = read_checkpoint(path)
+        if isinstance(found, Checkpoint):
+            return Resume(folder, found, warnings)
+        if exact:
+            raise ConfigError(f"{option}: {found}. Name another one, or the run's folder.")
+        warnings.append(f"checkpoint {path.name} is passed over: {found}")
+    if config.resume != "auto" and not (folder / "basis.safetensors").is_file():
+        raise ConfigError(
+            f"{option}: the run has no whole checkpoint and no finished init. Start it anew, with "
+            f"--overwrite --output-dir {folder}."
+        )
+    return Resume(folder, None, warnings) if (folder / "basis.safetensors").is_file() else None
+
+
+def check_same_run(option: str, checkpoint: Checkpoint, made_from: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of another run.
+
+    Raises:
+        ConfigError: with what differs.
+    """
+    differ = [
+        f"{what} (the checkpoint has {_short(checkpoint.made_from.get(what))}, this run "
+        f"{_short(value)})"
+        for what, value in made_from.items()
+        if checkpoint.made_from.get(what) != value
+    ]
+    if differ:
+        raise ConfigError(
+            f"{option}: {checkpoint.path.name} is of another run. What differs: "
+            f"{'; '.join(differ)}. Give the options it was made with (run.json has them), or start "
+            "a new run in another --output-dir."
+        )
+
+
+def changed_options(checkpoint: Checkpoint, options: Mapping[str, Any]) -> list[str]:
+    """Options that may change, and did, in words."""
+    return [
+        f"{name} {checkpoint.options[name]} -> {value}"
+        for name, value in options.items()
+        if name in checkpoint.options and checkpoint.options[name] != value
+    ]
+
+
+def set_newer_aside(folder: Path, step: int) -> list[str]:
+    """Rename checkpoints that a run which was set back will not pass through again."""
+    moved = []
+    for path in list_checkpoints(folder):
+        if int(path.name[5:]) > step:
+            aside = path.with_name(path.name + ".superseded")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.replace(aside)
+            moved.append(aside.name)
+    return moved
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return f"{text[:12]}…" if len(text) == 64 else text

@@ -1,0 +1,83 @@
+"""A, B and R of a run: by the init, or from an earlier one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lorasb_ds import zero
+from lorasb_ds.adapter import LoraSBLinear
+from lorasb_ds.basis import save_basis, take_up
+from lorasb_ds.batches import Sample
+from lorasb_ds.init_report import InitReport
+from lorasb_ds.initialize import Basis, initialize
+from lorasb_ds.output import say
+from lorasb_ds.plan import GIB
+from lorasb_ds.prepare import Prepared
+
+
+def initialize_by(
+    run: Prepared, engine: Any, adapters: Mapping[str, LoraSBLinear], sample: Sample, probe: Sample
+) -> tuple[InitReport, Basis]:
+    """``initialize`` with a run's options. Collective."""
+    return initialize(
+        engine,
+        adapters,
+        sample,
+        probe,
+        run.footprint.init,
+        init_lr=_init_lr(run, engine) or "auto",
+        update=run.config.init_update,
+        offload=run.config.init_offload,
+        seed=run.config.seed,
+    )
+
+
+def _init_lr(run: Prepared, engine: Any) -> Any:
+    """A number, "auto", or None where nothing was asked for."""
+    if run.config.init_lr == "schedule":
+        return float(engine.get_lr()[0])
+    return run.config.init_lr
+
+
+def init_phase(
+    run: Prepared, engine: Any, adapters: Mapping[str, LoraSBLinear], folder: Path
+) -> InitReport:
+    """A, B and R by the init, or from an earlier one; on disk when it returns. Collective."""
+    config, plan = run.config, run.footprint.init
+    probe = run.sample(run.probe_rows)
+    if config.init_from is not None and run.stored_init is not None:
+        report, basis = take_up(
+            engine, adapters, config.init_from, run.stored_init, probe, _init_lr(run, engine)
+        )
+        say(f"init taken from {config.init_from}")
+    else:
+        groups = f", in {len(plan.groups)} groups of layers" if len(plan.groups) > 1 else ""
+        say(
+            f"init: gradients and SVD will take {plan.predicted_bytes / GIB:.2f} GiB a process"
+            f"{groups}"
+        )
+        if plan.exceeds_budget:
+            say(
+                f"warning: --init-memory-gib {config.init_memory_gib:g} is not enough: at least "
+                f"{plan.shard_bytes / GIB:.3f} for gradients (more processes: less), "
+                f"{plan.boundary_bytes / GIB:.3f} for hidden states (fewer --init-samples: less), "
+                f"{plan.workspace_bytes / GIB:.3f} for work on one layer (a smaller --r: less)."
+            )
+        sample = run.sample(run.gradient_rows)
+        report, basis = initialize_by(run, engine, adapters, sample, probe)
+    if zero.rank() == 0:
+        save_basis(folder, basis, report, run.made_from)
+    step = report.step
+    say(
+        f"init: {report.num_samples} rows, {report.total_s:.1f} s (gradients "
+        f"{report.gradients_s:.1f}, communication {report.communication_s:.1f}, SVD "
+        f"{report.svd_s:.1f}); eta {step.init_lr:.3g}, loss of {step.num_samples} other rows "
+        f"{step.loss_before:.4f} -> {step.loss_after:.4f}"
+    )
+    if report.not_descending:
+        say(f"warning: no descent in {', '.join(report.not_descending)}: R starts at 0 there")
+    if report.partly_reached:
+        say(f"warning: not called by every micro-batch: {', '.join(report.partly_reached)}")
+    return report

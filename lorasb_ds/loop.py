@@ -1,0 +1,301 @@
+"""The training loop: step, evaluate, save, and end when it is asked to."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from lorasb_ds import zero
+from lorasb_ds.adapter import LoraSBLinear
+from lorasb_ds.batches import Batch
+from lorasb_ds.checkpoint import Progress, tidy, write_checkpoint
+from lorasb_ds.evaluate import generate, held_out_loss
+from lorasb_ds.loss import token_loss_sum
+from lorasb_ds.metrics import RunLog
+from lorasb_ds.order import Order, Unit
+from lorasb_ds.output import say
+from lorasb_ds.prepare import Prepared
+from lorasb_ds.rng import rng_states
+from lorasb_ds.stop import StopRequest
+from lorasb_ds.training_state import collect_state
+
+Adapters = dict[str, LoraSBLinear]
+Outcome = Literal["finished", "stopped"]
+Stage = Literal["base", "init", "step", "trained"]
+
+SAMPLE_TOKENS = 128  # of a generated answer at most
+
+
+@dataclass
+class Job:
+    """A run with its engine: what the phases hand on to each other."""
+
+    run: Prepared
+    folder: Path
+    log: RunLog | None  # rank 0's
+    engine: Any
+    adapters: Adapters
+    order: Order
+    num_steps: int
+    progress: Progress
+    stop: StopRequest
+    made_from: dict[str, Any]  # what a checkpoint must agree on with the run that takes it up
+    evaluated_at: int = -1  # step
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, all ranks together."""
+
+    loss: float  # mean over label tokens
+    grad_norm: float  # before clipping
+    r_norm: float  # of all R after the step
+    applied: bool  # or left out, since loss or gradient was not finite
+    num_tokens: int  # without padding
+    num_places: int  # with it
+
+
+def train(job: Job) -> Outcome:
+    """From where the run is to its end, or to where it is asked to stop. Collective."""
+    run, engine, progress = job.run, job.engine, job.progress
+    engine.train()
+    job.stop.can_save()
+    start = time.perf_counter()
+    while progress.step < job.num_steps:
+        units = job.order.units(progress.step)
+        lr = engine.get_lr()[0]  # of this step: the scheduler moves on at its end
+        result = train_step(engine, run.step_batches(units), job.stop.requested)
+        if result is None:
+            save(job)
+            say(f"asked to stop: step {progress.step} is saved, --resume goes on from there")
+            return "stopped"
+        progress.step += 1
+        progress.tokens += result.num_tokens
+        count_skips(job, result, units)
+        now = time.perf_counter()
+        if job.log:
+            row = {
+                "step": progress.step,
+                "loss": result.loss,
+                "lr": lr,
+                "grad_norm": result.grad_norm,
+                "r_norm": result.r_norm,
+                "tokens": result.num_tokens,
+                "tokens_per_s": result.num_tokens / (now - start),
+                "step_time_s": now - start,
+                "padding_share": 1 - result.num_tokens / result.num_places,
+                "memory_bytes": zero.memory_bytes(),
+            }
+            job.log.write(row | ({} if result.applied else {"skipped": True}))
+            job.log.progress(row, job.num_steps)
+        is_last = progress.step == job.num_steps
+        new_best = False
+        if not is_last and _is_due(progress.step, run.config.eval_every):
+            new_best = evaluate(job, "step")
+        if not is_last and (new_best or _is_due(progress.step, run.config.save_every)):
+            save(job)
+        patience = run.config.early_stopping_patience
+        if patience is not None and progress.evals_since_best >= patience:
+            say(
+                f"early stop after step {progress.step}: no better held-out loss than "
+                f"{progress.best_loss:.4f} (step {progress.best_step}) in {patience} evaluations"
+            )
+            break
+        start = time.perf_counter()
+    if job.evaluated_at != progress.step:
+        evaluate(job, "trained")
+    save(job)
+    return "finished"
+
+
+def _is_due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def train_step(engine: Any, batches: list[Batch], stop: bool = False) -> StepResult | None:
+    """One optimizer step on this rank's micro-batches. Collective.
+
+    The step's loss is the mean over its label tokens, wherever they lie: a micro-batch's loss is
+    ``ΣCE · world · accumulation / T``, T tokens in all, since DeepSpeed divides by both.
+
+    A loss that is not finite makes its gradient so, and a gradient that is not finite on some rank
+    makes the norm so on which all agree: the engine then leaves R, its optimizer and the schedule
+    as they were (``check_grad_overflow`` in ds_config.py).
+
+    Args:
+        stop: this rank was asked to end.
+    Returns:
+        None if any rank was: nothing has been done then.
+    Communication: besides the engine's, one all-reduce of 4 numbers before and one of 2 after.
+    """
+    device = zero.device()
+    counts = torch.tensor(
+        [
+            sum(batch.num_label_tokens for batch in batches),
+            sum(batch.num_tokens for batch in batches),
+            sum(batch.input_ids.numel() for batch in batches),
+            float(stop),
+        ],
+        dtype=torch.float64,
+        device=device,
+    )
+    dist.all_reduce(counts)
+    num_label_tokens, num_tokens, num_places, num_stops = counts.tolist()
+    if num_stops:
+        return None
+    scale = zero.world_size() * len(batches) / max(1.0, num_label_tokens)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    for batch in batches:
+        loss = token_loss_sum(engine, batch.to(device))
+        engine.backward(loss * torch.where(loss.detach().isfinite(), scale, math.nan))
+        engine.step()
+        loss_sum += loss.detach().double()
+    sums = torch.stack([loss_sum, zero.squared_norm(engine)])
+    dist.all_reduce(sums)
+    return StepResult(
+        loss=(sums[0] / max(1.0, num_label_tokens)).item(),
+        grad_norm=float(engine.get_global_grad_norm()),
+        r_norm=sums[1].sqrt().item(),
+        applied=not engine.optimizer.overflow,
+        num_tokens=int(num_tokens),
+        num_places=int(num_places),
+    )
+
+
+def count_skips(job: Job, result: StepResult, units: list[Unit]) -> None:
+    """Bear a few steps that were left out, and no more.
+
+    Raises:
+        FloatingPointError: on every rank, with the rows of the step.
+    """
+    progress = job.progress
+    if result.applied:
+        progress.updates += 1
+        progress.skipped_in_a_row = 0
+        return
+    if job.run.config.dtype == "fp16" and math.isfinite(result.loss):
+        return  # fp16's loss scale finds its size; DeepSpeed ends the run where there is none
+    progress.skipped_in_a_row += 1
+    rows = [job.run.train.row_id(row) for unit in units for row in unit]
+    what = f"step {progress.step} has loss {result.loss} and gradient norm {result.grad_norm}"
+    if progress.skipped_in_a_row <= job.run.config.max_skipped_steps:
+        say(f"warning: {what}: left out ({_some(rows)})")
+        return
+    raise FloatingPointError(
+        f"{what}, as had the {progress.skipped_in_a_row - 1} before it, which were left out. Lower "
+        f"--lr or --init-lr, or look at the rows of this step: {', '.join(rows)}."
+    )
+
+
+def _some(rows: list[str], count: int = 8) -> str:
+    return ", ".join(rows[:count]) + (f", and {len(rows) - count} more" if rows[count:] else "")
+
+
+def evaluate(job: Job, stage: Stage) -> bool:
+    """Measure the held-out loss. Collective.
+
+    Returns:
+        Whether training has reached a new best.
+    """
+    run, progress = job.run, job.progress
+    job.evaluated_at = progress.step
+    if run.held_out is None:
+        return False
+    batches = run.batches(run.held_out, range(len(run.held_out.examples)))
+    loss = held_out_loss(job.engine.module, batches, zero.device())
+    perplexity = math.exp(min(loss, 700.0))  # exp overflows beyond
+    say(f"step {progress.step}: held-out loss {loss:.4f}, perplexity {perplexity:.2f} ({stage})")
+    if job.log:
+        row = {"step": progress.step, "stage": stage, "eval_loss": loss, "perplexity": perplexity}
+        job.log.write(row)
+    if run.config.generate_samples:
+        write_samples(job)
+    if stage not in ("step", "trained"):
+        return False
+    if progress.best_loss is None or loss < progress.best_loss:
+        progress.best_step, progress.best_loss = progress.step, loss
+        progress.evals_since_best = 0
+        return True
+    progress.evals_since_best += 1
+    return False
+
+
+def write_samples(job: Job) -> None:
+    """Greedy answers to the first held-out rows, to ``samples.jsonl``. Collective.
+
+    Every rank generates the same, so that all take part in ZeRO-3's gathers equally often.
+    """
+    run, model = job.run, job.engine.module
+    assert run.held_out is not None
+    count = min(run.config.generate_samples, len(run.held_out.examples))
+    examples = [run.held_out.examples[i] for i in range(count)]
+    prompts = [example.input_ids[: max(1, example.first_label)] for example in examples]
+    was_training = model.training
+    model.eval()
+    texts = generate(model, run.tokenizer, prompts, SAMPLE_TOKENS, zero.device())
+    model.train(was_training)
+    if job.log:
+        for example, prompt, text in zip(examples, prompts, texts, strict=True):
+            job.log.write_sample(
+                {
+                    "step": job.progress.step,
+                    "prompt": run.tokenizer.decode(prompt),
+                    "expected": run.tokenizer.decode(example.input_ids[len(prompt) :]),
+                    "generated": text,
+                }
+            )
+
+
+def save(job: Job) -> None:
+    """Write a checkpoint, and remove those that are not to be kept. Collective.
+
+    Raises:
+        OSError: on every rank, if it cannot be written and --on-save-error is stop.
+    """
+    start = time.perf_counter()
+    engine, progress, config = job.engine, job.progress, job.run.config
+    tensors, scalars = collect_state(engine, job.adapters)
+    all_rng: list[Any] = [None] * zero.world_size()
+    dist.all_gather_object(all_rng, rng_states(zero.device()))
+    done: list[Any] = [None, None]  # size, problem
+    if zero.rank() == 0 and progress.updates:
+        for rank, states in enumerate(all_rng):
+            tensors |= {f"rng.{rank}.{name}": state for name, state in states.items()}
+        content = {
+            "progress": asdict(progress),
+            "made_from": job.made_from,
+            "options": may_change(job.run),
+            "world_size": zero.world_size(),
+            "optimizer_scalars": scalars,
+            "loss_scale": zero.loss_scale_state(engine),
+        }
+        try:
+            done[0] = write_checkpoint(job.folder, tensors, content, progress.step)
+            tidy(job.folder, config.keep_last, progress.best_step)
+        except OSError as error:
+            done[1] = f"checkpoint of step {progress.step} cannot be written: {error}"
+    dist.broadcast_object_list(done, src=0)
+    size, problem = done
+    if problem is None:
+        if size is not None:
+            seconds = time.perf_counter() - start
+            say(f"checkpoint of step {progress.step}: {size / 1e6:.2f} MB, {seconds:.2f} s")
+        return
+    if config.on_save_error == "stop":
+        raise OSError(
+            f"{problem}. The one before it is as it was: make room and give --resume, or go on "
+            "without saving by --on-save-error continue."
+        )
+    say(f"warning: {problem}. Training goes on (--on-save-error continue)")
+
+
+def may_change(run: Prepared) -> dict[str, Any]:
+    """Options that a resumed run may have changed; it says so."""
+    names = ("lr", "lr_scheduler", "warmup_ratio", "weight_decay", "max_grad_norm")
+    return {f"--{name.replace('_', '-')}": getattr(run.config, name) for name in names}

@@ -1,0 +1,55 @@
+"""Whether a model keeps the rows of a pack apart: tried on itself, before it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lorasb_ds.batches import Batch, collate, collate_packed
+from lorasb_ds.data import Example
+
+PROBE_TOKENS = 32
+# Of what seeing another row does. Kernels for other lengths differ by far less, in bf16, too.
+TOLERANCE = 0.1
+
+
+@torch.no_grad()
+def keeps_packs_apart(
+    model: Any, examples: Sequence[Example], device: torch.device, *, one_row: bool
+) -> bool:
+    """Compare a row alone, packed behind another one, and as that one's continuation.
+
+    Collective under ZeRO-3: three forward passes over a few tokens.
+
+    Args:
+        examples: at least two of more than one token; the same on every rank.
+        one_row: as in ``collate_packed``.
+    """
+    first, second = (
+        Example(example.input_ids[:PROBE_TOKENS], example.labels[:PROBE_TOKENS])
+        for example in [e for e in examples if len(e.input_ids) > 1][:2]
+    )
+    joined = Example(first.input_ids + second.input_ids, first.labels + second.labels)
+
+    def last_logits(batch: Batch) -> torch.Tensor:
+        batch = batch.to(device)
+        packed = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
+        output = model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            logits_to_keep=1,
+            use_cache=False,
+            **packed,
+        )
+        return output.logits.double()
+
+    was_training = model.training
+    model.eval()
+    alone = last_logits(collate([second], 0))
+    packed = last_logits(collate_packed([[first, second]], 0, one_row=one_row))
+    mixed = last_logits(collate([joined], 0))
+    model.train(was_training)
+    error, effect = torch.linalg.norm(packed - alone), torch.linalg.norm(mixed - alone)
+    return bool(error <= TOLERANCE * effect)

@@ -1,0 +1,44 @@
+"""Ending on request: a signal is noted, and the loop saves a checkpoint before it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+# The run was asked to end and can be resumed: EX_TEMPFAIL of sysexits.h, "try again later".
+EXIT_STOPPED = 75
+EXIT_INTERRUPTED = 130  # by a second Ctrl-C, as shells have it
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StopRequest:
+    """Whether a signal asks this process to end.
+
+    SIGTERM, SIGUSR1 and a first SIGINT ask; a second SIGINT ends it at once. As long as there is
+    nothing to save (``can_save`` has not been called), each of them ends it at once.
+    """
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._can_save = False
+
+    @property
+    def requested(self) -> bool:
+        return self.signum is not None
+
+    def listen(self) -> None:
+        """From the main thread only."""
+        for signum in SIGNALS:
+            signal.signal(signum, self._handle)
+
+    def can_save(self) -> None:
+        """From now on a request is noted, and whoever runs the loop has to look for it."""
+        self._can_save = True
+
+    def _handle(self, signum: int, _frame: object) -> None:
+        if not self._can_save:
+            os._exit(EXIT_STOPPED)
+        if signum == signal.SIGINT and self.signum == signal.SIGINT:
+            os._exit(EXIT_INTERRUPTED)
+        self.signum = signum
