@@ -17,6 +17,8 @@ OUTPUTS = (
     DS_CONFIG_COPY,
     "metrics.jsonl",
     "tensorboard",
+    "tracking.json",
+    "wandb",
     "basis.safetensors",
     "init.json",
     "init.png",

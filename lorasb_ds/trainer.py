@@ -17,6 +17,7 @@ from lorasb_ds.base_files import model_path
 from lorasb_ds.basis import save_basis, take_up
 from lorasb_ds.batches import Batch, Sample, collate
 from lorasb_ds.config import DS_CONFIG_COPY, RunConfig
+from lorasb_ds.curves import draw_loss_curve
 from lorasb_ds.ds_config import global_batch_size
 from lorasb_ds.evaluate import held_out_loss
 from lorasb_ds.export import collect_lora, save_peft_adapter
@@ -31,7 +32,7 @@ from lorasb_ds.order import epoch_order
 from lorasb_ds.output import make_output_dir
 from lorasb_ds.plan import GIB
 from lorasb_ds.prepare import Prepared, check_ranks_agree
-from lorasb_ds.report import draw_init, draw_loss_curve, write_report
+from lorasb_ds.report import draw_init, write_report
 
 Adapters = dict[str, LoraSBLinear]
 
@@ -124,15 +125,7 @@ def run_training(run: Prepared, init_only: bool = False) -> Path:
             draw_loss_curve(folder / "loss.png", log.rows)
         draw_init(folder / "init.png", report)
         write_report(
-            folder / "report.md",
-            init=report,
-            rows=log.rows,
-            targets=run.targets,
-            r=config.r,
-            experts=run.experts,
-            run=description,
-            world_size=zero.world_size(),
-            device=zero.accelerator_name(),
+            folder / "report.md", description, log.rows, report, run.targets, run.experts
         )
         log.close()
     dist.barrier()
