@@ -56,7 +56,7 @@ class Run:
     def peak_memory_bytes(self) -> int:
         """Of rank 0 in any phase; of its training rows where it did not get to the end."""
         measured = self.description.get("memory", {}).get("measured", {})
-        return max(summarize(self.rows).memory_bytes, *measured.values(), 0)
+        return int(max(summarize(self.rows).memory_bytes, *measured.values(), 0))
 
 
 def read_runs(folders: Sequence[str]) -> list[Run]:

@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 
 def to_line(row: Mapping[str, Any]) -> str:
-    """A row as ``metrics.jsonl`` has it. JSON knows no nan and no infinity: null stands for both."""
+    """A row as ``metrics.jsonl`` has it; null stands for nan and infinity, which JSON lacks."""
     finite = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in row.items()
@@ -95,7 +95,8 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> Summary:
     init = [row["eval_loss"] for row in held_out if row["stage"] == "init"]
     filled = [row for row in held_out if row["stage"] != "base"]
     finite = [row for row in filled if math.isfinite(row["eval_loss"])]
-    best = min(finite, key=lambda row: row["eval_loss"], default={"step": 0, "eval_loss": math.nan})
+    nothing: Row = {"step": 0, "eval_loss": math.nan}
+    best = min(finite, key=lambda row: row["eval_loss"], default=nothing)
     return Summary(
         steps=train[-1]["step"] if train else 0,
         seconds=sum(row["step_time_s"] for row in train),

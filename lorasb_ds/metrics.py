@@ -1,4 +1,4 @@
-"""What a run tells while it runs: metrics.jsonl, TensorBoard, a tracker; and where it comes from."""
+"""What a run tells while it runs, and to whom; and where it comes from."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -43,6 +44,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         causes.append(cause)
     return any(
         isinstance(cause, MemoryError | torch.OutOfMemoryError)
+        or (isinstance(cause, OSError) and cause.errno == errno.ENOMEM)
         or (isinstance(cause, RuntimeError) and any(text in str(cause) for text in MESSAGES))
         for cause in causes
     )
@@ -162,7 +164,7 @@ def remedies(
     work: Workload,
     cluster: Cluster,
 ) -> list[Remedy]:
-    """Changes that make a phase smaller: by the time of a step, then those that cost more than it."""
+    """Changes that make a phase smaller: by the time of a step, then those that cost more."""
 
     def bytes_of(placement: Placement, work: Workload) -> int:
         init = init_plan(shape, work, placement.world_size, placement.dtype_bytes)

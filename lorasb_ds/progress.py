@@ -30,7 +30,7 @@ class Progress:
             self._bar.console.print(f"lorasb: {text}", markup=False, highlight=False)
 
     def show(self, row: Mapping[str, Any], num_steps: int) -> None:
-        """A training row: on the bar; or as a line, now and then, of the first step and the last."""
+        """A training row: on the bar, or now and then (the first, the last) as a line."""
         self._step_times.append(row["step_time_s"])
         step, text = row["step"], describe(row)
         left = time_left(self._step_times, num_steps - step)

@@ -50,13 +50,13 @@ class Tracker:
         self._module: Any = importlib.import_module(package)
         known = _known(folder / TRACKING, package)
         name = known.get("name", folder.resolve().name)
-        given = {
+        given: dict[str, Any] = {
             "project": os.environ.get(f"{package.upper()}_PROJECT") or PROJECT,
             "name": name,
             "config": dict(config),
         }
         if package == "wandb":
-            given |= {"id": known.get("id"), "resume": "allow", "dir": str(folder)}
+            given.update(id=known.get("id"), resume="allow", dir=str(folder))
             # Nothing but the rows: it would also send all that is printed.
             given["settings"] = {"console": "off"}
         else:  # trackio knows a run by its name, and takes the latest of those that share it

@@ -124,9 +124,7 @@ def run_training(run: Prepared, init_only: bool = False) -> Path:
             )
             draw_loss_curve(folder / "loss.png", log.rows)
         draw_init(folder / "init.png", report)
-        write_report(
-            folder / "report.md", description, log.rows, report, run.targets, run.experts
-        )
+        write_report(folder / "report.md", description, log.rows, report, run.targets, run.experts)
         log.close()
     dist.barrier()
     saved = "basis" if init_only else "adapter"

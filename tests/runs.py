@@ -111,7 +111,10 @@ def word_rows(count: int) -> list[dict[str, str]]:
 
 
 def made_up_run(
-    folder: Path, options: Mapping[str, Any] | None = None, num_steps: int = 10, finished: bool = True
+    folder: Path,
+    options: Mapping[str, Any] | None = None,
+    num_steps: int = 10,
+    finished: bool = True,
 ) -> Path:
     """A folder as a training run leaves it, without training: losses 1, 1/2, 1/3, …"""
     folder.mkdir(parents=True)

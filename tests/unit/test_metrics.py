@@ -144,4 +144,3 @@ def test_a_bar_on_a_terminal_and_messages_above_it() -> None:
     assert "left 0:00:00  loss 2.0000" in last_bar
     assert lines[-1] == "lorasb: after"
     assert lines.index(last_bar) > lines.index("lorasb: saved [bold]checkpoint[/bold] 2")
-

@@ -21,7 +21,7 @@ from tests.runs import ROOT, metrics
 from tests.unit.test_history import training_row
 
 # Notes every call in a file; `log` fails when it is told to.
-FAKE = '''
+FAKE = """
 import json
 import os
 from pathlib import Path
@@ -42,7 +42,7 @@ def log(values, step):
 
 def finish():
     note("finish")
-'''
+"""
 
 
 @pytest.fixture
