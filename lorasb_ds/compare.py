@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from lorasb_ds.config import ConfigError
+from lorasb_ds.config import ConfigError, RunConfig
 from lorasb_ds.history import METRICS, Row, Summary, read_rows, summarize
 from lorasb_ds.plan import GIB
 
@@ -46,8 +46,11 @@ class Run:
 
     @property
     def options(self) -> dict[str, Any]:
-        """All that was chosen, and on how many processes."""
-        config = self.description.get("config", {})
+        """All that was chosen, and on how many processes.
+
+        What an older version did not know yet is at its default.
+        """
+        config = RunConfig.model_validate({}).model_dump() | self.description.get("config", {})
         chosen = {name: value for name, value in config.items() if name not in NOT_COMPARED}
         on = {"processes": "world_size", "accelerator": "accelerator"}
         return chosen | {name: self.description.get(key) for name, key in on.items()}

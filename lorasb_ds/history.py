@@ -87,7 +87,7 @@ class Summary:
 def summarize(rows: Sequence[Mapping[str, Any]]) -> Summary:
     train = training_rows(rows)
     losses = [row["loss"] for row in train if math.isfinite(row["loss"])]
-    counted = [row for row in train if "padding_share" in row]
+    counted = [row for row in train if row.get("padding_share", 1) < 1]
     positions = sum(row["tokens"] / (1 - row["padding_share"]) for row in counted)
     tokens = sum(row["tokens"] for row in counted)
     held_out = evaluations(rows)

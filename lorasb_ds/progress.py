@@ -27,7 +27,9 @@ class Progress:
         if self._bar is None:
             print(f"lorasb: {text}", flush=True)
         else:
-            self._bar.console.print(f"lorasb: {text}", markup=False, highlight=False)
+            self._bar.console.print(
+                f"lorasb: {text}", markup=False, highlight=False, soft_wrap=True
+            )
 
     def show(self, row: Mapping[str, Any], num_steps: int) -> None:
         """A training row: on the bar, or now and then (the first, the last) as a line."""

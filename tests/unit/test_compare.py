@@ -98,6 +98,19 @@ def test_only_what_differs_is_listed(tmp_path: Path) -> None:
     assert "--output-dir" not in output
 
 
+def test_options_that_an_older_version_did_not_know(tmp_path: Path) -> None:
+    new = made_up_run(tmp_path / "new", {"load_in_8bit": True})
+    old = made_up_run(tmp_path / "old")
+    content = json.loads((old / "run.json").read_text())
+    del content["config"]["load_in_8bit"], content["config"]["seed"]
+    content["config"]["since_removed"] = 1
+    (old / "run.json").write_text(json.dumps(content))
+    differing = differing_options(read_runs([str(new), str(old)]))
+    assert differing == {"load_in_8bit": [True, False], "since_removed": [None, 1]}
+    output = report(new, old, "--output", tmp_path / "report.png")
+    assert "\nsince_removed " in output, "no option of today"
+
+
 def test_json_has_the_numbers(tmp_path: Path) -> None:
     one = made_up_run(tmp_path / "one")
     two = made_up_run(tmp_path / "two", {"seed": 1}, num_steps=0, finished=False)

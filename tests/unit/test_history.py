@@ -91,6 +91,8 @@ def test_summary_of_nothing_and_of_one() -> None:
     nothing = summarize([])
     assert (nothing.steps, nothing.tokens, nothing.skipped, nothing.best_step) == (0, 0, 0, 0)
     assert all(math.isnan(v) for v in (nothing.final_loss, nothing.best_loss, nothing.tokens_per_s))
+    padding = training_row(1, math.nan, tokens=0, padding_share=1.0)
+    assert math.isnan(summarize([padding]).padding_share), "only fillers"
     one = summarize([training_row(1, 4.0)])
     assert one.first_loss == one.final_loss == 4.0
     assert math.isnan(one.padding_share)
