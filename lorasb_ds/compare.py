@@ -48,8 +48,10 @@ class Run:
     def options(self) -> dict[str, Any]:
         """All that was chosen, and on how many processes.
 
-        What an older version did not know yet is at its default.
+        What an older version did not know yet is at its default. Empty for a broken run.json.
         """
+        if not self.description:
+            return {}
         config = RunConfig.model_validate({}).model_dump() | self.description.get("config", {})
         chosen = {name: value for name, value in config.items() if name not in NOT_COMPARED}
         on = {"processes": "world_size", "accelerator": "accelerator"}

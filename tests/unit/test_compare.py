@@ -83,7 +83,8 @@ def test_unfinished_and_broken_ones_have_a_row(tmp_path: Path) -> None:
         assert states[name].startswith("broken: run.json: ")
     output = report(*folders, "--output", tmp_path / "all.png")
     assert len([line for line in output.splitlines() if "broken: " in line]) == 4
-    assert report(*folders, "--json", "--output", tmp_path / "all.png")
+    as_json = json.loads(report(*folders, "--json", "--output", tmp_path / "all.png"))
+    assert [run["options"] == {} for run in as_json["runs"]] == [False] * 6 + [True] * 2
 
 
 def test_only_what_differs_is_listed(tmp_path: Path) -> None:
