@@ -8,15 +8,17 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import click
 
-from launcher import plan_command
+from launcher import plan_command, report_command
 from launcher.command import eval_command, job_environment, train_command
 from launcher.options import CONTEXT, run_options, to_arguments
 from launcher.ranks import free_port, remove_shared_memory
 from lorasb_ds import __version__
+from lorasb_ds.compare import read_runs
 from lorasb_ds.config import (
     ConfigError,
     check_output_dir,
@@ -25,6 +27,7 @@ from lorasb_ds.config import (
     replayed_processes,
     resumed_run,
 )
+from lorasb_ds.curves import draw_comparison
 from lorasb_ds.ds_config import resolve_ds_config
 from lorasb_ds.plan import plan as make_plan
 
@@ -176,6 +179,26 @@ def plan(model: str | None, as_json: bool, table: bool, **options: Any) -> None:
     line = plan_command.command_line(outcomes, cluster, model, options["hostfile"], options)
     show = plan_command.as_json if as_json else plan_command.render
     click.echo(show(shape, cluster, outcomes, line))
+
+
+@main.command(context_settings=CONTEXT)
+@click.argument("folders", metavar="DIR [DIR...]", nargs=-1, required=True)
+@click.option("--output", default="report.png", show_default=True, help="Picture of the losses.")
+@click.option("--markdown", is_flag=True, help="The table in Markdown.")
+@click.option("--json", "as_json", is_flag=True, help="All numbers and options.")
+@reports_problems
+def report(folders: Sequence[str], output: str, markdown: bool, as_json: bool) -> None:
+    """Compare runs by their output folders: a table, and a picture of their losses."""
+    runs = read_runs(folders)
+    picture = Path(output)
+    if picture.suffix != ".png" or not picture.parent.is_dir():
+        raise ConfigError(f"--output {output} must be a .png file in a folder that is there.")
+    draw_comparison(picture, {run.name: run.rows for run in runs})
+    if as_json:
+        click.echo(report_command.render_json(runs))
+        return
+    click.echo(report_command.render(runs, markdown))
+    click.echo(f"\nlosses: {output}")
 
 
 def _run(command: Sequence[str], environment: dict[str, str]) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.hostfile import read_hostfile
+from launcher.text import columns
 from lorasb_ds.base_files import model_path
 from lorasb_ds.config import ConfigError, option_name, read_json
 from lorasb_ds.footprint import Workload
@@ -105,7 +106,7 @@ def render(
         f"{cluster.memory_bytes / GIB:.1f} GiB each"
         + (f", {cluster.nodes} hosts" if cluster.nodes > 1 else ""),
         "",
-        *_columns(
+        *columns(
             (
                 "",
                 "needs",
@@ -149,7 +150,7 @@ def render(
             ]
         )
     lines += [f"Recommended: {best.strategy.name}", ""]
-    lines += _columns(("GiB of a rank", ""), [(k, _gib(v)) for k, v in parts(best).items()])
+    lines += columns(("GiB of a rank", ""), [(k, _gib(v)) for k, v in parts(best).items()])
     lines += [
         "",
         f"The init: {len(best.memory.init.groups)} group(s) of layers; {best.init.bytes / GIB:.1f} "
@@ -247,17 +248,3 @@ def _cell(best: Outcome) -> str:
 
 def _gib(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.2f}"
-
-
-def _columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Aligned columns: the first and the last to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *rest = [
-            cell.ljust(width) if i == 0 or (i == len(widths) - 1 and i > 1) else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return "  ".join([first, *rest]).rstrip()
-
-    return [line(header), *map(line, rows)]

@@ -54,7 +54,7 @@ def main(local_rank: int | None, init_only: bool, run_json: str | None, **given:
         outcome = run_training(prepared, stop, init_only)
     except ConfigError as error:
         _refuse(error)
-    except (FloatingPointError, OSError) as error:
+    except (FloatingPointError, MemoryError, OSError) as error:
         _refuse(error, status=1)
     zero.close_process_group()
     # Everything is saved. On CPUs a thread of gloo's may outlive its group, and would abort the

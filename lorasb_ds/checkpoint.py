@@ -42,6 +42,7 @@ class Progress:
     best_step: int | None = None
     best_loss: float | None = None
     evals_since_best: int = 0
+    evaluated_at: int = -1  # step
 
 
 @dataclass(frozen=True)

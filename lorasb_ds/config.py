@@ -218,6 +218,11 @@ class RunConfig(BaseModel):
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass to save memory."
     )
+    report_to: Literal["none", "wandb", "trackio"] = Field(
+        "none",
+        description="Experiment tracker that gets the numbers, too, by the account that it finds "
+        "on rank 0's host. Its package must be installed.",
+    )
 
 
 def load_run_config(given: Mapping[str, Any], run_json: str | None = None) -> RunConfig:

@@ -16,6 +16,7 @@ from lorasb_ds.adapter import LoraSBLinear
 from lorasb_ds.batches import Batch
 from lorasb_ds.checkpoint import Progress, tidy, write_checkpoint
 from lorasb_ds.evaluate import generate, held_out_loss
+from lorasb_ds.history import perplexity
 from lorasb_ds.loss import token_loss_sum
 from lorasb_ds.metrics import RunLog
 from lorasb_ds.order import Order, Unit
@@ -46,7 +47,6 @@ class Job:
     progress: Progress
     stop: StopRequest
     made_from: dict[str, Any]  # what a checkpoint must agree on with the run that takes it up
-    evaluated_at: int = -1  # step
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def train(job: Job) -> Outcome:
             )
             break
         start = time.perf_counter()
-    if job.evaluated_at != progress.step:
+    if progress.evaluated_at != progress.step:
         evaluate(job, "trained")
     save(job)
     return "finished"
@@ -204,15 +204,15 @@ def evaluate(job: Job, stage: Stage) -> bool:
         Whether training has reached a new best.
     """
     run, progress = job.run, job.progress
-    job.evaluated_at = progress.step
+    progress.evaluated_at = progress.step
     if run.held_out is None:
         return False
     batches = run.batches(run.held_out, range(len(run.held_out.examples)))
     loss = held_out_loss(job.engine.module, batches, zero.device())
-    perplexity = math.exp(min(loss, 700.0))  # exp overflows beyond
-    say(f"step {progress.step}: held-out loss {loss:.4f}, perplexity {perplexity:.2f} ({stage})")
+    ppl = perplexity(loss)
+    say(f"step {progress.step}: held-out loss {loss:.4f}, perplexity {ppl:.2f} ({stage})")
     if job.log:
-        row = {"step": progress.step, "stage": stage, "eval_loss": loss, "perplexity": perplexity}
+        row = {"step": progress.step, "stage": stage, "eval_loss": loss, "perplexity": ppl}
         job.log.write(row)
     if run.config.generate_samples:
         write_samples(job)

@@ -1,92 +1,111 @@
-"""What a run tells while it runs: metrics.jsonl, TensorBoard, progress; and where it comes from."""
+"""What a run tells while it runs, and to whom; and where it comes from."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
 import subprocess
 import sys
-import time
-from datetime import timedelta
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from lorasb_ds.files import write_text
+from lorasb_ds.history import METRICS, Row, read_rows, to_line
+from lorasb_ds.progress import Progress
+from lorasb_ds.tracking import Tracker
+
+SAMPLES = "samples.jsonl"  # in the output folder
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "bitsandbytes", "peft", "safetensors")
-LINE_EVERY_S = 5.0  # plain progress lines, where there is no terminal
 
 
 class RunLog:
-    """Rows of numbers to ``metrics.jsonl`` and TensorBoard, and the progress to the console.
+    """Rows of numbers to ``metrics.jsonl``, TensorBoard and a tracker, and progress to the console.
 
-    One process of a job makes one (rank 0); the others make none.
+    One process of a job makes one (rank 0); the others make none. A row has a ``step``, and is one
+    of training, or an evaluation if it has a ``stage``.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, first_step: int = 0, config: Mapping[str, Any] | None = None
+    ) -> None:
+        """
+        Args:
+            first_step: steps that are done. What the folder has of them is kept, and what an
+                earlier process has written of later ones is forgotten.
+            config: of the run, for the tracker that its ``report_to`` names. None: no tracker.
+        Raises:
+            ConfigError: if ``metrics.jsonl`` is there and damaged.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
         self._folder = folder
-        self._file = (folder / "metrics.jsonl").open("w", encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(folder / "tensorboard"))
-        self._start = self._last_line = time.monotonic()
-        self._progress: Any = None
-        self.rows: list[dict[str, Any]] = []
+        path = folder / METRICS
+        resumed = path.is_file()
+        self.rows: list[Row] = [row for row in read_rows(path) if row["step"] <= first_step]
+        write_text(path, "".join(map(to_line, self.rows)))
+        if (samples := folder / SAMPLES).is_file():
+            kept = [row for row in read_rows(samples) if row["step"] <= first_step]
+            write_text(samples, "".join(map(to_line, kept)))
+        self._file = path.open("a", encoding="utf-8")
+        purge_step = first_step + 1 if resumed else None
+        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
+        self._progress = Progress()
+        self._tracker: Tracker | None = None
+        if config is not None and (package := config["report_to"]) != "none":
+            self._try_tracker(lambda: self._start_tracker(package, folder, config))
 
-    def write(self, row: dict[str, Any]) -> None:
+    def write(self, row: Row) -> None:
         """One row; it is on disk when this returns, as far as the operating system is concerned."""
         self.rows.append(row)
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(to_line(row))
         self._file.flush()
         group = "train" if "stage" not in row else "base" if row["stage"] == "base" else "eval"
-        for key, value in row.items():
-            if key not in ("step", "stage"):
-                self._tensorboard.add_scalar(f"{group}/{key}", value, row["step"])
+        values = {f"{group}/{k}": v for k, v in row.items() if k not in ("step", "stage")}
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, row["step"])
+        if (tracker := self._tracker) is not None:
+            self._try_tracker(lambda: tracker.log(values, row["step"]))
 
-    def write_sample(self, row: dict[str, Any]) -> None:
+    def write_sample(self, row: Row) -> None:
         """A generated answer, to ``samples.jsonl``."""
-        with (self._folder / "samples.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        with (self._folder / SAMPLES).open("a", encoding="utf-8") as file:
+            file.write(to_line(row))
 
-    def progress(self, row: dict[str, Any], num_steps: int) -> None:
+    def progress(self, row: Row, num_steps: int) -> None:
         """Show a training row: a bar in a terminal, else a line now and then and at the end."""
-        text = (
-            f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  |g| {row['grad_norm']:.3f}  "
-            f"{row['tokens_per_s']:.0f} tokens/s"
-        )
-        if sys.stdout.isatty():
-            self._bar(row["step"], num_steps, text)
-            return
-        now = time.monotonic()
-        if now - self._last_line >= LINE_EVERY_S or row["step"] in (1, num_steps):
-            self._last_line = now
-            eta = timedelta(seconds=round(row["step_time_s"] * (num_steps - row["step"])))
-            print(f"step {row['step']}/{num_steps}  {text}  left {eta}", flush=True)
-
-    def _bar(self, step: int, num_steps: int, text: str) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-        from rich.progress import TimeRemainingColumn as Remaining
-
-        if self._progress is None:
-            columns = (
-                MofNCompleteColumn(),
-                BarColumn(),
-                Remaining(),
-                TextColumn("{task.fields[text]}"),
-            )
-            self._progress = Progress(*columns)
-            self._progress.start()
-            self._task = self._progress.add_task("train", total=num_steps, text=text)
-        self._progress.update(self._task, completed=step, text=text)
-        if step == num_steps:
+        self._progress.show(row, num_steps)
+        if row["step"] == num_steps:
             self._progress.stop()
+
+    def say(self, text: str) -> None:
+        """A message to the user; above the bar, if there is one."""
+        self._progress.say(text)
 
     def close(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+        """Everything is written. A second call does nothing."""
+        self._progress.stop()
         self._file.close()
         self._tensorboard.close()
+        if (tracker := self._tracker) is not None:
+            self._try_tracker(tracker.finish)
+            self._tracker = None
+
+    def _start_tracker(self, package: str, folder: Path, config: Mapping[str, Any]) -> None:
+        self._tracker = Tracker(package, folder, config)
+
+    def _try_tracker(self, action: Callable[[], None]) -> None:
+        """A run does not end because a tracker fails: it is named once, and left alone."""
+        try:
+            action()
+        except Exception as error:  # whatever a tracker raises: no account, no network, …
+            self._tracker = None
+            self.say(
+                f"warning: --report-to: {type(error).__name__}: {error}. Nothing more is reported "
+                f"there; {METRICS} has all rows"
+            )
 
 
 def provenance() -> dict[str, Any]:

@@ -12,6 +12,7 @@ from lorasb_ds import zero
 from lorasb_ds.config import DS_CONFIG_COPY, ConfigError, RunConfig
 from lorasb_ds.files import SUMS_FILE
 
+REPORT = "report.md"  # written last: a run that has it is finished
 # All that a run writes into its folder, and --overwrite removes.
 OUTPUTS = (
     "run.json",
@@ -21,12 +22,14 @@ OUTPUTS = (
     "checkpoints",
     SUMS_FILE,
     "tensorboard",
+    "tracking.json",
+    "wandb",
     "basis.safetensors",
     "init.json",
     "init.png",
     "adapter",
     "loss.png",
-    "report.md",
+    REPORT,
 )
 
 
@@ -40,7 +43,7 @@ def make_output_dir(config: RunConfig, resumed: bool) -> Path:
     """Rank 0 makes the folder, without what an overwritten run left; all hear of it. Collective.
 
     Args:
-        resumed: everything in it stays.
+        resumed: everything in it stays but the report.
     """
     name: list[str] = [""]
     if zero.rank() == 0:
@@ -48,7 +51,7 @@ def make_output_dir(config: RunConfig, resumed: bool) -> Path:
         folder = Path(config.output_dir or default)
         try:
             folder.mkdir(parents=True, exist_ok=config.output_dir is not None)
-            for old in () if resumed else OUTPUTS:
+            for old in (REPORT,) if resumed else OUTPUTS:
                 if (folder / old).is_dir():
                     shutil.rmtree(folder / old)
                 else:

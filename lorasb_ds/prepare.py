@@ -28,11 +28,12 @@ from lorasb_ds.loading import DTYPES, empty_model, load_config, stored_quantizat
 from lorasb_ds.model_shape import ModelShape
 from lorasb_ds.order import Order, Unit, init_sample
 from lorasb_ds.placement import Placement, placement_of
-from lorasb_ds.plan import GIB
+from lorasb_ds.plan import GIB, Cluster
 from lorasb_ds.quantization import Kind
 from lorasb_ds.rows import load_rows
 from lorasb_ds.shapes import shape_of
 from lorasb_ds.tokenizer import choose_pad_token, read_tokenizer
+from lorasb_ds.tracking import check_tracker
 from lorasb_ds.weight_map import map_weights, unused_tensors
 
 
@@ -56,6 +57,7 @@ class Prepared:
     placement: Placement
     workload: Workload
     footprint: Footprint
+    cluster: Cluster
     forecast: Forecast
     stored_init: InitReport | None  # that of --init-from, cut to r
     made_from: dict[str, str]  # all that the init depends on but its rank
@@ -119,6 +121,7 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
     if config.attn_implementation is not None:
         hf_config._attn_implementation = config.attn_implementation
     check_output_dir(config)
+    check_tracker(config)
     resume = find_resume(config)
     if resume is not None and resume.checkpoint is not None:
         config = _with_global_batch(config, resume)
@@ -206,6 +209,7 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
         placement=placement,
         workload=workload,
         footprint=memory,
+        cluster=cluster,
         forecast=forecasted,
         stored_init=stored_init,
         made_from=made_from,

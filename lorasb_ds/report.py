@@ -1,38 +1,20 @@
-"""What a finished run tells: the loss curve and report.md."""
+"""What a finished run tells: a picture of its init, and report.md."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lorasb_ds.adapter import Shapes
 from lorasb_ds.files import write_text
+from lorasb_ds.history import evaluations, perplexity, summarize, training_rows
 from lorasb_ds.init_report import InitReport, LayerInit
 from lorasb_ds.plan import GIB
 
-
-def draw_loss_curve(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """A PNG of training and held-out loss over steps."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    curves = {
-        "loss": ("-", [row for row in rows if "loss" in row]),
-        "eval_loss": ("o--", [row for row in rows if row.get("stage") in ("init", "trained")]),
-        "eval_loss of the base": ("x", [row for row in rows if row.get("stage") == "base"]),
-    }
-    for label, (style, curve) in curves.items():
-        if curve:
-            steps, key = [row["step"] for row in curve], label.split()[0]
-            axes.plot(steps, [row[key] for row in curve], style, label=label, linewidth=1)
-    axes.set(xlabel="optimizer step", ylabel="cross-entropy per label token")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
+STAGES = {"base": "base", "init": "after the init", "step": "in training", "trained": "trained"}
 
 
 def draw_init(path: Path, init: InitReport) -> None:
@@ -62,35 +44,44 @@ def draw_init(path: Path, init: InitReport) -> None:
 
 def write_report(
     path: Path,
-    *,
+    run: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
     init: InitReport,
-    rows: Sequence[dict[str, Any]],
     targets: Shapes,
-    r: int,
-    experts: dict[str, int],
-    run: dict[str, Any],
-    world_size: int,
-    device: str,
+    experts: Mapping[str, int],
 ) -> None:
-    """``report.md``: what the init found, how the training went, and how large the adapter is."""
-    train = [row for row in rows if "loss" in row]
-    evals = [row for row in rows if "eval_loss" in row]
+    """``report.md``: what the init found, how the training went, and how large the adapter is.
+
+    Args:
+        run: what ``run.json`` holds.
+        rows: all of ``metrics.jsonl``.
+    """
+    r = run["config"]["r"]
     num_trained = len(targets) * r * r
     num_lora = sum(r * (out + in_) for out, in_ in targets.values())
-    energies = [layer.captured_energy for layer in init.layers.values()]
-    seconds = sum(row["step_time_s"] for row in train)
-    speed = sum(row["tokens"] for row in train) / seconds if seconds else math.nan
-    taken = run["config"]["init_from"]
     lines = [
         f"# LoRA-SB, r = {r}: {run['config']['model']} on {run['config']['data']}",
         "",
-        f"{world_size} process(es) on {device}; {len(targets)} layers with an adapter.",
+        f"{run['world_size']} process(es) on {run['accelerator']}; {len(targets)} layers with an "
+        "adapter.",
         "",
         "| | trainable parameters |",
         "|---|---:|",
         f"| LoRA-SB, r = {r} | {num_trained:,} |",
         f"| LoRA, r = {r}, same layers | {num_lora:,} ({num_lora / num_trained:.1f} times more) |",
         "",
+    ]
+    lines += _init_section(init, run["config"]["init_from"], experts)
+    lines += _training_section(rows)
+    lines += _held_out_section(rows)
+    lines += _memory_section(run["memory"])
+    lines += _layers_section(init)
+    write_text(path, "\n".join(lines) + "\n")
+
+
+def _init_section(init: InitReport, taken: str | None, experts: Mapping[str, int]) -> list[str]:
+    energies = [layer.captured_energy for layer in init.layers.values()]
+    lines = [
         "## Init",
         "",
         *([f"Taken from {taken}: times and memory are those of that run.", ""] if taken else []),
@@ -131,30 +122,68 @@ def write_report(
             " frozen without an adapter.",
             "",
         ]
-    lines += ["![spectra and captured energy](init.png)", ""]
-    if train:
-        lines += ["## Training", "", "![loss](loss.png)", ""]
-        lines += [
-            f"{train[-1]['step']} steps, {seconds:.0f} s, {speed:.0f} tokens/s; loss "
-            f"{train[0]['loss']:.4f} -> {train[-1]['loss']:.4f}.",
-            "",
-        ]
-    memory = run["memory"]
-    lines += ["## Memory of rank 0", "", "| GiB | predicted | measured |", "|---|---:|---:|"]
-    phases = memory["predicted"]["phases"]
-    lines += [
-        f"| {phase} | {phases[phase] / GIB:.2f} | {peak / GIB:.2f} |"
-        for phase, peak in memory["measured"].items()
+    return [*lines, "![spectra and captured energy](init.png)", ""]
+
+
+def _training_section(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not training_rows(rows):
+        return []
+    found = summarize(rows)
+    lines = [
+        "## Training",
+        "",
+        "![loss](loss.png)",
+        "",
+        "| | |",
+        "|---|---:|",
+        f"| steps | {found.steps:,} |",
+        f"| time | {found.seconds:.0f} s |",
+        f"| tokens seen | {found.tokens:,}, {found.tokens_per_s:.0f} a second |",
+        f"| loss: first step / mean of the last tenth | {found.first_loss:.4f} / "
+        f"{found.final_loss:.4f} |",
     ]
-    lines += ["", "Peaks: of the device's tensors; on a CPU of the process, above its start.", ""]
-    if evals:
-        lines += ["| held-out loss | step | eval_loss |", "|---|---:|---:|"]
-        stages = {"base": "base", "init": "after the init", "trained": "trained"}
-        lines += [
-            f"| {stages[row['stage']]} | {row['step']} | {row['eval_loss']:.4f} |" for row in evals
-        ]
-        lines.append("")
+    if not math.isnan(found.padding_share):
+        lines.append(f"| padding | {found.padding_share:.1%} of all positions |")
+    lines.append(f"| skipped steps, loss or gradient not finite | {found.skipped} |")
+    return [*lines, ""]
+
+
+def _held_out_section(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    held_out = evaluations(rows)
+    if not held_out:
+        return []
+    lines = ["## Held-out rows", "", "| | step | loss | perplexity |", "|---|---:|---:|---:|"]
     lines += [
+        f"| {STAGES[row['stage']]} | {row['step']} | {row['eval_loss']:.4f} | "
+        f"{perplexity(row['eval_loss']):.4g} |"
+        for row in held_out
+    ]
+    found = summarize(rows)
+    if not math.isnan(found.best_loss):
+        lines += ["", f"The best: {found.best_loss:.4f}, at step {found.best_step}."]
+    return [*lines, ""]
+
+
+def _memory_section(memory: Mapping[str, Any]) -> list[str]:
+    """Of what was measured: an init that was taken from elsewhere is not."""
+    phases = memory["predicted"]["phases"]
+    return [
+        "## Memory of rank 0",
+        "",
+        "| GiB | predicted | measured |",
+        "|---|---:|---:|",
+        *(
+            f"| {phase} | {phases[phase] / GIB:.2f} | {peak / GIB:.2f} |"
+            for phase, peak in memory["measured"].items()
+        ),
+        "",
+        "Peaks: of the device's tensors; on a CPU of the process, above its start.",
+        "",
+    ]
+
+
+def _layers_section(init: InitReport) -> list[str]:
+    return [
         "## Init, layer by layer",
         "",
         "Captured energy is the share of the update's squared Frobenius norm in the r directions "
@@ -163,11 +192,10 @@ def write_report(
         "",
         "| layer | captured energy | σ₁ | σᵣ | slope | orthonormality |",
         "|---|---:|---:|---:|---:|---:|",
+        *(
+            f"| {name} | {layer.captured_energy:.4f} | {layer.spectrum[0]:.4g} | "
+            f"{layer.spectrum[-1]:.4g} | {layer.slope:.2e} | {layer.orthonormality_error:.0e} / "
+            f"{layer.stored_orthonormality_error:.0e} |"
+            for name, layer in init.layers.items()
+        ),
     ]
-    lines += [
-        f"| {name} | {layer.captured_energy:.4f} | {layer.spectrum[0]:.4g} | "
-        f"{layer.spectrum[-1]:.4g} | {layer.slope:.2e} | {layer.orthonormality_error:.0e} / "
-        f"{layer.stored_orthonormality_error:.0e} |"
-        for name, layer in init.layers.items()
-    ]
-    write_text(path, "\n".join(lines) + "\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from lorasb_ds.checkpoint import (
     set_newer_aside,
 )
 from lorasb_ds.config import DS_CONFIG_COPY, ConfigError
+from lorasb_ds.curves import draw_loss_curve
 from lorasb_ds.export import collect_lora, save_peft_adapter
 from lorasb_ds.files import SUMS_FILE, file_digest, write_json
 from lorasb_ds.gradients import branches_off
@@ -30,10 +33,11 @@ from lorasb_ds.loading import DTYPES, load_base
 from lorasb_ds.loop import Adapters, Job, Outcome, evaluate, may_change, train
 from lorasb_ds.metrics import RunLog, provenance
 from lorasb_ds.optimizer import make_optimizer, make_scheduler, set_scheduler
+from lorasb_ds.out_of_memory import OutOfMemory, Phase, explain, is_out_of_memory
 from lorasb_ds.output import make_output_dir, say
 from lorasb_ds.packing import keeps_packs_apart
 from lorasb_ds.prepare import Prepared, check_ranks_agree
-from lorasb_ds.report import draw_init, draw_loss_curve, write_report
+from lorasb_ds.report import draw_init, write_report
 from lorasb_ds.rng import set_rng_states
 from lorasb_ds.stop import StopRequest
 from lorasb_ds.training_state import restore_state
@@ -58,13 +62,16 @@ def run_training(run: Prepared, stop: StopRequest, init_only: bool = False) -> O
         say(f"{folder} has its {num_steps} steps and its adapter: nothing is left to do")
         return "finished"
     description = describe(run, folder)
-    log = RunLog(folder) if zero.rank() == 0 else None
+    log = None
     if zero.rank() == 0:
         # A replay reads this copy: the file it came from may change.
         write_json(folder / DS_CONFIG_COPY, run.ds_config_file)
         write_json(folder / "run.json", description)
+        first_step = run.resume.step if run.resume else 0
+        log = RunLog(folder, first_step, description["config"])
     announce(run, folder)
-    engine, adapters = start_engine(run)
+    with phase(run, "load"):
+        engine, adapters = start_engine(run)
     job = Job(
         run=run,
         folder=folder,
@@ -77,15 +84,16 @@ def run_training(run: Prepared, stop: StopRequest, init_only: bool = False) -> O
         stop=stop,
         made_from=dict(run.same_run),
     )
+    peaks = {"load": zero.peak_memory_bytes() - idle_bytes}
     if run.config.packing:
         check_packs(job)
-    peaks = {"load": zero.peak_memory_bytes() - idle_bytes}
     if run.resume is not None:
         init = resume(job, run.resume)
     else:
-        with branches_off(adapters):
+        with phase(run, "evaluation"), branches_off(adapters):
             evaluate(job, "base")
-        init = init_phase(run, engine, adapters, folder)
+        with phase(run, "init"):
+            init = init_phase(run, engine, adapters, folder)
         evaluate(job, "init")
         if run.config.init_from is None:
             peaks["init"] = zero.peak_memory_bytes() - idle_bytes
@@ -93,11 +101,14 @@ def run_training(run: Prepared, stop: StopRequest, init_only: bool = False) -> O
     tensors = {}
     if not init_only:
         zero.reset_peak_memory()
-        if train(job) == "stopped":
-            return "stopped"
+        with phase(run, "train"):
+            outcome = train(job)
+        if outcome == "stopped":
+            return outcome
         if run.config.load_best_model_at_end or run.config.early_stopping_patience:
             load_best(job)
-        tensors = collect_lora(adapters)
+        with phase(run, "save"):
+            tensors = collect_lora(adapters)
         peaks["train"] = zero.peak_memory_bytes() - idle_bytes
     if log is not None:
         description["memory"]["measured"] = peaks
@@ -106,6 +117,33 @@ def run_training(run: Prepared, stop: StopRequest, init_only: bool = False) -> O
     saved = folder / ("basis.safetensors" if init_only else "adapter")
     say(f"saved: {saved}   report: {folder / 'report.md'}")
     return "finished"
+
+
+@contextmanager
+def phase(run: Prepared, name: Phase) -> Iterator[None]:
+    """What is done in it may run out of memory, which is then explained.
+
+    Raises:
+        OutOfMemory: on this rank only; the launcher ends the others.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        explanation = explain(
+            name,
+            error,
+            zero.memory_bytes(),
+            run.forecast.free_bytes,
+            config=run.config,
+            shape=run.shape,
+            placement=run.placement,
+            work=run.workload,
+            memory=run.footprint,
+            cluster=run.cluster,
+        )
+        raise OutOfMemory(explanation) from error
 
 
 def describe(run: Prepared, folder: Path) -> dict[str, Any]:
@@ -259,15 +297,6 @@ def finish(job: Job, init: InitReport, tensors: Any, description: dict[str, Any]
         )
         draw_loss_curve(folder / "loss.png", log.rows)
     draw_init(folder / "init.png", init)
-    write_report(
-        folder / "report.md",
-        init=init,
-        rows=log.rows,
-        targets=run.targets,
-        r=run.config.r,
-        experts=run.experts,
-        run=description,
-        world_size=zero.world_size(),
-        device=zero.accelerator_name(),
-    )
     log.close()
+    # Last: a run that has its report is finished.
+    write_report(folder / "report.md", description, log.rows, init, run.targets, run.experts)

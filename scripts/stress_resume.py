@@ -3,8 +3,8 @@
 
     scripts/stress_resume.py --kills 20
 
-Every other kill comes while a checkpoint is being written, the others at random moments; some hit one
-worker, some every process of the job. The run goes on with `--resume auto` on the same number of
+Every other kill comes while a checkpoint is being written, the others at random moments; some hit
+one worker, some every process of the job. The run goes on with `--resume auto` on the same number of
 processes, so that losses, gradient norms and the adapter must be the same to the bit. Prints a
 table and, with --output, JSON. Ends with 1 if anything differs.
 """
@@ -64,7 +64,10 @@ def main() -> int:
 
 def stress(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     rows = [
-        {"question": f"Say {'red blue ' * (1 + i % 5)}{i}", "answer": f"{'blue red ' * (1 + i % 3)}{i}"}
+        {
+            "question": f"Say {'red blue ' * (1 + i % 5)}{i}",
+            "answer": f"{'blue red ' * (1 + i % 3)}{i}",
+        }
         for i in range(30)
     ]
     data = folder / "rows.jsonl"
@@ -101,8 +104,12 @@ def stress(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         kills.append(kill | {"resumed_at": at})
     found, expected = (metrics(run) for run in (killed, alone))
     assert found.keys() == expected.keys(), "rows are missing or twice"
-    differences = [abs(found[k][key] - expected[k][key]) for k in found for key in KEYS if key in found[k]]
-    adapters = [file_digest(run / "adapter" / "adapter_model.safetensors") for run in (alone, killed)]
+    differences = [
+        abs(found[k][key] - expected[k][key]) for k in found for key in KEYS if key in found[k]
+    ]
+    adapters = [
+        file_digest(run / "adapter" / "adapter_model.safetensors") for run in (alone, killed)
+    ]
     return {
         "kills": kills,
         "during_save": sum(kill["when"] == "during a save" for kill in kills),
@@ -136,9 +143,11 @@ def kill_at_some_moment(
     ]
     everyone = generator.random() < 0.3
     began = time.monotonic()
-    whom = [*psutil.Process(child.pid).children(recursive=True)] if everyone else [
-        generator.choice(workers)
-    ]
+    whom = (
+        [*psutil.Process(child.pid).children(recursive=True)]
+        if everyone
+        else [generator.choice(workers)]
+    )
     for process in whom:
         try:
             os.kill(process.pid, signal.SIGKILL)

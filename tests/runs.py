@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from launcher.ranks import free_port, rank_environment, remove_shared_memory
+from lorasb_ds.config import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -105,3 +108,38 @@ def word_rows(count: int) -> list[dict[str, str]]:
         }
         for i in range(count)
     ]
+
+
+def made_up_run(
+    folder: Path,
+    options: Mapping[str, Any] | None = None,
+    num_steps: int = 10,
+    finished: bool = True,
+) -> Path:
+    """A folder as a training run leaves it, without training: losses 1, 1/2, 1/3, …"""
+    folder.mkdir(parents=True)
+    config = RunConfig(model="mistralai/Mistral-7B-v0.1", data="data/train.jsonl").model_dump()
+    description: dict[str, Any] = {
+        "config": {**config, "output_dir": str(folder), **(options or {})},
+        "world_size": 2,
+        "accelerator": "cpu",
+        "trainable_parameters": 12345,
+        "memory": {},
+    }
+    rows: list[dict[str, Any]] = [
+        {"step": 0, "stage": stage, "eval_loss": loss, "perplexity": math.exp(loss)}
+        for stage, loss in (("base", 3.0), ("init", 2.0))
+    ]
+    for step in range(1, num_steps + 1):
+        row = {"step": step, "loss": 1 / step, "lr": 1e-3, "grad_norm": 1.0, "r_norm": 1.0}
+        row |= {"tokens": 100, "tokens_per_s": 50.0, "step_time_s": 2.0, "padding_share": 0.2}
+        rows.append(row | {"memory_bytes": 5 << 30})
+        if step == num_steps // 2:
+            rows.append({"step": step, "stage": "step", "eval_loss": 0.5})
+    if finished:
+        rows.append({"step": num_steps, "stage": "trained", "eval_loss": 0.75})
+        description["memory"]["measured"] = {"init": 4 << 30, "train": 6 << 30}
+        (folder / "report.md").write_text("made up")
+    (folder / "run.json").write_text(json.dumps(description))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder

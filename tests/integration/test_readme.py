@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from launcher import eval as eval_worker
 from launcher.cli import main
-from tests.runs import ROOT, metrics, run_command, word_rows, write_jsonl
+from tests.runs import ROOT, made_up_run, metrics, run_command, word_rows, write_jsonl
 
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.strip()]
@@ -28,6 +28,7 @@ def test_all_are_tried_here() -> None:
         *starting("lorasb", "init"),
         *starting("lorasb", "eval"),
         *starting("lorasb", "plan"),
+        *starting("lorasb", "report"),
         *starting("deepspeed"),
         *[line for line in COMMANDS if line.startswith("scripts/")],
     ]
@@ -53,6 +54,20 @@ def test_plan(line: str) -> None:
     result = CliRunner().invoke(main, shlex.split(line)[1:])
     assert result.exit_code == 0, result.output
     assert "Recommended: " in result.output
+
+
+@pytest.mark.parametrize("line", starting("lorasb", "report"))
+def test_report(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On made-up folders in place of those it names."""
+    monkeypatch.chdir(tmp_path)
+    arguments = shlex.split(line)[1:]
+    folders = [Path(word) for word in arguments if word.startswith("runs/")]
+    for i, folder in enumerate(folders):
+        made_up_run(folder, {"seed": i})
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert all(folder.name in result.output for folder in folders)
+    assert list(tmp_path.glob("*.png"))
 
 
 @pytest.mark.parametrize("line", starting("lorasb", "eval"))

@@ -1,0 +1,167 @@
+"""Finished runs side by side: what their folders tell. Torch-free."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from lorasb_ds.config import ConfigError, RunConfig
+from lorasb_ds.history import METRICS, Row, Summary, read_rows, summarize
+from lorasb_ds.plan import GIB
+
+# Of no interest beside another run's: where it was written, and how.
+NOT_COMPARED = {"output_dir", "overwrite", "force", "report_to"}
+REPORT = "report.md"
+COLUMNS = (
+    "run",
+    "model",
+    "data",
+    "r",
+    "trainable",
+    "lr",
+    "steps",
+    "tokens",
+    "time",
+    "tokens/s",
+    "loss",
+    "held-out loss",
+    "GiB",
+    "",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder, as far as it can be read."""
+
+    name: str
+    description: Mapping[str, Any]  # run.json
+    rows: Sequence[Row]
+    problem: str  # why it is not a finished run; empty if it is one
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All that was chosen, and on how many processes.
+
+        What an older version did not know yet is at its default. Empty for a broken run.json.
+        """
+        if not self.description:
+            return {}
+        config = RunConfig.model_validate({}).model_dump() | self.description.get("config", {})
+        chosen = {name: value for name, value in config.items() if name not in NOT_COMPARED}
+        on = {"processes": "world_size", "accelerator": "accelerator"}
+        return chosen | {name: self.description.get(key) for name, key in on.items()}
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Of rank 0 in any phase; of its training rows where it did not get to the end."""
+        measured = self.description.get("memory", {}).get("measured", {})
+        return int(max(summarize(self.rows).memory_bytes, *measured.values(), 0))
+
+
+def read_runs(folders: Sequence[str]) -> list[Run]:
+    """The runs in some folders, under the shortest names that tell them apart.
+
+    Raises:
+        ConfigError: for a folder that is none of a run.
+    """
+    missing = [folder for folder in folders if not (Path(folder) / "run.json").is_file()]
+    if missing:
+        raise ConfigError(
+            *(
+                f"{folder} has no run.json. Name the output folder of a `lorasb train` run."
+                for folder in missing
+            )
+        )
+    paths = [Path(folder) for folder in dict.fromkeys(folders)]
+    names = [path.resolve().name for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    return [_read(name, path) for name, path in zip(names, paths, strict=True)]
+
+
+def _read(name: str, folder: Path) -> Run:
+    try:
+        description = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        if not isinstance(description.get("config"), dict):
+            raise ValueError("no config in it")
+    except (ValueError, AttributeError) as error:  # not JSON, not an object
+        return Run(name, {}, (), f"broken: run.json: {error}")
+    try:
+        rows = read_rows(folder / METRICS)
+        summarize(rows)
+    except (ConfigError, KeyError, TypeError) as error:
+        return Run(name, description, (), f"broken: {METRICS}: {error}")
+    if not rows:
+        return Run(name, description, rows, f"no rows in {METRICS}")
+    done = (folder / REPORT).is_file()  # it is written last
+    return Run(name, description, rows, "" if done else "unfinished")
+
+
+def differing_options(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """Options that are not the same in all runs -> their values; None where a run has no such.
+
+    Runs whose options could not be read are passed over.
+    """
+    options = [run.options for run in runs if run.description]
+    names = dict.fromkeys(name for chosen in options for name in chosen)
+    values = {name: [chosen.get(name) for chosen in options] for name in names}
+    return {name: found for name, found in values.items() if any(v != found[0] for v in found)}
+
+
+def table(runs: Sequence[Run]) -> list[list[str]]:
+    """A row of text for each run, under ``COLUMNS``; what is not known is a "-"."""
+    return [_cells(run) for run in runs]
+
+
+def _cells(run: Run) -> list[str]:
+    config, found = run.description.get("config", {}), summarize(run.rows)
+    trainable = run.description.get("trainable_parameters")
+    peak = run.peak_memory_bytes
+    cells = [
+        run.name,
+        Path(str(config.get("model", ""))).name,
+        Path(str(config.get("data", "")).split("?")[0]).name,
+        str(config.get("r", "")),
+        f"{trainable:,}" if trainable else "",
+        f"{config['lr']:g}" if "lr" in config else "",
+        str(found.steps) if run.rows else "",
+        f"{found.tokens:,}" if run.rows else "",
+        str(timedelta(seconds=round(found.seconds))) if run.rows else "",
+        _number(found.tokens_per_s, ".0f"),
+        _number(found.final_loss, ".4f"),
+        _held_out(found),
+        f"{peak / GIB:.2f}" if peak else "",
+        run.problem,
+    ]
+    return [cell or "-" for cell in cells[:-1]] + cells[-1:]
+
+
+def _held_out(found: Summary) -> str:
+    losses = (found.base_loss, found.init_loss, found.best_loss, found.last_loss)
+    if all(map(math.isnan, losses)):
+        return ""
+    return " > ".join(_number(loss, ".4f") or "-" for loss in losses)
+
+
+def _number(value: float, form: str) -> str:
+    return "" if math.isnan(value) else format(value, form)
+
+
+def as_dict(run: Run) -> dict[str, Any]:
+    """The same in numbers; None where one is not known."""
+    found = summarize(run.rows)
+    numbers = {**vars(found), "tokens_per_s": found.tokens_per_s}
+    return {
+        "run": run.name,
+        "problem": run.problem or None,
+        "trainable_parameters": run.description.get("trainable_parameters"),
+        "peak_memory_bytes": run.peak_memory_bytes or None,
+        **{name: value if math.isfinite(value) else None for name, value in numbers.items()},
+        "options": run.options,
+    }

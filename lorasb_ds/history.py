@@ -1,0 +1,132 @@
+"""A run's rows of numbers on disk, and what they come to. Torch-free."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorasb_ds.config import ConfigError
+
+METRICS = "metrics.jsonl"  # in the output folder
+MAX_EXPONENT = 709.0  # of a double
+Row = dict[str, Any]
+
+
+def to_line(row: Mapping[str, Any]) -> str:
+    """A row as ``metrics.jsonl`` has it; null stands for nan and infinity, which JSON lacks."""
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in row.items()
+    }
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a ``metrics.jsonl``, nan where there is null; none where there is no file.
+
+    A last line that was cut off, as by a crash, is left out.
+
+    Raises:
+        ConfigError: if a line before the last is no row.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_bytes().splitlines(keepends=True)
+    rows = []
+    for number, line in enumerate(lines, 1):
+        row = _row(line)
+        if row is not None:
+            rows.append(row)
+        elif number < len(lines):
+            raise ConfigError(
+                f"{path}, line {number}, is not a JSON object with a step. Mend or remove the line."
+            )
+    return rows
+
+
+def _row(line: bytes) -> Row | None:
+    """None if it is none, or not whole."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        return None
+    return {key: math.nan if value is None else value for key, value in row.items()}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the rows of a run come to. A loss is nan where there is none."""
+
+    steps: int  # the last one
+    seconds: float  # of training
+    tokens: int
+    padding_share: float  # of all positions of the micro-batches; nan where it was not counted
+    skipped: int  # steps
+    first_loss: float  # of training
+    final_loss: float  # the mean over the last tenth of the steps
+    base_loss: float  # held out, as all that follow
+    init_loss: float
+    best_loss: float  # after the init
+    best_step: int
+    last_loss: float
+    memory_bytes: int  # the most of a training row; 0 where it was not measured
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds if self.seconds else math.nan
+
+
+def summarize(rows: Sequence[Mapping[str, Any]]) -> Summary:
+    train = training_rows(rows)
+    losses = [row["loss"] for row in train if math.isfinite(row["loss"])]
+    counted = [row for row in train if row.get("padding_share", 1) < 1]
+    positions = sum(row["tokens"] / (1 - row["padding_share"]) for row in counted)
+    tokens = sum(row["tokens"] for row in counted)
+    held_out = evaluations(rows)
+    base = [row["eval_loss"] for row in held_out if row["stage"] == "base"]
+    init = [row["eval_loss"] for row in held_out if row["stage"] == "init"]
+    filled = [row for row in held_out if row["stage"] != "base"]
+    finite = [row for row in filled if math.isfinite(row["eval_loss"])]
+    nothing: Row = {"step": 0, "eval_loss": math.nan}
+    best = min(finite, key=lambda row: row["eval_loss"], default=nothing)
+    return Summary(
+        steps=train[-1]["step"] if train else 0,
+        seconds=sum(row["step_time_s"] for row in train),
+        tokens=sum(row["tokens"] for row in train),
+        padding_share=1 - tokens / positions if positions else math.nan,
+        skipped=sum(bool(row.get("skipped")) for row in train),
+        first_loss=losses[0] if losses else math.nan,
+        final_loss=_mean(losses[-math.ceil(len(losses) / 10) :]),
+        base_loss=base[-1] if base else math.nan,
+        init_loss=init[-1] if init else math.nan,
+        best_loss=best["eval_loss"],
+        best_step=best["step"],
+        last_loss=filled[-1]["eval_loss"] if filled else math.nan,
+        memory_bytes=max((row.get("memory_bytes", 0) for row in train), default=0),
+    )
+
+
+def training_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """A row for each optimizer step."""
+    return [row for row in rows if "loss" in row]
+
+
+def evaluations(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Held-out losses, by their ``stage``: of the base, after the init, after a step, trained."""
+    return [row for row in rows if "eval_loss" in row]
+
+
+def perplexity(loss: float) -> float:
+    return math.inf if loss > MAX_EXPONENT else math.exp(loss)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

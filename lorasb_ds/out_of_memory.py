@@ -1,0 +1,276 @@
+"""What held the memory when there was none left, and what would take less."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from lorasb_ds.config import SHIPPED_DS_CONFIGS, RunConfig, read_json
+from lorasb_ds.footprint import (
+    CPU_LOAD_BYTES,
+    CPU_RUNTIME_BYTES,
+    Footprint,
+    Workload,
+    footprint,
+    init_plan,
+)
+from lorasb_ds.model_shape import ModelShape
+from lorasb_ds.placement import Placement, placement_of
+from lorasb_ds.plan import BUDGETS_GIB, GIB, Cluster
+from lorasb_ds.traffic import step_seconds, step_traffic
+
+Phase = Literal["load", "init", "train", "evaluation", "save"]
+
+NUM_REMEDIES = 3
+SHOWN_BYTES = GIB // 100
+# What allocators say where they raise nothing of their own: torch's on the CPU, cuBLAS.
+MESSAGES = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a process ended for want of memory, of its device or its host."""
+    causes = [error]
+    while (cause := causes[-1].__cause__) is not None and cause not in causes:
+        causes.append(cause)
+    return any(
+        isinstance(cause, MemoryError | torch.OutOfMemoryError)
+        or (isinstance(cause, OSError) and cause.errno == errno.ENOMEM)
+        or (isinstance(cause, RuntimeError) and any(text in str(cause) for text in MESSAGES))
+        for cause in causes
+    )
+
+
+class OutOfMemory(MemoryError):
+    """With what ``explain`` says of it."""
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change of the options, and what it does to a phase."""
+
+    options: str
+    saved_bytes: int  # of a process, as planned
+    step_time: float  # of an optimizer step, as a multiple of what it takes now
+    price: str  # what it changes beside time; empty if nothing
+
+
+def explain(
+    phase: Phase,
+    error: BaseException,
+    in_use_bytes: int,
+    free_bytes: int,
+    *,
+    config: RunConfig,
+    shape: ModelShape,
+    placement: Placement,
+    work: Workload,
+    memory: Footprint,
+    cluster: Cluster,
+) -> str:
+    """What to tell the user of a process that ran out of memory.
+
+    Args:
+        in_use_bytes: of this process, as measured now.
+        free_bytes: for each process, as measured before the run began.
+        memory: as the run was planned.
+    """
+    if phase == "init" and config.init_from is not None:
+        phase = "evaluation"  # what is taken up is only measured
+    held = parts(memory, phase, cluster.cpu)
+    if cluster.runtime_bytes:
+        held["runtime"] = cluster.runtime_bytes
+    largest_first = sorted(held.items(), key=lambda part: -part[1])
+    lines = [
+        f"Out of memory ({phase}). Planned were {_gib(sum(held.values()))} GiB a process in this "
+        f"phase; {_gib(free_bytes)} were free before the run began, and {_gib(in_use_bytes)} are "
+        "in use now.",
+        "",
+        "Planned, in GiB of a process:",
+        *(f"  {_gib(size):>8}  {name}" for name, size in largest_first if size >= SHOWN_BYTES),
+        "",
+    ]
+    found = remedies(phase, config, shape, placement, work, cluster)[:NUM_REMEDIES]
+    if found:
+        lines.append("What needs less in this phase, cheapest first:")
+        lines += [f"  {remedy.options}: {_describe(remedy)}" for remedy in found]
+    else:
+        lines.append("No option of this run makes this phase smaller.")
+    lines += [
+        "`lorasb plan` compares all ways to hold the model.",
+        "",
+        f"The error was: {str(error).strip().partition(chr(10))[0] or type(error).__name__}",
+    ]
+    return "\n".join(lines)
+
+
+def parts(memory: Footprint, phase: Phase, one_memory: bool) -> dict[str, int]:
+    """Bytes of a process at the peak of a phase, by what they are of.
+
+    Those of "load" and "init" add up to ``Footprint.phases``; the larger of "train" and "save"
+    does to its "train".
+
+    Args:
+        one_memory: on CPUs; else only what lies on the device.
+    """
+    held = {
+        "base": memory.base,
+        "quantization state": memory.quantization,
+        "A, B, R": memory.adapters,
+        "optimizer": memory.optimizer,
+    }
+    passing = {"gathered": memory.gathered, "dequantized layer": memory.dequantized}
+    logits = {"logits": memory.logits}
+    if phase == "load":
+        if memory.load_in_flight > memory.adapters + memory.optimizer:
+            held = {k: held[k] for k in ("base", "quantization state")}
+            held |= {"tensors on their way": memory.load_in_flight}
+    elif phase == "init":
+        if one_memory or not memory.host_init:
+            held["gradients of layers"] = memory.init.shard_bytes
+            held["hidden states between groups"] = memory.init.boundary_bytes
+        backward = {
+            "one block's backward pass": memory.block_backward,
+            "work on one layer": memory.init.backward_bytes,
+        }
+        steps = passing | {"activations": memory.init_activations}
+        steps |= _larger(logits, backward)
+        held |= _larger(steps, {"work on one layer": memory.init.svd_bytes})
+        if one_memory:
+            held["the finished basis"] = memory.host_rank0 // 2
+    elif phase == "train":
+        backward = {"one block's backward pass": memory.block_backward}
+        held |= passing | {"activations": memory.activations} | _larger(logits, backward)
+    elif phase == "evaluation":
+        held |= passing | logits
+    elif one_memory:
+        held["A and B, whole and in fp32"] = memory.host_rank0
+    if one_memory:
+        held["offloaded base"] = memory.host_base
+        held["runtime"] = CPU_LOAD_BYTES if phase == "load" else CPU_RUNTIME_BYTES
+    return held
+
+
+def remedies(
+    phase: Phase,
+    config: RunConfig,
+    shape: ModelShape,
+    placement: Placement,
+    work: Workload,
+    cluster: Cluster,
+) -> list[Remedy]:
+    """Changes that make a phase smaller: by the time of a step, then those that cost more."""
+
+    def bytes_of(placement: Placement, work: Workload) -> int:
+        init = init_plan(shape, work, placement.world_size, placement.dtype_bytes)
+        memory = footprint(shape, placement, work, init)
+        return sum(parts(memory, phase, cluster.cpu).values())
+
+    def seconds_of(placement: Placement, work: Workload) -> float:
+        traffic = step_traffic(shape, placement, work)
+        return step_seconds(shape, placement, work, traffic, cluster.speeds, cluster.nodes)
+
+    before, step_s = bytes_of(placement, work), seconds_of(placement, work)
+    found = []
+    for change in _changes(phase, config, shape, placement, work, cluster):
+        saved = before - bytes_of(change.placement, change.work)
+        if saved >= SHOWN_BYTES:
+            step_time = change.micro_batches * seconds_of(change.placement, change.work) / step_s
+            found.append(Remedy(change.options, saved, step_time, change.price))
+    free = [remedy for remedy in found if not remedy.price]
+    priced = [remedy for remedy in found if remedy.price]
+    return sorted(free, key=lambda remedy: round(remedy.step_time, 1)) + priced
+
+
+@dataclass(frozen=True)
+class _Change:
+    options: str
+    placement: Placement
+    work: Workload
+    micro_batches: int = 1  # for each that there is now
+    price: str = ""
+
+
+def _changes(
+    phase: Phase,
+    config: RunConfig,
+    shape: ModelShape,
+    placement: Placement,
+    work: Workload,
+    cluster: Cluster,
+) -> Iterator[_Change]:
+    """Every option that may help and is not on already; of equal times, the first is to be taken.
+
+    Those with a price come in the order of it.
+    """
+    if phase == "init":
+        if work.init_memory_bytes is None:
+            whole = init_plan(shape, work, placement.world_size, placement.dtype_bytes)
+            half = [g for g in BUDGETS_GIB if g * GIB <= whole.predicted_bytes / 2]
+            if half:
+                bounded = replace(work, init_memory_bytes=int(half[0] * GIB))
+                yield _Change(f"--init-memory-gib {half[0]:g}", placement, bounded)
+        if not work.init_offload:
+            yield _Change("--init-offload", placement, replace(work, init_offload=True))
+    if (size := work.micro_batch_size) > 1:
+        rows = max(n for n in range(1, size // 2 + 1) if size % n == 0)
+        accumulation = config.gradient_accumulation_steps * (size // rows)
+        yield _Change(
+            f"--micro-batch-size {rows} --gradient-accumulation-steps {accumulation}",
+            placement,
+            replace(work, micro_batch_size=rows),
+            micro_batches=size // rows,
+        )
+    if not work.gradient_checkpointing:
+        checkpointed = replace(work, gradient_checkpointing=True)
+        yield _Change("--gradient-checkpointing", placement, checkpointed)
+    if placement.form in ("fp32", "bf16"):
+        rounded = "the base is rounded"
+        yield _Change("--load-in-8bit", replace(placement, form="int8"), work, price=rounded)
+        yield _Change("--load-in-4bit", replace(placement, form="nf4"), work, price=rounded)
+    files = ["zero3.json"] if not placement.sharded and placement.world_size > 1 else []
+    if placement.offload == "none" and not cluster.cpu:
+        files.append("zero3_offload.json")
+    for file in files:
+        ds_config = read_json(str(SHIPPED_DS_CONFIGS / file), "--ds-config")
+        elsewhere = placement_of(ds_config, placement.form, placement.world_size)
+        yield _Change(f"--ds-config ds_configs/{file}", elsewhere, work)
+    length = work.max_length // 2
+    if length >= 8:
+        shorter = replace(
+            work, max_length=length, num_labels=max(1, work.num_labels - (work.max_length - length))
+        )
+        yield _Change(
+            f"--max-length {length}",
+            placement,
+            shorter,
+            price=f"rows of up to {work.max_length} tokens are cut off",
+        )
+    if placement.sharded and not cluster.cpu:
+        more = replace(placement, world_size=2 * placement.world_size)
+        yield _Change(f"{more.world_size} GPUs", more, work, price="more machines")
+
+
+def _larger(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
+    """What is not held at the same time."""
+    return max(one, other, key=lambda part: sum(part.values()))
+
+
+def _describe(remedy: Remedy) -> str:
+    time = "a step takes about as long as now"
+    if not 0.95 <= remedy.step_time < 1.05:
+        time = f"a step takes about {remedy.step_time:.1f} times as long"
+    return "; ".join(filter(None, (f"{_gib(remedy.saved_bytes)} GiB less", time, remedy.price)))
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f}"

@@ -1,0 +1,84 @@
+"""What the console of rank 0 shows while a run trains."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+from lorasb_ds.plan import GIB
+
+LINE_EVERY_S = 5.0  # where there is no terminal
+ETA_STEPS = 100  # whose times tell how long a step takes
+
+
+class Progress:
+    """A bar where there is a terminal, plain lines elsewhere; messages go above the bar."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._last_line = time.monotonic()
+        self._step_times: deque[float] = deque(maxlen=ETA_STEPS)
+
+    def say(self, text: str) -> None:
+        if self._bar is None:
+            print(f"lorasb: {text}", flush=True)
+        else:
+            self._bar.console.print(
+                f"lorasb: {text}", markup=False, highlight=False, soft_wrap=True
+            )
+
+    def show(self, row: Mapping[str, Any], num_steps: int) -> None:
+        """A training row: on the bar, or now and then (the first, the last) as a line."""
+        self._step_times.append(row["step_time_s"])
+        step, text = row["step"], describe(row)
+        left = time_left(self._step_times, num_steps - step)
+        if sys.stdout.isatty():
+            self._show_bar(step, num_steps, f"left {left}  {text}")
+            return
+        now = time.monotonic()
+        if now - self._last_line >= LINE_EVERY_S or step in (1, num_steps):
+            self._last_line = now
+            print(f"step {step}/{num_steps}  {text}  left {left}", flush=True)
+
+    def stop(self) -> None:
+        """Leave the bar as it is; what comes next goes below it."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _show_bar(self, step: int, num_steps: int, text: str) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+        from rich.progress import Progress as RichProgress
+
+        if self._bar is None:
+            bar = BarColumn(bar_width=20)
+            columns = (MofNCompleteColumn(), bar, TextColumn("{task.fields[text]}", markup=False))
+            self._bar = RichProgress(*columns)
+            self._bar.start()
+            self._task = self._bar.add_task("train", total=num_steps, text=text)
+        self._bar.update(self._task, completed=step, text=text)
+
+
+def describe(row: Mapping[str, Any]) -> str:
+    """A training row on one line."""
+    parts = [
+        f"loss {row['loss']:.4f}",
+        f"lr {row['lr']:.2e}",
+        f"|g| {row['grad_norm']:.3f}",
+        f"{row['tokens_per_s']:.0f} tokens/s",
+        f"{row['step_time_s']:.2f} s/step",
+    ]
+    if "memory_bytes" in row:
+        parts.append(f"{row['memory_bytes'] / GIB:.2f} GiB")
+    if row.get("skipped"):
+        parts.append("skipped")
+    return "  ".join(parts)
+
+
+def time_left(step_times: deque[float], num_steps: int) -> timedelta:
+    """By the mean of the steps seen: a single one may be far off."""
+    return timedelta(seconds=round(sum(step_times) / len(step_times) * num_steps))

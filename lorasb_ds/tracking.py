@@ -1,0 +1,80 @@
+"""Rows to an experiment tracker: Weights & Biases or Trackio, whose calls have one shape."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lorasb_ds.config import ConfigError, RunConfig
+from lorasb_ds.files import write_json
+
+PROJECT = "lorasb-ds"
+TRACKING = "tracking.json"  # in the output folder: what the tracker knows the run by
+
+
+def check_tracker(config: RunConfig) -> None:
+    """Refuse --report-to where its package is missing.
+
+    Raises:
+        ConfigError: with the command that installs it.
+    """
+    package = config.report_to
+    if package == "none":
+        return
+    spec = find_spec(package)
+    # wandb leaves a folder of its own name behind, which Python takes for a package without files.
+    if spec is None or spec.origin is None:
+        raise ConfigError(
+            f"--report-to {package} needs the package {package}: pip install {package}"
+        )
+
+
+class Tracker:
+    """A run at a tracker: a new one, or the one that the folder's ``tracking.json`` names.
+
+    Where it goes and by which account is the tracker's own business (`wandb login`,
+    TRACKIO_SPACE_ID, …). What its calls raise is left to the caller.
+    """
+
+    def __init__(self, package: str, folder: Path, config: Mapping[str, Any]) -> None:
+        """
+        Args:
+            package: "wandb" or "trackio".
+            config: of the run, to be shown beside its rows.
+        """
+        self._module: Any = importlib.import_module(package)
+        known = _known(folder / TRACKING, package)
+        name = known.get("name", folder.resolve().name)
+        given: dict[str, Any] = {
+            "project": os.environ.get(f"{package.upper()}_PROJECT") or PROJECT,
+            "name": name,
+            "config": dict(config),
+        }
+        if package == "wandb":
+            given.update(id=known.get("id"), resume="allow", dir=str(folder))
+            # Nothing but the rows: it would also send all that is printed.
+            given["settings"] = {"console": "off"}
+        else:  # trackio knows a run by its name, and takes the latest of those that share it
+            given["resume"] = "allow" if known else "never"
+        run = self._module.init(**given)
+        write_json(folder / TRACKING, {"tracker": package, "id": run.id, "name": name})
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._module.log(dict(values), step=step)
+
+    def finish(self) -> None:
+        """Wait until everything has arrived."""
+        self._module.finish()
+
+
+def _known(path: Path, package: str) -> dict[str, str]:
+    """What an earlier part of the run was called there; empty if there was none."""
+    if not path.is_file():
+        return {}
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return content if content["tracker"] == package else {}

@@ -1,0 +1,146 @@
+"""What a run writes and shows while it runs, and how it goes on after a stop."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import subprocess
+import sys
+from collections import deque
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lorasb_ds.config import ConfigError
+from lorasb_ds.metrics import RunLog
+from lorasb_ds.progress import Progress, describe, time_left
+from tests.runs import ROOT, metrics
+from tests.unit.test_history import training_row
+
+
+def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
+    """What TensorBoard would show."""
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(name)]
+
+
+def write_run(folder: Path) -> None:
+    """Two evaluations and six steps."""
+    log = RunLog(folder)
+    for stage in ("base", "init"):
+        log.write({"step": 0, "stage": stage, "eval_loss": 3.0})
+    for step in range(1, 7):
+        log.write(training_row(step, 10.0 - step))
+        if step == 4:
+            log.write({"step": 4, "stage": "step", "eval_loss": 2.5, "perplexity": 12.2})
+    log.close()
+
+
+def test_rows_are_on_disk_at_once(tmp_path: Path) -> None:
+    log = RunLog(tmp_path)
+    log.write(training_row(1, 2.0))
+    assert metrics(tmp_path) == log.rows == [training_row(1, 2.0)]
+    log.write(training_row(2, float("nan")))
+    log.close()
+    log.close()
+    assert metrics(tmp_path)[1]["loss"] is None
+    assert scalars(tmp_path, "train/r_norm") == [(1, 2.0), (2, 2.0)]
+
+
+def test_a_resumed_run_goes_on_where_its_checkpoint_is(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')  # the process was killed
+    log = RunLog(tmp_path, first_step=4)
+    kept = [(0, "base"), (0, "init"), (1, None), (2, None), (3, None), (4, None), (4, "step")]
+    assert [(row["step"], row.get("stage")) for row in log.rows] == kept
+    assert metrics(tmp_path) == log.rows, "nothing is left of the steps to be done again"
+    assert not list(tmp_path.glob("*.tmp"))
+    for step in (5, 6):
+        log.write(training_row(step, 1.0))
+    log.close()
+    assert [row["step"] for row in log.rows] == [0, 0, 1, 2, 3, 4, 4, 5, 6]
+    assert metrics(tmp_path) == log.rows
+    found = scalars(tmp_path, "train/loss")
+    assert found == [(1, 9.0), (2, 8.0), (3, 7.0), (4, 6.0), (5, 1.0), (6, 1.0)]
+
+
+def test_a_run_that_is_resumed_before_its_first_step(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    log = RunLog(tmp_path, first_step=0)
+    log.close()
+    assert [row["stage"] for row in log.rows] == ["base", "init"]
+    assert scalars(tmp_path, "eval/eval_loss") == [(0, 3.0)]
+
+
+def test_damaged_rows_are_left_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('oops\n{"step": 1}\n')
+    with pytest.raises(ConfigError, match="line 1"):
+        RunLog(tmp_path, first_step=1)
+    assert path.read_text().startswith("oops")
+
+
+def test_one_step_alone_does_not_tell_the_time() -> None:
+    assert time_left(deque([1.0, 1.0, 1.0, 5.0]), 30) == timedelta(minutes=1)
+
+
+def test_plain_lines_of_the_first_and_the_last(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress()
+    for step in range(1, 6):
+        progress.show(training_row(step, 2.0, memory_bytes=3 << 29), 5)
+    progress.say("a message")
+    progress.stop()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[:2]] == [["step", "1/5"], ["step", "5/5"]]
+    for part in ("loss 2.0000", "lr 1.00e-03", "|g| 1.000", "15 tokens/s", "1.50 GiB"):
+        assert part in lines[0]
+    assert lines[0].endswith("left 0:00:08")
+    assert lines[2:] == ["lorasb: a message"]
+
+
+def test_a_skipped_step_is_marked() -> None:
+    assert describe(training_row(1, float("nan"), skipped=True)).endswith("  skipped")
+    assert "skipped" not in describe(training_row(1, 1.0, skipped=False))
+
+
+SCRIPT = """
+from lorasb_ds.progress import Progress
+progress = Progress()
+row = {"loss": 2.0, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_s": 15.0, "step_time_s": 2.0}
+for step in (1, 2, 3):
+    progress.show(row | {"step": step}, 3)
+    if step == 2:
+        progress.say("saved [bold]checkpoint[/bold] 2")
+progress.stop()
+progress.say("after")
+"""
+
+
+def test_a_bar_on_a_terminal_and_messages_above_it() -> None:
+    """On a real one: what a pseudo-terminal gets to see."""
+    ours, theirs = pty.openpty()
+    environment: dict[str, Any] = os.environ | {"TERM": "xterm", "COLUMNS": "160"}
+    command = [sys.executable, "-c", SCRIPT]
+    with subprocess.Popen(command, stdout=theirs, env=environment, cwd=ROOT) as child:
+        os.close(theirs)
+        seen = b""
+        while True:
+            try:
+                seen += os.read(ours, 4096)
+            except OSError:  # the other end is closed
+                break
+    os.close(ours)
+    assert child.returncode == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.decode())
+    lines = [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
+    assert "lorasb: saved [bold]checkpoint[/bold] 2" in lines, "as it is, on a line of its own"
+    last_bar = [line for line in lines if line.startswith("3/3")][-1]
+    assert "left 0:00:00  loss 2.0000" in last_bar
+    assert lines[-1] == "lorasb: after"
+    assert lines.index(last_bar) > lines.index("lorasb: saved [bold]checkpoint[/bold] 2")
