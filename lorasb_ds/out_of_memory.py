@@ -50,7 +50,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-class OutOfMemory(MemoryError):
+class OutOfMemoryError(MemoryError):
     """With what ``explain`` says of it."""
 
 

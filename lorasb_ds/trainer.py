@@ -33,7 +33,7 @@ from lorasb_ds.loading import DTYPES, load_base
 from lorasb_ds.loop import Adapters, Job, Outcome, evaluate, may_change, train
 from lorasb_ds.metrics import RunLog, provenance
 from lorasb_ds.optimizer import make_optimizer, make_scheduler, set_scheduler
-from lorasb_ds.out_of_memory import OutOfMemory, Phase, explain, is_out_of_memory
+from lorasb_ds.out_of_memory import OutOfMemoryError, Phase, explain, is_out_of_memory
 from lorasb_ds.output import make_output_dir, say
 from lorasb_ds.packing import keeps_packs_apart
 from lorasb_ds.prepare import Prepared, check_ranks_agree
@@ -124,7 +124,7 @@ def phase(run: Prepared, name: Phase) -> Iterator[None]:
     """What is done in it may run out of memory, which is then explained.
 
     Raises:
-        OutOfMemory: on this rank only; the launcher ends the others.
+        OutOfMemoryError: on this rank only; the launcher ends the others.
     """
     try:
         yield
@@ -143,7 +143,7 @@ def phase(run: Prepared, name: Phase) -> Iterator[None]:
             memory=run.footprint,
             cluster=run.cluster,
         )
-        raise OutOfMemory(explanation) from error
+        raise OutOfMemoryError(explanation) from error
 
 
 def describe(run: Prepared, folder: Path) -> dict[str, Any]:

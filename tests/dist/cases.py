@@ -156,6 +156,103 @@ def initialize(config: dict[str, Any], out: str, zero_optimization: dict[str, An
         assert basis == {}
 
 
+def _fill(adapters: dict[str, Any], scale: float = 0.3) -> None:
+    """Factors that are the same for any number of ranks."""
+    from lorasb_ds import zero
+
+    generator = torch.Generator().manual_seed(5)
+    for adapter in adapters.values():
+        r = adapter.r
+        A = scale * torch.randn(r, adapter.in_features, generator=generator)
+        B = scale * torch.randn(adapter.out_features, r, generator=generator)
+        zero.fill(adapter.lora_A, A if zero.rank() == 0 else None)
+        zero.fill(adapter.lora_B, B if zero.rank() == 0 else None)
+        zero.fill_trainable(adapter.lora_R, scale * torch.randn(r, r, generator=generator))
+
+
+def steps(config: dict[str, Any], out: str, fp16: bool = False) -> None:
+    """All steps of a run from given factors: what each of them reports, and R at the end."""
+    from lorasb_ds import zero
+    from lorasb_ds.loop import train_step
+
+    if fp16:
+        # DeepSpeed asks for hardware; torch computes in fp16 on any CPU, slowly.
+        from deepspeed.accelerator import get_accelerator
+
+        get_accelerator().is_fp16_supported = lambda: True
+    run, engine, adapters = _start(config, {})
+    _fill(adapters)
+    engine.train()
+    found = []
+    for step in range(run.num_steps):
+        result = train_step(engine, run.step_batches(run.order.units(step)))
+        assert result is not None
+        norms = [result.grad_norm, result.r_norm, float(result.applied)]
+        found.append([result.loss, *norms, result.num_tokens, result.num_places])
+    masters = {name: zero.full_fp32(adapter.lora_R) for name, adapter in adapters.items()}
+    norm = torch.stack([R.double().square().sum() for R in masters.values()]).sum().sqrt()
+    torch.testing.assert_close(torch.tensor(found[-1][2]), norm.float(), rtol=1e-6, atol=0)
+    # A request to stop on one rank reaches all of them, and nothing is done.
+    batches = run.step_batches(run.order.units(0))
+    stop = zero.rank() == zero.world_size() - 1
+    assert train_step(engine, batches, stop) is None
+    if zero.rank() == 0:
+        save_file(masters | {"steps": torch.tensor(found, dtype=torch.float64)}, out)
+
+
+def not_finite_step(config: dict[str, Any], zero_optimization: dict[str, Any], what: str) -> None:
+    """One rank's loss or gradient is not finite: no rank steps, and the next step is clean."""
+    import copy
+
+    from lorasb_ds import zero
+    from lorasb_ds.loop import train_step
+    from lorasb_ds.training_state import collect_state
+
+    run, engine, adapters = _start(config, zero_optimization)
+    _fill(adapters)
+    engine.train()
+    all_batches = [run.step_batches(run.order.units(step)) for step in range(3)]
+    assert train_step(engine, all_batches[0]).applied
+    before, scalars = copy.deepcopy(collect_state(engine, adapters))
+    lr = engine.get_lr()
+
+    def spoil(_module: Any, _inputs: Any, output: Any) -> Any:
+        # inf: the loss is infinite, and its gradient by the logits is not. nan: both are not.
+        bad = torch.zeros_like(output.logits[..., :1])
+        bad[..., 0] = torch.inf if what == "loss" else torch.nan
+        output.logits = torch.cat([bad, output.logits[..., 1:]], -1)
+        return output
+
+    def spoil_gradient(gradient: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(gradient, torch.inf)
+
+    remove: Any = None
+    if zero.rank() == zero.world_size() - 1:
+        if what == "gradient":
+            first = next(iter(adapters.values()))
+            hook = first.register_full_backward_hook(
+                lambda _m, given, _o: tuple(g if g is None else g * torch.inf for g in given)
+            )
+            remove = [hook, first.lora_R.register_hook(spoil_gradient)]
+        else:
+            remove = [engine.module.register_forward_hook(spoil)]
+    result = train_step(engine, all_batches[1])
+    assert not result.applied
+    assert torch.isfinite(torch.tensor(result.loss)) == (what == "gradient")
+    assert not torch.isfinite(torch.tensor(result.grad_norm))
+    for hook in remove or []:
+        hook.remove()
+    after, scalars_after = collect_state(engine, adapters)
+    assert (scalars, lr) == (scalars_after, engine.get_lr())
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert train_step(engine, all_batches[2]).applied
+    moved, _ = collect_state(engine, adapters)
+    assert all(torch.isfinite(value).all() for value in moved.values())
+    if zero.rank() == 0:
+        assert any(not torch.equal(after[name], moved[name]) for name in after)
+
+
 def four_bit(config: dict[str, Any], out: str, zero_optimization: dict[str, Any]) -> None:
     """Held-out loss, init, some steps and export on a 4-bit base of which each rank has a share."""
     from lorasb_ds import zero

@@ -1,0 +1,335 @@
+"""Runs that are stopped, killed, damaged or moved, and go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorasb_ds.checkpoint import checkpoint_path, list_checkpoints, read_checkpoint
+from lorasb_ds.config import ConfigError, load_run_config
+from lorasb_ds.prepare import prepare
+from lorasb_ds.stop import EXIT_STOPPED
+from tests.runs import ROOT, metrics, run_command, word_rows, write_jsonl
+
+STEPS = 24
+LORASB = str(Path(sys.executable).parent / "lorasb")
+
+
+def training(folder: Path) -> dict[int, dict[str, Any]]:
+    return {row["step"]: row for row in metrics(folder) if "loss" in row}
+
+
+def num_rows(folder: Path) -> int:
+    file = folder / "metrics.jsonl"
+    return file.read_text().count('"loss"') if file.is_file() else 0
+
+
+@contextmanager
+def started(*command: str) -> Iterator[subprocess.Popen[str]]:
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    child = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        yield child
+    finally:
+        if child.poll() is None:
+            child.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+            child.send_signal(signal.SIGINT)
+        child.wait(timeout=60)
+
+
+def wait_for_rows(child: subprocess.Popen[str], folder: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while num_rows(folder) < count:
+        assert child.poll() is None, child.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def command(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """fp32, 5 rows a step of 13: 3 steps an epoch, the last with 3 rows."""
+    folder = tmp_path_factory.mktemp("data")
+    data = write_jsonl(folder / "rows.jsonl", word_rows(13))
+    return (
+        f"{LORASB} train --model {tiny_model} --data {data} --eval-data {data} --r 4 --dtype fp32 "
+        f"--init-lr 1e-3 --lr 5e-3 --train-batch-size 5 --micro-batch-size 2 --max-steps {STEPS} "
+        f"--save-every 4 --eval-every 6 --generate-samples 1"
+    ).split()
+
+
+@pytest.fixture(scope="module")
+def alone(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nothing happens to, on two processes."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    output = run_command(*command, "--num-procs", "2", "--output-dir", str(folder))
+    assert "checkpoint of step 4: 0.0" in output, "its size is said"
+    return folder
+
+
+def test_evaluations_while_training(alone: Path) -> None:
+    rows = [row for row in metrics(alone) if "eval_loss" in row]
+    assert [(row["step"], row["stage"]) for row in rows] == [
+        *((0, "base"), (0, "init"), (6, "step"), (12, "step"), (18, "step"), (24, "trained")),
+    ]
+    samples = [json.loads(line) for line in (alone / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [0, 0, 6, 12, 18, 24]
+    assert all("Say" in sample["prompt"] and sample["expected"] for sample in samples)
+    best = min(rows[2:], key=lambda row: row["eval_loss"])["step"]
+    index = json.loads((alone / "checkpoints" / "index.json").read_text())
+    assert index["best_step"] == best
+    kept = {20, 24, best}
+    assert {int(path.name[5:]) for path in list_checkpoints(alone)} == kept
+    for row in training(alone).values():
+        assert 0 <= row["padding_share"] < 1
+        assert row["r_norm"] > 0
+        assert row["memory_bytes"] > 0
+
+
+def test_it_goes_on_with_1_and_2_and_3_processes(
+    command: list[str], alone: Path, tmp_path: Path
+) -> None:
+    """Asked to end by SIGTERM, SIGUSR1 and Ctrl-C. 5 rows do not divide by 2 or 3 processes."""
+    folder = tmp_path / "run"
+    again = [*command, "--output-dir", str(folder), "--resume", "auto"]
+    stops = ((1, signal.SIGTERM, 3), (2, signal.SIGUSR1, 8), (3, signal.SIGINT, 14))
+    for num_procs, signum, after in stops:
+        with started(*again, "--num-procs", str(num_procs)) as child:
+            wait_for_rows(child, folder, after)
+            child.send_signal(signum)
+            output, _ = child.communicate(timeout=60)
+        assert child.returncode == EXIT_STOPPED, output
+        assert "ending after this step, with a checkpoint" in output
+        step = num_rows(folder)
+        assert f"asked to stop: step {step} is saved" in output
+        assert after <= step < STEPS
+        assert not (folder / "adapter").exists()
+    run_command(*again, "--num-procs", "2")
+    found, expected = training(folder), training(alone)
+    assert found.keys() == expected.keys() == set(range(1, STEPS + 1)), "no step lost or twice"
+    for key in ("loss", "grad_norm", "lr", "tokens"):
+        differences = [abs(found[step][key] - expected[step][key]) for step in found]
+        assert max(differences) <= 1e-4, key
+    evals = [[r["eval_loss"] for r in metrics(f) if "eval_loss" in r] for f in (folder, alone)]
+    assert evals[0] == pytest.approx(evals[1], abs=1e-4)
+    output = run_command(*again, "--num-procs", "2")
+    assert "nothing is left to do" in output
+
+
+def test_killed_again_and_again(tiny_model: Path, tmp_path: Path) -> None:
+    """SIGKILL, also in the middle of a save; the same processes: equal to the bit.
+
+    `scripts/stress_resume.py` is the longer version.
+    """
+    out = tmp_path / "result.json"
+    script = str(ROOT / "scripts" / "stress_resume.py")
+    options = f"--kills 4 --steps 30 --model {tiny_model} --output {out}".split()
+    run_command(sys.executable, script, *options)
+    result = json.loads(out.read_text())
+    assert len(result["kills"]) == 4
+    assert result["during_save"] == 2
+    assert result["largest_difference"] == 0
+    assert result["same_adapter"]
+    assert result["inits"] == 1
+
+
+def test_another_run_is_refused(command: list[str], alone: Path, tmp_path: Path) -> None:
+    given = dict(zip(command[2::2], command[3::2], strict=True))
+    given = {name.removeprefix("--").replace("-", "_"): v for name, v in given.items()}
+    given |= {"output_dir": str(alone), "resume": "auto"}
+    prepare(load_run_config(given), 2)
+    prepare(load_run_config(given | {"lr": "1e-4", "max_steps": "48"}), 3)
+    other = write_jsonl(tmp_path / "other.jsonl", word_rows(12))
+    cases = (
+        ({"r": "5"}, "--r (the checkpoint has 4, this run 5)"),
+        ({"data": other}, "training rows"),
+        ({"max_length": "12"}, "training rows"),
+        ({"train_batch_size": "4"}, "--train-batch-size (the checkpoint has 5, this run 4)"),
+        ({"seed": "1"}, "--seed"),
+        ({"optimizer": "sgd"}, "--optimizer"),
+        ({"target_modules": "q_proj"}, "target layers"),
+    )
+    for change, what in cases:
+        with pytest.raises(ConfigError, match="is of another run. What differs") as error:
+            prepare(load_run_config(given | change), 2)
+        assert what in str(error.value), change
+    model = shutil.copytree(given["model"], tmp_path / "model")
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-3] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ConfigError, match="model files"):
+        prepare(load_run_config(given | {"model": str(model)}), 2)
+
+
+def test_damage(command: list[str], alone: Path, tmp_path: Path) -> None:
+    """A torn checkpoint is passed over; a basis that is not the run's is refused."""
+    run = Path(shutil.copytree(alone, tmp_path / "run"))
+    shutil.rmtree(run / "adapter")
+    state = checkpoint_path(run, 24) / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-1])
+    again = [*command, "--output-dir", str(run), "--resume", "auto", "--num-procs", "1"]
+    output = run_command(*again)
+    assert "warning: checkpoint step-00000024 is passed over: state.safetensors is not" in output
+    assert "resumed after step 20" in output
+    assert training(run).keys() == set(range(1, STEPS + 1))
+    assert isinstance(read_checkpoint(state.parent), str) is False, "written anew"
+    basis = run / "basis.safetensors"
+    content = bytearray(basis.read_bytes())
+    content[-7] ^= 64
+    basis.write_bytes(content)
+    shutil.rmtree(run / "adapter")
+    output = run_command(*again, status=2)
+    assert "basis.safetensors is not what the init wrote there" in output
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    """A tmpfs over a folder, with what was in it."""
+    aside = Path(shutil.copytree(folder, folder.with_name("aside")))
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        shutil.copytree(aside, folder, dirs_exist_ok=True)
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("policy", ["stop", "continue"])
+def test_a_full_disk(command: list[str], alone: Path, tmp_path: Path, policy: str) -> None:
+    """The checkpoint before it is whole, and training ends with the reason or goes on."""
+    run = Path(shutil.copytree(alone, tmp_path / "run"))
+    shutil.rmtree(run / "adapter")
+    for step in (24, 20, 18):
+        shutil.rmtree(checkpoint_path(run, step), ignore_errors=True)
+    again = [*command, "--output-dir", str(run), "--resume", "auto", "--num-procs", "1"]
+    again += ["--save-every", "1", "--keep-last", "100", "--on-save-error", policy]
+    with small_disk(run / "checkpoints", "160k"):
+        output = run_command(*again, status=1 if policy == "stop" else 0)
+        assert "No space left on device" in output
+        assert "Traceback" not in output
+        saved = list_checkpoints(run)
+        assert saved
+        assert all(not isinstance(read_checkpoint(path), str) for path in saved)
+        assert not list((run / "checkpoints").glob("*.tmp"))
+    assert (run / "adapter").exists() == (policy == "continue")
+    if policy == "continue":
+        assert "Training goes on" in output
+        assert training(run).keys() == set(range(1, STEPS + 1))
+
+
+def test_ctrl_c_twice(command: list[str], tmp_path: Path) -> None:
+    """The second one does not wait for anything."""
+    folder = tmp_path / "run"
+    endless = [*command, "--max-steps", "1000000", "--output-dir", str(folder), "--num-procs", "2"]
+    with started(*endless) as child:
+        wait_for_rows(child, folder, 2)
+        began = time.monotonic()
+        child.send_signal(signal.SIGINT)
+        child.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+        child.send_signal(signal.SIGINT)
+        child.communicate(timeout=60)
+    assert child.returncode not in (0, EXIT_STOPPED)
+    assert time.monotonic() - began < 10
+
+
+def test_what_is_not_finite_ends_the_run_with_its_rows(command: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    output = run_command(
+        *command,
+        *f"--lr 1e30 --max-skipped-steps 2 --num-procs 1 --output-dir {folder}".split(),
+        status=1,
+    )
+    rows = training(folder)
+    skipped = [step for step, row in rows.items() if row.get("skipped")]
+    assert len(skipped) == 3
+    assert skipped == list(range(min(skipped), min(skipped) + 3))
+    assert output.count("left out (rows.jsonl:") == 2
+    assert "look at the rows of this step: rows.jsonl:" in output
+    assert "Traceback" not in output
+
+
+def test_early_stopping_keeps_the_best(command: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    output = run_command(
+        *command,
+        *[
+            "--lr",
+            "0.3",
+            "--lr-scheduler",
+            "constant",
+            "--eval-every",
+            "1",
+            "--early-stopping-patience",
+            "2",
+        ],
+        *f"--max-steps 200 --num-procs 1 --output-dir {folder}".split(),
+    )
+    evals = {r["step"]: r["eval_loss"] for r in metrics(folder) if r.get("stage") == "step"}
+    best = min(evals, key=lambda step: evals[step])
+    assert max(evals) == best + 2 < 200
+    assert f"(step {best}) in 2 evaluations" in output
+    assert f"the adapter is that of step {best}" in output
+    from safetensors.torch import load_file
+
+    stored = load_file(checkpoint_path(folder, best) / "state.safetensors")
+    basis = load_file(folder / "basis.safetensors")
+    adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
+    name = "model.layers.0.self_attn.q_proj"
+    expected = basis[f"{name}.lora_B"].float() @ stored[f"{name}.lora_R"]
+    assert adapter[f"base_model.model.{name}.lora_B.weight"].sub(expected).abs().max() < 1e-6
+
+
+def test_out_of_memory_is_explained(command: list[str], tmp_path: Path) -> None:
+    """For real: the process may not take more than so much memory."""
+    short = [
+        *command,
+        "--max-steps",
+        "2",
+        "--num-procs",
+        "1",
+        "--output-dir",
+        str(tmp_path / "run"),
+    ]
+    rows = write_jsonl(tmp_path / "rows.jsonl", word_rows(13) * 400)
+    large = ["--data", rows, "--train-batch-size", "4000", "--micro-batch-size", "4000", "--force"]
+    limit = ["prlimit", "--data=4000000000", *short, *large, "--init-samples", "8"]
+    output = run_command(*limit, status=1)
+    assert "Out of memory (train)" in output
+    assert "--micro-batch-size 2000 --gradient-accumulation-steps 2" in output
+    assert "logits" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("options", ["--packing --max-length 48", "--group-by-length"])
+def test_packed_and_grouped_runs(command: list[str], tmp_path: Path, options: str) -> None:
+    """From the command line, with a resume in the middle."""
+    folder = tmp_path / "run"
+    run = [*command, *options.split(), "--num-procs", "1", "--max-steps", "6", "--save-every", "3"]
+    run_command(*run, "--output-dir", str(folder))
+    first = training(folder)
+    assert sum(row["tokens"] for row in first.values()) > 0
+    run_command(*run, "--resume", str(checkpoint_path(folder, 3)))
+    assert {k: r["loss"] for k, r in training(folder).items()} == {
+        k: r["loss"] for k, r in first.items()
+    }
