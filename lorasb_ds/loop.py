@@ -77,7 +77,6 @@ def train(job: Job) -> Outcome:
             return "stopped"
         progress.step += 1
         progress.tokens += result.num_tokens
-        count_skips(job, result, units)
         now = time.perf_counter()
         if job.log:
             row = {
@@ -94,6 +93,7 @@ def train(job: Job) -> Outcome:
             }
             job.log.write(row | ({} if result.applied else {"skipped": True}))
             job.log.progress(row, job.num_steps)
+        count_skips(job, result, units)
         is_last = progress.step == job.num_steps
         new_best = False
         if not is_last and _is_due(progress.step, run.config.eval_every):

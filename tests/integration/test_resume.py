@@ -161,14 +161,14 @@ def test_another_run_is_refused(command: list[str], alone: Path, tmp_path: Path)
     cases = (
         ({"r": "5"}, "--r (the checkpoint has 4, this run 5)"),
         ({"data": other}, "training rows"),
-        ({"max_length": "12"}, "training rows"),
+        ({"max_length": "36"}, "training rows"),
         ({"train_batch_size": "4"}, "--train-batch-size (the checkpoint has 5, this run 4)"),
         ({"seed": "1"}, "--seed"),
         ({"optimizer": "sgd"}, "--optimizer"),
         ({"target_modules": "q_proj"}, "target layers"),
     )
     for change, what in cases:
-        with pytest.raises(ConfigError, match="is of another run. What differs") as error:
+        with pytest.raises(ConfigError, match=r"is of another run\. What differs") as error:
             prepare(load_run_config(given | change), 2)
         assert what in str(error.value), change
     model = shutil.copytree(given["model"], tmp_path / "model")
@@ -321,9 +321,16 @@ def test_out_of_memory_is_explained(command: list[str], tmp_path: Path) -> None:
     assert "Traceback" not in output
 
 
-@pytest.mark.parametrize("options", ["--packing --max-length 48", "--group-by-length"])
-def test_packed_and_grouped_runs(command: list[str], tmp_path: Path, options: str) -> None:
-    """From the command line, with a resume in the middle."""
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--packing --max-length 48",
+        "--group-by-length --optimizer lion --ds-config ds_configs/zero3_offload.json",
+        "--optimizer sgd --ds-config ds_configs/zero1.json --gradient-checkpointing",
+    ],
+)
+def test_other_ways_to_train_go_on_as_well(command: list[str], tmp_path: Path, options: str) -> None:
+    """With a resume in the middle."""
     folder = tmp_path / "run"
     run = [*command, *options.split(), "--num-procs", "1", "--max-steps", "6", "--save-every", "3"]
     run_command(*run, "--output-dir", str(folder))

@@ -78,7 +78,7 @@ def test_sha256sum_reads_the_sums(run: Path) -> None:
 
 @pytest.mark.parametrize("name", [*FILES, SUMS_FILE])
 def test_any_flipped_byte_or_cut_is_found(run: Path, name: str) -> None:
-    """Every byte of the small files, many of the tensors'; and any file cut anywhere, or missing."""
+    """Every byte of the small files, many of the tensors'; any file cut anywhere, or missing."""
     path = checkpoint_path(run, 6) / name
     whole = path.read_bytes()
     generator = random.Random(0)  # noqa: S311
