@@ -15,6 +15,7 @@ from lorasb_ds import zero
 from lorasb_ds.adapter import LoraSBLinear
 from lorasb_ds.batches import Batch
 from lorasb_ds.checkpoint import Progress, tidy, write_checkpoint
+from lorasb_ds.config import option_name
 from lorasb_ds.evaluate import generate, held_out_loss
 from lorasb_ds.history import perplexity
 from lorasb_ds.loss import token_loss_sum
@@ -298,4 +299,5 @@ def save(job: Job) -> None:
 def may_change(run: Prepared) -> dict[str, Any]:
     """Options that a resumed run may have changed; it says so."""
     names = ("lr", "lr_scheduler", "warmup_ratio", "weight_decay", "max_grad_norm")
-    return {f"--{name.replace('_', '-')}": getattr(run.config, name) for name in names}
+    options = {option_name(name): getattr(run.config, name) for name in names}
+    return {"steps": run.num_steps} | options

@@ -89,6 +89,8 @@ def run_training(run: Prepared, stop: StopRequest, init_only: bool = False) -> O
         check_packs(job)
     if run.resume is not None:
         init = resume(job, run.resume)
+        if run.resume.checkpoint is None and not has_row(job, "init"):
+            evaluate(job, "init")
     else:
         with phase(run, "evaluation"), branches_off(adapters):
             evaluate(job, "base")
@@ -194,6 +196,13 @@ def start_engine(run: Prepared) -> tuple[Any, Adapters]:
     optimizer = make_optimizer(R, config)
     scheduler = make_scheduler(optimizer, config, run.num_steps)
     return zero.make_engine(model, R, optimizer, scheduler, run.ds_config), adapters
+
+
+def has_row(job: Job, stage: str) -> bool:
+    """Whether an evaluation is among the run's rows. Collective."""
+    found = [job.log is not None and any(row.get("stage") == stage for row in job.log.rows)]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
 
 
 def check_packs(job: Job) -> None:

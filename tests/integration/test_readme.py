@@ -43,8 +43,12 @@ def test_scripts(line: str) -> None:
 
 
 @pytest.mark.parametrize("line", starting("lorasb", "train") + starting("lorasb", "init"))
-def test_train(line: str) -> None:
-    result = CliRunner().invoke(main, [*shlex.split(line)[1:], "--dry-run"])
+def test_train(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = shlex.split(line)[1:]
+    if "--resume" in arguments and (run := arguments[arguments.index("--resume") + 1]) != "auto":
+        made_up_run(Path(run), {})
+    result = CliRunner().invoke(main, [*arguments, "--dry-run"])
     assert result.exit_code == 0, result.output
     assert ("--init-only" in result.output) == line.startswith("lorasb init")
 

@@ -329,7 +329,9 @@ def test_out_of_memory_is_explained(command: list[str], tmp_path: Path) -> None:
         "--optimizer sgd --ds-config ds_configs/zero1.json --gradient-checkpointing",
     ],
 )
-def test_other_ways_to_train_go_on_as_well(command: list[str], tmp_path: Path, options: str) -> None:
+def test_other_ways_to_train_go_on_as_well(
+    command: list[str], tmp_path: Path, options: str
+) -> None:
     """With a resume in the middle."""
     folder = tmp_path / "run"
     run = [*command, *options.split(), "--num-procs", "1", "--max-steps", "6", "--save-every", "3"]
