@@ -15,7 +15,8 @@ from lorasb_ds.base_files import stored_tensors
 from lorasb_ds.basis import check_basis, fingerprint
 from lorasb_ds.batches import Batch, Sample, micro_batches
 from lorasb_ds.config import ConfigError, RunConfig, check_output_dir, read_json
-from lorasb_ds.data import TokenizedRows, digest, tokenize_rows
+from lorasb_ds.data import TokenizedRows
+from lorasb_ds.data_cache import load_data
 from lorasb_ds.ds_config import resolve_ds_config
 from lorasb_ds.footprint import Footprint, Workload, footprint, init_plan
 from lorasb_ds.forecast import Forecast, check_fits, forecast, this_cluster
@@ -26,7 +27,6 @@ from lorasb_ds.order import init_sample
 from lorasb_ds.placement import Placement, placement_of
 from lorasb_ds.plan import GIB
 from lorasb_ds.quantization import Kind
-from lorasb_ds.rows import load_rows
 from lorasb_ds.shapes import shape_of
 from lorasb_ds.tokenizer import choose_pad_token, read_tokenizer
 from lorasb_ds.weight_map import map_weights, unused_tensors
@@ -41,7 +41,7 @@ class Prepared:
     ds_config_file: dict[str, Any]  # as it was read, before "auto" was filled
     hf_config: Any
     tokenizer: Any
-    notes: list[str]  # what the user should know of the base's files
+    notes: list[str]  # what the user should know of the base's files and the data
     shape: ModelShape
     targets: Shapes
     experts: dict[str, int]  # MoE modules that stay frozen, and their elements
@@ -74,7 +74,7 @@ class Prepared:
         return Sample(
             batches=[batch.to(zero.device()) for batch in self.batches(self.train, indices)],
             num_rows=len(indices),
-            num_label_tokens=sum(self.train.examples[i].num_label_tokens for i in indices),
+            num_label_tokens=int(self.train.num_labels[list(indices)].sum()),
         )
 
 
@@ -116,18 +116,14 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
             f"warning: {len(unused)} tensors of the checkpoint have no place in the model of "
             f"config.json, such as {', '.join(unused[:3])}"
         )
-    train = tokenize_rows(load_rows(config.data), tokenizer, config)
-    held_out = None
-    if config.eval_data is not None:
-        rows = load_rows(config.eval_data, "--eval-data", held_out=True)
-        held_out = tokenize_rows(rows, tokenizer, config, option="--eval-data")
+    train, held_out, data_notes = load_data(config, tokenizer)
     gradient_rows, probe_rows = init_sample(len(train.examples), config.init_samples, config.seed)
-    made_from = fingerprint(config, targets, [train.examples[i] for i in gradient_rows])
+    made_from = fingerprint(config, targets, train.select(gradient_rows).digest)
     stored_init = None if config.init_from is None else check_basis(config, made_from)
     form = "nf4" if config.load_in_4bit else "int8" if config.load_in_8bit else config.dtype
     placement = placement_of(ds_config, form, world_size)
     workload = _workload(config, targets, train, len(gradient_rows))
-    longest = max(len(train.examples[i].input_ids) for i in gradient_rows)
+    longest = int(train.lengths[gradient_rows].max())
     init = init_plan(
         shape, replace(workload, max_length=longest), world_size, placement.dtype_bytes
     )
@@ -141,7 +137,7 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
         ds_config_file=ds_config_file,
         hf_config=hf_config,
         tokenizer=tokenizer,
-        notes=[note for note in notes if note],
+        notes=[note for note in [*notes, *data_notes] if note],
         shape=shape,
         targets=targets,
         experts=experts,
@@ -175,8 +171,7 @@ def _workload(
     config: RunConfig, targets: Shapes, train: TokenizedRows, init_samples: int
 ) -> Workload:
     """What the run computes, for its footprint."""
-    longest = max(len(example.input_ids) for example in train.examples)
-    first_label = min(example.first_label for example in train.examples)
+    longest, first_label = int(train.lengths.max()), int(train.first_labels.min())
     budget = config.init_memory_gib
     return Workload(
         targets=targets,
@@ -203,8 +198,8 @@ def check_ranks_agree(run: Prepared) -> None:
         "the options": run.config.model_dump_json(exclude={"ds_config"}),
         "the ds_config": json.dumps(run.ds_config, sort_keys=True),
         "the model's layers": json.dumps(run.shape.layers),
-        "the training rows": digest(run.train.examples),
-        "the held-out rows": digest(run.held_out.examples) if run.held_out else "",
+        "the training rows": run.train.digest,
+        "the held-out rows": run.held_out.digest if run.held_out else "",
         "the model's files": run.made_from["model files"],
         "the basis": repr(run.stored_init),
     }

@@ -82,7 +82,7 @@ def write_report(
     speed = sum(row["tokens"] for row in train) / seconds if seconds else math.nan
     taken = run["config"]["init_from"]
     lines = [
-        f"# LoRA-SB, r = {r}: {run['config']['model']} on {run['config']['data']}",
+        f"# LoRA-SB, r = {r}: {run['config']['model']} on {' + '.join(run['config']['data'])}",
         "",
         f"{world_size} process(es) on {device}; {len(targets)} layers with an adapter.",
         "",
