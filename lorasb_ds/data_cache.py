@@ -197,7 +197,10 @@ def _make(
 
     aside = folder.with_suffix(".tmp")
     for old in (aside, folder):
-        shutil.rmtree(old, ignore_errors=True)
+        if old.is_dir():
+            shutil.rmtree(old)
+        else:
+            old.unlink(missing_ok=True)
     aside.mkdir()
     num_proc = _num_proc(rows, tokenizer, config, option)
     batch_size = max(1, min(1000, BATCH_TOKENS // config.max_length))
@@ -210,7 +213,7 @@ def _make(
         num_proc=num_proc if num_proc > 1 else None,
         cache_file_name=str(aside / "all.arrow"),
         load_from_cache_file=False,
-        new_fingerprint=key,
+        new_fingerprint=key[:32],  # datasets adds to it, and takes 64 characters
         desc="Tokenizing",
     )
     kept, counts, forms = count(made)
