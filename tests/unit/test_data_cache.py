@@ -202,7 +202,7 @@ from lorasb_ds.tokenizer import load_tokenizer
 make = data_cache._make
 def slowly(folder, **more):
     print("makes it", flush=True)
-    time.sleep(4)
+    time.sleep(2)
     make(folder, **more)
 data_cache._make = slowly
 tokenizer = load_tokenizer(sys.argv[1])
