@@ -223,7 +223,7 @@ def nothing_left(
         )
     if counts[NOT_JSON] + counts[f"skipped: {NO_COLUMNS}"] == counts.total():
         first = next(row for row in rows if isinstance(row, Mapping))
-        return no_columns(first, config.prompt_column, config.response_column)
+        return no_columns(option, first, config.prompt_column, config.response_column)
     named = f"{config.prompt_column or 'by name'}/{config.response_column or 'by name'}"
     return ConfigError(
         f"{option}: no row is left to learn from ({told(counts)}). Check --prompt-column/"

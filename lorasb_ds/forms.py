@@ -125,15 +125,15 @@ def check_columns(prompt: str | None, response: str | None) -> None:
         )
 
 
-def no_columns(row: Row, prompt: str | None, response: str | None) -> ConfigError:
+def no_columns(option: str, row: Row, prompt: str | None, response: str | None) -> ConfigError:
     """What to say where no row has a known form, ``row`` being the first of them."""
     has = f"The first row has: {', '.join(map(str, row))}."
-    for option, name in (("--prompt-column", prompt), ("--response-column", response)):
+    for asked, name in (("--prompt-column", prompt), ("--response-column", response)):
         if name is not None and name not in row:
-            return ConfigError(f"{option} {name}: the data has no such column. {has}")
+            return ConfigError(f"{asked} {name}: {option} has no such column. {has}")
     return ConfigError(
-        f"No known prompt and response columns in the data. {has} Name them by --prompt-column "
-        "and --response-column. Known: "
+        f"{option}: no known prompt and response columns. {has} Name them by --prompt-column and "
+        "--response-column. Known: "
         f"{', '.join(f'{p}/{q[0]}' for p, q in COLUMN_PAIRS)}, {', '.join(WHOLE_COLUMNS)}."
     )
 

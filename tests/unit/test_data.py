@@ -88,7 +88,7 @@ BAD = {
         "JSON array: the array does not",
     ),
     "two.json": ("[1] [2]", "is not a JSON array: something follows"),
-    "other.jsonl": ('{"title": "a", "label": 1}\n1\n', "No known prompt.*has: title, label"),
+    "other.jsonl": ('{"title": "a", "label": 1}\n1\n', "no known prompt.*has: title, label"),
     "rows.txt": ("hello", r"unknown file type '\.txt'"),
 }
 
@@ -102,7 +102,7 @@ def test_bad_files(tokenizer: Any, tmp_path: Path, name: str) -> None:
 
 
 def test_asking_for_columns_that_are_not_there(tokenizer: Any) -> None:
-    with pytest.raises(ConfigError, match="--prompt-column title: the data has no such column"):
+    with pytest.raises(ConfigError, match="--prompt-column title: --data has no such column"):
         tokenize_rows(ROWS, tokenizer, RunConfig(prompt_column="title"))
     with pytest.raises(ConfigError, match="assistant turns; leave the option out"):
         tokenize_rows(ROWS, tokenizer, RunConfig(prompt_column="messages", response_column="a"))

@@ -150,14 +150,17 @@ def test_rows_that_are_skipped(row: Any, reason: str) -> None:
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ((None, None), "No known prompt and response columns.*first row has: title, label"),
-        (("headline", None), "--prompt-column headline: the data has no such column.*title, label"),
+        (
+            (None, None),
+            "--data a: no known prompt and response columns.*row has: title, label",
+        ),
+        (("headline", None), "--prompt-column headline: --data a has no such column.*title, label"),
         ((None, "reply"), "--response-column reply"),
     ],
 )
 def test_missing_columns(asked: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        raise no_columns({"title": "a", "label": "b"}, *asked)
+        raise no_columns("--data a", {"title": "a", "label": "b"}, *asked)
 
 
 def test_conversations_bring_their_own_responses() -> None:

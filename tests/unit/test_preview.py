@@ -32,7 +32,7 @@ def rows(tmp_path: Path) -> str:
 def preview(*arguments: Any) -> str:
     result = CliRunner().invoke(main, [*map(str, arguments)])
     assert result.exit_code == 0, result.output
-    return result.output
+    return result.stdout
 
 
 def test_what_is_learned_is_set_apart(demo_model: Path, rows: str) -> None:
@@ -72,4 +72,4 @@ def test_the_command(demo_model: Path, rows: str) -> None:
     assert "--- rows.jsonl:3: " in run_command(*command)
     assert "What is not learned is dimmed" in run_command("lorasb", "data", "preview", "--help")
     message = run_command(*command, "--prompt-column", "title", status=2)
-    assert "lorasb: error: --prompt-column title: the data has no such column." in message
+    assert f"lorasb: error: --prompt-column title: --data {rows} has no such column." in message
