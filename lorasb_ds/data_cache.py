@@ -193,8 +193,6 @@ def _make(
     folder: Path, *, key: str, rows: Sequence[Any], tokenizer: Any, config: RunConfig, option: str
 ) -> None:
     """Tokenize all rows into a table on disk; only what is kept, and the counts of all."""
-    import datasets
-
     aside = folder.with_suffix(".tmp")
     for old in (aside, folder):
         if old.is_dir():
@@ -202,31 +200,42 @@ def _make(
         else:
             old.unlink(missing_ok=True)
     aside.mkdir()
+    try:
+        made = _tokenize(aside / "all.arrow", key, rows, tokenizer, config, option)
+        kept, counts, forms = count(made)
+        if not len(kept):
+            raise nothing_left(rows, counts, config, option)
+        table = aside / "table"
+        made.select(kept).save_to_disk(table)
+        meta = {"key": key, "sizes": _sizes(table), "counts": counts, "forms": forms}
+        write_json(table / META, meta)
+        for file in table.iterdir():
+            fsync(file)
+        publish(table, folder)
+    finally:
+        shutil.rmtree(aside)
+
+
+def _tokenize(
+    file: Path, key: str, rows: Sequence[Any], tokenizer: Any, config: RunConfig, option: str
+) -> Any:
+    """A table of all rows, in order, memory-mapped from ``file``."""
+    import datasets
+
     num_proc = _num_proc(rows, tokenizer, config, option)
     batch_size = max(1, min(1000, BATCH_TOKENS // config.max_length))
-    made = datasets.Dataset.from_dict({"row": np.arange(len(rows))}).map(
+    return datasets.Dataset.from_dict({"row": np.arange(len(rows))}).map(
         partial(_batch, rows=rows, tokenizer=tokenizer, config=config),
         batched=True,
         batch_size=batch_size,
         writer_batch_size=batch_size,
         features=features(),
         num_proc=num_proc if num_proc > 1 else None,
-        cache_file_name=str(aside / "all.arrow"),
+        cache_file_name=str(file),
         load_from_cache_file=False,
         new_fingerprint=key[:32],  # datasets adds to it, and takes 64 characters
         desc="Tokenizing",
     )
-    kept, counts, forms = count(made)
-    if not len(kept):
-        shutil.rmtree(aside)
-        raise nothing_left(rows, counts, config, option)
-    made.select(kept).save_to_disk(aside / "table")
-    table = aside / "table"
-    write_json(table / META, {"key": key, "sizes": _sizes(table), "counts": counts, "forms": forms})
-    for file in table.iterdir():
-        fsync(file)
-    publish(table, folder)
-    shutil.rmtree(aside)
 
 
 def _batch(

@@ -137,7 +137,7 @@ def _number(text: str) -> int | float | str:
     return text
 
 
-def identity(source: str, rows: Sequence[Any]) -> str:
+def identity(source: str, rows: Any) -> str:
     """Equal for sources with equal rows, on any host: what a cache of them goes by.
 
     A file's content, the fingerprint that ``datasets`` gives a table, or a task's address.
@@ -155,4 +155,4 @@ def identity(source: str, rows: Sequence[Any]) -> str:
             while block := file.read(1 << 22):
                 content.update(block)
         return f"{path.suffix.lower()} {content.hexdigest()}"
-    return str(getattr(rows, "_fingerprint", ""))
+    return f"table {rows._fingerprint}"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lorasb_ds.chat import render_conversation, render_prompt
 from lorasb_ds.config import RunConfig
-from lorasb_ds.examples import IGNORE_INDEX, Example, encode
+from lorasb_ds.examples import IGNORE_INDEX, Example, _overlaps, encode
 from lorasb_ds.forms import Messages, RowError
 
 # As Qwen 3: thoughts of earlier turns are dropped, and the last one gets an empty thought.
@@ -154,6 +154,17 @@ def test_templates_that_refuse_or_drop(tokenizer: Any) -> None:
     forgetful = with_template(tokenizer, "{{ messages[0].content }}")
     with pytest.raises(RowError, match="the chat template drops a response"):
         encode(forgetful, TURNS, RunConfig())
+
+
+def test_tokens_with_odd_offsets() -> None:
+    # "a \n" + "é": offsets without white space (as RoBERTa's), then two bytes of one character.
+    offsets = [(0, 1), (3, 3), (3, 4), (3, 4)]
+    assert _overlaps(offsets, [(1, 3)]) == [False, True, False, False]
+    assert _overlaps(offsets, [(3, 4)]) == [False, False, True, True]
+    assert _overlaps(offsets, [(0, 1), (3, 4)]) == [True, False, True, True]
+    # A token that two spans share, and one that reaches into a span.
+    assert _overlaps([(0, 4), (4, 6)], [(1, 2), (3, 5)]) == [True, True]
+    assert _overlaps([(0, 2), (2, 5)], [(4, 5)]) == [False, True]
 
 
 def test_truncation(tokenizer: Any) -> None:

@@ -174,8 +174,22 @@ def test_an_array_is_read_element_by_element(tmp_path: Path) -> None:
         assert list(load_rows(str(path))) == rows
     path.write_text("\n".join(map(json.dumps, rows)))
     assert list(load_rows(str(path))) == rows, "lines, whatever the file's name"
+    path.write_text("\ufeff" + json.dumps(rows, ensure_ascii=False))
+    assert list(load_rows(str(path))) == rows, "a mark at the beginning is none of its bytes"
     path.write_text('[{"a": 1}, {"b": nonsense}, {"c": 3}]')
     assert list(load_rows(str(path))) == [{"a": 1}, None, {"c": 3}]
+
+
+@settings(max_examples=40, deadline=None)
+@given(lines=st.lists(st.binary(max_size=30).map(lambda b: b.replace(b"\n", b"")), max_size=8))
+def test_any_bytes_are_rows_or_counted(
+    tokenizer: Any, tmp_path_factory: pytest.TempPathFactory, lines: list[bytes]
+) -> None:
+    path = tmp_path_factory.mktemp("bytes") / "rows.jsonl"
+    path.write_bytes(b"".join(line + b"\n" for line in [*lines, b'{"text": "a b"}']))
+    counts = tokenize_rows(load_rows(str(path)), tokenizer, RunConfig()).counts
+    assert counts.total() == len(lines) + 1
+    assert counts["kept"] == 1
 
 
 JSON_VALUES = st.recursive(

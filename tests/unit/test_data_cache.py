@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import shutil
@@ -100,9 +101,13 @@ def test_what_matters_changes_the_key(
     tokenized(task, tokenizer)
     write_jsonl(tmp_path / "rows.jsonl", ROWS[1:])
     tokenized(path, tokenizer)
-    assert len(set(made)) == len(made) == 11
+    for count in (2, 3):
+        shutil.rmtree(tmp_path / "saved", ignore_errors=True)
+        datasets.Dataset.from_list(word_rows(count)).save_to_disk(tmp_path / "saved")
+        tokenized(str(tmp_path / "saved"), tokenizer)
+    assert len(set(made)) == len(made) == 13
     tokenized(path, tokenizer, r=8, seed=7, dataset_num_proc=2)
-    assert len(made) == 11, "what does not matter leaves it"
+    assert len(made) == 13, "what does not matter leaves it"
 
 
 def damage_nothing_left(folder: Path) -> None:
@@ -190,6 +195,25 @@ def test_all_rows_skipped_is_an_error_every_time(
     for _ in range(2):
         with pytest.raises(ConfigError, match=r"--eval-data .*no row is left.*3 skipped: no resp"):
             tokenize_sources((path,), tokenizer, RunConfig(), "--eval-data")
+    assert not [f for f in cache.iterdir() if f.is_dir()]
+
+
+def test_a_full_disk_leaves_nothing_behind(
+    tokenizer: Any, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it writes, that is; the cache is passed over then."""
+    path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    write_json = data_cache.write_json
+
+    def full(file: Path, content: object) -> None:
+        if file.is_relative_to(cache):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_json(file, content)
+
+    monkeypatch.setattr(data_cache, "write_json", full)
+    rows, notes = tokenize_sources((path,), tokenizer, RunConfig())
+    assert "cannot be written (No space left on device)" in notes[0]
+    assert same(rows, tokenize_rows(ROWS, tokenizer, RunConfig()))
     assert not [f for f in cache.iterdir() if f.is_dir()]
 
 
