@@ -41,6 +41,12 @@ ENDLESS = (
     "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
+# The prompt begins a thought that is in no turn of the past.
+BEGUN = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+)
 TURNS = [
     {"role": "user", "content": "Say red"},
     {"role": "assistant", "content": "red"},
@@ -88,8 +94,9 @@ def test_the_ids_of_a_single_turn(tokenizer: Any) -> None:
         (TRIMMED, [f" red {END}", f" e {END}"]),
         (ENDLESS, [" red", f" e{END}"]),  # the prompt's last space is in the first token
         (None, [f"red{END}", f"e{END}"]),
+        (BEGUN, [f"red{END}", f"e{END}"]),
     ],
-    ids=["own", "thinking", "trimmed", "endless", "default"],
+    ids=["own", "thinking", "trimmed", "endless", "default", "begun"],
 )
 def test_what_is_learned(tokenizer: Any, template: str | None, responses: list[str]) -> None:
     if template != "own":

@@ -123,10 +123,22 @@ def damage_cut_off(folder: Path) -> None:
 def damage_cut_off_with_its_meta_data(folder: Path) -> None:
     """Only Arrow can tell."""
     damage_cut_off(folder)
+    believe_sizes(folder)
+
+
+def damage_rows_missing(folder: Path) -> None:
+    """As a file that is cut off between two batches."""
+    meta = (folder / "lorasb.json").read_text()
+    datasets.load_from_disk(folder).select(range(5)).save_to_disk(folder.with_suffix(".less"))
+    shutil.rmtree(folder)
+    folder.with_suffix(".less").rename(folder)
+    (folder / "lorasb.json").write_text(meta)
+    believe_sizes(folder)
+
+
+def believe_sizes(folder: Path) -> None:
     meta = json.loads((folder / "lorasb.json").read_text())
-    meta["sizes"] = {f.name: f.stat().st_size for f in folder.iterdir() if f.suffix != ".json"}
-    meta["sizes"] |= {f.name: f.stat().st_size for f in folder.glob("*.json")}
-    del meta["sizes"]["lorasb.json"]
+    meta["sizes"] = data_cache._sizes(folder)
     (folder / "lorasb.json").write_text(json.dumps(meta))
 
 
@@ -156,6 +168,7 @@ def damage_half_written(folder: Path) -> None:
         damage_nothing_left,
         damage_cut_off,
         damage_cut_off_with_its_meta_data,
+        damage_rows_missing,
         damage_meta_data,
         damage_foreign,
         damage_a_file,
