@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from launcher import plan_command, report_command
-from launcher.command import eval_command, job_environment, train_command
+from launcher.command import job_environment, train_command, worker_command
 from launcher.options import CONTEXT, run_options, to_arguments
 from launcher.ranks import free_port, remove_shared_memory
 from lorasb_ds import __version__
@@ -141,7 +141,20 @@ def _start_job(
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def eval(arguments: Sequence[str]) -> None:  # noqa: A001
     """Held-out loss and exact match of a model, with or without an adapter (see eval --help)."""
-    sys.exit(_run(eval_command(arguments), dict(os.environ)))
+    sys.exit(_run(worker_command("eval", arguments), dict(os.environ)))
+
+
+@main.group(context_settings=CONTEXT)
+def data() -> None:
+    """Look at training data."""
+
+
+@data.command(context_settings={**CONTEXT, "ignore_unknown_options": True}, add_help_option=False)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def preview(arguments: Sequence[str]) -> None:
+    """Show rows as the model sees them, and what is learned of them (see preview --help)."""
+    environment = {"PYTHONHASHSEED": "0", **os.environ}  # the rows that `lorasb train` sees
+    sys.exit(_run(worker_command("preview", arguments), environment))
 
 
 @main.command(context_settings=CONTEXT)

@@ -37,8 +37,11 @@ def train_command(
     return [*command, str(WORKERS / "train.py"), *worker_arguments]
 
 
-def eval_command(worker_arguments: Sequence[str], python: str = sys.executable) -> list[str]:
-    return [python, str(WORKERS / "eval.py"), *worker_arguments]
+def worker_command(
+    worker: str, worker_arguments: Sequence[str], python: str = sys.executable
+) -> list[str]:
+    """The argument list of a verb that runs in one process: ``eval`` or ``preview``."""
+    return [python, str(WORKERS / f"{worker}.py"), *worker_arguments]
 
 
 def visible_gpus(environment: Mapping[str, str], num_gpus: int | None) -> str | None:

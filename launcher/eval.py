@@ -40,10 +40,13 @@ def main(output: str | None, **options: Any) -> None:
     except ConfigError as error:
         click.echo(f"lorasb: error: {error}", err=True)
         sys.exit(2)
-    low, high = result["interval"]
+    match = ""
+    if result["interval"] is not None:
+        low, high = result["interval"]
+        match = f"exact match {result['exact_match']:.1%} (95 %: {low:.1%} to {high:.1%})   "
     click.echo(
-        f"held-out loss {result['loss']:.4f}   exact match {result['exact_match']:.1%} "
-        f"(95 %: {low:.1%} to {high:.1%})   {result['num_rows']} rows   {result['seconds']:.0f} s"
+        f"held-out loss {result['loss']:.4f}   {match}{result['num_rows']} rows   "
+        f"{result['seconds']:.0f} s"
     )
     if output is not None:
         Path(output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -67,7 +70,7 @@ def evaluate(
     from lorasb_ds.config import DEMO_EVAL_DATA
     from lorasb_ds.data import tokenize_rows
     from lorasb_ds.loading import load_config, load_plain
-    from lorasb_ds.rows import choose_columns, load_rows
+    from lorasb_ds.rows import load_rows
     from lorasb_ds.tokenizer import load_tokenizer
 
     given = {"prompt_column": prompt_column, "response_column": response_column}
@@ -88,7 +91,7 @@ def evaluate(
         rows,
         tokenized.examples,
         evaluation.scorer(source),
-        choose_columns(rows[0], prompt_column, response_column),
+        (prompt_column, response_column),
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         device=device,

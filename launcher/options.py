@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
 from pydantic.fields import FieldInfo
@@ -23,8 +23,7 @@ CONTEXT = {
 
 def run_options(command: Command) -> Command:
     """Add every field of RunConfig as an option, and --config. None means not given."""
-    for name, field in reversed(RunConfig.model_fields.items()):
-        command = _option(name, field)(command)
+    command = field_options(*RunConfig.model_fields)(command)
     return click.option(
         "--config",
         "run_json",
@@ -33,13 +32,31 @@ def run_options(command: Command) -> Command:
     )(command)
 
 
+def field_options(*names: str) -> Callable[[Command], Command]:
+    """Add some fields of RunConfig as options. None means not given."""
+
+    def add(command: Command) -> Command:
+        for name in reversed(names):
+            command = _option(name, RunConfig.model_fields[name])(command)
+        return command
+
+    return add
+
+
 def _option(name: str, field: FieldInfo) -> Callable[[Command], Command]:
     help_text = str(field.description)
     if "[default:" not in help_text and field.default is not None:
         default = str(field.default).lower() if field.annotation is bool else field.default
+        default = " ".join(default) if isinstance(default, tuple) else default
         help_text += f" [default: {default}]"
     flag = option_name(name)
     kind = _plain_type(field.annotation)
+    if get_origin(kind) is tuple:
+        if _plain_type(get_args(kind)[0]) is str:
+            return click.option(
+                flag, name, multiple=True, callback=lambda _1, _2, v: v or None, help=help_text
+            )
+        kind = str  # numbers, separated by commas
     if kind is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=help_text)
     if get_origin(kind) is Literal:
@@ -49,6 +66,8 @@ def _option(name: str, field: FieldInfo) -> Callable[[Command], Command]:
 
 def _plain_type(annotation: Any) -> Any:
     """``int | None`` -> ``int``; of several types, ``str``: pydantic tells them apart."""
+    if get_origin(annotation) is Annotated:
+        return get_args(annotation)[0]
     if get_origin(annotation) in (types.UnionType, Union):
         kinds = [a for a in get_args(annotation) if a is not type(None)]
         return kinds[0] if len(kinds) == 1 else str
@@ -64,6 +83,8 @@ def to_arguments(given: Mapping[str, Any]) -> list[str]:
         flag = option_name(name)
         if isinstance(value, bool):
             arguments.append(flag if value else f"--no-{flag[2:]}")
+        elif isinstance(value, tuple):
+            arguments += [word for one in value for word in (flag, str(one))]
         else:
             arguments += [flag, str(value)]
     return arguments

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,7 +19,6 @@ from lorasb_ds.adapter import LoraSBLinear, Shapes
 from lorasb_ds.base_files import weights_digest
 from lorasb_ds.batches import Sample
 from lorasb_ds.config import ConfigError, RunConfig
-from lorasb_ds.data import Example, digest
 from lorasb_ds.files import save_tensors, write_json, write_sums
 from lorasb_ds.init_report import InitReport, LayerInit, Step
 from lorasb_ds.initialize import Basis, fill_factors
@@ -29,10 +28,12 @@ BASIS_FORMAT = "3"
 BASIS_FILE, REPORT_FILE = "basis.safetensors", "init.json"
 
 
-def fingerprint(
-    config: RunConfig, targets: Shapes, gradient_rows: Sequence[Example]
-) -> dict[str, str]:
-    """All that a basis depends on but its rank, by the name under which a difference is told."""
+def fingerprint(config: RunConfig, targets: Shapes, rows_digest: str) -> dict[str, str]:
+    """All that a basis depends on but its rank, by the name under which a difference is told.
+
+    Args:
+        rows_digest: of the tokenized rows that the gradient is taken of.
+    """
     return {
         "basis format": BASIS_FORMAT,
         "model files": weights_digest(config.model),
@@ -40,8 +41,8 @@ def fingerprint(
         "--load-in-8bit": str(config.load_in_8bit),
         "--dtype": config.dtype,
         "target layers": hashlib.sha256(json.dumps(targets).encode()).hexdigest(),
-        "rows of the init sample (--data, --init-samples, --seed, --max-length)": digest(
-            gradient_rows
+        "rows of the init sample (--data, --init-samples, --seed, --max-length, --loss-on, …)": (
+            rows_digest
         ),
         "--init-update": config.init_update,
         "--seed": str(config.seed),

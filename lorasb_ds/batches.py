@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lorasb_ds.data import IGNORE_INDEX, Example
+from lorasb_ds.examples import IGNORE_INDEX, Example
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,12 @@ def table(runs: Sequence[Run]) -> list[list[str]]:
     return [_cells(run) for run in runs]
 
 
+def _sources(data: str | Sequence[str]) -> str:
+    """Short names; older versions had one source."""
+    sources = [data] if isinstance(data, str) else data
+    return " + ".join(Path(str(source).split("?")[0]).name for source in sources)
+
+
 def _cells(run: Run) -> list[str]:
     config, found = run.description.get("config", {}), summarize(run.rows)
     trainable = run.description.get("trainable_parameters")
@@ -126,7 +132,7 @@ def _cells(run: Run) -> list[str]:
     cells = [
         run.name,
         Path(str(config.get("model", ""))).name,
-        Path(str(config.get("data", "")).split("?")[0]).name,
+        _sources(config.get("data", ())),
         str(config.get("r", "")),
         f"{trainable:,}" if trainable else "",
         f"{config['lr']:g}" if "lr" in config else "",

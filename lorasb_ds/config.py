@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 DEMO_MODEL = "demo"
 DEMO_DATA = "reasoning-gym:word_sequence_reversal?max_words=6&size=1000&seed=1"
@@ -42,26 +42,53 @@ class RunConfig(BaseModel):
         description="Base model: a local folder, a hub name, or 'demo' (SmolLM2-135M-Instruct, "
         "fetched by scripts/setup.sh).",
     )
-    data: str = Field(
-        DEMO_DATA,
+    data: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (DEMO_DATA,),
         min_length=1,
         description="Training rows: a .json/.jsonl/.csv/.parquet file, a folder saved by "
-        "`datasets`, a hub name (NAME[:CONFIG][@SPLIT]), or 'reasoning-gym:NAME?size=N&seed=S'.",
+        "`datasets`, a hub name (NAME[:CONFIG][@SPLIT]), or 'reasoning-gym:NAME?size=N&seed=S'. "
+        "May be given several times.",
+    )
+    data_weights: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
+        None,
+        description="How often an epoch sees the rows of each --data, in their order, separated "
+        "by commas: 2,0.5. [default: once]",
     )
     eval_data: str | None = Field(
         None,
         description="Held-out rows, in any form --data takes; their loss is measured before the "
         "init, after it and at the end. [default: none; with the demo's data, 64 other rows]",
     )
+    val_set_size: float | None = Field(
+        None,
+        gt=0,
+        description="Hold out training rows in place of --eval-data, chosen by --seed: a share of "
+        "them if below 1, else their number. [default: none]",
+    )
     prompt_column: str | None = Field(
         None,
-        description="Column with the prompt. [default: the first found of question, query, "
-        "prompt, instruction(+input), messages]",
+        description="Column with the prompt. [default: row by row, the first found of question, "
+        "query, prompt, instruction(+input), messages, conversations, text]",
     )
     response_column: str | None = Field(
         None,
         description="Column with the response. [default: the prompt column's partner: answer, "
-        "response, completion, output; the last assistant turn of messages]",
+        "response, completion, output; messages and conversations bring theirs]",
+    )
+    loss_on: Literal["responses", "last", "all"] = Field(
+        "responses",
+        description="What is learned of a conversation: every turn of the assistant, its last "
+        "one, or every token.",
+    )
+    truncation: Literal["right", "left", "skip"] = Field(
+        "right",
+        description="What is cut off a row that is longer than --max-length; or it is skipped.",
+    )
+    dataset_num_proc: int | None = Field(
+        None,
+        ge=1,
+        description="Processes that tokenize new data, on one host. [default: by the amount of "
+        "work, up to the number of cores]",
     )
     ds_config: str = Field(
         str(SHIPPED_DS_CONFIGS / "zero3.json"),
@@ -99,7 +126,7 @@ class RunConfig(BaseModel):
         "PEFT takes them, separated by commas: q_proj,v_proj.",
     )
     max_length: int = Field(
-        1024, ge=8, description="Longest row in tokens; what is beyond is cut off."
+        1024, ge=8, description="Longest row in tokens; see --truncation for what is beyond."
     )
     packing: bool = Field(
         False,
@@ -224,6 +251,23 @@ class RunConfig(BaseModel):
         "on rank 0's host. Its package must be installed.",
     )
 
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_source(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("data_weights", mode="before")
+    @classmethod
+    def _by_commas(cls, value: Any) -> Any:
+        return tuple(value.split(",")) if isinstance(value, str) else value
+
+    @field_validator("val_set_size")
+    @classmethod
+    def _share_or_number(cls, value: float | None) -> float | None:
+        if value is not None and value >= 1 and not value.is_integer():
+            raise ValueError("Give a share below 1, or a whole number of rows")
+        return value
+
 
 def load_run_config(given: Mapping[str, Any], run_json: str | None = None) -> RunConfig:
     """The configuration of a run: its flags over a replayed ``run.json`` over the defaults.
@@ -240,28 +284,47 @@ def load_run_config(given: Mapping[str, Any], run_json: str | None = None) -> Ru
         run_json = run_json or str(folder / "run.json")
         asked.setdefault("output_dir", str(folder))
     values = {**(_replayed(run_json, asked) if run_json is not None else {}), **asked}
-    if "data" not in values and "eval_data" not in values:
+    if not {"data", "eval_data", "val_set_size"} & set(values):
         values["eval_data"] = DEMO_EVAL_DATA
     try:
         config = RunConfig(**values)
     except ValidationError as error:
         raise ConfigError(*problems_of(error)) from None
-    check_options(config)
+    if problems := [*_data_problems(config), *_evaluation_problems(config)]:
+        raise ConfigError(*problems)
     # What was replayed is a default here: a ds_config's numbers may win over it.
     return RunConfig.model_construct(_fields_set=set(asked), **dict(config))
 
 
-def check_options(config: RunConfig) -> None:
-    """Refuse options that ask for nothing together."""
+def _evaluation_problems(config: RunConfig) -> list[str]:
+    """Options that ask for nothing together."""
     problems = [
         f"{option_name(field)} needs --eval-every N: the evaluations that it goes by."
         for field in ("early_stopping_patience", "load_best_model_at_end", "generate_samples")
         if getattr(config, field) and config.eval_every is None
     ]
-    if config.eval_every is not None and config.eval_data is None:
-        problems.append("--eval-every needs held-out rows. Name them by --eval-data.")
-    if problems:
-        raise ConfigError(*problems)
+    if config.eval_every is not None and not (config.eval_data or config.val_set_size):
+        problems.append(
+            "--eval-every needs held-out rows. Name them by --eval-data, or give --val-set-size."
+        )
+    return problems
+
+
+def _data_problems(config: RunConfig) -> list[str]:
+    """Options about data that do not go together."""
+    problems = []
+    if config.val_set_size is not None and config.eval_data is not None:
+        problems.append(
+            "--val-set-size holds rows of --data out, and --eval-data brings others. Give one of "
+            "them."
+        )
+    weights = config.data_weights
+    if weights is not None and len(weights) != len(config.data):
+        problems.append(
+            f"--data-weights {','.join(f'{weight:g}' for weight in weights)} has {len(weights)} "
+            f"weights, but --data was given {len(config.data)} time(s). Give one for each."
+        )
+    return problems
 
 
 def _replayed(run_json: str, asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -279,7 +342,11 @@ def _replayed(run_json: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     if "gradient_accumulation_steps" in asked:
         dropped.add("train_batch_size")
     if "data" in asked:
-        dropped |= {"eval_data", "prompt_column", "response_column"}
+        dropped |= {"eval_data", "prompt_column", "response_column", "data_weights"}
+    if "eval_data" in asked:
+        dropped.add("val_set_size")
+    if "val_set_size" in asked:
+        dropped.add("eval_data")
     replayed = {name: value for name, value in config.items() if name not in dropped}
     copy = Path(run_json).expanduser().parent / DS_CONFIG_COPY
     return replayed | ({"ds_config": str(copy)} if copy.is_file() else {})
@@ -344,7 +411,7 @@ def read_json(path: str, option: str) -> dict[str, Any]:
 
 
 def cache_dir() -> Path:
-    """Where the demo model is kept: ``$LORASB_CACHE``, else the user's cache folder."""
+    """For the demo model and tokenized rows: ``$LORASB_CACHE``, else the user's cache folder."""
     if path := os.environ.get("LORASB_CACHE"):
         return Path(path)
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")

@@ -13,9 +13,11 @@ import torch.distributed as dist
 from torch import nn
 
 from lorasb_ds.batches import Batch, collate
-from lorasb_ds.data import Example, render_prompt
+from lorasb_ds.chat import render_prompt
+from lorasb_ds.examples import Example
+from lorasb_ds.forms import Messages, Row, RowError, parse_row
 from lorasb_ds.loss import token_loss_sum
-from lorasb_ds.rows import REASONING_GYM, Row, reasoning_gym_dataset, to_messages
+from lorasb_ds.rows import REASONING_GYM, reasoning_gym_dataset
 
 Score = Callable[[str, Row, str], bool]  # (generated, row, response) -> right
 
@@ -43,8 +45,8 @@ def held_out_loss(model: nn.Module, batches: Sequence[Batch], device: torch.devi
 class EvalResult:
     num_rows: int
     loss: float
-    exact_match: float  # share of rows whose generated answer is right
-    interval: tuple[float, float]  # 95 %, Wilson
+    exact_match: float | None  # share of answers that are right; None if no row asks for one
+    interval: tuple[float, float] | None  # 95 %, Wilson
     seconds: float
     answers: list[dict[str, Any]]  # prompt, expected, generated, right
 
@@ -55,13 +57,17 @@ def evaluate_model(
     rows: Sequence[Row],
     examples: Sequence[Example],
     score: Score,
-    columns: tuple[str, str],
+    columns: tuple[str | None, str | None],
     *,
     batch_size: int,
     max_new_tokens: int,
     device: torch.device,
 ) -> EvalResult:
-    """Loss over ``examples`` and greedy answers to ``rows``, in one process."""
+    """Loss over ``examples`` and greedy answers to ``rows``, in one process.
+
+    Args:
+        columns: --prompt-column and --response-column.
+    """
     start = time.perf_counter()
     batches = [
         collate(examples[i : i + batch_size], tokenizer.pad_token_id)
@@ -69,16 +75,15 @@ def evaluate_model(
     ]
     loss = held_out_loss(model, batches, device)
     answers: list[dict[str, Any]] = []
-    parsed = [(row, to_messages(row, *columns)) for row in rows]
-    pairs = [(row, parts) for row, parts in parsed if not isinstance(parts, str)]
-    for i in range(0, len(pairs), batch_size):
-        chunk = pairs[i : i + batch_size]
-        prompts = [render_prompt(tokenizer, messages) for _, (messages, _) in chunk]
-        texts = generate(model, tokenizer, prompts, max_new_tokens, device)
-        for (row, (messages, response)), text in zip(chunk, texts, strict=True):
+    asked = _questions(tokenizer, rows, columns)
+    for i in range(0, len(asked), batch_size):
+        chunk = asked[i : i + batch_size]
+        texts = generate(model, tokenizer, [ids for _, _, ids in chunk], max_new_tokens, device)
+        for (row, messages, _), text in zip(chunk, texts, strict=True):
+            response = messages[-1]["content"]
             answers.append(
                 {
-                    "prompt": messages[-1]["content"],
+                    "prompt": messages[-2]["content"],
                     "expected": response,
                     "generated": text,
                     "right": score(text, row, response),
@@ -86,13 +91,28 @@ def evaluate_model(
             )
     right = sum(answer["right"] for answer in answers)
     return EvalResult(
-        num_rows=len(answers),
+        num_rows=len(answers) or len(examples),
         loss=loss,
-        exact_match=right / len(answers),
-        interval=wilson_interval(right, len(answers)),
+        exact_match=right / len(answers) if answers else None,
+        interval=wilson_interval(right, len(answers)) if answers else None,
         seconds=time.perf_counter() - start,
         answers=answers,
     )
+
+
+def _questions(
+    tokenizer: Any, rows: Sequence[Row], columns: tuple[str | None, str | None]
+) -> list[tuple[Row, Messages, list[int]]]:
+    """Rows that ask for a response, their conversations, and the token ids up to the response."""
+    asked = []
+    for row in rows:
+        try:
+            _, said = parse_row(row, *columns)
+            if not isinstance(said, str):  # plain text asks for nothing
+                asked.append((row, said, render_prompt(tokenizer, said[:-1])))
+        except RowError:
+            continue  # counted where the rows are tokenized
+    return asked
 
 
 @torch.no_grad()

@@ -68,12 +68,13 @@ def file_digest(path: Path) -> str:
 
 def publish(aside: Path, path: Path) -> None:
     """Give a file or folder that is complete its name, durably."""
-    _fsync(aside)
+    fsync(aside)
     aside.replace(path)
-    _fsync(path.parent)
+    fsync(path.parent)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Write a file or folder through to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorasb_ds.batches import Batch
-from lorasb_ds.data import IGNORE_INDEX
+from lorasb_ds.examples import IGNORE_INDEX
 
 
 def token_loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:

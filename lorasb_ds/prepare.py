@@ -19,7 +19,8 @@ from lorasb_ds.basis import check_basis, fingerprint
 from lorasb_ds.batches import Batch, Sample, collate, collate_packed, deal
 from lorasb_ds.checkpoint import Resume, check_same_run, find_resume
 from lorasb_ds.config import ConfigError, RunConfig, check_output_dir, read_json
-from lorasb_ds.data import TokenizedRows, tokenize_rows
+from lorasb_ds.data import TokenizedRows
+from lorasb_ds.data_cache import load_data
 from lorasb_ds.ds_config import resolve_ds_config
 from lorasb_ds.footprint import Footprint, Workload, footprint, init_plan
 from lorasb_ds.forecast import Forecast, check_fits, forecast, this_cluster
@@ -30,7 +31,6 @@ from lorasb_ds.order import Order, Unit, init_sample
 from lorasb_ds.placement import Placement, placement_of
 from lorasb_ds.plan import GIB, Cluster
 from lorasb_ds.quantization import Kind
-from lorasb_ds.rows import load_rows
 from lorasb_ds.shapes import shape_of
 from lorasb_ds.tokenizer import choose_pad_token, read_tokenizer
 from lorasb_ds.tracking import check_tracker
@@ -46,7 +46,7 @@ class Prepared:
     ds_config_file: dict[str, Any]  # as it was read, before "auto" was filled
     hf_config: Any
     tokenizer: Any
-    notes: list[str]  # what the user should know of the base's files
+    notes: list[str]  # what the user should know of the base's files and the data
     shape: ModelShape
     targets: Shapes
     experts: dict[str, int]  # MoE modules that stay frozen, and their elements
@@ -103,7 +103,7 @@ class Prepared:
         return Sample(
             batches=[batch.to(zero.device()) for batch in self.batches(self.train, indices)],
             num_rows=len(indices),
-            num_label_tokens=sum(self.train.examples[i].num_label_tokens for i in indices),
+            num_label_tokens=int(self.train.num_labels[list(indices)].sum()),
         )
 
 
@@ -153,18 +153,15 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
             f"warning: {len(unused)} tensors of the checkpoint have no place in the model of "
             f"config.json, such as {', '.join(unused[:3])}"
         )
-    train = tokenize_rows(load_rows(config.data), tokenizer, config)
-    held_out = None
-    if config.eval_data is not None:
-        rows = load_rows(config.eval_data, "--eval-data", held_out=True)
-        held_out = tokenize_rows(rows, tokenizer, config, option="--eval-data")
+    train, held_out, data_notes = load_data(config, tokenizer)
     gradient_rows, probe_rows = init_sample(len(train.examples), config.init_samples, config.seed)
-    made_from = fingerprint(config, targets, [train.examples[i] for i in gradient_rows])
+    made_from = fingerprint(config, targets, train.select(gradient_rows).digest)
     order = Order(
         train.lengths,
         config.train_batch_size or 1,
         config.seed,
         source_sizes=train.source_sizes,
+        weights=config.data_weights,
         group_by_length=config.group_by_length,
         pack_length=config.max_length if config.packing else None,
     )
@@ -183,7 +180,7 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
     form = "nf4" if config.load_in_4bit else "int8" if config.load_in_8bit else config.dtype
     placement = placement_of(ds_config, form, world_size)
     workload = _workload(config, targets, train, len(gradient_rows))
-    longest = max(len(train.examples[i].input_ids) for i in gradient_rows)
+    longest = int(train.lengths[gradient_rows].max())
     init = init_plan(
         shape, replace(workload, max_length=longest), world_size, placement.dtype_bytes
     )
@@ -198,7 +195,7 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
         ds_config_file=ds_config_file,
         hf_config=hf_config,
         tokenizer=tokenizer,
-        notes=[note for note in notes if note],
+        notes=[note for note in [*notes, *data_notes] if note],
         shape=shape,
         targets=targets,
         experts=experts,
@@ -233,6 +230,7 @@ def what_must_match(config: RunConfig, targets: Shapes, train: TokenizedRows) ->
         "--train-batch-size": config.train_batch_size,
         "--packing": config.max_length if config.packing else False,
         "--group-by-length": config.group_by_length,
+        "--data-weights": list(config.data_weights or ()),
         "--seed": config.seed,
         "--optimizer": config.optimizer,
     }
@@ -273,8 +271,7 @@ def _workload(
     config: RunConfig, targets: Shapes, train: TokenizedRows, init_samples: int
 ) -> Workload:
     """What the run computes, for its footprint."""
-    longest = int(max(train.lengths))
-    first_label = min(example.first_label for example in train.examples)
+    longest, first_label = int(train.lengths.max()), int(train.first_labels.min())
     if config.packing:
         longest, first_label = config.max_length, 0
     budget = config.init_memory_gib

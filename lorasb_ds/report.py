@@ -60,7 +60,7 @@ def write_report(
     num_trained = len(targets) * r * r
     num_lora = sum(r * (out + in_) for out, in_ in targets.values())
     lines = [
-        f"# LoRA-SB, r = {r}: {run['config']['model']} on {run['config']['data']}",
+        f"# LoRA-SB, r = {r}: {run['config']['model']} on {' + '.join(run['config']['data'])}",
         "",
         f"{run['world_size']} process(es) on {run['accelerator']}; {len(targets)} layers with an "
         "adapter.",

@@ -21,6 +21,14 @@ from lorasb_ds.config import demo_model_dir
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What tests tokenize is kept in a cache of their own, beside the demo model."""
+    model, cache = demo_model_dir(), tmp_path_factory.mktemp("cache")
+    (cache / model.name).symlink_to(model)
+    os.environ["LORASB_CACHE"] = str(cache)
+
+
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
     """SmolLM2-135M-Instruct, which scripts/setup.sh fetches."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -387,7 +388,8 @@ def disagree(config: dict[str, Any]) -> None:
     zero.init_process_group()
     check_ranks_agree(run)
     if zero.rank() == 1:
-        run.train.examples.reverse()
+        backwards = range(len(run.train.examples))[::-1]
+        run = replace(run, train=run.train.select(backwards))
     with pytest.raises(ConfigError, match=r"Rank 1 and rank 0 do not agree on the training rows\."):
         check_ranks_agree(run)
 

@@ -118,9 +118,9 @@ def test_what_cannot_fit(tiny_model: Path, rows: str, tmp_path: Path) -> None:
 
 
 def test_eval_data_is_named(tiny_model: Path, rows: str, tmp_path: Path) -> None:
-    other = write_jsonl(tmp_path / "other.jsonl", [{"text": "a"}])
+    other = write_jsonl(tmp_path / "other.jsonl", [{"title": "a"}])
     message = refused(model=str(tiny_model), data=rows, r=4, eval_data=other)
-    assert "No known prompt and response columns" in message
+    assert f"--eval-data {other}: no known prompt and response columns" in message
 
 
 def test_the_status_comes_through_deepspeed(tiny_model: Path, rows: str) -> None:

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from launcher import eval as eval_worker
+from launcher import preview as preview_worker
 from launcher.cli import main
 from tests.runs import ROOT, made_up_run, metrics, run_command, word_rows, write_jsonl
 
@@ -27,6 +28,7 @@ def test_all_are_tried_here() -> None:
         *starting("lorasb", "train"),
         *starting("lorasb", "init"),
         *starting("lorasb", "eval"),
+        *starting("lorasb", "data"),
         *starting("lorasb", "plan"),
         *starting("lorasb", "report"),
         *starting("deepspeed"),
@@ -81,6 +83,17 @@ def test_eval(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.chdir(tmp_path)
         Path(arguments[arguments.index("--adapter") + 1]).mkdir(parents=True)
     eval_worker.main.make_context("eval", arguments)  # parses as the command would
+
+
+@pytest.mark.parametrize("line", starting("lorasb", "data"))
+def test_data(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, demo_model: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "train.jsonl", word_rows(20))
+    assert shlex.split(line)[:3] == ["lorasb", "data", "preview"]
+    result = CliRunner().invoke(preview_worker.main, shlex.split(line)[3:])
+    assert result.exit_code == 0, result.output
+    assert "⟧" in result.output
+    assert "20 kept" in result.output
 
 
 @pytest.mark.parametrize("line", starting("deepspeed"))

@@ -52,6 +52,49 @@ def test_the_demo_is_evaluated_and_other_data_only_when_asked() -> None:
     assert load_run_config({"data": "rows.jsonl"}).eval_data is None
 
 
+def test_data_is_one_source_or_several() -> None:
+    assert load_run_config({"data": "a.jsonl"}).data == ("a.jsonl",)
+    assert load_run_config({"data": ["a.jsonl", "b.csv"]}).data == ("a.jsonl", "b.csv")
+    assert RunConfig(data="a.jsonl").data == ("a.jsonl",)
+    for nothing in ("", (), ("a.jsonl", "")):
+        with pytest.raises(ConfigError, match="--data"):
+            load_run_config({"data": nothing})
+
+
+def test_weights_of_the_sources() -> None:
+    two = {"data": ("a.jsonl", "b.jsonl")}
+    for given in ("2,0.5", " 2, 0.5", [2, 0.5], (2.0, 0.5)):
+        assert load_run_config({**two, "data_weights": given}).data_weights == (2.0, 0.5)
+    for wrong in ("2,0", "2,-1", "2,x", "2,", "2,inf"):
+        with pytest.raises(ConfigError, match="--data-weights"):
+            load_run_config({**two, "data_weights": wrong})
+    with pytest.raises(ConfigError, match=r"--data-weights 2,0\.5 has 2 weights.*1 time\(s\)"):
+        load_run_config({"data": "a.jsonl", "data_weights": "2,0.5"})
+
+
+def test_rows_held_out_of_the_training_data() -> None:
+    assert load_run_config({"val_set_size": 0.1}).eval_data is None, "the demo's rows, too"
+    for wrong in (0, -0.1, 1.5):
+        with pytest.raises(ConfigError, match="--val-set-size"):
+            load_run_config({"val_set_size": wrong})
+    with pytest.raises(ConfigError, match=r"--val-set-size .*--eval-data .*Give one"):
+        load_run_config({"val_set_size": 5, "eval_data": "b.jsonl"})
+
+
+def test_replay_of_data(tmp_path: Path) -> None:
+    """Also of runs that had one source, as a string; what is asked for pushes out its opposite."""
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"config": {"data": "a.jsonl", "val_set_size": 0.1}}))
+    assert load_run_config({}, str(path)).data == ("a.jsonl",)
+    assert load_run_config({"eval_data": "b.jsonl"}, str(path)).val_set_size is None
+    two = load_run_config({"data": ("a.jsonl", "b.jsonl"), "data_weights": "1,2"})
+    path.write_text(json.dumps({"config": two.model_dump()}))
+    assert load_run_config({}, str(path)) == two
+    assert load_run_config({"data": "c.jsonl"}, str(path)).data_weights is None
+    path.write_text(json.dumps({"config": load_run_config({}).model_dump()}))
+    assert load_run_config({"val_set_size": 9}, str(path)).eval_data is None
+
+
 def test_replay_takes_the_run_and_flags_win(tmp_path: Path) -> None:
     first = load_run_config({"r": 16, "lr": 3e-3, "output_dir": "somewhere", "overwrite": True})
     (tmp_path / "run.json").write_text(json.dumps({"config": first.model_dump(), "versions": {}}))

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorasb_ds.batches import collate
 from lorasb_ds.config import ConfigError, RunConfig
-from lorasb_ds.data import IGNORE_INDEX, Example, encode, tokenize_rows
-from lorasb_ds.rows import choose_columns, load_rows, to_messages
+from lorasb_ds.data import columns_of, tokenize_rows
+from lorasb_ds.examples import IGNORE_INDEX, Example, encode
+from lorasb_ds.json_rows import JsonRows
+from lorasb_ds.rows import load_rows
 from tests.runs import word_rows, write_jsonl
 
 ROWS = word_rows(5)
@@ -57,39 +61,6 @@ def test_bad_sources(source: str, message: str) -> None:
         load_rows(source, "--eval-data")
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("empty.jsonl", "", "has no rows"),
-        ("none.json", "[]", "no data"),
-        ("torn.jsonl", '{"question": "a", "ans', "cannot be read as a file"),
-        ("rows.txt", "hello", "unknown file type '.txt'"),
-    ],
-)
-def test_bad_files(tmp_path: Path, name: str, content: str, message: str) -> None:
-    (tmp_path / name).write_text(content)
-    with pytest.raises(ConfigError, match=message):
-        load_rows(str(tmp_path / name))
-
-
-@pytest.mark.parametrize(
-    ("columns", "asked", "expected"),
-    [
-        (["question", "answer"], (None, None), ("question", "answer")),
-        (["type", "query", "response"], (None, None), ("query", "response")),
-        (["prompt", "completion"], (None, None), ("prompt", "completion")),
-        (["instruction", "input", "output"], (None, None), ("instruction", "output")),
-        (["messages"], (None, None), ("messages", "messages")),
-        (["question", "answer", "query", "response"], ("query", None), ("query", "response")),
-        (["text", "summary", "answer"], ("text", "summary"), ("text", "summary")),
-        (["question", "rationale"], (None, "rationale"), ("question", "rationale")),
-        (["text", "answer"], ("text", None), ("text", "answer")),
-    ],
-)
-def test_columns(columns: list[str], asked: Any, expected: Any) -> None:
-    assert choose_columns(dict.fromkeys(columns, "x"), *asked) == expected
-
-
 def test_splits(tmp_path: Path) -> None:
     tables = {
         name: datasets.Dataset.from_list(word_rows(n)) for name, n in (("train", 4), ("test", 2))
@@ -102,72 +73,146 @@ def test_splits(tmp_path: Path) -> None:
         load_rows(str(tmp_path / "train-only"), "--eval-data", held_out=True)
 
 
-def test_a_template_that_refuses_a_row_is_counted(tokenizer: Any) -> None:
-    import copy
+BAD = {
+    "empty.jsonl": ("", "has no rows"),
+    "blank.json": (" \n", r"line 1 of blank\.json: Expecting value"),
+    "none.json": ("[ ]", "has no rows"),
+    "torn.jsonl": (
+        '{"question": "a", "ans',
+        r"no row is a JSON.*line 1 of torn\.jsonl: Unt",
+    ),
+    "numbers.jsonl": ("1\n2\n", r"numbers\.jsonl is of type int\. Write an object"),
+    "torn.json": (
+        '[{"question": "a"}, {"question": "b", ',
+        "JSON array: the array does not",
+    ),
+    "two.json": ("[1] [2]", "is not a JSON array: something follows"),
+    "other.jsonl": ('{"title": "a", "label": 1}\n1\n', "no known prompt.*has: title, label"),
+    "rows.txt": ("hello", r"unknown file type '\.txt'"),
+}
 
-    strict = copy.deepcopy(tokenizer)
-    strict.chat_template = (
-        "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
-        "{% for m in messages %}{{ m.content }}{% endfor %}"
-    )
-    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    rows = [{"messages": turns}, {"messages": [{"role": "system", "content": "s"}, *turns]}]
-    result = tokenize_rows(rows, strict, RunConfig())
-    assert dict(result.counts) == {
-        "kept": 1,
-        "skipped: the chat template refuses the conversation": 1,
-    }
 
-
-@pytest.mark.parametrize(
-    ("asked", "message"),
-    [
-        ((None, None), "No known prompt and response columns.*It has: text, label"),
-        (("title", None), "--prompt-column title: the data has no such column.*text, label"),
-        ((None, "reply"), "--response-column reply"),
-        (("messages", "text"), "--prompt-column messages"),
-    ],
-)
-def test_missing_columns(asked: Any, message: str) -> None:
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files(tokenizer: Any, tmp_path: Path, name: str) -> None:
+    content, message = BAD[name]
+    (tmp_path / name).write_text(content)
     with pytest.raises(ConfigError, match=message):
-        choose_columns({"text": "a", "label": "b"}, *asked)
+        tokenize_rows(load_rows(str(tmp_path / name)), tokenizer, RunConfig())
 
 
-def test_messages_bring_their_own_response() -> None:
-    row = {"messages": [], "summary": "a"}
-    with pytest.raises(ConfigError, match="last assistant turn; leave the option out"):
-        choose_columns(row, "messages", "summary")
-    with pytest.raises(ConfigError, match="No known prompt"):
-        choose_columns(row, None, "summary")
+def test_asking_for_columns_that_are_not_there(tokenizer: Any) -> None:
+    with pytest.raises(ConfigError, match="--prompt-column title: --data has no such column"):
+        tokenize_rows(ROWS, tokenizer, RunConfig(prompt_column="title"))
+    with pytest.raises(ConfigError, match="assistant turns; leave the option out"):
+        tokenize_rows(ROWS, tokenizer, RunConfig(prompt_column="messages", response_column="a"))
 
 
-def test_response_in_the_metadata() -> None:
-    row = {"question": "q", "answer": "4", "metadata": {"answer_cot": "2 + 2 = 4"}}
-    columns = choose_columns(row, None, "answer_cot")
-    assert to_messages(row, *columns) == ([{"role": "user", "content": "q"}], "2 + 2 = 4")
+def test_a_tokenizer_that_does_not_tell_where_tokens_lie() -> None:
+    slow = SimpleNamespace(is_fast=False)
+    with pytest.raises(ConfigError, match=r"\(SimpleNamespace\).*needs a tokenizer\.json"):
+        tokenize_rows(ROWS, slow, RunConfig())
 
 
-def test_forms() -> None:
-    alpaca = {"instruction": "Add", "input": "1, 2", "output": 3}
-    expected = ([{"role": "user", "content": "Add\n\n1, 2"}], "3")
-    assert to_messages(alpaca, "instruction", "output") == expected
-    turns = [
-        {"role": "system", "content": "Be short."},
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Hello"},
-        {"role": "user", "content": "Bye"},
-    ]
-    found = to_messages({"messages": turns}, "messages", "messages")
-    assert found == (turns[:2], "Hello"), "up to the last assistant turn"
-    for row in ({"question": "a", "answer": " "}, {"question": "a", "answer": {"b": 1}}):
-        assert to_messages(row, "question", "answer") == "skipped: no response"
-    for messages in (None, "text", [{"role": "user"}], [{"role": "user", "content": "a"}]):
-        assert isinstance(to_messages({"messages": messages}, "messages", "messages"), str)
+# Each line, and whether it is kept.
+LINES = [
+    (b'{"question": "a", "answer": "b"}', True),
+    (b'{"question": "a", "answer": "b"}\r', True),
+    ('{"question": "\u2028 \U0001f642 \u2029", "answer": "\U0001f44d\U0001f3fd"}'.encode(), True),
+    (b'{"question": "\\u0000", "answer": "nul \\u0000 inside"}', True),
+    (b'{"text": "' + b"long " * 20_000 + b'"}', True),
+    (
+        b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+        True,
+    ),
+    (b'{"instruction": "a", "input": "", "output": 7, "more": {"x": [1, {}]}}', True),
+    (b'{"prompt": 1.5, "response": 2}', True),
+    (b'{"question": "", "answer": "b"}', False),
+    (b'{"question": "a", "answer": ""}', False),
+    (b'{"question": ["a"], "answer": false}', False),
+    (b'{"question": "a", "ans', False),
+    (b'{"question": "a\x00", "answer": "b"}', False),
+    (b'{"question": "\xff", "answer": "b"}', False),
+    (b'{"question": "\\ud83d", "answer": "b"}', False),
+    (b"\x00\x00\x00", False),
+    (b"", False),
+    (b"[" * 100_000, False),
+    (b"[1, 2]", False),
+    (b"null", False),
+    (b'{"title": "other schema"}', False),
+]
+
+
+def test_every_line_is_kept_or_counted(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b"\n".join(line for line, _ in LINES))
+    rows = load_rows(str(path))
+    assert len(rows) == len(LINES)
+    result = tokenize_rows(rows, tokenizer, RunConfig())
+    kept = [number for number, (_, keep) in enumerate(LINES, 1) if keep]
+    assert result.row_numbers.tolist() == kept
+    counts = dict(result.counts)
+    assert counts.pop("truncated") == 1
+    assert sum(counts.values()) == len(LINES)
+    assert counts == {
+        "kept": len(kept),
+        "skipped: no prompt": 1,
+        "skipped: no response": 2,
+        "skipped: not a JSON object": 8,
+        "skipped: text that is not valid Unicode": 1,
+        "skipped: no known columns": 1,
+    }
+    assert "4 question/answer" in result.describe()
+    assert "1 messages" in result.describe()
+
+
+def test_an_array_is_read_element_by_element(tmp_path: Path) -> None:
+    rows = [*ROWS, {"text": '] , {"'}, [], 3, None, {"a": [{"b": "\\"}]}, {"c": '\\"['}]
+    for indent in (None, 2):
+        path = tmp_path / "rows.json"
+        path.write_text(json.dumps(rows, indent=indent))
+        assert list(load_rows(str(path))) == rows
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert list(load_rows(str(path))) == rows, "lines, whatever the file's name"
+    path.write_text("\ufeff" + json.dumps(rows, ensure_ascii=False))
+    assert list(load_rows(str(path))) == rows, "a mark at the beginning is none of its bytes"
+    path.write_text('[{"a": 1}, {"b": nonsense}, {"c": 3}]')
+    assert list(load_rows(str(path))) == [{"a": 1}, None, {"c": 3}]
+
+
+@settings(max_examples=40, deadline=None)
+@given(lines=st.lists(st.binary(max_size=30).map(lambda b: b.replace(b"\n", b"")), max_size=8))
+def test_any_bytes_are_rows_or_counted(
+    tokenizer: Any, tmp_path_factory: pytest.TempPathFactory, lines: list[bytes]
+) -> None:
+    path = tmp_path_factory.mktemp("bytes") / "rows.jsonl"
+    path.write_bytes(b"".join(line + b"\n" for line in [*lines, b'{"text": "a b"}']))
+    counts = tokenize_rows(load_rows(str(path)), tokenizer, RunConfig()).counts
+    assert counts.total() == len(lines) + 1
+    assert counts["kept"] == 1
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows=st.lists(JSON_VALUES, max_size=6), indent=st.sampled_from([None, 1]))
+def test_any_array_and_any_lines_are_read_as_json_reads_them(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[Any], indent: int | None
+) -> None:
+    folder = tmp_path_factory.mktemp("rows")
+    (folder / "a.json").write_text(json.dumps(rows, indent=indent))
+    (folder / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("a.json", "b.jsonl"):
+        assert repr(list(JsonRows(folder / name))) == repr(rows)  # NaN is not itself
 
 
 def test_only_the_response_is_labelled(tokenizer: Any) -> None:
-    example = encode(tokenizer, [{"role": "user", "content": "Say red"}], "red", 512)
-    assert isinstance(example, Example)
+    turns = [{"role": "user", "content": "Say red"}, {"role": "assistant", "content": "red"}]
+    example = encode(tokenizer, turns, RunConfig())
     prompt = tokenizer.decode(example.input_ids[: example.first_label])
     assert prompt.endswith("<|im_start|>assistant\n")
     assert "Say red" in prompt
@@ -178,16 +223,6 @@ def test_only_the_response_is_labelled(tokenizer: Any) -> None:
     assert labelled == [*example.input_ids[example.first_label :], 2, 3]
     assert batch.attention_mask.sum(1).tolist() == [len(example.input_ids), 3]
     assert batch.num_label_tokens == len(labelled)
-
-
-def test_a_tokenizer_without_a_template_uses_the_default(tokenizer: Any) -> None:
-    import copy
-
-    plain = copy.deepcopy(tokenizer)
-    plain.chat_template = None
-    example = encode(plain, [{"role": "user", "content": "Say red"}], "red", 512)
-    text = plain.decode(example.input_ids)
-    assert text == f"### Question:\nSay red\n\n### Answer:\nred{plain.eos_token}"
 
 
 def test_rows_are_kept_or_counted(tokenizer: Any) -> None:
@@ -207,27 +242,88 @@ def test_rows_are_kept_or_counted(tokenizer: Any) -> None:
         "skipped: no prompt": 1,
         "skipped: no response token left after truncation": 1,
     }
-    whole = encode(tokenizer, [{"role": "user", "content": "a"}], "b", 512)
-    assert isinstance(whole, Example)
-    exact = encode(tokenizer, [{"role": "user", "content": "a"}], "b", len(whole.input_ids))
-    assert exact == whole, "a row that just fits is not truncated"
+    assert "by form" not in result.describe()
     with pytest.raises(ConfigError, match=r"no row is left.*--max-length \(now 8\)"):
         tokenize_rows(ROWS, tokenizer, RunConfig(max_length=8))
 
 
-@settings(max_examples=60, deadline=None)
-@given(prompt=st.text(max_size=40), response=st.text(max_size=40), max_length=st.integers(8, 60))
-def test_any_text_is_an_example_or_skipped(
-    tokenizer: Any, prompt: str, response: str, max_length: int
+def test_what_is_known_of_the_examples(tokenizer: Any) -> None:
+    result = tokenize_rows([*ROWS, {"text": "a b c"}], tokenizer, RunConfig(max_length=36))
+    examples = list(result.examples)
+    assert result.lengths.tolist() == [len(e.input_ids) for e in examples]
+    assert result.num_labels.tolist() == [e.num_label_tokens for e in examples]
+    assert result.first_labels.tolist() == [e.first_label for e in examples]
+    assert {result.lengths.dtype, result.num_labels.dtype, result.first_labels.dtype} == {
+        np.dtype(np.int32)
+    }
+    assert sum(e.truncated for e in examples) == result.counts["truncated"] == 2
+    assert result.examples[1:3] == examples[1:3]
+    assert result.examples[-1] == examples[-1]
+    with pytest.raises(IndexError):
+        result.examples[6]
+
+    part = result.select([5, 2, 0])
+    assert list(part.examples) == [examples[i] for i in (5, 2, 0)]
+    assert part.lengths.tolist() == [len(examples[i].input_ids) for i in (5, 2, 0)]
+    assert dict(part.counts) == {"kept": 3, "truncated": 1}
+    assert [part.row_id(i) for i in range(3)] == ["--data:6", "--data:3", "--data:1"]
+    assert list(part.select([1]).examples) == [examples[2]]
+
+
+def test_the_digest_tells_examples_apart(tokenizer: Any) -> None:
+    def digest(rows: Any, **options: Any) -> str:
+        return tokenize_rows(rows, tokenizer, RunConfig(**options)).digest
+
+    whole = tokenize_rows(ROWS, tokenizer, RunConfig())
+    assert digest([*ROWS[:2], {}, *ROWS[2:]]) == whole.digest, "what is skipped does not matter"
+    assert whole.select([1, 2]).digest == digest(ROWS[1:3])
+    others = [
+        digest(ROWS[:4]),
+        digest(ROWS[::-1]),
+        digest(ROWS, loss_on="all"),
+        digest([ROWS[0] | {"answer": "grey"}, *ROWS[1:]]),
+    ]
+    assert len({whole.digest, *others}) == 5
+
+
+NAMES = "question answer prompt completion instruction input output messages conversations text"
+COLUMN_NAMES = st.sampled_from([*NAMES.split(), "metadata", "role", "content", "from", "value"])
+SURROGATES = st.text(st.characters(codec=None, categories=["Cs", "L", "Cc"]), max_size=6)
+CELLS = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=20)
+    | SURROGATES
+    | st.sampled_from(["user", "assistant", "human", "gpt", "system", "tool", "Hello"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(COLUMN_NAMES, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    row=CELLS | st.dictionaries(COLUMN_NAMES, CELLS, max_size=4),
+    max_length=st.integers(8, 60),
+    loss_on=st.sampled_from(["responses", "last", "all"]),
+    truncation=st.sampled_from(["right", "left", "skip"]),
+)
+def test_any_row_is_an_example_or_skipped(
+    tokenizer: Any, row: Any, max_length: int, loss_on: Any, truncation: Any
 ) -> None:
-    row = {"question": prompt, "answer": response}
-    parts = to_messages(row, "question", "answer")
-    if isinstance(parts, str):
-        assert parts.startswith("skipped: ")
-        assert not prompt.strip() or not response.strip()
+    config = RunConfig(max_length=max_length, loss_on=loss_on, truncation=truncation)
+    columns = columns_of([row], [0], tokenizer, config)
+    (outcome,), (input_ids,), (labels,) = (
+        columns[name] for name in ("outcome", "input_ids", "labels")
+    )
+    assert len(input_ids) == len(labels)
+    if outcome != "kept":
+        assert outcome.startswith("skipped: ")
+        assert len(input_ids) == 0
         return
-    example = encode(tokenizer, *parts, max_length)
-    if isinstance(example, str):
-        assert example.startswith("skipped: ")
-    else:
-        assert 0 < example.first_label < len(example.input_ids) <= max_length
+    assert 0 < len(input_ids) <= max_length
+    assert columns["num_labels"][0] > 0
+    assert all(
+        label in (token, IGNORE_INDEX) for token, label in zip(input_ids, labels, strict=True)
+    )

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from lorasb_ds.adapter import inject, set_scale
 from lorasb_ds.batches import Batch
-from lorasb_ds.data import IGNORE_INDEX
+from lorasb_ds.examples import IGNORE_INDEX
 from lorasb_ds.footprint import (
     Footprint,
     Workload,

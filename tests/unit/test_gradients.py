@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, Qwen2MoeConfig
 
 from lorasb_ds.adapter import LoraSBLinear, expert_layers, inject, linear_layers, select_targets
 from lorasb_ds.batches import Batch
-from lorasb_ds.data import IGNORE_INDEX
+from lorasb_ds.examples import IGNORE_INDEX
 from lorasb_ds.gradients import GradientShards, average_gradients
 from tests.references import own_loss
 

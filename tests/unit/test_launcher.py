@@ -12,7 +12,7 @@ from deepspeed.launcher.runner import fetch_hostfile
 from launcher.cli import main
 from launcher.command import job_environment, train_command, visible_gpus
 from launcher.options import to_arguments
-from lorasb_ds.config import ConfigError, RunConfig, option_name
+from lorasb_ds.config import DEMO_DATA, ConfigError, RunConfig, option_name
 
 
 def test_train_command() -> None:
@@ -65,6 +65,14 @@ def test_arguments_of_the_worker() -> None:
     given = {"r": 8, "load_in_4bit": True, "overwrite": False, "lr": None, "model": "a b"}
     expected = ["--r", "8", "--load-in-4bit", "--no-overwrite", "--model", "a b"]
     assert to_arguments(given) == expected
+
+
+def test_several_sources_reach_the_worker() -> None:
+    sources = ["--data", "a.jsonl", "--data", "b.jsonl", "--data-weights", "2,0.5"]
+    command = dry_run("--num-procs", "1", *sources, "--max-length", "99")
+    assert command[command.index("--data") :] == [*sources, "--max-length", "99"]
+    text = " ".join(CliRunner().invoke(main, ["train", "--help"]).output.split())
+    assert f"May be given several times. [default: {DEMO_DATA[:10]}" in text
 
 
 def dry_run(*arguments: str) -> list[str]:

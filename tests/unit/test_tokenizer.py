@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from lorasb_ds.config import ConfigError
-from lorasb_ds.data import encode
+from lorasb_ds.config import ConfigError, RunConfig
+from lorasb_ds.examples import encode
 from lorasb_ds.loading import load_config
 from lorasb_ds.tokenizer import choose_pad_token, load_tokenizer, read_tokenizer
 from tests.runs import ROOT
@@ -42,6 +43,14 @@ TEXTS = [
     " ",
     "",
 ]
+
+
+# As Llama 2 and Mistral have it.
+INSTRUCT = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}"
+    "{{ '[INST] ' + m.content.strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
 
 
 def sentencepiece_folder(folder: Path, family: str, **options: Any) -> Path:
@@ -102,11 +111,37 @@ def test_a_bare_tokenizer_model_gives_sentencepieces_tokens(
 def test_rows_of_a_bare_tokenizer_model(folders: dict[str, Path], family: str, pad: str) -> None:
     tokenizer = load_tokenizer(str(folders[family]))
     assert tokenizer.pad_token == pad
-    example = encode(tokenizer, [{"role": "user", "content": "Say red"}], "red", 512)
-    assert not isinstance(example, str)
+    turns = [{"role": "user", "content": "Say red"}, {"role": "assistant", "content": "red"}]
+    example = encode(tokenizer, turns, RunConfig())
     assert example.input_ids[0] == tokenizer.bos_token_id
     assert example.input_ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(example.input_ids[example.first_label : -1]) == "red"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("template", [None, INSTRUCT], ids=["default", "instruct"])
+def test_what_is_learned_of_sentencepiece_s_tokens(
+    folders: dict[str, Path], family: str, template: str | None
+) -> None:
+    """Spaces, bytes and digits are tokens with odd ends; decoded, they are what was said."""
+    tokenizer = load_tokenizer(str(folders[family]))
+    tokenizer.chat_template = template
+    mark = f" {tokenizer.eos_token}" if template else tokenizer.eos_token
+    answers = ["red", "12 345", "🙂👍🏽, ünïcode, 漢字", "a  b\n\n\tc", "s"]
+    turns = []
+    for answer in answers:
+        turns += [{"role": "user", "content": f"Say {answer}"}]
+        turns += [{"role": "assistant", "content": answer}]
+    example = encode(tokenizer, turns, RunConfig(max_length=10_000))
+    assert example.input_ids[0] == tokenizer.bos_token_id
+    assert example.input_ids[1] != tokenizer.bos_token_id
+    learned, end = [], 0
+    for on, group in groupby(label >= 0 for label in example.labels):
+        start, end = end, end + len(list(group))
+        if on:  # cut out of the whole: alone, a text would lose its first space
+            before, upto = (tokenizer.decode(example.input_ids[:i]) for i in (start, end))
+            learned.append(upto[len(before) :])
+    assert [text.strip() for text in learned] == [answer + mark for answer in answers]
 
 
 def test_what_tokenizer_config_says_holds(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -117,8 +152,8 @@ def test_what_tokenizer_config_says_holds(folders: dict[str, Path], tmp_path: Pa
     tokenizer = load_tokenizer(str(folder))
     reference = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     assert tokenizer("Hello world")["input_ids"] == reference.encode("Hello world")
-    example = encode(tokenizer, [{"role": "user", "content": "Hi"}], "Ho", 512)
-    assert not isinstance(example, str)
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    example = encode(tokenizer, turns, RunConfig())
     prompt = example.input_ids[: example.first_label]
     assert prompt == reference.encode("[INST] Hi [/INST]")
 

@@ -1,0 +1,123 @@
+"""`lorasb data preview`: rows as the model sees them, what is learned set apart from the rest."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from launcher.options import CONTEXT, field_options
+from launcher.quiet import quiet_libraries
+from lorasb_ds.config import ConfigError, RunConfig, load_run_config
+
+if TYPE_CHECKING:
+    from lorasb_ds.data import TokenizedRows
+    from lorasb_ds.examples import Example
+
+FIELDS = (
+    "model",
+    "data",
+    "prompt_column",
+    "response_column",
+    "max_length",
+    "loss_on",
+    "truncation",
+    "dataset_num_proc",
+    "trust_remote_code",
+)
+
+
+@click.command(context_settings=CONTEXT)
+@field_options(*FIELDS)
+@click.option("-n", "--num-rows", type=click.IntRange(min=0), default=3, show_default=True)
+@click.option("--row", type=click.IntRange(min=1), help="This row of each --data, from 1 on.")
+@click.option("--color/--no-color", default=None, help="[default: color on a terminal]")
+def main(num_rows: int, row: int | None, color: bool | None, **given: Any) -> None:
+    """Show rows as the model sees them, and how many there are of which length.
+
+    What is not learned is dimmed; without color, what is learned stands between ⟦ and ⟧.
+    """
+    quiet_libraries()
+    try:
+        config = load_run_config(given)
+        color = sys.stdout.isatty() if color is None else color
+        for line in preview(config, num_rows, row, color):
+            click.echo(line, color=color)
+    except ConfigError as error:
+        click.echo(f"lorasb: error: {error}", err=True)
+        sys.exit(2)
+
+
+def preview(config: RunConfig, num_rows: int, row: int | None, color: bool) -> Iterator[str]:
+    import numpy as np
+
+    from lorasb_ds.data_cache import tokenize_sources
+    from lorasb_ds.loading import load_config
+    from lorasb_ds.tokenizer import read_tokenizer
+
+    hf_config = load_config(config.model, config.trust_remote_code)
+    tokenizer = read_tokenizer(config.model, hf_config, config.trust_remote_code)
+    rows, notes = tokenize_sources(config.data, tokenizer, config)
+    yield from notes
+    if row is None:
+        chosen = list(range(min(num_rows, len(rows.examples))))
+    else:
+        chosen = np.flatnonzero(rows.row_numbers == row).tolist()
+        yield from why_skipped(config, tokenizer, row)
+    for i in chosen:
+        example = rows.examples[i]
+        yield (
+            f"--- {rows.row_id(i)}: {len(example.input_ids)} tokens, {example.num_label_tokens} "
+            f"learned{', truncated' if example.truncated else ''}"
+        )
+        yield show(tokenizer, example, color)
+    yield "---"
+    yield rows.describe()
+    yield statistics(rows)
+
+
+def why_skipped(config: RunConfig, tokenizer: Any, row: int) -> Iterator[str]:
+    """What became of a row of each source, where it was not kept."""
+    from lorasb_ds.data import KEPT, columns_of
+    from lorasb_ds.rows import load_rows
+
+    for source in config.data:
+        rows = load_rows(source)
+        if row > len(rows):
+            yield f"--- {source} has {len(rows)} rows"
+            continue
+        outcome = columns_of(rows, [row - 1], tokenizer, config)["outcome"][0]
+        if outcome != KEPT:
+            yield f"--- {source}:{row}: {outcome}"
+
+
+def show(tokenizer: Any, example: Example, color: bool) -> str:
+    """An example's text with special tokens; what is masked is dimmed, or the rest bracketed."""
+    shown, end, so_far = "", 0, ""
+    for masked, group in groupby(label < 0 for label in example.labels):
+        end += len(list(group))
+        # Cut out of the whole: alone, a part of a sentencepiece text would lose its first space.
+        text = tokenizer.decode(example.input_ids[:end])
+        part, so_far = text[len(so_far) :], text
+        if color:
+            shown += click.style(part, dim=True) if masked else part
+        else:
+            shown += part if masked else f"⟦{part}⟧"
+    return shown
+
+
+def statistics(rows: TokenizedRows) -> str:
+    import numpy as np
+
+    half, most = np.percentile(rows.lengths, [50, 95])
+    return (
+        f"tokens of a row: {half:.0f} at the median, {most:.0f} at 95 %, {rows.lengths.max()} at "
+        f"most; {rows.num_labels.sum() / rows.lengths.sum():.1%} of all are learned"
+    )
+
+
+if __name__ == "__main__":
+    main()

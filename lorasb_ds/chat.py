@@ -1,0 +1,115 @@
+"""A conversation as one text, by the chat template, and where in it the assistant speaks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+
+from lorasb_ds.forms import Messages, RowError
+
+# For tokenizers without a chat template. System turns and the like stand there as they are.
+DEFAULT_CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for turn in messages %}"
+    "{% if turn.role == 'user' %}{{ '### Question:\n' + turn.content + '\n\n' }}"
+    "{% elif turn.role == 'assistant' %}{{ '### Answer:\n' + turn.content + eos_token }}"
+    "{% if not loop.last %}{{ '\n\n' }}{% endif %}"
+    "{% else %}{{ turn.content + '\n\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Answer:\n' }}{% endif %}"
+)
+MARK = "\ue000turn\ue000"  # stands for a turn; private characters, which no text has
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A text, and the parts of it that are learned."""
+
+    text: str
+    spans: list[tuple[int, int]]  # from where to where, in characters; ascending
+    ended: bool  # whether the text ends with a mark of its end; else a token has to follow
+
+
+def chat_template(tokenizer: Any) -> Any:
+    return tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE
+
+
+def bos_text(tokenizer: Any) -> str:
+    """The beginning of sequence, if the tokenizer begins texts with it."""
+    begins = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return tokenizer.bos_token if begins and tokenizer.bos_token else ""
+
+
+def render(tokenizer: Any, messages: Messages, add_generation_prompt: bool = False) -> str:
+    """What the chat template makes of a conversation.
+
+    Raises:
+        RowError: if it refuses: Gemma's takes no system turns, Mistral's wants roles in turn, …
+    """
+    own = {} if tokenizer.chat_template else {"bos_token": bos_text(tokenizer)}
+    try:
+        return tokenizer.apply_chat_template(
+            messages,
+            chat_template=chat_template(tokenizer) if own else None,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **own,
+        )
+    except (TemplateError, TypeError) as error:
+        raise RowError("the chat template refuses the conversation") from error
+
+
+def render_prompt(tokenizer: Any, messages: Messages) -> list[int]:
+    """Token ids of everything before a response. Raises as ``render``."""
+    text = render(tokenizer, messages, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def render_conversation(tokenizer: Any, messages: Messages) -> Rendered:
+    """A conversation that ends with the assistant, and what the assistant says in it.
+
+    A turn of the assistant begins where the template's prompt for it ends, and ends with the
+    template's mark of its end (``<|im_end|>``), which the model has to learn. Templates may rewrite
+    turns (Qwen 3 drops the thoughts of earlier ones): a turn is found by what the template writes
+    before and behind it when another text stands in its place. What follows the last turn's mark is
+    cut off.
+
+    Raises:
+        RowError: if the template refuses the conversation, or drops a turn.
+    """
+    text = render(tokenizer, messages)
+    _, tail = _around(tokenizer, messages, len(messages) - 1)
+    mark = tail.rstrip()
+    spans = []
+    for i, turn in enumerate(messages):
+        if turn["role"] != "assistant":
+            continue
+        head, tail = _around(tokenizer, messages, i)
+        end = len(text) - len(tail)
+        start = _prompt_length(tokenizer, messages[:i], text[:end])
+        if start is None and text.startswith(head) and len(head) <= end:
+            start = len(head)
+        if start is None or not text.endswith(tail):
+            raise RowError("the chat template drops a response")
+        spans.append((start, end + len(mark) if tail.startswith(mark) else end))
+    return Rendered(text[: spans[-1][1]], spans, ended=bool(mark))
+
+
+def _around(tokenizer: Any, messages: Messages, i: int) -> tuple[str, str]:
+    """What the template writes before the content of turn ``i``, and behind it."""
+    marked = [*messages[:i], {**messages[i], "content": MARK}, *messages[i + 1 :]]
+    parts = render(tokenizer, marked).split(MARK)
+    if len(parts) != 2:
+        raise RowError("the chat template drops a response")
+    return parts[0], parts[1]
+
+
+def _prompt_length(tokenizer: Any, before: Messages, text: str) -> int | None:
+    """The length of the prompt for the next response, if ``text`` begins with it."""
+    if not before:
+        return None
+    try:
+        prompt = render(tokenizer, before, add_generation_prompt=True)
+    except RowError:
+        return None
+    return len(prompt) if text.startswith(prompt) else None

@@ -1,0 +1,262 @@
+"""Sources of rows, tokenized once on each host and kept for the next run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+
+from lorasb_ds.chat import chat_template
+from lorasb_ds.config import ConfigError, RunConfig, cache_dir
+from lorasb_ds.data import (
+    COLUMNS,
+    TokenizedRows,
+    check_tokenizer,
+    columns_of,
+    count,
+    features,
+    nothing_left,
+)
+from lorasb_ds.files import fsync, publish, write_json
+from lorasb_ds.rows import identity, load_rows
+
+FORMAT = 1  # of the tables; raise it whenever the same rows would give other tables
+META = "lorasb.json"  # beside the table: its key, size and counts
+BATCH_TOKENS = 1 << 20  # of a batch, if its rows are as long as --max-length allows
+WORTH_SAYING_S = 5.0
+WORTH_A_WORKER_S = 10.0  # a worker takes seconds to start
+
+
+def load_data(
+    config: RunConfig, tokenizer: Any
+) -> tuple[TokenizedRows, TokenizedRows | None, list[str]]:
+    """A run's training rows, its held-out rows if there are any, and what the user should know.
+
+    Raises:
+        ConfigError: if rows cannot be read, or none are left.
+    """
+    train, notes = tokenize_sources(config.data, tokenizer, config)
+    held_out = None
+    if config.eval_data is not None:
+        held_out, more = tokenize_sources(
+            (config.eval_data,), tokenizer, config, "--eval-data", held_out=True
+        )
+        notes = [*notes, *(note for note in more if note not in notes)]
+    elif config.val_set_size is not None:
+        parts = split_rows(len(train.examples), config.val_set_size, config.seed)
+        notes.append(
+            f"rows: {train.describe()}; {len(parts[1])} of them held out (--val-set-size "
+            f"{config.val_set_size:g})"
+        )
+        train, held_out = (train.select(part) for part in parts)
+    return train, held_out, notes
+
+
+def split_rows(num_rows: int, val_set_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which rows are trained on and which are held out, each ascending; by the seed.
+
+    Args:
+        val_set_size: a share of the rows if below 1, but at least one row; else their number.
+    Raises:
+        ConfigError: if nothing would be left to train on.
+    """
+    wanted = round(num_rows * val_set_size) if val_set_size < 1 else int(val_set_size)
+    num_held_out = max(1, wanted)
+    if num_held_out >= num_rows:
+        raise ConfigError(
+            f"--val-set-size {val_set_size:g} would hold out {num_held_out} of {num_rows} rows, "
+            "and leave none to train on. Lower it."
+        )
+    # Not the generator of an epoch's order, whose first rows would be the ones held out.
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + 999_983)
+    order = torch.randperm(num_rows, generator=generator).numpy()
+    return np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
+
+
+def tokenize_sources(
+    sources: Sequence[str],
+    tokenizer: Any,
+    config: RunConfig,
+    option: str = "--data",
+    held_out: bool = False,
+) -> tuple[TokenizedRows, list[str]]:
+    """The examples of all sources, one source after the other, memory-mapped.
+
+    Args:
+        held_out: which split to take where a source has several; see ``load_rows``.
+    Returns:
+        The rows, and notes for the user.
+    Raises:
+        ConfigError: if a source cannot be read, or no row of it is left.
+    """
+    import datasets
+
+    check_tokenizer(tokenizer, config)
+    made_by = _tokenizer_identity(tokenizer)
+    tables, notes = [], []
+    counts: Counter[str] = Counter()
+    forms: Counter[str] = Counter()
+    for source in sources:
+        rows = load_rows(source, option, held_out=held_out)
+        key = _key(identity(source, rows), made_by, config)
+        table, meta, note = _cached(key, rows, tokenizer, config, f"{option} {source}")
+        tables.append(table)
+        counts += Counter(meta["counts"])
+        forms += Counter(meta["forms"])
+        notes += [note] if note is not None and note not in notes else []
+    ends = np.cumsum([len(table) for table in tables]).tolist()
+    table = datasets.concatenate_datasets(tables)
+    index = np.arange(len(table), dtype=np.int64)
+    return TokenizedRows(table, index, counts, forms, tuple(zip(sources, ends, strict=True))), notes
+
+
+def _key(source: str, made_by: str, config: RunConfig) -> str:
+    """Equal where the same table comes out."""
+    options = ("prompt_column", "response_column", "max_length", "loss_on", "truncation")
+    parts = [FORMAT, source, made_by, {name: getattr(config, name) for name in options}]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _tokenizer_identity(tokenizer: Any) -> str:
+    """All that decides which tokens a conversation gives."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend |= {"padding": None, "truncation": None}  # of the last call
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    parts = [type(tokenizer).__name__, backend, chat_template(tokenizer), special]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _cached(
+    key: str, rows: Sequence[Any], tokenizer: Any, config: RunConfig, option: str
+) -> tuple[Any, dict[str, Any], str | None]:
+    """The table of a key, its meta data, and a note. One process of a host makes it.
+
+    A table that is torn, or not ours, is made again. Where the cache cannot be written, each
+    process makes its own, which is gone with it.
+    """
+    folder = cache_dir() / "tokenized" / key
+    make = partial(_make, key=key, rows=rows, tokenizer=tokenizer, config=config, option=option)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if (found := _read(folder, key)) is None:
+                make(folder)
+                found = _read(folder, key)
+        assert found is not None
+        return *found, None
+    except OSError as error:
+        with tempfile.TemporaryDirectory() as temporary:
+            make(Path(temporary) / key)
+            found = _read(Path(temporary) / key, key)
+        # Memory-mapped: it lives on while this process does.
+        assert found is not None
+        return *found, (
+            f"the cache {folder.parent} cannot be written ({error.strerror or error}): every "
+            "process tokenizes all rows itself. LORASB_CACHE names another folder"
+        )
+
+
+def _read(folder: Path, key: str) -> tuple[Any, dict[str, Any]] | None:
+    """A table that is whole, or None."""
+    import datasets
+
+    if not folder.is_dir():
+        return None
+    try:
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        table = datasets.load_from_disk(str(folder))
+        whole = meta["key"] == key and meta["sizes"] == _sizes(folder)
+        if whole and len(table) == meta["counts"]["kept"] and set(table.features) == set(COLUMNS):
+            return table, meta
+    except Exception:
+        return None  # datasets and pyarrow raise a dozen types; whatever it is, it is made again
+    return None
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {f.name: f.stat().st_size for f in sorted(folder.iterdir()) if f.name != META}
+
+
+def _make(
+    folder: Path, *, key: str, rows: Sequence[Any], tokenizer: Any, config: RunConfig, option: str
+) -> None:
+    """Tokenize all rows into a table on disk; only what is kept, and the counts of all."""
+    aside = folder.with_suffix(".tmp")
+    for old in (aside, folder):
+        if old.is_dir():
+            shutil.rmtree(old)
+        else:
+            old.unlink(missing_ok=True)
+    aside.mkdir()
+    try:
+        made = _tokenize(aside / "all.arrow", key, rows, tokenizer, config, option)
+        kept, counts, forms = count(made)
+        if not len(kept):
+            raise nothing_left(rows, counts, config, option)
+        table = aside / "table"
+        made.select(kept).save_to_disk(table)
+        meta = {"key": key, "sizes": _sizes(table), "counts": counts, "forms": forms}
+        write_json(table / META, meta)
+        for file in table.iterdir():
+            fsync(file)
+        publish(table, folder)
+    finally:
+        shutil.rmtree(aside)
+
+
+def _tokenize(
+    file: Path, key: str, rows: Sequence[Any], tokenizer: Any, config: RunConfig, option: str
+) -> Any:
+    """A table of all rows, in order, memory-mapped from ``file``."""
+    import datasets
+
+    num_proc = _num_proc(rows, tokenizer, config, option)
+    batch_size = max(1, min(1000, BATCH_TOKENS // config.max_length))
+    return datasets.Dataset.from_dict({"row": np.arange(len(rows))}).map(
+        partial(_batch, rows=rows, tokenizer=tokenizer, config=config),
+        batched=True,
+        batch_size=batch_size,
+        writer_batch_size=batch_size,
+        features=features(),
+        num_proc=num_proc if num_proc > 1 else None,
+        cache_file_name=str(file),
+        load_from_cache_file=False,
+        new_fingerprint=key[:32],  # datasets adds to it, and takes 64 characters
+        desc="Tokenizing",
+    )
+
+
+def _batch(
+    batch: dict[str, list[int]], *, rows: Sequence[Any], tokenizer: Any, config: RunConfig
+) -> dict[str, list[Any]]:
+    return columns_of(rows, batch["row"], tokenizer, config)
+
+
+def _num_proc(rows: Sequence[Any], tokenizer: Any, config: RunConfig, option: str) -> int:
+    """How many processes the rows are worth, from the time that some of them take."""
+    some = range(0, len(rows), max(1, len(rows) // 100))
+    start = time.perf_counter()
+    columns_of(rows, some, tokenizer, config)
+    seconds = (time.perf_counter() - start) / len(some) * len(rows)
+    cores = len(os.sched_getaffinity(0))
+    by_work = max(1, min(cores, int(seconds / WORTH_A_WORKER_S)))
+    num_proc = min(config.dataset_num_proc or by_work, len(rows))
+    if seconds / num_proc > WORTH_SAYING_S:
+        print(
+            f"tokenizing {len(rows):,} rows of {option} in {num_proc} process(es): about "
+            f"{seconds / num_proc:.0f} s, once; the result is kept in {cache_dir() / 'tokenized'}",
+            flush=True,
+        )
+    return num_proc

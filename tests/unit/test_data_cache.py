@@ -1,0 +1,415 @@
+"""Tokenized once: the cache, its key, and what happens to it; several sources; held-out rows."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorasb_ds import data_cache
+from lorasb_ds.config import ConfigError, RunConfig, load_run_config
+from lorasb_ds.data import TokenizedRows, tokenize_rows
+from lorasb_ds.data_cache import load_data, split_rows, tokenize_sources
+from tests.runs import ROOT, word_rows, write_jsonl
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of tokenized rows, empty."""
+    monkeypatch.setenv("LORASB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "tokenized"
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The keys of tables as they are made."""
+    keys: list[str] = []
+    make = data_cache._make
+
+    def recorded(folder: Path, **more: Any) -> None:
+        keys.append(more["key"])
+        make(folder, **more)
+
+    monkeypatch.setattr(data_cache, "_make", recorded)
+    return keys
+
+
+def tokenized(source: str, tokenizer: Any, **options: Any) -> TokenizedRows:
+    rows, notes = tokenize_sources((source,), tokenizer, RunConfig(**options))
+    assert notes == []
+    return rows
+
+
+def same(a: TokenizedRows, b: TokenizedRows) -> bool:
+    return list(a.examples) == list(b.examples) and (a.digest, a.counts) == (b.digest, b.counts)
+
+
+ROWS = [*word_rows(5), {"question": "none"}, {"text": "a b c"}, {"title": 1}, *word_rows(2)]
+
+
+def test_the_second_time_it_is_read(
+    tokenizer: Any, tmp_path: Path, cache: Path, made: list[str]
+) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    first = tokenized(path, tokenizer)
+    assert same(first, tokenize_rows(ROWS, tokenizer, RunConfig()))
+    assert first.row_numbers.tolist() == [1, 2, 3, 4, 5, 7, 9, 10]
+    assert first.row_id(6) == "rows.jsonl:9"
+    assert [f.name for f in cache.iterdir() if f.is_dir()] == made
+    second = tokenized(path, tokenizer)
+    assert same(first, second)
+    assert first.describe() == second.describe()
+    elsewhere = shutil.copy(path, tmp_path / "copy.jsonl")
+    assert same(first, tokenized(str(elsewhere), tokenizer))
+    assert len(made) == 1
+
+
+def test_what_matters_changes_the_key(
+    tokenizer: Any, tmp_path: Path, cache: Path, made: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    other_template = copy.deepcopy(tokenizer)
+    other_template.chat_template += " "
+    other_eos = copy.deepcopy(tokenizer)
+    other_eos.eos_token = "<|endoftext|>"  # noqa: S105
+    tokenized(path, tokenizer)
+    for options in (
+        {"max_length": 512},
+        {"loss_on": "last"},
+        {"truncation": "left"},
+        {"prompt_column": "question"},
+        {"response_column": "answer"},
+    ):
+        tokenized(path, tokenizer, **options)
+    tokenized(path, other_template)
+    tokenized(path, other_eos)
+    task = "reasoning-gym:chain_sum?size=3"
+    tokenized(task, tokenizer)
+    monkeypatch.setenv("PYTHONHASHSEED", "77")
+    tokenized(task, tokenizer)
+    write_jsonl(tmp_path / "rows.jsonl", ROWS[1:])
+    tokenized(path, tokenizer)
+    for count in (2, 3):
+        shutil.rmtree(tmp_path / "saved", ignore_errors=True)
+        datasets.Dataset.from_list(word_rows(count)).save_to_disk(tmp_path / "saved")
+        tokenized(str(tmp_path / "saved"), tokenizer)
+    assert len(set(made)) == len(made) == 13
+    tokenized(path, tokenizer, r=8, seed=7, dataset_num_proc=2)
+    assert len(made) == 13, "what does not matter leaves it"
+
+
+def damage_nothing_left(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def damage_cut_off(folder: Path) -> None:
+    (file,) = folder.glob("*.arrow")
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def damage_cut_off_with_its_meta_data(folder: Path) -> None:
+    """Only Arrow can tell."""
+    damage_cut_off(folder)
+    believe_sizes(folder)
+
+
+def damage_rows_missing(folder: Path) -> None:
+    """As a file that is cut off between two batches."""
+    meta = (folder / "lorasb.json").read_text()
+    datasets.load_from_disk(folder).select(range(5)).save_to_disk(folder.with_suffix(".less"))
+    shutil.rmtree(folder)
+    folder.with_suffix(".less").rename(folder)
+    (folder / "lorasb.json").write_text(meta)
+    believe_sizes(folder)
+
+
+def believe_sizes(folder: Path) -> None:
+    meta = json.loads((folder / "lorasb.json").read_text())
+    meta["sizes"] = data_cache._sizes(folder)
+    (folder / "lorasb.json").write_text(json.dumps(meta))
+
+
+def damage_meta_data(folder: Path) -> None:
+    (folder / "lorasb.json").write_text('{"key": ')
+
+
+def damage_foreign(folder: Path) -> None:
+    shutil.rmtree(folder)
+    datasets.Dataset.from_list(word_rows(3)).save_to_disk(folder)
+    (folder / "lorasb.json").write_text("[]")
+
+
+def damage_a_file(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("not a folder")
+
+
+def damage_half_written(folder: Path) -> None:
+    """As a process leaves it that is killed while it writes."""
+    folder.rename(folder.with_suffix(".tmp"))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_nothing_left,
+        damage_cut_off,
+        damage_cut_off_with_its_meta_data,
+        damage_rows_missing,
+        damage_meta_data,
+        damage_foreign,
+        damage_a_file,
+        damage_half_written,
+    ],
+)
+def test_a_torn_entry_is_made_again(
+    tokenizer: Any, tmp_path: Path, cache: Path, made: list[str], damage: Any
+) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    expected = tokenize_rows(ROWS, tokenizer, RunConfig())
+    tokenized(path, tokenizer)
+    damage(cache / made[0])
+    assert same(tokenized(path, tokenizer), expected)
+    assert len(made) == 2
+    assert same(tokenized(path, tokenizer), expected)
+    assert len(made) == 2, "and then it is whole"
+
+
+def test_a_cache_that_cannot_be_written(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LORASB_CACHE", str(tmp_path / "file"))
+    path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    rows, notes = tokenize_sources((path, path), tokenizer, RunConfig())
+    assert len(notes) == 1
+    assert "cannot be written (Not a directory)" in notes[0]
+    expected = tokenize_rows([*ROWS, *ROWS], tokenizer, RunConfig())
+    assert same(rows, expected)
+
+
+def test_all_rows_skipped_is_an_error_every_time(
+    tokenizer: Any, tmp_path: Path, cache: Path
+) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"question": "a", "answer": None}] * 3)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"--eval-data .*no row is left.*3 skipped: no resp"):
+            tokenize_sources((path,), tokenizer, RunConfig(), "--eval-data")
+    assert not [f for f in cache.iterdir() if f.is_dir()]
+
+
+def test_a_full_disk_leaves_nothing_behind(
+    tokenizer: Any, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it writes, that is; the cache is passed over then."""
+    path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    write_json = data_cache.write_json
+
+    def full(file: Path, content: object) -> None:
+        if file.is_relative_to(cache):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_json(file, content)
+
+    monkeypatch.setattr(data_cache, "write_json", full)
+    rows, notes = tokenize_sources((path,), tokenizer, RunConfig())
+    assert "cannot be written (No space left on device)" in notes[0]
+    assert same(rows, tokenize_rows(ROWS, tokenizer, RunConfig()))
+    assert not [f for f in cache.iterdir() if f.is_dir()]
+
+
+RACE = """
+import sys, time
+from lorasb_ds import data_cache
+from lorasb_ds.config import RunConfig
+from lorasb_ds.tokenizer import load_tokenizer
+
+make = data_cache._make
+def slowly(folder, **more):
+    print("makes it", flush=True)
+    time.sleep(2)
+    make(folder, **more)
+data_cache._make = slowly
+tokenizer = load_tokenizer(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+rows, notes = data_cache.tokenize_sources((sys.argv[2],), tokenizer, RunConfig())
+print(rows.digest, len(rows.examples), notes)
+"""
+
+
+def test_of_two_processes_one_does_the_work(
+    demo_model: Path, tokenizer: Any, tmp_path: Path, cache: Path
+) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    command = [sys.executable, "-c", RACE, str(demo_model), path]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
+    racers = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    for racer in racers:
+        assert racer.stdout.readline() == "ready\n"
+    for racer in racers:
+        racer.stdin.write("go\n")
+        racer.stdin.flush()
+    outputs = [racer.communicate(timeout=120)[0].splitlines() for racer in racers]
+    assert sorted(len(lines) for lines in outputs) == [1, 2], outputs
+    assert sum("makes it" in lines for lines in outputs) == 1
+    expected = tokenize_rows(ROWS, tokenizer, RunConfig())
+    assert {lines[-1] for lines in outputs} == {f"{expected.digest} {len(expected.examples)} []"}
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # from Python 3.12 on
+def test_worker_processes_give_the_same(tokenizer: Any, tmp_path: Path, cache: Path) -> None:
+    rows = [*word_rows(250), {"question": "none"}, *word_rows(150)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    found = tokenized(path, tokenizer, dataset_num_proc=2)
+    assert same(found, tokenize_rows(rows, tokenizer, RunConfig()))
+    assert found.row_numbers.tolist() == [*range(1, 251), *range(252, 402)]
+
+
+def test_long_work_is_announced_and_shared(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
+    rows = word_rows(50)
+    assert data_cache._num_proc(rows, tokenizer, RunConfig(), "--data x") == 1
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(data_cache, "WORTH_A_WORKER_S", 1e-9)
+    monkeypatch.setattr(data_cache, "WORTH_SAYING_S", 0)
+    assert data_cache._num_proc(rows, tokenizer, RunConfig(), "--data x") == 4
+    assert "tokenizing 50 rows of --data x in 4 process(es)" in capsys.readouterr().out
+    assert data_cache._num_proc(rows, tokenizer, RunConfig(dataset_num_proc=3), "--data x") == 3
+
+
+def test_several_sources(tokenizer: Any, tmp_path: Path, cache: Path) -> None:
+    table = datasets.Dataset.from_list(word_rows(3))
+    table.to_csv(tmp_path / "rows.csv")
+    table.save_to_disk(tmp_path / "saved")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    sources = (
+        write_jsonl(tmp_path / "a" / "rows.jsonl", ROWS),
+        str(tmp_path / "rows.csv"),
+        str(tmp_path / "saved"),
+        "reasoning-gym:chain_sum?size=2",
+        write_jsonl(tmp_path / "b" / "rows.jsonl", word_rows(1)),
+    )
+    rows, _ = tokenize_sources(sources, tokenizer, RunConfig())
+    assert rows.source_sizes == (8, 3, 3, 2, 1)
+    one_by_one = [tokenized(source, tokenizer) for source in sources]
+    assert list(rows.examples) == [e for one in one_by_one for e in one.examples]
+    assert rows.counts == sum((one.counts for one in one_by_one), start=type(rows.counts)())
+    assert [rows.row_id(i) for i in (7, 8, 13, 15, 16)] == [
+        f"{sources[0]}:10",
+        "rows.csv:1",
+        f"{sources[2]}:3",
+        "reasoning-gym:chain_sum?size=2:2",
+        f"{sources[4]}:1",
+    ]
+    part = rows.select([16, 3, 8, 9])
+    assert part.source_sizes == (1, 2, 0, 0, 1)
+    assert part.row_id(1) == f"{sources[0]}:4"
+
+
+@given(
+    num_rows=st.integers(2, 300),
+    val_set_size=st.floats(0.001, 0.9) | st.integers(1, 200).map(float),
+    seed=st.integers(0, 2**40),
+)
+def test_every_row_is_trained_on_or_held_out(num_rows: int, val_set_size: float, seed: int) -> None:
+    wanted = val_set_size if val_set_size >= 1 else max(1, round(val_set_size * num_rows))
+    if wanted >= num_rows:
+        with pytest.raises(ConfigError, match="leave none to train on"):
+            split_rows(num_rows, val_set_size, seed)
+        return
+    train, held_out = split_rows(num_rows, val_set_size, seed)
+    assert len(held_out) == wanted
+    assert sorted([*train, *held_out]) == list(range(num_rows))
+    assert (np.diff(train) > 0).all()
+    assert (np.diff(held_out) > 0).all()
+    again = split_rows(num_rows, val_set_size, seed)
+    assert (again[0] == train).all()
+
+
+def test_the_seed_decides_what_is_held_out() -> None:
+    splits = {tuple(split_rows(1000, 0.01, seed)[1]) for seed in range(5)}
+    assert len(splits) == 5
+
+
+def test_data_of_a_run(tokenizer: Any, tmp_path: Path, cache: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    whole = tokenized(path, tokenizer)
+    train, held_out, notes = load_data(load_run_config({"data": path}), tokenizer)
+    assert (held_out, notes) == (None, [])
+    assert same(train, whole)
+    config = load_run_config({"data": path, "val_set_size": 3})
+    train, held_out, notes = load_data(config, tokenizer)
+    assert held_out is not None
+    assert (len(train.examples), len(held_out.examples)) == (5, 3)
+    examples = [*train.examples, *held_out.examples]
+    assert sorted(map(str, examples)) == sorted(map(str, whole.examples))
+    assert notes == [f"rows: {whole.describe()}; 3 of them held out (--val-set-size 3)"]
+    assert "8 kept, 2 skipped: no known columns" in notes[0]
+    eval_data = write_jsonl(tmp_path / "other.jsonl", word_rows(2))
+    config = load_run_config({"data": path, "eval_data": eval_data})
+    train, held_out, _ = load_data(config, tokenizer)
+    assert held_out is not None
+    assert (len(train.examples), len(held_out.examples)) == (8, 2)
+
+
+MEMORY = """
+import sys, threading
+from lorasb_ds.config import RunConfig
+from lorasb_ds.data_cache import tokenize_sources
+from lorasb_ds.tokenizer import load_tokenizer
+
+def anonymous_mib():
+    # Not what is mapped from files, which the system takes back when it wants to.
+    for line in open("/proc/self/status"):
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) / 1024
+
+peak, done = 0, threading.Event()
+def watch():
+    global peak
+    while not done.wait(0.01):
+        peak = max(peak, anonymous_mib())
+
+tokenizer = load_tokenizer(sys.argv[1])
+config = RunConfig(dataset_num_proc=1)
+tokenize_sources((sys.argv[2],), tokenizer, config)  # what the libraries take once
+start = anonymous_mib()
+threading.Thread(target=watch).start()
+rows, _ = tokenize_sources((sys.argv[3],), tokenizer, config)
+num_tokens = sum(len(example.input_ids) for example in rows.examples)
+assert num_tokens == rows.lengths.sum()
+done.set()
+print(len(rows.examples), peak - start)
+"""
+
+
+def test_memory_does_not_grow_with_the_rows(demo_model: Path, tmp_path: Path, cache: Path) -> None:
+    """25,000 more rows of 40 tokens would take some 70 MB as Python's lists of ids and labels."""
+
+    def grown(num_rows: int) -> float:
+        rows = ({"text": f"row {i} " + "violet indigo " * 10} for i in range(num_rows))
+        large = write_jsonl(tmp_path / f"{num_rows}.jsonl", list(rows))
+        command = [sys.executable, "-c", MEMORY, str(demo_model), small, large]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        found, mib = done.stdout.split()[-2:]
+        assert int(found) == num_rows
+        return float(mib)
+
+    small = write_jsonl(tmp_path / "small.jsonl", [{"text": "b " * 30}] * 3000)
+    assert grown(30_000) - grown(5_000) < 20

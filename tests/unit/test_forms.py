@@ -1,0 +1,170 @@
+"""What a row says, by the names of its columns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lorasb_ds.config import ConfigError
+from lorasb_ds.forms import RowError, check_columns, find_columns, no_columns, parse_row
+
+USER = {"role": "user", "content": "Hi"}
+BOT = {"role": "assistant", "content": "Hello"}
+SYSTEM = {"role": "system", "content": "Be short."}
+
+
+@pytest.mark.parametrize(
+    ("columns", "asked", "expected"),
+    [
+        (["question", "answer"], (None, None), ("question", "answer")),
+        (["type", "query", "response"], (None, None), ("query", "response")),
+        (["prompt", "completion"], (None, None), ("prompt", "completion")),
+        (["instruction", "input", "output"], (None, None), ("instruction", "output")),
+        (["messages"], (None, None), ("messages", None)),
+        (["id", "conversations"], (None, None), ("conversations", None)),
+        (["text", "id"], (None, None), ("text", None)),
+        (["prompt", "prompt_id", "messages"], (None, None), ("messages", None)),
+        (["question", "answer", "messages"], ("messages", None), ("messages", None)),
+        (["question", "answer", "query", "response"], ("query", None), ("query", "response")),
+        (["text", "summary", "answer"], ("text", "summary"), ("text", "summary")),
+        (["question", "rationale"], (None, "rationale"), ("question", "rationale")),
+        (["text", "answer"], ("text", None), ("text", "answer")),
+        (["text", "label"], ("title", None), None),
+        (["text", "label"], (None, "reply"), None),
+        (["question"], ("question", None), None),
+        (["messages", "summary"], (None, "summary"), None),
+        (["text", "label"], ("messages", "text"), None),
+    ],
+)
+def test_columns(columns: list[str], asked: Any, expected: Any) -> None:
+    assert find_columns(dict.fromkeys(columns, "x"), *asked) == expected
+
+
+def test_empty_columns_belong_to_rows_of_other_forms() -> None:
+    joined = {"question": None, "answer": None, "messages": None, "text": "abc"}
+    assert parse_row(joined) == ("text", "abc")
+    joined |= {"text": None, "messages": [USER, BOT]}
+    assert parse_row(joined) == ("messages", [USER, BOT])
+
+
+@pytest.mark.parametrize(
+    ("row", "form", "said"),
+    [
+        ({"question": "Hi", "answer": "Hello"}, "question/answer", [USER, BOT]),
+        (
+            {"instruction": "Add", "input": "1, 2", "output": 3},
+            "instruction/output",
+            [{"role": "user", "content": "Add\n\n1, 2"}, {"role": "assistant", "content": "3"}],
+        ),
+        (
+            {"instruction": "Hi", "input": "", "output": "Hello"},
+            "instruction/output",
+            [USER, BOT],
+        ),
+        ({"messages": [SYSTEM, USER, BOT, USER]}, "messages", [SYSTEM, USER, BOT]),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": t} for t in "Hi"]},
+                    BOT,
+                ]
+            },
+            "messages",
+            [USER, BOT],
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "system", "value": "Be short."},
+                    {"from": "human", "value": "Hi"},
+                    {"from": "gpt", "value": "Hello"},
+                    {"from": "user", "value": "Hi"},
+                    {"from": "assistant", "value": "Hello"},
+                ]
+            },
+            "conversations",
+            [SYSTEM, USER, BOT, USER, BOT],
+        ),
+        ({"prompt": [SYSTEM, USER], "completion": [BOT]}, "prompt/completion", [SYSTEM, USER, BOT]),
+        ({"prompt": [USER], "completion": "Hello"}, "prompt/completion", [USER, BOT]),
+        ({"text": " as it is\n"}, "text", " as it is\n"),
+        (
+            {"question": "Hi", "answer": "4", "metadata": {"answer": "5"}},
+            "question/answer",
+            [USER, {"role": "assistant", "content": "4"}],
+        ),
+    ],
+)
+def test_forms(row: dict[str, Any], form: str, said: Any) -> None:
+    assert parse_row(row) == (form, said)
+
+
+def test_named_columns() -> None:
+    row = {"question": "Hi", "answer": "4", "metadata": {"cot": "Hello"}, "dialog": [USER, BOT]}
+    assert parse_row(row, None, "cot") == ("question/cot", [USER, BOT])
+    assert parse_row(row, "dialog") == ("dialog", [USER, BOT])
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (None, "not a JSON object"),
+        ([1], "not a JSON object"),
+        ({}, "no known columns"),
+        ({"title": "a"}, "no known columns"),
+        ({"question": "a", "answer": None}, "no response"),
+        ({"question": "a", "answer": " "}, "no response"),
+        ({"question": "a", "answer": {"b": 1}}, "no response"),
+        ({"question": None, "answer": "b"}, "no prompt"),
+        ({"question": True, "answer": "b"}, "no prompt"),
+        ({"prompt": [], "completion": [BOT]}, "no prompt"),
+        ({"prompt": [USER], "completion": []}, "no response"),
+        ({"text": " \n"}, "no text"),
+        ({"text": 3}, "no text"),
+        ({"messages": None}, "no messages"),
+        ({"messages": "text"}, "no messages"),
+        ({"messages": []}, "no response"),
+        ({"messages": [USER]}, "no response"),
+        ({"messages": [BOT]}, "no prompt"),
+        ({"messages": [USER, {"role": "assistant", "content": ""}]}, "no response"),
+        ({"messages": ["Hi"]}, "malformed messages"),
+        ({"messages": [{"role": "user"}, BOT]}, "malformed messages"),
+        ({"messages": [{"role": 3, "content": "a"}, BOT]}, "a turn of an unknown role"),
+        ({"messages": [{"role": "critic", "content": "a"}, BOT]}, "a turn of an unknown role"),
+        ({"messages": [USER, BOT | {"tool_calls": [{"id": 1}]}]}, "a turn that calls tools"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "url": "a"}]}, BOT]},
+            "a turn with parts that are not text",
+        ),
+        ({"question": "\ud800", "answer": "b"}, "text that is not valid Unicode"),
+        ({"text": "half \udc00"}, "text that is not valid Unicode"),
+    ],
+)
+def test_rows_that_are_skipped(row: Any, reason: str) -> None:
+    with pytest.raises(RowError) as error:
+        parse_row(row)
+    assert str(error.value) == reason
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (
+            (None, None),
+            "--data a: no known prompt and response columns.*row has: title, label",
+        ),
+        (("headline", None), "--prompt-column headline: --data a has no such column.*title, label"),
+        ((None, "reply"), "--response-column reply"),
+    ],
+)
+def test_missing_columns(asked: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        raise no_columns("--data a", {"title": "a", "label": "b"}, *asked)
+
+
+def test_conversations_bring_their_own_responses() -> None:
+    for prompt, response in (("messages", "summary"), (None, "conversations")):
+        with pytest.raises(ConfigError, match="their assistant turns; leave the option out"):
+            check_columns(prompt, response)
+    check_columns("messages", None)

@@ -1,0 +1,75 @@
+"""`lorasb data preview`: rows as the model sees them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from launcher.preview import main
+from tests.runs import run_command, word_rows, write_jsonl
+
+TURNS = [
+    {"role": "system", "content": "Be short."},
+    {"role": "user", "content": "Say red"},
+    {"role": "assistant", "content": "red"},
+    {"role": "user", "content": "Now 🙂"},
+    {"role": "assistant", "content": "🙂!"},
+]
+HEAD = "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nSay red<|im_end|>\n"
+ASSISTANT = "<|im_start|>assistant\n"
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> str:
+    data = [{"messages": TURNS}, {"question": "a"}, *word_rows(3), {"text": "Once upon a time"}]
+    return write_jsonl(tmp_path / "rows.jsonl", data)
+
+
+def preview(*arguments: Any) -> str:
+    result = CliRunner().invoke(main, [*map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_what_is_learned_is_set_apart(demo_model: Path, rows: str) -> None:
+    output = preview("--model", demo_model, "--data", rows, "-n", 1)
+    first, _, rest = output.partition("---\n")
+    header, _, text = first.partition("\n")
+    assert header == "--- rows.jsonl:1: 37 tokens, 6 learned"
+    assert text == (
+        f"{HEAD}{ASSISTANT}⟦red<|im_end|>⟧\n<|im_start|>user\nNow 🙂<|im_end|>\n"
+        f"{ASSISTANT}⟦🙂!<|im_end|>⟧\n"
+    )
+    described, statistics = rest.splitlines()
+    assert described.startswith("5 kept, 1 skipped: no known columns; kept by form: ")
+    assert statistics.endswith("of all are learned")
+    assert "38 at most" in statistics
+
+
+def test_colors_and_options(demo_model: Path, rows: str) -> None:
+    some = ("--model", demo_model, "--data", rows, "--row", 1, "--loss-on", "last")
+    text = preview(*some, "--color", "--max-length", 36, "--truncation", "left")
+    assert "36 tokens, 4 learned, truncated\n" in text
+    dimmed = HEAD.removeprefix("<|im_start|>") + f"{ASSISTANT}red<|im_end|>\n"
+    dimmed += f"<|im_start|>user\nNow 🙂<|im_end|>\n{ASSISTANT}"
+    assert click.style(dimmed, dim=True) + "🙂!<|im_end|>\n" in text
+
+
+def test_a_row_of_each_source(demo_model: Path, rows: str) -> None:
+    some = ("--model", demo_model, "--data", rows, "--data", rows)
+    text = preview(*some, "--row", 6)
+    assert text.count("⟦Once upon a time<|im_end|>⟧") == 2
+    assert f"--- {rows}:2: skipped: no known columns" in preview(*some, "--row", 2)
+    assert f"--- {rows} has 6 rows" in preview(*some, "--row", 7)
+
+
+def test_the_command(demo_model: Path, rows: str) -> None:
+    command = ["lorasb", "data", "preview", "--model", str(demo_model), "--data", rows]
+    assert "--- rows.jsonl:3: " in run_command(*command)
+    assert "What is not learned is dimmed" in run_command("lorasb", "data", "preview", "--help")
+    message = run_command(*command, "--prompt-column", "title", status=2)
+    assert f"lorasb: error: --prompt-column title: --data {rows} has no such column." in message
