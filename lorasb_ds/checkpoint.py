@@ -23,7 +23,14 @@ import torch
 from safetensors.torch import load_file
 
 from lorasb_ds.config import ConfigError, RunConfig, resumed_run
-from lorasb_ds.files import check_sums, publish, save_tensors, write_json, write_sums
+from lorasb_ds.files import (
+    SUMS_FILE,
+    check_sums,
+    publish,
+    save_tensors,
+    write_json,
+    write_sums,
+)
 
 FOLDER = "checkpoints"
 STATE_FILE, TRAINER_FILE = "state.safetensors", "trainer.json"
@@ -166,12 +173,14 @@ def find_resume(config: RunConfig) -> Resume | None:
         if exact:
             raise ConfigError(f"{option}: {found}. Name another one, or the run's folder.")
         warnings.append(f"checkpoint {path.name} is passed over: {found}")
-    if config.resume != "auto" and not (folder / "basis.safetensors").is_file():
+    if (folder / SUMS_FILE).is_file():  # written when the init is done
+        return Resume(folder, None, warnings)
+    if config.resume != "auto" or (folder / "adapter").exists():
         raise ConfigError(
-            f"{option}: the run has no whole checkpoint and no finished init. Start it anew, with "
-            f"--overwrite --output-dir {folder}."
+            f"{option}: the run has no whole checkpoint and no finished init to go on from. Start "
+            f"it anew, with --overwrite --output-dir {folder}."
         )
-    return Resume(folder, None, warnings) if (folder / "basis.safetensors").is_file() else None
+    return None
 
 
 def check_same_run(option: str, checkpoint: Checkpoint, made_from: Mapping[str, Any]) -> None:

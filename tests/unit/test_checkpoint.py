@@ -119,6 +119,11 @@ def test_the_newest_whole_one_is_taken(run: Path) -> None:
 def test_without_a_checkpoint(tmp_path: Path) -> None:
     assert resumed(tmp_path) is None, "auto starts anew where there is nothing"
     (tmp_path / "basis.safetensors").write_bytes(b"")
+    assert resumed(tmp_path) is None, "its sums come last"
+    (tmp_path / "adapter").mkdir()
+    with pytest.raises(ConfigError, match="--overwrite"):
+        resumed(tmp_path)  # it would be removed
+    (tmp_path / SUMS_FILE).write_text("")
     found = resumed(tmp_path)
     assert (found.step, found.checkpoint) == (0, None), "the init is not done twice"
     assert find_resume(RunConfig()) is None
