@@ -231,29 +231,31 @@ def _run_job(command: Sequence[str], environment: dict[str, str]) -> int:
 
     DeepSpeed's launchers take SIGTERM and SIGINT as an order to kill their workers. SIGUSR1 passes
     them by, as it is ignored here and children inherit that; a worker that has something to save
-    listens to it. It is sent again every second, for workers that were not yet listening.
+    listens to it. It is sent again and again, for workers that were not yet listening.
     """
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    child = subprocess.Popen(command, env=environment, start_new_session=True)
     asked: list[int] = []
 
     def ask(signum: int, _frame: object) -> None:
-        if asked.count(signal.SIGINT) and signum == signal.SIGINT:
-            os.killpg(child.pid, signal.SIGKILL)
-        elif not asked:
-            click.echo("lorasb: ending after this step, with a checkpoint", err=True)
+        if not asked:
+            click.echo("lorasb: asked to end: after this step, if it trains", err=True)
             if signum == signal.SIGINT:
-                click.echo("lorasb: Ctrl-C again ends it at once, without one", err=True)
+                click.echo("lorasb: Ctrl-C again ends it at once, without a checkpoint", err=True)
         asked.append(signum)
 
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    # Under nohup SIGHUP is ignored, and stays so.
+    heard = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
+    for signum in (signal.SIGINT, *heard):
         signal.signal(signum, ask)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    child = subprocess.Popen(command, env=environment, start_new_session=True)
+    signal.signal(signal.SIGUSR1, ask)
     while True:
         try:
-            return _status(child.wait(timeout=1.0))
+            return _status(child.wait(timeout=0.5))
         except subprocess.TimeoutExpired:
             if asked:
-                os.killpg(child.pid, signal.SIGUSR1)
+                twice = asked.count(signal.SIGINT) > 1
+                os.killpg(child.pid, signal.SIGKILL if twice else signal.SIGUSR1)
 
 
 def _status(returncode: int) -> int:

@@ -19,7 +19,7 @@ from lorasb_ds.adapter import LoraSBLinear, Shapes
 from lorasb_ds.base_files import weights_digest
 from lorasb_ds.batches import Sample
 from lorasb_ds.config import ConfigError, RunConfig
-from lorasb_ds.files import save_tensors, write_json, write_sums
+from lorasb_ds.files import SUMS_FILE, check_sums, save_tensors, write_json, write_sums
 from lorasb_ds.init_report import InitReport, LayerInit, Step
 from lorasb_ds.initialize import Basis, fill_factors
 from lorasb_ds.step import choose_step
@@ -69,12 +69,15 @@ def save_basis(
     write_sums(folder, (BASIS_FILE, REPORT_FILE))
 
 
-def check_basis(folder: Path, option: str, r: int, made_from: Mapping[str, str]) -> InitReport:
+def check_basis(
+    folder: Path, option: str, r: int, made_from: Mapping[str, str], *, may_cut: bool
+) -> InitReport:
     """Refuse a basis that this run's settings would not have given.
 
     Args:
         option: by which the folder was named, for messages.
-        r: of the run; may be smaller than that of the basis.
+        r: of the run.
+        may_cut: r may be smaller than that of the basis.
     Returns:
         What the init found, cut to r.
     Raises:
@@ -104,6 +107,11 @@ def check_basis(folder: Path, option: str, r: int, made_from: Mapping[str, str])
             f"{option} was made from something else: {', '.join(differ)} differ. Give the options "
             f"that it was made with (its run.json has them), or leave {option.split()[0]} out."
         )
+    if r < r_max and not may_cut:
+        raise ConfigError(
+            f"--r {r} is not that of the run, {r_max}. To cut its basis to a smaller r, start a "
+            f"new run with --init-from {folder}."
+        )
     if r > r_max:
         raise ConfigError(
             f"--r {r} is larger than the basis of {option}, which has r = {r_max}. A "
@@ -126,6 +134,16 @@ def read_report(folder: Path, r: int) -> InitReport:
             for name, layer in content.pop("layers").items()
         }
     return InitReport(**content | {"step": Step(**content["step"])}, layers=layers)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with the files of a finished init; None if they are as they were written."""
+    return check_sums(folder, (BASIS_FILE, REPORT_FILE))
+
+
+def stored_digest(folder: Path) -> str:
+    """SHA-256 of the basis, as it was when it was written."""
+    return (folder / SUMS_FILE).read_text(encoding="utf-8").split()[0]
 
 
 def put_back(engine: Any, adapters: Mapping[str, LoraSBLinear], folder: Path) -> None:

@@ -45,11 +45,11 @@ class Progress:
     step: int = 0  # optimizer steps done or left out
     updates: int = 0  # those that were done: the schedule's position
     skipped_in_a_row: int = 0
-    tokens: int = 0
     best_step: int | None = None
     best_loss: float | None = None
     evals_since_best: int = 0
     evaluated_at: int = -1  # step
+    finished: bool = False  # all steps are done, or early stopping has ended them
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,11 @@ def write_checkpoint(
         write_json(aside / TRAINER_FILE, {"format": FORMAT, **content})
         write_sums(aside, FILES)
         size = sum(file.stat().st_size for file in aside.iterdir())
-        shutil.rmtree(path, ignore_errors=True)  # of a run that was set back
+        old = path.with_name(path.name + ".old")
+        if path.exists():  # of the same step: a finished run that goes on
+            path.replace(old)
         publish(aside, path)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -125,8 +128,9 @@ def tidy(folder: Path, keep_last: int, best_step: int | None) -> None:
     for path in paths:
         if path not in keep:
             shutil.rmtree(path, ignore_errors=True)
-    for path in (folder / FOLDER).glob("*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)
+    for path in (folder / FOLDER).glob("*"):
+        if path.is_dir() and path.suffix in (".tmp", ".old"):
+            shutil.rmtree(path, ignore_errors=True)
     kept = [path for path in paths if path in keep]
     listed = [{"step": int(path.name[5:]), "folder": path.name} for path in kept]
     write_json(folder / FOLDER / "index.json", {"checkpoints": listed, "best_step": best_step})
@@ -175,7 +179,7 @@ def find_resume(config: RunConfig) -> Resume | None:
         warnings.append(f"checkpoint {path.name} is passed over: {found}")
     if (folder / SUMS_FILE).is_file():  # written when the init is done
         return Resume(folder, None, warnings)
-    if config.resume != "auto" or (folder / "adapter").exists():
+    if config.resume != "auto" or candidates or (folder / "adapter").exists():
         raise ConfigError(
             f"{option}: the run has no whole checkpoint and no finished init to go on from. Start "
             f"it anew, with --overwrite --output-dir {folder}."

@@ -241,7 +241,11 @@ class RunConfig(BaseModel):
     force: bool = Field(
         False, description="Start although the predicted memory is more than what is free."
     )
-    seed: int = Field(42, ge=0, description="Seed of everything random in the run.")
+    seed: int = Field(
+        42,
+        ge=0,
+        description="Seed of the rows' order, the samples, what is held out, and the init.",
+    )
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass to save memory."
     )
@@ -255,6 +259,12 @@ class RunConfig(BaseModel):
     @classmethod
     def _one_source(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
+
+    @field_validator("output_dir", "init_from", "resume")
+    @classmethod
+    def _at_home(cls, value: str | None) -> str | None:
+        """A shell leaves the ~ of --output-dir=~/runs as it is."""
+        return None if value is None else os.path.expanduser(value)  # noqa: PTH111, no Path
 
     @field_validator("data_weights", mode="before")
     @classmethod
@@ -441,7 +451,8 @@ def check_output_dir(config: RunConfig) -> None:
         raise ConfigError(f"--output-dir {folder} is a file. Name a folder.")
     if config.overwrite or (config.resume is not None and (folder / "run.json").is_file()):
         return
-    if folder.is_dir() and any(folder.iterdir()):
+    # A run that was killed early has left a file that it was writing.
+    if folder.is_dir() and any(path.suffix != ".tmp" for path in folder.iterdir()):
         raise ConfigError(
             f"--output-dir {folder} is not empty. Name another folder, or give --overwrite."
         )

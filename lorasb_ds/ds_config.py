@@ -198,6 +198,11 @@ def _check_zero(section: dict[str, Any], config: RunConfig, world_size: int) -> 
         for key, reason in REFUSED.items()
         if section.get(key, False) is not False
     ]
+    if section.get("compute_grad_norm") is False:
+        problems.append(
+            f"{path}: zero_optimization.compute_grad_norm is false, but steps whose gradient is "
+            "not finite are told by it. Remove it."
+        )
     stage = section.get("stage", 0)
     if isinstance(stage, bool) or stage not in (1, 2, 3):
         problems.append(

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 SUMS_FILE = "SHA256SUMS"
@@ -26,9 +27,16 @@ def write_json(path: Path, content: object) -> None:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """The same for a safetensors file."""
+    """The same for a safetensors file.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
     aside = path.with_name(path.name + ".tmp")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, aside, metadata=metadata)
+    try:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, aside, metadata=metadata)
+    except SafetensorError as error:  # no OSError, though a full disk may be the cause
+        raise OSError(f"{path.name}: {error}") from error
     publish(aside, path)
 
 

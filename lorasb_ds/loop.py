@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from lorasb_ds.evaluate import generate, held_out_loss
 from lorasb_ds.history import perplexity
 from lorasb_ds.loss import token_loss_sum
 from lorasb_ds.metrics import RunLog
-from lorasb_ds.order import Order, Unit
+from lorasb_ds.order import Unit
 from lorasb_ds.output import say
 from lorasb_ds.prepare import Prepared
 from lorasb_ds.rng import rng_states
@@ -32,6 +32,7 @@ Outcome = Literal["finished", "stopped"]
 Stage = Literal["base", "init", "step", "trained"]
 
 SAMPLE_TOKENS = 128  # of a generated answer at most
+HELD_OUT = "held-out rows"
 
 
 @dataclass
@@ -43,11 +44,10 @@ class Job:
     log: RunLog | None  # rank 0's
     engine: Any
     adapters: Adapters
-    order: Order
-    num_steps: int
     progress: Progress
     stop: StopRequest
     made_from: dict[str, Any]  # what a checkpoint must agree on with the run that takes it up
+    saved: Progress | None = None  # by this process
 
 
 @dataclass(frozen=True)
@@ -68,16 +68,16 @@ def train(job: Job) -> Outcome:
     engine.train()
     job.stop.can_save()
     start = time.perf_counter()
-    while progress.step < job.num_steps:
-        units = job.order.units(progress.step)
+    while not progress.finished and progress.step < run.num_steps:
+        units = run.order.units(progress.step)
         lr = engine.get_lr()[0]  # of this step: the scheduler moves on at its end
         result = train_step(engine, run.step_batches(units), job.stop.requested)
         if result is None:
-            save(job)
-            say(f"asked to stop: step {progress.step} is saved, --resume goes on from there")
+            saved = save(job)
+            what = "is saved" if saved else "is not saved"
+            say(f"asked to stop: step {progress.step} {what}; --resume goes on")
             return "stopped"
         progress.step += 1
-        progress.tokens += result.num_tokens
         now = time.perf_counter()
         if job.log:
             row = {
@@ -93,26 +93,35 @@ def train(job: Job) -> Outcome:
                 "memory_bytes": zero.memory_bytes(),
             }
             job.log.write(row | ({} if result.applied else {"skipped": True}))
-            job.log.progress(row, job.num_steps)
+            job.log.progress(row, run.num_steps)
         count_skips(job, result, units)
-        is_last = progress.step == job.num_steps
-        new_best = False
-        if not is_last and _is_due(progress.step, run.config.eval_every):
-            new_best = evaluate(job, "step")
-        if not is_last and (new_best or _is_due(progress.step, run.config.save_every)):
-            save(job)
-        patience = run.config.early_stopping_patience
-        if patience is not None and progress.evals_since_best >= patience:
-            say(
-                f"early stop after step {progress.step}: no better held-out loss than "
-                f"{progress.best_loss:.4f} (step {progress.best_step}) in {patience} evaluations"
-            )
-            break
+        if progress.step < run.num_steps:
+            new_best = False
+            if _is_due(progress.step, run.config.eval_every):
+                new_best = evaluate(job, "step")
+            progress.finished = is_stopped_early(job)
+            due = _is_due(progress.step, run.config.save_every)
+            if (new_best or due) and not progress.finished:
+                save(job)
         start = time.perf_counter()
     if progress.evaluated_at != progress.step:
         evaluate(job, "trained")
+    progress.finished = True
     save(job)
     return "finished"
+
+
+def is_stopped_early(job: Job) -> bool:
+    """Whether the evaluations have not improved for too long."""
+    progress, patience = job.progress, job.run.config.early_stopping_patience
+    if patience is None or progress.evals_since_best < patience:
+        return False
+    best = "none" if progress.best_loss is None else f"{progress.best_loss:.4f}"
+    say(
+        f"early stop after step {progress.step}: no better held-out loss than {best} (step "
+        f"{progress.best_step}) in {patience} evaluations"
+    )
+    return True
 
 
 def _is_due(step: int, every: int | None) -> bool:
@@ -180,7 +189,8 @@ def count_skips(job: Job, result: StepResult, units: list[Unit]) -> None:
         progress.updates += 1
         progress.skipped_in_a_row = 0
         return
-    if job.run.config.dtype == "fp16" and math.isfinite(result.loss):
+    dynamic_scale = "cur_iter" in zero.loss_scale_state(job.engine)
+    if dynamic_scale and math.isfinite(result.loss):
         return  # fp16's loss scale finds its size; DeepSpeed ends the run where there is none
     progress.skipped_in_a_row += 1
     rows = [job.run.train.row_id(row) for unit in units for row in unit]
@@ -219,7 +229,8 @@ def evaluate(job: Job, stage: Stage) -> bool:
         write_samples(job)
     if stage not in ("step", "trained"):
         return False
-    if progress.best_loss is None or loss < progress.best_loss:
+    best = progress.best_loss
+    if math.isfinite(loss) and (best is None or loss < best):
         progress.best_step, progress.best_loss = progress.step, loss
         progress.evals_since_best = 0
         return True
@@ -253,19 +264,24 @@ def write_samples(job: Job) -> None:
             )
 
 
-def save(job: Job) -> None:
+def save(job: Job) -> bool:
     """Write a checkpoint, and remove those that are not to be kept. Collective.
 
+    Returns:
+        Whether the run can go on from here: not if it could not be written. Before the first
+        update it goes on from the init, and nothing is written.
     Raises:
         OSError: on every rank, if it cannot be written and --on-save-error is stop.
     """
     start = time.perf_counter()
     engine, progress, config = job.engine, job.progress, job.run.config
+    if not progress.updates or progress == job.saved:
+        return True
     tensors, scalars = collect_state(engine, job.adapters)
     all_rng: list[Any] = [None] * zero.world_size()
     dist.all_gather_object(all_rng, rng_states(zero.device()))
-    done: list[Any] = [None, None]  # size, problem
-    if zero.rank() == 0 and progress.updates:
+    done: list[Any] = [0, None]  # size, problem
+    if zero.rank() == 0:
         for rank, states in enumerate(all_rng):
             tensors |= {f"rng.{rank}.{name}": state for name, state in states.items()}
         content = {
@@ -284,20 +300,26 @@ def save(job: Job) -> None:
     dist.broadcast_object_list(done, src=0)
     size, problem = done
     if problem is None:
-        if size is not None:
-            seconds = time.perf_counter() - start
-            say(f"checkpoint of step {progress.step}: {size / 1e6:.2f} MB, {seconds:.2f} s")
-        return
+        seconds = time.perf_counter() - start
+        say(f"checkpoint of step {progress.step}: {size / 1e6:.2f} MB, {seconds:.2f} s")
+        job.saved = replace(progress)
+        return True
     if config.on_save_error == "stop":
         raise OSError(
             f"{problem}. The one before it is as it was: make room and give --resume, or go on "
             "without saving by --on-save-error continue."
         )
     say(f"warning: {problem}. Training goes on (--on-save-error continue)")
+    return False
 
 
 def may_change(run: Prepared) -> dict[str, Any]:
     """Options that a resumed run may have changed; it says so."""
     names = ("lr", "lr_scheduler", "warmup_ratio", "weight_decay", "max_grad_norm")
     options = {option_name(name): getattr(run.config, name) for name in names}
-    return {"steps": run.num_steps} | options
+    return {"steps": run.num_steps, HELD_OUT: held_out_digest(run)} | options
+
+
+def held_out_digest(run: Prepared) -> str:
+    """What evaluations are of."""
+    return run.held_out.digest if run.held_out else "none"

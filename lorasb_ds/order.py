@@ -54,6 +54,7 @@ class Order:
         self._group_by_length = group_by_length
         self._pack_length = pack_length
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
+        self.steps_of_epoch = lru_cache(maxsize=None)(self._count_steps)
 
     def units(self, step: int) -> list[Unit]:
         """Of a step, counted from 0."""
@@ -68,7 +69,7 @@ class Order:
             bounds[0] = int(ends[first - 1])
         return [rows[start:end].tolist() for start, end in pairwise(bounds)]
 
-    def steps_of_epoch(self, epoch: int) -> int:
+    def _count_steps(self, epoch: int) -> int:
         """Optimizer steps of an epoch. With packing it is packed for that."""
         if self._pack_length is None:
             num_units = sum(map(_share, self._sizes, self._weights))
@@ -117,8 +118,8 @@ def _permutation(count: int, seed: int) -> np.ndarray:
 
 
 def _share(size: int, weight: float) -> int:
-    """Rows of a source in an epoch."""
-    return max(1, round(weight * size))
+    """Rows of a source in an epoch: one at least, if it has any."""
+    return max(1, round(weight * size)) if size else 0
 
 
 def mixed_order(
@@ -132,6 +133,8 @@ def mixed_order(
     parts, offset = [], 0
     for source, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
         count = _share(size, weight)
+        if count == 0:  # all of its rows are held out
+            continue
         first, last = epoch * count, (epoch + 1) * count
         for turn in range(first // size, -(-last // size)):
             rows = _permutation(size, _epoch_seed(seed + 7919 * source, turn))

@@ -233,7 +233,7 @@ def _changes(
     if not work.gradient_checkpointing:
         checkpointed = replace(work, gradient_checkpointing=True)
         yield _Change("--gradient-checkpointing", placement, checkpointed)
-    if placement.form in ("fp32", "bf16"):
+    if placement.form == "bf16":  # which is what quantized bases compute in
         rounded = "the base is rounded"
         yield _Change("--load-in-8bit", replace(placement, form="int8"), work, price=rounded)
         yield _Change("--load-in-4bit", replace(placement, form="nf4"), work, price=rounded)

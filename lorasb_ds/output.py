@@ -15,7 +15,6 @@ from lorasb_ds.files import SUMS_FILE
 REPORT = "report.md"  # written last: a run that has it is finished
 # All that a run writes into its folder, and --overwrite removes.
 OUTPUTS = (
-    "run.json",
     DS_CONFIG_COPY,
     "metrics.jsonl",
     "samples.jsonl",
@@ -28,8 +27,10 @@ OUTPUTS = (
     "init.json",
     "init.png",
     "adapter",
+    "adapter.tmp",
     "loss.png",
     REPORT,
+    "run.json",  # last: what bears it is a run's folder
 )
 
 
@@ -37,6 +38,12 @@ def say(text: str) -> None:
     """A line on rank 0's console."""
     if zero.rank() == 0:
         print(f"lorasb: {text}", flush=True)
+
+
+def _torn(folder: Path) -> list[str]:
+    """Files of a run that was killed while it wrote them."""
+    names = [f"{name}.tmp" for name in OUTPUTS]
+    return [name for name in names if (folder / name).is_file()]
 
 
 def make_output_dir(config: RunConfig, resumed: bool) -> Path:
@@ -51,7 +58,7 @@ def make_output_dir(config: RunConfig, resumed: bool) -> Path:
         folder = Path(config.output_dir or default)
         try:
             folder.mkdir(parents=True, exist_ok=config.output_dir is not None)
-            for old in (REPORT,) if resumed else OUTPUTS:
+            for old in (REPORT,) if resumed else (*_torn(folder), *OUTPUTS):
                 if (folder / old).is_dir():
                     shutil.rmtree(folder / old)
                 else:

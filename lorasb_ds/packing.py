@@ -24,12 +24,12 @@ def keeps_packs_apart(
     Collective under ZeRO-3: three forward passes over a few tokens.
 
     Args:
-        examples: at least two of more than one token; the same on every rank.
+        examples: at least one, longer than one token if possible; the same on every rank.
         one_row: as in ``collate_packed``.
     """
     first, second = (
         Example(example.input_ids[:PROBE_TOKENS], example.labels[:PROBE_TOKENS])
-        for example in [e for e in examples if len(e.input_ids) > 1][:2]
+        for example in [*(e for e in examples if len(e.input_ids) > 1), *examples, *examples][:2]
     )
     joined = Example(first.input_ids + second.input_ids, first.labels + second.labels)
 

@@ -171,12 +171,11 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
         option = f"--resume {config.resume}"
         if resume.checkpoint is not None:
             check_same_run(option, resume.checkpoint, same_run)
-        else:
-            check_basis(resume.folder, option, config.r, made_from)
+        check_basis(resume.folder, option, config.r, made_from, may_cut=False)
     elif config.init_from is not None:
         option = f"--init-from {config.init_from}"
-        folder = Path(config.init_from).expanduser()
-        stored_init = check_basis(folder, option, config.r, made_from)
+        folder = Path(config.init_from)
+        stored_init = check_basis(folder, option, config.r, made_from, may_cut=True)
     form = "nf4" if config.load_in_4bit else "int8" if config.load_in_8bit else config.dtype
     placement = placement_of(ds_config, form, world_size)
     workload = _workload(config, targets, train, len(gradient_rows))
@@ -231,6 +230,7 @@ def what_must_match(config: RunConfig, targets: Shapes, train: TokenizedRows) ->
         "--packing": config.max_length if config.packing else False,
         "--group-by-length": config.group_by_length,
         "--data-weights": list(config.data_weights or ()),
+        "rows of each --data": list(train.source_sizes),
         "--seed": config.seed,
         "--optimizer": config.optimizer,
     }

@@ -20,12 +20,8 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self.signum: int | None = None
-        self._can_save = False
-
-    @property
-    def requested(self) -> bool:
-        return self.signum is not None
+        self.requested = False
+        self._can_save = self._interrupted = False
 
     def listen(self) -> None:
         """From the main thread only."""
@@ -39,6 +35,8 @@ class StopRequest:
     def _handle(self, signum: int, _frame: object) -> None:
         if not self._can_save:
             os._exit(EXIT_STOPPED)
-        if signum == signal.SIGINT and self.signum == signal.SIGINT:
-            os._exit(EXIT_INTERRUPTED)
-        self.signum = signum
+        if signum == signal.SIGINT:
+            if self._interrupted:
+                os._exit(EXIT_INTERRUPTED)
+            self._interrupted = True
+        self.requested = True

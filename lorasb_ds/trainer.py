@@ -12,8 +12,9 @@ import torch.distributed as dist
 from lorasb_ds import zero
 from lorasb_ds.adapter import inject
 from lorasb_ds.base_files import model_path
-from lorasb_ds.basis import put_back, read_report
+from lorasb_ds.basis import damage, put_back, read_report, stored_digest
 from lorasb_ds.checkpoint import (
+    Checkpoint,
     Progress,
     Resume,
     changed_options,
@@ -25,16 +26,16 @@ from lorasb_ds.checkpoint import (
 from lorasb_ds.config import DS_CONFIG_COPY, ConfigError
 from lorasb_ds.curves import draw_loss_curve
 from lorasb_ds.export import collect_lora, save_peft_adapter
-from lorasb_ds.files import SUMS_FILE, file_digest, write_json
+from lorasb_ds.files import write_json
 from lorasb_ds.gradients import branches_off
 from lorasb_ds.init_phase import init_phase
 from lorasb_ds.init_report import InitReport
 from lorasb_ds.loading import DTYPES, load_base
-from lorasb_ds.loop import Adapters, Job, Outcome, evaluate, may_change, train
+from lorasb_ds.loop import HELD_OUT, Adapters, Job, Outcome, evaluate, may_change, train
 from lorasb_ds.metrics import RunLog, provenance
 from lorasb_ds.optimizer import make_optimizer, make_scheduler, set_scheduler
 from lorasb_ds.out_of_memory import OutOfMemoryError, Phase, explain, is_out_of_memory
-from lorasb_ds.output import make_output_dir, say
+from lorasb_ds.output import REPORT, make_output_dir, say
 from lorasb_ds.packing import keeps_packs_apart
 from lorasb_ds.prepare import Prepared, check_ranks_agree
 from lorasb_ds.report import draw_init, write_report
@@ -54,71 +55,88 @@ def run_training(run: Prepared, stop: StopRequest, init_only: bool = False) -> O
         ``output.OUTPUTS`` then, or checkpoints to go on from.
     """
     check_ranks_agree(run)
+    if run.resume is not None:
+        if init_only and run.resume.checkpoint is not None:
+            raise ConfigError(
+                f"{run.resume.folder} is training already: `lorasb init` has nothing to do there. "
+                "Resume it by `lorasb train`."
+            )
+        if is_finished(run):
+            say(f"{run.resume.folder} has its adapter and report: nothing is left to do")
+            return "finished"
     zero.reset_peak_memory()
     idle_bytes = 0 if zero.accelerator_name() != "cpu" else zero.memory_bytes()
     folder = make_output_dir(run.config, resumed=run.resume is not None)
-    num_steps = run.num_steps
-    if run.resume is not None and run.resume.step >= num_steps and (folder / "adapter").is_dir():
-        say(f"{folder} has its {num_steps} steps and its adapter: nothing is left to do")
-        return "finished"
     description = describe(run, folder)
     log = None
     if zero.rank() == 0:
+        write_json(folder / "run.json", description)
         # A replay reads this copy: the file it came from may change.
         write_json(folder / DS_CONFIG_COPY, run.ds_config_file)
-        write_json(folder / "run.json", description)
         first_step = run.resume.step if run.resume else 0
         log = RunLog(folder, first_step, description["config"])
     announce(run, folder)
-    with phase(run, "load"):
-        engine, adapters = start_engine(run)
-    job = Job(
-        run=run,
-        folder=folder,
-        log=log,
-        engine=engine,
-        adapters=adapters,
-        order=run.order,
-        num_steps=num_steps,
-        progress=Progress(),
-        stop=stop,
-        made_from=dict(run.same_run),
-    )
-    peaks = {"load": zero.peak_memory_bytes() - idle_bytes}
+    try:
+        with phase(run, "load"):
+            engine, adapters = start_engine(run)
+        job = Job(
+            run=run,
+            folder=folder,
+            log=log,
+            engine=engine,
+            adapters=adapters,
+            progress=Progress(),
+            stop=stop,
+            made_from=dict(run.same_run),
+        )
+        peaks = {"load": zero.peak_memory_bytes() - idle_bytes}
+        init = initialize_or_resume(job)
+        if run.resume is None and run.config.init_from is None:
+            peaks["init"] = zero.peak_memory_bytes() - idle_bytes
+        tensors = {}
+        if not init_only:
+            zero.reset_peak_memory()
+            with phase(run, "train"):
+                outcome = train(job)
+            if outcome == "stopped":
+                return outcome
+            if run.config.load_best_model_at_end or run.config.early_stopping_patience:
+                load_best(job)
+            with phase(run, "save"):
+                tensors = collect_lora(adapters)
+            peaks["train"] = zero.peak_memory_bytes() - idle_bytes
+        if zero.rank() == 0:
+            description["memory"]["measured"] = peaks
+            finish(job, init, tensors, description)
+        dist.barrier()
+    finally:
+        if log is not None:
+            log.close()  # also of what is buffered: events, a tracker's rows
+    saved = folder / ("basis.safetensors" if init_only else "adapter")
+    say(f"saved: {saved}   report: {folder / REPORT}")
+    return "finished"
+
+
+def initialize_or_resume(job: Job) -> InitReport:
+    """A, B and R in place, and where the run has been before, its training's state. Collective."""
+    run = job.run
     if run.config.packing:
-        check_packs(job)
+        with phase(run, "evaluation"):
+            check_packs(job)
     if run.resume is not None:
         init = resume(job, run.resume)
-        if run.resume.checkpoint is None and not has_row(job, "init"):
-            evaluate(job, "init")
     else:
-        with phase(run, "evaluation"), branches_off(adapters):
+        with phase(run, "evaluation"), branches_off(job.adapters):
             evaluate(job, "base")
         with phase(run, "init"):
-            init = init_phase(run, engine, adapters, folder)
-        evaluate(job, "init")
-        if run.config.init_from is None:
-            peaks["init"] = zero.peak_memory_bytes() - idle_bytes
-    job.made_from["basis"] = basis_digest(folder)
-    tensors = {}
-    if not init_only:
-        zero.reset_peak_memory()
-        with phase(run, "train"):
-            outcome = train(job)
-        if outcome == "stopped":
-            return outcome
-        if run.config.load_best_model_at_end or run.config.early_stopping_patience:
-            load_best(job)
-        with phase(run, "save"):
-            tensors = collect_lora(adapters)
-        peaks["train"] = zero.peak_memory_bytes() - idle_bytes
-    if log is not None:
-        description["memory"]["measured"] = peaks
-        finish(job, init, tensors, description)
-    dist.barrier()
-    saved = folder / ("basis.safetensors" if init_only else "adapter")
-    say(f"saved: {saved}   report: {folder / 'report.md'}")
-    return "finished"
+            init = init_phase(run, job.engine, job.adapters, job.folder)
+    with phase(run, "evaluation"):
+        if not has_row(job, "init"):  # a run may have been killed before
+            evaluate(job, "init")
+    digest = [stored_digest(job.folder) if zero.rank() == 0 else ""]
+    dist.broadcast_object_list(digest, src=0)
+    job.made_from["basis"] = digest[0]
+    return init
 
 
 @contextmanager
@@ -146,6 +164,15 @@ def phase(run: Prepared, name: Phase) -> Iterator[None]:
             cluster=run.cluster,
         )
         raise OutOfMemoryError(explanation) from error
+
+
+def is_finished(run: Prepared) -> bool:
+    """Whether a run has come to the end that these options ask for, to its report."""
+    assert run.resume is not None
+    found = run.resume.checkpoint
+    if found is None or not found.progress.finished:
+        return False
+    return found.options["steps"] == run.num_steps and (run.resume.folder / REPORT).is_file()
 
 
 def describe(run: Prepared, folder: Path) -> dict[str, Any]:
@@ -219,74 +246,91 @@ def check_packs(job: Job) -> None:
 
 
 def resume(job: Job, found: Resume) -> InitReport:
-    """Put back the basis and the checkpoint of the run's folder. Collective."""
-    run = job.run
+    """Put back the basis and the checkpoint of the run's folder. Collective.
+
+    Raises:
+        ConfigError: on every rank, if the basis is not what was written, or not the checkpoint's.
+    """
+    run, checkpoint = job.run, found.checkpoint
     for warning in found.warnings:
         say(f"warning: {warning}")
+    state: list[Any] = [None, ""]  # what is wrong with the basis, and its digest
+    if zero.rank() == 0:
+        state = [damage(job.folder), stored_digest(job.folder)]
+    dist.broadcast_object_list(state, src=0)
+    problem, digest = state
+    if problem is not None:
+        raise ConfigError(
+            f"--resume {run.config.resume}: the init in {job.folder} is damaged: {problem}. "
+            "Restore the file, or start the run anew by --overwrite."
+        )
+    if checkpoint is not None:
+        check_same_run(f"--resume {run.config.resume}", checkpoint, {"basis": digest})
     put_back(job.engine, job.adapters, job.folder)
     if zero.rank() == 0:
         for name in set_newer_aside(job.folder, found.step):
             say(f"set aside, since this run goes on before it: checkpoints/{name}")
-    checkpoint = found.checkpoint
     if checkpoint is None:
         say("resumed after the init: there is no checkpoint yet")
-        return read_report(job.folder, run.config.r)
-    digest = basis_digest(job.folder)
-    check_same_run(f"--resume {run.config.resume}", checkpoint, {"basis": digest})
-    tensors = checkpoint.tensors()
+    else:
+        take_up_training(job, checkpoint)
+    return read_report(job.folder, run.config.r)
+
+
+def take_up_training(job: Job, checkpoint: Checkpoint) -> None:
+    """R, optimizer, schedule, progress and generators of a checkpoint. Collective."""
+    run, tensors = job.run, checkpoint.tensors()
     restore_state(job.engine, job.adapters, tensors, checkpoint.optimizer_scalars, run.config)
-    job.progress = checkpoint.progress
-    set_scheduler(job.engine.lr_scheduler, job.progress.updates)
-    job.engine.global_steps = job.progress.step
+    progress = job.progress = checkpoint.progress
+    set_scheduler(job.engine.lr_scheduler, progress.updates)
+    job.engine.global_steps = progress.step
     if checkpoint.loss_scale:
         zero.set_loss_scale_state(job.engine, checkpoint.loss_scale)
     prefix = f"rng.{zero.rank()}."
     if states := {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}:
         set_rng_states(states, zero.device())
-    say(
-        f"resumed after step {found.step} from {checkpoint.path.name}"
-        + (
-            ""
-            if checkpoint.world_size == zero.world_size()
-            else f", which {checkpoint.world_size} process(es) wrote"
-        )
-    )
-    for change in changed_options(checkpoint, may_change(run)):
+    wrote = checkpoint.world_size
+    others = "" if wrote == zero.world_size() else f", which {wrote} process(es) wrote"
+    say(f"resumed after step {progress.step} from {checkpoint.path.name}{others}")
+    now = may_change(run)
+    for change in changed_options(checkpoint, now):
         say(f"changed since: {change}")
-    return read_report(job.folder, run.config.r)
+    if progress.finished and checkpoint.options["steps"] != run.num_steps:
+        progress.finished, progress.evals_since_best = False, 0
+    best = [progress.best_step is not None and best_is_there(job)]
+    dist.broadcast_object_list(best, src=0)
+    if checkpoint.options[HELD_OUT] != now[HELD_OUT] or not best[0]:
+        if progress.best_step is not None:
+            say("the best evaluation so far is forgotten: of other rows, or its checkpoint is gone")
+        progress.best_step = progress.best_loss = None
+        progress.evals_since_best = 0
 
 
-def basis_digest(folder: Path) -> str:
-    """SHA-256 of the run's basis, the same on every rank. Collective.
-
-    Raises:
-        ConfigError: on every rank, if the file is not what the init wrote.
-    """
-    found: list[str] = [""]
-    if zero.rank() == 0:
-        digest = file_digest(folder / "basis.safetensors")
-        sums = folder / SUMS_FILE
-        known = sums.is_file() and digest in sums.read_text(encoding="utf-8", errors="replace")
-        found = [digest if known else ""]
-    dist.broadcast_object_list(found, src=0)
-    if not found[0]:
-        raise ConfigError(
-            f"{folder}/basis.safetensors is not what the init wrote there (by {SUMS_FILE}): the "
-            "file is damaged. Restore it, or start the run anew by --overwrite."
-        )
-    return found[0]
+def best_is_there(job: Job) -> bool:
+    """Whether the best evaluation's checkpoint is whole."""
+    step = job.progress.best_step
+    return step is not None and isinstance(
+        read_checkpoint(checkpoint_path(job.folder, step)), Checkpoint
+    )
 
 
 def load_best(job: Job) -> None:
-    """R of the best evaluation, from its checkpoint. Collective."""
+    """R of the best evaluation, from its checkpoint, which rank 0 reads. Collective."""
     step = job.progress.best_step
     if step is None or step == job.progress.step:
         return
-    best = read_checkpoint(checkpoint_path(job.folder, step))
-    if isinstance(best, str):
-        say(f"warning: the best checkpoint (step {step}) cannot be taken: {best}")
+    found: list[Any] = [None]
+    if zero.rank() == 0:
+        best = read_checkpoint(checkpoint_path(job.folder, step))
+        if isinstance(best, Checkpoint):
+            tensors = best.tensors()
+            found = [{name: tensors[f"{name}.lora_R"] for name in job.adapters}]
+    dist.broadcast_object_list(found, src=0)
+    if found[0] is None:
+        say(f"warning: the best checkpoint (step {step}) is gone: the adapter is the last step's")
         return
-    restore_state(job.engine, job.adapters, best.tensors(), {}, job.run.config)
+    for name, adapter in job.adapters.items():
+        zero.fill_trainable(adapter.lora_R, found[0][name])
     say(f"the adapter is that of step {step}, held-out loss {job.progress.best_loss:.4f}")
 
 
@@ -306,6 +350,5 @@ def finish(job: Job, init: InitReport, tensors: Any, description: dict[str, Any]
         )
         draw_loss_curve(folder / "loss.png", log.rows)
     draw_init(folder / "init.png", init)
-    log.close()
     # Last: a run that has its report is finished.
-    write_report(folder / "report.md", description, log.rows, init, run.targets, run.experts)
+    write_report(folder / REPORT, description, log.rows, init, run.targets, run.experts)

@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from launcher.ranks import free_port, rank_environment
 from lorasb_ds.checkpoint import checkpoint_path, list_checkpoints, read_checkpoint
 from lorasb_ds.config import ConfigError, load_run_config
 from lorasb_ds.prepare import prepare
@@ -23,7 +24,14 @@ from lorasb_ds.stop import EXIT_STOPPED
 from tests.runs import ROOT, metrics, run_command, word_rows, write_jsonl
 
 STEPS = 24
-LORASB = str(Path(sys.executable).parent / "lorasb")
+LORASB = [str(Path(sys.executable).parent / "lorasb"), "train"]
+
+
+def run_worker(*options: str, status: int = 0, before: Sequence[str] = ()) -> str:
+    """One process, started without DeepSpeed's launchers, which take longer than such a run."""
+    environment = rank_environment(0, 1, free_port(), threads=2)
+    worker = [*before, sys.executable, str(ROOT / "launcher" / "train.py")]
+    return run_command(*worker, *options, status=status, **environment)
 
 
 def training(folder: Path) -> dict[int, dict[str, Any]]:
@@ -65,22 +73,22 @@ def wait_for_rows(child: subprocess.Popen[str], folder: Path, count: int) -> Non
 
 
 @pytest.fixture(scope="module")
-def command(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def options(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """fp32, 5 rows a step of 13: 3 steps an epoch, the last with 3 rows."""
     folder = tmp_path_factory.mktemp("data")
     data = write_jsonl(folder / "rows.jsonl", word_rows(13))
     return (
-        f"{LORASB} train --model {tiny_model} --data {data} --eval-data {data} --r 4 --dtype fp32 "
+        f"--model {tiny_model} --data {data} --eval-data {data} --r 4 --dtype fp32 "
         f"--init-lr 1e-3 --lr 5e-3 --train-batch-size 5 --micro-batch-size 2 --max-steps {STEPS} "
         f"--save-every 4 --eval-every 6 --generate-samples 1"
     ).split()
 
 
 @pytest.fixture(scope="module")
-def alone(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nothing happens to, on two processes."""
     folder = tmp_path_factory.mktemp("alone") / "run"
-    output = run_command(*command, "--num-procs", "2", "--output-dir", str(folder))
+    output = run_command(*LORASB, *options, "--num-procs", "2", "--output-dir", str(folder))
     assert "checkpoint of step 4: 0.0" in output, "its size is said"
     return folder
 
@@ -105,14 +113,14 @@ def test_evaluations_while_training(alone: Path) -> None:
 
 
 def test_it_goes_on_with_1_and_2_and_3_processes(
-    command: list[str], alone: Path, tmp_path: Path
+    options: list[str], alone: Path, tmp_path: Path
 ) -> None:
     """Asked to end by SIGTERM, SIGUSR1 and Ctrl-C. 5 rows do not divide by 2 or 3 processes."""
     folder = tmp_path / "run"
-    again = [*command, "--output-dir", str(folder), "--resume", "auto"]
+    again = [*options, "--output-dir", str(folder), "--resume", "auto"]
     stops = ((1, signal.SIGTERM, 3), (2, signal.SIGUSR1, 8), (3, signal.SIGINT, 14))
     for num_procs, signum, after in stops:
-        with started(*again, "--num-procs", str(num_procs)) as child:
+        with started(*LORASB, *again, "--num-procs", str(num_procs)) as child:
             wait_for_rows(child, folder, after)
             child.send_signal(signum)
             output, _ = child.communicate(timeout=60)
@@ -122,7 +130,7 @@ def test_it_goes_on_with_1_and_2_and_3_processes(
         assert f"asked to stop: step {step} is saved" in output
         assert after <= step < STEPS
         assert not (folder / "adapter").exists()
-    run_command(*again, "--num-procs", "2")
+    run_command(*LORASB, *again, "--num-procs", "2")
     found, expected = training(folder), training(alone)
     assert found.keys() == expected.keys() == set(range(1, STEPS + 1)), "no step lost or twice"
     for key in ("loss", "grad_norm", "lr", "tokens"):
@@ -130,8 +138,9 @@ def test_it_goes_on_with_1_and_2_and_3_processes(
         assert max(differences) <= 1e-4, key
     evals = [[r["eval_loss"] for r in metrics(f) if "eval_loss" in r] for f in (folder, alone)]
     assert evals[0] == pytest.approx(evals[1], abs=1e-4)
-    output = run_command(*again, "--num-procs", "2")
+    output = run_command(*LORASB, *again, "--num-procs", "2")
     assert "nothing is left to do" in output
+    assert (folder / "report.md").is_file()
 
 
 def test_killed_again_and_again(tiny_model: Path, tmp_path: Path) -> None:
@@ -151,8 +160,8 @@ def test_killed_again_and_again(tiny_model: Path, tmp_path: Path) -> None:
     assert result["inits"] == 1
 
 
-def test_another_run_is_refused(command: list[str], alone: Path, tmp_path: Path) -> None:
-    given = dict(zip(command[2::2], command[3::2], strict=True))
+def test_another_run_is_refused(options: list[str], alone: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = dict(zip(options[::2], options[1::2], strict=True))
     given = {name.removeprefix("--").replace("-", "_"): v for name, v in given.items()}
     given |= {"output_dir": str(alone), "resume": "auto"}
     prepare(load_run_config(given), 2)
@@ -179,14 +188,14 @@ def test_another_run_is_refused(command: list[str], alone: Path, tmp_path: Path)
         prepare(load_run_config(given | {"model": str(model)}), 2)
 
 
-def test_damage(command: list[str], alone: Path, tmp_path: Path) -> None:
+def test_damage(options: list[str], alone: Path, tmp_path: Path) -> None:
     """A torn checkpoint is passed over; a basis that is not the run's is refused."""
     run = Path(shutil.copytree(alone, tmp_path / "run"))
     shutil.rmtree(run / "adapter")
     state = checkpoint_path(run, 24) / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-1])
-    again = [*command, "--output-dir", str(run), "--resume", "auto", "--num-procs", "1"]
-    output = run_command(*again)
+    again = [*options, "--output-dir", str(run), "--resume", "auto"]
+    output = run_worker(*again)
     assert "warning: checkpoint step-00000024 is passed over: state.safetensors is not" in output
     assert "resumed after step 20" in output
     assert training(run).keys() == set(range(1, STEPS + 1))
@@ -196,7 +205,7 @@ def test_damage(command: list[str], alone: Path, tmp_path: Path) -> None:
     content[-7] ^= 64
     basis.write_bytes(content)
     shutil.rmtree(run / "adapter")
-    output = run_command(*again, status=2)
+    output = run_worker(*again, status=2)
     assert "basis.safetensors is not what the init wrote there" in output
 
 
@@ -215,16 +224,16 @@ def small_disk(folder: Path, size: str) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("policy", ["stop", "continue"])
-def test_a_full_disk(command: list[str], alone: Path, tmp_path: Path, policy: str) -> None:
+def test_a_full_disk(options: list[str], alone: Path, tmp_path: Path, policy: str) -> None:
     """The checkpoint before it is whole, and training ends with the reason or goes on."""
     run = Path(shutil.copytree(alone, tmp_path / "run"))
     shutil.rmtree(run / "adapter")
     for step in (24, 20, 18):
         shutil.rmtree(checkpoint_path(run, step), ignore_errors=True)
-    again = [*command, "--output-dir", str(run), "--resume", "auto", "--num-procs", "1"]
+    again = [*options, "--output-dir", str(run), "--resume", "auto"]
     again += ["--save-every", "1", "--keep-last", "100", "--on-save-error", policy]
     with small_disk(run / "checkpoints", "160k"):
-        output = run_command(*again, status=1 if policy == "stop" else 0)
+        output = run_worker(*again, status=1 if policy == "stop" else 0)
         assert "No space left on device" in output
         assert "Traceback" not in output
         saved = list_checkpoints(run)
@@ -237,11 +246,11 @@ def test_a_full_disk(command: list[str], alone: Path, tmp_path: Path, policy: st
         assert training(run).keys() == set(range(1, STEPS + 1))
 
 
-def test_ctrl_c_twice(command: list[str], tmp_path: Path) -> None:
+def test_ctrl_c_twice(options: list[str], tmp_path: Path) -> None:
     """The second one does not wait for anything."""
     folder = tmp_path / "run"
-    endless = [*command, "--max-steps", "1000000", "--output-dir", str(folder), "--num-procs", "2"]
-    with started(*endless) as child:
+    endless = f"--max-steps 1000000 --output-dir {folder} --num-procs 2"
+    with started(*LORASB, *options, *endless.split()) as child:
         wait_for_rows(child, folder, 2)
         began = time.monotonic()
         child.send_signal(signal.SIGINT)
@@ -253,11 +262,11 @@ def test_ctrl_c_twice(command: list[str], tmp_path: Path) -> None:
     assert time.monotonic() - began < 10
 
 
-def test_what_is_not_finite_ends_the_run_with_its_rows(command: list[str], tmp_path: Path) -> None:
+def test_what_is_not_finite_ends_the_run_with_its_rows(options: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    output = run_command(
-        *command,
-        *f"--lr 1e30 --max-skipped-steps 2 --num-procs 1 --output-dir {folder}".split(),
+    output = run_worker(
+        *options,
+        *f"--lr 1e30 --max-skipped-steps 2 --output-dir {folder}".split(),
         status=1,
     )
     rows = training(folder)
@@ -269,27 +278,25 @@ def test_what_is_not_finite_ends_the_run_with_its_rows(command: list[str], tmp_p
     assert "Traceback" not in output
 
 
-def test_early_stopping_keeps_the_best(command: list[str], tmp_path: Path) -> None:
+def test_early_stopping_keeps_the_best(options: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    output = run_command(
-        *command,
-        *[
-            "--lr",
-            "0.3",
-            "--lr-scheduler",
-            "constant",
-            "--eval-every",
-            "1",
-            "--early-stopping-patience",
-            "2",
-        ],
-        *f"--max-steps 200 --num-procs 1 --output-dir {folder}".split(),
+    more = (
+        f"--lr 0.3 --lr-scheduler constant --eval-every 1 --early-stopping-patience 2 "
+        f"--max-steps 200 --output-dir {folder}"
     )
+    output = run_worker(*options, *more.split())
     evals = {r["step"]: r["eval_loss"] for r in metrics(folder) if r.get("stage") == "step"}
     best = min(evals, key=lambda step: evals[step])
     assert max(evals) == best + 2 < 200
     assert f"(step {best}) in 2 evaluations" in output
     assert f"the adapter is that of step {best}" in output
+    again = ["--resume", str(folder)]
+    assert "nothing is left to do" in run_worker(*again)
+    longer = run_worker(*again, "--max-steps", "201")
+    assert max(training(folder)) >= best + 4, "two more evaluations at least"
+    assert "changed since: steps 200 -> 201" in longer
+    index = json.loads((folder / "checkpoints" / "index.json").read_text())
+    best = index["best_step"]
     from safetensors.torch import load_file
 
     stored = load_file(checkpoint_path(folder, best) / "state.safetensors")
@@ -300,21 +307,16 @@ def test_early_stopping_keeps_the_best(command: list[str], tmp_path: Path) -> No
     assert adapter[f"base_model.model.{name}.lora_B.weight"].sub(expected).abs().max() < 1e-6
 
 
-def test_out_of_memory_is_explained(command: list[str], tmp_path: Path) -> None:
+def test_out_of_memory_is_explained(options: list[str], tmp_path: Path) -> None:
     """For real: the process may not take more than so much memory."""
-    short = [
-        *command,
-        "--max-steps",
-        "2",
-        "--num-procs",
-        "1",
-        "--output-dir",
-        str(tmp_path / "run"),
-    ]
     rows = write_jsonl(tmp_path / "rows.jsonl", word_rows(13) * 400)
-    large = ["--data", rows, "--train-batch-size", "4000", "--micro-batch-size", "4000", "--force"]
-    limit = ["prlimit", "--data=4000000000", *short, *large, "--init-samples", "8"]
-    output = run_command(*limit, status=1)
+    large = (
+        f"--train-batch-size 4000 --micro-batch-size 4000 --init-samples 8 --max-steps 2 --force "
+        f"--output-dir {tmp_path}/run"
+    )
+    limit = ["prlimit", "--data=4000000000"]
+    given = [*options[:2], "--data", rows, *options[4:], *large.split()]
+    output = run_worker(*given, status=1, before=limit)
     assert "Out of memory (train)" in output
     assert "--micro-batch-size 2000 --gradient-accumulation-steps 2" in output
     assert "logits" in output
@@ -322,23 +324,23 @@ def test_out_of_memory_is_explained(command: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
+    "more",
     [
-        "--packing --max-length 48",
+        "--packing --max-length 48 --data {data} --data-weights 2,0.5",
         "--group-by-length --optimizer lion --ds-config ds_configs/zero3_offload.json",
         "--optimizer sgd --ds-config ds_configs/zero1.json --gradient-checkpointing",
     ],
 )
-def test_other_ways_to_train_go_on_as_well(
-    command: list[str], tmp_path: Path, options: str
-) -> None:
+def test_other_ways_to_train_go_on(options: list[str], tmp_path: Path, more: str) -> None:
     """With a resume in the middle."""
     folder = tmp_path / "run"
-    run = [*command, *options.split(), "--num-procs", "1", "--max-steps", "6", "--save-every", "3"]
-    run_command(*run, "--output-dir", str(folder))
+    other = write_jsonl(tmp_path / "other.jsonl", word_rows(7))
+    more = more.format(data=other)
+    run = [*options, *more.split(), "--max-steps", "6", "--save-every", "3"]
+    run_worker(*run, "--output-dir", str(folder))
     first = training(folder)
     assert sum(row["tokens"] for row in first.values()) > 0
-    run_command(*run, "--resume", str(checkpoint_path(folder, 3)))
+    run_worker(*run, "--resume", str(checkpoint_path(folder, 3)))
     assert {k: r["loss"] for k, r in training(folder).items()} == {
         k: r["loss"] for k, r in first.items()
     }
