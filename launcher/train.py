@@ -67,18 +67,18 @@ def main(local_rank: int | None, init_only: bool, run_json: str | None, **given:
 
 def _check_device() -> None:
     """Whether this process has the device that it is meant to have."""
-    from lorasb_ds import zero
+    from lorasb_ds import accelerator
 
     asked, local_rank = os.environ.get(GPUS_ASKED_FOR), int(os.environ.get("LOCAL_RANK", 0))
-    if asked is not None and zero.accelerator_name() == "cpu":
+    if asked is not None and accelerator.name() == "cpu":
         raise ConfigError(
             f"--num-gpus {asked}: DeepSpeed finds no GPU on this host. Use --num-procs {asked} for "
             "the CPU, or look at `nvidia-smi` and torch.cuda.is_available()."
         )
-    if zero.accelerator_name() != "cpu" and local_rank >= zero.device_count():
+    if accelerator.name() != "cpu" and local_rank >= accelerator.device_count():
         raise ConfigError(
-            f"There is no GPU for process {local_rank} of this host: it has {zero.device_count()}. "
-            "Lower --num-gpus."
+            f"There is no GPU for process {local_rank} of this host: it has "
+            f"{accelerator.device_count()}. Lower --num-gpus."
         )
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
-from lorasb_ds import zero
+from lorasb_ds import accelerator, zero
 from lorasb_ds.adapter import LoraSBLinear, Shapes
 from lorasb_ds.base_files import weights_digest
 from lorasb_ds.batches import Sample
@@ -153,7 +153,7 @@ def put_back(engine: Any, adapters: Mapping[str, LoraSBLinear], folder: Path) ->
         if zero.rank() == 0:
             file = stack.enter_context(safe_open(folder / BASIS_FILE, "pt"))
         for name, adapter in adapters.items():
-            R = torch.zeros(adapter.r, adapter.r, device=zero.device())
+            R = torch.zeros(adapter.r, adapter.r, device=accelerator.device())
             A = B = None
             if file is not None:
                 A, B = (file.get_tensor(f"{name}.lora_{factor}") for factor in "AB")

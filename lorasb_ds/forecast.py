@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lorasb_ds import zero
+from lorasb_ds import accelerator
 from lorasb_ds.config import ConfigError
 from lorasb_ds.footprint import Footprint, Workload
 from lorasb_ds.host_memory import available_bytes, ranks_of_host
@@ -38,11 +38,11 @@ class Forecast:
 def this_cluster(world_size: int) -> Cluster:
     """The hosts of this job, all like this one, with the memory that is free now."""
     local_ranks = min(ranks_of_host(), world_size)
-    cpu, host = zero.accelerator_name() == "cpu", available_bytes()
+    cpu, host = accelerator.name() == "cpu", available_bytes()
     return Cluster(
         nodes=max(1, world_size // local_ranks),
         ranks_per_node=local_ranks,
-        memory_bytes=host // local_ranks if cpu else zero.free_device_bytes(),
+        memory_bytes=host // local_ranks if cpu else accelerator.free_device_bytes(),
         host_memory_bytes=host,
         cpu=cpu,
         speeds=CPU_SPEEDS if cpu else GPU_SPEEDS,

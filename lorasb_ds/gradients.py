@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lorasb_ds import zero
+from lorasb_ds import accelerator
 from lorasb_ds.adapter import LoraSBLinear, set_scale
 from lorasb_ds.batches import Batch
 from lorasb_ds.loss import token_loss_sum
@@ -56,7 +56,7 @@ class GradientShards:
         self.group = group
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
-        self.communication = zero.Stopwatch()
+        self.communication = accelerator.Stopwatch()
         self.shards: dict[str, torch.Tensor] = {}
         self.reached: Counter[str] = Counter()
         self._calls: list[str] = []  # of the running forward pass, in order
@@ -66,12 +66,14 @@ class GradientShards:
         for name, (long_side, short_side) in self._shapes.items():
             shape = (len(row_range(long_side, self.rank, self.world_size)), short_side)
             self.shards[name] = (
-                zero.pinned_zeros(*shape) if offload else torch.zeros(shape, device=zero.device())
+                accelerator.pinned_zeros(*shape)
+                if offload
+                else torch.zeros(shape, device=accelerator.device())
             )
 
     def take(self, name: str) -> torch.Tensor:
         """A layer's shard on the device; it is not kept."""
-        return self.shards.pop(name).to(zero.device())
+        return self.shards.pop(name).to(accelerator.device())
 
     def after_forward(self, has_labels: bool) -> None:
         """Find the layers that this batch reached. Collective.
@@ -88,12 +90,12 @@ class GradientShards:
             return
         order = zlib.crc32(" ".join(self._calls).encode())
         mine = [counts[name] for name in self.shards] + [order]
-        bounds = torch.tensor([mine, [-n for n in mine]], device=zero.device())
+        bounds = torch.tensor([mine, [-n for n in mine]], device=accelerator.device())
         dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=self.group)
         *differ, other_order = (bounds[0] + bounds[1] != 0).tolist()
         for name, differs in zip(self.shards, differ, strict=True):
             if differs or (other_order and counts[name]):
-                self._uneven[name] = torch.zeros(self._shapes[name], device=zero.device())
+                self._uneven[name] = torch.zeros(self._shapes[name], device=accelerator.device())
 
     def add(self, name: str, x: torch.Tensor, grad_y: torch.Tensor) -> None:
         """Add one call's ``δᵀ x``. Collective: same layers in the same order.
@@ -127,7 +129,9 @@ class GradientShards:
     def finish(self, loss: float) -> None:
         """Sum up ``reached`` over the ranks. Collective."""
         self.loss = loss
-        counts = torch.tensor([self.reached[name] for name in self.shards], device=zero.device())
+        counts = torch.tensor(
+            [self.reached[name] for name in self.shards], device=accelerator.device()
+        )
         dist.all_reduce(counts, group=self.group)
         self.reached = Counter(dict(zip(self.shards, counts.tolist(), strict=True)))
 
@@ -203,7 +207,7 @@ def average_gradients(
     """
     wanted = {name: adapters[name] for name in (adapters if names is None else names)}
     shards = GradientShards(wanted, group, offload)
-    loss_sum = torch.zeros((), dtype=torch.float64, device=zero.device())
+    loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device())
     with taps(wanted, shards), branches_off(adapters), no_dropout(model):
         for batch in batches:
             loss = token_loss_sum(model, batch)

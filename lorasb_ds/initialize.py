@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from lorasb_ds import zero
+from lorasb_ds import accelerator, zero
 from lorasb_ds.adapter import LoraSBLinear
 from lorasb_ds.batches import Sample
 from lorasb_ds.gradients import GradientShards, average_gradients, is_transposed
@@ -72,8 +72,8 @@ def initialize(
         FloatingPointError: on every rank, if a gradient is not finite.
     """
     start = time.perf_counter()
-    zero.reset_peak_memory()
-    memory_at_start = zero.memory_bytes()
+    accelerator.reset_peak_memory()
+    memory_at_start = accelerator.memory_bytes()
     group = zero.new_group()  # the engine's own traffic goes through another
     model = engine.module  # the engine itself would scale the loss and expect a step
     layers: dict[str, LayerInit] = {}
@@ -100,7 +100,7 @@ def initialize(
     layers = {name: layers[name] for name in adapters}
     step = choose_step(engine, adapters, layers, probe, init_lr)
     num_batches = torch.tensor(
-        sum(batch.num_label_tokens > 0 for batch in sample.batches), device=zero.device()
+        sum(batch.num_label_tokens > 0 for batch in sample.batches), device=accelerator.device()
     )
     dist.all_reduce(num_batches, group=group)
     dist.destroy_process_group(group)
@@ -115,7 +115,7 @@ def initialize(
         passes=len(plan.groups) - segments + (segments > 0),
         by_segments=segments > 0,
         predicted_memory_bytes=plan.predicted_bytes,
-        peak_memory_bytes=zero.peak_memory_bytes(),
+        peak_memory_bytes=accelerator.peak_memory_bytes(),
         memory_at_start_bytes=memory_at_start,
         gradients_s=gradients_s - communication_s,
         communication_s=communication_s,
@@ -168,7 +168,7 @@ def decompose(
         FloatingPointError: on every rank, if a gradient is not finite.
     """
     finite = torch.tensor([float(torch.isfinite(G).all()) for G in gradients.values()])
-    finite = finite.to(zero.device())
+    finite = finite.to(accelerator.device())
     dist.all_reduce(finite, op=dist.ReduceOp.MIN, group=group)
     if bad := [name for name, ok in zip(gradients, finite.tolist(), strict=True) if not ok]:
         raise FloatingPointError(

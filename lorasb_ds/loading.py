@@ -15,7 +15,7 @@ from torch import nn
 from transformers.core_model_loading import build_glob_alternation
 from transformers.pytorch_utils import Conv1D
 
-from lorasb_ds import zero
+from lorasb_ds import accelerator, zero
 from lorasb_ds.adapter import layer_shape, linear_layers
 from lorasb_ds.base_files import (
     StoredTensor,
@@ -160,7 +160,7 @@ def _fill(
     for parameter, twin in model.all_tied_weights_keys.items():
         put(model, parameter, model.get_parameter(twin))
     for buffer, value in list(model.named_buffers(remove_duplicate=False)):
-        put(model, buffer, value.to(zero.device()))
+        put(model, buffer, value.to(accelerator.device()))
 
 
 def _pack_as_stored(
@@ -253,4 +253,4 @@ def load_plain(
             raise ConfigError(
                 f"--adapter {adapter} does not fit --model {model}: {first_line(error)}"
             ) from error
-    return base.eval(), zero.device()
+    return base.eval(), accelerator.device()

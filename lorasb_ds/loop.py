@@ -4,50 +4,26 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
-from lorasb_ds import zero
-from lorasb_ds.adapter import LoraSBLinear
+from lorasb_ds import accelerator, zero
 from lorasb_ds.batches import Batch
-from lorasb_ds.checkpoint import Progress, tidy, write_checkpoint
-from lorasb_ds.config import option_name
 from lorasb_ds.evaluate import generate, held_out_loss
 from lorasb_ds.history import perplexity
+from lorasb_ds.job import Job
 from lorasb_ds.loss import token_loss_sum
-from lorasb_ds.metrics import RunLog
 from lorasb_ds.order import Unit
 from lorasb_ds.output import say
-from lorasb_ds.prepare import Prepared
-from lorasb_ds.rng import rng_states
-from lorasb_ds.stop import StopRequest
-from lorasb_ds.training_state import collect_state
+from lorasb_ds.resume import save
 
-Adapters = dict[str, LoraSBLinear]
 Outcome = Literal["finished", "stopped"]
 Stage = Literal["base", "init", "step", "trained"]
 
 SAMPLE_TOKENS = 128  # of a generated answer at most
-HELD_OUT = "held-out rows"
-
-
-@dataclass
-class Job:
-    """A run with its engine: what the phases hand on to each other."""
-
-    run: Prepared
-    folder: Path
-    log: RunLog | None  # rank 0's
-    engine: Any
-    adapters: Adapters
-    progress: Progress
-    stop: StopRequest
-    made_from: dict[str, Any]  # what a checkpoint must agree on with the run that takes it up
-    saved: Progress | None = None  # by this process
 
 
 @dataclass(frozen=True)
@@ -90,7 +66,7 @@ def train(job: Job) -> Outcome:
                 "tokens_per_s": result.num_tokens / (now - start),
                 "step_time_s": now - start,
                 "padding_share": 1 - result.num_tokens / result.num_places,
-                "memory_bytes": zero.memory_bytes(),
+                "memory_bytes": accelerator.memory_bytes(),
             }
             job.log.write(row | ({} if result.applied else {"skipped": True}))
             job.log.progress(row, run.num_steps)
@@ -144,7 +120,7 @@ def train_step(engine: Any, batches: list[Batch], stop: bool = False) -> StepRes
         None if any rank was: nothing has been done then.
     Communication: besides the engine's, one all-reduce of 4 numbers before and one of 2 after.
     """
-    device = zero.device()
+    device = accelerator.device()
     counts = torch.tensor(
         [
             sum(batch.num_label_tokens for batch in batches),
@@ -219,7 +195,7 @@ def evaluate(job: Job, stage: Stage) -> bool:
     if run.held_out is None:
         return False
     batches = run.batches(run.held_out, range(len(run.held_out.examples)))
-    loss = held_out_loss(job.engine.module, batches, zero.device())
+    loss = held_out_loss(job.engine.module, batches, accelerator.device())
     ppl = perplexity(loss)
     say(f"step {progress.step}: held-out loss {loss:.4f}, perplexity {ppl:.2f} ({stage})")
     if job.log:
@@ -250,7 +226,7 @@ def write_samples(job: Job) -> None:
     prompts = [example.input_ids[: max(1, example.first_label)] for example in examples]
     was_training = model.training
     model.eval()
-    texts = generate(model, run.tokenizer, prompts, SAMPLE_TOKENS, zero.device())
+    texts = generate(model, run.tokenizer, prompts, SAMPLE_TOKENS, accelerator.device())
     model.train(was_training)
     if job.log:
         for example, prompt, text in zip(examples, prompts, texts, strict=True):
@@ -262,64 +238,3 @@ def write_samples(job: Job) -> None:
                     "generated": text,
                 }
             )
-
-
-def save(job: Job) -> bool:
-    """Write a checkpoint, and remove those that are not to be kept. Collective.
-
-    Returns:
-        Whether the run can go on from here: not if it could not be written. Before the first
-        update it goes on from the init, and nothing is written.
-    Raises:
-        OSError: on every rank, if it cannot be written and --on-save-error is stop.
-    """
-    start = time.perf_counter()
-    engine, progress, config = job.engine, job.progress, job.run.config
-    if not progress.updates or progress == job.saved:
-        return True
-    tensors, scalars = collect_state(engine, job.adapters)
-    all_rng: list[Any] = [None] * zero.world_size()
-    dist.all_gather_object(all_rng, rng_states(zero.device()))
-    done: list[Any] = [0, None]  # size, problem
-    if zero.rank() == 0:
-        for rank, states in enumerate(all_rng):
-            tensors |= {f"rng.{rank}.{name}": state for name, state in states.items()}
-        content = {
-            "progress": asdict(progress),
-            "made_from": job.made_from,
-            "options": may_change(job.run),
-            "world_size": zero.world_size(),
-            "optimizer_scalars": scalars,
-            "loss_scale": zero.loss_scale_state(engine),
-        }
-        try:
-            done[0] = write_checkpoint(job.folder, tensors, content, progress.step)
-            tidy(job.folder, config.keep_last, progress.best_step)
-        except OSError as error:
-            done[1] = f"checkpoint of step {progress.step} cannot be written: {error}"
-    dist.broadcast_object_list(done, src=0)
-    size, problem = done
-    if problem is None:
-        seconds = time.perf_counter() - start
-        say(f"checkpoint of step {progress.step}: {size / 1e6:.2f} MB, {seconds:.2f} s")
-        job.saved = replace(progress)
-        return True
-    if config.on_save_error == "stop":
-        raise OSError(
-            f"{problem}. The one before it is as it was: make room and give --resume, or go on "
-            "without saving by --on-save-error continue."
-        )
-    say(f"warning: {problem}. Training goes on (--on-save-error continue)")
-    return False
-
-
-def may_change(run: Prepared) -> dict[str, Any]:
-    """Options that a resumed run may have changed; it says so."""
-    names = ("lr", "lr_scheduler", "warmup_ratio", "weight_decay", "max_grad_norm")
-    options = {option_name(name): getattr(run.config, name) for name in names}
-    return {"steps": run.num_steps, HELD_OUT: held_out_digest(run)} | options
-
-
-def held_out_digest(run: Prepared) -> str:
-    """What evaluations are of."""
-    return run.held_out.digest if run.held_out else "none"

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lorasb_ds import zero
+from lorasb_ds import accelerator, zero
 from lorasb_ds.adapter import Shapes, expert_layers, select_targets
 from lorasb_ds.base_files import stored_tensors, weights_digest
 from lorasb_ds.basis import check_basis, fingerprint
@@ -101,7 +101,7 @@ class Prepared:
     def sample(self, indices: Sequence[int]) -> Sample:
         """Training rows for the init, on this rank's device."""
         return Sample(
-            batches=[batch.to(zero.device()) for batch in self.batches(self.train, indices)],
+            batches=[batch.to(accelerator.device()) for batch in self.batches(self.train, indices)],
             num_rows=len(indices),
             num_label_tokens=int(self.train.num_labels[list(indices)].sum()),
         )

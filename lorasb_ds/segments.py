@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
-from lorasb_ds import zero
+from lorasb_ds import accelerator
 from lorasb_ds.adapter import LoraSBLinear
 from lorasb_ds.batches import Batch
 from lorasb_ds.gradients import GradientShards, branches_off, no_dropout, taps
@@ -98,7 +98,7 @@ def gradients_by_segment(
     if shared := [name for name, adapter in adapters.items() if uses[adapter] != 1]:
         raise SegmentError(f"{shared[0]} is not in one block alone")
     segments = cut(groups, prefix, len(blocks))
-    keep = torch.device("cpu") if offload else zero.device()
+    keep = torch.device("cpu") if offload else accelerator.device()
     with branches_off(adapters), no_dropout(model):
         starts = {segment.first for segment in segments if segment.first > 0}
         inputs, output_grads, widths, loss = _first_pass(
@@ -183,7 +183,7 @@ def _first_pass(
     both for every batch; how blocks return their output; and this rank's part of the loss."""
     inputs: dict[int, list[torch.Tensor]] = {start: [] for start in starts}
     output_grads, ends = [], []
-    loss_sum = torch.zeros((), dtype=torch.float64, device=zero.device())
+    loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device())
 
     def record(start: int, hidden_states: torch.Tensor) -> torch.Tensor:
         inputs[start].append(hidden_states.detach().to(keep))

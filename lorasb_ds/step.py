@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lorasb_ds import zero
+from lorasb_ds import accelerator, zero
 from lorasb_ds.adapter import LoraSBLinear, set_scale
 from lorasb_ds.batches import Sample
 from lorasb_ds.evaluate import held_out_loss
@@ -45,14 +45,14 @@ def choose_step(
     else:
         eta = init_lr
         with branches_off(adapters):
-            loss_before = held_out_loss(model, probe.batches, zero.device())
+            loss_before = held_out_loss(model, probe.batches, accelerator.device())
     for name, adapter in adapters.items():
         zero.fill_trainable(adapter.lora_R, layers[name].R(eta))
     return Step(
         init_lr=eta,
         num_samples=probe.num_rows,
         loss_before=loss_before,
-        loss_after=held_out_loss(model, probe.batches, zero.device()),
+        loss_after=held_out_loss(model, probe.batches, accelerator.device()),
         losses={f"{tried:.3g}": loss for tried, loss in sorted(losses.items())},
         seconds=time.perf_counter() - start,
     )
@@ -75,9 +75,9 @@ def _measure_losses(
     def loss_at(eta: float) -> float:
         set_scale(adapters, eta)
         loss = torch.tensor(
-            held_out_loss(model, probe.batches, zero.device()),
+            held_out_loss(model, probe.batches, accelerator.device()),
             dtype=torch.float64,
-            device=zero.device(),
+            device=accelerator.device(),
         )
         dist.broadcast(loss, src=0)
         return loss.item()

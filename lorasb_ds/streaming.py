@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lorasb_ds import zero
+from lorasb_ds import accelerator
 from lorasb_ds.base_files import StoredTensor
 from lorasb_ds.config import ConfigError
 from lorasb_ds.host_memory import release_freed_memory
@@ -65,7 +65,7 @@ class TensorReader:
         """A whole tensor in ``dtype``; None: as it is stored, and not looked at."""
         shape = self.stored[key].shape
         kind = _dtype(key, self.stored[key]) if dtype is None else dtype
-        result = torch.empty(shape, dtype=kind, device=zero.device())
+        result = torch.empty(shape, dtype=kind, device=accelerator.device())
         rows, start = result.view(_num_rows(shape), _width(shape)), 0
         for chunk in self.rows(key, dtype):
             rows[start : start + len(chunk)] = chunk
@@ -89,12 +89,12 @@ class TensorReader:
         num_rows, width = _num_rows(tensor.shape), _width(tensor.shape)
         row_bytes = (tensor.end - tensor.begin) // max(1, num_rows)
         step = _rows_at_a_time(width, multiple)
-        buffer = zero.pinned_bytes(min(step, num_rows) * row_bytes)
+        buffer = accelerator.pinned_bytes(min(step, num_rows) * row_bytes)
         for first in range(0, num_rows, step):
             count = min(step, num_rows - first)
             part = buffer[: count * row_bytes]
             self._fill(part, key, tensor.begin + first * row_bytes)
-            chunk = part.view(stored_dtype).view(count, width).to(zero.device(), dtype)
+            chunk = part.view(stored_dtype).view(count, width).to(accelerator.device(), dtype)
             if dtype is not None and not _is_finite(chunk):
                 raise ValueError(
                     f"{key} in {tensor.file.name} holds values that are not finite in {dtype}"
@@ -181,7 +181,7 @@ def stream_weights(
                     if owner == rank:
                         value = values.pop(name)
                     else:
-                        value = torch.empty_like(_get(model, name), device=zero.device())
+                        value = torch.empty_like(_get(model, name), device=accelerator.device())
                     placed = put(model, name, broadcast(value, owner, group))
                     del value
                     if shard is not None and isinstance(placed, nn.Parameter):
@@ -269,7 +269,7 @@ def put(model: nn.Module, name: str, value: torch.Tensor) -> torch.Tensor:
 
 def _raise_together(problem: str | None, group: Group) -> None:
     """End on every rank if one has a problem. Collective."""
-    failed = torch.tensor(int(problem is not None), device=zero.device())
+    failed = torch.tensor(int(problem is not None), device=accelerator.device())
     if not all_reduce(failed, group).item():
         return
     problems = [problem]

@@ -9,19 +9,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lorasb_ds import zero
+from lorasb_ds import accelerator, zero
 from lorasb_ds.adapter import inject
 from lorasb_ds.base_files import model_path
-from lorasb_ds.basis import damage, put_back, read_report, stored_digest
+from lorasb_ds.basis import stored_digest
 from lorasb_ds.checkpoint import (
-    Checkpoint,
     Progress,
-    Resume,
-    changed_options,
-    check_same_run,
-    checkpoint_path,
-    read_checkpoint,
-    set_newer_aside,
 )
 from lorasb_ds.config import DS_CONFIG_COPY, ConfigError
 from lorasb_ds.curves import draw_loss_curve
@@ -30,18 +23,18 @@ from lorasb_ds.files import write_json
 from lorasb_ds.gradients import branches_off
 from lorasb_ds.init_phase import init_phase
 from lorasb_ds.init_report import InitReport
+from lorasb_ds.job import Adapters, Job
 from lorasb_ds.loading import DTYPES, load_base
-from lorasb_ds.loop import HELD_OUT, Adapters, Job, Outcome, evaluate, may_change, train
+from lorasb_ds.loop import Outcome, evaluate, train
 from lorasb_ds.metrics import RunLog, provenance
-from lorasb_ds.optimizer import make_optimizer, make_scheduler, set_scheduler
+from lorasb_ds.optimizer import make_optimizer, make_scheduler
 from lorasb_ds.out_of_memory import OutOfMemoryError, Phase, explain, is_out_of_memory
 from lorasb_ds.output import REPORT, make_output_dir, say
 from lorasb_ds.packing import keeps_packs_apart
 from lorasb_ds.prepare import Prepared, check_ranks_agree
 from lorasb_ds.report import draw_init, write_report
-from lorasb_ds.rng import set_rng_states
+from lorasb_ds.resume import load_best, resume
 from lorasb_ds.stop import StopRequest
-from lorasb_ds.training_state import restore_state
 
 
 def run_training(run: Prepared, stop: StopRequest, init_only: bool = False) -> Outcome:
@@ -64,8 +57,8 @@ def run_training(run: Prepared, stop: StopRequest, init_only: bool = False) -> O
         if is_finished(run):
             say(f"{run.resume.folder} has its adapter and report: nothing is left to do")
             return "finished"
-    zero.reset_peak_memory()
-    idle_bytes = 0 if zero.accelerator_name() != "cpu" else zero.memory_bytes()
+    accelerator.reset_peak_memory()
+    idle_bytes = 0 if accelerator.name() != "cpu" else accelerator.memory_bytes()
     folder = make_output_dir(run.config, resumed=run.resume is not None)
     description = describe(run, folder)
     log = None
@@ -89,13 +82,13 @@ def run_training(run: Prepared, stop: StopRequest, init_only: bool = False) -> O
             stop=stop,
             made_from=dict(run.same_run),
         )
-        peaks = {"load": zero.peak_memory_bytes() - idle_bytes}
+        peaks = {"load": accelerator.peak_memory_bytes() - idle_bytes}
         init = initialize_or_resume(job)
         if run.resume is None and run.config.init_from is None:
-            peaks["init"] = zero.peak_memory_bytes() - idle_bytes
+            peaks["init"] = accelerator.peak_memory_bytes() - idle_bytes
         tensors = {}
         if not init_only:
-            zero.reset_peak_memory()
+            accelerator.reset_peak_memory()
             with phase(run, "train"):
                 outcome = train(job)
             if outcome == "stopped":
@@ -104,7 +97,7 @@ def run_training(run: Prepared, stop: StopRequest, init_only: bool = False) -> O
                 load_best(job)
             with phase(run, "save"):
                 tensors = collect_lora(adapters)
-            peaks["train"] = zero.peak_memory_bytes() - idle_bytes
+            peaks["train"] = accelerator.peak_memory_bytes() - idle_bytes
         if zero.rank() == 0:
             description["memory"]["measured"] = peaks
             finish(job, init, tensors, description)
@@ -154,7 +147,7 @@ def phase(run: Prepared, name: Phase) -> Iterator[None]:
         explanation = explain(
             name,
             error,
-            zero.memory_bytes(),
+            accelerator.memory_bytes(),
             run.forecast.free_bytes,
             config=run.config,
             shape=run.shape,
@@ -181,7 +174,7 @@ def describe(run: Prepared, folder: Path) -> dict[str, Any]:
         "config": {**run.config.model_dump(), "output_dir": str(folder)},
         "ds_config": run.ds_config,
         "world_size": zero.world_size(),
-        "accelerator": zero.accelerator_name(),
+        "accelerator": accelerator.name(),
         "trainable_parameters": len(run.targets) * run.config.r**2,
         "num_steps": run.num_steps,
         "resumed_at": run.resume.step if run.resume else None,
@@ -203,7 +196,7 @@ def announce(run: Prepared, folder: Path) -> None:
         say(f"warning: {run.forecast.problem}")
     say(
         f"{len(run.targets)} layers with an adapter, {len(run.targets) * run.config.r**2:,} "
-        f"trainable parameters, {zero.world_size()} process(es) on {zero.accelerator_name()}, "
+        f"trainable parameters, {zero.world_size()} process(es) on {accelerator.name()}, "
         f"{run.num_steps} steps of {run.config.train_batch_size} "
         f"{'packs' if run.config.packing else 'rows'}"
     )
@@ -237,101 +230,12 @@ def check_packs(job: Job) -> None:
     run = job.run
     examples = [run.train.examples[i] for i in range(min(8, len(run.train.examples)))]
     model = job.engine.module
-    if not keeps_packs_apart(model, examples, zero.device(), one_row=run.one_row):
+    if not keeps_packs_apart(model, examples, accelerator.device(), one_row=run.one_row):
         raise ConfigError(
             f"--packing: rows of one pack see each other in a {type(model).__name__} with "
             f"attention {run.hf_config._attn_implementation}. Leave it out (--group-by-length pads "
             "little, too), or try another --attn-implementation."
         )
-
-
-def resume(job: Job, found: Resume) -> InitReport:
-    """Put back the basis and the checkpoint of the run's folder. Collective.
-
-    Raises:
-        ConfigError: on every rank, if the basis is not what was written, or not the checkpoint's.
-    """
-    run, checkpoint = job.run, found.checkpoint
-    for warning in found.warnings:
-        say(f"warning: {warning}")
-    state: list[Any] = [None, ""]  # what is wrong with the basis, and its digest
-    if zero.rank() == 0:
-        state = [damage(job.folder), stored_digest(job.folder)]
-    dist.broadcast_object_list(state, src=0)
-    problem, digest = state
-    if problem is not None:
-        raise ConfigError(
-            f"--resume {run.config.resume}: the init in {job.folder} is damaged: {problem}. "
-            "Restore the file, or start the run anew by --overwrite."
-        )
-    if checkpoint is not None:
-        check_same_run(f"--resume {run.config.resume}", checkpoint, {"basis": digest})
-    put_back(job.engine, job.adapters, job.folder)
-    if zero.rank() == 0:
-        for name in set_newer_aside(job.folder, found.step):
-            say(f"set aside, since this run goes on before it: checkpoints/{name}")
-    if checkpoint is None:
-        say("resumed after the init: there is no checkpoint yet")
-    else:
-        take_up_training(job, checkpoint)
-    return read_report(job.folder, run.config.r)
-
-
-def take_up_training(job: Job, checkpoint: Checkpoint) -> None:
-    """R, optimizer, schedule, progress and generators of a checkpoint. Collective."""
-    run, tensors = job.run, checkpoint.tensors()
-    restore_state(job.engine, job.adapters, tensors, checkpoint.optimizer_scalars, run.config)
-    progress = job.progress = checkpoint.progress
-    set_scheduler(job.engine.lr_scheduler, progress.updates)
-    job.engine.global_steps = progress.step
-    if checkpoint.loss_scale:
-        zero.set_loss_scale_state(job.engine, checkpoint.loss_scale)
-    prefix = f"rng.{zero.rank()}."
-    if states := {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}:
-        set_rng_states(states, zero.device())
-    wrote = checkpoint.world_size
-    others = "" if wrote == zero.world_size() else f", which {wrote} process(es) wrote"
-    say(f"resumed after step {progress.step} from {checkpoint.path.name}{others}")
-    now = may_change(run)
-    for change in changed_options(checkpoint, now):
-        say(f"changed since: {change}")
-    if progress.finished and checkpoint.options["steps"] != run.num_steps:
-        progress.finished, progress.evals_since_best = False, 0
-    best = [progress.best_step is not None and best_is_there(job)]
-    dist.broadcast_object_list(best, src=0)
-    if checkpoint.options[HELD_OUT] != now[HELD_OUT] or not best[0]:
-        if progress.best_step is not None:
-            say("the best evaluation so far is forgotten: of other rows, or its checkpoint is gone")
-        progress.best_step = progress.best_loss = None
-        progress.evals_since_best = 0
-
-
-def best_is_there(job: Job) -> bool:
-    """Whether the best evaluation's checkpoint is whole."""
-    step = job.progress.best_step
-    return step is not None and isinstance(
-        read_checkpoint(checkpoint_path(job.folder, step)), Checkpoint
-    )
-
-
-def load_best(job: Job) -> None:
-    """R of the best evaluation, from its checkpoint, which rank 0 reads. Collective."""
-    step = job.progress.best_step
-    if step is None or step == job.progress.step:
-        return
-    found: list[Any] = [None]
-    if zero.rank() == 0:
-        best = read_checkpoint(checkpoint_path(job.folder, step))
-        if isinstance(best, Checkpoint):
-            tensors = best.tensors()
-            found = [{name: tensors[f"{name}.lora_R"] for name in job.adapters}]
-    dist.broadcast_object_list(found, src=0)
-    if found[0] is None:
-        say(f"warning: the best checkpoint (step {step}) is gone: the adapter is the last step's")
-        return
-    for name, adapter in job.adapters.items():
-        zero.fill_trainable(adapter.lora_R, found[0][name])
-    say(f"the adapter is that of step {step}, held-out loss {job.progress.best_loss:.4f}")
 
 
 def finish(job: Job, init: InitReport, tensors: Any, description: dict[str, Any]) -> None:

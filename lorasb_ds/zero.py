@@ -1,10 +1,9 @@
-"""All that this project asks of DeepSpeed, and the only import of it."""
+"""All that this project asks of DeepSpeed but for devices (``accelerator``)."""
 
 from __future__ import annotations
 
 import copy
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -26,8 +25,9 @@ from deepspeed.utils import (
 )
 from pydantic import ValidationError
 
+from lorasb_ds import accelerator
 from lorasb_ds.config import ConfigError
-from lorasb_ds.host_memory import process_bytes, ranks_of_host, release_freed_memory
+from lorasb_ds.host_memory import ranks_of_host
 
 VERSION = deepspeed.__version__
 
@@ -40,16 +40,6 @@ def world_size() -> int:
     return dist.get_world_size()
 
 
-def device() -> torch.device:
-    """This process's device."""
-    return torch.device(get_accelerator().current_device_name())
-
-
-def accelerator_name() -> str:
-    """``cpu``, ``cuda``, … as DeepSpeed found it."""
-    return str(get_accelerator().device_name())
-
-
 def init_process_group() -> None:
     """Join the job that the launcher's environment describes. Collective.
 
@@ -58,18 +48,13 @@ def init_process_group() -> None:
     On a CPU the ranks of a host share its cores evenly, unless OMP_NUM_THREADS says otherwise:
     torch would give every rank all of them.
     """
-    if accelerator_name() == "cpu":
+    if accelerator.name() == "cpu":
         if "OMP_NUM_THREADS" not in os.environ:
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, cores // max(1, ranks_of_host())))
     else:
         get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
     deepspeed.init_distributed()
-
-
-def device_count() -> int:
-    """Devices of this host that processes can have."""
-    return int(get_accelerator().device_count())
 
 
 def new_group() -> dist.ProcessGroup:
@@ -102,10 +87,10 @@ def check_ds_config(ds_config: dict[str, Any], path: str) -> None:
         raise ConfigError(f"{path}: DeepSpeed {VERSION} does not take it: {error}") from error
     if ds_config.get("fp16", {}).get("enabled") and not get_accelerator().is_fp16_supported():
         raise ConfigError(
-            f"--dtype fp16: DeepSpeed finds no fp16 arithmetic on this {accelerator_name()}. Use "
+            f"--dtype fp16: DeepSpeed finds no fp16 arithmetic on this {accelerator.name()}. Use "
             "bf16, which is more precise where it matters, or fp32."
         )
-    if section.zero_quantized_weights and accelerator_name() == "cpu":
+    if section.zero_quantized_weights and accelerator.name() == "cpu":
         raise ConfigError(
             f"{path}: zero_quantized_weights is true, and DeepSpeed quantizes on GPUs only. Remove "
             "it, or take ds_configs/zero3.json."
@@ -203,7 +188,7 @@ def fill_trainable(param: Any, value: torch.Tensor) -> None:
         value: whole and equal on every rank.
     """
     fill(param, value)
-    value = value.to(device(), torch.float32)
+    value = value.to(accelerator.device(), torch.float32)
     if hasattr(param, "ds_id"):
         safe_set_local_fp32_param(param, _local_part(param, value))
     else:
@@ -262,7 +247,7 @@ def full_optimizer_state(param: torch.nn.Parameter, key: str) -> torch.Tensor:
 
 def fill_optimizer_state(param: Any, key: str, value: torch.Tensor) -> None:
     """Set it from a whole value that is equal on every rank. Collective."""
-    value = value.to(device(), torch.float32)
+    value = value.to(accelerator.device(), torch.float32)
     if hasattr(param, "ds_id"):
         safe_set_local_optimizer_state(param, _local_part(param, value), key)
     else:
@@ -272,7 +257,7 @@ def fill_optimizer_state(param: Any, key: str, value: torch.Tensor) -> None:
 def squared_norm(engine: Any) -> torch.Tensor:
     """Of this rank's part of all masters, fp64; the sum over ranks is that of all R."""
     norms = [flat.double().square().sum() for flat in flat_masters(engine)]
-    return torch.stack(norms).sum().to(device())
+    return torch.stack(norms).sum().to(accelerator.device())
 
 
 def loss_scale_state(engine: Any) -> dict[str, float]:
@@ -288,77 +273,3 @@ def loss_scale_state(engine: Any) -> dict[str, float]:
 
 def set_loss_scale_state(engine: Any, state: Mapping[str, float]) -> None:
     vars(engine.optimizer.loss_scaler).update(state)
-
-
-class Stopwatch:
-    """Seconds spent inside its ``with`` blocks; on an accelerator, by events on its stream."""
-
-    def __init__(self) -> None:
-        self._host_s = 0.0
-        self._events: list[tuple[Any, Any]] = []
-
-    def __enter__(self) -> None:
-        if accelerator_name() == "cpu":
-            self._start: Any = time.perf_counter()
-        else:
-            self._start = get_accelerator().Event(enable_timing=True)
-            self._start.record()
-
-    def __exit__(self, *_: object) -> None:
-        if accelerator_name() == "cpu":
-            self._host_s += time.perf_counter() - self._start
-        else:
-            end = get_accelerator().Event(enable_timing=True)
-            end.record()
-            self._events.append((self._start, end))
-
-    def seconds(self) -> float:
-        """Of all blocks so far; waits for the device."""
-        if self._events:
-            get_accelerator().synchronize()
-        return self._host_s + sum(start.elapsed_time(end) for start, end in self._events) / 1e3
-
-
-def pinned_zeros(*shape: int) -> torch.Tensor:
-    """fp32 zeros in host memory, page-locked where there is another memory."""
-    zeros = torch.zeros(shape)
-    return zeros if accelerator_name() == "cpu" else get_accelerator().pin_memory(zeros)
-
-
-def pinned_bytes(size: int) -> torch.Tensor:
-    """Bytes in host memory, of any value; page-locked where there is another memory."""
-    empty = torch.empty(size, dtype=torch.uint8)
-    return empty if accelerator_name() == "cpu" else get_accelerator().pin_memory(empty)
-
-
-def free_device_bytes() -> int:
-    """Of this rank's device, which is not the CPU; before ``init_process_group``, too."""
-    return int(get_accelerator().available_memory(int(os.environ.get("LOCAL_RANK", 0))))
-
-
-def memory_bytes() -> int:
-    """Memory in use now: the device's, on a CPU the process's."""
-    if accelerator_name() != "cpu":
-        return int(get_accelerator().memory_allocated())
-    return process_bytes("VmRSS")
-
-
-def peak_memory_bytes() -> int:
-    """Highest memory in use since the last reset: the device's, on a CPU the process's."""
-    if accelerator_name() != "cpu":
-        return int(get_accelerator().max_memory_allocated())
-    return process_bytes("VmHWM")
-
-
-def reset_peak_memory() -> None:
-    """Measure the peak from what is in use now on; on a CPU, freed memory is handed back first."""
-    if accelerator_name() != "cpu":
-        get_accelerator().reset_peak_memory_stats()
-        return
-    release_freed_memory()
-    try:
-        # Linux: 5 sets the high-water mark of this process back to what it holds now.
-        with open("/proc/self/clear_refs", "w") as file:  # noqa: PTH123
-            file.write("5")
-    except OSError:
-        return  # not Linux, or not allowed: the peak is then that of the whole process

@@ -37,7 +37,7 @@ def paper(config: dict[str, Any], out: str) -> None:
     """
     from transformers import AutoModelForCausalLM
 
-    from lorasb_ds import zero
+    from lorasb_ds import accelerator, zero
     from lorasb_ds.base_files import model_path
     from lorasb_ds.loading import DTYPES
 
@@ -72,7 +72,7 @@ def paper(config: dict[str, Any], out: str) -> None:
         "gradients_s": after_gradients - start,
         "svd_s": end - after_gradients,
         "total_s": end - start,
-        "peak_bytes": zero.peak_memory_bytes() - before,
+        "peak_bytes": accelerator.peak_memory_bytes() - before,
     }
     Path(out).write_text(json.dumps(result))
     zero.close_process_group()
@@ -134,10 +134,10 @@ def _warm_up(model: Any, batch: Any) -> None:
 
 
 def _start_measuring() -> int:
-    from lorasb_ds import zero
+    from lorasb_ds import accelerator
 
-    zero.reset_peak_memory()
-    return zero.memory_bytes()
+    accelerator.reset_peak_memory()
+    return accelerator.memory_bytes()
 
 
 @click.command()

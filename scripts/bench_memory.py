@@ -34,7 +34,7 @@ def watched(work: Callable[[], T]) -> tuple[T, dict[str, float]]:
     """
     import torch.distributed as dist
 
-    from lorasb_ds import zero
+    from lorasb_ds import accelerator
     from lorasb_ds.host_memory import release_freed_memory
 
     gc.collect()
@@ -44,7 +44,7 @@ def watched(work: Callable[[], T]) -> tuple[T, dict[str, float]]:
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as sampler:
         assert sampler.stdout is not None
         sampler.stdout.readline()  # it has started
-        zero.reset_peak_memory()
+        accelerator.reset_peak_memory()
         before, read_before = _status(os.getpid()), _read_bytes()
         dist.barrier()
         start = time.perf_counter()

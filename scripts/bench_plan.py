@@ -47,7 +47,7 @@ def run(config: dict[str, Any], out: str) -> None:
     import torch.distributed as dist
 
     from launcher.quiet import quiet_libraries
-    from lorasb_ds import zero
+    from lorasb_ds import accelerator, zero
     from lorasb_ds.config import load_run_config
     from lorasb_ds.init_phase import initialize_by
     from lorasb_ds.loop import train_step
@@ -60,19 +60,19 @@ def run(config: dict[str, Any], out: str) -> None:
     dist.all_reduce(torch.zeros(1))
     gc.collect()
     there = set(_storages(_all_tensors()))
-    zero.reset_peak_memory()
-    idle = zero.memory_bytes()
+    accelerator.reset_peak_memory()
+    idle = accelerator.memory_bytes()
     engine, adapters = start_engine(prepared)
-    peaks = {"load": zero.peak_memory_bytes() - idle}
+    peaks = {"load": accelerator.peak_memory_bytes() - idle}
     sample, probe = (prepared.sample(r) for r in (prepared.gradient_rows, prepared.probe_rows))
     report, basis = initialize_by(prepared, engine, adapters, sample, probe)
     peaks["init"] = report.peak_memory_bytes - idle
     del basis, sample, probe
-    zero.reset_peak_memory()
+    accelerator.reset_peak_memory()
     engine.train()
     for step in range(prepared.num_steps):
         train_step(engine, prepared.step_batches(prepared.order.units(step)))
-    peaks["train"] = zero.peak_memory_bytes() - idle
+    peaks["train"] = accelerator.peak_memory_bytes() - idle
     tensors = _tensor_bytes(engine, there)
     found: list[Any] = [None] * zero.world_size()
     dist.all_gather_object(found, (tensors, peaks))

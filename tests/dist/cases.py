@@ -256,7 +256,7 @@ def not_finite_step(config: dict[str, Any], zero_optimization: dict[str, Any], w
 
 def four_bit(config: dict[str, Any], out: str, zero_optimization: dict[str, Any]) -> None:
     """Held-out loss, init, some steps and export on a 4-bit base of which each rank has a share."""
-    from lorasb_ds import zero
+    from lorasb_ds import accelerator, zero
     from lorasb_ds.evaluate import held_out_loss
     from lorasb_ds.export import collect_lora
     from lorasb_ds.init_phase import initialize_by
@@ -277,7 +277,7 @@ def four_bit(config: dict[str, Any], out: str, zero_optimization: dict[str, Any]
 
     assert_released()
     sample = run.sample(range(len(run.train.examples)))
-    losses = [held_out_loss(engine.module, sample.batches, zero.device()) for _ in range(2)]
+    losses = [held_out_loss(engine.module, sample.batches, accelerator.device()) for _ in range(2)]
     assert losses[0] == losses[1], "the weights were not those of the first time"
     assert_released()
     initialize_by(run, engine, adapters, sample, sample)

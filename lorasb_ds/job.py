@@ -1,0 +1,28 @@
+"""A run with its engine: what its phases hand on to each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorasb_ds.adapter import LoraSBLinear
+from lorasb_ds.checkpoint import Progress
+from lorasb_ds.metrics import RunLog
+from lorasb_ds.prepare import Prepared
+from lorasb_ds.stop import StopRequest
+
+Adapters = dict[str, LoraSBLinear]
+
+
+@dataclass
+class Job:
+    run: Prepared
+    folder: Path
+    log: RunLog | None  # rank 0's
+    engine: Any
+    adapters: Adapters
+    progress: Progress
+    stop: StopRequest
+    made_from: dict[str, Any]  # what a checkpoint must agree on with the run that takes it up
+    saved: Progress | None = None  # by this process

@@ -1,0 +1,183 @@
+"""What a run needs to go on: saved, put back, and the best of it taken at the end."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch.distributed as dist
+
+from lorasb_ds import accelerator, zero
+from lorasb_ds.basis import damage, put_back, read_report, stored_digest
+from lorasb_ds.checkpoint import (
+    Checkpoint,
+    Resume,
+    changed_options,
+    check_same_run,
+    checkpoint_path,
+    read_checkpoint,
+    set_newer_aside,
+    tidy,
+    write_checkpoint,
+)
+from lorasb_ds.config import ConfigError, option_name
+from lorasb_ds.init_report import InitReport
+from lorasb_ds.job import Job
+from lorasb_ds.optimizer import set_scheduler
+from lorasb_ds.output import say
+from lorasb_ds.prepare import Prepared
+from lorasb_ds.rng import rng_states, set_rng_states
+from lorasb_ds.training_state import collect_state, restore_state
+
+HELD_OUT = "held-out rows"
+
+
+def save(job: Job) -> bool:
+    """Write a checkpoint, and remove those that are not to be kept. Collective.
+
+    Returns:
+        Whether the run can go on from here: not if it could not be written. Before the first
+        update it goes on from the init, and nothing is written.
+    Raises:
+        OSError: on every rank, if it cannot be written and --on-save-error is stop.
+    """
+    start = time.perf_counter()
+    engine, progress, config = job.engine, job.progress, job.run.config
+    if not progress.updates or progress == job.saved:
+        return True
+    tensors, scalars = collect_state(engine, job.adapters)
+    all_rng: list[Any] = [None] * zero.world_size()
+    dist.all_gather_object(all_rng, rng_states(accelerator.device()))
+    done: list[Any] = [0, None]  # size, problem
+    if zero.rank() == 0:
+        for rank, states in enumerate(all_rng):
+            tensors |= {f"rng.{rank}.{name}": state for name, state in states.items()}
+        content = {
+            "progress": asdict(progress),
+            "made_from": job.made_from,
+            "options": may_change(job.run),
+            "world_size": zero.world_size(),
+            "optimizer_scalars": scalars,
+            "loss_scale": zero.loss_scale_state(engine),
+        }
+        try:
+            done[0] = write_checkpoint(job.folder, tensors, content, progress.step)
+            tidy(job.folder, config.keep_last, progress.best_step)
+        except OSError as error:
+            done[1] = f"checkpoint of step {progress.step} cannot be written: {error}"
+    dist.broadcast_object_list(done, src=0)
+    size, problem = done
+    if problem is None:
+        seconds = time.perf_counter() - start
+        say(f"checkpoint of step {progress.step}: {size / 1e6:.2f} MB, {seconds:.2f} s")
+        job.saved = replace(progress)
+        return True
+    if config.on_save_error == "stop":
+        raise OSError(
+            f"{problem}. The one before it is as it was: make room and give --resume, or go on "
+            "without saving by --on-save-error continue."
+        )
+    say(f"warning: {problem}. Training goes on (--on-save-error continue)")
+    return False
+
+
+def may_change(run: Prepared) -> dict[str, Any]:
+    """Options that a resumed run may have changed; it says so."""
+    names = ("lr", "lr_scheduler", "warmup_ratio", "weight_decay", "max_grad_norm")
+    options = {option_name(name): getattr(run.config, name) for name in names}
+    return {"steps": run.num_steps, HELD_OUT: held_out_digest(run)} | options
+
+
+def held_out_digest(run: Prepared) -> str:
+    """What evaluations are of."""
+    return run.held_out.digest if run.held_out else "none"
+
+
+def resume(job: Job, found: Resume) -> InitReport:
+    """Put back the basis and the checkpoint of the run's folder. Collective.
+
+    Raises:
+        ConfigError: on every rank, if the basis is not what was written, or not the checkpoint's.
+    """
+    run, checkpoint = job.run, found.checkpoint
+    for warning in found.warnings:
+        say(f"warning: {warning}")
+    state: list[Any] = [None, ""]  # what is wrong with the basis, and its digest
+    if zero.rank() == 0:
+        state = [damage(job.folder), stored_digest(job.folder)]
+    dist.broadcast_object_list(state, src=0)
+    problem, digest = state
+    if problem is not None:
+        raise ConfigError(
+            f"--resume {run.config.resume}: the init in {job.folder} is damaged: {problem}. "
+            "Restore the file, or start the run anew by --overwrite."
+        )
+    if checkpoint is not None:
+        check_same_run(f"--resume {run.config.resume}", checkpoint, {"basis": digest})
+    put_back(job.engine, job.adapters, job.folder)
+    if zero.rank() == 0:
+        for name in set_newer_aside(job.folder, found.step):
+            say(f"set aside, since this run goes on before it: checkpoints/{name}")
+    if checkpoint is None:
+        say("resumed after the init: there is no checkpoint yet")
+    else:
+        take_up_training(job, checkpoint)
+    return read_report(job.folder, run.config.r)
+
+
+def take_up_training(job: Job, checkpoint: Checkpoint) -> None:
+    """R, optimizer, schedule, progress and generators of a checkpoint. Collective."""
+    run, tensors = job.run, checkpoint.tensors()
+    restore_state(job.engine, job.adapters, tensors, checkpoint.optimizer_scalars, run.config)
+    progress = job.progress = checkpoint.progress
+    set_scheduler(job.engine.lr_scheduler, progress.updates)
+    job.engine.global_steps = progress.step
+    if checkpoint.loss_scale:
+        zero.set_loss_scale_state(job.engine, checkpoint.loss_scale)
+    prefix = f"rng.{zero.rank()}."
+    if states := {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}:
+        set_rng_states(states, accelerator.device())
+    wrote = checkpoint.world_size
+    others = "" if wrote == zero.world_size() else f", which {wrote} process(es) wrote"
+    say(f"resumed after step {progress.step} from {checkpoint.path.name}{others}")
+    now = may_change(run)
+    for change in changed_options(checkpoint, now):
+        say(f"changed since: {change}")
+    if progress.finished and checkpoint.options["steps"] != run.num_steps:
+        progress.finished, progress.evals_since_best = False, 0
+    best = [progress.best_step is not None and best_is_there(job)]
+    dist.broadcast_object_list(best, src=0)
+    if checkpoint.options[HELD_OUT] != now[HELD_OUT] or not best[0]:
+        if progress.best_step is not None:
+            say("the best evaluation so far is forgotten: of other rows, or its checkpoint is gone")
+        progress.best_step = progress.best_loss = None
+        progress.evals_since_best = 0
+
+
+def best_is_there(job: Job) -> bool:
+    """Whether the best evaluation's checkpoint is whole."""
+    step = job.progress.best_step
+    return step is not None and isinstance(
+        read_checkpoint(checkpoint_path(job.folder, step)), Checkpoint
+    )
+
+
+def load_best(job: Job) -> None:
+    """R of the best evaluation, from its checkpoint, which rank 0 reads. Collective."""
+    step = job.progress.best_step
+    if step is None or step == job.progress.step:
+        return
+    found: list[Any] = [None]
+    if zero.rank() == 0:
+        best = read_checkpoint(checkpoint_path(job.folder, step))
+        if isinstance(best, Checkpoint):
+            tensors = best.tensors()
+            found = [{name: tensors[f"{name}.lora_R"] for name in job.adapters}]
+    dist.broadcast_object_list(found, src=0)
+    if found[0] is None:
+        say(f"warning: the best checkpoint (step {step}) is gone: the adapter is the last step's")
+        return
+    for name, adapter in job.adapters.items():
+        zero.fill_trainable(adapter.lora_R, found[0][name])
+    say(f"the adapter is that of step {step}, held-out loss {job.progress.best_loss:.4f}")
