@@ -19,17 +19,11 @@ from launcher.options import CONTEXT, run_options, to_arguments
 from launcher.ranks import free_port, remove_shared_memory
 from lorasb_ds import __version__
 from lorasb_ds.compare import read_runs
-from lorasb_ds.config import (
-    ConfigError,
-    check_output_dir,
-    load_run_config,
-    read_json,
-    replayed_processes,
-    resumed_run,
-)
+from lorasb_ds.config import ConfigError, read_json
 from lorasb_ds.curves import draw_comparison
 from lorasb_ds.ds_config import resolve_ds_config
 from lorasb_ds.plan import plan as make_plan
+from lorasb_ds.request import check_output_dir, load_run_config, replayed_processes, resumed_run
 
 POSITIVE = click.FloatRange(min=0, min_open=True)
 CLUSTER_OPTIONS = [

@@ -11,7 +11,8 @@ import click
 
 from launcher.options import CONTEXT
 from launcher.quiet import quiet_libraries
-from lorasb_ds.config import ALL_LINEAR, ConfigError, load_run_config
+from lorasb_ds.config import ALL_LINEAR, ConfigError
+from lorasb_ds.request import load_run_config
 
 
 @click.command(context_settings=CONTEXT)

@@ -12,8 +12,9 @@ import click
 from launcher.command import GPUS_ASKED_FOR
 from launcher.options import CONTEXT, run_options
 from launcher.quiet import quiet_libraries
-from lorasb_ds.config import ConfigError, load_run_config
+from lorasb_ds.config import ConfigError
 from lorasb_ds.host_memory import ranks_of_host
+from lorasb_ds.request import load_run_config
 from lorasb_ds.stop import EXIT_STOPPED, StopRequest
 
 GRACE_S = 10.0

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from lorasb_ds.config import ConfigError, RunConfig, resumed_run
+from lorasb_ds.config import ConfigError, RunConfig
 from lorasb_ds.files import (
     SUMS_FILE,
     check_sums,
@@ -31,6 +31,7 @@ from lorasb_ds.files import (
     write_json,
     write_sums,
 )
+from lorasb_ds.request import resumed_run
 
 FOLDER = "checkpoints"
 STATE_FILE, TRAINER_FILE = "state.safetensors", "trainer.json"

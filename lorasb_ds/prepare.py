@@ -18,7 +18,7 @@ from lorasb_ds.base_files import stored_tensors, weights_digest
 from lorasb_ds.basis import check_basis, fingerprint
 from lorasb_ds.batches import Batch, Sample, collate, collate_packed, deal
 from lorasb_ds.checkpoint import Resume, check_same_run, find_resume
-from lorasb_ds.config import ConfigError, RunConfig, check_output_dir, read_json
+from lorasb_ds.config import ConfigError, RunConfig, read_json
 from lorasb_ds.data import TokenizedRows
 from lorasb_ds.data_cache import load_data
 from lorasb_ds.ds_config import resolve_ds_config
@@ -31,6 +31,7 @@ from lorasb_ds.order import Order, Unit, init_sample
 from lorasb_ds.placement import Placement, placement_of
 from lorasb_ds.plan import GIB, Cluster
 from lorasb_ds.quantization import Kind
+from lorasb_ds.request import check_output_dir
 from lorasb_ds.shapes import shape_of
 from lorasb_ds.tokenizer import choose_pad_token, read_tokenizer
 from lorasb_ds.tracking import check_tracker

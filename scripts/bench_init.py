@@ -120,8 +120,8 @@ def ours(config: dict[str, Any], out: str) -> None:
 
 def _prepare(config: dict[str, Any], world_size: int) -> Any:
     from launcher.quiet import quiet_libraries
-    from lorasb_ds.config import load_run_config
     from lorasb_ds.prepare import prepare
+    from lorasb_ds.request import load_run_config
 
     quiet_libraries()
     return prepare(load_run_config(config), world_size)

@@ -49,8 +49,8 @@ def svd(matrices: str, out: str, r: dict[str, int], methods: list[Method]) -> No
 def _start(config: dict[str, Any], zero_optimization: dict[str, Any]) -> Any:
     """A run up to its engine, with other ZeRO settings than its ds_config's."""
     from lorasb_ds import zero
-    from lorasb_ds.config import load_run_config
     from lorasb_ds.prepare import prepare
+    from lorasb_ds.request import load_run_config
     from lorasb_ds.trainer import start_engine
 
     run = prepare(load_run_config(config), int(os.environ["WORLD_SIZE"]))
@@ -295,8 +295,8 @@ def four_bit(config: dict[str, Any], out: str, zero_optimization: dict[str, Any]
 def load(config: dict[str, Any], out: str, zero_optimization: dict[str, Any]) -> None:
     """The base as it is loaded; rank 0 writes its whole parameters and what all ranks read."""
     from lorasb_ds import zero
-    from lorasb_ds.config import load_run_config
     from lorasb_ds.loading import load_base, load_config
+    from lorasb_ds.request import load_run_config
 
     zero.init_process_group()
     run = load_run_config(config)
@@ -331,8 +331,9 @@ def _bytes_read() -> int:
 def load_broken(config: dict[str, Any], message: str) -> None:
     """A base that one rank cannot read ends all of them, with the same words."""
     from lorasb_ds import zero
-    from lorasb_ds.config import ConfigError, load_run_config
+    from lorasb_ds.config import ConfigError
     from lorasb_ds.loading import load_base, load_config
+    from lorasb_ds.request import load_run_config
 
     zero.init_process_group()
     run = load_run_config(config)
@@ -381,8 +382,9 @@ def watched(folder: str) -> None:
 def disagree(config: dict[str, Any]) -> None:
     """Ranks that hold different rows refuse to train, all of them."""
     from lorasb_ds import zero
-    from lorasb_ds.config import ConfigError, load_run_config
+    from lorasb_ds.config import ConfigError
     from lorasb_ds.prepare import check_ranks_agree, prepare
+    from lorasb_ds.request import load_run_config
 
     run = prepare(load_run_config(config), 2)
     zero.init_process_group()

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from lorasb_ds.adapter import inject, linear_layers
 from lorasb_ds.batches import Batch, collate
-from lorasb_ds.config import load_run_config
 from lorasb_ds.data import tokenize_rows
 from lorasb_ds.gradients import average_gradients
 from lorasb_ds.linalg import truncated_svd
+from lorasb_ds.request import load_run_config
 from lorasb_ds.rows import load_rows
 from tests.references import nf4_config, true_gradients
 from tests.runs import REALLY_SHARDED, run_ranks, word_rows, write_jsonl

@@ -25,8 +25,9 @@ from lorasb_ds.checkpoint import (
     tidy,
     write_checkpoint,
 )
-from lorasb_ds.config import ConfigError, RunConfig, check_output_dir, load_run_config
+from lorasb_ds.config import ConfigError, RunConfig
 from lorasb_ds.files import SUMS_FILE
+from lorasb_ds.request import check_output_dir, load_run_config
 
 MADE_FROM = {"--r": 8, "training rows": "a" * 64}
 

@@ -10,16 +10,9 @@ from typing import Any
 
 import pytest
 
-from lorasb_ds.config import (
-    DEMO_EVAL_DATA,
-    SHIPPED_DS_CONFIGS,
-    ConfigError,
-    RunConfig,
-    check_output_dir,
-    load_run_config,
-    replayed_processes,
-)
+from lorasb_ds.config import DEMO_EVAL_DATA, SHIPPED_DS_CONFIGS, ConfigError, RunConfig
 from lorasb_ds.ds_config import resolve_ds_config
+from lorasb_ds.request import check_output_dir, load_run_config, replayed_processes
 
 ZERO3 = str(SHIPPED_DS_CONFIGS / "zero3.json")
 

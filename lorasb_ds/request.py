@@ -1,0 +1,152 @@
+"""What a run is asked to be: flags over an earlier run's options over defaults. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from lorasb_ds.config import (
+    DEMO_EVAL_DATA,
+    DS_CONFIG_COPY,
+    ConfigError,
+    RunConfig,
+    option_name,
+    problems_of,
+    read_json,
+)
+
+
+def load_run_config(given: Mapping[str, Any], run_json: str | None = None) -> RunConfig:
+    """The configuration of a run: its flags over a replayed ``run.json`` over the defaults.
+
+    Args:
+        given: fields that were asked for; a value of None means not given.
+        run_json: path of an earlier run's ``run.json``, or None.
+    Raises:
+        ConfigError: with one paragraph for every problem.
+    """
+    asked = {name: value for name, value in given.items() if value is not None}
+    if asked.get("resume", "auto") != "auto":
+        folder = resumed_run(asked["resume"])
+        run_json = run_json or str(folder / "run.json")
+        asked.setdefault("output_dir", str(folder))
+    values = {**(_replayed(run_json, asked) if run_json is not None else {}), **asked}
+    if not {"data", "eval_data", "val_set_size"} & set(values):
+        values["eval_data"] = DEMO_EVAL_DATA
+    try:
+        config = RunConfig(**values)
+    except ValidationError as error:
+        raise ConfigError(*problems_of(error)) from None
+    if problems := [*_data_problems(config), *_evaluation_problems(config)]:
+        raise ConfigError(*problems)
+    # What was replayed is a default here: a ds_config's numbers may win over it.
+    return RunConfig.model_construct(_fields_set=set(asked), **dict(config))
+
+
+def _evaluation_problems(config: RunConfig) -> list[str]:
+    """Options that ask for nothing together."""
+    problems = [
+        f"{option_name(field)} needs --eval-every N: the evaluations that it goes by."
+        for field in ("early_stopping_patience", "load_best_model_at_end", "generate_samples")
+        if getattr(config, field) and config.eval_every is None
+    ]
+    if config.eval_every is not None and not (config.eval_data or config.val_set_size):
+        problems.append(
+            "--eval-every needs held-out rows. Name them by --eval-data, or give --val-set-size."
+        )
+    return problems
+
+
+def _data_problems(config: RunConfig) -> list[str]:
+    """Options about data that do not go together."""
+    problems = []
+    if config.val_set_size is not None and config.eval_data is not None:
+        problems.append(
+            "--val-set-size holds rows of --data out, and --eval-data brings others. Give one of "
+            "them."
+        )
+    weights = config.data_weights
+    if weights is not None and len(weights) != len(config.data):
+        problems.append(
+            f"--data-weights {','.join(f'{weight:g}' for weight in weights)} has {len(weights)} "
+            f"weights, but --data was given {len(config.data)} time(s). Give one for each."
+        )
+    return problems
+
+
+def _replayed(run_json: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of an earlier run, but for those that something asked for makes meaningless."""
+    config = read_json(run_json, "--config").get("config")
+    if not isinstance(config, dict):
+        raise ConfigError(
+            f"--config {run_json} has no 'config' entry. Give the run.json that an earlier run "
+            "wrote into its output folder."
+        )
+    # A replay is a new run: it gets a folder of its own unless one is asked for.
+    dropped = {"output_dir", "overwrite", "resume"}
+    if "epochs" in asked:
+        dropped.add("max_steps")
+    if "gradient_accumulation_steps" in asked:
+        dropped.add("train_batch_size")
+    if "data" in asked:
+        dropped |= {"eval_data", "prompt_column", "response_column", "data_weights"}
+    if "eval_data" in asked:
+        dropped.add("val_set_size")
+    if "val_set_size" in asked:
+        dropped.add("eval_data")
+    replayed = {name: value for name, value in config.items() if name not in dropped}
+    copy = Path(run_json).expanduser().parent / DS_CONFIG_COPY
+    return replayed | ({"ds_config": str(copy)} if copy.is_file() else {})
+
+
+def resumed_run(resume: str) -> Path:
+    """The run's folder of ``--resume PATH``, which names it or one of its checkpoints.
+
+    Raises:
+        ConfigError: if it is neither.
+    """
+    path = Path(resume).expanduser()
+    for folder in (path, path.parent.parent):
+        if (folder / "run.json").is_file():
+            return folder
+    raise ConfigError(
+        f"--resume {resume}: neither a run's folder (with a run.json) nor a checkpoint in one. "
+        "Name such a folder, or give --resume auto and --output-dir."
+    )
+
+
+def replayed_processes(run_json: str) -> tuple[int | None, int | None]:
+    """--num-procs and --num-gpus of an earlier run; None is unknown or the other kind."""
+    description = read_json(run_json, "--config")
+    count, accelerator = description.get("world_size"), description.get("accelerator")
+    if not isinstance(count, int):
+        return None, None
+    return (count, None) if accelerator == "cpu" else (None, count)
+
+
+def check_output_dir(config: RunConfig) -> None:
+    """Refuse to write into a folder that holds something, unless --overwrite is given."""
+    if config.resume is not None and config.output_dir is None:
+        raise ConfigError("--resume auto goes on in --output-dir. Name the run's folder by it.")
+    if config.resume is not None and config.overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other. Give one of them.")
+    if config.output_dir is None:
+        return
+    folder = Path(config.output_dir)
+    if config.init_from is not None and folder.resolve() == Path(config.init_from).resolve():
+        raise ConfigError(
+            f"--output-dir {folder} is the folder of --init-from, and would be overwritten. Name "
+            "another one."
+        )
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--output-dir {folder} is a file. Name a folder.")
+    if config.overwrite or (config.resume is not None and (folder / "run.json").is_file()):
+        return
+    # A run that was killed early has left a file that it was writing.
+    if folder.is_dir() and any(path.suffix != ".tmp" for path in folder.iterdir()):
+        raise ConfigError(
+            f"--output-dir {folder} is not empty. Name another folder, or give --overwrite."
+        )
