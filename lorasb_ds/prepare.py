@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from lorasb_ds import accelerator, zero
 from lorasb_ds.adapter import Shapes, expert_layers, select_targets
 from lorasb_ds.base_files import stored_tensors, weights_digest
-from lorasb_ds.basis import check_basis, fingerprint
+from lorasb_ds.basis import check_basis, damage, fingerprint, stored_digest
 from lorasb_ds.batches import Batch, Sample, collate, collate_packed, deal
 from lorasb_ds.checkpoint import Resume, check_same_run, find_resume
 from lorasb_ds.config import ConfigError, RunConfig, read_json
@@ -170,8 +171,15 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
     stored_init = None
     if resume is not None:
         option = f"--resume {config.resume}"
+        # Gigabytes for a large model: one process reads them, and ends the others.
+        if int(os.environ.get("RANK", 0)) == 0 and (problem := damage(resume.folder)):
+            raise ConfigError(
+                f"{option}: the init in {resume.folder} is damaged: {problem}. Restore the file, "
+                "or start the run anew by --overwrite."
+            )
         if resume.checkpoint is not None:
-            check_same_run(option, resume.checkpoint, same_run)
+            basis = {"basis": stored_digest(resume.folder)}
+            check_same_run(option, resume.checkpoint, same_run | basis)
         check_basis(resume.folder, option, config.r, made_from, may_cut=False)
     elif config.init_from is not None:
         option = f"--init-from {config.init_from}"

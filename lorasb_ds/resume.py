@@ -9,19 +9,18 @@ from typing import Any
 import torch.distributed as dist
 
 from lorasb_ds import accelerator, zero
-from lorasb_ds.basis import damage, put_back, read_report, stored_digest
+from lorasb_ds.basis import put_back, read_report
 from lorasb_ds.checkpoint import (
     Checkpoint,
     Resume,
     changed_options,
-    check_same_run,
     checkpoint_path,
     read_checkpoint,
     set_newer_aside,
     tidy,
     write_checkpoint,
 )
-from lorasb_ds.config import ConfigError, option_name
+from lorasb_ds.config import option_name
 from lorasb_ds.init_report import InitReport
 from lorasb_ds.job import Job
 from lorasb_ds.optimizer import set_scheduler
@@ -95,26 +94,10 @@ def held_out_digest(run: Prepared) -> str:
 
 
 def resume(job: Job, found: Resume) -> InitReport:
-    """Put back the basis and the checkpoint of the run's folder. Collective.
-
-    Raises:
-        ConfigError: on every rank, if the basis is not what was written, or not the checkpoint's.
-    """
+    """Put back the basis and the checkpoint of the run's folder. Collective."""
     run, checkpoint = job.run, found.checkpoint
     for warning in found.warnings:
         say(f"warning: {warning}")
-    state: list[Any] = [None, ""]  # what is wrong with the basis, and its digest
-    if zero.rank() == 0:
-        state = [damage(job.folder), stored_digest(job.folder)]
-    dist.broadcast_object_list(state, src=0)
-    problem, digest = state
-    if problem is not None:
-        raise ConfigError(
-            f"--resume {run.config.resume}: the init in {job.folder} is damaged: {problem}. "
-            "Restore the file, or start the run anew by --overwrite."
-        )
-    if checkpoint is not None:
-        check_same_run(f"--resume {run.config.resume}", checkpoint, {"basis": digest})
     put_back(job.engine, job.adapters, job.folder)
     if zero.rank() == 0:
         for name in set_newer_aside(job.folder, found.step):

@@ -44,15 +44,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         result = stress(options, Path(folder))
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores")
-    print("| kill | when | whom | started from | killed after | ended within |")
+    print("| kill | in a save | whom | started from | killed after | ended within |")
     print("|---:|---|---|---:|---:|---:|")
     for i, kill in enumerate(result["kills"], 1):
         print(
-            f"| {i} | {kill['when']} | {kill['whom']} | {kill['started_from']} | "
-            f"step {kill['step']} | {kill['ended_s']:.1f} s |"
+            f"| {i} | {'yes' if kill['in_a_save'] else ''} | {kill['whom']} | "
+            f"{kill['started_from']} | step {kill['step']} | {kill['ended_s']:.1f} s |"
         )
     print(
-        f"\n{len(result['kills'])} kills, {result['during_save']} of them during a save; "
+        f"\n{len(result['kills'])} kills, {result['in_a_save']} of them in the middle of a save; "
         f"{result['rows']} rows of metrics, largest difference {result['largest_difference']}; "
         f"adapters {'equal' if result['same_adapter'] else 'DIFFER'}; init finished "
         f"{result['inits']} time(s)"
@@ -89,7 +89,7 @@ def stress(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         child = subprocess.Popen(start, stdout=log, stderr=log)
         kill = None
         if len(kills) < options.kills:
-            kill = kill_at_some_moment(child, killed, generator, during_save=len(kills) % 2 == 1)
+            kill = kill_at_some_moment(child, killed, generator, in_a_save=len(kills) % 2 == 1)
         status = child.wait()
         log.seek(0)
         text = log.read()
@@ -105,7 +105,9 @@ def stress(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             break
         kills.append(kill | {"started_from": started})
     found, expected = (metrics(run) for run in (killed, alone))
-    assert found.keys() == expected.keys(), "rows are missing or twice"
+    assert found.keys() == expected.keys(), "rows are missing"
+    lines = (killed / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == len(found), "rows are twice"
     differences = [
         abs(found[k][key] - expected[k][key]) for k in found for key in KEYS if key in found[k]
     ]
@@ -114,7 +116,7 @@ def stress(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     ]
     return {
         "kills": kills,
-        "during_save": sum(kill["when"] == "during a save" for kill in kills),
+        "in_a_save": sum(kill["in_a_save"] for kill in kills),
         "rows": len(found),
         "largest_difference": max(differences),
         "same_adapter": adapters[0] == adapters[1],
@@ -126,46 +128,54 @@ def stress(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def kill_at_some_moment(
-    child: subprocess.Popen[Any], run: Path, generator: random.Random, during_save: bool
+    child: subprocess.Popen[Any], run: Path, generator: random.Random, in_a_save: bool
 ) -> dict[str, Any] | None:
-    """SIGKILL; None if the run was done before."""
+    """SIGKILL to a worker, or to the whole job; None if the run was done before.
+
+    Args:
+        in_a_save: wait for rank 0, which saves, to begin with that, and kill it there.
+    """
     steps_before = len(metrics(run)) if run.is_dir() else 0
     while child.poll() is None and (not run.is_dir() or len(metrics(run)) <= steps_before):
         time.sleep(0.01)
-    time.sleep(generator.uniform(0, 1.5))
-    if during_save:
-        while child.poll() is None and not any((run / "checkpoints").glob("*.tmp")):
-            pass  # a save takes milliseconds
     if child.poll() is not None:
         return None
-    workers = [
-        process
-        for process in psutil.Process(child.pid).children(recursive=True)
-        if "launcher/train.py" in " ".join(process.cmdline()) and not process.children()
-    ]
+    job = psutil.Process(child.pid).children(recursive=True)
+    commands = {process.pid: " ".join(process.cmdline()) for process in job}
+    workers = [pid for pid, line in commands.items() if "launcher/train.py --local_rank" in line]
+    rank_0 = [pid for pid in workers if "--local_rank=0" in commands[pid]]
     everyone = generator.random() < 0.3
-    began = time.monotonic()
     whom = (
-        [*psutil.Process(child.pid).children(recursive=True)]
-        if everyone
-        else [generator.choice(workers)]
+        [p.pid for p in job] if everyone else rank_0 if in_a_save else [generator.choice(workers)]
     )
-    for process in whom:
+    time.sleep(generator.uniform(0, 1.5))
+    if in_a_save:
+        whom = [*rank_0, *(pid for pid in whom if pid not in rank_0)]
+        while child.poll() is None and not torn(run):
+            pass  # a save takes some hundredths of a second
+    if child.poll() is not None:
+        return None
+    began = time.monotonic()
+    for pid in whom:
         try:
-            os.kill(process.pid, signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
-    step = max((row["step"] for row in metrics(run).values()), default=0)
     status = child.wait()
     assert status != 0, "a killed run must not end with 0"
     for process in psutil.process_iter(["cmdline"]):
         assert str(run) not in " ".join(process.info["cmdline"] or []) or process.pid == os.getpid()
     return {
-        "when": "during a save" if during_save else "anywhere",
+        "in_a_save": torn(run),
         "whom": "every process" if everyone else "one worker",
-        "step": step,
+        "step": max((row["step"] for row in metrics(run).values()), default=0),
         "ended_s": time.monotonic() - began,
     }
+
+
+def torn(run: Path) -> bool:
+    """Whether a checkpoint is being written, or was when its writer died."""
+    return any((run / "checkpoints").glob("step-*.tmp"))
 
 
 def metrics(run: Path) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +73,6 @@ def test_what_is_written_is_read(run: Path) -> None:
 
 
 def test_sha256sum_reads_the_sums(run: Path) -> None:
-    import subprocess
-
     check = ["sha256sum", "--check", "--strict", SUMS_FILE]
     subprocess.run(check, cwd=checkpoint_path(run, 6), check=True, capture_output=True)
 
@@ -102,6 +102,30 @@ def test_any_flipped_byte_or_cut_is_found(run: Path, name: str) -> None:
     assert resumed(run).step == 4
     path.write_bytes(whole)
     assert resumed(run).step == 6
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system")
+@pytest.mark.parametrize("num_floats", [1000, 5000, 9000, 50_000])
+def test_a_full_disk_leaves_no_part(tmp_path: Path, num_floats: int) -> None:
+    """Whether the tensors' file fails or one of the small ones after it: always an OSError."""
+    write(tmp_path, 2)
+    folder = tmp_path / "checkpoints"
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("this root may not mount a file system (a container's)")
+    try:
+        tensors = {"R": torch.zeros(num_floats), "S": torch.zeros(7)}
+        for step in range(4, 20):
+            try:
+                write_checkpoint(tmp_path, tensors, {}, step)
+            except OSError:
+                break
+        else:
+            pytest.fail("the disk should have been full")
+        assert not list(folder.glob("*.tmp"))
+        assert checkpoint_path(tmp_path, step) not in list_checkpoints(tmp_path)
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_the_newest_whole_one_is_taken(run: Path) -> None:
