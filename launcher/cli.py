@@ -245,11 +245,27 @@ def _run_job(command: Sequence[str], environment: dict[str, str]) -> int:
     signal.signal(signal.SIGUSR1, ask)
     while True:
         try:
-            return _status(child.wait(timeout=0.5))
+            return _told(child.wait(timeout=0.5))
         except subprocess.TimeoutExpired:
             if asked:
                 twice = asked.count(signal.SIGINT) > 1
                 os.killpg(child.pid, signal.SIGKILL if twice else signal.SIGUSR1)
+
+
+def _told(returncode: int) -> int:
+    """The status of a job; what DeepSpeed makes of a worker that a signal ended, in words."""
+    if returncode < 256 - signal.NSIG:
+        return _status(returncode)
+    signum = 256 - returncode
+    known = signum in [int(s) for s in signal.Signals]
+    name = signal.Signals(signum).name if known else f"signal {signum}"
+    cause = ", as the kernel does when memory runs out" if signum == signal.SIGKILL else ""
+    click.echo(
+        f"lorasb: error: a worker was ended by {name}{cause}. --resume auto goes on from the last "
+        "checkpoint, if there is one.",
+        err=True,
+    )
+    return 128 + signum
 
 
 def _status(returncode: int) -> int:

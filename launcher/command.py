@@ -30,7 +30,7 @@ def train_command(
     # `python -m` and not the `deepspeed` script: it need not be on PATH, and is this environment's.
     command = [python, "-m", "deepspeed.launcher.runner"]
     # This host only: without a hostfile of its own, DeepSpeed would read /job/hostfile.
-    command += ["--log_level", "error", "--hostfile", os.devnull]
+    command += ["--log_level", "critical", "--hostfile", os.devnull]
     if count is not None:
         command += ["--num_accelerators", str(count)]
     command += ["--master_port", str(master_port)]

@@ -101,4 +101,4 @@ def evaluate(
 
 
 if __name__ == "__main__":
-    main()
+    main(prog_name="lorasb eval")

@@ -121,4 +121,4 @@ def statistics(rows: TokenizedRows) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(prog_name="lorasb data preview")

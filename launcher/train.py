@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import click
@@ -61,8 +62,9 @@ def main(local_rank: int | None, init_only: bool, run_json: str | None, **given:
     # Everything is saved. On CPUs a thread of gloo's may outlive its group, and would abort the
     # process on its way out ("terminate called without an active exception", seen in 2 of some 200
     # jobs): a run that is done would end with a failure.
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):  # the terminal may be closed
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(EXIT_STOPPED if outcome == "stopped" else 0)
 
 

@@ -82,7 +82,7 @@ def render_conversation(tokenizer: Any, messages: Messages) -> Rendered:
     mark = tail.rstrip()
     spans = []
     for i, turn in enumerate(messages):
-        if turn["role"] != "assistant":
+        if turn["role"] != "assistant" or turn.get("weight") == "0":
             continue
         head, tail = _around(tokenizer, messages, i)
         end = len(text) - len(tail)
@@ -92,6 +92,8 @@ def render_conversation(tokenizer: Any, messages: Messages) -> Rendered:
         if start is None or not text.endswith(tail):
             raise RowError("the chat template drops a response")
         spans.append((start, end + len(mark) if tail.startswith(mark) else end))
+    if not spans:
+        raise RowError("no response with a weight")
     return Rendered(text[: spans[-1][1]], spans, ended=bool(mark))
 
 

@@ -195,10 +195,9 @@ def check_same_run(option: str, checkpoint: Checkpoint, made_from: Mapping[str, 
         ConfigError: with what differs.
     """
     differ = [
-        f"{what} (the checkpoint has {_short(checkpoint.made_from.get(what))}, this run "
-        f"{_short(value)})"
+        what if _is_hash(value) else f"{what} (the checkpoint has {theirs}, this run {value})"
         for what, value in made_from.items()
-        if checkpoint.made_from.get(what) != value
+        if (theirs := checkpoint.made_from.get(what)) != value
     ]
     if differ:
         raise ConfigError(
@@ -211,7 +210,7 @@ def check_same_run(option: str, checkpoint: Checkpoint, made_from: Mapping[str, 
 def changed_options(checkpoint: Checkpoint, options: Mapping[str, Any]) -> list[str]:
     """Options that may change, and did, in words."""
     return [
-        f"{name} {checkpoint.options[name]} -> {value}"
+        name if _is_hash(value) else f"{name} {checkpoint.options[name]} -> {value}"
         for name, value in options.items()
         if name in checkpoint.options and checkpoint.options[name] != value
     ]
@@ -229,6 +228,5 @@ def set_newer_aside(folder: Path, step: int) -> list[str]:
     return moved
 
 
-def _short(value: Any) -> str:
-    text = str(value)
-    return f"{text[:12]}…" if len(text) == 64 else text
+def _is_hash(value: Any) -> bool:
+    return isinstance(value, str) and len(value) == 64

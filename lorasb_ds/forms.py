@@ -8,7 +8,7 @@ from typing import Any
 from lorasb_ds.config import ConfigError
 
 Row = Mapping[str, Any]
-Messages = list[dict[str, str]]  # turns: role and content
+Messages = list[dict[str, str]]  # turns: role and content; weight "0" where it is not learned
 
 # Prompt columns and their partners, in the order in which they are looked for.
 COLUMN_PAIRS = (
@@ -181,6 +181,9 @@ def _turns(value: Any) -> Messages:
             raise RowError("a turn that calls tools")
         content = turn.get("content") if turn.get("content") is not None else turn.get("value")
         turns.append({"role": ROLES[role], "content": _content(content)})
+        # OpenAI's and axolotl's ways to leave a turn of the assistant out of the loss.
+        if turn.get("weight") == 0 or turn.get("train") is False:
+            turns[-1]["weight"] = "0"
     return turns
 
 

@@ -70,11 +70,13 @@ def init_phase(
     if zero.rank() == 0:
         save_basis(folder, basis, report, run.made_from)
     step = report.step
+    took = (
+        f"{report.num_samples} rows, {report.total_s:.1f} s (gradients {report.gradients_s:.1f}, "
+        f"communication {report.communication_s:.1f}, SVD {report.svd_s:.1f}); "
+    )
     say(
-        f"init: {report.num_samples} rows, {report.total_s:.1f} s (gradients "
-        f"{report.gradients_s:.1f}, communication {report.communication_s:.1f}, SVD "
-        f"{report.svd_s:.1f}); eta {step.init_lr:.3g}, loss of {step.num_samples} other rows "
-        f"{step.loss_before:.4f} -> {step.loss_after:.4f}"
+        f"init: {took if run.stored_init is None else ''}eta {step.init_lr:.3g}, loss of "
+        f"{step.num_samples} other rows {step.loss_before:.4f} -> {step.loss_after:.4f}"
     )
     if report.not_descending:
         say(f"warning: no descent in {', '.join(report.not_descending)}: R starts at 0 there")

@@ -202,7 +202,7 @@ def evaluate(job: Job, stage: Stage) -> bool:
         row = {"step": progress.step, "stage": stage, "eval_loss": loss, "perplexity": ppl}
         job.log.write(row)
     if run.config.generate_samples:
-        write_samples(job)
+        write_samples(job, stage)
     if stage not in ("step", "trained"):
         return False
     best = progress.best_loss
@@ -214,7 +214,7 @@ def evaluate(job: Job, stage: Stage) -> bool:
     return False
 
 
-def write_samples(job: Job) -> None:
+def write_samples(job: Job, stage: Stage) -> None:
     """Greedy answers to the first held-out rows, to ``samples.jsonl``. Collective.
 
     Every rank generates the same, so that all take part in ZeRO-3's gathers equally often.
@@ -229,10 +229,12 @@ def write_samples(job: Job) -> None:
     texts = generate(model, run.tokenizer, prompts, SAMPLE_TOKENS, accelerator.device())
     model.train(was_training)
     if job.log:
-        for example, prompt, text in zip(examples, prompts, texts, strict=True):
+        for i, (example, prompt, text) in enumerate(zip(examples, prompts, texts, strict=True)):
             job.log.write_sample(
                 {
                     "step": job.progress.step,
+                    "stage": stage,
+                    "row": run.held_out.row_id(i),
                     "prompt": run.tokenizer.decode(prompt),
                     "expected": run.tokenizer.decode(example.input_ids[len(prompt) :]),
                     "generated": text,

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -76,17 +77,20 @@ class RunLog:
 
     def progress(self, row: Row, num_steps: int) -> None:
         """Show a training row: a bar in a terminal, else a line now and then and at the end."""
-        self._progress.show(row, num_steps)
-        if row["step"] == num_steps:
-            self._progress.stop()
+        with suppress(OSError):  # a terminal that was closed ends no run
+            self._progress.show(row, num_steps)
+            if row["step"] == num_steps:
+                self._progress.stop()
 
     def say(self, text: str) -> None:
         """A message to the user; above the bar, if there is one."""
-        self._progress.say(text)
+        with suppress(OSError):
+            self._progress.say(text)
 
     def close(self) -> None:
         """Everything is written. A second call does nothing."""
-        self._progress.stop()
+        with suppress(OSError):
+            self._progress.stop()
         self._file.close()
         self._tensorboard.close()
         if (tracker := self._tracker) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -37,7 +38,8 @@ OUTPUTS = (
 def say(text: str) -> None:
     """A line on rank 0's console."""
     if zero.rank() == 0:
-        print(f"lorasb: {text}", flush=True)
+        with suppress(OSError):  # a terminal that was closed ends no run
+            print(f"lorasb: {text}", flush=True)
 
 
 def _torn(folder: Path) -> list[str]:

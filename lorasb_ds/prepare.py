@@ -185,6 +185,13 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
         option = f"--init-from {config.init_from}"
         folder = Path(config.init_from)
         stored_init = check_basis(folder, option, config.r, made_from, may_cut=True)
+    num_steps = config.max_steps or order.num_steps(config.epochs)
+    if resume is not None and resume.step > num_steps:
+        raise ConfigError(
+            f"--resume {config.resume}: the run has done {resume.step} steps, more than the "
+            f"{num_steps} that are asked for (--max-steps, --epochs). To go back, name one of its "
+            "checkpoints."
+        )
     form = "nf4" if config.load_in_4bit else "int8" if config.load_in_8bit else config.dtype
     placement = placement_of(ds_config, form, world_size)
     workload = _workload(config, targets, train, len(gradient_rows))
@@ -219,7 +226,7 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
         stored_init=stored_init,
         made_from=made_from,
         order=order,
-        num_steps=config.max_steps or order.num_steps(config.epochs),
+        num_steps=num_steps,
         same_run=same_run,
         resume=resume,
     )

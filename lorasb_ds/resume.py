@@ -103,7 +103,7 @@ def resume(job: Job, found: Resume) -> InitReport:
         for name in set_newer_aside(job.folder, found.step):
             say(f"set aside, since this run goes on before it: checkpoints/{name}")
     if checkpoint is None:
-        say("resumed after the init: there is no checkpoint yet")
+        say("resumed after the init: there is no whole checkpoint")
     else:
         take_up_training(job, checkpoint)
     return read_report(job.folder, run.config.r)

@@ -34,6 +34,8 @@ class StopRequest:
 
     def _handle(self, signum: int, _frame: object) -> None:
         if not self._can_save:
+            if os.environ.get("RANK", "0") == "0":
+                os.write(1, b"lorasb: asked to stop before the first step: nothing to save\n")
             os._exit(EXIT_STOPPED)
         if signum == signal.SIGINT:
             if self._interrupted:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from lorasb_ds.config import ConfigError
 from lorasb_ds.prepare import prepare
 from lorasb_ds.request import load_run_config
+from lorasb_ds.stop import EXIT_STOPPED
 from tests.runs import ROOT, run_command, word_rows, write_jsonl
 
 
@@ -190,7 +191,8 @@ def test_a_killed_worker_ends_the_run(running: tuple[subprocess.Popen[bytes], st
     assert len(before) >= 2, "DeepSpeed's buffers of this run"
     ranks = [pid for pid in workers(folder) if b"--local_rank=1" in _cmdline(pid)]
     os.kill(max(ranks), signal.SIGKILL)
-    assert child.wait(timeout=60) != 0
+    assert child.wait(timeout=60) == 128 + signal.SIGKILL
+    assert "a worker was ended by SIGKILL" in (Path(folder).parent / "log").read_text()
     assert gone(folder, 10), "no process is left"
     assert len(before) - len(shared_memory()) >= 2, "they went with it"
     assert not (Path(folder) / "adapter").exists()
@@ -203,7 +205,9 @@ def test_sigterm_ends_every_process(running: tuple[subprocess.Popen[bytes], str]
     child, folder = running
     assert len(workers(folder)) >= 3
     child.send_signal(signal.SIGTERM)
-    assert child.wait(timeout=60) != 0
+    assert child.wait(timeout=60) == EXIT_STOPPED
+    log = (Path(folder).parent / "log").read_text()
+    assert "return code" not in log, "DeepSpeed does not call it an error"
     assert gone(folder, 10), "no process is left"
 
 

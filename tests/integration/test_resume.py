@@ -186,6 +186,8 @@ def test_another_run_is_refused(options: list[str], alone: Path, tmp_path: Path)
     with pytest.raises(ConfigError, match=r"--r 3 is not that of the run, 4.*--init-from"):
         prepare(load_run_config(given | {"output_dir": str(init_only), "r": "3"}), 2)
     prepare(load_run_config(given | {"output_dir": str(init_only)}), 2)
+    with pytest.raises(ConfigError, match="has done 24 steps, more than the 5"):
+        prepare(load_run_config(given | {"max_steps": "5"}), 2)
     model = shutil.copytree(given["model"], tmp_path / "model")
     weights = bytearray((model / "model.safetensors").read_bytes())
     weights[-3] ^= 1

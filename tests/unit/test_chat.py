@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lorasb_ds.chat import render_conversation, render_prompt
 from lorasb_ds.config import RunConfig
 from lorasb_ds.examples import IGNORE_INDEX, Example, _overlaps, encode
-from lorasb_ds.forms import Messages, RowError
+from lorasb_ds.forms import Messages, RowError, parse_row
 
 # As Qwen 3: thoughts of earlier turns are dropped, and the last one gets an empty thought.
 THINKING = """
@@ -161,6 +161,19 @@ def test_templates_that_refuse_or_drop(tokenizer: Any) -> None:
     forgetful = with_template(tokenizer, "{{ messages[0].content }}")
     with pytest.raises(RowError, match="the chat template drops a response"):
         encode(forgetful, TURNS, RunConfig())
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}])
+def test_turns_may_be_left_out_of_the_loss(tokenizer: Any, mark: dict[str, Any]) -> None:
+    """As OpenAI's and axolotl's rows say it."""
+    first = [TURNS[0], TURNS[1] | mark, *TURNS[2:]]
+    said = parse_row({"messages": first})[1]
+    assert learned(tokenizer, said) == ["e" + END]
+    last = [*TURNS[:3], TURNS[3] | mark]
+    assert learned(tokenizer, parse_row({"messages": last})[1]) == ["red" + END]
+    assert learned(tokenizer, parse_row({"messages": TURNS})[1]) == ["red" + END, "e" + END]
+    with pytest.raises(RowError, match="no response with a weight"):
+        learned(tokenizer, parse_row({"messages": [TURNS[0], TURNS[1] | mark]})[1])
 
 
 def test_tokens_with_odd_offsets() -> None:

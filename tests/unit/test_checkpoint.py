@@ -196,7 +196,7 @@ def test_another_run_is_refused_with_what_differs(run: Path) -> None:
     check_same_run("--resume auto", checkpoint, MADE_FROM)
     with pytest.raises(ConfigError) as error:
         check_same_run("--resume auto", checkpoint, {"--r": 4, "training rows": "b" * 64, "x": 1})
-    for part in ("--r (the checkpoint has 8, this run 4)", "aaaaaaaaaaaa…, this run bbb", "x (the"):
+    for part in ("--r (the checkpoint has 8, this run 4)", "; training rows; ", "x (the"):
         assert part in str(error.value)
     assert changed_options(checkpoint, {"--lr": 2e-3}) == ["--lr 0.001 -> 0.002"]
     assert changed_options(checkpoint, {"--lr": 1e-3}) == []
