@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -62,9 +63,11 @@ def save(job: Job) -> bool:
         }
         try:
             done[0] = write_checkpoint(job.folder, tensors, content, progress.step)
-            tidy(job.folder, config.keep_last, progress.best_step)
         except OSError as error:
             done[1] = f"checkpoint of step {progress.step} cannot be written: {error}"
+        else:
+            with suppress(OSError):  # the index is for people
+                tidy(job.folder, config.keep_last, progress.best_step)
     dist.broadcast_object_list(done, src=0)
     size, problem = done
     if problem is None:

@@ -123,8 +123,8 @@ def initialize_or_resume(job: Job) -> InitReport:
             evaluate(job, "base")
         with phase(run, "init"):
             init = init_phase(run, job.engine, job.adapters, job.folder)
-    with phase(run, "evaluation"):
-        if not has_row(job, "init"):  # a run may have been killed before
+    if job.progress.step == 0 and not has_row(job, "init"):  # a run may have been killed before
+        with phase(run, "evaluation"):
             evaluate(job, "init")
     digest = [stored_digest(job.folder) if zero.rank() == 0 else ""]
     dist.broadcast_object_list(digest, src=0)
