@@ -106,7 +106,7 @@ def run_training(run: Prepared, stop: StopRequest, init_only: bool = False) -> O
         if log is not None:
             log.close()  # also of what is buffered: events, a tracker's rows
     saved = folder / ("basis.safetensors" if init_only else "adapter")
-    say(f"saved: {saved}   report: {folder / REPORT}")
+    say(f"{'basis' if init_only else 'adapter'} saved: {saved}   report: {folder / REPORT}")
     return "finished"
 
 
