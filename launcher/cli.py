@@ -228,6 +228,12 @@ def _run_job(command: Sequence[str], environment: dict[str, str]) -> int:
     listens to it. It is sent again and again, for workers that were not yet listening.
     """
     asked: list[int] = []
+    child: subprocess.Popen[bytes] | None = None
+
+    def pass_on() -> None:
+        if child is not None and asked:
+            twice = asked.count(signal.SIGINT) > 1
+            os.killpg(child.pid, signal.SIGKILL if twice else signal.SIGUSR1)
 
     def ask(signum: int, _frame: object) -> None:
         if not asked:
@@ -235,6 +241,7 @@ def _run_job(command: Sequence[str], environment: dict[str, str]) -> int:
             if signum == signal.SIGINT:
                 click.echo("lorasb: Ctrl-C again ends it at once, without a checkpoint", err=True)
         asked.append(signum)
+        pass_on()
 
     # Under nohup SIGHUP is ignored, and stays so.
     heard = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
@@ -247,9 +254,7 @@ def _run_job(command: Sequence[str], environment: dict[str, str]) -> int:
         try:
             return _told(child.wait(timeout=0.5))
         except subprocess.TimeoutExpired:
-            if asked:
-                twice = asked.count(signal.SIGINT) > 1
-                os.killpg(child.pid, signal.SIGKILL if twice else signal.SIGUSR1)
+            pass_on()
 
 
 def _told(returncode: int) -> int:

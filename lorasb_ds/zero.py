@@ -215,10 +215,13 @@ def full_fp32(param: torch.nn.Parameter) -> torch.Tensor:
 
 def flat_masters(engine: Any) -> list[torch.Tensor]:
     """This rank's flat parts of the fp32 masters: what the engine's torch optimizer steps on."""
-    optimizer = engine.optimizer
-    if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO-3
-        return list(optimizer.fp32_partitioned_groups_flat)
-    return list(optimizer.single_partition_of_fp32_groups)
+    names = (
+        "fp32_partitioned_groups_flat",  # stage 3
+        "single_partition_of_fp32_groups",  # stages 1 and 2
+        "fp32_groups_flat_partition",  # stage 1 with bf16 and several micro-batches
+    )
+    name = next(name for name in names if hasattr(engine.optimizer, name))
+    return list(getattr(engine.optimizer, name))
 
 
 def optimizer_state(engine: Any) -> dict[torch.Tensor, dict[str, Any]]:
@@ -256,7 +259,7 @@ def fill_optimizer_state(param: Any, key: str, value: torch.Tensor) -> None:
 
 def squared_norm(engine: Any) -> torch.Tensor:
     """Of this rank's part of all masters, fp64; the sum over ranks is that of all R."""
-    norms = [flat.double().square().sum() for flat in flat_masters(engine)]
+    norms = [flat.detach().double().square().sum() for flat in flat_masters(engine)]
     return torch.stack(norms).sum().to(accelerator.device())
 
 
