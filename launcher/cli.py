@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -233,15 +234,18 @@ def _run_job(command: Sequence[str], environment: dict[str, str]) -> int:
     def pass_on() -> None:
         if child is not None and asked:
             twice = asked.count(signal.SIGINT) > 1
-            os.killpg(child.pid, signal.SIGKILL if twice else signal.SIGUSR1)
+            with suppress(ProcessLookupError):  # it has just ended
+                os.killpg(child.pid, signal.SIGKILL if twice else signal.SIGUSR1)
 
     def ask(signum: int, _frame: object) -> None:
-        if not asked:
-            click.echo("lorasb: asked to end: after this step, if it trains", err=True)
-            if signum == signal.SIGINT:
-                click.echo("lorasb: Ctrl-C again ends it at once, without a checkpoint", err=True)
+        first = not asked
         asked.append(signum)
         pass_on()
+        with suppress(OSError):  # the terminal may be closed
+            if first:
+                click.echo("lorasb: asked to end: after this step, if it trains", err=True)
+            if first and signum == signal.SIGINT:
+                click.echo("lorasb: Ctrl-C again ends it at once, without a checkpoint", err=True)
 
     # Under nohup SIGHUP is ignored, and stays so.
     heard = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import shutil
 import signal
 import subprocess
@@ -285,6 +286,27 @@ def test_ctrl_c_twice(options: list[str], tmp_path: Path) -> None:
         child.communicate(timeout=60)
     assert child.returncode not in (0, EXIT_STOPPED)
     assert time.monotonic() - began < 10
+
+
+def test_a_closed_terminal(options: list[str], tmp_path: Path) -> None:
+    """It asks the run to end, which writes to it no more."""
+    folder = tmp_path / "run"
+    endless = f"--max-steps 1000000 --output-dir {folder} --num-procs 2"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(ROOT)
+        os.execv(LORASB[0], [*LORASB, *options, *endless.split()])  # noqa: S606
+    deadline = time.monotonic() + 120
+    while num_rows(folder) < 2:
+        assert os.read(terminal, 1 << 16), "it has ended"
+        assert time.monotonic() < deadline
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == EXIT_STOPPED
+    (checkpoint,) = list_checkpoints(folder)[-1:]
+    found = read_checkpoint(checkpoint)
+    assert not isinstance(found, str)
+    assert found.progress.step == num_rows(folder)
 
 
 def test_what_is_not_finite_ends_the_run_with_its_rows(options: list[str], tmp_path: Path) -> None:
