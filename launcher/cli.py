@@ -103,10 +103,11 @@ def _start_job(
     """Check what can be checked without torch, and run the worker on every rank."""
     if num_procs is not None and num_gpus is not None:
         raise ConfigError("--num-procs (CPU) and --num-gpus exclude each other. Give one of them.")
-    if run_json is None and given.get("resume") not in (None, "auto"):
-        run_json = str(resumed_run(given["resume"]) / "run.json")
-    if run_json is not None and num_procs is None and num_gpus is None:
-        num_procs, num_gpus = replayed_processes(run_json)
+    earlier = run_json
+    if earlier is None and given.get("resume") not in (None, "auto"):
+        earlier = str(resumed_run(given["resume"]) / "run.json")
+    if earlier is not None and num_procs is None and num_gpus is None:
+        num_procs, num_gpus = replayed_processes(earlier)
     config = load_run_config(given, run_json)
     if count := num_procs or num_gpus:
         _, config = resolve_ds_config(config, count)

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
-from lorasb_ds import accelerator, zero
+from lorasb_ds import zero
 from lorasb_ds.adapter import LoraSBLinear, Shapes
 from lorasb_ds.base_files import weights_digest
 from lorasb_ds.batches import Sample
@@ -95,7 +94,7 @@ def check_basis(
             names = [name for name in file.keys() if name.endswith(".S")]  # noqa: SIM118
             r_max = min(file.get_slice(name).get_shape()[0] for name in names)
         theirs = json.loads(metadata["made_from"])
-        report = read_report(folder, r)
+        report = _read_report(folder, r)
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise ConfigError(
             f"{option}: {BASIS_FILE} and {REPORT_FILE} are not a basis of this version. Compute it "
@@ -120,7 +119,7 @@ def check_basis(
     return report
 
 
-def read_report(folder: Path, r: int) -> InitReport:
+def _read_report(folder: Path, r: int) -> InitReport:
     """What a stored init found, cut to its first r directions, which is exact."""
     content = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
     with safe_open(folder / BASIS_FILE, "pt") as file:
@@ -146,21 +145,31 @@ def stored_digest(folder: Path) -> str:
     return (folder / SUMS_FILE).read_text(encoding="utf-8").split()[0]
 
 
-def put_back(engine: Any, adapters: Mapping[str, LoraSBLinear], folder: Path) -> None:
-    """Fill A, B and R as the init left them. Collective; rank 0 reads."""
+def put_back(adapters: Mapping[str, LoraSBLinear], folder: Path, report: InitReport) -> None:
+    """Fill A, B and R as the init left them. Collective; rank 0 reads.
+
+    Args:
+        report: of ``check_basis``, the same on every rank.
+    """
+    _fill_factors_from(folder, adapters)
+    for name, adapter in adapters.items():
+        zero.fill_trainable(adapter.lora_R, report.layers[name].R(report.step.init_lr))
+
+
+def _fill_factors_from(folder: Path, adapters: Mapping[str, LoraSBLinear]) -> Basis:
+    """A and B of an earlier init, cut to the adapters' r. Collective; rank 0 reads."""
+    basis: Basis = {}
     with ExitStack() as stack:
         file: Any = None
         if zero.rank() == 0:
             file = stack.enter_context(safe_open(folder / BASIS_FILE, "pt"))
         for name, adapter in adapters.items():
-            R = torch.zeros(adapter.r, adapter.r, device=accelerator.device())
             A = B = None
             if file is not None:
-                A, B = (file.get_tensor(f"{name}.lora_{factor}") for factor in "AB")
-                R.copy_(file.get_tensor(f"{name}.lora_R"))
-            fill_factors(name, adapter, A, B)
-            dist.broadcast(R, src=0)
-            zero.fill_trainable(adapter.lora_R, R)
+                A = file.get_slice(f"{name}.lora_A")[: adapter.r]
+                B = file.get_slice(f"{name}.lora_B")[:, : adapter.r]
+            basis |= fill_factors(name, adapter, A, B)
+    return basis
 
 
 def _cut(scalars: dict[str, Any], S: list[float], slopes: list[float], r: int) -> LayerInit:
@@ -185,18 +194,7 @@ def take_up(
     Returns:
         As ``initialize``.
     """
-    basis: Basis = {}
-    with ExitStack() as stack:
-        file: Any = None
-        if zero.rank() == 0:
-            path = Path(folder).expanduser() / BASIS_FILE
-            file = stack.enter_context(safe_open(path, "pt"))
-        for name, adapter in adapters.items():
-            A = B = None
-            if file is not None:
-                A = file.get_slice(f"{name}.lora_A")[: adapter.r]
-                B = file.get_slice(f"{name}.lora_B")[:, : adapter.r]
-            basis |= fill_factors(name, adapter, A, B)
+    basis = _fill_factors_from(Path(folder), adapters)
     step = choose_step(
         engine, adapters, report.layers, probe, report.step.init_lr if init_lr is None else init_lr
     )

@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 
 from lorasb_ds.examples import IGNORE_INDEX, Example
+from lorasb_ds.order import Unit
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,14 @@ class Batch:
     num_label_tokens: int
     position_ids: torch.Tensor | None = None  # (rows, length), int64, of packed rows
     num_tokens: int = 0  # without padding; 0 for a weightless batch
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What a model is called with. Position ids only where rows are packed: some models take
+        none.
+        """
+        packed = {} if self.position_ids is None else {"position_ids": self.position_ids}
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, **packed}
 
     def to(self, device: torch.device) -> Batch:
         moved: dict[str, Any] = {
@@ -142,3 +152,37 @@ def deal(
     starts = [place * len(order) // places for place in range(places + 1)]
     parts = [order[a:b] for a, b in pairwise(starts)]
     return [parts[i : i + world_size] for i in range(0, places, world_size)]
+
+
+def share_out(
+    examples: Sequence[Example],
+    lengths: Sequence[int] | np.ndarray,
+    units: Sequence[Unit],
+    *,
+    micro_batch_size: int,
+    pad_token_id: int,
+    rank: int,
+    world_size: int,
+    rounds: int | None = None,
+    one_row: bool | None = None,
+) -> list[Batch]:
+    """A rank's micro-batches of some units; as many on every rank.
+
+    Args:
+        lengths: of the examples, in tokens.
+        rounds: as in ``deal``.
+        one_row: pack each unit, as in ``collate_packed``. None: units are single rows, and padded.
+    """
+    unit_lengths = [sum(int(lengths[row]) for row in unit) for unit in units]
+    dealt = deal(unit_lengths, micro_batch_size, world_size, rounds)
+    shortest = min(range(len(units)), key=lambda i: unit_lengths[i])  # for a rank without rows
+    batches = []
+    for of_ranks in dealt:
+        mine = of_ranks[rank]
+        packs = [[examples[row] for row in units[i]] for i in mine or [shortest]]
+        if one_row is None:
+            batch = collate([e for pack in packs for e in pack], pad_token_id, weightless=not mine)
+        else:
+            batch = collate_packed(packs, pad_token_id, one_row=one_row, weightless=not mine)
+        batches.append(batch)
+    return batches

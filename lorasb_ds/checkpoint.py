@@ -114,10 +114,16 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / FOLDER / f"step-{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    """The reverse of ``checkpoint_path``."""
+    return int(path.name.removeprefix("step-"))
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Oldest first; whole ones and others that bear a checkpoint's name."""
-    found = [path for path in (folder / FOLDER).glob("step-*") if path.name[5:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    found = (folder / FOLDER).glob("step-*")
+    named = [path for path in found if path.name.removeprefix("step-").isdigit()]
+    return sorted(named, key=step_of)
 
 
 def tidy(folder: Path, keep_last: int, best_step: int | None) -> None:
@@ -133,7 +139,7 @@ def tidy(folder: Path, keep_last: int, best_step: int | None) -> None:
         if path.is_dir() and path.suffix in (".tmp", ".old"):
             shutil.rmtree(path, ignore_errors=True)
     kept = [path for path in paths if path in keep]
-    listed = [{"step": int(path.name[5:]), "folder": path.name} for path in kept]
+    listed = [{"step": step_of(path), "folder": path.name} for path in kept]
     write_json(folder / FOLDER / "index.json", {"checkpoints": listed, "best_step": best_step})
 
 
@@ -159,10 +165,10 @@ def find_resume(config: RunConfig) -> Resume | None:
     if config.resume is None:
         return None
     assert config.output_dir is not None, "check_output_dir has seen to it"
-    option, folder = f"--resume {config.resume}", Path(config.output_dir).expanduser()
+    option, folder = f"--resume {config.resume}", Path(config.output_dir)
     candidates, exact = list_checkpoints(folder), False
     if config.resume != "auto":
-        source, named = resumed_run(config.resume), Path(config.resume).expanduser()
+        source, named = resumed_run(config.resume), Path(config.resume)
         if source.resolve() != folder.resolve():
             raise ConfigError(
                 f"{option} goes on in {source}. Leave --output-dir {folder} out; to try something "
@@ -220,7 +226,7 @@ def set_newer_aside(folder: Path, step: int) -> list[str]:
     """Rename checkpoints that a run which was set back will not pass through again."""
     moved = []
     for path in list_checkpoints(folder):
-        if int(path.name[5:]) > step:
+        if step_of(path) > step:
             aside = path.with_name(path.name + ".superseded")
             shutil.rmtree(aside, ignore_errors=True)
             path.replace(aside)

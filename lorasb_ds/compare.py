@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from lorasb_ds.config import ConfigError, RunConfig
-from lorasb_ds.history import METRICS, Row, Summary, read_rows, summarize
+from lorasb_ds.history import METRICS, REPORT, Row, Summary, read_rows, summarize
 from lorasb_ds.plan import GIB
 
 # Of no interest beside another run's: where it was written, and how.
 NOT_COMPARED = {"output_dir", "overwrite", "force", "report_to"}
-REPORT = "report.md"
 COLUMNS = (
     "run",
     "model",
@@ -99,7 +98,7 @@ def _read(name: str, folder: Path) -> Run:
         return Run(name, description, (), f"broken: {METRICS}: {error}")
     if not rows:
         return Run(name, description, rows, f"no rows in {METRICS}")
-    done = (folder / REPORT).is_file()  # it is written last
+    done = (folder / REPORT).is_file()
     return Run(name, description, rows, "" if done else "unfinished")
 
 

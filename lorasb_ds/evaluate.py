@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,15 @@ from lorasb_ds.rows import REASONING_GYM, reasoning_gym_dataset
 Score = Callable[[str, Row, str], bool]  # (generated, row, response) -> right
 
 
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, and afterwards what there was before."""
+    was_training = model.training
+    model.eval()
+    yield
+    model.train(was_training)
+
+
 @torch.no_grad()
 def held_out_loss(model: nn.Module, batches: Sequence[Batch], device: torch.device) -> float:
     """Mean cross-entropy over label tokens, in eval mode. Collective if a job is running.
@@ -29,15 +39,13 @@ def held_out_loss(model: nn.Module, batches: Sequence[Batch], device: torch.devi
     Args:
         batches: this rank's, as many as on every other rank.
     """
-    was_training = model.training
-    model.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=device)  # Σ loss, label tokens
-    for batch in batches:
-        totals[0] += token_loss_sum(model, batch.to(device)).double()
-        totals[1] += batch.num_label_tokens
+    with eval_mode(model):
+        for batch in batches:
+            totals[0] += token_loss_sum(model, batch.to(device)).double()
+            totals[1] += batch.num_label_tokens
     if dist.is_initialized():
         dist.all_reduce(totals)
-    model.train(was_training)
     return (totals[0] / totals[1]).item()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+
+from lorasb_ds.digest import file_digest
 
 SUMS_FILE = "SHA256SUMS"
 
@@ -40,11 +41,9 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict
     publish(aside, path)
 
 
-def write_sums(folder: Path, names: Sequence[str]) -> str:
-    """Write ``SHA256SUMS`` over some files of a folder, as ``sha256sum -c`` reads it; its text."""
-    text = _sums(folder, names)
-    write_text(folder / SUMS_FILE, text)
-    return text
+def write_sums(folder: Path, names: Sequence[str]) -> None:
+    """Write ``SHA256SUMS`` over some files of a folder, as ``sha256sum -c`` reads it."""
+    write_text(folder / SUMS_FILE, _sums(folder, names))
 
 
 def check_sums(folder: Path, names: Sequence[str]) -> str | None:
@@ -63,15 +62,6 @@ def check_sums(folder: Path, names: Sequence[str]) -> str | None:
 
 def _sums(folder: Path, names: Sequence[str]) -> str:
     return "".join(f"{file_digest(folder / name)}  {name}\n" for name in names)
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def publish(aside: Path, path: Path) -> None:

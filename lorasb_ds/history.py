@@ -11,7 +11,8 @@ from typing import Any
 
 from lorasb_ds.config import ConfigError
 
-METRICS = "metrics.jsonl"  # in the output folder
+# In the output folder. The report is written last: a run that has it is finished.
+METRICS, SAMPLES, REPORT = "metrics.jsonl", "samples.jsonl", "report.md"
 MAX_EXPONENT = 709.0  # of a double
 Row = dict[str, Any]
 

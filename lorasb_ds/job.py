@@ -24,5 +24,4 @@ class Job:
     adapters: Adapters
     progress: Progress
     stop: StopRequest
-    made_from: dict[str, Any]  # what a checkpoint must agree on with the run that takes it up
     saved: Progress | None = None  # by this process

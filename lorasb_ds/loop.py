@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from lorasb_ds import accelerator, zero
 from lorasb_ds.batches import Batch
-from lorasb_ds.evaluate import generate, held_out_loss
+from lorasb_ds.evaluate import eval_mode, generate, held_out_loss
 from lorasb_ds.history import perplexity
 from lorasb_ds.job import Job
 from lorasb_ds.loss import token_loss_sum
@@ -221,13 +221,10 @@ def write_samples(job: Job, stage: Stage) -> None:
     """
     run, model = job.run, job.engine.module
     assert run.held_out is not None
-    count = min(run.config.generate_samples, len(run.held_out.examples))
-    examples = [run.held_out.examples[i] for i in range(count)]
+    examples = run.held_out.examples[: run.config.generate_samples]
     prompts = [example.input_ids[: max(1, example.first_label)] for example in examples]
-    was_training = model.training
-    model.eval()
-    texts = generate(model, run.tokenizer, prompts, SAMPLE_TOKENS, accelerator.device())
-    model.train(was_training)
+    with eval_mode(model):
+        texts = generate(model, run.tokenizer, prompts, SAMPLE_TOKENS, accelerator.device())
     if job.log:
         for i, (example, prompt, text) in enumerate(zip(examples, prompts, texts, strict=True)):
             job.log.write_sample(

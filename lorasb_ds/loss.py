@@ -20,15 +20,7 @@ def token_loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
     positions = (next_labels != IGNORE_INDEX).any(0).nonzero().flatten()
     if len(positions) == 0:
         positions = positions.new_zeros(1)  # weightless: the head still takes part
-    # Packed batches only: some models take no position ids.
-    packed = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
-    logits = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        logits_to_keep=positions,
-        use_cache=False,
-        **packed,
-    ).logits
+    logits = model(**batch.inputs, logits_to_keep=positions, use_cache=False).logits
     return F.cross_entropy(
         logits.float().flatten(0, 1),
         next_labels[:, positions].flatten(),

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from lorasb_ds.files import write_text
-from lorasb_ds.history import METRICS, Row, read_rows, to_line
+from lorasb_ds.history import METRICS, SAMPLES, Row, read_rows, to_line
 from lorasb_ds.progress import Progress
 from lorasb_ds.tracking import Tracker
 
-SAMPLES = "samples.jsonl"  # in the output folder
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "bitsandbytes", "peft", "safetensors")
 
 

@@ -12,13 +12,13 @@ import torch.distributed as dist
 from lorasb_ds import zero
 from lorasb_ds.config import DS_CONFIG_COPY, ConfigError, RunConfig
 from lorasb_ds.files import SUMS_FILE
+from lorasb_ds.history import METRICS, REPORT, SAMPLES
 
-REPORT = "report.md"  # written last: a run that has it is finished
 # All that a run writes into its folder, and --overwrite removes.
 OUTPUTS = (
     DS_CONFIG_COPY,
-    "metrics.jsonl",
-    "samples.jsonl",
+    METRICS,
+    SAMPLES,
     "checkpoints",
     SUMS_FILE,
     "tensorboard",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lorasb_ds.batches import Batch, collate, collate_packed
+from lorasb_ds.evaluate import eval_mode
 from lorasb_ds.examples import Example
 
 PROBE_TOKENS = 32
@@ -34,22 +35,12 @@ def keeps_packs_apart(
     joined = Example(first.input_ids + second.input_ids, first.labels + second.labels)
 
     def last_logits(batch: Batch) -> torch.Tensor:
-        batch = batch.to(device)
-        packed = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
-        output = model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            logits_to_keep=1,
-            use_cache=False,
-            **packed,
-        )
-        return output.logits.double()
+        inputs = batch.to(device).inputs
+        return model(**inputs, logits_to_keep=1, use_cache=False).logits.double()
 
-    was_training = model.training
-    model.eval()
-    alone = last_logits(collate([second], 0))
-    packed = last_logits(collate_packed([[first, second]], 0, one_row=one_row))
-    mixed = last_logits(collate([joined], 0))
-    model.train(was_training)
+    with eval_mode(model):
+        alone = last_logits(collate([second], 0))
+        packed = last_logits(collate_packed([[first, second]], 0, one_row=one_row))
+        mixed = last_logits(collate([joined], 0))
     error, effect = torch.linalg.norm(packed - alone), torch.linalg.norm(mixed - alone)
     return bool(error <= TOLERANCE * effect)

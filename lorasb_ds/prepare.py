@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,10 +13,10 @@ import torch.distributed as dist
 
 from lorasb_ds import accelerator, zero
 from lorasb_ds.adapter import Shapes, expert_layers, select_targets
-from lorasb_ds.base_files import stored_tensors, weights_digest
-from lorasb_ds.basis import check_basis, damage, fingerprint, stored_digest
-from lorasb_ds.batches import Batch, Sample, collate, collate_packed, deal
-from lorasb_ds.checkpoint import Resume, check_same_run, find_resume
+from lorasb_ds.base_files import stored_tensors
+from lorasb_ds.basis import check_basis, fingerprint
+from lorasb_ds.batches import Batch, Sample, share_out
+from lorasb_ds.checkpoint import Resume, find_resume
 from lorasb_ds.config import ConfigError, RunConfig, read_json
 from lorasb_ds.data import TokenizedRows
 from lorasb_ds.data_cache import load_data
@@ -33,6 +31,7 @@ from lorasb_ds.placement import Placement, placement_of
 from lorasb_ds.plan import GIB, Cluster
 from lorasb_ds.quantization import Kind
 from lorasb_ds.request import check_output_dir
+from lorasb_ds.same_run import check_resume, what_must_match, with_global_batch
 from lorasb_ds.shapes import shape_of
 from lorasb_ds.tokenizer import choose_pad_token, read_tokenizer
 from lorasb_ds.tracking import check_tracker
@@ -61,7 +60,7 @@ class Prepared:
     footprint: Footprint
     cluster: Cluster
     forecast: Forecast
-    stored_init: InitReport | None  # that of --init-from, cut to r
+    stored_init: InitReport | None  # that of --init-from, cut to r, or of the resumed run
     made_from: dict[str, str]  # all that the init depends on but its rank
     order: Order
     num_steps: int
@@ -80,20 +79,17 @@ class Prepared:
     def _share(
         self, rows: TokenizedRows, units: Sequence[Unit], rounds: int | None, packed: bool
     ) -> list[Batch]:
-        lengths = [sum(int(rows.lengths[row]) for row in unit) for unit in units]
-        dealt = deal(lengths, self.config.micro_batch_size, zero.world_size(), rounds)
-        shortest = min(range(len(units)), key=lambda i: lengths[i])  # for a rank without rows
-        pad = self.tokenizer.pad_token_id
-        batches = []
-        for of_ranks in dealt:
-            mine = of_ranks[zero.rank()]
-            packs = [[rows.examples[row] for row in units[i]] for i in mine or [shortest]]
-            if packed:
-                batch = collate_packed(packs, pad, one_row=self.one_row, weightless=not mine)
-            else:
-                batch = collate([e for pack in packs for e in pack], pad, weightless=not mine)
-            batches.append(batch)
-        return batches
+        return share_out(
+            rows.examples,
+            rows.lengths,
+            units,
+            micro_batch_size=self.config.micro_batch_size,
+            pad_token_id=self.tokenizer.pad_token_id,
+            rank=zero.rank(),
+            world_size=zero.world_size(),
+            rounds=rounds,
+            one_row=self.one_row if packed else None,
+        )
 
     @property
     def one_row(self) -> bool:
@@ -126,7 +122,7 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
     check_tracker(config)
     resume = find_resume(config)
     if resume is not None and resume.checkpoint is not None:
-        config = _with_global_batch(config, resume)
+        config = with_global_batch(config, resume)
     ds_config, config = resolve_ds_config(config, world_size, local_size)
     zero.check_ds_config(ds_config, config.ds_config)
     ds_config_file = read_json(config.ds_config, "--ds-config")
@@ -167,31 +163,15 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
         group_by_length=config.group_by_length,
         pack_length=config.max_length if config.packing else None,
     )
-    same_run = what_must_match(config, targets, train)
+    same_run = made_from | what_must_match(config, train)
+    num_steps = config.max_steps or order.num_steps(config.epochs)
     stored_init = None
     if resume is not None:
-        option = f"--resume {config.resume}"
-        # Gigabytes for a large model: one process reads them, and ends the others.
-        if int(os.environ.get("RANK", 0)) == 0 and (problem := damage(resume.folder)):
-            raise ConfigError(
-                f"{option}: the init in {resume.folder} is damaged: {problem}. Restore the file, "
-                "or start the run anew by --overwrite."
-            )
-        if resume.checkpoint is not None:
-            basis = {"basis": stored_digest(resume.folder)}
-            check_same_run(option, resume.checkpoint, same_run | basis)
-        check_basis(resume.folder, option, config.r, made_from, may_cut=False)
+        stored_init = check_resume(config, resume, num_steps, same_run, made_from)
     elif config.init_from is not None:
         option = f"--init-from {config.init_from}"
         folder = Path(config.init_from)
         stored_init = check_basis(folder, option, config.r, made_from, may_cut=True)
-    num_steps = config.max_steps or order.num_steps(config.epochs)
-    if resume is not None and resume.step > num_steps:
-        raise ConfigError(
-            f"--resume {config.resume}: the run has done {resume.step} steps, more than the "
-            f"{num_steps} that are asked for (--max-steps, --epochs). To go back, name one of its "
-            "checkpoints."
-        )
     form = "nf4" if config.load_in_4bit else "int8" if config.load_in_8bit else config.dtype
     placement = placement_of(ds_config, form, world_size)
     workload = _workload(config, targets, train, len(gradient_rows))
@@ -230,35 +210,6 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
         same_run=same_run,
         resume=resume,
     )
-
-
-def what_must_match(config: RunConfig, targets: Shapes, train: TokenizedRows) -> dict[str, Any]:
-    """What a checkpoint and the run that takes it up agree on, under the name for messages."""
-    return {
-        "model files": weights_digest(config.model),
-        "--load-in-4bit": config.load_in_4bit,
-        "--load-in-8bit": config.load_in_8bit,
-        "--dtype": config.dtype,
-        "--r": config.r,
-        "target layers": hashlib.sha256(json.dumps(targets).encode()).hexdigest(),
-        "training rows (--data and how it is tokenized)": train.digest,
-        "--train-batch-size": config.train_batch_size,
-        "--packing": config.max_length if config.packing else False,
-        "--group-by-length": config.group_by_length,
-        "--data-weights": list(config.data_weights or ()),
-        "rows of each --data": list(train.source_sizes),
-        "--seed": config.seed,
-        "--optimizer": config.optimizer,
-    }
-
-
-def _with_global_batch(config: RunConfig, resume: Resume) -> RunConfig:
-    """The checkpoint's rows per step, unless others were asked for: the order goes by them."""
-    assert resume.checkpoint is not None
-    if "train_batch_size" in config.model_fields_set:
-        return config
-    rows = resume.checkpoint.made_from.get("--train-batch-size")
-    return config.model_copy(update={"train_batch_size": rows})
 
 
 def _check_packing(config: RunConfig, model: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from lorasb_ds import accelerator, zero
-from lorasb_ds.basis import put_back, read_report
+from lorasb_ds.basis import put_back, stored_digest
 from lorasb_ds.checkpoint import (
     Checkpoint,
     Resume,
@@ -55,7 +55,7 @@ def save(job: Job) -> bool:
             tensors |= {f"rng.{rank}.{name}": state for name, state in states.items()}
         content = {
             "progress": asdict(progress),
-            "made_from": job.made_from,
+            "made_from": job.run.same_run | {"basis": stored_digest(job.folder)},
             "options": may_change(job.run),
             "world_size": zero.world_size(),
             "optimizer_scalars": scalars,
@@ -101,7 +101,8 @@ def resume(job: Job, found: Resume) -> InitReport:
     run, checkpoint = job.run, found.checkpoint
     for warning in found.warnings:
         say(f"warning: {warning}")
-    put_back(job.engine, job.adapters, job.folder)
+    assert run.stored_init is not None, "prepare has read it"
+    put_back(job.adapters, job.folder, run.stored_init)
     if zero.rank() == 0:
         for name in set_newer_aside(job.folder, found.step):
             say(f"set aside, since this run goes on before it: checkpoints/{name}")
@@ -109,7 +110,7 @@ def resume(job: Job, found: Resume) -> InitReport:
         say("resumed after the init: there is no whole checkpoint")
     else:
         take_up_training(job, checkpoint)
-    return read_report(job.folder, run.config.r)
+    return run.stored_init
 
 
 def take_up_training(job: Job, checkpoint: Checkpoint) -> None:
@@ -132,7 +133,7 @@ def take_up_training(job: Job, checkpoint: Checkpoint) -> None:
         say(f"changed since: {change}")
     if progress.finished and checkpoint.options["steps"] != run.num_steps:
         progress.finished, progress.evals_since_best = False, 0
-    best = [progress.best_step is not None and best_is_there(job)]
+    best = [best_is_there(job)]
     dist.broadcast_object_list(best, src=0)
     if checkpoint.options[HELD_OUT] != now[HELD_OUT] or not best[0]:
         if progress.best_step is not None:

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from lorasb_ds.config import ConfigError
-from lorasb_ds.files import file_digest
+from lorasb_ds.digest import file_digest
 from lorasb_ds.json_rows import JsonRows
 
 FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet")

@@ -246,9 +246,7 @@ def _replay(
             stages[segment.first].enter = begin
         stages[segment.last].leave = end
         try:
-            model.base_model(  # without the head
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-            )
+            model.base_model(**batch.inputs, use_cache=False)  # without the head
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             # Blocks that look for what others left behind do not find it.
             raise SegmentError(f"blocks {segment.first} to {segment.last}: {error!r}") from error

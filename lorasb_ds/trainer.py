@@ -12,15 +12,14 @@ import torch.distributed as dist
 from lorasb_ds import accelerator, zero
 from lorasb_ds.adapter import inject
 from lorasb_ds.base_files import model_path
-from lorasb_ds.basis import stored_digest
-from lorasb_ds.checkpoint import (
-    Progress,
-)
+from lorasb_ds.basis import BASIS_FILE
+from lorasb_ds.checkpoint import Progress
 from lorasb_ds.config import DS_CONFIG_COPY, ConfigError
 from lorasb_ds.curves import draw_loss_curve
 from lorasb_ds.export import collect_lora, save_peft_adapter
 from lorasb_ds.files import write_json
 from lorasb_ds.gradients import branches_off
+from lorasb_ds.history import REPORT
 from lorasb_ds.init_phase import init_phase
 from lorasb_ds.init_report import InitReport
 from lorasb_ds.job import Adapters, Job
@@ -29,7 +28,7 @@ from lorasb_ds.loop import Outcome, evaluate, train
 from lorasb_ds.metrics import RunLog, provenance
 from lorasb_ds.optimizer import make_optimizer, make_scheduler
 from lorasb_ds.out_of_memory import OutOfMemoryError, Phase, explain, is_out_of_memory
-from lorasb_ds.output import REPORT, make_output_dir, say
+from lorasb_ds.output import make_output_dir, say
 from lorasb_ds.packing import keeps_packs_apart
 from lorasb_ds.prepare import Prepared, check_ranks_agree
 from lorasb_ds.report import draw_init, write_report
@@ -80,7 +79,6 @@ def run_training(run: Prepared, stop: StopRequest, init_only: bool = False) -> O
             adapters=adapters,
             progress=Progress(),
             stop=stop,
-            made_from=dict(run.same_run),
         )
         peaks = {"load": accelerator.peak_memory_bytes() - idle_bytes}
         init = initialize_or_resume(job)
@@ -105,7 +103,7 @@ def run_training(run: Prepared, stop: StopRequest, init_only: bool = False) -> O
     finally:
         if log is not None:
             log.close()  # also of what is buffered: events, a tracker's rows
-    saved = folder / ("basis.safetensors" if init_only else "adapter")
+    saved = folder / (BASIS_FILE if init_only else "adapter")
     say(f"{'basis' if init_only else 'adapter'} saved: {saved}   report: {folder / REPORT}")
     return "finished"
 
@@ -126,9 +124,6 @@ def initialize_or_resume(job: Job) -> InitReport:
     if job.progress.step == 0 and not has_row(job, "init"):  # a run may have been killed before
         with phase(run, "evaluation"):
             evaluate(job, "init")
-    digest = [stored_digest(job.folder) if zero.rank() == 0 else ""]
-    dist.broadcast_object_list(digest, src=0)
-    job.made_from["basis"] = digest[0]
     return init
 
 
@@ -228,7 +223,7 @@ def has_row(job: Job, stage: str) -> bool:
 def check_packs(job: Job) -> None:
     """Refuse to train on rows that would see each other. Collective."""
     run = job.run
-    examples = [run.train.examples[i] for i in range(min(8, len(run.train.examples)))]
+    examples = run.train.examples[:8]
     model = job.engine.module
     if not keeps_packs_apart(model, examples, accelerator.device(), one_row=run.one_row):
         raise ConfigError(

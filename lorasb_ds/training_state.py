@@ -23,7 +23,7 @@ def collect_state(
         and the states that are one number for all, such as AdamW's step. They are the same for any
         number of processes.
     """
-    flat, state = next(iter(zero.optimizer_state(engine).items()), (torch.empty(0), {}))
+    flat, state = zero.optimizer_state(engine)
     keys = [k for k, v in state.items() if torch.is_tensor(v) and v.shape == flat.shape]
     scalars = {key: float(value) for key, value in state.items() if key not in keys}
     tensors: dict[str, torch.Tensor] = {}

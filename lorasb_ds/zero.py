@@ -224,10 +224,13 @@ def flat_masters(engine: Any) -> list[torch.Tensor]:
     return list(getattr(engine.optimizer, name))
 
 
-def optimizer_state(engine: Any) -> dict[torch.Tensor, dict[str, Any]]:
-    """The torch optimizer's state by flat master; empty before the first step."""
-    state = engine.optimizer.optimizer.state
-    return {flat: state[flat] for flat in flat_masters(engine) if state.get(flat)}
+def optimizer_state(engine: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+    """A flat master and the torch optimizer's state of it: {} before the first step.
+
+    All flat masters have states of the same keys.
+    """
+    flat = flat_masters(engine)[0]
+    return flat, engine.optimizer.optimizer.state.get(flat, {})
 
 
 def set_optimizer_state(engine: Any, states: Sequence[dict[str, Any]]) -> None:

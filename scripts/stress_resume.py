@@ -21,13 +21,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lorasb_ds.files import file_digest
+from lorasb_ds.digest import file_digest
 
 KEYS = ("loss", "grad_norm", "lr", "r_norm", "eval_loss")
 
@@ -149,9 +150,10 @@ def kill_at_some_moment(
         [p.pid for p in job] if everyone else rank_0 if in_a_save else [generator.choice(workers)]
     )
     time.sleep(generator.uniform(0, 1.5))
+    left_before = torn(run)
     if in_a_save:
         whom = [*rank_0, *(pid for pid in whom if pid not in rank_0)]
-        while child.poll() is None and not torn(run):
+        while child.poll() is None and torn(run) <= left_before:
             pass  # a save takes some hundredths of a second
     if child.poll() is not None:
         return None
@@ -166,16 +168,20 @@ def kill_at_some_moment(
     for process in psutil.process_iter(["cmdline"]):
         assert str(run) not in " ".join(process.info["cmdline"] or []) or process.pid == os.getpid()
     return {
-        "in_a_save": torn(run),
+        "in_a_save": not torn(run) <= left_before,
         "whom": "every process" if everyone else "one worker",
         "step": max((row["step"] for row in metrics(run).values()), default=0),
         "ended_s": time.monotonic() - began,
     }
 
 
-def torn(run: Path) -> bool:
-    """Whether a checkpoint is being written, or was when its writer died."""
-    return any((run / "checkpoints").glob("step-*.tmp"))
+def torn(run: Path) -> set[int]:
+    """Checkpoints that are being written, or were when their writer died: inodes of the folders."""
+    found = set()
+    for path in (run / "checkpoints").glob("step-*.tmp"):
+        with suppress(FileNotFoundError):
+            found.add(path.stat().st_ino)
+    return found
 
 
 def metrics(run: Path) -> dict[str, Any]:

@@ -32,13 +32,12 @@ def epoch_of(order: Order, epoch: int) -> list[list[int]]:
 def test_every_epoch_sees_every_row_once(
     lengths: list[int], rows_per_step: int, group: bool, packed: bool, seed: int
 ) -> None:
-    order = Order(
-        np.array(lengths),
-        rows_per_step,
-        seed,
-        group_by_length=group,
-        pack_length=30 if packed else None,
-    )
+    def make() -> Order:
+        pack_length = 30 if packed else None
+        options = {"group_by_length": group, "pack_length": pack_length}
+        return Order(np.array(lengths), rows_per_step, seed, **options)
+
+    order = make()
     for epoch in range(3):
         units = epoch_of(order, epoch)
         assert sorted(chain.from_iterable(units)) == list(range(len(lengths)))
@@ -47,15 +46,8 @@ def test_every_epoch_sees_every_row_once(
     sizes = [len(order.units(step)) for step in range(order.steps_of_epoch(0))]
     assert all(size == rows_per_step for size in sizes[:-1])
     assert 1 <= sizes[-1] <= rows_per_step
-    again = Order(
-        np.array(lengths),
-        rows_per_step,
-        seed,
-        group_by_length=group,
-        pack_length=30 if packed else None,
-    )
     late = order.steps_of_epoch(0) + order.steps_of_epoch(1)
-    assert again.units(late) == order.units(late), "a function of the step alone"
+    assert make().units(late) == order.units(late), "a function of the step alone"
 
 
 def test_plain_order_is_the_epochs_permutation() -> None:

@@ -1,0 +1,69 @@
+"""Whether a run is the one that it is to go on from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from lorasb_ds.basis import check_basis, damage, stored_digest
+from lorasb_ds.checkpoint import Resume, check_same_run
+from lorasb_ds.config import ConfigError, RunConfig
+from lorasb_ds.data import TokenizedRows
+from lorasb_ds.init_report import InitReport
+
+
+def what_must_match(config: RunConfig, train: TokenizedRows) -> dict[str, Any]:
+    """What, beside all that its basis was made from, a checkpoint and a run that takes it up agree
+    on, under the name for messages.
+    """
+    return {
+        "--r": config.r,
+        "training rows (--data and how it is tokenized)": train.digest,
+        "--train-batch-size": config.train_batch_size,
+        "--packing": config.max_length if config.packing else False,
+        "--group-by-length": config.group_by_length,
+        "--data-weights": list(config.data_weights or ()),
+        "rows of each --data": list(train.source_sizes),
+        "--optimizer": config.optimizer,
+    }
+
+
+def check_resume(
+    config: RunConfig,
+    resume: Resume,
+    num_steps: int,
+    same_run: Mapping[str, Any],
+    made_from: Mapping[str, str],
+) -> InitReport:
+    """Refuse to go on from what is damaged, another run's, or beyond what is asked for.
+
+    Returns:
+        What the run's init found.
+    Raises:
+        ConfigError: if so.
+    """
+    option, checkpoint = f"--resume {config.resume}", resume.checkpoint
+    # Gigabytes for a large model: one process reads them, and ends the others.
+    if int(os.environ.get("RANK", 0)) == 0 and (problem := damage(resume.folder)):
+        raise ConfigError(
+            f"{option}: the init in {resume.folder} is damaged: {problem}. Restore the file, "
+            "or start the run anew by --overwrite."
+        )
+    if checkpoint is not None:
+        check_same_run(option, checkpoint, {**same_run, "basis": stored_digest(resume.folder)})
+    if resume.step > num_steps:
+        raise ConfigError(
+            f"{option}: the run has done {resume.step} steps, more than the {num_steps} that are "
+            "asked for (--max-steps, --epochs). To go back, name one of its checkpoints."
+        )
+    return check_basis(resume.folder, option, config.r, made_from, may_cut=False)
+
+
+def with_global_batch(config: RunConfig, resume: Resume) -> RunConfig:
+    """The checkpoint's rows per step, unless others were asked for: the order goes by them."""
+    assert resume.checkpoint is not None
+    if "train_batch_size" in config.model_fields_set:
+        return config
+    rows = resume.checkpoint.made_from.get("--train-batch-size")
+    return config.model_copy(update={"train_batch_size": rows})
