@@ -7,24 +7,23 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import click
 
 from launcher import plan_command, report_command
-from launcher.command import job_environment, train_command, worker_command
-from launcher.options import CONTEXT, run_options, to_arguments
-from launcher.ranks import free_port, remove_shared_memory
+from launcher.cluster_commands import hostfile, launch_script
+from launcher.doctor import doctor
+from launcher.launch_options import LaunchOptions, launch_options
+from launcher.options import CONTEXT, reports_problems, run_options
+from launcher.ranks import worker_command
+from launcher.start import start
 from lorasb_ds import __version__
 from lorasb_ds.compare import read_runs
-from lorasb_ds.config import ConfigError, read_json
+from lorasb_ds.config import ConfigError
 from lorasb_ds.curves import draw_comparison
-from lorasb_ds.ds_config import resolve_ds_config
 from lorasb_ds.plan import plan as make_plan
-from lorasb_ds.request import check_output_dir, load_run_config, replayed_processes, resumed_run
 
 POSITIVE = click.FloatRange(min=0, min_open=True)
 CLUSTER_OPTIONS = [
@@ -43,94 +42,39 @@ def main() -> None:
     """Fine-tune very large language models by LoRA-SB on DeepSpeed."""
 
 
-def reports_problems(command: Callable[..., Any]) -> Callable[..., Any]:
-    """End with 2 and the problems when what was asked for cannot be done."""
-
-    @wraps(command)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return command(*args, **kwargs)
-        except ConfigError as error:
-            click.echo(f"lorasb: error: {error}", err=True)
-            sys.exit(2)
-
-    return wrapper
-
-
 def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of a verb that starts a job on this host."""
-    options = (
-        click.option(
-            "--num-procs", type=click.IntRange(min=1), help="Processes on this host's CPU."
-        ),
-        click.option(
-            "--num-gpus", type=click.IntRange(min=1), help="GPUs of this host. [default: all]"
-        ),
-        click.option("--master-port", type=click.IntRange(1, 65535), help="[default: a free one]"),
-        click.option("--dry-run", is_flag=True, help="Check, print the command, and stop."),
-        run_options,
-        reports_problems,
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
+    """The options of a verb that starts a job: where it runs, and what it is."""
+    return launch_options(run_options(reports_problems(command)))
 
 
 @main.command(context_settings=CONTEXT)
 @job_options
-def train(**options: Any) -> None:
+def train(launch: LaunchOptions, run_json: str | None, **given: Any) -> None:
     """Fine-tune a model: init from gradients, train, save the adapter."""
-    _start_job([], **options)
+    sys.exit(start(launch, [], run_json, given))
 
 
 @main.command(context_settings=CONTEXT)
 @job_options
-def init(**options: Any) -> None:
+def init(launch: LaunchOptions, run_json: str | None, **given: Any) -> None:
     """Do the init only; `train --init-from` takes up its output folder, also for a smaller r."""
-    _start_job(["--init-only"], **options)
+    sys.exit(start(launch, ["--init-only"], run_json, given))
 
 
-def _start_job(
-    worker_flags: Sequence[str],
-    *,
-    num_procs: int | None,
-    num_gpus: int | None,
-    master_port: int | None,
-    dry_run: bool,
-    run_json: str | None,
-    **given: Any,
-) -> None:
-    """Check what can be checked without torch, and run the worker on every rank."""
-    if num_procs is not None and num_gpus is not None:
-        raise ConfigError("--num-procs (CPU) and --num-gpus exclude each other. Give one of them.")
-    earlier = run_json
-    if earlier is None and given.get("resume") not in (None, "auto"):
-        earlier = str(resumed_run(given["resume"]) / "run.json")
-    if earlier is not None and num_procs is None and num_gpus is None:
-        num_procs, num_gpus = replayed_processes(earlier)
-    config = load_run_config(given, run_json)
-    if count := num_procs or num_gpus:
-        _, config = resolve_ds_config(config, count)
-    else:  # DeepSpeed counts the GPUs; the workers check the rest before they join
-        read_json(config.ds_config, "--ds-config")
-    check_output_dir(config)
-    arguments = [*worker_flags, *to_arguments({"config": run_json, **given})]
-    cores = len(os.sched_getaffinity(0))
-    environment = job_environment(os.environ, num_procs, num_gpus, cores)
-    # With CUDA_VISIBLE_DEVICES DeepSpeed takes what it names, and must not get a count.
-    named = num_procs is None and "CUDA_VISIBLE_DEVICES" in environment
-    port = master_port or free_port()
-    command = train_command(
-        arguments, count=None if named else num_procs or num_gpus, master_port=port
-    )
-    if dry_run:
-        import shlex
+@main.command(name="doctor", context_settings=CONTEXT)
+@click.option("--timeout", type=POSITIVE, default=30.0, show_default=True, metavar="SECONDS")
+@click.option("--json", "as_json", is_flag=True, help="All checks.")
+@job_options
+def doctor_command(launch: LaunchOptions, timeout: float, as_json: bool, **given: Any) -> None:
+    """Look at this host, or at every host of --hostfile: could this job start?
 
-        click.echo(shlex.join(command))
-        return
-    status = _run_job(command, environment)
-    remove_shared_memory(port)
-    sys.exit(status)
+    Takes the options of `lorasb train`. Ends with 1 if anything is red.
+    """
+    sys.exit(doctor(launch, given, timeout, as_json))
+
+
+main.add_command(hostfile)
+main.add_command(launch_script)
 
 
 @main.command(context_settings={**CONTEXT, "ignore_unknown_options": True}, add_help_option=False)
@@ -220,62 +164,6 @@ def _run(command: Sequence[str], environment: dict[str, str]) -> int:
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, pass_on)
     return _status(child.wait())
-
-
-def _run_job(command: Sequence[str], environment: dict[str, str]) -> int:
-    """Run a job in a process session of its own; ask it to end when a signal says so; its status.
-
-    DeepSpeed's launchers take SIGTERM and SIGINT as an order to kill their workers. SIGUSR1 passes
-    them by, as it is ignored here and children inherit that; a worker that has something to save
-    listens to it. It is sent again and again, for workers that were not yet listening.
-    """
-    asked: list[int] = []
-    child: subprocess.Popen[bytes] | None = None
-
-    def pass_on() -> None:
-        if child is not None and asked:
-            twice = asked.count(signal.SIGINT) > 1
-            with suppress(ProcessLookupError):  # it has just ended
-                os.killpg(child.pid, signal.SIGKILL if twice else signal.SIGUSR1)
-
-    def ask(signum: int, _frame: object) -> None:
-        first = not asked
-        asked.append(signum)
-        pass_on()
-        with suppress(OSError):  # the terminal may be closed
-            if first:
-                click.echo("lorasb: asked to end: after this step, if it trains", err=True)
-            if first and signum == signal.SIGINT:
-                click.echo("lorasb: Ctrl-C again ends it at once, without a checkpoint", err=True)
-
-    # Under nohup SIGHUP is ignored, and stays so.
-    heard = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
-    for signum in (signal.SIGINT, *heard):
-        signal.signal(signum, ask)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    child = subprocess.Popen(command, env=environment, start_new_session=True)
-    signal.signal(signal.SIGUSR1, ask)
-    while True:
-        try:
-            return _told(child.wait(timeout=0.5))
-        except subprocess.TimeoutExpired:
-            pass_on()
-
-
-def _told(returncode: int) -> int:
-    """The status of a job; what DeepSpeed makes of a worker that a signal ended, in words."""
-    if returncode < 256 - signal.NSIG:
-        return _status(returncode)
-    signum = 256 - returncode
-    known = signum in [int(s) for s in signal.Signals]
-    name = signal.Signals(signum).name if known else f"signal {signum}"
-    cause = ", as the kernel does when memory runs out" if signum == signal.SIGKILL else ""
-    click.echo(
-        f"lorasb: error: a worker was ended by {name}{cause}. --resume auto goes on from the last "
-        "checkpoint, if there is one.",
-        err=True,
-    )
-    return 128 + signum
 
 
 def _status(returncode: int) -> int:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Callable, Mapping
+from functools import wraps
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
 from pydantic.fields import FieldInfo
 
-from lorasb_ds.config import RunConfig, option_name
+from lorasb_ds.config import ConfigError, RunConfig, option_name
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -19,6 +21,20 @@ CONTEXT = {
     "help_option_names": ["-h", "--help"],
     "max_content_width": 100,
 }
+
+
+def reports_problems(command: Callable[..., Any]) -> Callable[..., Any]:
+    """End with 2 and the problems when what was asked for cannot be done."""
+
+    @wraps(command)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except ConfigError as error:
+            click.echo(f"lorasb: error: {error}", err=True)
+            sys.exit(2)
+
+    return wrapper
 
 
 def run_options(command: Command) -> Command:

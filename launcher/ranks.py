@@ -1,9 +1,45 @@
-"""What processes of one host need to meet, and what they leave behind. Torch-free."""
+"""What the processes of a job are, need to meet, and leave behind. Standard library only."""
 
 from __future__ import annotations
 
 import socket
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+WORKERS = Path(__file__).resolve().parent
+
+# RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_SIZE as MPI's and Slurm's launchers name them. DeepSpeed's
+# own launcher sets them; under the others it would ask mpi4py.
+FOREIGN_NAMES = {
+    "RANK": ("OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"),
+    "LOCAL_RANK": (
+        *("OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK"),
+        *("MPI_LOCALRANKID", "SLURM_LOCALID"),
+    ),
+    "WORLD_SIZE": ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS"),
+    "LOCAL_SIZE": (
+        *("OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"),
+        *("MPI_LOCALNRANKS", "SLURM_NTASKS_PER_NODE"),
+    ),
+}
+
+
+def worker_command(
+    worker: str, worker_arguments: Sequence[str], python: str = sys.executable
+) -> list[str]:
+    """The argument list of a worker: ``train``, ``eval`` or ``preview``."""
+    return [python, str(WORKERS / f"{worker}.py"), *worker_arguments]
+
+
+def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """Which rank a process is, by the variables of whatever launcher has started it."""
+    found = {}
+    for name, others in FOREIGN_NAMES.items():
+        values = [environment[other] for other in (name, *others) if other in environment]
+        if values:
+            found[name] = values[0]
+    return found
 
 
 def free_port() -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import signal
 import sys
 import time
 from contextlib import suppress
@@ -10,6 +12,7 @@ from typing import Any, NoReturn
 
 import click
 
+from launcher.channel import tell_agent
 from launcher.command import GPUS_ASKED_FOR
 from launcher.options import CONTEXT, run_options
 from launcher.quiet import quiet_libraries
@@ -35,6 +38,7 @@ def main(local_rank: int | None, init_only: bool, run_json: str | None, **given:
             )
         )
     quiet_libraries()
+    faulthandler.register(signal.SIGUSR2, all_threads=True)  # its agent asks where it is
     stop = StopRequest()
     stop.listen()
     try:
@@ -51,7 +55,9 @@ def main(local_rank: int | None, init_only: bool, run_json: str | None, **given:
     from lorasb_ds import zero
     from lorasb_ds.trainer import run_training
 
+    tell_agent("joining")
     zero.init_process_group()
+    tell_agent("joined")
     try:
         outcome = run_training(prepared, stop, init_only)
     except ConfigError as error:

@@ -14,6 +14,7 @@ DEMO_DATA = "reasoning-gym:word_sequence_reversal?max_words=6&size=1000&seed=1"
 DEMO_EVAL_DATA = "reasoning-gym:word_sequence_reversal?max_words=6&size=64&seed=2"
 ALL_LINEAR = "all-linear"
 DS_CONFIG_COPY = "ds_config.json"  # in the output folder
+LAUNCH, LOGS = "launch", "logs"  # what the launcher writes there
 SHIPPED_DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 
 

@@ -11,6 +11,8 @@ from pydantic import ValidationError
 from lorasb_ds.config import (
     DEMO_EVAL_DATA,
     DS_CONFIG_COPY,
+    LAUNCH,
+    LOGS,
     ConfigError,
     RunConfig,
     option_name,
@@ -145,8 +147,11 @@ def check_output_dir(config: RunConfig) -> None:
         raise ConfigError(f"--output-dir {folder} is a file. Name a folder.")
     if config.overwrite or (config.resume is not None and (folder / "run.json").is_file()):
         return
-    # A run that was killed early has left a file that it was writing.
-    if folder.is_dir() and any(path.suffix != ".tmp" for path in folder.iterdir()):
+    # A run that was killed early has left a file that it was writing, and the launcher's own.
+    early = (LAUNCH, LOGS)
+    if folder.is_dir() and any(
+        path.suffix != ".tmp" and path.name not in early for path in folder.iterdir()
+    ):
         raise ConfigError(
             f"--output-dir {folder} is not empty. Name another folder, or give --overwrite."
         )

@@ -1,10 +1,34 @@
 #!/usr/bin/env bash
 # Set up everything in .venv: the versions of constraints.txt, this project, and the demo model.
 # Idempotent: a second call takes a second. PYTHON names another interpreter (3.10 to 3.13).
+# --nodes: also install, on Debian and as root, what the tests on several hosts start (tests/nodes).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
+
+# What tests/nodes starts. The package is not to start an sshd of its own, which a policy of 101 says.
+install_nodes() (
+  policy=/usr/sbin/policy-rc.d
+  if ! [ -e $policy ]; then
+    trap 'rm -f $policy' EXIT
+    printf '#!/bin/sh\nexit 101\n' >$policy
+    chmod +x $policy
+  fi
+  export DEBIAN_FRONTEND=noninteractive
+  apt-get -qq update && apt-get -qq install -y --no-install-recommends iproute2 openssh-server pdsh
+)
+
+case "$*" in
+  "") ;;
+  --nodes)
+    if ! { command -v ip && command -v pdsh && [ -x /usr/sbin/sshd ]; } >/dev/null; then
+      [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null ||
+        fail "--nodes needs root on Debian; elsewhere install iproute2, openssh-server and pdsh, and leave it out"
+      output=$(install_nodes 2>&1) || fail "apt-get cannot install iproute2, openssh-server, pdsh: $output"
+    fi ;;
+  *) fail "usage: $0 [--nodes]" ;;
+esac
 
 PYTHON=${PYTHON:-python3}
 command -v "$PYTHON" >/dev/null || fail "there is no $PYTHON. Install Python 3.10 to 3.13, or name one: PYTHON=python3.12 $0"

@@ -6,9 +6,11 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -185,14 +187,35 @@ def gone(marker: str, within_s: float) -> bool:
     return not workers(marker)
 
 
+def intrude(worker: int) -> str:
+    """Talk to the launcher of a worker without its secret; what it says."""
+    words = Path(f"/proc/{worker}/environ").read_bytes().decode().split("\0")
+    (address,) = [w.partition("=")[2] for w in words if w.startswith("LORASB_SUPERVISOR=")]
+    host, _, port = address.rpartition(":")
+    said = ""
+    forged = b'{"session": "guessed", "rank": 0, "ended": 1}\n'
+    for text in (b"\xff\0garbage\n", b"[1]\n", forged):
+        with socket.create_connection((host, int(port)), timeout=5) as stranger:
+            stranger.sendall(text)
+            with suppress(ConnectionResetError):
+                said += stranger.recv(1000).decode()
+    return said
+
+
 def test_a_killed_worker_ends_the_run(running: tuple[subprocess.Popen[bytes], str]) -> None:
     child, folder = running
     before = shared_memory()
     assert len(before) >= 2, "DeepSpeed's buffers of this run"
     ranks = [pid for pid in workers(folder) if b"--local_rank=1" in _cmdline(pid)]
+    assert "it is not of this job" in intrude(max(ranks))
+    assert child.poll() is None, "a stranger changes nothing"
     os.kill(max(ranks), signal.SIGKILL)
     assert child.wait(timeout=60) == 128 + signal.SIGKILL
-    assert "a worker was ended by SIGKILL" in (Path(folder).parent / "log").read_text()
+    text = (Path(folder).parent / "log").read_text()
+    place = f"rank 1 on {socket.gethostname()}"
+    assert f"{place} was ended by SIGKILL, as the kernel does when memory" in text
+    assert f"Its log: {folder}/logs/rank-1.log" in text
+    assert "--resume auto goes on" in text
     assert gone(folder, 10), "no process is left"
     assert len(before) - len(shared_memory()) >= 2, "they went with it"
     assert not (Path(folder) / "adapter").exists()

@@ -10,27 +10,27 @@ from click.testing import CliRunner
 from deepspeed.launcher.runner import fetch_hostfile
 
 from launcher.cli import main
-from launcher.command import job_environment, train_command, visible_gpus
+from launcher.command import job_environment, local_command, visible_gpus
 from launcher.options import to_arguments
 from lorasb_ds.config import DEMO_DATA, ConfigError, RunConfig, option_name
 
 
-def test_train_command() -> None:
-    command = train_command(["--r", "8"], count=2, master_port=1234, python="/env/bin/python")
+def test_local_command() -> None:
+    command = local_command(["--r", "8"], count=2, master_port=1234, python="/env/bin/python")
     assert command[:3] == ["/env/bin/python", "-m", "deepspeed.launcher.runner"]
     assert command[command.index("--num_accelerators") + 1] == "2"
     assert command[command.index("--master_port") + 1] == "1234"
-    script = next(i for i, word in enumerate(command) if word.endswith("launcher/train.py"))
+    script = next(i for i, word in enumerate(command) if word.endswith("launcher/agent.py"))
     assert command[script + 1 :] == ["--r", "8"]
 
 
 def test_all_gpus_when_no_number_is_given() -> None:
-    command = train_command([], count=None, master_port=1)
+    command = local_command([], count=None, master_port=1)
     assert "--num_accelerators" not in command
 
 
 def test_only_this_host_whatever_lies_in_job_hostfile() -> None:
-    command = train_command([], count=None, master_port=1)
+    command = local_command([], count=None, master_port=1)
     assert fetch_hostfile(command[command.index("--hostfile") + 1]) is None
 
 
@@ -78,7 +78,10 @@ def test_several_sources_reach_the_worker() -> None:
 def dry_run(*arguments: str) -> list[str]:
     result = CliRunner().invoke(main, ["train", "--dry-run", *arguments])
     assert result.exit_code == 0, result.output
-    return shlex.split(result.output)
+    words = shlex.split(result.output, comments=True)
+    assert words[words.index("--output-dir") + 1].startswith("runs/"), "chosen by the launcher"
+    at = words.index("--output-dir")
+    return words[:at] + words[at + 2 :]
 
 
 @pytest.mark.parametrize("spelling", ["--ds_config", "--ds-config"])
@@ -90,7 +93,7 @@ def test_underscores_are_hyphens(spelling: str) -> None:
 def test_only_what_was_given_reaches_the_worker() -> None:
     command = dry_run("--num-procs", "1", "--lr", "0.01")
     assert command[-2:] == ["--lr", "0.01"]
-    assert command[-3].endswith("train.py")
+    assert command[-3].endswith("agent.py")
 
 
 def test_every_field_is_an_option_with_its_default_in_the_help() -> None:

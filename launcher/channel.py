@@ -1,0 +1,87 @@
+"""What an agent and the supervisor say to each other: a JSON object on each line, over TCP."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from typing import Any
+
+# Told to the agents through the environment of the job.
+SUPERVISOR = "LORASB_SUPERVISOR"  # host:port
+SESSION = "LORASB_SESSION"  # a secret word: what does not say it is no agent of this job
+FAILURE_TIMEOUT = "LORASB_FAILURE_TIMEOUT"  # seconds
+START_TIMEOUT = "LORASB_START_TIMEOUT"  # seconds
+LOGS = "LORASB_LOGS"  # the folder of the ranks' logs
+INTERFACE = "LORASB_NETWORK_INTERFACE"
+NODE_RANK = "LORASB_NODE_RANK"  # where hosts are started by hand
+# Told to a worker by its agent.
+REPORT_TO = "LORASB_AGENT_FD"  # a pipe
+
+LONGEST_MESSAGE = 1 << 22  # bytes
+
+
+def beat_interval(failure_timeout: float) -> float:
+    """Seconds between two signs of life."""
+    return min(2.0, failure_timeout / 5)
+
+
+def tell_agent(word: str) -> None:
+    """A worker's word to its agent, where it has one."""
+    if REPORT_TO in os.environ:
+        os.write(int(os.environ[REPORT_TO]), f"{word}\n".encode())
+
+
+class Channel:
+    """One end of a connection; nothing of it blocks."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        self._connection = connection
+        self._received = self._unsent = b""
+        self.closed = False
+
+    def fileno(self) -> int:
+        return self._connection.fileno()
+
+    def send(self, **message: Any) -> None:
+        """Sent as far as the other side takes it; the rest at the next ``flush``."""
+        self._unsent += json.dumps(message).encode() + b"\n"
+        self.flush()
+
+    def flush(self) -> bool:
+        """Whether all has been sent."""
+        try:
+            while self._unsent and not self.closed:
+                self._unsent = self._unsent[self._connection.send(self._unsent) :]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.closed = True
+        return not self._unsent
+
+    def receive(self) -> list[dict[str, Any]]:
+        """Whole messages that have come. ``closed`` is true when there will be no more."""
+        try:
+            while not self.closed:
+                data = self._connection.recv(1 << 16)
+                self._received += data
+                if not data or len(self._received) > LONGEST_MESSAGE:
+                    self.closed = True
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.closed = True
+        *lines, self._received = self._received.split(b"\n")
+        try:
+            messages = [json.loads(line) for line in lines]
+        except ValueError:  # no agent of ours
+            messages = [None]
+        if not all(isinstance(message, dict) for message in messages):
+            self.closed = True
+            return []
+        return messages
+
+    def close(self) -> None:
+        self.closed = True
+        self._connection.close()

@@ -1,0 +1,147 @@
+"""`lorasb hostfile` and `lorasb launch-script`: what a cluster needs to start jobs."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from launcher.command import asked_for
+from launcher.hostfile import read_hostfile, select, write_hostfile
+from launcher.job_script import k8s_manifest, slurm_script
+from launcher.options import CONTEXT, reports_problems, run_options, to_arguments
+from launcher.slurm import from_slurm
+from lorasb_ds.config import ConfigError
+from lorasb_ds.ds_config import resolve_ds_config
+from lorasb_ds.request import load_run_config
+
+POSITIVE = click.IntRange(min=1)
+
+
+@click.group(context_settings=CONTEXT)
+def hostfile() -> None:
+    """Check or write a hostfile."""
+
+
+@hostfile.command(context_settings=CONTEXT)
+@click.argument("file")
+@click.option("--include", default="", help="As `lorasb train` takes it.")
+@click.option("--exclude", default="", help="As `lorasb train` takes it.")
+@click.option("--num-nodes", type=POSITIVE, help="The first N hosts.")
+@click.option("--num-gpus", type=POSITIVE, help="Of every host.")
+@reports_problems
+def check(file: str, num_gpus: int | None, **chosen: Any) -> None:
+    """Say which ranks run where; every bad line is told with its column."""
+    slots = select(read_hostfile(file), num_slots=num_gpus, **chosen)
+    first = 0
+    for host, ids in slots.items():
+        last = first + len(ids) - 1
+        ranks = f"rank {first}" if first == last else f"ranks {first}-{last}"
+        master = "  (master)" if first == 0 else ""
+        click.echo(f"{host}  slots {','.join(map(str, ids))}  {ranks}{master}")
+        first = last + 1
+    click.echo(f"{len(slots)} host(s), {first} rank(s)")
+
+
+@hostfile.command(name="from-slurm", context_settings=CONTEXT)
+@click.option("--slots", type=POSITIVE, help="Of every host. [default: what Slurm says]")
+@reports_problems
+def from_slurm_command(slots: int | None) -> None:
+    """Print the hostfile of this Slurm allocation."""
+    click.echo(write_hostfile(from_slurm(os.environ, slots)), nl=False)
+
+
+@click.group(name="launch-script", context_settings=CONTEXT)
+def launch_script() -> None:
+    """Print a job file for a scheduler: the same run, started by it and not by ssh."""
+
+
+def script_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What both schedulers are told, and the options of the run."""
+    options = (
+        click.option("--verb", type=click.Choice(["train", "init"]), default="train"),
+        click.option("--nodes", type=POSITIVE, default=1, show_default=True),
+        click.option("--gpus-per-node", type=POSITIVE, default=8, show_default=True),
+        click.option("--job-name", default="lorasb", show_default=True),
+        click.option(
+            "--master-port",
+            type=click.IntRange(1, 65534),
+            default=29500,
+            show_default=True,
+            help="The next one is used, too: the ranks report to the first host there.",
+        ),
+        click.option("--env", multiple=True, metavar="NAME[=VALUE]", help="A variable of the job."),
+        run_options,
+        reports_problems,
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@launch_script.command(context_settings=CONTEXT)
+@click.option("--time-limit", help="Of the job, as Slurm writes it: 12:00:00.")
+@click.option("--partition", help="[default: the cluster's]")
+@click.option("--account", help="[default: the user's]")
+@script_options
+def slurm(nodes: int, gpus_per_node: int, env: Sequence[str], **options: Any) -> None:
+    """A script for sbatch. It saves before its time is over, and queues itself again."""
+    own = {name: options.pop(name) for name in ("time_limit", "partition", "account")}
+    shared, arguments, output_dir = _job(nodes, gpus_per_node, env, options)
+    click.echo(
+        slurm_script(
+            arguments,
+            **own,
+            **shared,
+            output_dir=output_dir,
+            python=sys.executable,
+            cwd=str(Path.cwd()),
+        ),
+        nl=False,
+    )
+
+
+@launch_script.command(context_settings=CONTEXT)
+@click.option("--image", required=True, help="Container image with this package installed.")
+@click.option("--claim", required=True, help="PersistentVolumeClaim that all pods can write to.")
+@click.option("--mount", default="/data", show_default=True, help="Where the pods see it.")
+@script_options
+def k8s(nodes: int, gpus_per_node: int, env: Sequence[str], **options: Any) -> None:
+    """A Service and an Indexed Job for kubectl apply: one pod a node."""
+    own = {name: options.pop(name) for name in ("image", "claim", "mount")}
+    shared, arguments, output_dir = _job(nodes, gpus_per_node, env, options, own["mount"])
+    click.echo(k8s_manifest(arguments, **own, **shared, output_dir=output_dir), nl=False)
+
+
+def _job(
+    nodes: int,
+    gpus_per_node: int,
+    env: Sequence[str],
+    options: Mapping[str, Any],
+    root: str = "runs",
+) -> tuple[dict[str, Any], list[str], str]:
+    """What both are told, the worker's arguments, and the run's folder.
+
+    Raises:
+        ConfigError: if the run cannot be.
+    """
+    given = dict(options)
+    shared = {name: given.pop(name) for name in ("verb", "job_name", "master_port")}
+    run_json = given.pop("run_json")
+    if given.get("resume") not in (None, "auto"):
+        raise ConfigError(
+            "--resume PATH would go on from there whenever the job is queued again. Leave it out: "
+            "the job goes on in its --output-dir."
+        )
+    config = load_run_config(given, run_json)
+    resolve_ds_config(config, nodes * gpus_per_node, gpus_per_node)
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", shared["job_name"])
+    output_dir = config.output_dir or str(Path(root) / name)
+    shared |= {"nodes": nodes, "gpus_per_node": gpus_per_node}
+    shared["environment"] = asked_for(os.environ, env)
+    return shared, to_arguments({"config": run_json, **given}), output_dir

@@ -1,0 +1,398 @@
+"""Starts a job, on this host or on several, and starts it again where that was asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shlex
+import shutil
+import signal
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from launcher import channel
+from launcher.command import (
+    Hosts,
+    asked_for,
+    deepspeed_env,
+    exported,
+    hosts_command,
+    hosts_environment,
+    job_environment,
+    local_command,
+    read_deepspeed_env,
+)
+from launcher.host import interfaces, resolve, route_from
+from launcher.hostfile import read_hostfile, select, write_hostfile
+from launcher.launch_options import LaunchOptions
+from launcher.options import to_arguments
+from launcher.preflight import Findings, Question, examine, report
+from launcher.ranks import free_port, remove_shared_memory
+from launcher.supervisor import EXIT_FAILED, EXIT_REFUSED, Ending, Supervisor, listen_for_agents
+from lorasb_ds.base_files import model_path
+from lorasb_ds.config import LAUNCH, LOGS, ConfigError, RunConfig, read_json
+from lorasb_ds.ds_config import resolve_ds_config
+from lorasb_ds.request import check_output_dir, load_run_config, replayed_processes, resumed_run
+from lorasb_ds.stop import EXIT_INTERRUPTED, EXIT_STOPPED
+
+
+@dataclass(frozen=True)
+class Job:
+    """What was asked for, checked as far as that goes without torch."""
+
+    launch: LaunchOptions
+    worker_flags: Sequence[str]
+    given: Mapping[str, Any]  # options of the run
+    run_json: str | None
+    config: RunConfig
+    slots: Mapping[str, Sequence[int]] | None  # None: this host alone
+    num_procs: int | None
+    num_gpus: int | None
+
+    @property
+    def folder(self) -> Path:
+        assert self.config.output_dir is not None
+        return Path(self.config.output_dir)
+
+    @property
+    def arguments(self) -> list[str]:
+        """Of the worker."""
+        return [*self.worker_flags, *to_arguments({"config": self.run_json, **self.given})]
+
+
+def start(
+    launch: LaunchOptions,
+    worker_flags: Sequence[str],
+    run_json: str | None,
+    given: Mapping[str, Any],
+) -> int:
+    """Check what can be checked without torch, and run the worker on every rank.
+
+    Returns:
+        The status for the shell.
+    Raises:
+        ConfigError: what cannot be done.
+    """
+    job = make_job(launch, worker_flags, run_json, given)
+    if launch.dry_run:
+        click.echo(_dry_run(job))
+        return 0
+    asked: list[int] = []
+    for attempt in range(launch.max_restarts + 1):
+        if attempt:
+            click.echo(f"lorasb: restart {attempt} of {launch.max_restarts}", err=True)
+            try:
+                job = again(job)
+            except ConfigError as error:
+                click.echo(f"lorasb: error: {error}", err=True)
+                break
+        ending = _run_once(job, asked)
+        over = ending.status in (0, EXIT_REFUSED, EXIT_STOPPED, EXIT_INTERRUPTED)
+        if over or asked or attempt == launch.max_restarts:
+            break
+    if ending.failure is not None and ending.status not in (EXIT_REFUSED, EXIT_FAILED):
+        click.echo(
+            "lorasb: --resume auto goes on from the last checkpoint, if there is one.", err=True
+        )
+    return ending.status
+
+
+def make_job(
+    launch: LaunchOptions,
+    worker_flags: Sequence[str],
+    run_json: str | None,
+    given: Mapping[str, Any],
+) -> Job:
+    """Options, hostfile and ds_config, held against each other."""
+    launch.check()
+    given = dict(given)
+    num_procs, num_gpus, slots = launch.num_procs, launch.num_gpus, _slots(launch)
+    if slots is not None:
+        on_cpu = num_procs is not None or os.environ.get("DS_ACCELERATOR") == "cpu"
+        most = max(len(ids) for ids in slots.values())
+        num_procs, num_gpus = (most, None) if on_cpu else (None, most)
+        if _is_this_host_alone(launch, slots):
+            slots = None
+    else:
+        earlier = run_json
+        if earlier is None and given.get("resume") not in (None, "auto"):
+            earlier = str(resumed_run(given["resume"]) / "run.json")
+        if earlier is not None and num_procs is None and num_gpus is None:
+            num_procs, num_gpus = replayed_processes(earlier)
+    config = load_run_config(given, run_json)
+    if slots is not None:
+        sizes = [len(ids) for ids in slots.values()]
+        _, config = resolve_ds_config(config, sum(sizes), sizes[0])
+    elif count := num_procs or num_gpus:
+        _, config = resolve_ds_config(config, count)
+    else:  # DeepSpeed counts the GPUs; the workers check the rest before they join
+        read_json(config.ds_config, "--ds-config")
+    if launch.no_ssh and config.output_dir is None:
+        raise ConfigError(
+            "--no-ssh needs --output-dir: every host is started by itself, and all must mean the "
+            "same folder. Give it."
+        )
+    if not launch.node_rank:  # the first host's ranks may have begun to write
+        check_output_dir(config)
+    if config.output_dir is None:
+        name = f"{Path(config.model).name}-{datetime.now():%Y%m%d-%H%M%S}"
+        given["output_dir"] = str(Path("runs") / name)
+        config = config.model_copy(update={"output_dir": given["output_dir"]})
+    return Job(launch, worker_flags, given, run_json, config, slots, num_procs, num_gpus)
+
+
+def again(job: Job) -> Job:
+    """The same run, from its last checkpoint, on the hosts that are there.
+
+    Raises:
+        ConfigError: if a host does not answer that is needed.
+    """
+    given = {**job.given, "resume": "auto", "overwrite": None, "output_dir": str(job.folder)}
+    slots = job.slots
+    if slots is not None and job.launch.launcher == "pdsh":
+        limit = min(20.0, job.launch.failure_timeout)
+        findings = examine(question_of(job, timeout=limit))
+        lost = {check.host: check for check in findings.problems}
+        if lost and not job.launch.allow_fewer_hosts:
+            raise ConfigError(
+                f"No restart: {_told(lost.values())}. --allow-fewer-hosts goes on without."
+            )
+        slots = {host: ids for host, ids in slots.items() if host not in lost}
+        if not slots:
+            raise ConfigError(f"No restart: no host is left. {_told(lost.values())}.")
+        if lost:
+            click.echo(f"lorasb: goes on without {_told(lost.values())}", err=True)
+            # The order of the rows goes by the global batch, which must stay.
+            given |= {"train_batch_size": job.config.train_batch_size}
+            given |= {"gradient_accumulation_steps": None}
+    config = load_run_config(given, job.run_json)
+    if slots is not None:
+        sizes = [len(ids) for ids in slots.values()]
+        _, config = resolve_ds_config(config, sum(sizes), sizes[0])
+    return replace(job, given=given, config=config, slots=slots)
+
+
+def _told(checks: Any) -> str:
+    return "; ".join(f"{check.host} ({check.what}: {check.found})" for check in checks)
+
+
+def _slots(launch: LaunchOptions) -> dict[str, list[int]] | None:
+    """Of every host; None where no hosts are named."""
+    option = "--num-procs" if launch.num_procs is not None else "--num-gpus"
+    count = launch.num_procs or launch.num_gpus
+    if launch.hostfile is not None:
+        hosts = read_hostfile(launch.hostfile)
+        filters = (launch.include, launch.exclude, launch.num_nodes)
+        slots = select(hosts, *filters, count, slots_option=option)
+    elif launch.no_ssh:
+        assert launch.num_nodes is not None
+        assert count is not None
+        slots = {f"node-{i}": list(range(count)) for i in range(launch.num_nodes)}
+    else:
+        return None
+    if launch.node_rank is not None and launch.node_rank >= len(slots):
+        raise ConfigError(
+            f"--node-rank {launch.node_rank} is not one of the {len(slots)} hosts: they count "
+            "from 0. Lower it."
+        )
+    return slots
+
+
+def _is_this_host_alone(launch: LaunchOptions, slots: Mapping[str, Sequence[int]]) -> bool:
+    """A hostfile that names this host only needs no ssh to it."""
+    (host, *others), (ids, *_) = slots, slots.values()
+    if others or launch.no_ssh or launch.launcher != "pdsh" or list(ids) != list(range(len(ids))):
+        return False
+    return host in ("localhost", socket.gethostname()) or resolve(host) in interfaces().values()
+
+
+def question_of(job: Job, timeout: float = 20.0, thorough: bool = False) -> Question:
+    """What the hosts have to have for this job."""
+    slots = job.slots or {socket.gethostname(): range(job.num_procs or job.num_gpus or 1)}
+    config, launch = job.config, job.launch
+    named = [model_path(config.model), *config.data, config.eval_data, config.ds_config]
+    named.append(config.init_from)
+    return Question(
+        slots={host: len(ids) for host, ids in slots.items()},
+        cpu=job.num_procs is not None,
+        paths=[str(Path(path).resolve()) for path in named if path and Path(path).exists()],
+        disk=[str(job.folder.resolve())],
+        master_addr=launch.master_addr,
+        master_port=launch.master_port or free_port(),
+        network_interface=launch.network_interface,
+        ssh_port=launch.ssh_port,
+        timeout=timeout,
+        thorough=thorough,
+        programs=("ssh", "pdsh") if job.slots is not None else (),
+    )
+
+
+def _dry_run(job: Job) -> str:
+    """The command, and what is written for it."""
+    port = job.launch.master_port or free_port()
+    if job.slots is None:
+        return shlex.join(_local(job, job_environment_of(job), port))
+    hosts = _hosts(job, job.launch.master_addr or "MASTER_ADDR")
+    lines = [shlex.join(hosts_command(job.arguments, hosts, master_port=port))]
+    if hosts.node_rank is None:
+        variables = variables_of_hosts(job, job_environment_of(job))
+        deepspeed_env(variables, hosts.launcher)
+        lines += [f"# {hosts.hostfile}:", *_commented(_hostfile(job))]
+        lines += [f"# {job.folder / LAUNCH / 'deepspeed_env'}: {' '.join(sorted(variables))}"]
+    return "\n".join(lines)
+
+
+def _commented(text: str) -> list[str]:
+    return [f"#   {line}" for line in text.splitlines()]
+
+
+def _run_once(job: Job, asked: list[int]) -> Ending:
+    """One attempt, from the look at the hosts to the end of all ranks."""
+    launch, environment = job.launch, job_environment_of(job)
+    port = launch.master_port or free_port()
+    findings = Findings()
+    if not launch.skip_preflight and not launch.no_ssh:
+        remote = job.slots is not None and launch.launcher == "pdsh"
+        question = replace(question_of(job), master_port=port)
+        findings = examine(question, local=not remote)
+        if findings.problems:
+            click.echo(report(findings.problems), err=True)
+            click.echo("lorasb: error: this job cannot start (--skip-preflight tries)", err=True)
+            return Ending(EXIT_FAILED)
+    launch_folder, logs = job.folder / LAUNCH, job.folder / LOGS
+    if job.config.resume is None and not launch.node_rank:
+        for old in (launch_folder, logs):
+            shutil.rmtree(old, ignore_errors=True)
+    launch_folder.mkdir(parents=True, exist_ok=True)
+    environment |= {
+        channel.SESSION: secrets.token_hex(16),
+        channel.FAILURE_TIMEOUT: str(launch.failure_timeout),
+        channel.START_TIMEOUT: str(launch.start_timeout),
+        channel.LOGS: str(logs.resolve()),
+    }
+    if launch.network_interface is not None:
+        environment[channel.INTERFACE] = launch.network_interface
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            environment[variable] = launch.network_interface
+    if job.slots is None:
+        listener: socket.socket | None
+        listener, here = listen_for_agents("127.0.0.1")
+        environment[channel.SUPERVISOR] = here
+        command, names = _local(job, environment, port), None
+    else:
+        listener, command, environment = _several(job, environment, port, findings.master_addr)
+        names = [host for host, ids in job.slots.items() for _ in ids]
+    supervisor = Supervisor(
+        listener=listener,
+        session=environment[channel.SESSION],
+        failure_timeout=launch.failure_timeout,
+        start_timeout=launch.start_timeout,
+        launcher_log=launch_folder / "deepspeed.log",
+        hosts=names if launch.launcher == "pdsh" else None,
+        placeholders=launch.hostfile is None,
+        asked=asked,
+    )
+    if launch.launcher == "pdsh" and job.slots is not None and not launch.no_ssh:
+        # A launcher that is suspended (Ctrl-Z) is one that the hosts do not hear of.
+        signal.signal(signal.SIGTSTP, signal.SIG_IGN)
+    try:
+        return supervisor.run(command, environment)
+    finally:
+        if listener is not None:
+            listener.close()
+        remove_shared_memory(port)
+
+
+def job_environment_of(job: Job) -> dict[str, str]:
+    cores = len(os.sched_getaffinity(0)) if job.slots is None else None
+    environment = {**os.environ, **asked_for(os.environ, job.launch.env)}
+    return job_environment(environment, job.num_procs, job.num_gpus, cores)
+
+
+def variables_of_hosts(job: Job, environment: Mapping[str, str]) -> dict[str, str]:
+    """What the ranks of all hosts get: the user's `.deepspeed_env` over what is handed on.
+
+    Raises:
+        ConfigError: if DeepSpeed could not read that file, or --env is wrong.
+    """
+    # Ours takes its place: DeepSpeed reads the file that DS_ENV_FILE names, and no other.
+    name = environment.get("DS_ENV_FILE", ".deepspeed_env")
+    own: dict[str, str] = {}
+    for file in (Path.home() / name, Path(name)):
+        own |= read_deepspeed_env(file) if file.is_file() else {}
+    return {**exported(environment, []), **own, **asked_for(environment, job.launch.env)}
+
+
+def _local(job: Job, environment: Mapping[str, str], port: int) -> list[str]:
+    # With CUDA_VISIBLE_DEVICES DeepSpeed takes what it names, and must not get a count.
+    named = job.num_procs is None and "CUDA_VISIBLE_DEVICES" in environment
+    count = None if named else job.num_procs or job.num_gpus
+    return local_command(job.arguments, count=count, master_port=port)
+
+
+def _hosts(job: Job, master_addr: str) -> Hosts:
+    assert job.slots is not None
+    launch = job.launch
+    return Hosts(
+        slots=job.slots,
+        hostfile=str((job.folder / LAUNCH / "hostfile").resolve()),
+        master_addr=master_addr,
+        launcher=launch.launcher,
+        launcher_args=launch.launcher_args,
+        ssh_port=launch.ssh_port,
+        node_rank=launch.node_rank,
+    )
+
+
+def _hostfile(job: Job) -> str:
+    """Of the hosts that were chosen: every backend of DeepSpeed's reads it the same way."""
+    assert job.slots is not None
+    return write_hostfile({host: max(ids) + 1 for host, ids in job.slots.items()})
+
+
+def _several(
+    job: Job, environment: dict[str, str], port: int, master_addr: str | None
+) -> tuple[socket.socket | None, list[str], dict[str, str]]:
+    """The supervisor's socket, the command, and its environment, for several hosts."""
+    assert job.slots is not None
+    launch = job.launch
+    master_addr = launch.master_addr or master_addr or resolve(next(iter(job.slots)))
+    if master_addr is None or (master_addr.startswith("127.") and not launch.no_ssh):
+        raise ConfigError(
+            f"The address of the first host, {next(iter(job.slots))}, is not known here (its name "
+            f"means {master_addr}). Give --master-addr."
+        )
+    hosts = _hosts(job, master_addr)
+    hostfile = Path(hosts.hostfile)
+    if launch.no_ssh:
+        # Nothing was agreed on beforehand but the options: they are the word, and the next port.
+        hostfile = hostfile.with_name(f"hostfile-{launch.node_rank}")
+        hosts = replace(hosts, hostfile=str(hostfile))
+        hostfile.write_text(_hostfile(job))
+        meaning = [*job.arguments, master_addr, str(port), *job.slots]
+        environment[channel.SESSION] = hashlib.sha256("\0".join(meaning).encode()).hexdigest()
+        environment[channel.SUPERVISOR] = f"{master_addr}:{port + 1}"
+        environment[channel.NODE_RANK] = str(launch.node_rank)
+        listener = listen_for_agents("", port + 1)[0] if launch.node_rank == 0 else None
+        command = hosts_command(job.arguments, hosts, master_port=port)
+        return listener, command, environment
+    hostfile.write_text(_hostfile(job))
+    # Where this host is seen from the others.
+    listener, here = listen_for_agents("", seen_as=route_from(master_addr) or master_addr)
+    environment[channel.SUPERVISOR] = here
+    variables = variables_of_hosts(job, environment)
+    if launch.launcher != "pdsh":
+        variables |= {"MASTER_ADDR": master_addr, "MASTER_PORT": str(port)}
+    env_file = hostfile.with_name("deepspeed_env")
+    env_file.unlink(missing_ok=True)
+    env_file.touch(mode=0o600)  # before anything is in it
+    env_file.write_text(deepspeed_env(variables, launch.launcher))
+    command = hosts_command(job.arguments, hosts, master_port=port)
+    return listener, command, hosts_environment(environment, str(env_file.resolve()))
