@@ -35,6 +35,15 @@ PROGRAM = Path(this_host.__file__).read_text(encoding="utf-8")
 CLOCKS_APART_S = 5.0
 LEAST_DISK, LEAST_MEMORY = 1 << 28, 1 << 30  # bytes; `lorasb plan` tells what a run needs
 REACH_S = 4.0
+SSH_REMEDIES = {
+    "resolve": "No DNS, /etc/hosts or ~/.ssh/config knows the name. Mend it, or write the address.",
+    "refused": "No sshd listens there. Start it, or give --ssh-port.",
+    "Permission denied": "Let this host in without a password: ssh-copy-id HOST.",
+    "Host key": "Accept its key once: ssh HOST true.",
+    "timed out": "The host or its network is down, or a firewall drops ssh.",
+    "No route": "No way leads there: look at the host's network, and at this one's.",
+    "unreachable": "No way leads there: look at the host's network, and at this one's.",
+}
 PACKAGED_IN = {"ssh": "openssh-client"}
 
 
@@ -347,7 +356,8 @@ def _answer_of(host: str, request: Mapping[str, Any], question: Question) -> Ans
         return Answer(host, facts, clock_offset=ahead, rtt=after - before)
     error = (done.stderr.strip() or f"status {done.returncode}").splitlines()[-1]
     if done.returncode == 255:
-        remedy = f"Let it in without a password: ssh-copy-id {host}; then `ssh {host} true` works."
+        fitting = [remedy for word, remedy in SSH_REMEDIES.items() if word in error]
+        remedy = [*fitting, "Look at what `ssh HOST true` says."][0].replace("HOST", host)
     elif done.returncode in (126, 127):
         error = f"no such interpreter: {sys.executable}"
         remedy = "Set the project up under the same path there (scripts/setup.sh), or share it."

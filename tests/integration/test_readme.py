@@ -31,6 +31,9 @@ def test_all_are_tried_here() -> None:
         *starting("lorasb", "data"),
         *starting("lorasb", "plan"),
         *starting("lorasb", "report"),
+        *starting("lorasb", "hostfile"),
+        *starting("lorasb", "doctor"),
+        *starting("lorasb", "launch-script"),
         *starting("deepspeed"),
         *[line for line in COMMANDS if line.startswith("scripts/")],
     ]
@@ -47,12 +50,33 @@ def test_scripts(line: str) -> None:
 @pytest.mark.parametrize("line", starting("lorasb", "train") + starting("lorasb", "init"))
 def test_train(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "hostfiles").symlink_to(ROOT / "hostfiles")
     arguments = shlex.split(line)[1:]
     if "--resume" in arguments and (run := arguments[arguments.index("--resume") + 1]) != "auto":
         made_up_run(Path(run), {})
     result = CliRunner().invoke(main, [*arguments, "--dry-run"])
     assert result.exit_code == 0, result.output
     assert ("--init-only" in result.output) == line.startswith("lorasb init")
+
+
+@pytest.mark.parametrize(
+    "line", starting("lorasb", "hostfile") + starting("lorasb", "launch-script")
+)
+def test_clusters(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    result = CliRunner().invoke(main, shlex.split(line)[1:])
+    assert result.exit_code == 0, result.output
+    assert any(word in result.output for word in ("16 rank(s)", "#SBATCH", "kind: Job"))
+
+
+@pytest.mark.parametrize("line", starting("lorasb", "doctor"))
+def test_doctor(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its hosts are not there, which it says; tests/nodes has some that are."""
+    monkeypatch.chdir(ROOT)
+    result = CliRunner().invoke(main, shlex.split(line)[1:])
+    assert result.exit_code == 1, result.output
+    for host in ("node-1", "node-2"):
+        assert f"{host}: ssh: No DNS, /etc/hosts or ~/.ssh/config knows the name" in result.output
 
 
 @pytest.mark.parametrize("line", starting("lorasb", "plan"))
