@@ -14,7 +14,6 @@ import fcntl
 import os
 import pty
 import re
-import select
 import signal
 import socket
 import struct
@@ -23,7 +22,7 @@ import sys
 import termios
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -32,14 +31,16 @@ from typing import Any, NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # DeepSpeed starts it as a script
 
 from launcher import channel as names
-from launcher.channel import Channel, beat_interval
+from launcher.channel import Channel, beat_interval, readable
 from launcher.host import interface_of, route_from
 from launcher.ranks import rank_variables, remove_shared_memory, worker_command
 from lorasb_ds.stop import EXIT_STOPPED
 
-TAIL_LINES = 40
+TAIL_LINES, TAIL_WIDTH = 40, 1000
+LONGEST_LINE = 1 << 16
 POLL_S = 0.2
 STACKS_S = 0.3
+CONNECT_S = 5.0
 DRAIN_S = 1.0  # for what a worker has written before it ended
 PR_SET_PDEATHSIG = 1
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -60,8 +61,10 @@ class Log:
         *lines, self._line = (self._line + text.replace("\r\n", "\n")).split("\n")
         for line in lines:
             plain = ESCAPES.sub("", line).rpartition("\r")[2]
-            self.tail.append(plain)
+            self.tail.append(plain[:TAIL_WIDTH])
             self._put(plain)
+        if len(self._line) > LONGEST_LINE:
+            self.write("\n")
 
     def close(self) -> None:
         if self._line:
@@ -112,15 +115,17 @@ class Agent:
 
     def _connect(self) -> Channel:
         host, _, port = self.environment[names.SUPERVISOR].rpartition(":")
-        deadline = time.monotonic() + float(self.environment[names.START_TIMEOUT])
+        # Where no ssh starts the hosts, the first one's launcher may come last.
+        by_hand = names.NODE_RANK in self.environment
+        patience = float(self.environment[names.START_TIMEOUT]) if by_hand else CONNECT_S
+        deadline = time.monotonic() + patience
         while True:
             try:
                 connection = socket.create_connection((host, int(port)), self.failure_timeout)
                 self.supervisor_is_here = connection.getsockname()[0] == connection.getpeername()[0]
                 return Channel(connection)
             except OSError as error:
-                # Where no ssh starts the hosts, the first one's launcher may come last.
-                if time.monotonic() > deadline or names.NODE_RANK not in self.environment:
+                if time.monotonic() > deadline:
                     self._fail(f"cannot reach the launcher at {host}:{port}: {error}")
             time.sleep(POLL_S)
 
@@ -143,7 +148,7 @@ class Agent:
         )
         deadline = time.monotonic() + self.failure_timeout
         while not self.channel.closed and time.monotonic() < deadline:
-            select.select([self.channel], [], [], POLL_S)
+            readable([self.channel.fileno()], POLL_S)
             for message in self.channel.receive():
                 if "refused" not in message:
                     return message
@@ -200,11 +205,10 @@ class Agent:
         next_beat = next_ask = 0.0
         heard = time.monotonic()
         while self.worker.poll() is None:
-            sources = [self.channel.fileno(), self.pipe, *self.streams]
-            readable, _, _ = select.select(sources, [], [], POLL_S)
+            ready = readable([self.channel.fileno(), self.pipe, *self.streams], POLL_S)
             now = time.monotonic()
-            self._read(readable)
-            if self.pipe in readable and (told := os.read(self.pipe, 1024).split()):
+            self._read(ready)
+            if self.pipe in ready and (told := os.read(self.pipe, 1024).split()):
                 self.stage = told[-1].decode()
             for message in self.channel.receive():
                 heard = now
@@ -227,8 +231,8 @@ class Agent:
                 next_ask = now + 0.5
                 self.worker.send_signal(signal.SIGUSR1)
 
-    def _read(self, readable: Sequence[int]) -> None:
-        for fd in [fd for fd in self.streams if fd in readable]:
+    def _read(self, ready: Collection[int]) -> None:
+        for fd in [fd for fd in self.streams if fd in ready]:
             stream, decoder = self.streams[fd]
             try:
                 data = os.read(fd, 1 << 16)
@@ -258,15 +262,14 @@ class Agent:
     def _drain(self) -> None:
         deadline = time.monotonic() + DRAIN_S
         while self.streams and (left := deadline - time.monotonic()) > 0:
-            readable, _, _ = select.select([*self.streams], [], [], left)
-            self._read(readable)
+            self._read(readable(self.streams, left))
 
     def _say_goodbye(self) -> None:
         """Stay until the supervisor has it all: it closes the connection."""
         deadline = time.monotonic() + self.failure_timeout
         while not self.channel.closed and time.monotonic() < deadline:
             self.channel.flush()
-            select.select([self.channel], [], [], POLL_S)
+            readable([self.channel.fileno()], POLL_S)
             self.channel.receive()
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
+from collections.abc import Iterable
 from typing import Any
 
 # Told to the agents through the environment of the job.
@@ -19,6 +21,7 @@ NODE_RANK = "LORASB_NODE_RANK"  # where hosts are started by hand
 REPORT_TO = "LORASB_AGENT_FD"  # a pipe
 
 LONGEST_MESSAGE = 1 << 22  # bytes
+LONGEST_GREETING = 1 << 14  # of who may be a stranger
 
 
 def beat_interval(failure_timeout: float) -> float:
@@ -32,11 +35,20 @@ def tell_agent(word: str) -> None:
         os.write(int(os.environ[REPORT_TO]), f"{word}\n".encode())
 
 
+def readable(fds: Iterable[int], seconds: float) -> set[int]:
+    """Those that have something to read, as soon as one has; ``select`` stops at 1024."""
+    waiting = select.poll()
+    for fd in fds:
+        waiting.register(fd, select.POLLIN)
+    return {fd for fd, _ in waiting.poll(1000 * seconds)}
+
+
 class Channel:
     """One end of a connection; nothing of it blocks."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, limit: int = LONGEST_MESSAGE) -> None:
         connection.setblocking(False)
+        self.limit = limit
         self._connection = connection
         self._received = self._unsent = b""
         self.closed = False
@@ -66,7 +78,7 @@ class Channel:
             while not self.closed:
                 data = self._connection.recv(1 << 16)
                 self._received += data
-                if not data or len(self._received) > LONGEST_MESSAGE:
+                if not data or len(self._received) > self.limit:
                     self.closed = True
         except BlockingIOError:
             pass

@@ -24,7 +24,8 @@ def doctor(launch: LaunchOptions, given: dict[str, object], timeout: float, as_j
     run_json = given.pop("run_json")
     job = make_job(launch, [], run_json if isinstance(run_json, str) else None, given)
     remote = job.slots is not None and not launch.no_ssh
-    findings = examine(question_of(job, timeout=timeout, thorough=True), local=not remote)
+    question = question_of(job, timeout=timeout, thorough=True)
+    findings = examine(question, local=not remote)
     if remote:
         findings.checks.append(_check_variables(job))
     if as_json:

@@ -60,16 +60,6 @@ def resolve(host: str) -> str | None:
     return None
 
 
-def port_is_free(address: str, port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((address, port))
-        except OSError:
-            return False
-    return True
-
-
 def describe(question: dict[str, Any]) -> dict[str, Any]:
     """The answer to what `preflight.question` asks."""
     return {
@@ -104,12 +94,12 @@ def code_digest(root: Path) -> str | None:
     return digest.hexdigest()[:12]
 
 
-def listen(address: str, port: int, seconds: float) -> dict[str, Any]:
-    """Let others try to reach a port of this host for a while."""
+def listen(port: int, seconds: float) -> dict[str, Any]:
+    """Let others try to reach a port of this host for a while; on all addresses, as torch does."""
     with socket.socket() as server:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            server.bind((address, port))
+            server.bind(("", port))
         except OSError as error:
             return {"error": f"{error.strerror or error}"}
         server.listen(1024)

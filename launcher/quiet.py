@@ -11,6 +11,8 @@ import warnings
 def quiet_libraries() -> None:
     """Call it before transformers is imported. Errors and DeepSpeed's own log are left alone."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # torch warns of every host whose address has no name.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not sys.stderr.isatty() or int(os.environ.get("RANK", 0)) > 0:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

@@ -42,6 +42,16 @@ from lorasb_ds.ds_config import resolve_ds_config
 from lorasb_ds.request import check_output_dir, load_run_config, replayed_processes, resumed_run
 from lorasb_ds.stop import EXIT_INTERRUPTED, EXIT_STOPPED
 
+# Programs of this host that start the others.
+NEEDED = {
+    "pdsh": ("ssh", "pdsh"),
+    "openmpi": ("mpirun", "ompi_info"),
+    "mpich": ("mpirun",),
+    "impi": ("mpirun",),
+    "mvapich": ("mpirun", "mpiname"),
+    "slurm": ("srun", "sinfo"),
+}
+
 
 @dataclass(frozen=True)
 class Job:
@@ -159,7 +169,7 @@ def again(job: Job) -> Job:
     if slots is not None and job.launch.launcher == "pdsh":
         limit = min(20.0, job.launch.failure_timeout)
         findings = examine(question_of(job, timeout=limit))
-        lost = {check.host: check for check in findings.problems}
+        lost = {check.host: check for check in findings.problems if check.host in slots}
         if lost and not job.launch.allow_fewer_hosts:
             raise ConfigError(
                 f"No restart: {_told(lost.values())}. --allow-fewer-hosts goes on without."
@@ -215,8 +225,12 @@ def _is_this_host_alone(launch: LaunchOptions, slots: Mapping[str, Sequence[int]
 
 def question_of(job: Job, timeout: float = 20.0, thorough: bool = False) -> Question:
     """What the hosts have to have for this job."""
-    slots = job.slots or {socket.gethostname(): range(job.num_procs or job.num_gpus or 1)}
     config, launch = job.config, job.launch
+    here = {socket.gethostname(): range(job.num_procs or job.num_gpus or 1)}
+    if job.slots is None or launch.no_ssh:
+        slots: Mapping[str, Sequence[int]] = here
+    else:  # MPI and Slurm start the hosts, by their own ways and networks
+        slots = job.slots if launch.launcher == "pdsh" else {}
     named = [model_path(config.model), *config.data, config.eval_data, config.ds_config]
     named.append(config.init_from)
     return Question(
@@ -230,7 +244,7 @@ def question_of(job: Job, timeout: float = 20.0, thorough: bool = False) -> Ques
         ssh_port=launch.ssh_port,
         timeout=timeout,
         thorough=thorough,
-        programs=("ssh", "pdsh") if job.slots is not None else (),
+        programs=NEEDED[launch.launcher] if job.slots is not None else (),
     )
 
 
@@ -259,15 +273,14 @@ def _run_once(job: Job, asked: list[int]) -> Ending:
     port = launch.master_port or free_port()
     findings = Findings()
     if not launch.skip_preflight and not launch.no_ssh:
-        remote = job.slots is not None and launch.launcher == "pdsh"
         question = replace(question_of(job), master_port=port)
-        findings = examine(question, local=not remote)
+        findings = examine(question, local=job.slots is None)
         if findings.problems:
             click.echo(report(findings.problems), err=True)
             click.echo("lorasb: error: this job cannot start (--skip-preflight tries)", err=True)
             return Ending(EXIT_FAILED)
     launch_folder, logs = job.folder / LAUNCH, job.folder / LOGS
-    if job.config.resume is None and not launch.node_rank:
+    if job.config.resume is None and not launch.no_ssh:  # other hosts' ranks may have begun
         for old in (launch_folder, logs):
             shutil.rmtree(old, ignore_errors=True)
     launch_folder.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ import ctypes
 import hmac
 import os
 import queue
-import select
+import resource
 import signal
 import socket
 import subprocess
@@ -27,7 +27,7 @@ from typing import Any
 import click
 import psutil
 
-from launcher.channel import Channel, beat_interval
+from launcher.channel import LONGEST_GREETING, LONGEST_MESSAGE, Channel, beat_interval, readable
 from lorasb_ds.stop import EXIT_INTERRUPTED, EXIT_STOPPED
 
 POLL_S = 0.1
@@ -107,6 +107,9 @@ class Supervisor:
         # Children inherit that it is ignored: DeepSpeed's launchers are to outlive it, and workers
         # to whom it is sent before they listen.
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        # A connection for every rank, and shells allow 1024.
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         # What a launcher of DeepSpeed's leaves behind becomes a child of this process.
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
         with self.launcher_log.open("ab") as log:
@@ -167,13 +170,14 @@ class Supervisor:
         assert self.listener is not None
         channels = [m.channel for m in self.members.values() if not m.channel.closed]
         sources = [self.listener.fileno(), *(c.fileno() for c in [*channels, *self._newcomers])]
-        select.select(sources, [], [], POLL_S)
+        readable(sources, POLL_S)
 
     def _read(self, now: float) -> None:
         assert self.listener is not None
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(OSError):  # no one more waits, or too many files are open
             while True:
-                self._newcomers[Channel(self.listener.accept()[0])] = now
+                newcomer = Channel(self.listener.accept()[0], limit=LONGEST_GREETING)
+                self._newcomers[newcomer] = now
         for channel, since in list(self._newcomers.items()):
             messages = channel.receive()
             if messages:
@@ -193,6 +197,11 @@ class Supervisor:
             channel.close()
             return
         rank = int(message["rank"])
+        if rank in self.members:
+            channel.send(refused="it has come already: was a --node-rank given twice?")
+            channel.close()
+            return
+        channel.limit = LONGEST_MESSAGE
         named = self.hosts is not None and not self.placeholders
         host = self.hosts[rank] if self.hosts and named else str(message["host"])
         member = Member(channel, rank, host, message["log"], message["interface"], heard=now)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from launcher.job_script import inner_command
 from lorasb_ds.stop import EXIT_STOPPED
 from tests.nodes.hosts import Command, Host, Hosts, wait_until
 from tests.runs import metrics, run_command, word_rows, write_jsonl
@@ -125,15 +126,27 @@ def test_two_hosts_are_two_processes(
     assert mode == 0o600
 
 
-def test_hosts_that_are_started_by_hand(hosts: Hosts, options: list[str], tmp_path: Path) -> None:
-    """--no-ssh on every host, the master's launcher last; over the second network."""
+def test_hosts_that_a_scheduler_starts(hosts: Hosts, options: list[str], tmp_path: Path) -> None:
+    """What the Slurm script runs on every node; the master last, over the second network."""
     folder, commands = tmp_path / "run", {}
+    words = inner_command(
+        [*options, "--max-steps", "2"],
+        verb="train",
+        nodes=2,
+        gpus_per_node=1,
+        output_dir=str(folder),
+        master_port=29511,
+        python=sys.executable,
+    )
+    words[words.index("--num-gpus")] = "--num-procs"  # there are none here
     for node_rank in (1, 0):
         with (tmp_path / f"log-{node_rank}").open("w") as log:
             commands[node_rank] = hosts[node_rank].popen(
-                *(LORASB, "train", "--no-ssh", "--num-nodes", "2", "--num-procs", "1", *options),
-                *("--node-rank", str(node_rank), "--master-addr", hosts[0].addresses["eth1"]),
-                *("--master-port", "29511", "--max-steps", "2", "--output-dir", str(folder)),
+                *("bash", "-c", " ".join(words)),
+                env={
+                    "SLURM_NODEID": str(node_rank),
+                    "MASTER_ADDR": hosts[0].addresses["eth1"],
+                },
                 stdout=log,
             )
         time.sleep(2 * node_rank)

@@ -1,0 +1,146 @@
+"""What is made of a host's answer. The hosts themselves are in tests/nodes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher import host as this_host
+from launcher.preflight import (
+    PROGRAM,
+    Answer,
+    Question,
+    check_answer,
+    choose_master_addr,
+    examine,
+    remote_command,
+    report,
+)
+
+INTERFACES = {"lo": "127.0.0.1", "eth0": "10.0.0.1", "ib0": "10.1.0.1"}
+QUESTION = Question(slots={"gpu1": 8, "gpu2": 8}, paths=["/data/train.jsonl"], disk=["/runs"])
+
+
+@pytest.mark.parametrize(
+    ("asked_for", "resolved", "routes", "expected"),
+    [
+        (None, "10.0.0.1", {}, "10.0.0.1"),
+        ("ib0", "10.0.0.1", {}, "10.1.0.1"),
+        ("eth9", "10.0.0.1", {}, None),
+        (None, "127.0.1.1", {"gpu1": "127.0.0.1", "gpu2": "10.1.0.1"}, "10.1.0.1"),
+        (None, None, {"gpu2": None}, None),
+        (None, "203.0.113.1", {}, None),
+    ],
+)
+def test_master_address(
+    asked_for: str | None, resolved: str | None, routes: dict[str, str], expected: str | None
+) -> None:
+    assert choose_master_addr(INTERFACES, routes, asked_for, resolved) == expected
+
+
+def test_the_only_address_is_taken() -> None:
+    only = {"lo": "127.0.0.1", "eth0": "10.0.0.1"}
+    assert choose_master_addr(only, {}, None, "127.0.1.1") == "10.0.0.1"
+
+
+FACTS: dict[str, Any] = {
+    "python": "3.11.7",
+    "packages": {"torch": "2.6"},
+    "code": "abc",
+    "cwd": True,
+    "missing": [],
+    "disk": {"/runs": 1 << 40},
+    "memory": 1 << 36,
+    "interfaces": INTERFACES,
+    "routes": {},
+    "gpus": [80 << 30] * 8,
+    "compiler": "/usr/bin/g++",
+    "ninja": "/env/bin/ninja",
+    "devices": None,
+}
+
+
+def reds(question: Question = QUESTION, offset: float = 0.0, **changes: Any) -> dict[str, str]:
+    answer = Answer("gpu2", FACTS | changes, clock_offset=offset, rtt=0.2)
+    checks = check_answer(answer, FACTS, question)
+    assert all(check.remedy for check in checks if not check.ok), "each says what to do"
+    return {check.what: check.found for check in checks if not check.ok}
+
+
+def test_a_host_like_this_one_is_green() -> None:
+    assert reds() == {}
+    assert reds(replace(QUESTION, cpu=True), gpus=None) == {}
+    assert reds(gpus=None) == {}, "no NVIDIA driver: the quick look cannot tell"
+
+
+def test_each_red() -> None:
+    assert reds(python="3.10.1") == {"python": "3.10.1"}
+    assert reds(packages={"torch": None}) == {"packages": "torch missing (here 2.6)"}
+    assert reds(code=None)["code"].startswith("no /")
+    assert "directory" in reds(cwd=False)
+    assert reds(offset=-40.0) == {"clock": "-40.0 s"}
+    assert reds(missing=["/data/train.jsonl"]) == {"files": "missing: /data/train.jsonl"}
+    assert reds(disk={"/runs": None}) == {"disk /runs": "cannot be written"}
+    assert "disk /runs" in reds(disk={"/runs": 1000})
+    assert reds(memory=1 << 20) == {"memory": "0.0 GiB free"}
+    assert reds(gpus=[1] * 4) == {"accelerators": "4 GPUs, 8 wanted"}
+    thorough = replace(QUESTION, thorough=True)
+    assert reds(thorough, compiler=None, ninja=None) == {"build tools": "no compiler and no ninja"}
+    on_cpu = {"name": "cpu", "count": 0, "memory": []}
+    assert "DeepSpeed finds a CPU only" in reds(thorough, devices=on_cpu)["accelerators"]
+    broken = {"error": "ImportError: torch or DeepSpeed does not start"}
+    assert "does not start" in reds(replace(thorough, cpu=True), devices=broken)["accelerators"]
+    some = {"name": "cuda", "count": 4, "memory": [80 << 30] * 4}
+    assert reds(thorough, devices=some)["accelerators"].startswith("4 cuda, 80.0 GiB and more")
+
+
+def test_a_host_that_does_not_answer() -> None:
+    answer = Answer("gpu2", None, "Connection refused", "Start sshd.")
+    (check,) = check_answer(answer, FACTS, QUESTION)
+    assert (check.what, check.ok) == ("ssh", False)
+    text = report([check])
+    assert text.splitlines()[0].split() == ["RED", "gpu2", "ssh", "Connection", "refused"]
+    assert text.splitlines()[-1] == "gpu2: ssh: Start sshd."
+
+
+def test_this_host() -> None:
+    question = Question(slots={"here": 1}, cpu=True, paths=[sys.executable], disk=["/nowhere/x"])
+    assert not examine(question, local=True).problems
+    missing = replace(question, programs=["no-such-program"], paths=["/nowhere/y"])
+    found = {check.what: check for check in examine(missing, local=True).problems}
+    assert set(found) == {"no-such-program", "files"}
+    assert "apt-get install" in found["no-such-program"].remedy
+
+
+def test_what_ssh_runs_is_one_word_for_a_shell(tmp_path: Path) -> None:
+    """The question comes through it whatever it holds, and the program by standard input."""
+    hostile = replace(QUESTION, paths=["/data/it's $(here) ; \n"], ssh_port=2222)
+    request = {
+        "verb": "describe",
+        "packages": [],
+        "code": str(tmp_path),
+        "cwd": "/",
+        "devices": False,
+    }
+    request |= {"paths": hostile.paths, "disk": [], "routes": []}
+    *ssh, command = remote_command("gpu2", request, hostile)
+    assert ssh[0] == "ssh"
+    assert ssh[-3:] == ["-p", "2222", "gpu2"]
+    done = subprocess.run(
+        ["sh", "-c", command],
+        input=PROGRAM,
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    answer = json.loads(done.stdout)
+    assert answer["missing"] == hostile.paths
+    assert answer["code"] is None
+    assert answer["python"] == this_host.platform.python_version()
