@@ -8,10 +8,11 @@ from dataclasses import asdict
 
 import click
 
+from launcher.checks import Check, report
 from launcher.command import deepspeed_env
+from launcher.job import Job, job_environment_of, make_job, question_of, variables_of_hosts
 from launcher.launch_options import LaunchOptions
-from launcher.preflight import Check, Findings, examine, report
-from launcher.start import Job, job_environment_of, make_job, question_of, variables_of_hosts
+from launcher.preflight import Findings, examine
 from lorasb_ds.config import ConfigError
 
 

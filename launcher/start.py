@@ -3,78 +3,39 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import secrets
 import shlex
 import shutil
 import signal
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import datetime
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from launcher import channel
+from launcher.checks import report
 from launcher.command import (
     Hosts,
-    asked_for,
     deepspeed_env,
-    exported,
     hosts_command,
     hosts_environment,
-    job_environment,
     local_command,
-    read_deepspeed_env,
 )
-from launcher.host import interfaces, resolve, route_from
-from launcher.hostfile import read_hostfile, select, write_hostfile
+from launcher.host import resolve, route_from
+from launcher.hostfile import write_hostfile
+from launcher.job import Job, job_environment_of, make_job, question_of, variables_of_hosts
 from launcher.launch_options import LaunchOptions
-from launcher.options import to_arguments
-from launcher.preflight import Findings, Question, examine, report
+from launcher.preflight import Findings, examine
 from launcher.ranks import free_port, remove_shared_memory
-from launcher.supervisor import EXIT_FAILED, EXIT_REFUSED, Ending, Supervisor, listen_for_agents
-from lorasb_ds.base_files import model_path
-from lorasb_ds.config import LAUNCH, LOGS, ConfigError, RunConfig, read_json
+from launcher.supervisor import Supervisor, listen_for_agents
+from launcher.verdict import EXIT_FAILED, EXIT_REFUSED
+from lorasb_ds.config import LAUNCH, LOGS, ConfigError
 from lorasb_ds.ds_config import resolve_ds_config
-from lorasb_ds.request import check_output_dir, load_run_config, replayed_processes, resumed_run
+from lorasb_ds.request import load_run_config
 from lorasb_ds.stop import EXIT_INTERRUPTED, EXIT_STOPPED
-
-# Programs of this host that start the others.
-NEEDED = {
-    "pdsh": ("ssh", "pdsh"),
-    "openmpi": ("mpirun", "ompi_info"),
-    "mpich": ("mpirun",),
-    "impi": ("mpirun",),
-    "mvapich": ("mpirun", "mpiname"),
-    "slurm": ("srun", "sinfo"),
-}
-
-
-@dataclass(frozen=True)
-class Job:
-    """What was asked for, checked as far as that goes without torch."""
-
-    launch: LaunchOptions
-    worker_flags: Sequence[str]
-    given: Mapping[str, Any]  # options of the run
-    run_json: str | None
-    config: RunConfig
-    slots: Mapping[str, Sequence[int]] | None  # None: this host alone
-    num_procs: int | None
-    num_gpus: int | None
-
-    @property
-    def folder(self) -> Path:
-        assert self.config.output_dir is not None
-        return Path(self.config.output_dir)
-
-    @property
-    def arguments(self) -> list[str]:
-        """Of the worker."""
-        return [*self.worker_flags, *to_arguments({"config": self.run_json, **self.given})]
 
 
 def start(
@@ -103,59 +64,11 @@ def start(
             except ConfigError as error:
                 click.echo(f"lorasb: error: {error}", err=True)
                 break
-        ending = _run_once(job, asked)
-        over = ending.status in (0, EXIT_REFUSED, EXIT_STOPPED, EXIT_INTERRUPTED)
-        if over or asked or attempt == launch.max_restarts:
+        status = _run_once(job, asked)
+        over = status in (0, EXIT_REFUSED, EXIT_STOPPED, EXIT_INTERRUPTED)
+        if over or asked:
             break
-    if ending.failure is not None and ending.status not in (EXIT_REFUSED, EXIT_FAILED):
-        click.echo(
-            "lorasb: --resume auto goes on from the last checkpoint, if there is one.", err=True
-        )
-    return ending.status
-
-
-def make_job(
-    launch: LaunchOptions,
-    worker_flags: Sequence[str],
-    run_json: str | None,
-    given: Mapping[str, Any],
-) -> Job:
-    """Options, hostfile and ds_config, held against each other."""
-    launch.check()
-    given = dict(given)
-    num_procs, num_gpus, slots = launch.num_procs, launch.num_gpus, _slots(launch)
-    if slots is not None:
-        on_cpu = num_procs is not None or os.environ.get("DS_ACCELERATOR") == "cpu"
-        most = max(len(ids) for ids in slots.values())
-        num_procs, num_gpus = (most, None) if on_cpu else (None, most)
-        if _is_this_host_alone(launch, slots):
-            slots = None
-    else:
-        earlier = run_json
-        if earlier is None and given.get("resume") not in (None, "auto"):
-            earlier = str(resumed_run(given["resume"]) / "run.json")
-        if earlier is not None and num_procs is None and num_gpus is None:
-            num_procs, num_gpus = replayed_processes(earlier)
-    config = load_run_config(given, run_json)
-    if slots is not None:
-        sizes = [len(ids) for ids in slots.values()]
-        _, config = resolve_ds_config(config, sum(sizes), sizes[0])
-    elif count := num_procs or num_gpus:
-        _, config = resolve_ds_config(config, count)
-    else:  # DeepSpeed counts the GPUs; the workers check the rest before they join
-        read_json(config.ds_config, "--ds-config")
-    if launch.no_ssh and config.output_dir is None:
-        raise ConfigError(
-            "--no-ssh needs --output-dir: every host is started by itself, and all must mean the "
-            "same folder. Give it."
-        )
-    if not launch.node_rank:  # the first host's ranks may have begun to write
-        check_output_dir(config)
-    if config.output_dir is None:
-        name = f"{Path(config.model).name}-{datetime.now():%Y%m%d-%H%M%S}"
-        given["output_dir"] = str(Path("runs") / name)
-        config = config.model_copy(update={"output_dir": given["output_dir"]})
-    return Job(launch, worker_flags, given, run_json, config, slots, num_procs, num_gpus)
+    return status
 
 
 def again(job: Job) -> Job:
@@ -193,61 +106,6 @@ def _told(checks: Any) -> str:
     return "; ".join(f"{check.host} ({check.what}: {check.found})" for check in checks)
 
 
-def _slots(launch: LaunchOptions) -> dict[str, list[int]] | None:
-    """Of every host; None where no hosts are named."""
-    option = "--num-procs" if launch.num_procs is not None else "--num-gpus"
-    count = launch.num_procs or launch.num_gpus
-    if launch.hostfile is not None:
-        hosts = read_hostfile(launch.hostfile)
-        filters = (launch.include, launch.exclude, launch.num_nodes)
-        slots = select(hosts, *filters, count, slots_option=option)
-    elif launch.no_ssh:
-        assert launch.num_nodes is not None
-        assert count is not None
-        slots = {f"node-{i}": list(range(count)) for i in range(launch.num_nodes)}
-    else:
-        return None
-    if launch.node_rank is not None and launch.node_rank >= len(slots):
-        raise ConfigError(
-            f"--node-rank {launch.node_rank} is not one of the {len(slots)} hosts: they count "
-            "from 0. Lower it."
-        )
-    return slots
-
-
-def _is_this_host_alone(launch: LaunchOptions, slots: Mapping[str, Sequence[int]]) -> bool:
-    """A hostfile that names this host only needs no ssh to it."""
-    (host, *others), (ids, *_) = slots, slots.values()
-    if others or launch.no_ssh or launch.launcher != "pdsh" or list(ids) != list(range(len(ids))):
-        return False
-    return host in ("localhost", socket.gethostname()) or resolve(host) in interfaces().values()
-
-
-def question_of(job: Job, timeout: float = 20.0, thorough: bool = False) -> Question:
-    """What the hosts have to have for this job."""
-    config, launch = job.config, job.launch
-    here = {socket.gethostname(): range(job.num_procs or job.num_gpus or 1)}
-    if job.slots is None or launch.no_ssh:
-        slots: Mapping[str, Sequence[int]] = here
-    else:  # MPI and Slurm start the hosts, by their own ways and networks
-        slots = job.slots if launch.launcher == "pdsh" else {}
-    named = [model_path(config.model), *config.data, config.eval_data, config.ds_config]
-    named.append(config.init_from)
-    return Question(
-        slots={host: len(ids) for host, ids in slots.items()},
-        cpu=job.num_procs is not None,
-        paths=[str(Path(path).resolve()) for path in named if path and Path(path).exists()],
-        disk=[str(job.folder.resolve())],
-        master_addr=launch.master_addr,
-        master_port=launch.master_port or free_port(),
-        network_interface=launch.network_interface,
-        ssh_port=launch.ssh_port,
-        timeout=timeout,
-        thorough=thorough,
-        programs=NEEDED[launch.launcher] if job.slots is not None else (),
-    )
-
-
 def _dry_run(job: Job) -> str:
     """The command, and what is written for it."""
     port = job.launch.master_port or free_port()
@@ -267,7 +125,7 @@ def _commented(text: str) -> list[str]:
     return [f"#   {line}" for line in text.splitlines()]
 
 
-def _run_once(job: Job, asked: list[int]) -> Ending:
+def _run_once(job: Job, asked: list[int]) -> int:
     """One attempt, from the look at the hosts to the end of all ranks."""
     launch, environment = job.launch, job_environment_of(job)
     port = launch.master_port or free_port()
@@ -278,7 +136,7 @@ def _run_once(job: Job, asked: list[int]) -> Ending:
         if findings.problems:
             click.echo(report(findings.problems), err=True)
             click.echo("lorasb: error: this job cannot start (--skip-preflight tries)", err=True)
-            return Ending(EXIT_FAILED)
+            return EXIT_FAILED
     launch_folder, logs = job.folder / LAUNCH, job.folder / LOGS
     if job.config.resume is None and not launch.no_ssh:  # other hosts' ranks may have begun
         for old in (launch_folder, logs):
@@ -321,26 +179,6 @@ def _run_once(job: Job, asked: list[int]) -> Ending:
         if listener is not None:
             listener.close()
         remove_shared_memory(port)
-
-
-def job_environment_of(job: Job) -> dict[str, str]:
-    cores = len(os.sched_getaffinity(0)) if job.slots is None else None
-    environment = {**os.environ, **asked_for(os.environ, job.launch.env)}
-    return job_environment(environment, job.num_procs, job.num_gpus, cores)
-
-
-def variables_of_hosts(job: Job, environment: Mapping[str, str]) -> dict[str, str]:
-    """What the ranks of all hosts get: the user's `.deepspeed_env` over what is handed on.
-
-    Raises:
-        ConfigError: if DeepSpeed could not read that file, or --env is wrong.
-    """
-    # Ours takes its place: DeepSpeed reads the file that DS_ENV_FILE names, and no other.
-    name = environment.get("DS_ENV_FILE", ".deepspeed_env")
-    own: dict[str, str] = {}
-    for file in (Path.home() / name, Path(name)):
-        own |= read_deepspeed_env(file) if file.is_file() else {}
-    return {**exported(environment, []), **own, **asked_for(environment, job.launch.env)}
 
 
 def _local(job: Job, environment: Mapping[str, str], port: int) -> list[str]:

@@ -12,12 +12,10 @@ import contextlib
 import ctypes
 import hmac
 import os
-import queue
 import resource
 import signal
 import socket
 import subprocess
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,48 +26,15 @@ import click
 import psutil
 
 from launcher.channel import LONGEST_GREETING, LONGEST_MESSAGE, Channel, beat_interval, readable
+from launcher.console import Console
+from launcher.verdict import Failure, Member, failed_rank, late_rank, launcher_gone, lost_rank
 from lorasb_ds.stop import EXIT_INTERRUPTED, EXIT_STOPPED
 
 POLL_S = 0.1
 SETTLE_S = 3.0  # between the end of DeepSpeed's launcher and the last word of an agent
-EXIT_FAILED, EXIT_REFUSED = 1, 2
+GO_ON = "--resume auto goes on from the last checkpoint, if there is one"
+LAUNCHER_TAIL = 30  # lines of DeepSpeed's output
 PR_SET_CHILD_SUBREAPER = 36
-
-
-@dataclass
-class Member:
-    """A rank, as its agent describes it."""
-
-    channel: Channel
-    rank: int
-    host: str
-    log: str
-    interface: str | None
-    heard: float  # when, of time.monotonic()
-    stage: str = ""  # what its worker has told last: joining, joined
-    stopped_at: float | None = None  # by SIGSTOP
-    returncode: int | None = None  # as subprocess has it: negative for a signal
-    tail: Sequence[str] = ()
-    order: int | None = None  # how many had ended before it
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a job has to end before its time."""
-
-    status: int
-    cause: str
-    hosts: tuple[str, ...] = ()  # where it happened
-    tail: Sequence[str] = ()  # of a log that the console has not seen
-    told: bool = False  # rank 0 has said what was wrong, on the console
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How a job ended: the status for the shell, and the failure if it was one."""
-
-    status: int
-    failure: Failure | None = None
 
 
 @dataclass
@@ -94,7 +59,7 @@ class Supervisor:
     members: dict[int, Member] = field(default_factory=dict)
     asked: list[int] = field(default_factory=list)  # signals that asked the job to end
 
-    def run(self, command: Sequence[str], environment: Mapping[str, str]) -> Ending:
+    def run(self, command: Sequence[str], environment: Mapping[str, str]) -> int:
         """Start DeepSpeed's launcher in a process session of its own, and see the job to its end.
 
         From the main thread: it listens to signals.
@@ -104,8 +69,8 @@ class Supervisor:
         self._console = Console()
         self._interrupted = False
         self.launcher_log.parent.mkdir(parents=True, exist_ok=True)
-        # Children inherit that it is ignored: DeepSpeed's launchers are to outlive it, and workers
-        # to whom it is sent before they listen.
+        self._listen_to(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        # Children inherit that it is ignored: DeepSpeed's launchers are to outlive it.
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         # A connection for every rank, and shells allow 1024.
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -121,18 +86,17 @@ class Supervisor:
                 stderr=log if self.listener else None,
                 start_new_session=True,
             )
-        self._listen_to_signals()
+        self._listen_to(signal.SIGUSR1)
         self._started = time.monotonic()
         try:
-            ending = self._watch() if self.listener else self._follow()
+            return self._watch() if self.listener else self._follow()
         finally:
             self._end_everything()
-            self._console.close()
-        return ending
+            self._console.flush()
 
     # -- what comes in
 
-    def _watch(self) -> Ending:
+    def _watch(self) -> int:
         """Until all ranks have ended, or one of them has failed."""
         child_ended: float | None = None
         next_beat = 0.0
@@ -144,25 +108,25 @@ class Supervisor:
                 next_beat = now + beat_interval(self.failure_timeout)
                 self._send(**({"stop": True} if self.asked else {"beat": True}))
             if self._interrupted:
-                return Ending(EXIT_INTERRUPTED)
-            if failure := self._failed_rank() or self._lost_rank(now):
+                return EXIT_INTERRUPTED
+            if failure := self._failure(now):
                 return self._end(failure)
             if self._all_ended():
                 statuses = [member.returncode for member in self.members.values()]
-                return Ending(EXIT_STOPPED if EXIT_STOPPED in statuses else 0)
+                return EXIT_STOPPED if EXIT_STOPPED in statuses else 0
             if child_ended is None and self._child.poll() is not None:
                 child_ended = now
             if child_ended is not None and now - child_ended > SETTLE_S:
                 return self._end(self._launcher_gone())
 
-    def _follow(self) -> Ending:
+    def _follow(self) -> int:
         """The launcher's child alone: the first host's supervisor has the agents."""
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 status = self._child.wait(timeout=0.5)
-                return Ending(status if status >= 0 else 128 - status)
+                return status if status >= 0 else 128 - status
             if self._interrupted:
-                return Ending(EXIT_INTERRUPTED)
+                return EXIT_INTERRUPTED
             if self.asked:
                 self._signal_children(signal.SIGUSR1)
 
@@ -227,86 +191,33 @@ class Supervisor:
 
     # -- what it means
 
+    def _failure(self, now: float) -> Failure | None:
+        """Why the job has to end now, if it has to."""
+        members = self.members.values()
+        failure = failed_rank(members) or lost_rank(members, now, self.failure_timeout)
+        if failure is None and now - self._started > self.start_timeout:
+            known = (self.hosts, self._world_size, self.start_timeout)
+            failure = late_rank(members, *known, str(self.launcher_log), self._launcher_tail())
+        return failure
+
+    def _launcher_gone(self) -> Failure:
+        known = (self.hosts, self._world_size, self._child.returncode)
+        members, log = self.members.values(), str(self.launcher_log)
+        return launcher_gone(members, *known, log, self._launcher_tail())
+
     def _all_ended(self) -> bool:
         ended = [m for m in self.members.values() if m.returncode is not None]
         return len(ended) == self._world_size and self._world_size is not None
 
-    def _failed_rank(self) -> Failure | None:
-        """The first rank that has ended as it should not."""
-        failed = [m for m in self.members.values() if m.returncode not in (None, 0, EXIT_STOPPED)]
-        if not failed:
-            return None
-        first = min(failed, key=lambda m: m.order or 0)
-        assert first.returncode is not None
-        told = first.rank == 0 and first.returncode > 0
-        return Failure(
-            status=first.returncode if first.returncode > 0 else 128 - first.returncode,
-            cause=f"{_place(first)} {_how(first.returncode)}. Its log: {first.log}",
-            hosts=(first.host,) if first.returncode < 0 else (),
-            tail=() if first.rank == 0 else first.tail,
-            told=told and first.returncode == EXIT_REFUSED,
-        )
-
-    def _lost_rank(self, now: float) -> Failure | None:
-        """A rank that is not heard of, is stopped, or has not come."""
-        alive = [m for m in self.members.values() if m.returncode is None]
-        limit = self.failure_timeout
-        broken = [m for m in alive if m.channel.closed]
-        silent = [m for m in alive if now - m.heard > limit]
-        stopped = [m for m in alive if m.stopped_at and now - m.stopped_at > limit]
-        for lost, what in (
-            (broken, "has gone: its agent's connection broke"),
-            (
-                silent,
-                f"was not heard of for {limit:g} s (--failure-timeout): its host or its "
-                "network is down",
-            ),
-            (stopped, f"has been stopped for {limit:g} s (SIGSTOP; --failure-timeout)"),
-        ):
-            if lost:
-                return _several(lost, what)
-        if now - self._started > self.start_timeout:
-            return self._not_joined()
-        return None
-
-    def _not_joined(self) -> Failure | None:
-        """Ranks that have not joined the others in time."""
-        limit = f"within {self.start_timeout:g} s (--start-timeout)"
-        if missing := sorted(set(range(self._world_size or 1)) - set(self.members)):
-            hosts = [self.hosts[rank] for rank in missing] if self.hosts else []
-            where = f" on {', '.join(dict.fromkeys(hosts))}" if hosts else ""
-            ranks = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {missing}"
-            cause = f"{ranks}{where} did not start {limit}. DeepSpeed's log: {self.launcher_log}"
-            return Failure(EXIT_FAILED, cause, tuple(hosts), _tail(self.launcher_log))
-        out = [m for m in self.members.values() if m.returncode is None and m.stage != "joined"]
-        if out:
-            # Those that wait for others are not to blame, unless all do: they cannot meet.
-            late = [m for m in out if m.stage != "joining"]
-            return _several(late or out, f"did not join the others {limit}")
-        return None
-
-    def _launcher_gone(self) -> Failure:
-        """DeepSpeed's launcher has ended, and ranks have not said how they did."""
-        status = self._child.returncode
-        how = f"status {status}" if status >= 0 else _signal_name(-status)
-        log, tail = self.launcher_log, _tail(self.launcher_log)
-        if not self.members:
-            cause = f"DeepSpeed's launcher ended with {how} before any rank began. Its log: {log}"
-            return Failure(status if status > 0 else EXIT_FAILED, cause, (), tail)
-        lost = [m for m in self.members.values() if m.returncode is None]
-        begun = set(self.members)
-        missing = [r for r in range(self._world_size or 0) if r not in begun]
-        ranks = sorted([m.rank for m in lost] + missing)
-        hosts = {m.host for m in lost} | {self.hosts[r] for r in missing if self.hosts}
-        cause = (
-            f"DeepSpeed's launcher ended with {how} while ranks {ranks} had not "
-            f"({', '.join(sorted(hosts))}). Its log: {log}"
-        )
-        return Failure(status if status > 0 else EXIT_FAILED, cause, tuple(sorted(hosts)), tail)
+    def _launcher_tail(self) -> list[str]:
+        with contextlib.suppress(OSError):
+            text = self.launcher_log.read_text(encoding="utf-8", errors="replace")
+            return text.splitlines()[-LAUNCHER_TAIL:]
+        return []
 
     # -- what is done about it
 
-    def _end(self, failure: Failure) -> Ending:
+    def _end(self, failure: Failure) -> int:
         """End all ranks, and say why."""
         self._send(kill=failure.cause)
         deadline = time.monotonic() + min(5.0, self.failure_timeout)
@@ -325,7 +236,8 @@ class Supervisor:
                 click.echo("\n".join(f"  | {line}" for line in failure.tail), err=True)
             if not failure.told:
                 click.echo(f"lorasb: error: {failure.cause}", err=True)
-        return Ending(failure.status, failure)
+                click.echo(f"lorasb: {GO_ON}", err=True)
+        return failure.status
 
     def _end_everything(self) -> None:
         """What is left of DeepSpeed's launchers here; an agent without us ends by itself."""
@@ -356,7 +268,9 @@ class Supervisor:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signum)
 
-    def _listen_to_signals(self) -> None:
+    def _listen_to(self, *signals: int) -> None:
+        """Signals that ask the job to end."""
+
         def ask(signum: int, _frame: object) -> None:
             first = not self.asked
             self.asked.append(signum)
@@ -368,11 +282,10 @@ class Supervisor:
                         2, "lorasb: Ctrl-C again ends it at once, without a checkpoint\n"
                     )
 
-        # Under nohup SIGHUP is ignored, and stays so.
-        for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-            if signal.getsignal(signum) != signal.SIG_IGN or signum == signal.SIGINT:
+        for signum in signals:
+            # Under nohup SIGHUP is ignored, and stays so.
+            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
                 signal.signal(signum, ask)
-        signal.signal(signal.SIGUSR1, ask)
 
     def _say_where(self) -> None:
         """Several hosts: which network they meet on."""
@@ -386,36 +299,6 @@ class Supervisor:
                 hosts.append(member.host)
         text = "; ".join(f"{interface} on {', '.join(hosts)}" for interface, hosts in used.items())
         self._console.write(1, f"lorasb: network: {text}\n")
-
-
-class Console:
-    """Writes from a thread of its own: a terminal that is held (Ctrl-S) must hold nothing else."""
-
-    def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[tuple[int, str] | threading.Event] = queue.SimpleQueue()
-        threading.Thread(target=self._work, daemon=True).start()
-
-    def write(self, stream: int, text: str) -> None:
-        """To standard output (1) or error (2)."""
-        self._queue.put((stream, text))
-
-    def flush(self, timeout: float = 5.0) -> None:
-        done = threading.Event()
-        self._queue.put(done)
-        done.wait(timeout)
-
-    close = flush
-
-    def _work(self) -> None:
-        while True:
-            item = self._queue.get()
-            if isinstance(item, threading.Event):
-                item.set()
-                continue
-            stream, data = item[0], item[1].encode()
-            with contextlib.suppress(OSError):  # a terminal that was closed
-                while data:
-                    data = data[os.write(stream, data) :]
 
 
 def listen_for_agents(
@@ -434,34 +317,3 @@ def listen_for_agents(
     listener.listen(1024)
     listener.setblocking(False)
     return listener, f"{seen_as or address}:{listener.getsockname()[1]}"
-
-
-def _place(member: Member) -> str:
-    return f"rank {member.rank} on {member.host}"
-
-
-def _several(lost: Sequence[Member], what: str) -> Failure:
-    """Of ranks that share a fate, the first one speaks."""
-    first = min(lost, key=lambda m: m.rank)
-    hosts = tuple(dict.fromkeys(m.host for m in lost))
-    others = f" (and {len(lost) - 1} more, on {', '.join(hosts)})" if len(lost) > 1 else ""
-    cause = f"{_place(first)} {what}{others}. Its log: {first.log}"
-    return Failure(EXIT_FAILED, cause, hosts)
-
-
-def _how(returncode: int) -> str:
-    if returncode > 0:
-        return f"ended with status {returncode}"
-    cause = ", as the kernel does when memory runs out" if returncode == -signal.SIGKILL else ""
-    return f"was ended by {_signal_name(-returncode)}{cause}"
-
-
-def _signal_name(signum: int) -> str:
-    known = signum in [int(one) for one in signal.Signals]
-    return signal.Signals(signum).name if known else f"signal {signum}"
-
-
-def _tail(log: Path, lines: int = 30) -> list[str]:
-    with contextlib.suppress(OSError):
-        return log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
-    return []

@@ -1,0 +1,159 @@
+"""Whether a job has failed, by what its agents have said, and in which words. Pure."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from launcher.channel import Channel
+from lorasb_ds.stop import EXIT_STOPPED
+
+EXIT_FAILED, EXIT_REFUSED = 1, 2
+
+
+@dataclass
+class Member:
+    """A rank, as its agent describes it. Times are of ``time.monotonic``."""
+
+    channel: Channel
+    rank: int
+    host: str
+    log: str
+    interface: str | None
+    heard: float  # when
+    stage: str = ""  # what its worker has told last: joining, joined
+    stopped_at: float | None = None  # by SIGSTOP
+    returncode: int | None = None  # as subprocess has it: negative for a signal
+    order: int = 0  # how many had ended before it
+    tail: Sequence[str] = ()  # of its log, once it has ended
+
+    @property
+    def place(self) -> str:
+        return f"rank {self.rank} on {self.host}"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a job has to end before its time."""
+
+    status: int  # for the shell
+    cause: str
+    tail: Sequence[str] = ()  # of a log that the console has not seen
+    told: bool = False  # rank 0 has said what was wrong, on the console
+
+
+def failed_rank(members: Iterable[Member]) -> Failure | None:
+    """The first rank that has ended as it should not: the others end because of it."""
+    failed = [m for m in members if m.returncode not in (None, 0, EXIT_STOPPED)]
+    if not failed:
+        return None
+    first = min(failed, key=lambda m: m.order)
+    assert first.returncode is not None
+    return Failure(
+        status=first.returncode if first.returncode > 0 else 128 - first.returncode,
+        cause=f"{first.place} {_how(first.returncode)}. Its log: {first.log}",
+        tail=() if first.rank == 0 else first.tail,
+        told=first.rank == 0 and first.returncode == EXIT_REFUSED,
+    )
+
+
+def lost_rank(members: Iterable[Member], now: float, limit: float) -> Failure | None:
+    """A rank whose agent has gone, that is not heard of, or that is stopped.
+
+    Args:
+        limit: of silence, in seconds (``--failure-timeout``).
+    """
+    alive = [m for m in members if m.returncode is None]
+    gone = [m for m in alive if m.channel.closed]
+    silent = [m for m in alive if now - m.heard > limit]
+    stopped = [m for m in alive if m.stopped_at is not None and now - m.stopped_at > limit]
+    if gone:
+        return _several(gone, "has gone: the connection to its agent broke")
+    if silent:
+        what = f"was not heard of for {limit:g} s (--failure-timeout): its host or network is down"
+        return _several(silent, what)
+    if stopped:
+        return _several(stopped, f"has been stopped for {limit:g} s (SIGSTOP; --failure-timeout)")
+    return None
+
+
+def late_rank(
+    members: Iterable[Member],
+    hosts: Sequence[str] | None,
+    world_size: int | None,
+    limit: float,
+    launcher_log: str,
+    tail: Sequence[str],
+) -> Failure | None:
+    """A rank that has not started, or not joined the others, when the time for that is over.
+
+    Args:
+        hosts: of every rank, where that is known.
+        world_size: None as long as no agent has told it.
+        limit: that time, in seconds (``--start-timeout``).
+        tail: the end of what DeepSpeed's launcher has printed.
+    """
+    members = list(members)
+    within = f"within {limit:g} s (--start-timeout)"
+    if missing := sorted(set(range(world_size or 1)) - {m.rank for m in members}):
+        where = f" on {_listed(hosts[rank] for rank in missing)}" if hosts else ""
+        ranks = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {missing}"
+        cause = f"{ranks}{where} did not start {within}. DeepSpeed's log: {launcher_log}"
+        return Failure(EXIT_FAILED, cause, tail)
+    out = [m for m in members if m.returncode is None and m.stage != "joined"]
+    # Those that wait for others are not to blame, unless all do: they cannot meet.
+    late = [m for m in out if m.stage != "joining"] or out
+    return _several(late, f"did not join the others {within}") if late else None
+
+
+def launcher_gone(
+    members: Iterable[Member],
+    hosts: Sequence[str] | None,
+    world_size: int | None,
+    status: int,
+    launcher_log: str,
+    tail: Sequence[str],
+) -> Failure:
+    """DeepSpeed's launcher has ended, and ranks have not said how they did.
+
+    Args:
+        status: of the launcher, as subprocess has it.
+    """
+    members = list(members)
+    how = f"DeepSpeed's launcher ended with {_told(status)}"
+    own = status if status > 0 else EXIT_FAILED
+    if not members:
+        cause = f"{how} before any rank began. Its log: {launcher_log}"
+        return Failure(own, cause, tail)
+    begun = {m.rank: m for m in members}
+    left = [r for r in range(world_size or 0) if r not in begun or begun[r].returncode is None]
+    places = (begun[r].host if r in begun else hosts[r] if hosts else "?" for r in left)
+    cause = f"{how} while ranks {left} ({_listed(places)}) had not. Its log: {launcher_log}"
+    return Failure(own, cause, tail)
+
+
+def _several(lost: Sequence[Member], what: str) -> Failure:
+    """Of ranks that share a fate, the first one speaks."""
+    first, *others = sorted(lost, key=lambda m: m.rank)
+    more = f" (and {len(others)} more, on {_listed(m.host for m in others)})" if others else ""
+    return Failure(EXIT_FAILED, f"{first.place} {what}{more}. Its log: {first.log}")
+
+
+def _listed(hosts: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(hosts))
+
+
+def _how(returncode: int) -> str:
+    if returncode > 0:
+        return f"ended with status {returncode}"
+    cause = ", as the kernel does when memory runs out" if returncode == -signal.SIGKILL else ""
+    return f"was ended by {_told(returncode)}{cause}"
+
+
+def _told(returncode: int) -> str:
+    """``status 1`` or ``SIGKILL``."""
+    if returncode >= 0:
+        return f"status {returncode}"
+    known = -returncode in [int(one) for one in signal.Signals]
+    return signal.Signals(-returncode).name if known else f"signal {-returncode}"

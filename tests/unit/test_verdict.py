@@ -1,0 +1,128 @@
+"""Which rank is to blame, and what is said of it. Real faults are in tests/nodes."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from typing import Any
+
+import pytest
+
+from launcher.channel import Channel
+from launcher.verdict import Member, failed_rank, late_rank, launcher_gone, lost_rank
+
+NOW, LIMIT = 1000.0, 60.0
+
+
+@pytest.fixture
+def members() -> Iterator[list[Member]]:
+    """Four ranks on two hosts, all well."""
+    with ExitStack() as stack:
+        made = []
+        for rank in range(4):
+            left, right = socket.socketpair()
+            stack.enter_context(left)
+            channel = stack.enter_context(closing(Channel(right)))
+            log = f"/run/logs/rank-{rank}.log"
+            made.append(Member(channel, rank, f"n{rank // 2}", log, "eth0", NOW, stage="joined"))
+        yield made
+
+
+def change(member: Member, **changes: Any) -> None:
+    for name, value in changes.items():
+        setattr(member, name, value)
+
+
+def test_all_is_well(members: list[Member]) -> None:
+    change(members[1], returncode=0)
+    change(members[2], returncode=75)
+    assert failed_rank(members) is None
+    assert lost_rank(members, NOW + LIMIT, LIMIT) is None
+    assert late_rank(members, None, 4, 600, "log", []) is None
+
+
+def test_the_first_one_that_ended_is_to_blame(members: list[Member]) -> None:
+    """The others end because of it."""
+    change(members[1], returncode=1, order=1, tail=["Connection closed by peer"])
+    change(members[3], returncode=-9, order=0, tail=["step 3"])
+    failure = failed_rank(members)
+    assert failure is not None
+    assert failure.status == 137
+    assert failure.cause.startswith("rank 3 on n1 was ended by SIGKILL, as the kernel does when")
+    assert failure.cause.endswith("Its log: /run/logs/rank-3.log")
+    assert failure.tail == ["step 3"], "the console has not seen it"
+
+
+def test_rank_0_has_said_what_was_refused(members: list[Member]) -> None:
+    change(members[0], returncode=2, tail=["lorasb: error: --r"])
+    failure = failed_rank(members)
+    assert failure is not None
+    assert (failure.status, failure.told, failure.tail) == (2, True, ())
+    change(members[0], returncode=None)
+    change(members[1], returncode=2)
+    failure = failed_rank(members)
+    assert failure is not None
+    assert not failure.told
+    change(members[1], returncode=-63)
+    failure = failed_rank(members)
+    assert failure is not None
+    assert "rank 1 on n0 was ended by signal 63." in failure.cause
+
+
+def test_silence(members: list[Member]) -> None:
+    for rank in (2, 3):
+        change(members[rank], heard=NOW - LIMIT - 1)
+    failure = lost_rank(members, NOW, LIMIT)
+    assert failure is not None
+    assert failure.status == 1
+    assert "rank 2 on n1 was not heard of for 60 s" in failure.cause
+    assert "(and 1 more, on n1)" in failure.cause
+    for rank in (2, 3):
+        change(members[rank], returncode=0)
+    assert lost_rank(members, NOW, LIMIT) is None, "it has ended, as it should"
+
+
+def test_stopped_and_gone(members: list[Member]) -> None:
+    change(members[1], stopped_at=NOW - LIMIT / 2)
+    assert lost_rank(members, NOW, LIMIT) is None
+    change(members[1], stopped_at=NOW - 2 * LIMIT)
+    failure = lost_rank(members, NOW, LIMIT)
+    assert failure is not None
+    assert "rank 1 on n0 has been stopped for 60 s" in failure.cause
+    members[2].channel.close()
+    failure = lost_rank(members, NOW, LIMIT)
+    assert failure is not None
+    assert "rank 2 on n1 has gone" in failure.cause
+
+
+def test_late(members: list[Member]) -> None:
+    hosts = ["n0", "n0", "n1", "n1"]
+    failure = late_rank(members[:2], hosts, 4, 600, "/run/deepspeed.log", ["ssh: refused"])
+    assert failure is not None
+    assert failure.cause.startswith("ranks [2, 3] on n1 did not start within 600 s")
+    assert failure.tail == ["ssh: refused"]
+    failure = late_rank([], None, None, 600, "log", [])
+    assert failure is not None
+    assert failure.cause.startswith("rank 0 did not start")
+    for member in members:
+        change(member, stage="joining")
+    change(members[3], stage="")
+    failure = late_rank(members, hosts, 4, 600, "log", [])
+    assert failure is not None
+    assert failure.cause.startswith("rank 3 on n1 did not join"), "the others wait for it"
+    change(members[3], stage="joining")
+    failure = late_rank(members, hosts, 4, 600, "log", [])
+    assert failure is not None
+    assert "(and 3 more, on n0, n1)" in failure.cause
+
+
+def test_the_launcher_is_gone(members: list[Member]) -> None:
+    hosts = ["n0", "n0", "n1", "n1"]
+    failure = launcher_gone([], hosts, 4, 255, "log", ["refused"])
+    assert (failure.status, failure.tail) == (255, ["refused"])
+    assert "ended with status 255 before any rank began" in failure.cause
+    assert launcher_gone([], hosts, 4, 0, "log", []).status == 1, "pdsh ends with 0 when killed"
+    change(members[0], returncode=0)
+    failure = launcher_gone(members[:3], hosts, 4, -9, "log", [])
+    assert "ended with SIGKILL while ranks [1, 2, 3] (n0, n1) had not" in failure.cause
