@@ -31,8 +31,8 @@ from typing import Any, NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # DeepSpeed starts it as a script
 
 from launcher import channel as names
-from launcher.channel import Channel, beat_interval, readable
-from launcher.host import interface_of, route_from
+from launcher.channel import STOPPED, Channel, beat_interval, readable
+from launcher.host import extensions_folder, interface_of, old_build_locks, route_from
 from launcher.ranks import rank_variables, remove_shared_memory, worker_command
 from lorasb_ds.stop import EXIT_STOPPED
 
@@ -41,6 +41,7 @@ LONGEST_LINE = 1 << 16
 POLL_S = 0.2
 STACKS_S = 0.3
 CONNECT_S = 5.0
+OLD_LOCK_S = 60.0  # of a build
 DRAIN_S = 1.0  # for what a worker has written before it ended
 PR_SET_PDEATHSIG = 1
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -58,7 +59,7 @@ class Log:
         self._file.write(f"== {datetime.now().astimezone().isoformat(timespec='seconds')}\n")
 
     def write(self, text: str) -> None:
-        *lines, self._line = (self._line + text.replace("\r\n", "\n")).split("\n")
+        *lines, self._line = (self._line + text).replace("\r\n", "\n").split("\n")
         for line in lines:
             plain = ESCAPES.sub("", line).rpartition("\r")[2]
             self.tail.append(plain[:TAIL_WIDTH])
@@ -90,6 +91,7 @@ class Agent:
         self.asked_to_stop = False
         self.killed: str | None = None  # why
         self.stage = ""  # the last word of the worker
+        self.locks: list[Path] = []  # of builds, that it holds
         self.streams: dict[int, tuple[int, codecs.IncrementalDecoder]] = {}
 
     def run(self) -> int:
@@ -109,8 +111,13 @@ class Agent:
         remove_shared_memory(int(self.environment["MASTER_PORT"]))
         self.channel.send(ended=returncode, tail=list(self.log.tail), killed=self.killed)
         self._say_goodbye()
+        if returncode == EXIT_STOPPED:
+            self._say(STOPPED)
         if returncode in (0, EXIT_STOPPED):
             return 0  # or DeepSpeed's launcher would end the others while they save
+        if self.killed:
+            self._say(f"the job was ended: {self.killed}")
+            return 1
         return returncode if returncode > 0 else 128 - returncode
 
     def _connect(self) -> Channel:
@@ -126,7 +133,10 @@ class Agent:
                 return Channel(connection)
             except OSError as error:
                 if time.monotonic() > deadline:
-                    self._fail(f"cannot reach the launcher at {host}:{port}: {error}")
+                    where = f"{host}:{port}"
+                    if by_hand:
+                        where += " (started with --node-rank 0; one above --master-port)"
+                    self._fail(f"cannot reach the launcher at {where}: {error}")
             time.sleep(POLL_S)
 
     def _introduce(self) -> dict[str, Any]:
@@ -158,8 +168,14 @@ class Agent:
     def _fail(self, reason: str) -> NoReturn:
         self.log.write(f"lorasb: error: {reason}\n")
         self.log.close()
-        sys.stderr.write(f"lorasb: error: rank {self.rank}: {reason}\n")
+        self._say(f"error: rank {self.rank}: {reason}")
         sys.exit(1)
+
+    def _say(self, text: str) -> None:
+        """To DeepSpeed's log; with ``--no-ssh`` the launcher of this host shows it."""
+        with suppress(OSError):
+            sys.stderr.write(f"lorasb: {text}\n")
+            sys.stderr.flush()
 
     def _ask(self, _signum: int, _frame: object) -> None:
         self.asked_to_stop = True
@@ -180,6 +196,9 @@ class Agent:
             master, slave = pty.openpty()
             size = struct.pack("HHHH", terminal[1], terminal[0], 0, 0)
             fcntl.ioctl(slave, termios.TIOCSWINSZ, size)
+            attributes = termios.tcgetattr(slave)
+            attributes[1] &= ~termios.OPOST  # the user's terminal makes \r\n of \n
+            termios.tcsetattr(slave, termios.TCSANOW, attributes)
             ends = {master: 1}
             out = err = slave
         else:
@@ -205,17 +224,23 @@ class Agent:
         next_beat = next_ask = 0.0
         heard = time.monotonic()
         while self.worker.poll() is None:
-            ready = readable([self.channel.fileno(), self.pipe, *self.streams], POLL_S)
+            pipe = [] if self.stage == "ended" else [self.pipe]  # closed, and always readable
+            ready = readable([self.channel.fileno(), *pipe, *self.streams], POLL_S)
             now = time.monotonic()
             self._read(ready)
-            if self.pipe in ready and (told := os.read(self.pipe, 1024).split()):
-                self.stage = told[-1].decode()
+            if self.pipe in ready:
+                told = os.read(self.pipe, 1024).split()
+                self.stage = told[-1].decode() if told else "ended"
             for message in self.channel.receive():
                 heard = now
                 self.asked_to_stop |= "stop" in message
                 if "kill" in message:
                     self.killed = str(message["kill"])
-                    self._show_where_it_is()
+                    if message.get("stacks"):
+                        self._show_where_it_is()
+            # Somebody else may kill it; what it held can only be seen before.
+            if self.stage != "ended":
+                self.locks = build_locks(self.worker.pid) if self._waits else []
             if self.channel.closed:
                 self.killed = self.killed or "the launcher has gone"
             # On the launcher's own host the connection tells; it may only be suspended (Ctrl-Z).
@@ -225,11 +250,18 @@ class Agent:
                 return
             if now >= next_beat:
                 next_beat = now + beat_interval(self.failure_timeout)
-                self.channel.send(stage=self.stage, state=process_state(self.worker.pid))
+                lock = next(iter(old_build_locks(OLD_LOCK_S)), None) if self._waits else None
+                state = process_state(self.worker.pid)
+                self.channel.send(stage=self.stage, state=state, lock=lock)
             self.channel.flush()
             if self.asked_to_stop and now >= next_ask:
                 next_ask = now + 0.5
                 self.worker.send_signal(signal.SIGUSR1)
+
+    @property
+    def _waits(self) -> bool:
+        """Whether the worker has not joined the others yet."""
+        return self.stage in ("", "joining")
 
     def _read(self, ready: Collection[int]) -> None:
         for fd in [fd for fd in self.streams if fd in ready]:
@@ -254,8 +286,11 @@ class Agent:
 
     def _kill(self) -> None:
         """The worker and all that it started."""
+        locks = build_locks(self.worker.pid) or self.locks
         with suppress(ProcessLookupError):
             os.killpg(self.worker.pid, signal.SIGKILL)
+        for lock in locks:
+            lock.unlink(missing_ok=True)
         if self.killed:
             self.log.write(f"\nlorasb: killed: {self.killed}\n")
 
@@ -278,6 +313,19 @@ def process_state(pid: int) -> str:
     with suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     return "?"
+
+
+def build_locks(pid: int) -> list[Path]:
+    """The locks of torch's builds that a process holds: every later job would wait for them."""
+    found = []
+    extensions = extensions_folder()
+    with suppress(OSError):
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):
+                file = entry.readlink()
+                if file.name == "lock" and file.is_relative_to(extensions):
+                    found.append(file)
+    return found
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -20,7 +20,9 @@ NODE_RANK = "LORASB_NODE_RANK"  # where hosts are started by hand
 # Told to a worker by its agent.
 REPORT_TO = "LORASB_AGENT_FD"  # a pipe
 
+STOPPED = "stopped on request"  # an agent's word to the launcher of its own host
 LONGEST_MESSAGE = 1 << 22  # bytes
+READS_AT_ONCE = 64
 LONGEST_GREETING = 1 << 14  # of who may be a stranger
 
 
@@ -74,20 +76,22 @@ class Channel:
 
     def receive(self) -> list[dict[str, Any]]:
         """Whole messages that have come. ``closed`` is true when there will be no more."""
+        lines: list[bytes] = []
         try:
-            while not self.closed:
-                data = self._connection.recv(1 << 16)
-                self._received += data
-                if not data or len(self._received) > self.limit:
+            for _ in range(READS_AT_ONCE):  # others want to be heard, too
+                data = b"" if self.closed else self._connection.recv(1 << 16)
+                *whole, self._received = (self._received + data).split(b"\n")
+                lines += whole
+                if not data or max(map(len, [*whole, self._received])) > self.limit:
                     self.closed = True
+                    break
         except BlockingIOError:
             pass
         except OSError:
             self.closed = True
-        *lines, self._received = self._received.split(b"\n")
         try:
             messages = [json.loads(line) for line in lines]
-        except ValueError:  # no agent of ours
+        except (ValueError, RecursionError):  # no agent of ours
             messages = [None]
         if not all(isinstance(message, dict) for message in messages):
             self.closed = True

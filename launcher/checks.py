@@ -18,7 +18,7 @@ PACKAGES = (
 )
 ROOT = WORKERS.parent
 CLOCKS_APART_S = 5.0
-LEAST_DISK, LEAST_MEMORY = 1 << 28, 1 << 30  # bytes; `lorasb plan` tells what a run needs
+LEAST_DISK = LEAST_MEMORY = 1 << 28  # bytes; `lorasb plan` tells what a run needs
 
 
 @dataclass(frozen=True)
@@ -94,17 +94,20 @@ def check_answer(
         add("packages", not others, found or f"{len(PACKAGES)} as here", remedy)
         remedy = f"Bring {ROOT} there up to date, or share the folder."
         same = facts["code"] == mine["code"]
-        add("code", same, facts["code"] or f"no {ROOT}", remedy)
+        found = facts["code"] if same else f"{facts['code'] or f'no {ROOT}'} (here {mine['code']})"
+        add("code", same, found, remedy)
         remedy = "DeepSpeed changes to it on every host: make it, share it, or start elsewhere."
         add("directory", facts["cwd"], str(Path.cwd()), remedy)
         ahead = answer.clock_offset
         remedy = "Set the clocks by NTP (chrony, systemd-timesyncd)."
         close = abs(ahead) <= CLOCKS_APART_S + answer.rtt
         add("clock", close, f"{ahead:+.1f} s", remedy)
-    missing = facts["missing"]
-    remedy = "Copy or mount it there under the same path."
-    found = f"missing: {', '.join(missing)}" if missing else f"{len(question.paths)} paths"
-    add("files", not missing, found, remedy)
+    for path, size in facts["sizes"].items():
+        here = mine["sizes"].get(path)
+        found = f"{size} bytes" if size == here else f"{size} bytes, {here} here"
+        remedy = "Copy or mount it there under the same path."
+        found = "missing" if size is None else found
+        add(f"file {path}", size is not None and size == here, found, remedy)
     for folder, free in facts["disk"].items():
         found = f"{_gib(free)} free" if free is not None else "cannot be written"
         remedy = "Make room, or name another --output-dir."
@@ -113,6 +116,9 @@ def check_answer(
     if memory is not None:
         add("memory", memory >= LEAST_MEMORY, f"{_gib(memory)} free", "End what else runs there.")
     checks += _check_devices(host, facts, question)
+    if facts["locks"]:
+        remedy = f"A build was killed; every job would wait for it. rm {' '.join(facts['locks'])}"
+        add("build locks", False, f"{len(facts['locks'])} older than 10 minutes", remedy)
     if question.thorough:
         tools = [tool for tool in ("compiler", "ninja") if not facts[tool]]
         remedy = "Install g++ (Debian: apt-get install g++) and ninja (pip): DeepSpeed builds ops."
@@ -123,11 +129,11 @@ def check_answer(
 
 def _check_devices(host: str, facts: Mapping[str, Any], question: Question) -> list[Check]:
     slots, devices, gpus = question.slots[host], facts["devices"], facts["gpus"]
-    remedy = "Lower its slots in the hostfile, or look at nvidia-smi and torch.cuda there."
+    remedy = "Ask for fewer (slots, --num-gpus), look at nvidia-smi, or take the CPU: --num-procs."
     if devices is not None and "error" in devices:
         return [Check(host, "accelerators", False, devices["error"], "Set it up again there.")]
     if question.cpu:
-        return [Check(host, "accelerators", True, f"CPU, {slots} processes")]
+        return [Check(host, "accelerators", True, f"CPU, {slots} process(es)")]
     if devices is not None:
         on_cpu = devices["name"] == "cpu"
         sizes = devices["memory"]

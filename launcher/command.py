@@ -25,7 +25,7 @@ PLAIN = re.compile(r"[\w@+=:,./-]+", re.ASCII)  # read by no shell, and not by p
 EXPORTED = re.compile(
     r"(HF|HUGGINGFACE|TRANSFORMERS|TOKENIZERS|DATASETS|TORCH|PYTORCH|OMP|MKL|KMP|GOMP|GLOO|NCCL|"
     r"FI|UCX|DS|DEEPSPEED|LORASB|WANDB|TRACKIO|TRITON|BNB|CUDA|ROCM|HIP|HSA|XDG_CACHE)_\w+"
-    r"|PATH|LD_LIBRARY_PATH|TMPDIR|PYTHONHASHSEED"
+    r"|PATH|LD_LIBRARY_PATH|PYTHONHASHSEED"
 )
 # Which of a host's devices a process has is for DeepSpeed to say on each host.
 NOT_EXPORTED = re.compile(r"(CUDA|HIP|ROCR?)_VISIBLE_DEVICES|DS_ENV_FILE|LORASB_NODE_RANK")
@@ -38,7 +38,7 @@ class Hosts:
 
     Args:
         slots: host -> its slots' numbers, in the order of the ranks.
-        hostfile: path of a hostfile that names all of them (``hostfile_text``).
+        hostfile: path of a hostfile that names all of them (``hostfile.write_hostfile``).
         node_rank: this host's place, where every host is started by hand or by a scheduler
             (``--no-ssh``); None where DeepSpeed starts them all from here.
     """

@@ -61,24 +61,37 @@ def resolve(host: str) -> str | None:
 
 
 def describe(question: dict[str, Any]) -> dict[str, Any]:
-    """The answer to what `preflight.question` asks."""
+    """The answer to what `preflight` asks."""
     return {
         "hostname": socket.gethostname(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in question["packages"]},
         "code": code_digest(Path(question["code"])),
         "cwd": Path(question["cwd"]).is_dir(),
-        "missing": [path for path in question["paths"] if not Path(path).exists()],
+        "sizes": {path: size_of(Path(path)) for path in question["paths"]},
         "disk": {path: _free_disk(Path(path)) for path in question["disk"]},
         "memory": _available_memory(),
         "interfaces": interfaces(),
         "routes": {host: route_from(host) for host in question["routes"]},
-        "gpus": _gpus(),
+        "gpus": _gpus(question["patience"]),
         "compiler": shutil.which("g++") or shutil.which("c++"),
         "ninja": shutil.which("ninja") or _beside_python("ninja"),
-        "devices": _devices(question["code"]) if question["devices"] else None,
+        "locks": old_build_locks(),
+        "devices": _devices(question["code"], question["patience"])
+        if question["devices"]
+        else None,
         "clock": time.time(),
     }
+
+
+def size_of(path: Path) -> int | None:
+    """Bytes of a file, or of the files in a folder; None where it is not there."""
+    try:
+        if path.is_dir():
+            return sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+        return path.stat().st_size
+    except OSError:
+        return None
 
 
 def code_digest(root: Path) -> str | None:
@@ -92,6 +105,22 @@ def code_digest(root: Path) -> str | None:
     for file in files:
         digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def extensions_folder() -> Path:
+    """Where torch builds DeepSpeed's operators, unless TORCH_EXTENSIONS_DIR names another place."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or default).resolve()
+
+
+def old_build_locks(older_than: float = 600.0) -> list[str]:
+    """Locks of builds that were killed: torch waits for them, for ever."""
+    found = []
+    with suppress(OSError):
+        for lock in extensions_folder().glob("**/lock"):
+            if time.time() - lock.stat().st_mtime > older_than:
+                found.append(str(lock))
+    return found
 
 
 def listen(port: int, seconds: float) -> dict[str, Any]:
@@ -158,18 +187,20 @@ def _beside_python(program: str) -> str | None:
     return str(path) if path.is_file() else None
 
 
-def _gpus() -> list[int] | None:
+def _gpus(seconds: float) -> list[int] | None:
     """Memory of NVIDIA's, in bytes; None where their driver is not installed."""
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     if shutil.which(command[0]) is None:
         return None
     with suppress(OSError, ValueError, subprocess.SubprocessError):
-        output = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        output = subprocess.run(
+            command, capture_output=True, text=True, timeout=seconds, check=True
+        )
         return [int(line) << 20 for line in output.stdout.split()]
     return None
 
 
-def _devices(root: str) -> dict[str, Any]:
+def _devices(root: str, seconds: float) -> dict[str, Any]:
     """What DeepSpeed and torch see, in a process of its own: it takes seconds, and may fail."""
     program = (
         "import json; from deepspeed.accelerator import get_accelerator; a = get_accelerator();"
@@ -179,7 +210,11 @@ def _devices(root: str) -> dict[str, Any]:
     )
     try:
         output = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, cwd=root
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            cwd=root,
         )
         answer: dict[str, Any] = json.loads(output.stdout.splitlines()[-1])
     except (OSError, ValueError, IndexError, subprocess.SubprocessError) as error:

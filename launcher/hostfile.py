@@ -137,26 +137,24 @@ def select(
 ) -> dict[str, list[int]]:
     """Host -> ids of the slots that a job gets, in the order of the hostfile.
 
-    What DeepSpeed's `--include`, `--exclude`, `--num_nodes` and `--num_gpus` select, but for two
-    things that it takes without a word: more slots than a host has, and a host that a filter names
-    both whole and by slots (it would forget the "whole").
+    What DeepSpeed's `--include`, `--exclude`, `--num_nodes` and `--num_gpus` select, but for three
+    things. DeepSpeed takes more slots than a host has, and a host that a filter names both whole
+    and by slots (it would forget the "whole"): these are refused. It refuses a filter beside a
+    number of hosts or slots: these count what the filter leaves.
 
     Args:
         include: only these, as in ``host1@host2:0,2``; a host without slots is all of it.
         exclude: all but these.
-        num_nodes: the first so many hosts.
+        num_nodes: the first so many hosts of these.
         num_slots: the first so many slots of each.
         slots_option: what the command line calls num_slots.
     Raises:
-        ConfigError: if the hosts do not have what is asked for, nothing is left, or a filter goes
-            with another way to choose.
+        ConfigError: if the hosts do not have what is asked for, or nothing is left.
     """
     counts = {"--num-nodes": num_nodes, slots_option: num_slots}
-    given = [name for name, value in counts.items() if value is not None]
     filters = [name for name, value in [("--include", include), ("--exclude", exclude)] if value]
-    if len(filters) > 1 or (filters and given):
-        both = " and ".join([*filters, *given][:2])
-        raise ConfigError(f"{both} exclude each other. Give one of them.")
+    if len(filters) > 1:
+        raise ConfigError(f"{' and '.join(filters)} exclude each other. Give one of them.")
     for name, value in counts.items():
         if value is not None and value < 1:
             raise ConfigError(f"{name} {value} is below 1. Raise it, or leave it out for all.")
@@ -179,11 +177,11 @@ def select(
     if not slots:
         raise ConfigError(f"{' '.join(filters) or '--hostfile'} leaves no slot. Name fewer hosts.")
     if num_slots is not None:
-        if few := [f"{host} has {hosts[host]}" for host in slots if hosts[host] < num_slots]:
+        if few := [f"{host} has {len(ids)}" for host, ids in slots.items() if len(ids) < num_slots]:
             raise ConfigError(
                 f"{slots_option} {num_slots}, but {_listed(few)}. Lower it, or leave the host out."
             )
-        slots = {host: list(range(num_slots)) for host in slots}
+        slots = {host: ids[:num_slots] for host, ids in slots.items()}
     return slots
 
 

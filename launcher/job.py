@@ -66,6 +66,9 @@ def make_job(
     """Options, hostfile and ds_config, held against each other."""
     launch.check()
     given = dict(given)
+    if given.get("resume") not in (None, "auto"):
+        # A restart goes on in the folder, and with the options that it has.
+        run_json = run_json or str(resumed_run(given["resume"]) / "run.json")
     num_procs, num_gpus, slots = launch.num_procs, launch.num_gpus, _slots(launch)
     if slots is not None:
         on_cpu = num_procs is not None or os.environ.get("DS_ACCELERATOR") == "cpu"
@@ -74,11 +77,8 @@ def make_job(
         if _is_this_host_alone(launch, slots):
             slots = None
     else:
-        earlier = run_json
-        if earlier is None and given.get("resume") not in (None, "auto"):
-            earlier = str(resumed_run(given["resume"]) / "run.json")
-        if earlier is not None and num_procs is None and num_gpus is None:
-            num_procs, num_gpus = replayed_processes(earlier)
+        if run_json is not None and num_procs is None and num_gpus is None:
+            num_procs, num_gpus = replayed_processes(run_json)
     config = load_run_config(given, run_json)
     if slots is not None:
         sizes = [len(ids) for ids in slots.values()]
@@ -128,7 +128,9 @@ def _is_this_host_alone(launch: LaunchOptions, slots: Mapping[str, Sequence[int]
     (host, *others), (ids, *_) = slots, slots.values()
     if others or launch.no_ssh or launch.launcher != "pdsh" or list(ids) != list(range(len(ids))):
         return False
-    return host in ("localhost", socket.gethostname()) or resolve(host) in interfaces().values()
+    address = resolve(host) or ""
+    names = ("localhost", socket.gethostname(), socket.getfqdn())
+    return host in names or address.startswith("127.") or address in interfaces().values()
 
 
 def question_of(job: Job, timeout: float = 20.0, thorough: bool = False) -> Question:
@@ -144,8 +146,9 @@ def question_of(job: Job, timeout: float = 20.0, thorough: bool = False) -> Ques
     return Question(
         slots={host: len(ids) for host, ids in slots.items()},
         cpu=job.num_procs is not None,
-        paths=[str(Path(path).resolve()) for path in named if path and Path(path).exists()],
-        disk=[str(job.folder.resolve())],
+        # Not resolved: a link may lead elsewhere on another host.
+        paths=[str(Path(path).absolute()) for path in named if path and _is_path(path)],
+        disk=[str(job.folder.absolute())],
         master_addr=launch.master_addr,
         master_port=launch.master_port or free_port(),
         network_interface=launch.network_interface,
@@ -154,6 +157,11 @@ def question_of(job: Job, timeout: float = 20.0, thorough: bool = False) -> Ques
         thorough=thorough,
         programs=NEEDED[launch.launcher] if job.slots is not None else (),
     )
+
+
+def _is_path(name: str) -> bool:
+    """A file or folder, there or not; neither a hub's name nor a generator's."""
+    return Path(name).exists() or Path(name).suffix in (".json", ".jsonl", ".csv", ".parquet")
 
 
 def job_environment_of(job: Job) -> dict[str, str]:

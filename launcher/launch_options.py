@@ -13,7 +13,7 @@ from launcher.command import BACKENDS
 from lorasb_ds.config import ConfigError
 
 POSITIVE = click.IntRange(min=1)
-PORT = click.IntRange(1, 65535)
+PORT = click.IntRange(1, 65534)  # with --no-ssh the next one is used, too
 SECONDS = click.FloatRange(min=1)
 
 
@@ -153,7 +153,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "default": 600.0,
         "show_default": True,
         "metavar": "SECONDS",
-        "help": "For all ranks to load their libraries, check the run, and join.",
+        "help": "For all ranks to begin, and, once one waits for the others, for all to join it.",
     },
     "max_restarts": {
         "type": click.IntRange(min=0),

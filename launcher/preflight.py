@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import host as this_host
+from launcher.channel import readable
 from launcher.checks import (
     PACKAGES,
     ROOT,
@@ -44,7 +46,13 @@ SSH_REMEDIES = {
     "No route": "No way leads there: look at the host's network, and at this one's.",
     "unreachable": "No way leads there: look at the host's network, and at this one's.",
 }
-PACKAGED_IN = {"ssh": "openssh-client"}
+PACKAGED_IN = {
+    "ssh": "openssh-client",
+    "mpirun": "openmpi-bin or mpich",
+    "ompi_info": "openmpi-bin",
+    "srun": "slurm-client",
+    "sinfo": "slurm-client",
+}
 
 
 @dataclass
@@ -76,11 +84,15 @@ def examine(question: Question, local: bool = False) -> Findings:
         findings.checks.append(
             Check("here", program, path is not None, found, "" if path else remedy)
         )
-    mine = this_host.describe({**_request(question), "devices": False, "routes": []})
+    if answers and local:
+        mine = answers[0].facts or {}
+    else:
+        mine = this_host.describe({**_request(question), "devices": False, "routes": []})
     for answer in answers:
         findings.checks += check_answer(answer, mine, question, local)
     if local or not answers:
         return findings
+    findings.checks += twins(answers)
     first = answers[0]
     if first.facts is not None:
         findings.master_addr = question.master_addr or choose_master_addr(
@@ -96,10 +108,25 @@ def examine(question: Question, local: bool = False) -> Findings:
     return findings
 
 
+def twins(answers: Sequence[Answer]) -> list[Check]:
+    """Names that mean the same machine, whose GPUs would be given away twice."""
+    found: list[Check] = []
+    seen: dict[str, str] = {}
+    for answer in answers:
+        if answer.facts is None:
+            continue
+        machine = json.dumps([answer.facts["hostname"], answer.facts["interfaces"]])
+        if machine in seen:
+            what = f"the same machine as {seen[machine]}"
+            found.append(Check(answer.host, "name", False, what, "Name it once in the hostfile."))
+        seen.setdefault(machine, answer.host)
+    return found
+
+
 def _reach(address: str, first: str, hosts: Sequence[str], question: Question) -> list[Check]:
     """Whether the master's port is free, and every host reaches it."""
     port, what = question.master_port, f"reaches {address}:{question.master_port}"
-    ask = {"verb": "listen", "port": port, "seconds": 3 * REACH_S}
+    ask = {"verb": "listen", "port": port, "seconds": 2 * question.timeout}
     listener = subprocess.Popen(
         remote_command(first, ask, question),
         stdin=subprocess.PIPE,
@@ -113,7 +140,7 @@ def _reach(address: str, first: str, hosts: Sequence[str], question: Question) -
         listener.stdin.write(PROGRAM)
         listener.stdin.close()
     try:
-        said = _last_json(listener.stdout.readline())
+        said = _first_json(listener.stdout.fileno(), question.timeout)
         if said is None or not said.get("listening"):
             reason = (said or {}).get("error", "no answer")
             remedy = "Choose another --master-port, or leave it out."
@@ -146,6 +173,7 @@ def _request(question: Question) -> dict[str, Any]:
         "disk": list(question.disk),
         "routes": list(question.slots)[:2],
         "devices": question.thorough,
+        "patience": question.timeout / 2,
     }
 
 
@@ -195,6 +223,18 @@ def remote_command(host: str, request: Mapping[str, Any], question: Question) ->
         *("ssh", *SSH_OPTIONS, "-o", limit, *port, host),
         f"exec {shlex.quote(sys.executable)} - {argument}",
     ]
+
+
+def _first_json(fd: int, seconds: float) -> dict[str, Any] | None:
+    """The first answer of a command that goes on."""
+    text, deadline = b"", time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0 and readable([fd], left):
+        data = os.read(fd, 1 << 16)
+        text += data
+        answer = _last_json(text.decode(errors="replace"))
+        if answer is not None or not data:
+            return answer
+    return None
 
 
 def _last_json(text: str) -> dict[str, Any] | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import secrets
 import shlex
-import shutil
 import signal
 import socket
 from collections.abc import Mapping, Sequence
@@ -31,10 +30,10 @@ from launcher.launch_options import LaunchOptions
 from launcher.preflight import Findings, examine
 from launcher.ranks import free_port, remove_shared_memory
 from launcher.supervisor import Supervisor, listen_for_agents
-from launcher.verdict import EXIT_FAILED, EXIT_REFUSED
+from launcher.verdict import EXIT_REFUSED
 from lorasb_ds.config import LAUNCH, LOGS, ConfigError
 from lorasb_ds.ds_config import resolve_ds_config
-from lorasb_ds.request import load_run_config
+from lorasb_ds.request import launcher_files, load_run_config
 from lorasb_ds.stop import EXIT_INTERRUPTED, EXIT_STOPPED
 
 
@@ -82,7 +81,8 @@ def again(job: Job) -> Job:
     if slots is not None and job.launch.launcher == "pdsh":
         limit = min(20.0, job.launch.failure_timeout)
         findings = examine(question_of(job, timeout=limit))
-        lost = {check.host: check for check in findings.problems if check.host in slots}
+        # Whatever else is red there: the next start says it.
+        lost = {check.host: check for check in findings.problems if check.what == "ssh"}
         if lost and not job.launch.allow_fewer_hosts:
             raise ConfigError(
                 f"No restart: {_told(lost.values())}. --allow-fewer-hosts goes on without."
@@ -116,6 +116,8 @@ def _dry_run(job: Job) -> str:
     if hosts.node_rank is None:
         variables = variables_of_hosts(job, job_environment_of(job))
         deepspeed_env(variables, hosts.launcher)
+        if job.launch.master_addr is None:
+            lines.append("# MASTER_ADDR is found out at the start, unless --master-addr says it.")
         lines += [f"# {hosts.hostfile}:", *_commented(_hostfile(job))]
         lines += [f"# {job.folder / LAUNCH / 'deepspeed_env'}: {' '.join(sorted(variables))}"]
     return "\n".join(lines)
@@ -136,17 +138,17 @@ def _run_once(job: Job, asked: list[int]) -> int:
         if findings.problems:
             click.echo(report(findings.problems), err=True)
             click.echo("lorasb: error: this job cannot start (--skip-preflight tries)", err=True)
-            return EXIT_FAILED
+            return EXIT_REFUSED
     launch_folder, logs = job.folder / LAUNCH, job.folder / LOGS
     if job.config.resume is None and not launch.no_ssh:  # other hosts' ranks may have begun
-        for old in (launch_folder, logs):
-            shutil.rmtree(old, ignore_errors=True)
+        for old in launcher_files(job.folder):
+            old.unlink()
     launch_folder.mkdir(parents=True, exist_ok=True)
     environment |= {
         channel.SESSION: secrets.token_hex(16),
         channel.FAILURE_TIMEOUT: str(launch.failure_timeout),
         channel.START_TIMEOUT: str(launch.start_timeout),
-        channel.LOGS: str(logs.resolve()),
+        channel.LOGS: str(logs.absolute()),
     }
     if launch.network_interface is not None:
         environment[channel.INTERFACE] = launch.network_interface
@@ -165,9 +167,9 @@ def _run_once(job: Job, asked: list[int]) -> int:
         session=environment[channel.SESSION],
         failure_timeout=launch.failure_timeout,
         start_timeout=launch.start_timeout,
-        launcher_log=launch_folder / "deepspeed.log",
+        launcher_log=launch_folder / f"deepspeed{launch.node_rank or ''}.log",
         hosts=names if launch.launcher == "pdsh" else None,
-        placeholders=launch.hostfile is None,
+        by_hand=launch.no_ssh,
         asked=asked,
     )
     if launch.launcher == "pdsh" and job.slots is not None and not launch.no_ssh:
@@ -193,7 +195,7 @@ def _hosts(job: Job, master_addr: str) -> Hosts:
     launch = job.launch
     return Hosts(
         slots=job.slots,
-        hostfile=str((job.folder / LAUNCH / "hostfile").resolve()),
+        hostfile=str((job.folder / LAUNCH / "hostfile").absolute()),
         master_addr=master_addr,
         launcher=launch.launcher,
         launcher_args=launch.launcher_args,
@@ -231,7 +233,15 @@ def _several(
         environment[channel.SESSION] = hashlib.sha256("\0".join(meaning).encode()).hexdigest()
         environment[channel.SUPERVISOR] = f"{master_addr}:{port + 1}"
         environment[channel.NODE_RANK] = str(launch.node_rank)
-        listener = listen_for_agents("", port + 1)[0] if launch.node_rank == 0 else None
+        listener = None
+        if launch.node_rank == 0:
+            try:
+                listener, _ = listen_for_agents("", port + 1)
+            except OSError as error:
+                raise ConfigError(
+                    f"--master-port {port}: the next port, {port + 1}, is needed, too, and is not "
+                    f"to be had here ({error.strerror}). Choose another one, on all hosts."
+                ) from error
         command = hosts_command(job.arguments, hosts, master_port=port)
         return listener, command, environment
     hostfile.write_text(_hostfile(job))
@@ -246,4 +256,4 @@ def _several(
     env_file.touch(mode=0o600)  # before anything is in it
     env_file.write_text(deepspeed_env(variables, launch.launcher))
     command = hosts_command(job.arguments, hosts, master_port=port)
-    return listener, command, hosts_environment(environment, str(env_file.resolve()))
+    return listener, command, hosts_environment(environment, str(env_file.absolute()))

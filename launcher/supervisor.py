@@ -25,14 +25,31 @@ from typing import Any
 import click
 import psutil
 
-from launcher.channel import LONGEST_GREETING, LONGEST_MESSAGE, Channel, beat_interval, readable
+from launcher.channel import (
+    LONGEST_GREETING,
+    LONGEST_MESSAGE,
+    STOPPED,
+    Channel,
+    beat_interval,
+    readable,
+)
+from launcher.command import is_secret
 from launcher.console import Console
-from launcher.verdict import Failure, Member, failed_rank, late_rank, launcher_gone, lost_rank
+from launcher.verdict import (
+    EXIT_REFUSED,
+    Failure,
+    Member,
+    failed_rank,
+    late_rank,
+    launcher_gone,
+    lost_rank,
+)
 from lorasb_ds.stop import EXIT_INTERRUPTED, EXIT_STOPPED
 
 POLL_S = 0.1
 SETTLE_S = 3.0  # between the end of DeepSpeed's launcher and the last word of an agent
 GO_ON = "--resume auto goes on from the last checkpoint, if there is one"
+MOST_NEWCOMERS = 2048
 LAUNCHER_TAIL = 30  # lines of DeepSpeed's output
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -45,7 +62,7 @@ class Supervisor:
         listener: where the agents connect; None where another host's launcher supervises.
         session: what an agent has to say to be let in.
         hosts: the hostfile's name of every rank's host; None where only the agents know.
-        placeholders: nobody has named the hosts: an agent's word is better.
+        by_hand: every host is started by itself (``--no-ssh``), by a scheduler or a user.
         launcher_log: what DeepSpeed's launchers print.
     """
 
@@ -55,7 +72,7 @@ class Supervisor:
     start_timeout: float
     launcher_log: Path
     hosts: Sequence[str] | None = None
-    placeholders: bool = False
+    by_hand: bool = False
     members: dict[int, Member] = field(default_factory=dict)
     asked: list[int] = field(default_factory=list)  # signals that asked the job to end
 
@@ -67,7 +84,9 @@ class Supervisor:
         self._world_size = len(self.hosts) if self.hosts else None
         self._newcomers: dict[Channel, float] = {}
         self._console = Console()
-        self._interrupted = False
+        self._interrupted = self._muted = False
+        self._refusal: str | None = None
+        self._hidden = [self.session, *(v for k, v in environment.items() if is_secret(k) and v)]
         self.launcher_log.parent.mkdir(parents=True, exist_ok=True)
         self._listen_to(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         # Children inherit that it is ignored: DeepSpeed's launchers are to outlive it.
@@ -77,13 +96,15 @@ class Supervisor:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         # What a launcher of DeepSpeed's leaves behind becomes a child of this process.
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+        self.launcher_log.touch(mode=0o600)  # it has all variables of the hosts
+        self._log_began = self.launcher_log.stat().st_size
         with self.launcher_log.open("ab") as log:
             self._child = subprocess.Popen(
                 command,
                 env=environment,
                 stdin=subprocess.DEVNULL,
-                stdout=log if self.listener else None,
-                stderr=log if self.listener else None,
+                stdout=log,
+                stderr=log,
                 start_new_session=True,
             )
         self._listen_to(signal.SIGUSR1)
@@ -124,11 +145,12 @@ class Supervisor:
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 status = self._child.wait(timeout=0.5)
-                return status if status >= 0 else 128 - status
+                stopped = self._tell_what_agents_said()
+                return EXIT_STOPPED if stopped else status if status >= 0 else 128 - status
             if self._interrupted:
                 return EXIT_INTERRUPTED
             if self.asked:
-                self._signal_children(signal.SIGUSR1)
+                self._signal_children(signal.SIGUSR1, "agent.py")
 
     def _wait_for_news(self) -> None:
         assert self.listener is not None
@@ -142,6 +164,10 @@ class Supervisor:
             while True:
                 newcomer = Channel(self.listener.accept()[0], limit=LONGEST_GREETING)
                 self._newcomers[newcomer] = now
+                if len(self._newcomers) > MOST_NEWCOMERS:
+                    oldest = next(iter(self._newcomers))
+                    del self._newcomers[oldest]
+                    oldest.close()
         for channel, since in list(self._newcomers.items()):
             messages = channel.receive()
             if messages:
@@ -156,21 +182,33 @@ class Supervisor:
 
     def _admit(self, channel: Channel, message: dict[str, Any], now: float) -> None:
         """A new agent of this job; anything else is sent away."""
-        if not hmac.compare_digest(str(message.get("session")).encode(), self.session.encode()):
+        word = str(message.get("session")).encode(errors="replace")
+        if not hmac.compare_digest(word, self.session.encode()):
             channel.send(refused="it is not of this job: was it started with the same options?")
             channel.close()
+            if self.by_hand:  # the word is a digest of the options
+                self._refusal = (
+                    f"rank {message.get('rank')} on {message.get('host')} was started with other "
+                    "options than this host. Use the same on all, but for --node-rank."
+                )
             return
-        rank = int(message["rank"])
+        rank, world_size = int(message["rank"]), int(message["world_size"])
+        if self.hosts is not None and world_size != len(self.hosts):
+            self._refusal = (
+                f"DeepSpeed started {world_size} rank(s) in place of {len(self.hosts)}. Its log: "
+                f"{self.launcher_log}"
+            )
+            return
         if rank in self.members:
             channel.send(refused="it has come already: was a --node-rank given twice?")
             channel.close()
             return
         channel.limit = LONGEST_MESSAGE
-        named = self.hosts is not None and not self.placeholders
+        named = self.hosts is not None and not self.by_hand
         host = self.hosts[rank] if self.hosts and named else str(message["host"])
         member = Member(channel, rank, host, message["log"], message["interface"], heard=now)
         self.members[rank] = member
-        self._world_size = int(message["world_size"])
+        self._world_size = world_size
         terminal = list(os.get_terminal_size(1)) if rank == 0 and os.isatty(1) else None
         channel.send(terminal=terminal)
         if len(self.members) == self._world_size:
@@ -178,27 +216,40 @@ class Supervisor:
 
     def _hear(self, member: Member, message: dict[str, Any], now: float) -> None:
         member.heard = now
-        if "output" in message:
+        if "output" in message and not self._muted:
             self._console.write(int(message["stream"]), str(message["output"]))
         member.stage = message.get("stage", member.stage)
+        if member.stage == "joining":
+            member.joining = member.joining or now
         if "state" in message:
+            member.lock = message["lock"]
             stopped = message["state"] in ("T", "t")
             member.stopped_at = (member.stopped_at or now) if stopped else None
         if "ended" in message:
-            member.order = sum(m.returncode is not None for m in self.members.values())
+            member.ended = now
             member.returncode, member.tail = int(message["ended"]), message["tail"]
             member.channel.close()
+
+    def _tell_what_agents_said(self) -> bool:
+        """Those of this host; whether they were stopped on request."""
+        with self.launcher_log.open(encoding="utf-8", errors="replace") as log:
+            log.seek(self._log_began)
+            said = dict.fromkeys(line for line in log if line.startswith("lorasb: "))
+        for line in said:
+            self._console.write(2, line)
+        return f"lorasb: {STOPPED}\n" in said
 
     # -- what it means
 
     def _failure(self, now: float) -> Failure | None:
         """Why the job has to end now, if it has to."""
         members = self.members.values()
+        if self._refusal:
+            return Failure(EXIT_REFUSED, self._refusal)
         failure = failed_rank(members) or lost_rank(members, now, self.failure_timeout)
-        if failure is None and now - self._started > self.start_timeout:
-            known = (self.hosts, self._world_size, self.start_timeout)
-            failure = late_rank(members, *known, str(self.launcher_log), self._launcher_tail())
-        return failure
+        known = (self.hosts, self._world_size, self.start_timeout, self._started, now)
+        log = str(self.launcher_log)
+        return failure or late_rank(members, *known, log, self._launcher_tail())
 
     def _launcher_gone(self) -> Failure:
         known = (self.hosts, self._world_size, self._child.returncode)
@@ -212,6 +263,8 @@ class Supervisor:
     def _launcher_tail(self) -> list[str]:
         with contextlib.suppress(OSError):
             text = self.launcher_log.read_text(encoding="utf-8", errors="replace")
+            for secret in self._hidden:
+                text = text.replace(secret, "***")
             return text.splitlines()[-LAUNCHER_TAIL:]
         return []
 
@@ -219,7 +272,8 @@ class Supervisor:
 
     def _end(self, failure: Failure) -> int:
         """End all ranks, and say why."""
-        self._send(kill=failure.cause)
+        self._muted = True  # what rank 0 says of the others' end is in its log
+        self._send(kill=failure.cause, stacks=True)
         deadline = time.monotonic() + min(5.0, self.failure_timeout)
         while (now := time.monotonic()) < deadline:
             # Who is not heard of ends by itself, as it does not hear of us either.
@@ -236,6 +290,7 @@ class Supervisor:
                 click.echo("\n".join(f"  | {line}" for line in failure.tail), err=True)
             if not failure.told:
                 click.echo(f"lorasb: error: {failure.cause}", err=True)
+            if not failure.told and failure.status != EXIT_REFUSED:
                 click.echo(f"lorasb: {GO_ON}", err=True)
         return failure.status
 
@@ -250,8 +305,8 @@ class Supervisor:
                 self._wait_for_news()
                 self._read(time.monotonic())
         with contextlib.suppress(subprocess.TimeoutExpired):
-            # Agents that ended well are waited for by launchers that look once in a second.
-            self._child.wait(timeout=0.0 if self._interrupted else SETTLE_S)
+            # DeepSpeed's launchers look for the end of their agents once in a second.
+            self._child.wait(timeout=SETTLE_S)
         self._signal_children(signal.SIGKILL)
         self._child.wait()
         for channel in [*self._newcomers, *(m.channel for m in self.members.values())]:
@@ -262,11 +317,16 @@ class Supervisor:
             if not member.channel.closed:
                 member.channel.send(**message)
 
-    def _signal_children(self, signum: int) -> None:
-        """All that this process has started: pdsh's ssh leave its process group."""
+    def _signal_children(self, signum: int, marker: str = "") -> None:
+        """All that this process has started (pdsh's ssh leave its process group).
+
+        Args:
+            marker: of their command lines; those without it get nothing.
+        """
         for process in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
-                process.send_signal(signum)
+                if not marker or marker in " ".join(process.cmdline()):
+                    process.send_signal(signum)
 
     def _listen_to(self, *signals: int) -> None:
         """Signals that ask the job to end."""
@@ -288,10 +348,15 @@ class Supervisor:
                 signal.signal(signum, ask)
 
     def _say_where(self) -> None:
-        """Several hosts: which network they meet on."""
+        """Other hosts: which they are, and which network they meet on."""
         members = [self.members[rank] for rank in sorted(self.members)]
-        if len({member.host for member in members}) < 2:
+        num_hosts = len({member.host for member in members})
+        if self.hosts is None and num_hosts == 1:
             return
+        logs = Path(members[0].log).parent
+        self._console.write(
+            1, f"lorasb: {len(members)} rank(s) on {num_hosts} host(s), their logs in {logs}\n"
+        )
         used: dict[str, list[str]] = {}
         for member in members:
             hosts = used.setdefault(member.interface or "an unknown interface", [])

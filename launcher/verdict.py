@@ -23,9 +23,11 @@ class Member:
     interface: str | None
     heard: float  # when
     stage: str = ""  # what its worker has told last: joining, joined
+    lock: str | None = None  # of a build, that it may be waiting for
     stopped_at: float | None = None  # by SIGSTOP
     returncode: int | None = None  # as subprocess has it: negative for a signal
-    order: int = 0  # how many had ended before it
+    ended: float = 0.0  # when that was heard
+    joining: float | None = None  # since when it waits for the others
     tail: Sequence[str] = ()  # of its log, once it has ended
 
     @property
@@ -48,7 +50,8 @@ def failed_rank(members: Iterable[Member]) -> Failure | None:
     failed = [m for m in members if m.returncode not in (None, 0, EXIT_STOPPED)]
     if not failed:
         return None
-    first = min(failed, key=lambda m: m.order)
+    # Of two that were heard of at once, a signal is rather the cause than an exception.
+    first = min(failed, key=lambda m: (m.ended, (m.returncode or 0) > 0))
     assert first.returncode is not None
     return Failure(
         status=first.returncode if first.returncode > 0 else 128 - first.returncode,
@@ -83,10 +86,15 @@ def late_rank(
     hosts: Sequence[str] | None,
     world_size: int | None,
     limit: float,
+    started: float,
+    now: float,
     launcher_log: str,
     tail: Sequence[str],
 ) -> Failure | None:
-    """A rank that has not started, or not joined the others, when the time for that is over.
+    """A rank that has not started in time, or keeps the others waiting.
+
+    How long all of them prepare (a model is downloaded, rows are tokenized) is not limited: the
+    time runs from the start until they have come, and again from the first that waits to join.
 
     Args:
         hosts: of every rank, where that is known.
@@ -96,15 +104,21 @@ def late_rank(
     """
     members = list(members)
     within = f"within {limit:g} s (--start-timeout)"
-    if missing := sorted(set(range(world_size or 1)) - {m.rank for m in members}):
+    missing = sorted(set(range(world_size or 1)) - {m.rank for m in members})
+    if missing and now - started > limit:
         where = f" on {_listed(hosts[rank] for rank in missing)}" if hosts else ""
         ranks = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {missing}"
         cause = f"{ranks}{where} did not start {within}. DeepSpeed's log: {launcher_log}"
         return Failure(EXIT_FAILED, cause, tail)
     out = [m for m in members if m.returncode is None and m.stage != "joined"]
+    waiting = [m.joining for m in out if m.joining is not None]
+    if not waiting or now - min(waiting) <= limit:
+        return None
     # Those that wait for others are not to blame, unless all do: they cannot meet.
     late = [m for m in out if m.stage != "joining"] or out
-    return _several(late, f"did not join the others {within}") if late else None
+    locks = [m.lock for m in late if m.lock is not None]
+    hint = f" Did a killed build leave {locks[0]}? Remove it." if locks else ""
+    return _several(late, f"did not join the others {within}", hint)
 
 
 def launcher_gone(
@@ -133,11 +147,11 @@ def launcher_gone(
     return Failure(own, cause, tail)
 
 
-def _several(lost: Sequence[Member], what: str) -> Failure:
+def _several(lost: Sequence[Member], what: str, hint: str = "") -> Failure:
     """Of ranks that share a fate, the first one speaks."""
     first, *others = sorted(lost, key=lambda m: m.rank)
     more = f" (and {len(others)} more, on {_listed(m.host for m in others)})" if others else ""
-    return Failure(EXIT_FAILED, f"{first.place} {what}{more}. Its log: {first.log}")
+    return Failure(EXIT_FAILED, f"{first.place} {what}{more}.{hint} Its log: {first.log}")
 
 
 def _listed(hosts: Iterable[str]) -> str:
@@ -147,7 +161,8 @@ def _listed(hosts: Iterable[str]) -> str:
 def _how(returncode: int) -> str:
     if returncode > 0:
         return f"ended with status {returncode}"
-    cause = ", as the kernel does when memory runs out" if returncode == -signal.SIGKILL else ""
+    memory = ", as the kernel does when memory runs out (see dmesg there)"
+    cause = memory if returncode == -signal.SIGKILL else ""
     return f"was ended by {_told(returncode)}{cause}"
 
 

@@ -129,6 +129,12 @@ def replayed_processes(run_json: str) -> tuple[int | None, int | None]:
     return (count, None) if accelerator == "cpu" else (None, count)
 
 
+def launcher_files(folder: Path) -> list[Path]:
+    """What a launcher has written into a run's folder: its own files, and the ranks' logs."""
+    names = (f"{LOGS}/rank-*.log", *(f"{LAUNCH}/{name}*" for name in ("deepspeed", "hostfile")))
+    return [path for name in names for path in folder.glob(name)]
+
+
 def check_output_dir(config: RunConfig) -> None:
     """Refuse to write into a folder that holds something, unless --overwrite is given."""
     if config.resume is not None and config.output_dir is None:
@@ -148,9 +154,10 @@ def check_output_dir(config: RunConfig) -> None:
     if config.overwrite or (config.resume is not None and (folder / "run.json").is_file()):
         return
     # A run that was killed early has left a file that it was writing, and the launcher's own.
-    early = (LAUNCH, LOGS)
+    own = launcher_files(folder)
+    early = [folder / name for name in (LAUNCH, LOGS) if {*(folder / name).glob("*")} <= {*own}]
     if folder.is_dir() and any(
-        path.suffix != ".tmp" and path.name not in early for path in folder.iterdir()
+        path.suffix != ".tmp" and path not in early for path in folder.iterdir()
     ):
         raise ConfigError(
             f"--output-dir {folder} is not empty. Name another folder, or give --overwrite."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import closing
@@ -11,9 +12,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.file_baton import FileBaton
 
-from launcher.agent import LONGEST_LINE, Log, process_state
+from launcher.agent import LONGEST_LINE, Log, build_locks, process_state
 from launcher.channel import LONGEST_GREETING, Channel, readable
+from launcher.host import old_build_locks
 
 
 @pytest.fixture
@@ -90,6 +93,21 @@ def test_a_log_is_what_a_terminal_shows_in_the_end(tmp_path: Path) -> None:
     assert len(again.tail[0]) < LONGEST_LINE
     again.close()
     assert log.path.read_text().count("== 20") == 2, "an earlier one stays"
+
+
+def test_locks_of_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that the process itself holds, and those that nobody can hold any longer."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "py311_cpu" / "op" / "lock"
+    lock.parent.mkdir(parents=True)
+    baton = FileBaton(str(lock))
+    assert baton.try_acquire()
+    assert build_locks(os.getpid()) == [lock]
+    assert old_build_locks() == []
+    os.utime(lock, (1, 1))
+    assert old_build_locks() == [str(lock)]
+    baton.release()
+    assert build_locks(os.getpid()) == []
 
 
 def test_process_state() -> None:

@@ -213,8 +213,6 @@ def test_any_filter_is_taken_or_refused(text: str, option: str) -> None:
     ("arguments", "problem"),
     [
         ({"include": "a", "exclude": "a"}, "--include and --exclude exclude each other. Give one"),
-        ({"include": "node-1", "num_nodes": 1}, "--include and --num-nodes exclude each other"),
-        ({"exclude": "node-1", "num_slots": 1}, "--exclude and --num-gpus exclude each other"),
         ({"include": "node-3"}, "there is no host node-3. There are node-1, node-2, 10.0.0.3."),
         ({"exclude": "node-2:0@x"}, "--exclude: there is no host x"),
         ({"include": "node-2:0,2"}, "--include: node-2 has no slot 2. Its slots are 0 to 1."),

@@ -13,7 +13,7 @@ import pytest
 
 from launcher import host as this_host
 from launcher.checks import Answer, Question, check_answer, choose_master_addr, report
-from launcher.preflight import PROGRAM, examine, remote_command
+from launcher.preflight import PROGRAM, examine, remote_command, twins
 
 INTERFACES = {"lo": "127.0.0.1", "eth0": "10.0.0.1", "ib0": "10.1.0.1"}
 QUESTION = Question(slots={"gpu1": 8, "gpu2": 8}, paths=["/data/train.jsonl"], disk=["/runs"])
@@ -46,7 +46,7 @@ FACTS: dict[str, Any] = {
     "packages": {"torch": "2.6"},
     "code": "abc",
     "cwd": True,
-    "missing": [],
+    "sizes": {"/data/train.jsonl": 1000},
     "disk": {"/runs": 1 << 40},
     "memory": 1 << 36,
     "interfaces": INTERFACES,
@@ -55,6 +55,7 @@ FACTS: dict[str, Any] = {
     "compiler": "/usr/bin/g++",
     "ninja": "/env/bin/ninja",
     "devices": None,
+    "locks": [],
 }
 
 
@@ -74,14 +75,18 @@ def test_a_host_like_this_one_is_green() -> None:
 def test_each_red() -> None:
     assert reds(python="3.10.1") == {"python": "3.10.1"}
     assert reds(packages={"torch": None}) == {"packages": "torch missing (here 2.6)"}
-    assert reds(code=None)["code"].startswith("no /")
+    assert reds(code=None)["code"].endswith("(here abc)")
     assert "directory" in reds(cwd=False)
     assert reds(offset=-40.0) == {"clock": "-40.0 s"}
-    assert reds(missing=["/data/train.jsonl"]) == {"files": "missing: /data/train.jsonl"}
+    assert reds(sizes={"/data/a": None}) == {"file /data/a": "missing"}
+    assert reds(sizes={"/data/train.jsonl": 999}) == {
+        "file /data/train.jsonl": "999 bytes, 1000 here"
+    }
     assert reds(disk={"/runs": None}) == {"disk /runs": "cannot be written"}
     assert "disk /runs" in reds(disk={"/runs": 1000})
     assert reds(memory=1 << 20) == {"memory": "0.0 GiB free"}
     assert reds(gpus=[1] * 4) == {"accelerators": "4 GPUs, 8 wanted"}
+    assert reds(locks=["/c/op/lock"]) == {"build locks": "1 older than 10 minutes"}
     thorough = replace(QUESTION, thorough=True)
     assert reds(thorough, compiler=None, ninja=None) == {"build tools": "no compiler and no ninja"}
     on_cpu = {"name": "cpu", "count": 0, "memory": []}
@@ -101,12 +106,19 @@ def test_a_host_that_does_not_answer() -> None:
     assert text.splitlines()[-1] == "gpu2: ssh: Start sshd."
 
 
+def test_one_machine_under_two_names() -> None:
+    hosts = [("gpu1", "a"), ("10.0.0.1", "a"), ("gpu2", "b")]
+    answers = [Answer(name, FACTS | {"hostname": machine}) for name, machine in hosts]
+    (check,) = twins([*answers, Answer("gpu3", None)])
+    assert (check.host, check.found) == ("10.0.0.1", "the same machine as gpu1")
+
+
 def test_this_host() -> None:
     question = Question(slots={"here": 1}, cpu=True, paths=[sys.executable], disk=["/nowhere/x"])
     assert not examine(question, local=True).problems
     missing = replace(question, programs=["no-such-program"], paths=["/nowhere/y"])
     found = {check.what: check for check in examine(missing, local=True).problems}
-    assert set(found) == {"no-such-program", "files"}
+    assert set(found) == {"no-such-program", "file /nowhere/y"}
     assert "apt-get install" in found["no-such-program"].remedy
 
 
@@ -133,6 +145,6 @@ def test_what_ssh_runs_is_one_word_for_a_shell(tmp_path: Path) -> None:
         cwd=tmp_path,
     )
     answer = json.loads(done.stdout)
-    assert answer["missing"] == hostile.paths
+    assert answer["sizes"] == dict.fromkeys(hostile.paths)
     assert answer["code"] is None
     assert answer["python"] == this_host.platform.python_version()

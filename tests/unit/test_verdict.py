@@ -39,13 +39,13 @@ def test_all_is_well(members: list[Member]) -> None:
     change(members[2], returncode=75)
     assert failed_rank(members) is None
     assert lost_rank(members, NOW + LIMIT, LIMIT) is None
-    assert late_rank(members, None, 4, 600, "log", []) is None
+    assert late_rank(members, None, 4, LIMIT, 0, NOW, "log", []) is None
 
 
 def test_the_first_one_that_ended_is_to_blame(members: list[Member]) -> None:
     """The others end because of it."""
-    change(members[1], returncode=1, order=1, tail=["Connection closed by peer"])
-    change(members[3], returncode=-9, order=0, tail=["step 3"])
+    change(members[1], returncode=1, ended=5.0, tail=["Connection closed by peer"])
+    change(members[3], returncode=-9, ended=5.0, tail=["step 3"])
     failure = failed_rank(members)
     assert failure is not None
     assert failure.status == 137
@@ -98,23 +98,34 @@ def test_stopped_and_gone(members: list[Member]) -> None:
 
 def test_late(members: list[Member]) -> None:
     hosts = ["n0", "n0", "n1", "n1"]
-    failure = late_rank(members[:2], hosts, 4, 600, "/run/deepspeed.log", ["ssh: refused"])
+    end = ("/run/deepspeed.log", ["ssh: refused"])
+    assert late_rank(members[:2], hosts, 4, LIMIT, NOW - LIMIT, NOW, *end) is None
+    failure = late_rank(members[:2], hosts, 4, LIMIT, 0, NOW, *end)
     assert failure is not None
-    assert failure.cause.startswith("ranks [2, 3] on n1 did not start within 600 s")
+    assert failure.cause.startswith("ranks [2, 3] on n1 did not start within 60 s")
     assert failure.tail == ["ssh: refused"]
-    failure = late_rank([], None, None, 600, "log", [])
+    failure = late_rank([], None, None, LIMIT, 0, NOW, *end)
     assert failure is not None
     assert failure.cause.startswith("rank 0 did not start")
+
+
+def test_who_keeps_the_others_waiting(members: list[Member]) -> None:
+    def late() -> str | None:
+        failure = late_rank(members, None, 4, LIMIT, 0, NOW, "log", [])
+        return failure and failure.cause
+
     for member in members:
-        change(member, stage="joining")
-    change(members[3], stage="")
-    failure = late_rank(members, hosts, 4, 600, "log", [])
-    assert failure is not None
-    assert failure.cause.startswith("rank 3 on n1 did not join"), "the others wait for it"
-    change(members[3], stage="joining")
-    failure = late_rank(members, hosts, 4, 600, "log", [])
-    assert failure is not None
-    assert "(and 3 more, on n0, n1)" in failure.cause
+        change(member, stage="")
+    assert late() is None, "they may load a model for hours"
+    for member in members[:3]:
+        change(member, stage="joining", joining=NOW - LIMIT / 2)
+    assert late() is None
+    change(members[1], joining=NOW - 2 * LIMIT)
+    assert str(late()).startswith("rank 3 on n1 did not join the others within 60 s")
+    change(members[3], stage="joining", joining=NOW, lock="/c/lock")
+    text = str(late())
+    assert "(and 3 more, on n0, n1)" in text, "they cannot meet"
+    assert "Did a killed build leave /c/lock? Remove it." in text
 
 
 def test_the_launcher_is_gone(members: list[Member]) -> None:
