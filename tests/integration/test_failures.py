@@ -194,7 +194,8 @@ def intrude(worker: int) -> str:
     host, _, port = address.rpartition(":")
     said = ""
     forged = b'{"session": "guessed", "rank": 0, "ended": 1}\n'
-    for text in (b"\xff\0garbage\n", b"[1]\n", forged):
+    odd = b'{"session": "\\ud800", "rank": 0}\n'
+    for text in (b"\xff\0garbage\n", b"[1]\n", b"[" * 9000 + b"\n", odd, forged):
         with socket.create_connection((host, int(port)), timeout=5) as stranger:
             stranger.sendall(text)
             with suppress(ConnectionResetError):

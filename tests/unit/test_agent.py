@@ -71,6 +71,19 @@ def test_the_other_side_does_not_read(ends: tuple[socket.socket, Channel]) -> No
     assert channel.flush()
 
 
+def test_a_backlog_arrives(ends: tuple[socket.socket, Channel]) -> None:
+    """Many messages that have waited are not one that is too long."""
+    left, channel = ends
+    sender = Channel(left)
+    for _ in range(300):
+        sender.send(output="x" * 10_000)
+    found = []
+    while len(found) < 300:
+        found += channel.receive()
+        sender.flush()
+        assert not channel.closed
+
+
 def test_readable(ends: tuple[socket.socket, Channel]) -> None:
     left, channel = ends
     assert readable([channel.fileno()], 0) == set()

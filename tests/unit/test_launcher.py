@@ -13,6 +13,7 @@ from launcher.cli import main
 from launcher.command import job_environment, local_command, visible_gpus
 from launcher.options import to_arguments
 from lorasb_ds.config import DEMO_DATA, ConfigError, RunConfig, option_name
+from lorasb_ds.request import check_output_dir, launcher_files
 
 
 def test_local_command() -> None:
@@ -126,3 +127,15 @@ def test_malformed_ds_config_and_full_folder(tmp_path: Path) -> None:
         result = CliRunner().invoke(main, ["train", "--dry-run", *arguments])
         assert result.exit_code == 2
         assert str(tmp_path) in result.output
+
+
+def test_what_an_earlier_start_has_left_may_be_there(tmp_path: Path) -> None:
+    """The launcher's own files and the ranks' logs; nothing else, which is not removed either."""
+    for name in ("logs/rank-0.log", "launch/deepspeed.log", "launch/hostfile"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    check_output_dir(RunConfig(output_dir=str(tmp_path)))
+    assert len(launcher_files(tmp_path)) == 3
+    (tmp_path / "logs" / "thesis.txt").touch()
+    with pytest.raises(ConfigError, match="is not empty"):
+        check_output_dir(RunConfig(output_dir=str(tmp_path)))

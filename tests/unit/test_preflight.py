@@ -132,7 +132,7 @@ def test_what_ssh_runs_is_one_word_for_a_shell(tmp_path: Path) -> None:
         "cwd": "/",
         "devices": False,
     }
-    request |= {"paths": hostile.paths, "disk": [], "routes": []}
+    request |= {"paths": hostile.paths, "disk": [], "routes": [], "patience": 5}
     *ssh, command = remote_command("gpu2", request, hostile)
     assert ssh[0] == "ssh"
     assert ssh[-3:] == ["-p", "2222", "gpu2"]
