@@ -71,9 +71,8 @@ def script_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--master-port",
             type=click.IntRange(1, 65534),
-            default=29500,
-            show_default=True,
-            help="The next one is used, too: the ranks report to the first host there.",
+            help="The next one is used, too: the ranks report to the first host there. "
+            "[default: Slurm: by the job's number; Kubernetes: 29500]",
         ),
         click.option("--env", multiple=True, metavar="NAME[=VALUE]", help="A variable of the job."),
         run_options,
@@ -114,6 +113,7 @@ def slurm(nodes: int, gpus_per_node: int, env: Sequence[str], **options: Any) ->
 def k8s(nodes: int, gpus_per_node: int, env: Sequence[str], **options: Any) -> None:
     """A Service and an Indexed Job for kubectl apply: one pod a node."""
     own = {name: options.pop(name) for name in ("image", "claim", "mount")}
+    options["master_port"] = options["master_port"] or 29500
     shared, arguments, output_dir = _job(nodes, gpus_per_node, env, options, own["mount"])
     click.echo(k8s_manifest(arguments, **own, **shared, output_dir=output_dir), nl=False)
 

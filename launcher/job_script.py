@@ -30,7 +30,7 @@ def inner_command(
     nodes: int,
     gpus_per_node: int,
     output_dir: str,
-    master_port: int,
+    master_port: int | str,
     python: str = "python",
     node_rank: str = '"$SLURM_NODEID"',
     master_addr: str = '"$MASTER_ADDR"',
@@ -42,14 +42,14 @@ def inner_command(
     unless ``worker_arguments`` say what to resume.
 
     Args:
-        node_rank: a word as it is to stand there, as is ``master_addr``; for the other words see
-            ``quote``. The defaults are expanded on the node.
+        node_rank: a word as it is to stand there, as are ``master_addr`` and ``master_port``; for
+            the other words see ``quote``. The defaults are expanded on the node.
         quote: how to write a word for who reads it; ``str`` gives an argument list.
     """
     given = {word.partition("=")[0].replace("_", "-") for word in worker_arguments}
     words = [python, "-m", "launcher.cli", verb, "--no-ssh"]
     words += ["--num-nodes", str(nodes), "--num-gpus", str(gpus_per_node)]
-    rest = ["--master-port", str(master_port)]
+    rest: list[str] = []
     if "--resume" not in given:
         rest += ["--resume", "auto"]
     if "--output-dir" not in given:
@@ -57,6 +57,7 @@ def inner_command(
     return [
         *map(quote, words),
         *("--node-rank", node_rank, "--master-addr", master_addr),
+        *("--master-port", str(master_port)),
         *map(quote, [*rest, *worker_arguments]),
     ]
 
@@ -74,11 +75,13 @@ def slurm_script(
     account: str | None,
     python: str,
     cwd: str,
-    master_port: int,
+    master_port: int | None,
     environment: Mapping[str, str],
 ) -> str:
     """A script for sbatch: one task per node, and a job that ends and queues itself in time.
 
+    Args:
+        master_port: None: by the job's number.
     Raises:
         ConfigError: if a name is none that Slurm takes, or ``environment`` holds a secret.
     """
@@ -116,7 +119,7 @@ def slurm_script(
         nodes=nodes,
         gpus_per_node=gpus_per_node,
         output_dir=output_dir,
-        master_port=master_port,
+        master_port='"$MASTER_PORT"',
         python=python,
     )
     return _SLURM.format(
@@ -124,6 +127,8 @@ def slurm_script(
         exports="".join(f"export {k}={shlex.quote(v)}\n" for k, v in environment.items()),
         cwd=shlex.quote(cwd),
         command=" ".join(command),
+        # Jobs that share a node must not meet; each takes two ports.
+        master_port=master_port or "$((20000 + SLURM_JOB_ID % 5000 * 2))",
         seconds=SECONDS_TO_SAVE,
         stopped=EXIT_STOPPED,
     )
@@ -143,6 +148,7 @@ cd -- {cwd}
 # The first host is the master.
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export MASTER_ADDR=${{hosts%%$'\\n'*}}
+export MASTER_PORT={master_port}
 
 run_node() {{  # on every node: only there is SLURM_NODEID known
   exec {command}
@@ -239,15 +245,20 @@ def k8s_manifest(
             # The nodes look for the master before it is ready.
             "publishNotReadyAddresses": True,
             "selector": labels,
-            "ports": [{"name": "master", "port": master_port}],
+            "ports": [
+                {"name": "master", "port": master_port},
+                {"name": "supervisor", "port": master_port + 1},
+            ],
         },
     }
+    variables = [{"name": k, "value": _literal(v)} for k, v in environment.items()]
     container = {
         "name": "lorasb",
         "image": image,
         "command": command[:3],
         "args": command[3:],
-        "env": [{"name": k, "value": _literal(v)} for k, v in environment.items()],
+        "workingDir": mount,  # relative paths of the run lie there
+        **({"env": variables} if variables else {}),
         "resources": {"limits": {"nvidia.com/gpu": gpus_per_node}},
         "volumeMounts": [
             {"name": "data", "mountPath": mount},

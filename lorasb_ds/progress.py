@@ -53,11 +53,14 @@ class Progress:
     def _show_bar(self, step: int, num_steps: int, text: str) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as RichProgress
+        from rich.table import Column
 
         if self._bar is None:
+            # In a narrow terminal the text is cut, not the count.
+            cut = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+            text_column = TextColumn("{task.fields[text]}", markup=False, table_column=cut)
             bar = BarColumn(bar_width=20)
-            columns = (MofNCompleteColumn(), bar, TextColumn("{task.fields[text]}", markup=False))
-            self._bar = RichProgress(*columns)
+            self._bar = RichProgress(MofNCompleteColumn(), bar, text_column, expand=True)
             self._bar.start()
             self._task = self._bar.add_task("train", total=num_steps, text=text)
         self._bar.update(self._task, completed=step, text=text)

@@ -236,7 +236,10 @@ def test_k8s_service() -> None:
             "clusterIP": "None",
             "publishNotReadyAddresses": True,
             "selector": labels,
-            "ports": [{"name": "master", "port": 29500}],
+            "ports": [
+                {"name": "master", "port": 29500},
+                {"name": "supervisor", "port": 29501},
+            ],
         },
     }
     assert job["spec"]["template"]["metadata"]["labels"] == labels, "the pods that it selects"
@@ -342,3 +345,13 @@ def test_k8s_refuses(given: dict[str, Any], problem: str) -> None:
 def test_k8s_longest_names() -> None:
     service, _ = manifest([], job_name="a" * 61, output_dir="/data", mount="/data/")
     assert service["metadata"]["name"] == "a" * 61
+
+
+def test_slurm_jobs_that_share_a_node_do_not_meet() -> None:
+    text = slurm_script([], **{**SLURM, "python": "python", "master_port": None})
+    (line,) = [line for line in text.splitlines() if line.startswith("export MASTER_PORT=")]
+    ports = []
+    for job in (4999, 5000, 1234567, 1234568):
+        script = f"SLURM_JOB_ID={job}; {line}; echo $MASTER_PORT"
+        ports.append(int(subprocess.run(["bash", "-c", script], capture_output=True).stdout))
+    assert ports == [29998, 20000, 29134, 29136]
