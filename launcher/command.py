@@ -141,14 +141,13 @@ def pdsh_word(word: str) -> str:
     return (word if word_has_space else shlex.quote(word)).replace("%", "%%")
 
 
-def exported(environment: Mapping[str, str], asked: Sequence[str]) -> dict[str, str]:
-    """The variables that the ranks of all hosts get: the launcher's, and those of ``--env``."""
-    result = {
+def exported(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables of the launcher that the ranks of all hosts get without being asked for."""
+    return {
         name: value
         for name, value in environment.items()
         if EXPORTED.fullmatch(name) and not NOT_EXPORTED.fullmatch(name) and not is_secret(name)
     }
-    return result | asked_for(environment, asked)
 
 
 def asked_for(environment: Mapping[str, str], asked: Sequence[str]) -> dict[str, str]:

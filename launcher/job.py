@@ -181,4 +181,4 @@ def variables_of_hosts(job: Job, environment: Mapping[str, str]) -> dict[str, st
     own: dict[str, str] = {}
     for file in (Path.home() / name, Path(name)):
         own |= read_deepspeed_env(file) if file.is_file() else {}
-    return {**exported(environment, []), **own, **asked_for(environment, job.launch.env)}
+    return {**exported(environment), **own, **asked_for(environment, job.launch.env)}

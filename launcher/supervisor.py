@@ -73,7 +73,6 @@ class Supervisor:
     launcher_log: Path
     hosts: Sequence[str] | None = None
     by_hand: bool = False
-    members: dict[int, Member] = field(default_factory=dict)
     asked: list[int] = field(default_factory=list)  # signals that asked the job to end
 
     def run(self, command: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -82,6 +81,7 @@ class Supervisor:
         From the main thread: it listens to signals.
         """
         self._world_size = len(self.hosts) if self.hosts else None
+        self.members: dict[int, Member] = {}
         self._newcomers: dict[Channel, float] = {}
         self._console = Console()
         self._interrupted = self._muted = False
@@ -248,13 +248,11 @@ class Supervisor:
             return Failure(EXIT_REFUSED, self._refusal)
         failure = failed_rank(members) or lost_rank(members, now, self.failure_timeout)
         known = (self.hosts, self._world_size, self.start_timeout, self._started, now)
-        log = str(self.launcher_log)
-        return failure or late_rank(members, *known, log, self._launcher_tail())
+        return failure or late_rank(members, *known, str(self.launcher_log))
 
     def _launcher_gone(self) -> Failure:
         known = (self.hosts, self._world_size, self._child.returncode)
-        members, log = self.members.values(), str(self.launcher_log)
-        return launcher_gone(members, *known, log, self._launcher_tail())
+        return launcher_gone(self.members.values(), *known, str(self.launcher_log))
 
     def _all_ended(self) -> bool:
         ended = [m for m in self.members.values() if m.returncode is not None]
@@ -286,8 +284,9 @@ class Supervisor:
                 member.channel.flush()
         self._console.flush()
         with contextlib.suppress(OSError):  # the terminal may be closed
-            if failure.tail:
-                click.echo("\n".join(f"  | {line}" for line in failure.tail), err=True)
+            tail = self._launcher_tail() if failure.show_launcher_log else failure.tail
+            if tail:
+                click.echo("\n".join(f"  | {line}" for line in tail), err=True)
             if not failure.told:
                 click.echo(f"lorasb: error: {failure.cause}", err=True)
             if not failure.told and failure.status != EXIT_REFUSED:

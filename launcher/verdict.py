@@ -41,7 +41,8 @@ class Failure:
 
     status: int  # for the shell
     cause: str
-    tail: Sequence[str] = ()  # of a log that the console has not seen
+    tail: Sequence[str] = ()  # of a rank's log that the console has not seen
+    show_launcher_log: bool = False  # what DeepSpeed's launcher has printed tells more
     told: bool = False  # rank 0 has said what was wrong, on the console
 
 
@@ -89,7 +90,6 @@ def late_rank(
     started: float,
     now: float,
     launcher_log: str,
-    tail: Sequence[str],
 ) -> Failure | None:
     """A rank that has not started in time, or keeps the others waiting.
 
@@ -100,7 +100,6 @@ def late_rank(
         hosts: of every rank, where that is known.
         world_size: None as long as no agent has told it.
         limit: that time, in seconds (``--start-timeout``).
-        tail: the end of what DeepSpeed's launcher has printed.
     """
     members = list(members)
     within = f"within {limit:g} s (--start-timeout)"
@@ -109,8 +108,8 @@ def late_rank(
         where = f" on {_listed(hosts[rank] for rank in missing)}" if hosts else ""
         ranks = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {missing}"
         cause = f"{ranks}{where} did not start {within}. DeepSpeed's log: {launcher_log}"
-        return Failure(EXIT_FAILED, cause, tail)
-    out = [m for m in members if m.returncode is None and m.stage != "joined"]
+        return Failure(EXIT_FAILED, cause, show_launcher_log=True)
+    out = [m for m in members if m.returncode is None and m.stage in ("", "joining")]
     waiting = [m.joining for m in out if m.joining is not None]
     if not waiting or now - min(waiting) <= limit:
         return None
@@ -127,7 +126,6 @@ def launcher_gone(
     world_size: int | None,
     status: int,
     launcher_log: str,
-    tail: Sequence[str],
 ) -> Failure:
     """DeepSpeed's launcher has ended, and ranks have not said how they did.
 
@@ -139,12 +137,12 @@ def launcher_gone(
     own = status if status > 0 else EXIT_FAILED
     if not members:
         cause = f"{how} before any rank began. Its log: {launcher_log}"
-        return Failure(own, cause, tail)
+        return Failure(own, cause, show_launcher_log=True)
     begun = {m.rank: m for m in members}
     left = [r for r in range(world_size or 0) if r not in begun or begun[r].returncode is None]
     places = (begun[r].host if r in begun else hosts[r] if hosts else "?" for r in left)
     cause = f"{how} while ranks {left} ({_listed(places)}) had not. Its log: {launcher_log}"
-    return Failure(own, cause, tail)
+    return Failure(own, cause, show_launcher_log=True)
 
 
 def _several(lost: Sequence[Member], what: str, hint: str = "") -> Failure:
