@@ -140,10 +140,13 @@ def _run_once(job: Job, asked: list[int]) -> int:
             click.echo("lorasb: error: this job cannot start (--skip-preflight tries)", err=True)
             return EXIT_REFUSED
     launch_folder, logs = job.folder / LAUNCH, job.folder / LOGS
-    if job.config.resume is None and not launch.no_ssh:  # other hosts' ranks may have begun
-        for old in launcher_files(job.folder):
-            old.unlink()
-    launch_folder.mkdir(parents=True, exist_ok=True)
+    try:
+        if job.config.resume is None and not launch.no_ssh:  # other hosts' ranks may have begun
+            for old in launcher_files(job.folder):
+                old.unlink()
+        launch_folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output-dir {job.folder} cannot be written: {error}.") from error
     environment |= {
         channel.SESSION: secrets.token_hex(16),
         channel.FAILURE_TIMEOUT: str(launch.failure_timeout),
