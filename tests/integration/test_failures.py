@@ -139,8 +139,8 @@ def test_the_worker_alone_says_how_to_start_it() -> None:
     assert "deepspeed launcher/train.py" in done
 
 
-def workers(marker: str) -> list[int]:
-    """Processes whose command line holds the marker."""
+def workers(marker: str, program: str = "launcher/train.py") -> list[int]:
+    """Processes of a program whose command line holds the marker."""
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit() and int(folder.name) != os.getpid():
@@ -148,7 +148,7 @@ def workers(marker: str) -> list[int]:
                 command = (folder / "cmdline").read_bytes().decode(errors="replace")
             except OSError:
                 continue
-            if marker in command and "launcher/train.py" in command:
+            if marker in command and program in command:
                 found.append(int(folder.name))
     return found
 
@@ -171,6 +171,7 @@ def running(tiny_model: Path, tmp_path: Path):
         time.sleep(0.5)
     yield child, str(folder)
     child.kill()
+    child.wait()
     log.close()
     for pid in workers(str(folder)):
         os.kill(pid, signal.SIGKILL)
@@ -182,9 +183,9 @@ def shared_memory() -> list[Path]:
 
 def gone(marker: str, within_s: float) -> bool:
     deadline = time.monotonic() + within_s
-    while workers(marker) and time.monotonic() < deadline:
+    while workers(marker, "launcher") and time.monotonic() < deadline:
         time.sleep(0.2)
-    return not workers(marker)
+    return not workers(marker, "launcher")
 
 
 def intrude(worker: int) -> str:
@@ -227,7 +228,8 @@ def test_a_killed_worker_ends_the_run(running: tuple[subprocess.Popen[bytes], st
 
 def test_sigterm_ends_every_process(running: tuple[subprocess.Popen[bytes], str]) -> None:
     child, folder = running
-    assert len(workers(folder)) >= 3
+    assert len(workers(folder)) == 2
+    assert len(workers(folder, "launcher/agent.py")) >= 2
     child.send_signal(signal.SIGTERM)
     assert child.wait(timeout=60) == EXIT_STOPPED
     log = (Path(folder).parent / "log").read_text()
