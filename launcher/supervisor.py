@@ -120,12 +120,13 @@ class Supervisor:
     def _watch(self) -> int:
         """Until all ranks have ended, or one of them has failed."""
         child_ended: float | None = None
-        next_beat = 0.0
+        next_beat, told = 0.0, 0
         while True:
             self._wait_for_news()
             now = time.monotonic()
             self._read(now)
-            if now >= next_beat:
+            if now >= next_beat or len(self.asked) > told:
+                told = len(self.asked)
                 next_beat = now + beat_interval(self.failure_timeout)
                 self._send(**({"stop": True} if self.asked else {"beat": True}))
             if self._interrupted:
