@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -89,6 +89,14 @@ def measure(case: Callable[..., None], settings: Mapping[str, Any], world_size: 
         if any(statuses):
             raise SystemExit(f"{case.__name__} {settings} failed")
         return json.loads(Path(out).read_text())
+
+
+def run_as_rank(*cases: Callable[..., None]) -> NoReturn:
+    """What a process of ``measure`` does: the case that it is told, and its end."""
+    name, settings, out = sys.argv[1:]
+    {case.__name__: case for case in cases}[name](json.loads(settings), out)
+    # As the worker ends (launcher/train.py): some thread of gloo's may outlive its group.
+    os._exit(0)
 
 
 def medians(results: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 import torch
-from bench_common import ROOT, machine, measure, medians, row, write_json
+from bench_common import ROOT, machine, measure, medians, row, run_as_rank, write_json
 from bench_model import write_llama
 
 from lorasb_ds.config import demo_model_dir
@@ -258,5 +258,4 @@ def _model(folder: Path, num_layers: int) -> str:
 
 
 if __name__ == "__main__":
-    name, settings, out = sys.argv[1:]
-    {"paper": paper, "ours": ours}[name](json.loads(settings), out)
+    run_as_rank(paper, ours)

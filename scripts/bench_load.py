@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import click
 import torch
-from bench_common import ROOT, machine, measure, row, write_json
+from bench_common import ROOT, machine, measure, row, run_as_rank, write_json
 from bench_memory import held, held_bytes, watched
 from bench_model import read_once, write_llama
 
@@ -214,5 +214,4 @@ def main(repeats: int, model_dir: Path | None, cases: str, out: Path, quick: boo
 
 
 if __name__ == "__main__":
-    name, settings_json, path = sys.argv[1:]
-    {"load": load}[name](json.loads(settings_json), path)
+    run_as_rank(load)

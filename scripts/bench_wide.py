@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from bench_common import ROOT, machine, measure, row, write_json
+from bench_common import ROOT, machine, measure, row, run_as_rank, write_json
 from bench_memory import held_bytes, watched
 from bench_model import read_once, write_llama
 
@@ -219,5 +219,4 @@ def main(model_dir: Path | None, out: Path, quick: bool) -> None:
 
 
 if __name__ == "__main__":
-    name, settings, path = sys.argv[1:]
-    {"wide": wide}[name](json.loads(settings), path)
+    run_as_rank(wide)

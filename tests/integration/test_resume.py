@@ -295,6 +295,7 @@ def test_a_closed_terminal(options: list[str], tmp_path: Path) -> None:
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(ROOT)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
         os.execv(LORASB[0], [*LORASB, *options, *endless.split()])  # noqa: S606
     deadline = time.monotonic() + 120
     while num_rows(folder) < 2:
