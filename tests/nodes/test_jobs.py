@@ -93,14 +93,11 @@ def start(hosts: Hosts, options: list[str], tmp_path: Path) -> Iterator[Callable
 
 
 @contextmanager
-def returns_within(
-    seconds: float, record_property: Callable[[str, object], None]
-) -> Iterator[None]:
+def returns_within(seconds: float) -> Iterator[None]:
     """What is in it must not take longer; the time is in the report of the tests."""
     began = time.monotonic()
     yield
     taken = time.monotonic() - began
-    record_property("seconds", round(taken, 1))
     print(f"returned after {taken:.1f} s")
     assert taken <= seconds
 
@@ -255,18 +252,16 @@ def test_doctor_finds_what_is_wrong_with_the_network(
     assert not checks["n2", f"reaches {address}:29513"]["ok"]
 
 
-def test_ssh_is_refused(
-    hosts: Hosts, start: Callable[..., Job], record_property: Callable[[str, object], None]
-) -> None:
+def test_ssh_is_refused(hosts: Hosts, start: Callable[..., Job]) -> None:
     hosts[1].stop_sshd()
-    with returns_within(SOON, record_property):
+    with returns_within(SOON):
         job = start()
         assert job.ends(within_s=60) == 2
     assert "n1: ssh:" in job.output
     assert "Connection refused" in job.output
     assert not (job.folder / "run.json").exists()
     job = start("--skip-preflight", "--start-timeout", "20")
-    with returns_within(20 + SOON, record_property):
+    with returns_within(20 + SOON):
         assert job.ends(within_s=60) not in (0, EXIT_STOPPED)
     assert "n1" in job.output.rpartition("lorasb: error:")[2]
 
@@ -274,23 +269,17 @@ def test_ssh_is_refused(
 # -- while it runs
 
 
-def test_a_killed_worker(
-    start: Callable[..., Job], record_property: Callable[[str, object], None]
-) -> None:
+def test_a_killed_worker(start: Callable[..., Job]) -> None:
     job = start()
     job.wait_for_rows(1)
-    with returns_within(SOON, record_property):
+    with returns_within(SOON):
         job.ranks[1].kill(job.worker(1))
         assert job.ends(within_s=60) == 128 + signal.SIGKILL
     assert "rank 1 on n1 was ended by SIGKILL, as the kernel does when memory" in job.output
     assert f"Its log: {job.folder}/logs/rank-1.log" in job.output
 
 
-def test_a_worker_that_fails(
-    start: Callable[..., Job],
-    tmp_path: Path,
-    record_property: Callable[[str, object], None],
-) -> None:
+def test_a_worker_that_fails(start: Callable[..., Job], tmp_path: Path) -> None:
     """An exception on one rank, once all have joined; the others wait in a collective."""
     fail = (
         "import os, sys\n"
@@ -310,61 +299,51 @@ def test_a_worker_that_fails(
     assert "TypeError: 'NoneType' object is not callable" in job.output, "its log is shown"
 
 
-def test_a_link_goes_down(
-    start: Callable[..., Job], record_property: Callable[[str, object], None]
-) -> None:
+def test_a_link_goes_down(start: Callable[..., Job]) -> None:
     job = start()
     job.wait_for_rows(1)
-    with returns_within(TIMEOUT + SOON, record_property):
+    with returns_within(TIMEOUT + SOON):
         job.ranks[1].link(False)
         assert job.ends(within_s=90) == 1
     assert "rank 1 on n1 was not heard of for 5 s" in job.output
 
 
-def test_the_masters_host_is_lost(
-    start: Callable[..., Job], record_property: Callable[[str, object], None]
-) -> None:
+def test_the_masters_host_is_lost(start: Callable[..., Job]) -> None:
     """Seen from a host that runs no rank, as a login node does."""
     job = start(on=2)
     job.wait_for_rows(1)
-    with returns_within(TIMEOUT + SOON, record_property):
+    with returns_within(TIMEOUT + SOON):
         job.ranks[0].lose()
         assert job.ends(within_s=90) != 0
     assert "on n0" in job.output.rpartition("lorasb: error:")[2]
 
 
-def test_a_worker_that_never_joins(
-    start: Callable[..., Job], tmp_path: Path, record_property: Callable[[str, object], None]
-) -> None:
+def test_a_worker_that_never_joins(start: Callable[..., Job], tmp_path: Path) -> None:
     sleep = (
         "import os, sys, time\n"
         "if os.environ.get('RANK') == '1' and any('train.py' in word for word in sys.orig_argv):\n"
         "    time.sleep(1000000)\n"
     )
     (tmp_path / "sitecustomize.py").write_text(sleep)
-    with returns_within(20 + 30, record_property):  # and what it takes the others to come there
+    with returns_within(20 + 30):  # and what it takes the others to come there
         job = start("--start-timeout", "20", PYTHONPATH=str(tmp_path))
         assert job.ends(within_s=90) == 1
     assert "rank 1 on n1 did not join the others within 20 s" in job.output
 
 
-def test_a_stopped_worker(
-    start: Callable[..., Job], record_property: Callable[[str, object], None]
-) -> None:
+def test_a_stopped_worker(start: Callable[..., Job]) -> None:
     job = start()
     job.wait_for_rows(1)
-    with returns_within(TIMEOUT + SOON, record_property):
+    with returns_within(TIMEOUT + SOON):
         job.ranks[1].kill(job.worker(1), signal.SIGSTOP)
         assert job.ends(within_s=90) == 1
     assert "rank 1 on n1 has been stopped for 5 s" in job.output
 
 
-def test_sigterm_saves_and_ends_every_host(
-    start: Callable[..., Job], record_property: Callable[[str, object], None]
-) -> None:
+def test_sigterm_saves_and_ends_every_host(start: Callable[..., Job]) -> None:
     job = start()
     job.wait_for_rows(2)
-    with returns_within(SOON, record_property):
+    with returns_within(SOON):
         job.command.send_signal(signal.SIGTERM)
         assert job.ends(within_s=60) == EXIT_STOPPED
     assert "asked to stop: step" in job.output
@@ -385,9 +364,7 @@ def test_the_launcher_is_killed(start: Callable[..., Job]) -> None:
 # -- and goes on
 
 
-def test_restart_with_fewer_hosts(
-    start: Callable[..., Job], tmp_path: Path, record_property: Callable[[str, object], None]
-) -> None:
+def test_restart_with_fewer_hosts(start: Callable[..., Job], tmp_path: Path) -> None:
     """A worker is killed, then a host is lost: two restarts, the second without the host."""
     given = ["--max-steps", "30", "--save-every", "1", "--max-restarts", "2", "--allow-fewer-hosts"]
     job = start(*given)
@@ -396,7 +373,7 @@ def test_restart_with_fewer_hosts(
     wait_until(lambda: "lorasb: restart 1 of 2" in job.output, "it starts again", seconds=30)
     job.wait_for_rows(job.num_rows() + 2)
     job.ranks[1].lose()
-    with returns_within(90, record_property):
+    with returns_within(90):
         assert job.ends(within_s=120) == 0, job.output
     assert "lorasb: restart 2 of 2" in job.output
     assert "goes on without n1 (ssh: " in job.output
