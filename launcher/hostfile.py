@@ -158,11 +158,6 @@ def select(
     for name, value in counts.items():
         if value is not None and value < 1:
             raise ConfigError(f"{name} {value} is below 1. Raise it, or leave it out for all.")
-    if num_nodes is not None and num_nodes > len(hosts):
-        raise ConfigError(
-            f"--num-nodes {num_nodes}, but the hostfile has {len(hosts)}: {_listed(hosts)}. "
-            "Lower it, or add hosts."
-        )
     slots = {host: list(range(count)) for host, count in hosts.items()}
     if include:
         chosen = _parse_filter("--include", include, hosts)
@@ -173,9 +168,16 @@ def select(
             host: [i for i in ids if i not in (out[host] or ids)] if host in out else ids
             for host, ids in slots.items()
         }
-    slots = {host: ids for host, ids in list(slots.items())[:num_nodes] if ids}
+    slots = {host: ids for host, ids in slots.items() if ids}
     if not slots:
         raise ConfigError(f"{' '.join(filters) or '--hostfile'} leaves no slot. Name fewer hosts.")
+    if num_nodes is not None and num_nodes > len(slots):
+        what = f"{filters[0]} leaves" if filters else "the hostfile has"
+        raise ConfigError(
+            f"--num-nodes {num_nodes}, but {what} {len(slots)}: {_listed(slots)}. "
+            "Lower it, or add hosts."
+        )
+    slots = dict(list(slots.items())[:num_nodes])
     if num_slots is not None:
         if few := [f"{host} has {len(ids)}" for host, ids in slots.items() if len(ids) < num_slots]:
             raise ConfigError(

@@ -333,3 +333,10 @@ def test_from_slurm(environment: dict[str, str], slots: list[int]) -> None:
 def test_no_slots_from_slurm(environment: dict[str, str], slots: int | None, problem: str) -> None:
     with refused(problem):
         from_slurm({f"SLURM_{name}": value for name, value in environment.items()}, slots)
+
+
+def test_numbers_count_what_a_filter_leaves() -> None:
+    assert select(HOSTS, exclude="node-1", num_nodes=1) == {"node-2": [0, 1]}
+    assert select(HOSTS, exclude="node-1:0", num_slots=2)["node-1"] == [1, 2]
+    with refused("--num-nodes 3, but --exclude leaves 2: node-2, 10.0.0.3"):
+        select(HOSTS, exclude="node-1", num_nodes=3)
