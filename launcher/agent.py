@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # DeepSpeed sta
 from launcher import channel as names
 from launcher.channel import STOPPED, Channel, beat_interval, readable
 from launcher.host import extensions_folder, interface_of, old_build_locks, route_from
-from launcher.ranks import rank_variables, remove_shared_memory, worker_command
+from launcher.ranks import rank_variables, remove_shared_memory, shell_status, worker_command
 from lorasb_ds.stop import EXIT_STOPPED
 
 TAIL_LINES, TAIL_WIDTH = 40, 1000
@@ -109,7 +109,7 @@ class Agent:
         returncode = self.worker.wait()
         self.log.close()
         remove_shared_memory(int(self.environment["MASTER_PORT"]))
-        self.channel.send(ended=returncode, tail=list(self.log.tail), killed=self.killed)
+        self.channel.send(ended=returncode, tail=list(self.log.tail))
         self._say_goodbye()
         if returncode == EXIT_STOPPED:
             self._say(STOPPED)
@@ -118,7 +118,7 @@ class Agent:
         if self.killed:
             self._say(f"the job was ended: {self.killed}")
             return 1
-        return returncode if returncode > 0 else 128 - returncode
+        return shell_status(returncode)
 
     def _connect(self) -> Channel:
         host, _, port = self.environment[names.SUPERVISOR].rpartition(":")
@@ -142,10 +142,10 @@ class Agent:
     def _introduce(self) -> dict[str, Any]:
         environment = self.environment
         address = route_from(environment.get("MASTER_ADDR", "127.0.0.1"))
-        interface = environment.get(names.INTERFACE) or interface_of(address)
+        interface = interface_of(address)
         if int(environment["WORLD_SIZE"]) > int(environment.get("LOCAL_SIZE", 0)) and interface:
             # What the user has set wins. Without it gloo binds to what the host's name means.
-            for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            for variable in names.INTERFACE_VARIABLES:
                 environment.setdefault(variable, interface)
         self.channel.send(
             session=environment[names.SESSION],
@@ -154,7 +154,6 @@ class Agent:
             host=socket.gethostname(),
             interface=environment.get("GLOO_SOCKET_IFNAME", interface),
             log=str(self.log.path.resolve()),
-            pid=os.getpid(),
         )
         deadline = time.monotonic() + self.failure_timeout
         while not self.channel.closed and time.monotonic() < deadline:

@@ -15,7 +15,7 @@ SESSION = "LORASB_SESSION"  # a secret word: what does not say it is no agent of
 FAILURE_TIMEOUT = "LORASB_FAILURE_TIMEOUT"  # seconds
 START_TIMEOUT = "LORASB_START_TIMEOUT"  # seconds
 LOGS = "LORASB_LOGS"  # the folder of the ranks' logs
-INTERFACE = "LORASB_NETWORK_INTERFACE"
+INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 NODE_RANK = "LORASB_NODE_RANK"  # where hosts are started by hand
 # Told to a worker by its agent.
 REPORT_TO = "LORASB_AGENT_FD"  # a pipe

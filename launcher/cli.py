@@ -17,7 +17,7 @@ from launcher.cluster_commands import hostfile, launch_script
 from launcher.doctor import doctor
 from launcher.launch_options import LaunchOptions, launch_options
 from launcher.options import CONTEXT, reports_problems, run_options
-from launcher.ranks import worker_command
+from launcher.ranks import shell_status, worker_command
 from launcher.start import start
 from lorasb_ds import __version__
 from lorasb_ds.compare import read_runs
@@ -163,12 +163,7 @@ def _run(command: Sequence[str], environment: dict[str, str]) -> int:
 
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, pass_on)
-    return _status(child.wait())
-
-
-def _status(returncode: int) -> int:
-    """As a shell has it."""
-    return returncode if returncode >= 0 else 128 - returncode
+    return shell_status(child.wait())
 
 
 if __name__ == "__main__":

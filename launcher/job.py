@@ -6,7 +6,6 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,13 @@ from launcher.ranks import free_port
 from lorasb_ds.base_files import model_path
 from lorasb_ds.config import ConfigError, RunConfig, read_json
 from lorasb_ds.ds_config import resolve_ds_config
-from lorasb_ds.request import check_output_dir, load_run_config, replayed_processes, resumed_run
+from lorasb_ds.request import (
+    check_output_dir,
+    default_output_dir,
+    load_run_config,
+    replayed_processes,
+    resumed_run,
+)
 
 # Programs of this host that start the others.
 NEEDED = {
@@ -76,13 +81,11 @@ def make_job(
         num_procs, num_gpus = (most, None) if on_cpu else (None, most)
         if _is_this_host_alone(launch, slots):
             slots = None
-    else:
-        if run_json is not None and num_procs is None and num_gpus is None:
-            num_procs, num_gpus = replayed_processes(run_json)
+    elif run_json is not None and num_procs is None and num_gpus is None:
+        num_procs, num_gpus = replayed_processes(run_json)
     config = load_run_config(given, run_json)
     if slots is not None:
-        sizes = [len(ids) for ids in slots.values()]
-        _, config = resolve_ds_config(config, sum(sizes), sizes[0])
+        config = resolved_on(config, slots)
     elif count := num_procs or num_gpus:
         _, config = resolve_ds_config(config, count)
     else:  # DeepSpeed counts the GPUs; the workers check the rest before they join
@@ -95,10 +98,15 @@ def make_job(
     if not launch.node_rank:  # the first host's ranks may have begun to write
         check_output_dir(config)
     if config.output_dir is None:
-        name = f"{Path(config.model).name}-{datetime.now():%Y%m%d-%H%M%S}"
-        given["output_dir"] = str(Path("runs") / name)
+        given["output_dir"] = str(default_output_dir(config))
         config = config.model_copy(update={"output_dir": given["output_dir"]})
     return Job(launch, worker_flags, given, run_json, config, slots, num_procs, num_gpus)
+
+
+def resolved_on(config: RunConfig, slots: Mapping[str, Sequence[int]]) -> RunConfig:
+    """The run with its ds_config's numbers, on these hosts."""
+    sizes = [len(ids) for ids in slots.values()]
+    return resolve_ds_config(config, sum(sizes), sizes[0])[1]
 
 
 def _slots(launch: LaunchOptions) -> dict[str, list[int]] | None:

@@ -42,6 +42,11 @@ def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
+def shell_status(returncode: int) -> int:
+    """A returncode of subprocess, which is negative for a signal, as a shell has it."""
+    return returncode if returncode >= 0 else 128 - returncode
+
+
 def free_port() -> int:
     """A port that nothing listens on now."""
     with socket.socket() as probe:

@@ -25,14 +25,20 @@ from launcher.command import (
 )
 from launcher.host import resolve, route_from
 from launcher.hostfile import write_hostfile
-from launcher.job import Job, job_environment_of, make_job, question_of, variables_of_hosts
+from launcher.job import (
+    Job,
+    job_environment_of,
+    make_job,
+    question_of,
+    resolved_on,
+    variables_of_hosts,
+)
 from launcher.launch_options import LaunchOptions
 from launcher.preflight import Findings, examine
 from launcher.ranks import free_port, remove_shared_memory
 from launcher.supervisor import Supervisor, listen_for_agents
 from launcher.verdict import EXIT_REFUSED
 from lorasb_ds.config import LAUNCH, LOGS, ConfigError
-from lorasb_ds.ds_config import resolve_ds_config
 from lorasb_ds.request import launcher_files, load_run_config
 from lorasb_ds.stop import EXIT_INTERRUPTED, EXIT_STOPPED
 
@@ -97,8 +103,7 @@ def again(job: Job) -> Job:
             given |= {"gradient_accumulation_steps": None}
     config = load_run_config(given, job.run_json)
     if slots is not None:
-        sizes = [len(ids) for ids in slots.values()]
-        _, config = resolve_ds_config(config, sum(sizes), sizes[0])
+        config = resolved_on(config, slots)
     return replace(job, given=given, config=config, slots=slots)
 
 
@@ -154,9 +159,7 @@ def _run_once(job: Job, asked: list[int]) -> int:
         channel.LOGS: str(logs.absolute()),
     }
     if launch.network_interface is not None:
-        environment[channel.INTERFACE] = launch.network_interface
-        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            environment[variable] = launch.network_interface
+        environment |= dict.fromkeys(channel.INTERFACE_VARIABLES, launch.network_interface)
     if job.slots is None:
         listener: socket.socket | None
         listener, here = listen_for_agents("127.0.0.1")

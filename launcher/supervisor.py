@@ -35,6 +35,7 @@ from launcher.channel import (
 )
 from launcher.command import is_secret
 from launcher.console import Console
+from launcher.ranks import shell_status
 from launcher.verdict import (
     EXIT_REFUSED,
     Failure,
@@ -147,7 +148,7 @@ class Supervisor:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 status = self._child.wait(timeout=0.5)
                 stopped = self._tell_what_agents_said()
-                return EXIT_STOPPED if stopped else status if status >= 0 else 128 - status
+                return EXIT_STOPPED if stopped else shell_status(status)
             if self._interrupted:
                 return EXIT_INTERRUPTED
             if self.asked:
@@ -273,16 +274,7 @@ class Supervisor:
         """End all ranks, and say why."""
         self._muted = True  # what rank 0 says of the others' end is in its log
         self._send(kill=failure.cause, stacks=True)
-        deadline = time.monotonic() + min(5.0, self.failure_timeout)
-        while (now := time.monotonic()) < deadline:
-            # Who is not heard of ends by itself, as it does not hear of us either.
-            heard = [m for m in self.members.values() if now - m.heard < self.failure_timeout]
-            if all(m.channel.closed for m in heard):
-                break
-            self._wait_for_news()
-            self._read(now)
-            for member in heard:
-                member.channel.flush()
+        self._await_ends(min(5.0, self.failure_timeout))
         self._console.flush()
         with contextlib.suppress(OSError):  # the terminal may be closed
             tail = self._launcher_tail() if failure.show_launcher_log else failure.tail
@@ -294,16 +286,24 @@ class Supervisor:
                 click.echo(f"lorasb: {GO_ON}", err=True)
         return failure.status
 
+    def _await_ends(self, seconds: float) -> None:
+        """Until all agents have said how their workers ended, for so long at most."""
+        deadline = time.monotonic() + seconds
+        while (now := time.monotonic()) < deadline:
+            # Who is not heard of ends by itself, as it does not hear of us either.
+            heard = [m for m in self.members.values() if now - m.heard < self.failure_timeout]
+            if all(m.channel.closed for m in heard):
+                return
+            self._wait_for_news()
+            self._read(now)
+            for member in heard:
+                member.channel.flush()
+
     def _end_everything(self) -> None:
         """What is left of DeepSpeed's launchers here; an agent without us ends by itself."""
         if self._interrupted:
             self._send(kill="Ctrl-C, twice")
-            deadline = time.monotonic() + 1.0
-            while any(not m.channel.closed for m in self.members.values()):
-                if time.monotonic() > deadline:
-                    break
-                self._wait_for_news()
-                self._read(time.monotonic())
+            self._await_ends(1.0)
         with contextlib.suppress(subprocess.TimeoutExpired):
             # DeepSpeed's launchers look for the end of their agents once in a second.
             self._child.wait(timeout=SETTLE_S)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from launcher.channel import Channel
+from launcher.ranks import shell_status
 from lorasb_ds.stop import EXIT_STOPPED
 
 EXIT_FAILED, EXIT_REFUSED = 1, 2
@@ -55,7 +56,7 @@ def failed_rank(members: Iterable[Member]) -> Failure | None:
     first = min(failed, key=lambda m: (m.ended, (m.returncode or 0) > 0))
     assert first.returncode is not None
     return Failure(
-        status=first.returncode if first.returncode > 0 else 128 - first.returncode,
+        status=shell_status(first.returncode),
         cause=f"{first.place} {_how(first.returncode)}. Its log: {first.log}",
         tail=() if first.rank == 0 else first.tail,
         told=first.rank == 0 and first.returncode == EXIT_REFUSED,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from contextlib import suppress
-from datetime import datetime
 from pathlib import Path
 
 import torch.distributed as dist
@@ -13,6 +12,7 @@ from lorasb_ds import zero
 from lorasb_ds.config import DS_CONFIG_COPY, ConfigError, RunConfig
 from lorasb_ds.files import SUMS_FILE
 from lorasb_ds.history import METRICS, REPORT, SAMPLES
+from lorasb_ds.request import default_output_dir
 
 # All that a run writes into its folder, and --overwrite removes.
 OUTPUTS = (
@@ -56,8 +56,7 @@ def make_output_dir(config: RunConfig, resumed: bool) -> Path:
     """
     name: list[str] = [""]
     if zero.rank() == 0:
-        default = Path("runs") / f"{Path(config.model).name}-{datetime.now():%Y%m%d-%H%M%S}"
-        folder = Path(config.output_dir or default)
+        folder = Path(config.output_dir or default_output_dir(config))
         try:
             folder.mkdir(parents=True, exist_ok=config.output_dir is not None)
             for old in (REPORT,) if resumed else (*_torn(folder), *OUTPUTS):

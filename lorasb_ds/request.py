@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,11 @@ def replayed_processes(run_json: str) -> tuple[int | None, int | None]:
     if not isinstance(count, int):
         return None, None
     return (count, None) if accelerator == "cpu" else (None, count)
+
+
+def default_output_dir(config: RunConfig) -> Path:
+    """A folder of this moment for a run that names none."""
+    return Path("runs") / f"{Path(config.model).name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def launcher_files(folder: Path) -> list[Path]:
