@@ -32,6 +32,11 @@ class Check:
     remedy: str = ""
 
 
+def judged(host: str, what: str, ok: bool, found: str, remedy: str) -> Check:
+    """A check with its remedy, where it is needed."""
+    return Check(host, what, ok, found, "" if ok else remedy)
+
+
 @dataclass(frozen=True)
 class Question:
     """What the hosts are asked.
@@ -79,7 +84,7 @@ def check_answer(
     checks: list[Check] = []
 
     def add(what: str, ok: bool, found: str, remedy: str = "") -> None:
-        checks.append(Check(host, what, ok, found, "" if ok else remedy))
+        checks.append(judged(host, what, ok, found, remedy))
 
     if not local:
         add("ssh", True, f"answered in {answer.rtt:.1f} s")
@@ -144,15 +149,11 @@ def _check_devices(host: str, facts: Mapping[str, Any], question: Question) -> l
         )
         found += f", {_gib(min(sizes))} and more each" if sizes else ""
         enough = not on_cpu and devices["count"] >= slots
-        return [
-            Check(
-                host, "accelerators", enough, f"{found}, {slots} wanted", "" if enough else remedy
-            )
-        ]
+        return [judged(host, "accelerators", enough, f"{found}, {slots} wanted", remedy)]
     if gpus is not None:  # the quick look
         enough = len(gpus) >= slots
         found = f"{len(gpus)} GPUs, {slots} wanted"
-        return [Check(host, "accelerators", enough, found, "" if enough else remedy)]
+        return [judged(host, "accelerators", enough, found, remedy)]
     return []
 
 

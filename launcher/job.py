@@ -26,6 +26,7 @@ from lorasb_ds.request import (
     replayed_processes,
     resumed_run,
 )
+from lorasb_ds.rows import names_a_path
 
 # Programs of this host that start the others.
 NEEDED = {
@@ -155,7 +156,11 @@ def question_of(job: Job, timeout: float = 20.0, thorough: bool = False) -> Ques
         slots={host: len(ids) for host, ids in slots.items()},
         cpu=job.num_procs is not None,
         # Not resolved: a link may lead elsewhere on another host.
-        paths=[str(Path(path).absolute()) for path in named if path and _is_path(path)],
+        paths=[
+            str(Path(name).expanduser().absolute())
+            for name in named
+            if name and (Path(name).exists() or names_a_path(name))
+        ],
         disk=[str(job.folder.absolute())],
         master_addr=launch.master_addr,
         master_port=launch.master_port or free_port(),
@@ -165,11 +170,6 @@ def question_of(job: Job, timeout: float = 20.0, thorough: bool = False) -> Ques
         thorough=thorough,
         programs=NEEDED[launch.launcher] if job.slots is not None else (),
     )
-
-
-def _is_path(name: str) -> bool:
-    """A file or folder, there or not; neither a hub's name nor a generator's."""
-    return Path(name).exists() or Path(name).suffix in (".json", ".jsonl", ".csv", ".parquet")
 
 
 def job_environment_of(job: Job) -> dict[str, str]:

@@ -32,6 +32,7 @@ from launcher.checks import (
     check_answer,
     check_master,
     choose_master_addr,
+    judged,
 )
 from launcher.command import SSH_OPTIONS
 
@@ -81,9 +82,7 @@ def examine(question: Question, local: bool = False) -> Findings:
         path = shutil.which(program)
         remedy = f"Install it (Debian: apt-get install {PACKAGED_IN.get(program, program)})."
         found = path or "not on PATH"
-        findings.checks.append(
-            Check("here", program, path is not None, found, "" if path else remedy)
-        )
+        findings.checks.append(judged("here", program, path is not None, found, remedy))
     if answers and local:
         mine = answers[0].facts or {}
     else:
@@ -154,7 +153,7 @@ def _reach(address: str, first: str, hosts: Sequence[str], question: Question) -
             remedy = "Open the port between the hosts, or choose another --network-interface."
             ok = facts["error"] is None
             found = f"from {facts['interface']}" if ok else str(facts["error"])
-            return Check(host, what, ok, found, "" if ok else remedy)
+            return judged(host, what, ok, found, remedy)
 
         with ThreadPoolExecutor(max_workers=len(hosts)) as pool:
             return [Check(first, f"port {port} free", True, ""), *pool.map(connect, hosts)]

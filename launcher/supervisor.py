@@ -249,12 +249,24 @@ class Supervisor:
         if self._refusal:
             return Failure(EXIT_REFUSED, self._refusal)
         failure = failed_rank(members) or lost_rank(members, now, self.failure_timeout)
-        known = (self.hosts, self._world_size, self.start_timeout, self._started, now)
-        return failure or late_rank(members, *known, str(self.launcher_log))
+        return failure or late_rank(
+            members,
+            self.hosts,
+            self._world_size,
+            limit=self.start_timeout,
+            started=self._started,
+            now=now,
+            launcher_log=str(self.launcher_log),
+        )
 
     def _launcher_gone(self) -> Failure:
-        known = (self.hosts, self._world_size, self._child.returncode)
-        return launcher_gone(self.members.values(), *known, str(self.launcher_log))
+        return launcher_gone(
+            self.members.values(),
+            self.hosts,
+            self._world_size,
+            status=self._child.returncode,
+            launcher_log=str(self.launcher_log),
+        )
 
     def _all_ended(self) -> bool:
         ended = [m for m in self.members.values() if m.returncode is not None]

@@ -41,6 +41,11 @@ def load_rows(source: str, option: str = "--data", *, held_out: bool = False) ->
     raise ConfigError(f"{option} {source} has no rows. Give data with at least one row.")
 
 
+def names_a_path(source: str) -> bool:
+    """Whether a source that is not there can only have been meant as a file or folder."""
+    return Path(source).suffix.lower() in FILE_TYPES or source.startswith((".", "/", "~"))
+
+
 def _load(source: str, option: str, held_out: bool) -> Sequence[Any]:
     import datasets
 
@@ -61,7 +66,7 @@ def _load(source: str, option: str, held_out: bool) -> Sequence[Any]:
             return datasets.load_dataset(suffix[1:], data_files=str(path), split="train")
         if path.is_dir():
             return _one_split(datasets.load_from_disk(str(path)), splits, source, option)
-        if path.suffix.lower() in FILE_TYPES or source.startswith((".", "/", "~")):
+        if names_a_path(source):
             raise ConfigError(f"{option} {source}: there is no such file.")
         hub = re.fullmatch(r"([^:@]+)(?::([^@]+))?(?:@(.+))?", source)
         if hub is None:
