@@ -20,6 +20,8 @@ BACKENDS = ("pdsh", "openmpi", "mpich", "impi", "slurm", "mvapich")
 SSH_OPTIONS = ("-oBatchMode=yes", "-oServerAliveInterval=5", "-oServerAliveCountMax=3")
 PLAIN = re.compile(r"[\w@+=:,./-]+", re.ASCII)  # read by no shell, and not by pdsh
 
+VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)  # a name
+
 # Variables of the launcher's environment that the ranks of other hosts get, too. DeepSpeed's own
 # list: PYTHON*, MLFLOW*, MV2*, UCX*, and the accelerator's (NCCL*).
 EXPORTED = re.compile(
@@ -159,7 +161,7 @@ def asked_for(environment: Mapping[str, str], asked: Sequence[str]) -> dict[str,
     result = {}
     for word in asked:
         name, given, value = word.partition("=")
-        if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+        if not VARIABLE.fullmatch(name):
             raise ConfigError(f"--env {name}: not a variable's name. Give NAME=VALUE or NAME.")
         if not given and name not in environment:
             raise ConfigError(f"--env {name}: it is not set here. Set it, or give {name}=VALUE.")
@@ -210,7 +212,7 @@ def read_deepspeed_env(path: Path) -> dict[str, str]:
     found = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         name, given, value = line.partition("=")
-        if not given or not re.fullmatch(r"\s*[A-Za-z_]\w*\s*", name, re.ASCII):
+        if not given or not VARIABLE.fullmatch(name.strip()):
             raise ConfigError(
                 f"{path}, line {number}: {line!a} is not NAME=VALUE, and DeepSpeed takes no "
                 "comment and no blank line there. Remove it."

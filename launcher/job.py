@@ -142,8 +142,14 @@ def _is_this_host_alone(launch: LaunchOptions, slots: Mapping[str, Sequence[int]
     return host in names or address.startswith("127.") or address in interfaces().values()
 
 
-def question_of(job: Job, timeout: float = 20.0, thorough: bool = False) -> Question:
-    """What the hosts have to have for this job."""
+def question_of(
+    job: Job, port: int | None = None, timeout: float = 20.0, thorough: bool = False
+) -> Question:
+    """What the hosts have to have for this job.
+
+    Args:
+        port: of the master, where it has been chosen.
+    """
     config, launch = job.config, job.launch
     here = {socket.gethostname(): range(job.num_procs or job.num_gpus or 1)}
     if job.slots is None or launch.no_ssh:
@@ -163,7 +169,7 @@ def question_of(job: Job, timeout: float = 20.0, thorough: bool = False) -> Ques
         ],
         disk=[str(job.folder.absolute())],
         master_addr=launch.master_addr,
-        master_port=launch.master_port or free_port(),
+        master_port=port or launch.master_port or free_port(),
         network_interface=launch.network_interface,
         ssh_port=launch.ssh_port,
         timeout=timeout,

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from launcher.command import is_secret
+from launcher.command import VARIABLE, is_secret
 from lorasb_ds.config import ConfigError
 from lorasb_ds.stop import EXIT_STOPPED
 
@@ -20,7 +20,6 @@ _DIRECTIVE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._,+-]*")
 _TIME = re.compile(r"[0-9]+(-[0-9]+)?(:[0-9]+){0,2}")
 _DNS_LABEL = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")
 _DNS_NAME = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def inner_command(
@@ -338,7 +337,7 @@ def _bad_variables(environment: Mapping[str, str], remedy: str) -> list[str]:
     problems = [
         f"{name!r} is no name of an environment variable. Use letters, digits and _."
         for name in environment
-        if not _VARIABLE.fullmatch(name)
+        if not VARIABLE.fullmatch(name)
     ]
     return problems + [
         f"{name} looks like a secret, and would stand in the file for all to read. Leave it out, "

@@ -138,8 +138,7 @@ def _run_once(job: Job, asked: list[int]) -> int:
     port = launch.master_port or free_port()
     findings = Findings()
     if not launch.skip_preflight and not launch.no_ssh:
-        question = replace(question_of(job), master_port=port)
-        findings = examine(question, local=job.slots is None)
+        findings = examine(question_of(job, port), local=job.slots is None)
         if findings.problems:
             click.echo(report(findings.problems), err=True)
             click.echo("lorasb: error: this job cannot start (--skip-preflight tries)", err=True)
