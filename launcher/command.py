@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import string
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -212,7 +213,7 @@ def read_deepspeed_env(path: Path) -> dict[str, str]:
     found = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         name, given, value = line.partition("=")
-        if not given or not VARIABLE.fullmatch(name.strip()):
+        if not given or not VARIABLE.fullmatch(name.strip(string.whitespace)):
             raise ConfigError(
                 f"{path}, line {number}: {line!a} is not NAME=VALUE, and DeepSpeed takes no "
                 "comment and no blank line there. Remove it."
