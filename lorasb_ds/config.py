@@ -134,7 +134,9 @@ class RunConfig(BaseModel):
         "none sees another. --micro-batch-size then counts packs.",
     )
     group_by_length: bool = Field(
-        False, description="Batch rows of similar lengths, to pad less; order is less random."
+        True,
+        description="Batch rows of similar lengths (sorted among those of 50 steps), to pad less; "
+        "the order of steps stays random.",
     )
     epochs: float = Field(1.0, gt=0, description="Passes over the training rows.")
     max_steps: int | None = Field(
@@ -248,6 +250,12 @@ class RunConfig(BaseModel):
     )
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass to save memory."
+    )
+    profile: int | None = Field(
+        None,
+        ge=1,
+        description="Profile so many steps after the first: a trace in profile.json.gz for "
+        "ui.perfetto.dev or chrome://tracing, and the ten dearest operations. Of rank 0.",
     )
     report_to: Literal["none", "wandb", "trackio"] = Field(
         "none",

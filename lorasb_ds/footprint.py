@@ -6,11 +6,12 @@ what is measured.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from lorasb_ds.init_plan import InitPlan, block_of, plan_init
+from lorasb_ds.init_plan import InitPlan, block_of, blocks_prefix, plan_init
 from lorasb_ds.model_shape import ModelShape
 from lorasb_ds.placement import Placement
 
@@ -19,7 +20,9 @@ OPTIMIZER_BYTES, GRADIENT_BYTES = 12, 4
 # What a process takes beside tensors, once work has begun: kernels made on first use, buffers of
 # gloo. Measured.
 CPU_RUNTIME_BYTES = 100 << 20
-# log-softmax, the gradient at its output and at its input, all fp32 (torch's cross-entropy).
+# Logits are made so many at a time (loss.py), but of no fewer rows than keep a product efficient.
+LOGITS_AT_ONCE, MIN_LOGIT_ROWS = 1 << 23, 128
+# Of each: in the compute dtype, in fp32, its softmax, and the gradient in the compute dtype.
 LOGIT_BYTES = 12
 # While it loads: what DeepSpeed's engine and modules that are imported on the way take (measured).
 CPU_LOAD_BYTES = 40 << 20
@@ -144,13 +147,16 @@ def footprint(shape: ModelShape, placement: Placement, work: Workload, init: Ini
     kept_gradients = GRADIENT_BYTES * num_optimized + placement.reduce_bucket_size * 4
     both_sides = sum(out + in_ for out, in_ in work.targets.values())
     blocks_at_once = _blocks_at_once(init, shape.num_blocks)
-    # zero.Init puts a linear function of its own into torch's place (zero3_linear_wrap), whose
-    # autograd keeps the input; torch's keeps a view of the weight, which pins what was gathered.
-    block = block_activation_bytes(shape, work, d, inputs=placement.sharded)
+    # A layer with an adapter keeps A x. For others zero.Init puts a linear function of its own into
+    # torch's place (zero3_linear_wrap), whose autograd keeps the input; torch's keeps a view of the
+    # weight, which pins what was gathered.
+    inputs = placement.sharded and len(work.targets) < len(shape.layers)
+    block = block_activation_bytes(shape, work, d, inputs=inputs)
     init_block = block_activation_bytes(shape, work, d, inputs=True, branches=False)
     boundaries = work.tokens * shape.hidden_size * d
     gradients = work.tokens * (3 * shape.intermediate_size + 6 * shape.hidden_size) * d
     recomputed = work.gradient_checkpointing
+    labels = work.micro_batch_size * work.num_labels
     return Footprint(
         base=base_kept + (base_shards - scale_share if on_device else 0),
         quantization=scale_share if on_device else 0,
@@ -161,7 +167,7 @@ def footprint(shape: ModelShape, placement: Placement, work: Workload, init: Ini
         gathered=gathered_bytes(shape, placement, work),
         dequantized=_dequantized_bytes(shape, placement),
         activations=shape.num_blocks * (boundaries if recomputed else block),
-        logits=work.micro_batch_size * work.num_labels * shape.vocab_size * LOGIT_BYTES,
+        logits=logit_rows(labels, shape.vocab_size) * shape.vocab_size * LOGIT_BYTES,
         block_backward=gradients + (block if recomputed else 0),
         init=init,
         init_activations=boundaries * blocks_at_once + init_block
@@ -171,6 +177,13 @@ def footprint(shape: ModelShape, placement: Placement, work: Workload, init: Ini
         host_init=init.shard_bytes + init.boundary_bytes if work.init_offload else 0,
         host_rank0=both_sides * work.r * 4,
     )
+
+
+def logit_rows(num_labels: int, vocab_size: int) -> int:
+    """Rows of logits that the loss makes at a time: as many of all ``num_labels`` every time."""
+    limit = max(MIN_LOGIT_ROWS, LOGITS_AT_ONCE // vocab_size)
+    times = -(-num_labels // limit)
+    return -(-num_labels // max(1, times)) or 1
 
 
 def init_plan(shape: ModelShape, work: Workload, world_size: int, dtype_bytes: int) -> InitPlan:
@@ -214,19 +227,25 @@ def block_activation_bytes(
 def gathered_bytes(shape: ModelShape, placement: Placement, work: Workload) -> int:
     """The most that ZeRO-3 has gathered at a time, beside what it keeps whole anyway.
 
-    Its coordinator gathers what the module at hand needs (here a linear layer with its A and B),
-    and prefetches while less than ``stage3_max_live_parameters`` elements are there, in buckets
-    that the last parameter may overshoot; parts of a bucket are copied out of it.
+    Its coordinator gathers what the module at hand needs (a linear layer with its A and B; where
+    activations are recomputed, all of its block: ``trainer.gather_together``), and prefetches
+    while less than ``stage3_max_live_parameters`` elements are there, in buckets that the last
+    parameter may overshoot; parts of a bucket are copied out of it.
     (deepspeed/runtime/zero/partitioned_param_coordinator.py, partition_parameters.py)
     """
     if not placement.sharded or (placement.shard_ranks == 1 and placement.offload == "none"):
         return 0
     d = placement.dtype_bytes
     factors = {name: work.r * sum(sides) * d for name, sides in work.targets.items()}
-    modules = [
-        sum(placement.stored(sides)) + factors.get(name, 0) for name, sides in shape.layers.items()
-    ]
-    modules += [n * d for n in shape.others.values()]
+    stored = {name: sum(placement.stored(s)) for name, s in shape.layers.items()}
+    by_name = {name: n + factors.get(name, 0) for name, n in stored.items()}
+    by_name |= {name: n * d for name, n in shape.others.items()}
+    prefix = blocks_prefix(work.targets) if work.gradient_checkpointing else None
+    together: Counter[str | int] = Counter()
+    for name, n in by_name.items():
+        in_block = prefix is not None and name.startswith(prefix)
+        together[block_of(name, prefix or "") if in_block else name] += n
+    modules = list(together.values())
     total = sum(modules)
     if placement.prefetch_bucket_size == 0:
         return 2 * max(modules)

@@ -140,6 +140,9 @@ def load_base(config: RunConfig, hf_config: Any, ds_config: dict[str, Any]) -> A
     if config.gradient_checkpointing:
         # The reentrant kind needs inputs that require grad, which a frozen embedding's do not.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers lets them require grad with either kind: a backward pass of the first block's
+        # inputs for nothing, for which ZeRO-3 would gather the embedding.
+        model.disable_input_require_grads()
     model.requires_grad_(False)
     return model
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from lorasb_ds.job import Job
 from lorasb_ds.loss import token_loss_sum
 from lorasb_ds.order import Unit
 from lorasb_ds.output import say
+from lorasb_ds.profiler import profiled
 from lorasb_ds.resume import save
 
 Outcome = Literal["finished", "stopped"]
@@ -40,9 +42,23 @@ class StepResult:
 
 def train(job: Job) -> Outcome:
     """From where the run is to its end, or to where it is asked to stop. Collective."""
-    run, engine, progress = job.run, job.engine, job.progress
-    engine.train()
+    run, progress = job.run, job.progress
+    job.engine.train()
     job.stop.can_save()
+    with profiled(job.folder, run.config.profile if job.log else None) as step_done:
+        outcome = _steps(job, step_done)
+    if outcome == "stopped":
+        return outcome
+    if progress.evaluated_at != progress.step:
+        evaluate(job, "trained")
+    progress.finished = True
+    save(job)
+    return outcome
+
+
+def _steps(job: Job, step_done: Callable[[], None]) -> Outcome:
+    """Steps with what is due between them, to the last one. Collective."""
+    run, engine, progress = job.run, job.engine, job.progress
     start = time.perf_counter()
     while not progress.finished and progress.step < run.num_steps:
         units = run.order.units(progress.step)
@@ -55,6 +71,7 @@ def train(job: Job) -> Outcome:
             return "stopped"
         progress.step += 1
         now = time.perf_counter()
+        step_done()
         if job.log:
             row = {
                 "step": progress.step,
@@ -80,10 +97,6 @@ def train(job: Job) -> Outcome:
             if (new_best or due) and not progress.finished:
                 save(job)
         start = time.perf_counter()
-    if progress.evaluated_at != progress.step:
-        evaluate(job, "trained")
-    progress.finished = True
-    save(job)
     return "finished"
 
 

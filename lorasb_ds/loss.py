@@ -1,22 +1,114 @@
-"""The loss: of the labels, and of nothing else."""
+"""The loss: of the labels, and of nothing else, with a few rows of logits at a time."""
 
 from __future__ import annotations
+
+import functools
+from types import MethodType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from lorasb_ds.batches import Batch
 from lorasb_ds.examples import IGNORE_INDEX
+from lorasb_ds.footprint import logit_rows
+
+# By how many roundings of the largest logit the same head may differ, in products of other shapes.
+ROUNDINGS = 4
+
+
+class LossHead(nn.Module):
+    """Σ cross-entropy of ``cap(scale · (W h + b))`` and its gradient at h, a few rows at a time.
+
+    The head is frozen, so that the gradient at h is all that the backward pass needs of it. It is
+    made while the logits are there: nothing of the vocabulary's size is kept, and ZeRO-3 gathers
+    the head once. A module of its own, since DeepSpeed gathers by modules.
+
+    Args:
+        linear: the model's output embedding, with W (vocabulary, hidden) and perhaps b.
+        scale: of Cohere's and Granite's models.
+        softcap: c of ``c tanh(logit / c)``, Gemma 2's (arXiv 2408.00118, section 2).
+    """
+
+    def __init__(self, linear: Any, scale: float = 1.0, softcap: float | None = None) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.scale, self.softcap = scale, softcap
+
+    @torch.no_grad()
+    def forward(
+        self, hidden: torch.Tensor, labels: torch.Tensor, with_grad: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            hidden: (n, hidden), of the positions that predict a label; n may be 0.
+            labels: (n,).
+        Returns:
+            The loss in fp32; its gradient at ``hidden``, like it, or None.
+        """
+        grad = torch.empty_like(hidden) if with_grad else None
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        rows = logit_rows(len(hidden), len(self.weight))
+        for start in range(0, len(hidden), rows):
+            wanted = labels[start : start + rows]
+            logits = self.logits(hidden[start : start + rows])
+            log_p = F.log_softmax(logits, -1, dtype=torch.float32)
+            loss += F.nll_loss(log_p, wanted, reduction="sum")
+            if grad is not None:
+                grad_logits = log_p.exp_()  # minus onehot: at what the softmax was given
+                grad_logits[torch.arange(len(wanted), device=wanted.device), wanted] -= 1
+                if self.softcap is not None:
+                    grad_logits *= 1 - (logits / self.softcap).square()
+                if self.scale != 1:
+                    grad_logits *= self.scale
+                grad_logits = grad_logits.to(self.weight.dtype)
+                torch.mm(grad_logits, self.weight, out=grad[start : start + rows])
+        return loss, grad
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(n, hidden) -> (n, vocabulary), in fp32 where they are scaled or capped."""
+        logits = F.linear(hidden, self.weight, self.bias)
+        if self.scale != 1:
+            logits = logits.float() * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits.float() / self.softcap)
+        return logits
+
+
+class _GivenGradient(torch.autograd.Function):
+    """A loss whose gradient at ``hidden`` is known."""
+
+    @staticmethod
+    def forward(ctx, hidden, loss, grad):
+        ctx.save_for_backward(grad)
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss):
+        (grad,) = ctx.saved_tensors
+        return grad * grad_loss, None, None
 
 
 def token_loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Σ cross-entropy over the label tokens of a batch, in fp32; 0 for a weightless batch.
 
-    Only positions from which some row predicts a label reach the head: on prompts, logits would
-    be computed to be thrown away, and the vocabulary makes them the largest tensor of a step.
+    Prompts and padding never reach the head, whose logits would be the largest tensor of a step.
+    Collective under ZeRO-3.
+
+    Args:
+        model: a causal model, or the engine around it.
     """
     next_labels = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    if getattr(getattr(model, "module", model), "loss_head", None) is not None:
+        return model(**batch.inputs, next_labels=next_labels, use_cache=False)
+    return _loss_of_logits(model, batch, next_labels)
+
+
+def _loss_of_logits(model: nn.Module, batch: Batch, next_labels: torch.Tensor) -> torch.Tensor:
+    """By the model's own head, at every position from which some row predicts a label."""
     positions = (next_labels != IGNORE_INDEX).any(0).nonzero().flatten()
     if len(positions) == 0:
         positions = positions.new_zeros(1)  # weightless: the head still takes part
@@ -27,3 +119,61 @@ def token_loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
         ignore_index=IGNORE_INDEX,
         reduction="sum",
     )
+
+
+def add_loss_head(model: Any) -> None:
+    """Let a transformers model make its loss by ``LossHead``. Before DeepSpeed's engine is made.
+
+    Called with ``next_labels`` (batch, length) it then returns the loss in place of logits. It is
+    the model itself that is called, since that is where DeepSpeed's hooks are.
+    """
+    linear = model.get_output_embeddings()
+    if model.base_model is model or not isinstance(linear, nn.Linear):
+        return
+    config = model.config.get_text_config()
+    scale = getattr(model, "logit_scale", None)  # Cohere
+    if scale is None:
+        scale = 1 / (getattr(config, "logits_scaling", None) or 1)  # Granite
+    model.loss_head = LossHead(linear, scale, getattr(config, "final_logit_softcapping", None))
+    model.forward = MethodType(_forward_with_loss(type(model).forward), model)
+
+
+@torch.no_grad()
+def check_loss_head(model: Any, input_ids: torch.Tensor) -> bool:
+    """Take the loss head away if the model makes other logits. Collective under ZeRO-3.
+
+    What it takes for likely and for unlikely are its labels here: their losses tell the sum of all
+    exponentials, and the range of logits, from those of a head that does more, or less.
+
+    Args:
+        input_ids: (1, length), a few tokens.
+    Returns:
+        Whether it stays.
+    """
+    if getattr(model, "loss_head", None) is None:
+        return False
+    logits = model(input_ids=input_ids, use_cache=False).logits.float()
+    largest = logits.abs().amax(-1).sum()
+    for labels in (logits.argmax(-1), logits.argmin(-1)):
+        expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        found = model(input_ids=input_ids, use_cache=False, next_labels=labels)
+        error = (found - expected).abs()
+        if not error <= ROUNDINGS * torch.finfo(model.dtype).eps * (largest + expected):
+            model.loss_head = None
+            return False
+    return True
+
+
+def _forward_with_loss(forward: Any) -> Any:
+    @functools.wraps(forward)  # generate() looks at its parameters
+    def with_loss(
+        model: Any, *args: Any, next_labels: torch.Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        if next_labels is None:  # to generate, to look at logits
+            return forward(model, *args, **kwargs)
+        wanted = next_labels != IGNORE_INDEX
+        hidden, labels = model.base_model(*args, **kwargs)[0][wanted], next_labels[wanted]
+        loss, grad = model.loss_head(hidden.detach(), labels, hidden.requires_grad)
+        return loss if grad is None else _GivenGradient.apply(hidden, loss, grad)
+
+    return with_loss

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from lorasb_ds import zero
 from lorasb_ds.config import DS_CONFIG_COPY, ConfigError, RunConfig
 from lorasb_ds.files import SUMS_FILE
-from lorasb_ds.history import METRICS, REPORT, SAMPLES
+from lorasb_ds.history import METRICS, PROFILE, PROFILE_ASIDE, REPORT, SAMPLES
 from lorasb_ds.request import default_output_dir
 
 # All that a run writes into its folder, and --overwrite removes.
@@ -30,6 +30,8 @@ OUTPUTS = (
     "adapter",
     "adapter.tmp",
     "loss.png",
+    PROFILE,
+    PROFILE_ASIDE,
     REPORT,
     "run.json",  # last: what bears it is a run's folder
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lorasb_ds.footprint import Footprint, Workload
-from lorasb_ds.init_plan import KRYLOV_BLOCK, takes_gram_way
+from lorasb_ds.init_plan import KRYLOV_BLOCK, blocks_prefix, takes_gram_way
 from lorasb_ds.model_shape import ModelShape
 from lorasb_ds.placement import Placement
 
@@ -39,11 +39,12 @@ class Traffic:
 def step_traffic(shape: ModelShape, placement: Placement, work: Workload) -> Traffic:
     """Of one optimizer step with one micro-batch.
 
-    ZeRO-3 gathers all that is sharded in the forward and again in the backward pass (arXiv
-    1910.02054, section 7), and once more where activations are recomputed; a ring all-gather of S
-    bytes over w ranks brings each (w - 1)/w S. R's gradients are reduced in fp32 and R gathered.
+    ZeRO-3 gathers a block in the forward and again in the backward pass (arXiv 1910.02054, section
+    7), also where activations are recomputed (``trainer.gather_together``); embedding and head in
+    the forward pass only (``loss.LossHead``). A ring all-gather of S bytes over w ranks brings each
+    (w - 1)/w S. R's gradients are reduced in fp32 and R gathered.
     """
-    gathered = _gathers(shape, placement, work, 3 if work.gradient_checkpointing else 2)
+    gathered = _gathers(shape, placement, work, 2)
     return Traffic(
         gathered.bytes + _share(work.num_trainable * (4 + placement.dtype_bytes), placement),
         gathered.messages + (2 if placement.world_size > 1 else 0),
@@ -57,7 +58,7 @@ def init_traffic(
     """Of the whole init: gathers of its passes, gradients to their owners in fp32, and SVDs."""
     w = placement.world_size
     rounds = work.init_rounds(w)
-    passes = (3 if work.gradient_checkpointing else 2) + (len(memory.init.groups) > 1)
+    passes = 2 + (len(memory.init.groups) > 1)
     gathered = _gathers(shape, placement, work, passes)
     sent, messages = gathered.bytes * rounds, gathered.messages * rounds
     if w > 1:
@@ -110,23 +111,42 @@ def _share(num_bytes: int, placement: Placement) -> int:
 
 
 def _gathers(shape: ModelShape, placement: Placement, work: Workload, passes: int) -> Traffic:
-    """ZeRO-3's all-gathers: parameters in the model's order, in buckets of prefetches."""
+    """ZeRO-3's all-gathers: parameters in the model's order, in buckets of prefetches.
+
+    Args:
+        passes: over the blocks.
+    """
     if not placement.sharded:
         return Traffic(0, 0)
     d, ranks = placement.dtype_bytes, placement.shard_ranks
-    sizes = [n * d for n in shape.others.values()]
+    prefix = blocks_prefix(work.targets) or ""
+    of_blocks: list[int] = []
+    once: list[int] = []
+    for name, numel in shape.others.items():
+        (of_blocks if prefix and name.startswith(prefix) else once).append(numel * d)
+    table = shape.vocab_size * shape.hidden_size * d
+    if once.count(table) == 1:
+        once.append(table)  # the embedding is the head, too
     for name, sides in shape.layers.items():
-        sizes.append(sum(placement.stored(sides)))
+        of_blocks.append(sum(placement.stored(sides)))
         if name in work.targets:
-            sizes += [work.r * side * d for side in sides]
-    sizes = [n for n in sizes if n > placement.persistence_threshold * d]
-    messages, filled = 0, placement.prefetch_bucket_size * d + 1
-    for size in sizes:
-        if filled > placement.prefetch_bucket_size * d:
-            messages, filled = messages + 1, 0
-        filled += size
-    total = sum(sizes)
-    from_host = total // ranks * passes if placement.offload != "none" else 0
+            of_blocks += [work.r * side * d for side in sides]
+    total, messages = 0, 0
+    for sizes, times in ((of_blocks, passes), (once, 1)):
+        sizes = [n for n in sizes if n > placement.persistence_threshold * d]
+        total += times * sum(sizes)
+        messages += times * _buckets(sizes, placement.prefetch_bucket_size * d)
+    from_host = total // ranks if placement.offload != "none" else 0
     if ranks == 1:
         return Traffic(0, 0, from_host)
-    return Traffic(total * (ranks - 1) // ranks * passes, messages * passes, from_host)
+    return Traffic(total * (ranks - 1) // ranks, messages, from_host)
+
+
+def _buckets(sizes: list[int], bucket: int) -> int:
+    """How many are filled; the last parameter overshoots."""
+    count, filled = 0, bucket + 1
+    for size in sizes:
+        if filled > bucket:
+            count, filled = count + 1, 0
+        filled += size
+    return count

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from lorasb_ds import accelerator, zero
@@ -16,6 +17,7 @@ from lorasb_ds.basis import BASIS_FILE
 from lorasb_ds.checkpoint import Progress
 from lorasb_ds.config import DS_CONFIG_COPY, ConfigError
 from lorasb_ds.curves import draw_loss_curve
+from lorasb_ds.evaluate import eval_mode
 from lorasb_ds.export import collect_lora, save_peft_adapter
 from lorasb_ds.files import write_json
 from lorasb_ds.gradients import branches_off
@@ -25,6 +27,7 @@ from lorasb_ds.init_report import InitReport
 from lorasb_ds.job import Adapters, Job
 from lorasb_ds.loading import DTYPES, load_base
 from lorasb_ds.loop import Outcome, evaluate, train
+from lorasb_ds.loss import add_loss_head, check_loss_head
 from lorasb_ds.metrics import RunLog, provenance
 from lorasb_ds.optimizer import make_optimizer, make_scheduler
 from lorasb_ds.out_of_memory import OutOfMemoryError, Phase, explain, is_out_of_memory
@@ -207,10 +210,32 @@ def start_engine(run: Prepared) -> tuple[Any, Adapters]:
     config = run.config
     model = load_base(config, run.hf_config, run.ds_config)
     adapters = inject(model, run.targets, config.r, DTYPES[config.dtype])
+    add_loss_head(model)
     R = [adapter.lora_R for adapter in adapters.values()]
     optimizer = make_optimizer(R, config)
     scheduler = make_scheduler(optimizer, config, run.num_steps)
-    return zero.make_engine(model, R, optimizer, scheduler, run.ds_config), adapters
+    engine = zero.make_engine(model, R, optimizer, scheduler, run.ds_config)
+    gather_together(run, model, adapters)
+    with eval_mode(model):
+        few = torch.tensor([run.train.examples[0].input_ids[:16]], device=accelerator.device())
+        if not check_loss_head(model, few):
+            say(f"the loss of a {type(model).__name__} is made of all its logits at once")
+    return engine, adapters
+
+
+def gather_together(run: Prepared, model: Any, adapters: Adapters) -> None:
+    """What ZeRO-3 gathers at a time: a layer's W0, A and B. Not collective.
+
+    Where activations are recomputed, a whole decoder block's: DeepSpeed then keeps it from the
+    recomputation to the end of the block's backward pass, and otherwise gathers every layer again
+    in between, although it has been holding the block (docs/ds_configs.md).
+    """
+    for adapter in adapters.values():
+        zero.gather_together(adapter, adapter.base_layer.parameters())
+    prefix = run.footprint.init.prefix
+    if run.config.gradient_checkpointing and prefix is not None:
+        for block in model.get_submodule(prefix.rstrip(".")):
+            zero.gather_together(block, (p for p in block.parameters() if not p.requires_grad))
 
 
 def has_row(job: Job, stage: str) -> bool:

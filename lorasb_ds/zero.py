@@ -146,6 +146,13 @@ def make_engine(
     return engine
 
 
+def gather_together(module: torch.nn.Module, parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Let ZeRO-3 gather these with the module's own, whose forward uses them. Not collective."""
+    for parameter in parameters:
+        if hasattr(parameter, "ds_id"):
+            deepspeed.zero.register_external_parameter(module, parameter)
+
+
 def release(engine: Any) -> None:
     """Free every gathered parameter. Collective.
 
@@ -156,7 +163,7 @@ def release(engine: Any) -> None:
 
 
 @contextmanager
-def gathered(params: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+def gathered(params: Iterable[torch.Tensor]) -> Iterator[None]:
     """Whole values of ZeRO-3 shards for reading; does nothing to other parameters. Collective."""
     with deepspeed.zero.GatheredParameters(list(params), modifier_rank=None):
         yield

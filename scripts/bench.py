@@ -3,12 +3,21 @@
 
 from __future__ import annotations
 
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
 import click
+from bench_common import ROOT
 from bench_init import init, scale
 from bench_load import main as load
 from bench_plan import plan
+from bench_step import main as step
 from bench_svd import svd
 from bench_wide import main as wide
+
+COMMANDS = (svd, init, scale, load, wide, plan, step)
 
 
 @click.group(help=__doc__)
@@ -16,7 +25,24 @@ def main() -> None:
     pass
 
 
-for command in (svd, init, scale, load, wide, plan):
+@main.command("all")
+@click.option("--quick", is_flag=True, help="Their smallest forms: whether all of them run.")
+@click.pass_context
+def run_all(context: click.Context, quick: bool) -> None:
+    """All of them, one after the other. In their small form they write into no folder of docs/."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) if quick else ROOT / "docs/benchmarks"
+        for command in COMMANDS:
+            print(f"\n## {command.name}\n", flush=True)
+            options: dict[str, Any] = {"quick": quick}
+            if any(parameter.name == "out" for parameter in command.params):
+                options["out"] = folder / f"{command.name}.json"
+            start = time.perf_counter()
+            context.invoke(command, **options)
+            print(f"\n{command.name}: {time.perf_counter() - start:.0f} s", flush=True)
+
+
+for command in COMMANDS:
     main.add_command(command)
 
 if __name__ == "__main__":

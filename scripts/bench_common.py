@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,6 +21,7 @@ import torch
 from launcher.ranks import free_port, rank_environment, remove_shared_memory
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("deepspeed", "transformers", "peft", "bitsandbytes", "trl")
 
 
 def machine() -> dict[str, Any]:
@@ -35,8 +37,17 @@ def machine() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "versions": {name: _version(name) for name in PACKAGES},
+        "date": time.strftime("%Y-%m-%d"),
         "threads": torch.get_num_threads(),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def interleaved_medians(ways: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:

@@ -218,11 +218,8 @@ def not_finite_step(config: dict[str, Any], zero_optimization: dict[str, Any], w
     lr = engine.get_lr()
 
     def spoil(_module: Any, _inputs: Any, output: Any) -> Any:
-        # inf: the loss is infinite, and its gradient by the logits is not. nan: both are not.
-        bad = torch.zeros_like(output.logits[..., :1])
-        bad[..., 0] = torch.inf if what == "loss" else torch.nan
-        output.logits = torch.cat([bad, output.logits[..., 1:]], -1)
-        return output
+        # inf: the loss is infinite, and its gradient is not. nan: both are not.
+        return output + torch.inf if what == "loss" else output * torch.nan
 
     def spoil_gradient(gradient: torch.Tensor) -> torch.Tensor:
         return torch.full_like(gradient, torch.inf)

@@ -18,6 +18,7 @@ from lorasb_ds.batches import Batch, collate, deal
 from lorasb_ds.data import tokenize_rows
 from lorasb_ds.gradients import average_gradients
 from lorasb_ds.linalg import truncated_svd
+from lorasb_ds.loss import add_loss_head
 from lorasb_ds.request import load_run_config
 from lorasb_ds.rows import load_rows
 from tests.references import nf4_config, true_gradients
@@ -112,6 +113,7 @@ def tapped(
     """The same taps on a whole model in this process, with the ranks' micro-batches."""
     adapters = inject(model, linear_layers(model), 8, torch.bfloat16)
     batches = batches_of(config, tokenizer, world_size)
+    add_loss_head(model)
     num_tokens = sum(batch.num_label_tokens for batch in batches)
     shards = average_gradients(model, adapters, batches, num_tokens)
     whole = {

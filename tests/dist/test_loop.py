@@ -36,6 +36,7 @@ def config_of(model: Path, folder: Path, **more: Any) -> dict[str, Any]:
         "max_steps": STEPS,
         "lr_scheduler": "constant",
         "warmup_ratio": 0,
+        "group_by_length": False,
     } | more
 
 

@@ -57,13 +57,15 @@ def two_runs(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     shipped = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
     shipped["zero_optimization"] |= REALLY_SHARDED
     (folder / "ds.json").write_text(json.dumps(shipped))
-    for procs, accumulation in ((2, 1), (1, 2)):
+    # The basis is that of one of them: sums of another order turn signs of gradients next to 0, and
+    # so the last directions of a basis, whose coordinates AdamW's steps depend on.
+    for procs, accumulation, init in ((2, 1, ""), (1, 2, f"--init-from {folder}/2")):
         run_command(
             *f"lorasb train --num-procs {procs} --gradient-accumulation-steps {accumulation} "
             f"--model {demo_model} --data {data} --dtype fp32 --r 16 --init-samples 6 "
             f"--target-modules q_proj,down_proj --micro-batch-size 2 --lr 6e-3 "
-            f"--max-steps {STEPS} --seed 3 --ds_config {folder}/ds.json "
-            f"--output-dir {folder}/{procs}".split()
+            f"--max-steps {STEPS} --seed 3 --no-group-by-length --ds_config {folder}/ds.json "
+            f"--output-dir {folder}/{procs} {init}".split()
         )
     return folder / "2", folder / "1", folder / "rows.jsonl"
 
@@ -75,7 +77,7 @@ def losses(folder: Path) -> list[float]:
 def test_two_ranks_equal_one_process(two_runs: tuple[Path, Path, Path]) -> None:
     two, one, _ = two_runs
     assert len(losses(two)) == STEPS
-    assert losses(two) == pytest.approx(losses(one), abs=1e-3)
+    assert losses(two) == pytest.approx(losses(one), abs=2e-4)
     assert sum(losses(one)[-3:]) / 3 < 0.75 * losses(one)[0], "it should have learned these rows"
 
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from lorasb_ds.adapter import (
     LoraSBLinear,
@@ -26,6 +28,7 @@ from lorasb_ds.export import peft_target_modules
 from lorasb_ds.gradients import average_gradients, no_dropout
 from lorasb_ds.loading import empty_model, load_base, load_config
 from lorasb_ds.loss import token_loss_sum
+from lorasb_ds.quantization import PackedLinear, PackedLinear4bit, PackedLinear8bit
 from tests.references import own_loss, true_gradients
 from tests.runs import word_rows
 
@@ -50,15 +53,119 @@ def test_forward_is_the_formula() -> None:
     assert torch.equal(adapter(x), adapter.base_layer(x))
 
 
-def test_gradcheck_and_only_r_is_trained() -> None:
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_gradcheck_and_only_r_is_trained(scale: float) -> None:
     adapter = layer()
+    adapter.scale = scale
     x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
 
     def function(x: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
+        adapter.lora_R.data = R.detach()  # which the backward pass reads
         return torch.func.functional_call(adapter, {"lora_R": R}, (x,))
 
-    assert torch.autograd.gradcheck(function, (x, adapter.lora_R))
+    assert torch.autograd.gradcheck(function, (x, adapter.lora_R.detach().requires_grad_()))
     assert [name for name, p in adapter.named_parameters() if p.requires_grad] == ["lora_R"]
+
+
+def plain(adapter: LoraSBLinear, x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+    """The formula, by autograd."""
+    A, B, R = adapter.lora_A, adapter.lora_B, adapter.lora_R
+    return F.linear(x, W, adapter.base_layer.bias) + adapter.scale * (x @ A.T @ R.T @ B.T)
+
+
+def assert_is_the_formula(adapter: LoraSBLinear, W: torch.Tensor, **tolerance: float) -> None:
+    """Output, and the gradients of x and R."""
+    dtype = adapter.lora_A.dtype
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 4, adapter.in_features, generator=generator).to(dtype).requires_grad_()
+    grad_y = torch.randn(2, 4, adapter.out_features, generator=generator).to(dtype)
+    both = []
+    for y in (adapter(x), plain(adapter, x, W)):
+        both.append((y.detach(), *torch.autograd.grad(y, (x, adapter.lora_R), grad_y)))
+    for name, found, wanted in zip(("y", "dx", "dR"), *both, strict=True):
+        error = torch.linalg.norm((found - wanted).float()) / torch.linalg.norm(wanted.float())
+        assert error <= tolerance["tol"], f"{name}: {error:.1e}"
+
+
+def filled(adapter: LoraSBLinear) -> LoraSBLinear:
+    generator = torch.Generator().manual_seed(0)
+    for p in (adapter.lora_A, adapter.lora_B, adapter.lora_R):
+        p.data = torch.randn(p.shape, generator=generator).to(p.dtype) / 4
+    return adapter
+
+
+def packed(kind: type[PackedLinear], W: torch.Tensor) -> PackedLinear:
+    base = kind(
+        W.shape[1], W.shape[0], nn.Parameter(torch.randn(len(W)).bfloat16()), torch.bfloat16
+    )
+    base.weight = nn.Parameter(base.quantize(W.split(64)), requires_grad=False)
+    return base.requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", [PackedLinear4bit, PackedLinear8bit])
+def test_on_a_quantized_base(kind: type[PackedLinear]) -> None:
+    base = packed(kind, torch.randn(48, 80).bfloat16())
+    adapter = filled(LoraSBLinear(base, 4, torch.bfloat16))
+    assert_is_the_formula(adapter, base.dequantize(), tol=1e-2)
+
+
+def test_on_conv1d_and_on_a_layer_of_its_own_kind() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    conv = filled(LoraSBLinear(Conv1D(5, 6).requires_grad_(False), 3, torch.float32))
+    assert_is_the_formula(conv, conv.base_layer.weight.T, tol=1e-6)
+    doubled = Doubled(6, 5, bias=False).requires_grad_(False)
+    assert_is_the_formula(
+        filled(LoraSBLinear(doubled, 3, torch.float32)), 2 * doubled.weight, tol=1e-6
+    )
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_only_what_goes_into_r_is_kept(reentrant: bool) -> None:
+    """r numbers a token, and none of x, y or the weights; checkpointing drops those, too."""
+    adapter = layer(torch.float32)
+    x = torch.randn(2, 4, 6, requires_grad=True)
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        y = adapter(x)
+    assert [t.shape for t in saved] == [(8, 3)]
+    y.sum().backward()
+    expected = (x.grad, adapter.lora_R.grad)
+    x.grad = adapter.lora_R.grad = None
+    checkpoint(adapter, x, use_reentrant=reentrant).sum().backward()
+    assert torch.equal(expected[0], x.grad)
+    assert torch.equal(expected[1], adapter.lora_R.grad)
+
+
+def test_no_gradient_of_an_input_that_wants_none() -> None:
+    adapter = layer()
+    x = torch.randn(2, 4, 6, dtype=torch.float64)
+    adapter(x).pow(3).sum().backward()
+    found = adapter.lora_R.grad
+    adapter.lora_R.grad = None
+    plain(adapter, x, adapter.base_layer.weight).pow(3).sum().backward()
+    torch.testing.assert_close(found, adapter.lora_R.grad)
+
+
+def test_under_autocast_and_compiled() -> None:
+    adapter = layer(torch.float32)
+    x = torch.randn(2, 4, 6, requires_grad=True)
+    expected = adapter(x)
+    grads = torch.autograd.grad(expected.square().sum(), (x, adapter.lora_R))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = adapter(x)
+    assert y.dtype == torch.bfloat16
+    found = torch.autograd.grad(y.float().square().sum(), (x, adapter.lora_R))
+    for a, b in zip((y.float(), *found), (expected, *grads), strict=True):
+        assert a.dtype == torch.float32
+        assert torch.linalg.norm(a - b) <= 2e-2 * torch.linalg.norm(b)
+    compiled = torch.compile(adapter, backend="aot_eager", fullgraph=True)
+    y = compiled(x)
+    torch.testing.assert_close(y, expected)
+    found = torch.autograd.grad(y.square().sum(), (x, adapter.lora_R))
+    torch.testing.assert_close(found, grads)
 
 
 def test_r_sees_the_projection_of_the_full_gradient() -> None:

@@ -49,7 +49,8 @@ def test_what_fits_is_recommended() -> None:
     best = recommended(large)
     assert best is not None
     assert best.strategy.name == "bf16 on every rank"
-    small = plan(LLAMA_7B, Cluster(1, 1, 16 * GIB), work_of())
+    # With little memory beside it, too: bf16 from there is as fast by the plan.
+    small = plan(LLAMA_7B, Cluster(1, 1, 16 * GIB, host_memory_bytes=8 * GIB), work_of())
     best = recommended(small)
     assert best is not None
     assert best.strategy.form == "nf4"
@@ -83,20 +84,22 @@ def test_what_makes_no_sense_is_left_out() -> None:
 
 
 def test_traffic_of_a_step() -> None:
-    """Two gathers of what is sharded; the third with checkpointing; none where all is whole."""
+    """Two gathers of blocks, with checkpointing or not; one of embedding and head; none where all
+    is whole."""
     work = work_of()
     sharded = Placement("bf16", 4, prefetch_bucket_size=int(5e7))
     factors = sum(64 * (out + in_) for out, in_ in work.targets.values())
-    whole = 2 * (LLAMA_7B.num_parameters + factors)
+    tables = 2 * 32000 * 4096
+    whole = 2 * 2 * (LLAMA_7B.num_parameters - tables + factors) + 2 * tables
     step = step_traffic(LLAMA_7B, sharded, work)
-    assert step.bytes == pytest.approx(2 * whole * 3 / 4, rel=1e-3)
-    assert whole / 1e8 < step.messages < 4 * whole / 1e8
+    assert step.bytes == pytest.approx(whole * 3 / 4, rel=1e-3)
+    assert whole / 2e8 < step.messages < 2 * whole / 1e8
     again = step_traffic(LLAMA_7B, sharded, replace(work, gradient_checkpointing=True))
-    assert again.bytes == pytest.approx(1.5 * step.bytes, rel=1e-3)
+    assert again == step
     replicated = step_traffic(LLAMA_7B, Placement("bf16", 4, stage=2), work)
     assert replicated.bytes == work.num_trainable * 6 * 3 // 4
     hosted = step_traffic(LLAMA_7B, replace(sharded, offload="cpu"), work)
-    assert hosted.host_bytes == pytest.approx(2 * whole / 4, rel=1e-3)
+    assert hosted.host_bytes == pytest.approx(whole / 4, rel=1e-3)
 
 
 def test_time_of_a_step() -> None:

@@ -1,0 +1,65 @@
+"""A profile of a few steps: a trace to look at, and the dearest operations in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from lorasb_ds import accelerator
+from lorasb_ds.files import publish
+from lorasb_ds.history import PROFILE, PROFILE_ASIDE
+from lorasb_ds.output import say
+
+ROWS = 10
+
+
+@contextmanager
+def profiled(folder: Path, num_steps: int | None) -> Iterator[Callable[[], None]]:
+    """Profile steps after the first one, which warms up; the profile is written when they are done.
+
+    Args:
+        num_steps: None: nothing is profiled.
+    Yields:
+        What is to be called at the end of every step.
+    """
+    if num_steps is None:
+        yield lambda: None
+        return
+    activities = [ProfilerActivity.CPU]
+    if accelerator.name() == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    with profile(
+        activities=activities,
+        schedule=schedule(wait=0, warmup=1, active=num_steps, repeat=1),
+        on_trace_ready=lambda done: _write(done, folder),
+        acc_events=True,
+    ) as profiler:
+        yield profiler.step
+
+
+def _write(done: Any, folder: Path) -> None:
+    aside = folder / PROFILE_ASIDE
+    done.export_chrome_trace(str(aside))
+    publish(aside, folder / PROFILE)
+    say(
+        f"profile: {folder / PROFILE} (https://ui.perfetto.dev or chrome://tracing shows it)\n"
+        + dearest(done.key_averages())
+    )
+
+
+def dearest(events: Any) -> str:
+    """The operations that take most time themselves, by their share of all."""
+    attribute = "self_cpu_time_total"
+    if any(event.self_device_time_total > 0 for event in events):
+        attribute = "self_device_time_total"
+    of = {event.key: getattr(event, attribute) for event in events}
+    calls = {event.key: event.count for event in events}
+    total = sum(of.values()) or 1.0
+    lines = [f"{'share':>6}  {'calls':>7}  operation"]
+    for key in sorted(of, key=lambda key: -of[key])[:ROWS]:
+        lines.append(f"{of[key] / total:6.1%}  {calls[key]:7,}  {key}")
+    return "\n".join(lines)
