@@ -91,18 +91,18 @@ class LoraSBLinear(nn.Module):
             y = y + self.scale * branch
         return y
 
-    def factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        """W0 (out, in), A, B and scaled R in a dtype; W0 is dequantized anew where it has to be.
-
-        Under ZeRO-3 all of them must be gathered.
-        """
+    def base_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """W0 (out, in) in a dtype; dequantized anew where it has to be. Gathered, under ZeRO-3."""
         base: Any = self.base_layer
         if isinstance(base, PackedLinear):
-            W = base.dequantize()
-        else:
-            W = base.weight.T if isinstance(base, Conv1D) else base.weight
+            return base.dequantize().to(dtype)
+        W = base.weight.T if isinstance(base, Conv1D) else base.weight
+        return W.detach().to(dtype)
+
+    def factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """A, B and the scaled R in a dtype. Gathered, under ZeRO-3."""
         R = self.lora_R if self.scale == 1 else self.scale * self.lora_R
-        return tuple(factor.detach().to(dtype) for factor in (W, self.lora_A, self.lora_B, R))
+        return tuple(factor.detach().to(dtype) for factor in (self.lora_A, self.lora_B, R))
 
 
 class _LoraSBFunction(torch.autograd.Function):
@@ -122,10 +122,10 @@ class _LoraSBFunction(torch.autograd.Function):
         device, dtype = x.device.type, x.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        W, A, B, R = layer.factors(dtype)
+        A, B, R = layer.factors(dtype)
         bias = layer.base_layer.bias
         x = x.to(dtype)
-        y = F.linear(x, W, None if bias is None else bias.to(dtype))
+        y = F.linear(x, layer.base_weight(dtype), None if bias is None else bias.to(dtype))
         h = x.flatten(0, -2) @ A.T
         y.view(-1, y.shape[-1]).T.addmm_(B, (h @ R.T).T)
         ctx.save_for_backward(h)
@@ -136,13 +136,13 @@ class _LoraSBFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_y):
         (h,) = ctx.saved_tensors
-        W, A, B, R = ctx.layer.factors(grad_y.dtype)
+        A, B, R = ctx.layer.factors(grad_y.dtype)
         delta = grad_y.flatten(0, -2)
         delta_B = delta @ B
         grad_R = ctx.layer.scale * (delta_B.T @ h) if ctx.needs_input_grad[1] else None
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = delta @ W
+            grad_x = delta @ ctx.layer.base_weight(grad_y.dtype)
             grad_x.T.addmm_(A.T, (delta_B @ R).T)
             grad_x = grad_x.view(*grad_y.shape[:-1], -1)
         return grad_x, grad_R, None

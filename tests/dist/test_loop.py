@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +111,32 @@ def test_fp16(tiny_model: Path, tmp_path: Path) -> None:
     assert skipped < STEPS / 2
     assert scaled[0, 0].item() == pytest.approx(found["fp32"][0, 0].item(), abs=0.01)
     assert scaled[-1, 2] != scaled[0, 2], "R has moved"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_zero3_gathers_once_a_layer_and_direction(
+    tiny_model: Path, tmp_path: Path, checkpointing: bool
+) -> None:
+    """With checkpointing once a block, and no third time; bytes as planned; R alone is reduced."""
+    out = tmp_path / "traffic.json"
+    config = config_of(tiny_model, tmp_path, gradient_checkpointing=checkpointing)
+    kept = 100  # norms of 48 numbers, and R of 16; A and B have 96 and more
+    sharded = {
+        "stage3_max_live_parameters": 0,
+        "stage3_prefetch_bucket_size": 0,
+        "stage3_param_persistence_threshold": kept,
+    }
+    run_ranks("traffic", 2, config=config, zero_optimization=sharded, out=str(out))
+    found = json.loads(out.read_text())
+    gathers = [(size, n) for size, n in found["all_gather_into_tensor"] if size > kept * 4 / 2]
+    blocks, layers = 2, 7
+    at_a_time = blocks if checkpointing else blocks * layers
+    micro_batches = 2  # 5 rows on 2 ranks, 2 rows at a time
+    # The embedding, and for the loss the head, which is the same.
+    assert sum(n for _, n in gathers) == micro_batches * (2 * at_a_time + 2)
+    bytes_gathered = sum(size * n for size, n in gathers)
+    num_trained = blocks * layers * 16
+    of_r = num_trained * (4 + 4) // 2
+    assert bytes_gathered == pytest.approx(micro_batches * (found["planned"] - of_r), rel=1e-3)
+    ((size, count),) = found["reduce_scatter_tensor"]
+    assert (size, count) == (num_trained * 4, micro_batches)

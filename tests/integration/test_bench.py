@@ -85,3 +85,31 @@ def test_wide_quick(tmp_path: Path) -> None:
     assert set(result["seconds of 80 layers"]) >= {"load", "init", "step"}
     for part, by_ranks in result["peak bytes of 80 layers by ranks"].items():
         assert by_ranks["2"] > by_ranks["8"] > 0, part
+
+
+def test_step_quick(tmp_path: Path) -> None:
+    out = tmp_path / "step.json"
+    command = [sys.executable, "scripts/bench.py", "step", "--quick", "--out", str(out)]
+    printed = run_command(*command, timeout=380)
+    result = json.loads(out.read_text())
+    (layers,) = result["layers"]
+    assert layers["peaks"].keys() <= layers["seconds"].keys()
+    assert all(seconds > 0 for seconds in layers["seconds"].values())
+    products = 2 * 128 * 128 + 2 * 64 * 128 + 3 * 256 * 128
+    sums = 2 * (128 + 128) + 2 * (64 + 128) + 3 * (256 + 128)
+    assert layers["arithmetic"] == pytest.approx(64 * sums / products)
+    # The same rows, in some order, and none of them padded beyond the longest.
+    runs = {way: run for way, (run,) in result["trainers"]["runs"].items()}
+    ours, theirs = runs["lorasb"], runs["SFTTrainer, base in bf16"]
+    assert sum(ours["tokens"]) == sum(theirs["tokens"])
+    assert all(
+        t <= p for run in runs.values() for t, p in zip(run["tokens"], run["places"], strict=True)
+    )
+    for found in result["zero3"].values():
+        assert sum(n for _, n in found["collectives"]["reduce_scatter_tensor"]) == 1
+        assert sum(n for _, n in found["collectives"]["all_gather_into_tensor"]) > 0
+    times = {name: found["times"] for name, found in result["quantized"].items()}
+    # The inputs of the first block's q, k and v want no gradient: they are used once.
+    assert times == {"4 bits": 2 - 3 / 14, "4 bits, checkpointing": 3 - 3 / 14}
+    for name in (*layers["seconds"], *runs, *result["zero3"], *times):
+        assert f"| {name} |" in printed
