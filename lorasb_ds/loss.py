@@ -51,7 +51,9 @@ class LossHead(nn.Module):
         Returns:
             The loss in fp32; its gradient at ``hidden``, like it, or None.
         """
-        if LIGER and len(hidden) > 0 and hidden.device.type in TRITON_DEVICES:
+        # It does not take zero rows, and with a soft cap nobody has tried it.
+        ligers = LIGER and hidden.device.type in TRITON_DEVICES
+        if ligers and len(hidden) > 0 and self.softcap is None:
             return self.by_liger(hidden, labels, with_grad)
         grad = torch.empty_like(hidden) if with_grad else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -78,7 +80,7 @@ class LossHead(nn.Module):
         """The same by Liger's fused kernel (arXiv 2410.10989), which reads logits fewer times."""
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-        cross_entropy = LigerFusedLinearCrossEntropyLoss(reduction="sum", softcap=self.softcap)
+        cross_entropy = LigerFusedLinearCrossEntropyLoss(reduction="sum")
         bias = None if self.bias is None else self.bias * self.scale
         with torch.set_grad_enabled(with_grad):
             hidden = hidden.detach().requires_grad_(with_grad)

@@ -114,6 +114,25 @@ def test_the_gradient_is_that_of_autograd() -> None:
     torch.testing.assert_close(loss, plain.detach(), rtol=1e-6, atol=0)
 
 
+@pytest.mark.skipif(
+    not (loss_module.LIGER and torch.cuda.is_available()),
+    reason="Liger's kernel runs on GPUs with Triton, where liger-kernel is installed",
+)
+@pytest.mark.parametrize(("scale", "bias"), [(1.0, False), (0.5, True)])
+def test_ligers_kernel_gives_the_same(scale: float, bias: bool) -> None:
+    linear = torch.nn.Linear(64, 5000, bias=bias, device="cuda").requires_grad_(False)
+    hidden = torch.randn(300, 64, device="cuda")
+    labels = torch.randint(5000, (300,), device="cuda")
+    head = LossHead(linear, scale)
+    loss, grad = head.by_liger(hidden, labels, True)
+    plain = hidden.requires_grad_()
+    expected = F.cross_entropy(head.logits(plain), labels, reduction="sum")
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=0)
+    (expected_grad,) = torch.autograd.grad(expected, plain)
+    error = torch.linalg.norm(grad - expected_grad) / torch.linalg.norm(expected_grad)
+    assert error <= 1e-4
+
+
 def test_a_batch_without_labels_has_a_gradient_of_zero() -> None:
     model, batch = make(CONFIGS["llama"]), ragged()
     batch.labels.fill_(IGNORE_INDEX)
