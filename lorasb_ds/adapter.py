@@ -113,6 +113,7 @@ class _LoraSBFunction(torch.autograd.Function):
 
         y = W0 x + b0 + B R h        dL/dR = Bᵀδ hᵀ        dL/dx = W0ᵀδ + Aᵀ Rᵀ Bᵀδ
 
+    R is an argument so that autograd asks for its gradient; between the passes nothing may change.
     The branch is added where the base's product lies already, in both passes; transposed, since
     products in that order are up to a tenth faster on CPUs.
     """

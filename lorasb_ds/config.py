@@ -254,8 +254,9 @@ class RunConfig(BaseModel):
     profile: int | None = Field(
         None,
         ge=1,
-        description="Profile so many steps after the first: a trace in profile.json.gz for "
-        "ui.perfetto.dev or chrome://tracing, and the ten dearest operations. Of rank 0.",
+        description="Profile so many steps after the first, with what is done between them: a "
+        "trace in profile.json.gz for ui.perfetto.dev or chrome://tracing, and the ten dearest "
+        "operations. Of rank 0.",
     )
     report_to: Literal["none", "wandb", "trackio"] = Field(
         "none",

@@ -167,7 +167,9 @@ def footprint(shape: ModelShape, placement: Placement, work: Workload, init: Ini
         gathered=gathered_bytes(shape, placement, work),
         dequantized=_dequantized_bytes(shape, placement),
         activations=shape.num_blocks * (boundaries if recomputed else block),
-        logits=logit_rows(labels, shape.vocab_size) * shape.vocab_size * LOGIT_BYTES,
+        # And the hidden states at the labels, with their gradient.
+        logits=logit_rows(labels, shape.vocab_size) * shape.vocab_size * LOGIT_BYTES
+        + 2 * labels * shape.hidden_size * d,
         block_backward=gradients + (block if recomputed else 0),
         init=init,
         init_activations=boundaries * blocks_at_once + init_block
@@ -236,22 +238,51 @@ def gathered_bytes(shape: ModelShape, placement: Placement, work: Workload) -> i
     if not placement.sharded or (placement.shard_ranks == 1 and placement.offload == "none"):
         return 0
     d = placement.dtype_bytes
-    factors = {name: work.r * sum(sides) * d for name, sides in work.targets.items()}
-    stored = {name: sum(placement.stored(s)) for name, s in shape.layers.items()}
-    by_name = {name: n + factors.get(name, 0) for name, n in stored.items()}
-    by_name |= {name: n * d for name, n in shape.others.items()}
-    prefix = blocks_prefix(work.targets) if work.gradient_checkpointing else None
-    together: Counter[str | int] = Counter()
-    for name, n in by_name.items():
-        in_block = prefix is not None and name.startswith(prefix)
-        together[block_of(name, prefix or "") if in_block else name] += n
-    modules = list(together.values())
+    by_name = _gathered_by_name(shape, placement, work)
+    modules = list(by_name.values())
+    if gathers_blocks(shape, placement, work):
+        modules = list(_by_block(by_name, work).values())
     total = sum(modules)
     if placement.prefetch_bucket_size == 0:
         return 2 * max(modules)
     live = placement.max_live_parameters * d + max(modules)
     bucket = min(placement.prefetch_bucket_size * d + max(modules), total)
     return min(live, total) + bucket
+
+
+def gathers_blocks(shape: ModelShape, placement: Placement, work: Workload) -> bool:
+    """Whether ZeRO-3 shall gather a decoder block at a time (``trainer.gather_together``).
+
+    It saves a third gather where activations are recomputed. Not where DeepSpeed would no longer
+    prefetch, since a block leaves too little of ``stage3_max_live_parameters``; and not from NVMe,
+    for which it has a few buffers, one a parameter.
+    """
+    prefix = blocks_prefix(work.targets)
+    if not work.gradient_checkpointing or not placement.sharded or prefix is None:
+        return False
+    if placement.offload == "nvme":
+        return False
+    by_block = _by_block(_gathered_by_name(shape, placement, work), work)
+    block = max(n for key, n in by_block.items() if isinstance(key, int)) // placement.dtype_bytes
+    bucket = placement.prefetch_bucket_size
+    return bucket == 0 or block + bucket <= placement.max_live_parameters
+
+
+def _gathered_by_name(shape: ModelShape, placement: Placement, work: Workload) -> dict[str, int]:
+    """Bytes of each linear layer, with A and B, and of all other parameters."""
+    d = placement.dtype_bytes
+    factors = {name: work.r * sum(sides) * d for name, sides in work.targets.items()}
+    layers = {n: sum(placement.stored(s)) + factors.get(n, 0) for n, s in shape.layers.items()}
+    return layers | {name: n * d for name, n in shape.others.items()}
+
+
+def _by_block(by_name: Mapping[str, int], work: Workload) -> dict[str | int, int]:
+    """What is in a decoder block summed up, by its number."""
+    prefix = blocks_prefix(work.targets) or ""
+    together: Counter[str | int] = Counter()
+    for name, n in by_name.items():
+        together[block_of(name, prefix) if prefix and name.startswith(prefix) else name] += n
+    return dict(together)
 
 
 def _adapter_bytes(work: Workload, dtype_bytes: int) -> Iterator[int]:

@@ -8,6 +8,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -18,8 +19,14 @@ from lorasb_ds.footprint import logit_rows
 
 # By how many roundings of the largest logit the same head may differ, in products of other shapes.
 ROUNDINGS = 4
+# fp16's smallest numbers would lose the gradient of tokens that are all but certain; the engine's
+# loss scale comes to it only later.
+FP16_SCALE = 256.0
 # Where the well-kept kernel of the field runs, if it is installed.
 LIGER, TRITON_DEVICES = find_spec("liger_kernel") is not None, ("cuda", "xpu")
+
+# How configurations call c of ``c tanh(logit / c)``.
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 class LossHead(nn.Module):
@@ -49,8 +56,10 @@ class LossHead(nn.Module):
             hidden: (n, hidden), of the positions that predict a label; n may be 0.
             labels: (n,).
         Returns:
-            The loss in fp32; its gradient at ``hidden``, like it, or None.
+            The loss in fp32; ``FP16_SCALE`` times its gradient at ``hidden`` in fp16, else just
+            that, in the head's dtype; or None.
         """
+        hidden = hidden.to(self.weight.dtype)  # Mamba's is fp32
         # It does not take zero rows, and with a soft cap nobody has tried it.
         ligers = LIGER and hidden.device.type in TRITON_DEVICES
         if ligers and len(hidden) > 0 and self.softcap is None:
@@ -70,7 +79,7 @@ class LossHead(nn.Module):
                     grad_logits *= 1 - (logits / self.softcap).square()
                 if self.scale != 1:
                     grad_logits *= self.scale
-                grad_logits = grad_logits.to(self.weight.dtype)
+                grad_logits = (grad_logits * _scale(hidden.dtype)).to(hidden.dtype)
                 torch.mm(grad_logits, self.weight, out=grad[start : start + rows])
         return loss, grad
 
@@ -85,7 +94,9 @@ class LossHead(nn.Module):
         with torch.set_grad_enabled(with_grad):
             hidden = hidden.detach().requires_grad_(with_grad)
             loss = cross_entropy(self.weight, self.scale * hidden, labels, bias)
-            grad = torch.autograd.grad(loss, hidden)[0] if with_grad else None
+            grad = None
+            if with_grad:
+                (grad,) = torch.autograd.grad(loss * _scale(hidden.dtype), hidden)
         return loss.detach().float(), grad
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -99,18 +110,25 @@ class LossHead(nn.Module):
 
 
 class _GivenGradient(torch.autograd.Function):
-    """A loss whose gradient at ``hidden`` is known."""
+    """A loss whose gradient at ``hidden`` is known, as ``LossHead`` returns it."""
 
     @staticmethod
     def forward(ctx, hidden, loss, grad):
         ctx.save_for_backward(grad)
+        ctx.dtype = hidden.dtype
         return loss.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss):
         (grad,) = ctx.saved_tensors
-        return grad * grad_loss, None, None
+        # In fp32: the engine's loss scale alone may be beyond fp16's range.
+        scaled = grad.float() * (grad_loss.float() / _scale(grad.dtype))
+        return scaled.to(ctx.dtype), None, None
+
+
+def _scale(dtype: torch.dtype) -> float:
+    return FP16_SCALE if dtype == torch.float16 else 1.0
 
 
 def token_loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -149,19 +167,20 @@ def add_loss_head(model: Any) -> None:
     the model itself that is called, since that is where DeepSpeed's hooks are.
     """
     linear = model.get_output_embeddings()
-    if model.base_model is model or not isinstance(linear, nn.Linear):
-        return
+    if model.base_model is model or getattr(type(linear), "forward", None) is not nn.Linear.forward:
+        return  # also where the checkpoint holds a quantized head
     config = model.config.get_text_config()
     scale = getattr(model, "logit_scale", None)  # Cohere
     if scale is None:
         scale = 1 / (getattr(config, "logits_scaling", None) or 1)  # Granite
-    model.loss_head = LossHead(linear, scale, getattr(config, "final_logit_softcapping", None))
+    softcap = next(filter(None, (getattr(config, name, None) for name in SOFTCAPS)), None)
+    model.loss_head = LossHead(linear, scale, softcap)
     model.forward = MethodType(_forward_with_loss(type(model).forward), model)
 
 
 @torch.no_grad()
 def check_loss_head(model: Any, input_ids: torch.Tensor) -> bool:
-    """Take the loss head away if the model makes other logits. Collective under ZeRO-3.
+    """Take the loss head away if the model makes other logits. Collective.
 
     The labels are here what the model itself takes for most and for least likely, in turn: their
     loss tells the sum of all exponentials and both ends of the logits from another head's.
@@ -179,10 +198,13 @@ def check_loss_head(model: Any, input_ids: torch.Tensor) -> bool:
     expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
     found = model(input_ids=input_ids, use_cache=False, next_labels=labels)
     tolerance = ROUNDINGS * torch.finfo(model.dtype).eps
-    if not (found - expected).abs() <= tolerance * (logits.abs().amax(-1).sum() + expected):
+    same = (found - expected).abs() <= tolerance * (logits.abs().amax(-1).sum() + expected)
+    same = same.float()
+    if dist.is_initialized():  # ranks that went different ways would wait for each other
+        dist.all_reduce(same, op=dist.ReduceOp.MIN)
+    if not same:
         model.loss_head = None
-        return False
-    return True
+    return bool(same)
 
 
 def _forward_with_loss(forward: Any) -> Any:

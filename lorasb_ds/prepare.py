@@ -217,7 +217,7 @@ def _check_packing(config: RunConfig, model: Any) -> None:
     if "position_ids" not in inspect.signature(type(model).forward).parameters:
         raise ConfigError(
             f"--packing: a {type(model).__name__} takes no position ids, by which packed rows are "
-            "kept apart. Leave it out; --group-by-length pads little, too."
+            "kept apart. Leave it out; rows of similar lengths are batched together as it is."
         )
 
 

@@ -32,6 +32,8 @@ def profiled(folder: Path, num_steps: int | None) -> Iterator[Callable[[], None]
     activities = [ProfilerActivity.CPU]
     if accelerator.name() == "cuda":
         activities.append(ProfilerActivity.CUDA)
+    path = folder / PROFILE
+    path.unlink(missing_ok=True)
     with profile(
         activities=activities,
         schedule=schedule(wait=0, warmup=1, active=num_steps, repeat=1),
@@ -39,9 +41,13 @@ def profiled(folder: Path, num_steps: int | None) -> Iterator[Callable[[], None]
         acc_events=True,
     ) as profiler:
         yield profiler.step
+    if not path.exists():
+        say("no profile: the first step warms up, and there was no other")
 
 
 def _write(done: Any, folder: Path) -> None:
+    if done.step_num < 2:
+        return  # it ended with the step that warms up
     aside = folder / PROFILE_ASIDE
     done.export_chrome_trace(str(aside))
     publish(aside, folder / PROFILE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lorasb_ds.footprint import Footprint, Workload
+from lorasb_ds.footprint import Footprint, Workload, gathers_blocks
 from lorasb_ds.init_plan import KRYLOV_BLOCK, blocks_prefix, takes_gram_way
 from lorasb_ds.model_shape import ModelShape
 from lorasb_ds.placement import Placement
@@ -40,11 +40,12 @@ def step_traffic(shape: ModelShape, placement: Placement, work: Workload) -> Tra
     """Of one optimizer step with one micro-batch.
 
     ZeRO-3 gathers a block in the forward and again in the backward pass (arXiv 1910.02054, section
-    7), also where activations are recomputed (``trainer.gather_together``); embedding and head in
-    the forward pass only (``loss.LossHead``). A ring all-gather of S bytes over w ranks brings each
-    (w - 1)/w S. R's gradients are reduced in fp32 and R gathered.
+    7), and once more where activations are recomputed, unless it gathers whole blocks then
+    (``gathers_blocks``); embedding and head in the forward pass only (``loss.LossHead``). A ring
+    all-gather of S bytes over w ranks brings each (w - 1)/w S. R's gradients are reduced in fp32
+    and R gathered.
     """
-    gathered = _gathers(shape, placement, work, 2)
+    gathered = _gathers(shape, placement, work, _passes(shape, placement, work))
     return Traffic(
         gathered.bytes + _share(work.num_trainable * (4 + placement.dtype_bytes), placement),
         gathered.messages + (2 if placement.world_size > 1 else 0),
@@ -58,7 +59,7 @@ def init_traffic(
     """Of the whole init: gathers of its passes, gradients to their owners in fp32, and SVDs."""
     w = placement.world_size
     rounds = work.init_rounds(w)
-    passes = 2 + (len(memory.init.groups) > 1)
+    passes = _passes(shape, placement, work) + (len(memory.init.groups) > 1)
     gathered = _gathers(shape, placement, work, passes)
     sent, messages = gathered.bytes * rounds, gathered.messages * rounds
     if w > 1:
@@ -104,6 +105,11 @@ def step_seconds(
         traffic.bytes / bandwidth + traffic.messages * speeds.message_s,
         traffic.host_bytes / speeds.host_bandwidth,
     )
+
+
+def _passes(shape: ModelShape, placement: Placement, work: Workload) -> int:
+    """In which every layer is gathered, of a step."""
+    return 3 if work.gradient_checkpointing and not gathers_blocks(shape, placement, work) else 2
 
 
 def _share(num_bytes: int, placement: Placement) -> int:

@@ -20,6 +20,7 @@ from lorasb_ds.curves import draw_loss_curve
 from lorasb_ds.evaluate import eval_mode
 from lorasb_ds.export import collect_lora, save_peft_adapter
 from lorasb_ds.files import write_json
+from lorasb_ds.footprint import LOGIT_BYTES, gathers_blocks
 from lorasb_ds.gradients import branches_off
 from lorasb_ds.history import REPORT
 from lorasb_ds.init_phase import init_phase
@@ -33,6 +34,7 @@ from lorasb_ds.optimizer import make_optimizer, make_scheduler
 from lorasb_ds.out_of_memory import OutOfMemoryError, Phase, explain, is_out_of_memory
 from lorasb_ds.output import make_output_dir, say
 from lorasb_ds.packing import keeps_packs_apart
+from lorasb_ds.plan import GIB
 from lorasb_ds.prepare import Prepared, check_ranks_agree
 from lorasb_ds.report import draw_init, write_report
 from lorasb_ds.resume import load_best, resume
@@ -219,21 +221,26 @@ def start_engine(run: Prepared) -> tuple[Any, Adapters]:
     with eval_mode(model):
         few = torch.tensor([run.train.examples[0].input_ids[:16]], device=accelerator.device())
         if not check_loss_head(model, few):
-            say(f"the loss of a {type(model).__name__} is made of all its logits at once")
+            labels = run.workload.micro_batch_size * run.workload.num_labels
+            gib = labels * run.shape.vocab_size * LOGIT_BYTES / GIB
+            say(
+                f"the loss of a {type(model).__name__} is made of all its logits at once, up to "
+                f"{gib:.2f} GiB in training: its head does more than is known here"
+            )
     return engine, adapters
 
 
 def gather_together(run: Prepared, model: Any, adapters: Adapters) -> None:
     """What ZeRO-3 gathers at a time: a layer's W0, A and B. Not collective.
 
-    Where activations are recomputed, a whole decoder block's: DeepSpeed then keeps it from the
-    recomputation to the end of the block's backward pass, and otherwise gathers every layer again
-    in between, although it has been holding the block (docs/ds_configs.md).
+    Where activations are recomputed, a whole decoder block's, if ``gathers_blocks``: DeepSpeed then
+    keeps it from the recomputation to the end of the block's backward pass, and otherwise gathers
+    every layer again in between, although it has been holding the block (docs/ds_configs.md).
     """
     for adapter in adapters.values():
         zero.gather_together(adapter, adapter.base_layer.parameters())
     prefix = run.footprint.init.prefix
-    if run.config.gradient_checkpointing and prefix is not None:
+    if prefix is not None and gathers_blocks(run.shape, run.placement, run.workload):
         for block in model.get_submodule(prefix.rstrip(".")):
             zero.gather_together(block, (p for p in block.parameters() if not p.requires_grad))
 
@@ -253,8 +260,8 @@ def check_packs(job: Job) -> None:
     if not keeps_packs_apart(model, examples, accelerator.device(), one_row=run.one_row):
         raise ConfigError(
             f"--packing: rows of one pack see each other in a {type(model).__name__} with "
-            f"attention {run.hf_config._attn_implementation}. Leave it out (--group-by-length pads "
-            "little, too), or try another --attn-implementation."
+            f"attention {run.hf_config._attn_implementation}. Leave it out (rows of similar "
+            "lengths are batched together as it is), or try another --attn-implementation."
         )
 
 

@@ -16,7 +16,13 @@ from lorasb_ds import loss as loss_module
 from lorasb_ds.batches import Batch
 from lorasb_ds.examples import IGNORE_INDEX
 from lorasb_ds.footprint import logit_rows
-from lorasb_ds.loss import LossHead, add_loss_head, check_loss_head, token_loss_sum
+from lorasb_ds.loss import (
+    LossHead,
+    _GivenGradient,
+    add_loss_head,
+    check_loss_head,
+    token_loss_sum,
+)
 
 VOCABULARY = 300
 SIZES = {
@@ -52,9 +58,9 @@ def use_loss_head(model: Any) -> None:
     assert check_loss_head(model, torch.arange(1, 9)[None])
 
 
-def ragged() -> Batch:
+def ragged(length: int = 24) -> Batch:
     """Two rows whose labels begin and end elsewhere."""
-    ids = torch.randint(1, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(1, VOCABULARY, (2, length), generator=torch.Generator().manual_seed(1))
     labels = ids.clone()
     labels[0, :9] = labels[1, :15] = labels[1, 22:] = IGNORE_INDEX
     mask = torch.ones_like(ids)
@@ -155,18 +161,38 @@ class Largest(TorchDispatchMode):
 
 
 def test_logits_are_never_there_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, batch = make(CONFIGS["gemma2 capped"]), ragged()
+    model, batch = make(CONFIGS["gemma2 capped"]), ragged(48)
+    batch.labels.copy_(batch.input_ids)
+    all_logits = 2 * 47 * VOCABULARY
     with Largest() as plain:
         loss_and_gradient(model, batch)
-    assert plain.numel >= batch.num_label_tokens * VOCABULARY
+    assert plain.numel >= all_logits
     monkeypatch.setattr(loss_module, "logit_rows", lambda _labels, _vocabulary: 4)
     use_loss_head(model)
-    weight = VOCABULARY * SIZES["hidden_size"]
-    monkeypatch.setitem(SIZES, "hidden_size", 1)
     with Largest() as chunked:
         loss_and_gradient(model, batch)
-    # Views of the embedding itself are the largest then.
-    assert chunked.numel <= max(4 * VOCABULARY, weight)
+    # The embedding's views and attention's scores are the largest then.
+    assert chunked.numel <= max(VOCABULARY * 32, 2 * 4 * 48 * 48) < all_logits
+
+
+def test_hidden_states_of_another_dtype_and_fp16() -> None:
+    """Mamba's are fp32; and what is certain keeps its gradient in fp16."""
+    linear = torch.nn.Linear(4, 7, bias=False).requires_grad_(False)
+    linear.weight.data = torch.eye(7, 4)
+    hidden = torch.zeros(1, 4)
+    hidden[0, 0] = 18.0  # the label's probability is 1 - 9e-8: below fp16's smallest numbers
+    label = torch.tensor([0])
+    _, expected = LossHead(linear)(hidden, label, True)
+    assert 1e-9 < expected.abs().max() < 1e-7
+    _, bf16 = LossHead(linear.bfloat16())(hidden, label, True)
+    assert bf16.dtype == torch.bfloat16
+    torch.testing.assert_close(bf16.float(), expected, rtol=2e-2, atol=1e-9)
+    head = LossHead(linear.half())
+    state = hidden.half().requires_grad_()
+    loss, grad = head(state.detach(), label, True)
+    assert grad.any()
+    (_GivenGradient.apply(state, loss, grad) * 2.0**16).backward()  # as an engine scales it
+    torch.testing.assert_close(state.grad.float() / 2**16, expected, rtol=5e-2, atol=1e-9)
 
 
 def test_rows_are_shared_out_evenly() -> None:

@@ -42,6 +42,13 @@ def test_steps_after_the_first(
     assert rows.index("aten::mm") < rows.index("aten::matmul")
 
 
+def test_one_step_alone_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with profiled(tmp_path, 2) as step_done:
+        step_done()
+    assert not list(tmp_path.iterdir())
+    assert "no profile" in capsys.readouterr().out
+
+
 def test_nothing_without_it(tmp_path: Path) -> None:
     with profiled(tmp_path, None) as step_done:
         step_done()
