@@ -357,17 +357,17 @@ def test_early_stopping_keeps_the_best(options: list[str], tmp_path: Path) -> No
 
 def test_out_of_memory_is_explained(options: list[str], tmp_path: Path) -> None:
     """For real: the process may not take more than so much memory."""
-    rows = write_jsonl(tmp_path / "rows.jsonl", word_rows(13) * 400)
+    rows = write_jsonl(tmp_path / "rows.jsonl", word_rows(13) * 4000)
     large = (
-        f"--train-batch-size 4000 --micro-batch-size 4000 --init-samples 8 --max-steps 2 --force "
+        f"--train-batch-size 40000 --micro-batch-size 40000 --init-samples 8 --max-steps 2 --force "
         f"--output-dir {tmp_path}/run"
     )
     limit = ["prlimit", "--data=4000000000"]
     given = [*options[:2], "--data", rows, *options[4:], *large.split()]
     output = run_worker(*given, status=1, before=limit)
     assert "Out of memory (train)" in output
-    assert "--micro-batch-size 2000 --gradient-accumulation-steps 2" in output
-    assert "logits" in output
+    assert "--micro-batch-size 20000 --gradient-accumulation-steps 2" in output
+    assert "activations" in output
     assert "Traceback" not in output
 
 
