@@ -6,14 +6,15 @@ what is measured.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from lorasb_ds.init_plan import InitPlan, block_of, blocks_prefix, plan_init
+from lorasb_ds.gathers import gathered_bytes
+from lorasb_ds.init_plan import InitPlan, block_of, plan_init
 from lorasb_ds.model_shape import ModelShape
 from lorasb_ds.placement import Placement
+from lorasb_ds.workload import Workload
 
 # AdamW's fp32 master and two moments; and the fp32 sum of gradients, which ZeRO-3 keeps for good.
 OPTIMIZER_BYTES, GRADIENT_BYTES = 12, 4
@@ -29,35 +30,6 @@ CPU_LOAD_BYTES = 40 << 20
 # The loader reads and quantizes so many numbers at a time. As read and in the compute dtype each
 # takes up to 8 bytes, and bitsandbytes' intermediates 14 on a CPU.
 LOAD_CHUNK, READ_BYTES, QUANTIZE_BYTES = 1 << 20, 8, 14
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What is computed: the adapter, the batches and the init's sample."""
-
-    targets: Mapping[str, tuple[int, int]]  # layers with an adapter
-    r: int
-    max_length: int  # tokens of the longest row
-    num_labels: int  # positions of a micro-batch from which some row predicts a label, at most
-    micro_batch_size: int
-    gradient_checkpointing: bool
-    init_samples: int  # rows of the gradient
-    init_memory_bytes: int | None = None
-    init_update: str = "sign"
-    init_offload: bool = False
-
-    @property
-    def tokens(self) -> int:
-        """Of a rank's micro-batch."""
-        return self.micro_batch_size * self.max_length
-
-    @property
-    def num_trainable(self) -> int:
-        return len(self.targets) * self.r**2
-
-    def init_rounds(self, world_size: int) -> int:
-        """Micro-batches of each rank in the init: rows are dealt out in those."""
-        return -(-self.init_samples // (self.micro_batch_size * world_size))
 
 
 @dataclass(frozen=True)
@@ -224,65 +196,6 @@ def block_activation_bytes(
         numbers += 2 * shape.hidden_size + queries + shape.intermediate_size
     fp32 = shape.normed_width + shape.num_heads
     return work.tokens * (numbers * dtype_bytes + 4 * fp32)
-
-
-def gathered_bytes(shape: ModelShape, placement: Placement, work: Workload) -> int:
-    """The most that ZeRO-3 has gathered at a time, beside what it keeps whole anyway.
-
-    Its coordinator gathers what the module at hand needs (a linear layer with its A and B; where
-    activations are recomputed, all of its block: ``trainer.gather_together``), and prefetches
-    while less than ``stage3_max_live_parameters`` elements are there, in buckets that the last
-    parameter may overshoot; parts of a bucket are copied out of it.
-    (deepspeed/runtime/zero/partitioned_param_coordinator.py, partition_parameters.py)
-    """
-    if not placement.sharded or (placement.shard_ranks == 1 and placement.offload == "none"):
-        return 0
-    d = placement.dtype_bytes
-    by_name = _gathered_by_name(shape, placement, work)
-    modules = list(by_name.values())
-    if gathers_blocks(shape, placement, work):
-        modules = list(_by_block(by_name, work).values())
-    total = sum(modules)
-    if placement.prefetch_bucket_size == 0:
-        return 2 * max(modules)
-    live = placement.max_live_parameters * d + max(modules)
-    bucket = min(placement.prefetch_bucket_size * d + max(modules), total)
-    return min(live, total) + bucket
-
-
-def gathers_blocks(shape: ModelShape, placement: Placement, work: Workload) -> bool:
-    """Whether ZeRO-3 shall gather a decoder block at a time (``trainer.gather_together``).
-
-    It saves a third gather where activations are recomputed. Not where DeepSpeed would no longer
-    prefetch, since a block leaves too little of ``stage3_max_live_parameters``; and not from NVMe,
-    for which it has a few buffers, one a parameter.
-    """
-    prefix = blocks_prefix(work.targets)
-    if not work.gradient_checkpointing or not placement.sharded or prefix is None:
-        return False
-    if placement.offload == "nvme":
-        return False
-    by_block = _by_block(_gathered_by_name(shape, placement, work), work)
-    block = max(n for key, n in by_block.items() if isinstance(key, int)) // placement.dtype_bytes
-    bucket = placement.prefetch_bucket_size
-    return bucket == 0 or block + bucket <= placement.max_live_parameters
-
-
-def _gathered_by_name(shape: ModelShape, placement: Placement, work: Workload) -> dict[str, int]:
-    """Bytes of each linear layer, with A and B, and of all other parameters."""
-    d = placement.dtype_bytes
-    factors = {name: work.r * sum(sides) * d for name, sides in work.targets.items()}
-    layers = {n: sum(placement.stored(s)) + factors.get(n, 0) for n, s in shape.layers.items()}
-    return layers | {name: n * d for name, n in shape.others.items()}
-
-
-def _by_block(by_name: Mapping[str, int], work: Workload) -> dict[str | int, int]:
-    """What is in a decoder block summed up, by its number."""
-    prefix = blocks_prefix(work.targets) or ""
-    together: Counter[str | int] = Counter()
-    for name, n in by_name.items():
-        together[block_of(name, prefix) if prefix and name.startswith(prefix) else name] += n
-    return dict(together)
 
 
 def _adapter_bytes(work: Workload, dtype_bytes: int) -> Iterator[int]:

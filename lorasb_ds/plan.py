@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lorasb_ds.config import SHIPPED_DS_CONFIGS, read_json
-from lorasb_ds.footprint import Footprint, Workload, footprint, init_plan
+from lorasb_ds.footprint import Footprint, footprint, init_plan
 from lorasb_ds.model_shape import ModelShape
 from lorasb_ds.placement import Form, Placement, placement_of
 from lorasb_ds.traffic import (
@@ -18,6 +18,7 @@ from lorasb_ds.traffic import (
     step_seconds,
     step_traffic,
 )
+from lorasb_ds.workload import Workload
 
 GIB = 1 << 30
 # The driver's context, NCCL's buffers, what torch's allocator keeps back. Assumed.

@@ -21,7 +21,7 @@ from lorasb_ds.config import ConfigError, RunConfig, read_json
 from lorasb_ds.data import TokenizedRows
 from lorasb_ds.data_cache import load_data
 from lorasb_ds.ds_config import resolve_ds_config
-from lorasb_ds.footprint import Footprint, Workload, footprint, init_plan
+from lorasb_ds.footprint import Footprint, footprint, init_plan
 from lorasb_ds.forecast import Forecast, check_fits, forecast, this_cluster
 from lorasb_ds.init_report import InitReport
 from lorasb_ds.loading import DTYPES, empty_model, load_config, stored_quantization
@@ -36,6 +36,7 @@ from lorasb_ds.shapes import shape_of
 from lorasb_ds.tokenizer import choose_pad_token, read_tokenizer
 from lorasb_ds.tracking import check_tracker
 from lorasb_ds.weight_map import map_weights, unused_tensors
+from lorasb_ds.workload import Workload
 
 
 @dataclass(frozen=True)

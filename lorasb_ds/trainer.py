@@ -20,7 +20,8 @@ from lorasb_ds.curves import draw_loss_curve
 from lorasb_ds.evaluate import eval_mode
 from lorasb_ds.export import collect_lora, save_peft_adapter
 from lorasb_ds.files import write_json
-from lorasb_ds.footprint import LOGIT_BYTES, gathers_blocks
+from lorasb_ds.footprint import LOGIT_BYTES
+from lorasb_ds.gathers import gathers_blocks
 from lorasb_ds.gradients import branches_off
 from lorasb_ds.history import REPORT
 from lorasb_ds.init_phase import init_phase

@@ -163,7 +163,7 @@ def release(engine: Any) -> None:
 
 
 @contextmanager
-def gathered(params: Iterable[torch.Tensor]) -> Iterator[None]:
+def gathered(params: Iterable[torch.nn.Parameter]) -> Iterator[None]:
     """Whole values of ZeRO-3 shards for reading; does nothing to other parameters. Collective."""
     with deepspeed.zero.GatheredParameters(list(params), modifier_rank=None):
         yield

@@ -14,7 +14,6 @@ from lorasb_ds.batches import Batch
 from lorasb_ds.examples import IGNORE_INDEX
 from lorasb_ds.footprint import (
     Footprint,
-    Workload,
     _in_flight_bytes,
     block_activation_bytes,
     footprint,
@@ -25,6 +24,7 @@ from lorasb_ds.loss import token_loss_sum
 from lorasb_ds.model_shape import BUILT_IN, shape_from_config
 from lorasb_ds.placement import Placement, placement_of
 from lorasb_ds.shapes import shape_of
+from lorasb_ds.workload import Workload
 
 LLAMA_7B = shape_from_config("llama-7b", BUILT_IN["llama-7b"])
 

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from launcher.cli import main
 from lorasb_ds.config import RunConfig
-from lorasb_ds.footprint import Footprint, Workload
+from lorasb_ds.footprint import Footprint
 from lorasb_ds.out_of_memory import (
     NUM_REMEDIES,
     Phase,
@@ -27,6 +27,7 @@ from lorasb_ds.out_of_memory import (
 )
 from lorasb_ds.placement import Placement
 from lorasb_ds.plan import GIB, Cluster, cpu_cluster
+from lorasb_ds.workload import Workload
 from tests.runs import ROOT
 from tests.unit.test_footprint import LLAMA_7B, footprint_of, work_of
 

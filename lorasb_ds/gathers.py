@@ -1,0 +1,70 @@
+"""What ZeRO-3 gathers at a time: a layer, or a decoder block. Pure and torch-free."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from lorasb_ds.init_plan import block_of, blocks_prefix
+from lorasb_ds.model_shape import ModelShape
+from lorasb_ds.placement import Placement
+from lorasb_ds.workload import Workload
+
+
+def gathered_bytes(shape: ModelShape, placement: Placement, work: Workload) -> int:
+    """The most that ZeRO-3 has gathered at a time, beside what it keeps whole anyway.
+
+    Its coordinator gathers what the module at hand needs (a linear layer with its A and B; where
+    activations are recomputed, all of its block: ``trainer.gather_together``), and prefetches
+    while less than ``stage3_max_live_parameters`` elements are there, in buckets that the last
+    parameter may overshoot; parts of a bucket are copied out of it.
+    (deepspeed/runtime/zero/partitioned_param_coordinator.py, partition_parameters.py)
+    """
+    if not placement.sharded or (placement.shard_ranks == 1 and placement.offload == "none"):
+        return 0
+    d = placement.dtype_bytes
+    by_name = _gathered_by_name(shape, placement, work)
+    modules = list(by_name.values())
+    if gathers_blocks(shape, placement, work):
+        modules = list(_by_block(by_name, work).values())
+    total = sum(modules)
+    if placement.prefetch_bucket_size == 0:
+        return 2 * max(modules)
+    live = placement.max_live_parameters * d + max(modules)
+    bucket = min(placement.prefetch_bucket_size * d + max(modules), total)
+    return min(live, total) + bucket
+
+
+def gathers_blocks(shape: ModelShape, placement: Placement, work: Workload) -> bool:
+    """Whether ZeRO-3 shall gather a decoder block at a time (``trainer.gather_together``).
+
+    It saves a third gather where activations are recomputed. Not where DeepSpeed would no longer
+    prefetch, since a block leaves too little of ``stage3_max_live_parameters``; and not from NVMe,
+    for which it has a few buffers, one a parameter.
+    """
+    prefix = blocks_prefix(work.targets)
+    if not work.gradient_checkpointing or not placement.sharded or prefix is None:
+        return False
+    if placement.offload == "nvme":
+        return False
+    by_block = _by_block(_gathered_by_name(shape, placement, work), work)
+    block = max(n for key, n in by_block.items() if isinstance(key, int)) // placement.dtype_bytes
+    bucket = placement.prefetch_bucket_size
+    return bucket == 0 or block + bucket <= placement.max_live_parameters
+
+
+def _gathered_by_name(shape: ModelShape, placement: Placement, work: Workload) -> dict[str, int]:
+    """Bytes of each linear layer, with A and B, and of all other parameters."""
+    d = placement.dtype_bytes
+    factors = {name: work.r * sum(sides) * d for name, sides in work.targets.items()}
+    layers = {n: sum(placement.stored(s)) + factors.get(n, 0) for n, s in shape.layers.items()}
+    return layers | {name: n * d for name, n in shape.others.items()}
+
+
+def _by_block(by_name: Mapping[str, int], work: Workload) -> dict[str | int, int]:
+    """What is in a decoder block summed up, by its number."""
+    prefix = blocks_prefix(work.targets) or ""
+    together: Counter[str | int] = Counter()
+    for name, n in by_name.items():
+        together[block_of(name, prefix) if prefix and name.startswith(prefix) else name] += n
+    return dict(together)
