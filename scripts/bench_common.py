@@ -118,6 +118,13 @@ def row(name: str, cells: Sequence[str]) -> str:
     return f"| {name} | " + " | ".join(cells) + " |"
 
 
+def print_table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> None:
+    print("\n" + row(title, columns))
+    print("|---|" + "---:|" * len(columns))
+    for name, cells in rows.items():
+        print(row(name, cells))
+
+
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")

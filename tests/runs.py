@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -9,7 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,17 @@ REALLY_SHARDED = {
     "stage3_prefetch_bucket_size": 0,
     "stage3_param_persistence_threshold": 0,
 }
+
+
+@contextmanager
+def benchmark(name: str) -> Iterator[Any]:
+    """A module of scripts/, which find each other by their folder."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        yield importlib.import_module(name)
+    finally:
+        sys.path.remove(str(ROOT / "scripts"))
+        del sys.modules[name]
 
 
 def run_ranks(case: str, world_size: int, timeout: float = 240, **arguments: Any) -> None:

@@ -201,33 +201,6 @@ def steps(config: dict[str, Any], out: str, fp16: bool = False) -> None:
         save_file(masters | {"steps": torch.tensor(found, dtype=torch.float64)}, out)
 
 
-def traffic(config: dict[str, Any], zero_optimization: dict[str, Any], out: str) -> None:
-    """Collectives of a step by DeepSpeed's own counter, and what the planner says of it."""
-    from deepspeed.comm.comm import comms_logger
-
-    from lorasb_ds import zero
-    from lorasb_ds.loop import train_step
-    from lorasb_ds.placement import placement_of
-    from lorasb_ds.traffic import step_traffic
-
-    run, engine, adapters = _start(config, zero_optimization)
-    _fill(adapters)
-    engine.train()
-    batches = run.step_batches(run.order.units(0))
-    for _ in range(2):  # after which DeepSpeed knows the order of the modules
-        train_step(engine, batches)
-    comms_logger.enabled = comms_logger.prof_all = True
-    train_step(engine, batches)
-    counted = {
-        op: [(size, found[0]) for size, found in sizes.items()]
-        for op, sizes in comms_logger.comms_dict.items()
-    }
-    if zero.rank() == 0:
-        placement = placement_of(run.ds_config, "fp32", zero.world_size())
-        planned = step_traffic(run.shape, placement, run.workload)
-        Path(out).write_text(json.dumps(counted | {"planned": planned.bytes}))
-
-
 def not_finite_step(config: dict[str, Any], zero_optimization: dict[str, Any], what: str) -> None:
     """One rank's loss or gradient is not finite: no rank steps, and the next step is clean."""
     import copy

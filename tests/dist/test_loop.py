@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,15 @@ from lorasb_ds.adapter import linear_layers
 from lorasb_ds.batches import collate
 from lorasb_ds.data import tokenize_rows
 from lorasb_ds.order import epoch_order
+from lorasb_ds.placement import placement_of
+from lorasb_ds.prepare import prepare
 from lorasb_ds.request import load_run_config
 from lorasb_ds.rows import load_rows
 from lorasb_ds.tokenizer import load_tokenizer
+from lorasb_ds.traffic import step_traffic
 from tests.dist.test_training import PlainFormula, put_plain
 from tests.references import own_loss
-from tests.runs import run_ranks, word_rows, write_jsonl
+from tests.runs import benchmark, run_ranks, word_rows, write_jsonl
 
 ROWS, GLOBAL_BATCH, STEPS = 12, 5, 6  # 3 steps an epoch: of 5, 5 and 2 rows
 
@@ -118,7 +120,6 @@ def test_zero3_gathers_once_a_layer_and_direction(
     tiny_model: Path, tmp_path: Path, checkpointing: bool
 ) -> None:
     """With checkpointing once a block, and no third time; bytes as planned; R alone is reduced."""
-    out = tmp_path / "traffic.json"
     config = config_of(tiny_model, tmp_path, gradient_checkpointing=checkpointing)
     kept = 100  # norms of 48 numbers, and R of 16; A and B have 96 and more
     sharded = {
@@ -126,8 +127,9 @@ def test_zero3_gathers_once_a_layer_and_direction(
         "stage3_prefetch_bucket_size": 0,
         "stage3_param_persistence_threshold": kept,
     }
-    run_ranks("traffic", 2, config=config, zero_optimization=sharded, out=str(out))
-    found = json.loads(out.read_text())
+    with benchmark("bench_traffic") as bench:
+        settings = {"config": config, "zero": sharded, "steps": 1}
+        found = bench.measure(bench.zero3, settings, 2)["collectives"]
     gathers = [(size, n) for size, n in found["all_gather_into_tensor"] if size > kept * 4 / 2]
     blocks, layers = 2, 7
     at_a_time = blocks if checkpointing else blocks * layers
@@ -137,6 +139,9 @@ def test_zero3_gathers_once_a_layer_and_direction(
     bytes_gathered = sum(size * n for size, n in gathers)
     num_trained = blocks * layers * 16
     of_r = num_trained * (4 + 4) // 2
-    assert bytes_gathered == pytest.approx(micro_batches * (found["planned"] - of_r), rel=1e-3)
+    run = prepare(load_run_config(config), 2)
+    run.ds_config["zero_optimization"] |= sharded
+    planned = step_traffic(run.shape, placement_of(run.ds_config, "fp32", 2), run.workload)
+    assert bytes_gathered == pytest.approx(micro_batches * (planned.bytes - of_r), rel=1e-3)
     ((size, count),) = found["reduce_scatter_tensor"]
     assert (size, count) == (num_trained * 4, micro_batches)

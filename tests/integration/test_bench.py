@@ -9,19 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import ROOT, run_command, word_rows, write_jsonl
+from tests.runs import benchmark, run_command, word_rows, write_jsonl
 
 
-def test_both_sides(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    bench = __import__("bench_init")
-    try:
+def test_both_sides(tiny_model: Path, tmp_path: Path) -> None:
+    with benchmark("bench_init") as bench:
         data = write_jsonl(tmp_path / "rows.jsonl", word_rows(9))
         config = {"model": str(tiny_model), "data": data, "r": 8, "init_lr": 1e-4}
         paper = bench.measure(bench.paper, config)
         ours = bench.measure(bench.ours, config | {"init_memory_gib": 0.0002})
-    finally:
-        del sys.modules["bench_init"]
     for result in (paper, ours):
         assert result["peak_bytes"] > 0
         assert 0 < result["gradients_s"] + result["svd_s"] <= result["total_s"]

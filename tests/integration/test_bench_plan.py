@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.runs import ROOT
+from tests.runs import ROOT, benchmark
 
 
 @pytest.mark.parametrize(
@@ -16,11 +15,9 @@ from tests.runs import ROOT
     [("zero3.json", {}), ("nothing kept", {"load_in_4bit": True}), ("zero2.json", {})],
 )
 def test_tensors_within_five_percent(
-    ds_config: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ds_config: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    bench = __import__("bench_plan")
-    try:
+    with benchmark("bench_plan") as bench:
         model = bench.model_folder(tmp_path / "model", (128, 320, 2, 4, 2))
         nothing_kept = bench.really_sharded(tmp_path)
         file = nothing_kept if ds_config == "nothing kept" else str(ROOT / "ds_configs" / ds_config)
@@ -29,8 +26,6 @@ def test_tensors_within_five_percent(
             bench.run, settings | options | {"model": model, "ds_config": file}, 2
         )
         printed = bench.table({("tiny", ds_config, 2): result})
-    finally:
-        del sys.modules["bench_plan"]
     for kind, measured in result["tensors"].items():
         # Tokens and counts of batches, and ids that Python keeps, are no part of the plan.
         slack = 30_000 if kind == "optimizer" else 0

@@ -1,0 +1,46 @@
+"""What benchmarks of a run share: a run up to its engine, and the rows and rank of all of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+R = 64
+DATA = "reasoning-gym:gsm_symbolic?size={}&seed=5"
+
+
+def started(config: Mapping[str, Any], zero_optimization: Mapping[str, Any] = {}) -> Any:
+    """A run before its first step, its engine and adapters; without an init. Collective.
+
+    Args:
+        zero_optimization: what its ds_config has otherwise.
+    """
+    from launcher.quiet import quiet_libraries
+
+    quiet_libraries()
+    from lorasb_ds import zero
+    from lorasb_ds.prepare import prepare
+    from lorasb_ds.request import load_run_config
+    from lorasb_ds.trainer import start_engine
+
+    run = prepare(load_run_config(dict(config)), int(os.environ["WORLD_SIZE"]))
+    run.ds_config["zero_optimization"] |= zero_optimization
+    zero.init_process_group()
+    engine, adapters = start_engine(run)
+    _fill(adapters)
+    engine.train()
+    return run, engine, adapters
+
+
+def _fill(adapters: Mapping[str, Any]) -> None:
+    """Orthonormal A and B, and a small R: what they hold does not change what a step takes."""
+    from lorasb_ds import zero
+
+    for adapter in adapters.values():
+        for factor in (adapter.lora_A, adapter.lora_B):
+            shape = getattr(factor, "ds_shape", factor.shape)
+            zero.fill(factor, torch.nn.init.orthogonal_(torch.empty(*shape)))
+        zero.fill_trainable(adapter.lora_R, 1e-3 * torch.eye(adapter.r))
