@@ -1,8 +1,9 @@
 """What DeepSpeed starts on every rank of a supervised job: it starts the worker, and watches it.
 
-The worker (`train.py`) is its child: its output goes to a log of its own (rank 0's to the console
-as well), and how it ended is told to the supervisor. When the supervisor says so, or is not heard
-of any longer, the worker is killed: no process outlives a job on a host that nobody reaches.
+The worker (`train.py`; with `--worker=eval` `eval.py`) is its child: its output goes to a log of
+its own (rank 0's to the console as well), and how it ended is told to the supervisor. When the
+supervisor says so, or is not heard of any longer, the worker is killed: no process outlives a job
+on a host that nobody reaches.
 Standard library only: it starts at once, and lives beside every rank.
 """
 
@@ -33,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # DeepSpeed sta
 from launcher import channel as names
 from launcher.channel import STOPPED, Channel, beat_interval, readable
 from launcher.host import extensions_folder, interface_of, old_build_locks, route_from
-from launcher.ranks import rank_variables, remove_shared_memory, shell_status, worker_command
+from launcher.ranks import EVAL, rank_variables, remove_shared_memory, shell_status, worker_command
 from lorasb_ds.stop import EXIT_STOPPED
 
 TAIL_LINES, TAIL_WIDTH = 40, 1000
@@ -329,7 +330,8 @@ def build_locks(pid: int) -> list[Path]:
 
 def main(arguments: Sequence[str]) -> int:
     environment = {**os.environ, **rank_variables(os.environ)}
-    command = worker_command("train", arguments)
+    worker = "eval" if EVAL in arguments else "train"
+    command = worker_command(worker, [word for word in arguments if word != EVAL])
     if names.SUPERVISOR not in environment:  # started by hand: nobody supervises
         os.execve(command[0], command, environment)  # noqa: S606
     return Agent(environment, command).run()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,9 +13,10 @@ import click
 from launcher import plan_command, report_command
 from launcher.cluster_commands import hostfile, launch_script
 from launcher.doctor import doctor
+from launcher.eval_command import eval_command
 from launcher.launch_options import LaunchOptions, launch_options
 from launcher.options import CONTEXT, reports_problems, run_options
-from launcher.ranks import shell_status, worker_command
+from launcher.ranks import run_here, worker_command
 from launcher.start import start
 from lorasb_ds import __version__
 from lorasb_ds.compare import read_runs
@@ -77,11 +76,27 @@ main.add_command(hostfile)
 main.add_command(launch_script)
 
 
-@main.command(context_settings={**CONTEXT, "ignore_unknown_options": True}, add_help_option=False)
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def eval(arguments: Sequence[str]) -> None:  # noqa: A001
-    """Held-out loss and exact match of a model, with or without an adapter (see eval --help)."""
-    sys.exit(_run(worker_command("eval", arguments), dict(os.environ)))
+main.add_command(eval_command)
+
+
+def adapter_command(name: str, help_text: str) -> None:
+    """Add a verb about a trained adapter, which launcher/adapters.py does."""
+
+    @main.command(
+        name=name,
+        context_settings={**CONTEXT, "ignore_unknown_options": True},
+        add_help_option=False,
+        help=f"{help_text} (see {name} --help).",
+    )
+    @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+    def command(arguments: Sequence[str]) -> None:
+        sys.exit(run_here(worker_command("adapters", [name, *arguments]), dict(os.environ)))
+
+
+adapter_command("export", "Write an adapter as a plain LoRA folder, also of a smaller rank")
+adapter_command("merge", "Write base and adapter as one model, a few rows at a time")
+adapter_command("inspect", "What an adapter has learned, layer by layer")
+adapter_command("combine", "Write the weighted sum of adapters as one adapter")
 
 
 @main.group(context_settings=CONTEXT)
@@ -94,7 +109,7 @@ def data() -> None:
 def preview(arguments: Sequence[str]) -> None:
     """Show rows as the model sees them, and what is learned of them (see preview --help)."""
     environment = {"PYTHONHASHSEED": "0", **os.environ}  # the rows that `lorasb train` sees
-    sys.exit(_run(worker_command("preview", arguments), environment))
+    sys.exit(run_here(worker_command("preview", arguments), environment))
 
 
 @main.command(context_settings=CONTEXT)
@@ -152,18 +167,6 @@ def report(folders: Sequence[str], output: str, markdown: bool, as_json: bool) -
         return
     click.echo(report_command.render(runs, markdown))
     click.echo(f"\nlosses: {output}")
-
-
-def _run(command: Sequence[str], environment: dict[str, str]) -> int:
-    """Run a command in a process session of its own; pass signals on; its status."""
-    child = subprocess.Popen(command, env=environment, start_new_session=True)
-
-    def pass_on(signum: int, _frame: object) -> None:
-        os.killpg(child.pid, signum)
-
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, pass_on)
-    return shell_status(child.wait())
 
 
 if __name__ == "__main__":

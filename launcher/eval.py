@@ -1,103 +1,91 @@
-"""`lorasb eval`: held-out loss and exact match of a model, with or without a PEFT adapter."""
+"""The worker of `lorasb eval`, by itself or on every rank of a job."""
 
 from __future__ import annotations
 
-import json
-import sys
+import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from launcher.channel import tell_agent
+from launcher.eval_command import eval_options
 from launcher.options import CONTEXT
 from launcher.quiet import quiet_libraries
-from lorasb_ds.config import ALL_LINEAR, ConfigError
-from lorasb_ds.request import load_run_config
+from launcher.worker import check_device, end, refuse
+from lorasb_ds.config import ConfigError
+from lorasb_ds.host_memory import ranks_of_host
+from lorasb_ds.request import check_output_dir, load_run_config
+
+if TYPE_CHECKING:
+    from lorasb_ds.eval_rows import EvalRows
+    from lorasb_ds.evaluator import EvalResult
 
 
 @click.command(context_settings=CONTEXT)
-@click.option("--model", default="demo", show_default=True, help="Base model, as in `train`.")
-@click.option("--adapter", type=click.Path(exists=True, file_okay=False), help="PEFT LoRA folder.")
-@click.option("--data", "data", help="Rows, as in `train`. [default: the demo's held-out rows]")
-@click.option("--prompt-column", help="As in `train`.")
-@click.option("--response-column", help="As in `train`.")
-@click.option("--num-samples", type=click.IntRange(min=1), help="First rows only. [default: all]")
-@click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
-@click.option("--max-length", type=click.IntRange(min=8), default=1024, show_default=True)
-@click.option("--dtype", type=click.Choice(["bf16", "fp32"]), default="bf16", show_default=True)
-@click.option("--output", type=click.Path(dir_okay=False), help="JSON file with every answer.")
-def main(output: str | None, **options: Any) -> None:
-    """Held-out loss and exact match of a model, with or without an adapter, in one process.
-
-    The adapter is loaded by PEFT. Answers are generated greedily; tasks of reasoning-gym are judged
-    by their own scorer, other rows by equality with the response.
-    """
+@click.option("--local-rank", type=int, hidden=True, expose_value=False)  # DeepSpeed gives it
+@eval_options
+def main(own: dict[str, Any], given: dict[str, Any]) -> None:
+    """Loss and scores of a model on held-out rows, with or without an adapter."""
     quiet_libraries()
+    in_job = "RANK" in os.environ
     try:
-        if output is not None and not Path(output).resolve().parent.is_dir():
-            raise ConfigError(f"--output {output}: there is no such folder.")
-        result = evaluate(**options)
+        config = load_run_config(given)
+        check_output_dir(config)
+        from lorasb_ds.inference import prepare_model
+
+        if in_job:
+            check_device()
+        world_size = int(os.environ["WORLD_SIZE"]) if in_job else 1
+        local_size = ranks_of_host(default=world_size) if in_job else 1
+        run = prepare_model(config, own["adapter"], world_size, local_size)
+        if own["lm_eval"] is not None:
+            from lorasb_ds.harness import evaluate_by_harness
+
+            click.echo(evaluate_by_harness(run, own["lm_eval"], own["num_samples"]))
+            end()
+        from lorasb_ds import zero
+        from lorasb_ds.eval_rows import load_eval_rows
+        from lorasb_ds.evaluator import evaluate, write_results
+
+        chosen = {name: own[name] for name in ("task", "num_samples", "max_new_tokens")}
+        rows = load_eval_rows(run.config, run.tokenizer, **chosen)
+        if in_job:
+            tell_agent("joining")
+            zero.init_process_group()
+            tell_agent("joined")
+        result = evaluate(run, rows)
+        if not in_job or zero.rank() == 0:
+            click.echo(render(rows, result))
+            if config.output_dir is not None:
+                write_results(Path(config.output_dir), run, rows, result)
+                click.echo(f"results: {config.output_dir}")
+        if in_job:
+            zero.close_process_group()
     except ConfigError as error:
-        click.echo(f"lorasb: error: {error}", err=True)
-        sys.exit(2)
-    match = ""
-    if result["interval"] is not None:
-        low, high = result["interval"]
-        match = f"exact match {result['exact_match']:.1%} (95 %: {low:.1%} to {high:.1%})   "
-    click.echo(
-        f"held-out loss {result['loss']:.4f}   {match}{result['num_rows']} rows   "
-        f"{result['seconds']:.0f} s"
-    )
-    if output is not None:
-        Path(output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        refuse(error)
+    except (MemoryError, OSError) as error:
+        refuse(error, status=1)
+    end()
 
 
-def evaluate(
-    model: str,
-    adapter: str | None,
-    data: str | None,
-    prompt_column: str | None,
-    response_column: str | None,
-    num_samples: int | None,
-    batch_size: int,
-    max_new_tokens: int,
-    max_length: int,
-    dtype: str,
-) -> dict[str, Any]:
-    from dataclasses import asdict
+def render(rows: EvalRows, result: EvalResult) -> str:
+    from lorasb_ds.history import perplexity
 
-    from lorasb_ds import evaluate as evaluation
-    from lorasb_ds.config import DEMO_EVAL_DATA
-    from lorasb_ds.data import tokenize_rows
-    from lorasb_ds.loading import load_config, load_plain
-    from lorasb_ds.rows import load_rows
-    from lorasb_ds.tokenizer import load_tokenizer
-
-    given = {"prompt_column": prompt_column, "response_column": response_column}
-    config = load_run_config(
-        {"model": model, "max_length": max_length, "target_modules": ALL_LINEAR, **given}
-    )
-    load_config(model)
-    source = data or DEMO_EVAL_DATA
-    rows = load_rows(source, held_out=True)
-    rows = [rows[i] for i in range(min(num_samples or len(rows), len(rows)))]
-    tokenizer = load_tokenizer(model)
-    tokenized = tokenize_rows(rows, tokenizer, config)
-    click.echo(f"rows: {tokenized.describe()}")
-    base, device = load_plain(model, dtype, adapter)
-    result = evaluation.evaluate_model(
-        base,
-        tokenizer,
-        rows,
-        tokenized.examples,
-        evaluation.scorer(source),
-        (prompt_column, response_column),
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        device=device,
-    )
-    return {"model": model, "adapter": adapter, "data": source, **asdict(result)}
+    scores = "".join(f"   {name.replace('_', ' ')} {s}" for name, s in result.scores.items())
+    lines = [
+        f"task {result.task}   held-out loss {result.loss:.4f}, perplexity "
+        f"{perplexity(result.loss):.4g}{scores}   {result.num_rows} rows   {result.seconds:.0f} s"
+    ]
+    if rows.skipped:
+        told = rows.examples.describe() if rows.examples else f"{rows.skipped} without choices"
+        lines.append(f"rows: {told}")
+    if result.cut_off:
+        lines.append(
+            f"{result.cut_off} answers were cut off at {rows.max_new_tokens} tokens; "
+            "--max-new-tokens allows more"
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ CONTEXT = {
 
 
 def reports_problems(command: Callable[..., Any]) -> Callable[..., Any]:
-    """End with 2 and the problems when what was asked for cannot be done."""
+    """End with 2 and the problems when what was asked for cannot be done, with 1 by the system."""
 
     @wraps(command)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -33,6 +33,9 @@ def reports_problems(command: Callable[..., Any]) -> Callable[..., Any]:
         except ConfigError as error:
             click.echo(f"lorasb: error: {error}", err=True)
             sys.exit(2)
+        except OSError as error:  # a full disk, a name that is too long, no permission
+            click.echo(f"lorasb: error: {error}", err=True)
+            sys.exit(1)
 
     return wrapper
 

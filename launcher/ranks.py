@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 WORKERS = Path(__file__).resolve().parent
+EVAL = "--worker=eval"  # told to the agents: the worker is eval.py, not train.py
 
 # RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_SIZE as MPI's and Slurm's launchers name them. DeepSpeed's
 # own launcher sets them; under the others it would ask mpi4py.
@@ -45,6 +49,18 @@ def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
 def shell_status(returncode: int) -> int:
     """A returncode of subprocess, which is negative for a signal, as a shell has it."""
     return returncode if returncode >= 0 else 128 - returncode
+
+
+def run_here(command: Sequence[str], environment: dict[str, str]) -> int:
+    """Run a command in a process session of its own; pass signals on; its status."""
+    child = subprocess.Popen(command, env=environment, start_new_session=True)
+
+    def pass_on(signum: int, _frame: object) -> None:
+        os.killpg(child.pid, signum)
+
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, pass_on)
+    return shell_status(child.wait())
 
 
 def free_port() -> int:

@@ -1,3 +1,30 @@
-"""LoRA-SB fine-tuning on DeepSpeed."""
+"""LoRA-SB fine-tuning on DeepSpeed.
+
+What `lorasb export`, `merge`, `inspect`, `combine` and `eval` do, for Python: the names in
+``__all__``. They are imported when they are first asked for, since torch is with most of them.
+"""
+
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "ConfigError": "config",
+    "combine_adapters": "combine",
+    "draw_updates": "inspection",
+    "evaluate_model": "evaluator",
+    "export_adapter": "truncate",
+    "inspect_adapter": "inspection",
+    "measure_energy": "truncate",
+    "merge_adapter": "merge",
+    "read_adapter": "adapter_files",
+    "weights_of": "merge_plan",
+}
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from lorasb_ds.config import DEMO_MODEL, ConfigError, demo_model_dir, read_json
 
@@ -19,6 +20,8 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DOWNLOADED = ("*.json", "*.jinja", "*.model", "*.txt")
 ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
 ITEM_BYTES |= {"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+HEADER_BYTES = 100_000_000  # safetensors' own limit
+MAX_DIMENSIONS = 16
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def stored_tensors(model: str) -> dict[str, StoredTensor]:
     folder = model_folder(model)
     index_file = folder / INDEX
     if (folder / WEIGHTS).is_file():
-        return read_header(folder / WEIGHTS, model)
+        return read_header(folder / WEIGHTS, f"--model {model}")
     if not index_file.is_file():
         others = sorted(file.name for file in folder.glob("*.safetensors"))
         legacy = sorted(file.name for file in folder.glob("*.bin"))
@@ -120,13 +123,13 @@ def stored_tensors(model: str) -> dict[str, StoredTensor]:
     for file in sorted(set(index.values())):
         names = [name for name, where in index.items() if where == file]
         path = folder / file
-        if not path.is_file():
+        if not _is_file(path):
             raise ConfigError(
                 f"--model {model}: {file} is missing, which {INDEX} names for {len(names)} "
                 f"tensors such as {names[0]}. Fetch the file again."
             )
         # A tensor may lie in two files; the index says which is meant.
-        header = read_header(path, model)
+        header = read_header(path, f"--model {model}")
         found_tensors |= {n: t for n, t in header.items() if index.get(n, file) == file}
         if lost := [name for name in names if name not in header]:
             raise ConfigError(
@@ -134,6 +137,13 @@ def stored_tensors(model: str) -> dict[str, StoredTensor]:
                 f"such as {lost[0]}. Fetch both files again."
             )
     return found_tensors
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long, for one
+        return False
 
 
 def _is_hub_name(model: str) -> bool:
@@ -155,9 +165,13 @@ def _weight_map(folder: Path, model: str) -> dict[str, str]:
     return index
 
 
-def read_header(path: Path, model: str) -> dict[str, StoredTensor]:
+def read_header(path: Path, option: str) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file: https://huggingface.co/docs/safetensors (format).
 
+    Nothing in the file is believed: what is returned lies within it, and overlaps nothing.
+
+    Args:
+        option: what named the file, for messages.
     Raises:
         ConfigError: if the file is not whole.
     """
@@ -167,36 +181,48 @@ def read_header(path: Path, model: str) -> dict[str, StoredTensor]:
             length = int.from_bytes(file.read(8), "little")
             if not 0 < length <= file_size - 8:
                 raise ValueError("it ends within its header")
+            if length > HEADER_BYTES:
+                raise ValueError(f"its header has {length:,} bytes; {HEADER_BYTES:,} are allowed")
             header = json.loads(file.read(length))
         tensors = {
-            name: StoredTensor(
-                path,
-                entry["dtype"],
-                tuple(entry["shape"]),
-                *(8 + length + offset for offset in entry["data_offsets"]),
-            )
+            name: _stored_tensor(path, name, entry, 8 + length)
             for name, entry in header.items()
             if name != "__metadata__"
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        end, before = 8 + length, "the header"
+        for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+            if tensor.begin < end:
+                raise ValueError(f"{name} overlaps {before}")
+            end, before = tensor.end, name
+        if end > file_size:
+            raise ValueError(
+                f"it ends at byte {file_size:,}, within {before}, which ends at {end:,}"
+            )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
-            f"--model {model}: {path.name} is no whole safetensors file: {first_line(error)} "
+            f"{option}: {path.name} is no whole safetensors file: {first_line(error)} "
             "Fetch it again."
         ) from error
-    for name, tensor in tensors.items():
-        num_bytes = math.prod(tensor.shape) * ITEM_BYTES.get(tensor.dtype, 0)
-        if tensor.begin < 0 or (num_bytes and tensor.end - tensor.begin != num_bytes):
-            raise ConfigError(
-                f"--model {model}: {path.name} is no whole safetensors file: it has "
-                f"{tensor.end - tensor.begin:,} bytes for {name}, which is {tensor.dtype} of shape "
-                f"{tensor.shape}. Fetch it again."
-            )
-        if tensor.end > file_size:
-            raise ConfigError(
-                f"--model {model}: {path.name} is no whole safetensors file: it ends at byte "
-                f"{file_size:,}, within {name}, which ends at {tensor.end:,}. Fetch it again."
-            )
     return tensors
+
+
+def _stored_tensor(path: Path, name: str, entry: Any, data: int) -> StoredTensor:
+    """An entry of a header. Raises as a wrong one does.
+
+    Args:
+        data: where the tensors begin.
+    """
+    dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    numbers = (*shape, begin, end)
+    if not isinstance(dtype, str) or len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"{name} has dtype {dtype!r} and {len(shape)} dimensions")
+    if not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers) or end < begin:
+        raise ValueError(f"the shape of {name}, or where it lies, is no such thing")
+    if dtype in ITEM_BYTES and end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
+        raise ValueError(
+            f"it has {end - begin:,} bytes for {name}, which is {dtype} of shape {shape}"
+        )
+    return StoredTensor(path, dtype, shape, data + begin, data + end)
 
 
 def weights_digest(model: str) -> str:

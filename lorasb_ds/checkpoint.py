@@ -122,7 +122,7 @@ def step_of(path: Path) -> int:
 def list_checkpoints(folder: Path) -> list[Path]:
     """Oldest first; whole ones and others that bear a checkpoint's name."""
     found = (folder / FOLDER).glob("step-*")
-    named = [path for path in found if path.name.removeprefix("step-").isdigit()]
+    named = [path for path in found if path.name.removeprefix("step-").isdecimal()]
     return sorted(named, key=step_of)
 
 
@@ -148,10 +148,13 @@ def read_checkpoint(path: Path) -> Checkpoint | str:
     problem = check_sums(path, FILES)
     if problem is not None:
         return problem
-    content = json.loads((path / TRAINER_FILE).read_text(encoding="utf-8"))
-    if content.pop("format") != FORMAT:
-        return "it was written by another version"
-    return Checkpoint(path, Progress(**content.pop("progress")), **content)
+    try:
+        content = json.loads((path / TRAINER_FILE).read_text(encoding="utf-8"))
+        if content.pop("format") != FORMAT:
+            return "it was written by another version"
+        return Checkpoint(path, Progress(**content.pop("progress")), **content)
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
+        return f"{TRAINER_FILE} does not say what a checkpoint's does"
 
 
 def find_resume(config: RunConfig) -> Resume | None:

@@ -314,7 +314,7 @@ def read_json(path: str, option: str) -> dict[str, Any]:
         raise ConfigError(f"{option} {path}: there is no such file.{hint}")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{option} {path} is not valid JSON: {error}. Mend the file.") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{option} {path} must hold a JSON object, not {type(content).__name__}.")

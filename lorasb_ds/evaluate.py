@@ -1,26 +1,24 @@
-"""Held-out loss, and exact match of generated answers."""
+"""What a model says of held-out rows: losses, greedy answers, likelihoods of given answers."""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 
-from lorasb_ds.batches import Batch, collate
-from lorasb_ds.chat import render_prompt
-from lorasb_ds.examples import Example
-from lorasb_ds.forms import Messages, Row, RowError, parse_row
+from lorasb_ds.batches import Batch, deal
+from lorasb_ds.examples import IGNORE_INDEX
 from lorasb_ds.loss import token_loss_sum
-from lorasb_ds.rows import REASONING_GYM, reasoning_gym_dataset
+from lorasb_ds.sharding import rank_and_size
 
-Score = Callable[[str, Row, str], bool]  # (generated, row, response) -> right
+T = TypeVar("T")
 
 
 @contextmanager
@@ -49,78 +47,25 @@ def held_out_loss(model: nn.Module, batches: Sequence[Batch], device: torch.devi
     return (totals[0] / totals[1]).item()
 
 
-@dataclass(frozen=True)
-class EvalResult:
-    num_rows: int
-    loss: float
-    exact_match: float | None  # share of answers that are right; None if no row asks for one
-    interval: tuple[float, float] | None  # 95 %, Wilson
-    seconds: float
-    answers: list[dict[str, Any]]  # prompt, expected, generated, right
-
-
-def evaluate_model(
-    model: nn.Module,
-    tokenizer: Any,
-    rows: Sequence[Row],
-    examples: Sequence[Example],
-    score: Score,
-    columns: tuple[str | None, str | None],
-    *,
-    batch_size: int,
-    max_new_tokens: int,
-    device: torch.device,
-) -> EvalResult:
-    """Loss over ``examples`` and greedy answers to ``rows``, in one process.
-
-    Args:
-        columns: --prompt-column and --response-column.
-    """
-    start = time.perf_counter()
-    batches = [
-        collate(examples[i : i + batch_size], tokenizer.pad_token_id)
-        for i in range(0, len(examples), batch_size)
-    ]
-    loss = held_out_loss(model, batches, device)
-    answers: list[dict[str, Any]] = []
-    asked = _questions(tokenizer, rows, columns)
-    for i in range(0, len(asked), batch_size):
-        chunk = asked[i : i + batch_size]
-        texts = generate(model, tokenizer, [ids for _, _, ids in chunk], max_new_tokens, device)
-        for (row, messages, _), text in zip(chunk, texts, strict=True):
-            response = messages[-1]["content"]
-            answers.append(
-                {
-                    "prompt": messages[-2]["content"],
-                    "expected": response,
-                    "generated": text,
-                    "right": score(text, row, response),
-                }
-            )
-    right = sum(answer["right"] for answer in answers)
-    return EvalResult(
-        num_rows=len(answers) or len(examples),
-        loss=loss,
-        exact_match=right / len(answers) if answers else None,
-        interval=wilson_interval(right, len(answers)) if answers else None,
-        seconds=time.perf_counter() - start,
-        answers=answers,
+@torch.no_grad()
+def log_likelihoods(model: nn.Module, batch: Batch) -> list[float]:
+    """Σ log p of the label tokens of each row, in fp32. Collective under ZeRO-3."""
+    next_labels = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    positions = (next_labels != IGNORE_INDEX).any(0).nonzero().flatten()
+    logits = model(**batch.inputs, logits_to_keep=positions, use_cache=False).logits
+    losses = F.cross_entropy(
+        logits.float().transpose(1, 2),
+        next_labels[:, positions],
+        ignore_index=IGNORE_INDEX,
+        reduction="none",
     )
+    return (-losses.sum(1)).tolist()
 
 
-def _questions(
-    tokenizer: Any, rows: Sequence[Row], columns: tuple[str | None, str | None]
-) -> list[tuple[Row, Messages, list[int]]]:
-    """Rows that ask for a response, their conversations, and the token ids up to the response."""
-    asked = []
-    for row in rows:
-        try:
-            _, said = parse_row(row, *columns)
-            if not isinstance(said, str):  # plain text asks for nothing
-                asked.append((row, said, render_prompt(tokenizer, said[:-1])))
-        except RowError:
-            continue  # counted where the rows are tokenized
-    return asked
+@dataclass(frozen=True)
+class Generated:
+    text: str
+    cut_off: bool  # it has as many tokens as it was allowed, and does not end
 
 
 @torch.no_grad()
@@ -130,8 +75,15 @@ def generate(
     prompts: Sequence[list[int]],
     max_new_tokens: int,
     device: torch.device,
-) -> list[str]:
-    """Greedy continuations of a batch, padded on the left."""
+    *,
+    synced: bool = False,
+) -> list[Generated]:
+    """Greedy continuations of a batch, padded on the left.
+
+    Args:
+        synced: under ZeRO-3, where ranks have different prompts: every rank goes on until the last
+            one has ended, since all take part in gathers. Collective then.
+    """
     length = max(map(len, prompts))
     input_ids = torch.full((len(prompts), length), tokenizer.pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
@@ -145,21 +97,58 @@ def generate(
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
-    )
-    texts = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
-    return [text.strip() for text in texts]
+        synced_gpus=synced,
+    )[:, length:]
+    texts = tokenizer.batch_decode(output, skip_special_tokens=True)
+    ended = (output == tokenizer.eos_token_id).any(1).tolist()
+    full = output.shape[1] >= max_new_tokens
+    return [
+        Generated(text.strip(), cut_off=full and not end)
+        for text, end in zip(texts, ended, strict=True)
+    ]
 
 
-def scorer(source: str) -> Score:
-    """How answers to the rows of ``source`` are judged.
+def rounds(lengths: Sequence[int], batch_size: int) -> Iterator[tuple[list[int], bool]]:
+    """This rank's batches: positions in ``lengths``, and whether they count.
 
-    reasoning-gym tasks bring their own scorer (1.0 counts as right); elsewhere an answer is right
-    if it equals the response but for white space at its ends.
+    There are as many on every rank, so that all take part in ZeRO-3's gathers equally often. One
+    that is short of rows does some over that do not count. Rows of similar lengths come together.
     """
-    if not source.startswith(REASONING_GYM):
-        return lambda text, _, response: text.strip() == response.strip()
-    task = reasoning_gym_dataset(source)
-    return lambda text, row, _: task.score_answer(text, row) >= 1.0
+    if not lengths:
+        return
+    rank, world_size = rank_and_size(None)
+    shortest = min(range(len(lengths)), key=lambda i: lengths[i])
+    for of_ranks in deal(lengths, batch_size, world_size):
+        yield of_ranks[rank] or [shortest], bool(of_ranks[rank])
+
+
+def from_all_ranks(mine: dict[int, T]) -> dict[int, T]:
+    """What all ranks have found, on every rank. Collective."""
+    if not dist.is_initialized():
+        return mine
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return {key: value for part in found for key, value in part.items()}
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many rows were right."""
+
+    right: int
+    rows: int
+
+    @property
+    def share(self) -> float:
+        return self.right / self.rows
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return wilson_interval(self.right, self.rows)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.share:.1%} (95 %: {low:.1%} to {high:.1%})"
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:

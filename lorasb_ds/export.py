@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ def collect_lora(adapters: Mapping[str, LoraSBLinear]) -> dict[str, torch.Tensor
     Raises:
         FloatingPointError: on every rank, if an R is not finite.
     """
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, adapter in adapters.items():
         R = zero.full_fp32(adapter.lora_R)
         if not torch.isfinite(R).all():
@@ -31,9 +31,14 @@ def collect_lora(adapters: Mapping[str, LoraSBLinear]) -> dict[str, torch.Tensor
             if zero.rank() != 0:
                 continue
             A, B = to_plain_lora(adapter.lora_A.data, adapter.lora_B.data, R)
-            tensors[f"base_model.model.{name}.lora_A.weight"] = A.cpu().clone()
-            tensors[f"base_model.model.{name}.lora_B.weight"] = B.cpu().clone()
+            tensors |= peft_tensors(name, A.cpu().clone(), B.cpu().clone())
     return tensors
+
+
+def peft_tensors(name: str, A: torch.Tensor, B: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A layer's factors by PEFT's names."""
+    prefix = f"base_model.model.{name}.lora_"
+    return {f"{prefix}A.weight": A, f"{prefix}B.weight": B}
 
 
 def save_peft_adapter(
@@ -41,15 +46,16 @@ def save_peft_adapter(
     tensors: Mapping[str, torch.Tensor],
     *,
     r: int,
-    targets: Shapes,
-    layers: Shapes,
-    base_model: str,
+    target_modules: Sequence[str] | str,
+    base_model: str | None,
 ) -> None:
     """Write the folder that ``PeftModel.from_pretrained`` loads; it appears whole or not at all.
 
+    A folder of that name is replaced: whoever calls has asked whether it may be.
+
     Args:
         tensors: of ``collect_lora``.
-        targets: the layers with an adapter, out of ``layers``, all linear layers of the base.
+        target_modules: as PEFT takes them (``peft_target_modules``).
     """
     config: dict[str, Any] = {
         "peft_type": "LORA",
@@ -61,7 +67,7 @@ def save_peft_adapter(
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "target_modules": peft_target_modules(targets, layers),
+        "target_modules": target_modules,
     }
     aside = folder.with_name(folder.name + ".tmp")
     if aside.exists():
@@ -70,7 +76,7 @@ def save_peft_adapter(
     save_tensors(aside / "adapter_model.safetensors", tensors, {"format": "pt"})
     write_json(aside / "adapter_config.json", config)
     if folder.exists():
-        shutil.rmtree(folder)  # --overwrite was given
+        shutil.rmtree(folder)
     publish(aside, folder)
 
 

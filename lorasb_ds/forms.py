@@ -16,6 +16,7 @@ COLUMN_PAIRS = (
     ("query", ("response",)),
     ("prompt", ("response", "completion", "answer")),
     ("instruction", ("output", "response")),
+    ("problem", ("solution",)),
 )
 PARTNERS = dict(COLUMN_PAIRS)
 RESPONSE_COLUMNS = tuple(dict.fromkeys(p for _, partners in COLUMN_PAIRS for p in partners))

@@ -237,9 +237,9 @@ def write_samples(job: Job, stage: Stage) -> None:
     examples = run.held_out.examples[: run.config.generate_samples]
     prompts = [example.input_ids[: max(1, example.first_label)] for example in examples]
     with eval_mode(model):
-        texts = generate(model, run.tokenizer, prompts, SAMPLE_TOKENS, accelerator.device())
+        answers = generate(model, run.tokenizer, prompts, SAMPLE_TOKENS, accelerator.device())
     if job.log:
-        for i, (example, prompt, text) in enumerate(zip(examples, prompts, texts, strict=True)):
+        for i, (example, prompt, answer) in enumerate(zip(examples, prompts, answers, strict=True)):
             job.log.write_sample(
                 {
                     "step": job.progress.step,
@@ -247,6 +247,6 @@ def write_samples(job: Job, stage: Stage) -> None:
                     "row": run.held_out.row_id(i),
                     "prompt": run.tokenizer.decode(prompt),
                     "expected": run.tokenizer.decode(example.input_ids[len(prompt) :]),
-                    "generated": text,
+                    "generated": answer.text,
                 }
             )

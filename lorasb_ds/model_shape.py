@@ -199,6 +199,9 @@ BUILT_IN = {
     "llama-3-8b": _config("llama", "4096 14336 32 32 8 128256"),
     "llama-3-70b": _config("llama", "8192 28672 80 64 8 128256"),
     "llama-3-405b": _config("llama", "16384 53248 126 128 8 128256"),
+    "llama-3.2-3b": _config(
+        "llama", "3072 8192 28 24 8 128256", head_dim=128, tie_word_embeddings=True
+    ),
     "mistral-7b": _config("mistral", "4096 14336 32 32 8 32000"),
     "mixtral-8x7b": _config(
         "mixtral", "4096 14336 32 32 8 32000", num_local_experts=8, num_experts_per_tok=2

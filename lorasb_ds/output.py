@@ -29,6 +29,7 @@ OUTPUTS = (
     "init.png",
     "adapter",
     "adapter.tmp",
+    "exported",
     "loss.png",
     PROFILE,
     PROFILE_ASIDE,

@@ -264,6 +264,26 @@ class PackedLinear8bit(PackedLinear):
         return W
 
 
+def stored_4bit(W: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a checkpoint of transformers holds of a W (out, in) in NF4 with double quantization.
+
+    Returns:
+        The codes by the name "", and what lies beside them by bitsandbytes' names.
+    """
+    from bitsandbytes.functional import QuantState, create_dynamic_map, get_4bit_type
+
+    layer = PackedLinear4bit(W.shape[1], W.shape[0], None, W.dtype)
+    # A few rows at a time: bitsandbytes takes 14 bytes for each number on a CPU.
+    step = max(1, (1 << 20) // W.shape[1] // ROW_MULTIPLE) * ROW_MULTIPLE
+    codes, absmax, *fp32 = layer.parts(layer.quantize(W.split(step)))
+    absmax2, offset = (part.clone().view(torch.float32) for part in fp32)
+    nested_map = create_dynamic_map().to(W.device)
+    nested = QuantState(absmax2, code=nested_map, blocksize=NESTED_BLOCKSIZE, dtype=torch.float32)
+    code, kind = get_4bit_type(layer.quant_type, device=W.device), layer.quant_type
+    state = QuantState(absmax, W.shape, code, layer.blocksize, kind, W.dtype, offset, nested)
+    return {"": codes.view(-1, 1), **state.as_dict(packed=True)}
+
+
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().reshape(-1).view(torch.uint8)
 

@@ -121,6 +121,32 @@ def resumed_run(resume: str) -> Path:
     )
 
 
+def with_adapter(given: Mapping[str, Any], adapter: str | None) -> dict[str, Any]:
+    """Options about a base, completed by what an adapter says of the one that it is for.
+
+    Args:
+        given: fields that were asked for; a value of None means not given.
+        adapter: a run's folder, its adapter, a checkpoint, or a PEFT folder; what it holds is
+            checked where it is read.
+    """
+    asked = {name: value for name, value in given.items() if value is not None}
+    if adapter is None:
+        return asked
+    folder = Path(adapter).expanduser()
+    for run in (folder, folder.parent, folder.parent.parent):
+        if (run / "run.json").is_file():
+            config = read_json(str(run / "run.json"), "--adapter").get("config")
+            trained = config if isinstance(config, dict) else {}
+            names = ["model"] if "model" not in asked else []
+            if not {"load_in_4bit", "load_in_8bit"} & set(asked):
+                names += ["load_in_4bit", "load_in_8bit"]
+            return {name: trained[name] for name in names if trained.get(name)} | asked
+    file = folder / "adapter_config.json"
+    config = read_json(str(file), "--adapter") if file.is_file() else {}
+    base = config.get("base_model_name_or_path")
+    return {"model": base, **asked} if isinstance(base, str) else asked
+
+
 def replayed_processes(run_json: str) -> tuple[int | None, int | None]:
     """--num-procs and --num-gpus of an earlier run; None is unknown or the other kind."""
     description = read_json(run_json, "--config")

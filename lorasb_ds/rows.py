@@ -23,6 +23,7 @@ def load_rows(source: str, option: str = "--data", *, held_out: bool = False) ->
 
     A hub data set is named ``NAME``, ``NAME:CONFIG``, ``NAME@SPLIT`` or ``NAME:CONFIG@SPLIT``.
     Without a split it is train, or with ``held_out`` the first of ``HELD_OUT_SPLITS`` there is.
+    A split may be a slice as ``datasets`` has them: ``NAME@train[:50000]``, ``NAME@train[:5%]``.
 
     Returns:
         Rows, read when they are asked for. Pieces of a JSON file that are not JSON are ``None``.
@@ -72,6 +73,8 @@ def _load(source: str, option: str, held_out: bool) -> Sequence[Any]:
         if hub is None:
             raise ConfigError(f"{option} {source}: a hub data set is named NAME[:CONFIG][@SPLIT].")
         name, configuration, split = hub.groups()
+        if split is not None and split.endswith("]"):
+            return datasets.load_dataset(name, configuration, split=split)
         loaded = datasets.load_dataset(name, configuration)
         return _one_split(loaded, (split,) if split else splits, source, option)
     except ConfigError:

@@ -18,7 +18,7 @@ from lorasb_ds.checkpoint import Progress
 from lorasb_ds.config import DS_CONFIG_COPY, ConfigError
 from lorasb_ds.curves import draw_loss_curve
 from lorasb_ds.evaluate import eval_mode
-from lorasb_ds.export import collect_lora, save_peft_adapter
+from lorasb_ds.export import collect_lora, peft_target_modules, save_peft_adapter
 from lorasb_ds.files import write_json
 from lorasb_ds.footprint import LOGIT_BYTES
 from lorasb_ds.gathers import gathers_blocks
@@ -276,8 +276,7 @@ def finish(job: Job, init: InitReport, tensors: Any, description: dict[str, Any]
             folder / "adapter",
             tensors,
             r=run.config.r,
-            targets=run.targets,
-            layers=dict(run.shape.layers),
+            target_modules=peft_target_modules(run.targets, dict(run.shape.layers)),
             base_model=model_path(run.config.model),
         )
         draw_loss_curve(folder / "loss.png", log.rows)

@@ -146,6 +146,18 @@ def make_engine(
     return engine
 
 
+def make_inference_engine(model: torch.nn.Module, ds_config: Mapping[str, Any]) -> Any:
+    """ZeRO-3's gathers around a model that is not trained. Collective."""
+    section = {k: v for k, v in ds_config["zero_optimization"].items() if k != "offload_optimizer"}
+    inference = {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": ds_config["bf16"]["enabled"]},
+        "zero_optimization": section,
+    }
+    engine, *_ = deepspeed.initialize(model=model, config=inference)
+    return engine
+
+
 def gather_together(module: torch.nn.Module, parameters: Iterable[torch.nn.Parameter]) -> None:
     """Let ZeRO-3 gather these with the module's own, whose forward uses them. Not collective."""
     for parameter in parameters:
@@ -179,6 +191,16 @@ def fill(param: torch.nn.Parameter, value: torch.Tensor | None) -> None:
     if rank() == 0:
         param.data.copy_(_given(value))
     dist.broadcast(param.data, src=0)
+
+
+def fill_alike(param: torch.nn.Parameter, value: torch.Tensor) -> None:
+    """Set a frozen parameter, sharded or not, from a value that every rank has. Collective where it
+    is sharded.
+    """
+    if hasattr(param, "ds_id"):
+        fill(param, value)
+    else:
+        param.data.copy_(value)
 
 
 def _given(value: torch.Tensor | None) -> torch.Tensor:

@@ -19,10 +19,12 @@ stage set-up scripts/setup.sh
 export PATH="$PWD/.venv/bin:$PATH"
 mkdir -p runs
 
-stage before lorasb eval --max-new-tokens 32 --output runs/demo-before.json
+stage before lorasb eval --max-new-tokens 32 \
+  --output-dir runs/demo-before --overwrite
 stage training lorasb train --num-procs 2 --r 64 --micro-batch-size 8 --max-steps 32 \
   --output-dir "$RUN" --overwrite
-stage after lorasb eval --adapter "$RUN/adapter" --max-new-tokens 32 --output runs/demo-after.json
+stage after lorasb eval --adapter "$RUN/adapter" --max-new-tokens 32 \
+  --output-dir runs/demo-after --overwrite
 
-python scripts/demo_table.py "$RUN" runs/demo-before.json runs/demo-after.json
+python scripts/demo_table.py "$RUN" runs/demo-before runs/demo-after
 printf '%s\n' "${STAGES[@]}" "$(printf '%-12s %4d s' all $((SECONDS - start)))"

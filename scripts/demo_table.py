@@ -7,18 +7,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# bf16: PEFT multiplies by (B R), the run by R and then by B, which rounds differently.
+# bf16: the adapter folder holds (B R), the run multiplies by R and then by B, rounding otherwise.
 TOLERANCE = 0.02
 
 
-def main(run: Path, before_file: Path, after_file: Path) -> int:
-    before, after = (json.loads(file.read_text()) for file in (before_file, after_file))
+def main(run: Path, before_folder: Path, after_folder: Path) -> int:
+    before, after = (_results(folder) for folder in (before_folder, after_folder))
     lines = (run / "metrics.jsonl").read_text().splitlines()
     trained = [row["eval_loss"] for row in map(json.loads, lines) if "eval_loss" in row][-1]
     print(f"\n{'':8} {'held-out loss':>14} {'exact match':>12}   95 % interval")
     for name, result in (("before", before), ("after", after)):
-        low, high = result["interval"]
-        match = f"{result['exact_match']:.1%}"
+        score = result["scores"]["exact_match"]
+        low, high = score["interval"]
+        match = f"{score['share']:.1%}"
         print(f"{name:8} {result['loss']:14.4f} {match:>12}   {low:.1%} to {high:.1%}")
     print("\nthe same three rows, before and after:")
     for old, new in list(zip(before["answers"], after["answers"], strict=True))[:3]:
@@ -26,10 +27,16 @@ def main(run: Path, before_file: Path, after_file: Path) -> int:
     difference = abs(after["loss"] - trained)
     same = difference <= TOLERANCE
     print(
-        f"held-out loss in the run {trained:.4f}, of {run}/adapter loaded by PEFT "
+        f"held-out loss in the run {trained:.4f}, of {run}/adapter "
         f"{after['loss']:.4f}: {'the same' if same else 'NOT THE SAME'} within {TOLERANCE}\n"
     )
     return 0 if same else 1
+
+
+def _results(folder: Path) -> dict[str, Any]:
+    lines = (folder / "answers.jsonl").read_text().splitlines()
+    summary = json.loads((folder / "eval.json").read_text())
+    return {**summary, "answers": [json.loads(line) for line in lines]}
 
 
 def _short(answer: dict[str, Any]) -> str:

@@ -94,7 +94,7 @@ def gradients(config: dict[str, Any], out: str, zero_optimization: dict[str, Any
 def export(config: dict[str, Any], basis: str, out: str, zero_optimization: dict[str, Any]) -> None:
     """Fill given factors, take one optimizer step, and write logits and the PEFT folder."""
     from lorasb_ds import zero
-    from lorasb_ds.export import collect_lora, save_peft_adapter
+    from lorasb_ds.export import collect_lora, peft_target_modules, save_peft_adapter
     from lorasb_ds.loop import train_step
 
     run, engine, adapters = _start(config, zero_optimization)
@@ -127,8 +127,7 @@ def export(config: dict[str, Any], basis: str, out: str, zero_optimization: dict
             Path(out) / "adapter",
             tensors,
             r=run.config.r,
-            targets=run.targets,
-            layers=dict(run.shape.layers),
+            target_modules=peft_target_modules(run.targets, dict(run.shape.layers)),
             base_model=run.config.model,
         )
 
@@ -458,6 +457,24 @@ def not_finite(config: dict[str, Any]) -> None:
         G[0, 0] = torch.nan
     with pytest.raises(FloatingPointError, match="layer is not finite"):
         decompose({"layer": G}, 1, "sign")
+
+
+def evaluation(given: dict[str, Any], adapter: str, out: str, zero_optimization: Any) -> None:
+    """Rank 0 writes what `lorasb eval` would."""
+    from lorasb_ds import zero
+    from lorasb_ds.eval_rows import load_eval_rows
+    from lorasb_ds.evaluator import evaluate, write_results
+    from lorasb_ds.inference import prepare_model
+    from lorasb_ds.request import load_run_config
+
+    config = load_run_config(given)
+    run = prepare_model(config, adapter, int(os.environ["WORLD_SIZE"]))
+    run.ds_config["zero_optimization"] |= zero_optimization
+    rows = load_eval_rows(run.config, run.tokenizer, max_new_tokens=12)
+    zero.init_process_group()
+    result = evaluate(run, rows)
+    if zero.rank() == 0:
+        write_results(Path(out), run, rows, result)
 
 
 if __name__ == "__main__":

@@ -109,3 +109,22 @@ def test_step_quick(tmp_path: Path) -> None:
     assert times == {"4 bits": 2 - 3 / 14, "4 bits, checkpointing": 3 - 3 / 14}
     for name in (*layers["seconds"], *runs, *result["zero3"], *times):
         assert f"| {name} |" in printed
+
+
+def test_merge_quick(tmp_path: Path) -> None:
+    out = tmp_path / "merge.json"
+    command = [sys.executable, "scripts/bench.py", "merge", "--quick", "--out", str(out)]
+    printed = run_command(*command, timeout=380)
+    result = json.loads(out.read_text())
+    runs = {case: run for case, (run,) in result["runs"].items()}
+    assert len(runs) == 4
+    for case, run in runs.items():
+        assert f"| {case} |" in printed
+        assert 0 < run["seconds"] < run["whole_seconds"]
+        assert 0 < run["above_imports_bytes"] < run["peak_bytes"]
+        assert run["anon_peak_bytes"] > 0
+    # fp32 sums in another order, rounded once to bf16.
+    assert result["compared"]["different_share"] < 1e-3
+    assert result["compared"]["largest_ulps"] <= 1
+    for target in result["targets"]:
+        assert target["met"] == (target["reached"] <= target["wanted"])

@@ -5,17 +5,21 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-from launcher import eval as eval_worker
+from launcher import adapters as adapters_worker
 from launcher import preview as preview_worker
 from launcher.cli import main
+from launcher.eval_command import eval_command
 from tests.runs import ROOT, made_up_run, metrics, run_command, word_rows, write_jsonl
 
-BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.strip()]
 
 
@@ -23,11 +27,17 @@ def starting(*words: str) -> list[str]:
     return [line for line in COMMANDS if line.split()[: len(words)] == list(words)]
 
 
+AFTER_TRAINING = [
+    line for verb in ("export", "merge", "inspect", "combine") for line in starting("lorasb", verb)
+]
+
+
 def test_all_are_tried_here() -> None:
     tried = [
         *starting("lorasb", "train"),
         *starting("lorasb", "init"),
         *starting("lorasb", "eval"),
+        *AFTER_TRAINING,
         *starting("lorasb", "data"),
         *starting("lorasb", "plan"),
         *starting("lorasb", "report"),
@@ -106,7 +116,34 @@ def test_eval(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     if "--adapter" in arguments:
         monkeypatch.chdir(tmp_path)
         Path(arguments[arguments.index("--adapter") + 1]).mkdir(parents=True)
-    eval_worker.main.make_context("eval", arguments)  # parses as the command would
+    eval_command.make_context("eval", arguments)  # parses as the command would
+
+
+def test_after_training(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's block and its Python, for real, on a small run in the demo's place."""
+    data = write_jsonl(tmp_path / "rows.jsonl", word_rows(12))
+    run_command(
+        *f"lorasb train --num-procs 1 --model {tiny_model} --data {data} --r 20 --max-steps 2 "
+        f"--eval-data {data} --micro-batch-size 2 --output-dir {tmp_path}/runs/demo".split()
+    )
+    monkeypatch.chdir(tmp_path)
+    assert len(AFTER_TRAINING) == 5
+    for line in sorted(AFTER_TRAINING, key=README.index):
+        words = shlex.split(line.replace("--r 64", "--r 20"))[1:]  # its layers have no more
+        result = CliRunner().invoke(adapters_worker.main, words)
+        assert result.exit_code == 0, (line, result.output, result.exception)
+    for made in ("demo-layers.png", "demo/exported", "demo-r16", "demo-merged", "demo-mean"):
+        assert (tmp_path / "runs" / made).exists(), made
+    script = next(block for block in PYTHON if "evaluate_model" in block)
+    small = (
+        script.replace('"demo", Path', f'"{tiny_model}", Path')
+        .replace("r=32", "r=20")
+        .replace("num_samples=16", f'data="{data}", max_new_tokens=2, num_samples=2')
+    )
+    assert small.count(str(tiny_model)) == small.count(data) == 1
+    output = run_command(sys.executable, "-c", f"import os; os.chdir({str(tmp_path)!r})\n{small}")
+    assert re.search(r"model\.layers\.\S+ has moved most", output)
+    assert len(re.findall(r"^runs/\w+ \d+\.\d% \(95 %", output, re.MULTILINE)) == 3
 
 
 @pytest.mark.parametrize("line", starting("lorasb", "data"))

@@ -18,7 +18,7 @@ from lorasb_ds.config import ConfigError, RunConfig
 from lorasb_ds.data import columns_of, tokenize_rows
 from lorasb_ds.examples import IGNORE_INDEX, Example, encode
 from lorasb_ds.json_rows import JsonRows
-from lorasb_ds.rows import load_rows
+from lorasb_ds.rows import identity, load_rows
 from tests.runs import word_rows, write_jsonl
 
 ROWS = word_rows(5)
@@ -71,6 +71,23 @@ def test_splits(tmp_path: Path) -> None:
     datasets.DatasetDict(train=tables["train"]).save_to_disk(tmp_path / "train-only")
     with pytest.raises(ConfigError, match=r"--eval-data .*no split test or .*it has train"):
         load_rows(str(tmp_path / "train-only"), "--eval-data", held_out=True)
+
+
+def test_a_slice_of_a_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name, as on the hub: here a folder that `datasets` reads by its own builder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "someone/made").mkdir(parents=True)
+    write_jsonl(tmp_path / "someone/made/train.jsonl", ROWS)
+    write_jsonl(tmp_path / "someone/made/test.jsonl", ROWS[:2])
+    first = load_rows("someone/made@train[:3]")
+    assert [dict(row) for row in first] == ROWS[:3]
+    assert [dict(row) for row in load_rows("someone/made:default@train[40%:60%]")] == ROWS[2:3]
+    whole = load_rows("someone/made@train")
+    assert len(whole) == len(ROWS)
+    assert identity("someone/made@train[:3]", first) != identity("someone/made@train", whole)
+    with pytest.raises(ConfigError, match=r"@dev\[:3\] cannot be read as a hub name: .*dev"):
+        load_rows("someone/made@dev[:3]")
 
 
 BAD = {

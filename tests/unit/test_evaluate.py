@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
-from lorasb_ds.evaluate import generate, scorer, wilson_interval
-from lorasb_ds.export import save_peft_adapter
+from lorasb_ds import evaluate
+from lorasb_ds.batches import collate
+from lorasb_ds.evaluate import Share, generate, log_likelihoods, rounds, wilson_interval
+from lorasb_ds.examples import IGNORE_INDEX, Example
+from lorasb_ds.export import peft_target_modules, peft_tensors, save_peft_adapter
 from lorasb_ds.files import write_text
-from lorasb_ds.rows import load_rows
 
 
 def test_wilson_interval() -> None:
@@ -23,15 +26,8 @@ def test_wilson_interval() -> None:
     assert wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
 
 
-def test_scorers() -> None:
-    exact = scorer("rows.jsonl")
-    assert exact(" 7\n", {}, "7")
-    assert not exact("7.0", {}, "7")
-    source = "reasoning-gym:chain_sum?size=3&seed=1"
-    task = scorer(source)
-    row = load_rows(source)[1]
-    assert task(row["answer"], row, "")
-    assert not task("no idea", row, "")
+def test_a_share_says_how_sure_it_is() -> None:
+    assert str(Share(81, 263)) == "30.8% (95 %: 25.5% to 36.6%)"
 
 
 def test_a_batch_generates_what_single_prompts_do(tiny_model: Path, tokenizer: Any) -> None:
@@ -41,7 +37,53 @@ def test_a_batch_generates_what_single_prompts_do(tiny_model: Path, tokenizer: A
     together = generate(model, tokenizer, prompts, 6, device)
     alone = [generate(model, tokenizer, [prompt], 6, device)[0] for prompt in prompts]
     assert together == alone
-    assert len(set(together)) == 3
+    assert len({answer.text for answer in together}) == 3
+    assert all(answer.cut_off for answer in together), "a random model hardly ends by itself"
+
+
+def test_an_answer_that_ends_is_not_cut_off(tiny_model: Path, tokenizer: Any) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    prompt = torch.tensor([[5, 6, 7]])
+    last = model.generate(input_ids=prompt, max_new_tokens=4, do_sample=False)[0, -1].item()
+    ends = SimpleNamespace(
+        pad_token_id=2, eos_token_id=last, batch_decode=tokenizer.batch_decode
+    )  # by what comes fourth, if not before
+    (answer,) = generate(model, ends, prompt.tolist(), 4, torch.device("cpu"))
+    assert not answer.cut_off
+    (answer,) = generate(model, tokenizer, prompt.tolist(), 4, torch.device("cpu"))
+    assert answer.cut_off
+
+
+def test_log_likelihoods_are_those_of_whole_logits(tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    examples = [
+        Example([5, 6, 7, 8], [IGNORE_INDEX] * 2 + [7, 8]),
+        Example([9, 10], [IGNORE_INDEX, 10]),
+        Example([3, 4, 5, 6, 7, 8, 9], [IGNORE_INDEX] * 6 + [9]),
+    ]
+    expected = []
+    for example in examples:
+        log_p = model(torch.tensor([example.input_ids])).logits[0].log_softmax(-1)
+        known = [i for i, label in enumerate(example.labels) if label != IGNORE_INDEX]
+        expected.append(sum(log_p[i - 1, example.labels[i]].item() for i in known))
+    # fp32: products of other shapes are rounded in another order.
+    assert log_likelihoods(model, collate(examples, 2)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("num_rows", [0, 1, 2, 7, 23])
+def test_ranks_share_all_rows(
+    world_size: int, num_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = [(7 * i) % 11 + 1 for i in range(num_rows)]
+    of_ranks = []
+    for rank in range(world_size):
+        monkeypatch.setattr(evaluate, "rank_and_size", lambda _, r=rank: (r, world_size))
+        of_ranks.append(list(rounds(lengths, 4)))
+    assert len({len(found) for found in of_ranks}) == 1, "every rank takes part in every round"
+    counted = [i for found in of_ranks for batch, counts in found if counts for i in batch]
+    assert sorted(counted) == list(range(num_rows))
+    assert all(1 <= len(batch) <= 4 for found in of_ranks for batch, _ in found)
 
 
 def test_writing_leaves_no_part_behind(tmp_path: Path) -> None:
@@ -51,14 +93,14 @@ def test_writing_leaves_no_part_behind(tmp_path: Path) -> None:
 
 
 def test_the_adapter_config_is_peft_s(tmp_path: Path) -> None:
-    tensors = {"base_model.model.m.q_proj.lora_A.weight": torch.ones(2, 4)}
+    tensors = peft_tensors("m.q_proj", torch.ones(2, 4), torch.ones(4, 2))
+    targets, layers = {"m.q_proj": (4, 4)}, {"m.q_proj": (4, 4), "m.k_proj": (4, 4)}
     for _ in range(2):  # the second replaces the first
         save_peft_adapter(
             tmp_path / "adapter",
             tensors,
             r=2,
-            targets={"m.q_proj": (4, 4)},
-            layers={"m.q_proj": (4, 4), "m.k_proj": (4, 4)},
+            target_modules=peft_target_modules(targets, layers),
             base_model="base",
         )
     config = LoraConfig.from_pretrained(tmp_path / "adapter")

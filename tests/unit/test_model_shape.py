@@ -42,7 +42,12 @@ def test_as_transformers_builds_it(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "billions"),
-    [("llama-7b", 6.738), ("llama-3-70b", 70.554), ("llama-3-405b", 405.853)],
+    [
+        ("llama-7b", 6.738),
+        ("llama-3.2-3b", 3.213),
+        ("llama-3-70b", 70.554),
+        ("llama-3-405b", 405.853),
+    ],
 )
 def test_published_numbers_of_parameters(name: str, billions: float) -> None:
     shape = shape_from_config(name, BUILT_IN[name])

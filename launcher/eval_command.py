@@ -1,0 +1,119 @@
+"""`lorasb eval`: its options, and where it runs. Torch-free."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+from launcher.launch_options import LaunchOptions, launch_options
+from launcher.options import CONTEXT, field_options, reports_problems, to_arguments
+from launcher.ranks import EVAL, run_here, worker_command
+from launcher.start import start
+from lorasb_ds.config import ConfigError
+from lorasb_ds.questions import TASKS
+from lorasb_ds.request import load_run_config, with_adapter
+
+FIELDS = (
+    "prompt_column",
+    "response_column",
+    "max_length",
+    "dtype",
+    "load_in_4bit",
+    "load_in_8bit",
+    "ds_config",
+    "attn_implementation",
+    "trust_remote_code",
+    "overwrite",
+)
+# What an evaluation has and a run has not.
+OWN = ("adapter", "task", "num_samples", "max_new_tokens", "lm_eval")
+OPTIONS = (
+    click.option("--model", help="Base, as in `train`. [default: the adapter's, or the demo]"),
+    click.option(
+        "--adapter",
+        type=click.Path(exists=True, file_okay=False),
+        help="A run's folder, one of its checkpoints, or a PEFT LoRA folder. [default: none]",
+    ),
+    click.option(
+        *("--data", "--eval-data", "eval_data"),
+        help="Rows, as in `train`. [default: the demo's held-out rows]",
+    ),
+    click.option(
+        "--task",
+        type=click.Choice(TASKS),
+        default="auto",
+        show_default=True,
+        help="What rows ask for, and how answers are judged (auto: found by the rows).",
+    ),
+    click.option("--num-samples", type=click.IntRange(min=1), help="First rows. [default: all]"),
+    click.option(
+        *("--batch-size", "--micro-batch-size", "micro_batch_size"),
+        type=click.IntRange(min=1),
+        default=16,
+        show_default=True,
+        help="Rows at a time, of each process.",
+    ),
+    click.option(
+        "--max-new-tokens",
+        type=click.IntRange(min=1),
+        help="Of an answer. [default: 512 for gsm8k, metamath and math, else 128]",
+    ),
+    click.option(
+        "--lm-eval",
+        metavar="TASKS",
+        help="Run these tasks of lm-evaluation-harness instead, separated by commas (names, or "
+        "their YAML files); one process.",
+    ),
+    click.option(
+        "--output-dir",
+        help="Folder for eval.json and answers.jsonl, a line for each row. [default: none; of "
+        "several processes runs/eval-MODEL-DATE-TIME]",
+    ),
+)
+
+
+def eval_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add them all. The command gets ``OWN`` as ``own``, and fields of RunConfig as ``given``."""
+
+    @wraps(command)
+    def wrapper(**options: Any) -> Any:
+        own = {name: options.pop(name) for name in OWN}
+        launch = {"launch": options.pop("launch")} if "launch" in options else {}
+        return command(own=own, given=with_adapter(options, own["adapter"]), **launch)
+
+    wrapped: Callable[..., Any] = field_options(*FIELDS)(wrapper)
+    for option in reversed(OPTIONS):
+        wrapped = option(wrapped)
+    return wrapped
+
+
+@click.command(name="eval", context_settings=CONTEXT)
+@reports_problems
+@launch_options
+@eval_options
+def eval_command(launch: LaunchOptions, own: dict[str, Any], given: dict[str, Any]) -> None:
+    """Loss and scores of a model on held-out rows, with or without an adapter.
+
+    Answers are generated greedily and held against the rows' own; choices are made by likelihood.
+    In this process, or with --num-procs, --num-gpus or --hostfile in several: shards by ZeRO-3.
+    """
+    several = launch.num_procs or launch.num_gpus or launch.hostfile or launch.no_ssh
+    if launch.max_restarts:
+        raise ConfigError("--max-restarts: an evaluation is not restarted. Leave it out.")
+    if several and own["lm_eval"] is not None:
+        raise ConfigError("--lm-eval runs in one process: leave out where the job runs.")
+    arguments = to_arguments(own)
+    if not several:
+        command = worker_command("eval", [*arguments, *to_arguments(given)])
+        sys.exit(run_here(command, dict(os.environ)))
+    if given.get("output_dir") is None:
+        model = Path(load_run_config(given).model).name
+        given["output_dir"] = f"runs/eval-{model}-{datetime.now():%Y%m%d-%H%M%S}"
+    sys.exit(start(launch, [EVAL, *arguments], None, given))

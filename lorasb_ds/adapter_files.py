@@ -1,0 +1,255 @@
+"""LoRA adapters on disk, read a layer at a time: PEFT folders, finished runs, checkpoints.
+
+Only safetensors and JSON are read, and what they say is checked before it is used.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorasb_ds.base_files import StoredTensor, read_header
+from lorasb_ds.basis import BASIS_FILE
+from lorasb_ds.checkpoint import (
+    STATE_FILE,
+    TRAINER_FILE,
+    Checkpoint,
+    list_checkpoints,
+    read_checkpoint,
+)
+from lorasb_ds.config import DEMO_MODEL, ConfigError, demo_model_dir, read_json
+from lorasb_ds.low_rank import LoraPair
+from lorasb_ds.peft_config import CONFIG_FILE, NARROWING, check_plain, scale_of
+from lorasb_ds.streaming import TensorReader
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_BYTES = 1 << 20
+PREFIX = "base_model.model."
+FLOATS = ("F32", "F16", "BF16")
+MAX_RANK = 1 << 16
+# What torch and people call modules; no control characters, which a console would obey.
+LAYER_NAME = re.compile(r"[A-Za-z0-9_.-]{1,512}")
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Where a layer's update lies: ``ΔW = scale · B R A``; without R, ``scale · B A``."""
+
+    A: str
+    B: str
+    R: str | None = None
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter on disk.
+
+    Attributes:
+        path: the folder that was read.
+        run: the folder of the run that it is of, if it lies in one.
+        run_config: the options of that run; {} without one.
+        peft_config: adapter_config.json; {} where R was read from a checkpoint.
+        layers: layer -> its factors, as names in ``stored``.
+        shapes: layer -> (out, in).
+    """
+
+    path: Path
+    run: Path | None
+    run_config: Mapping[str, Any]
+    peft_config: Mapping[str, Any]
+    layers: Mapping[str, Factors]
+    stored: Mapping[str, StoredTensor]
+
+    @property
+    def base_model(self) -> str | None:
+        """As the run names it, or else as the adapter does."""
+        named = self.run_config.get("model") or self.peft_config.get("base_model_name_or_path")
+        return named if isinstance(named, str) else None
+
+    @property
+    def base_path(self) -> str | None:
+        """The same for other tools, to which "demo" means nothing."""
+        named = self.peft_config.get("base_model_name_or_path") or self.base_model
+        named = str(demo_model_dir()) if named == DEMO_MODEL else named
+        return named if isinstance(named, str) else None
+
+    @property
+    def target_modules(self) -> list[str]:
+        """As PEFT takes them: short names where they mean exactly the layers, else all names."""
+        named = self.peft_config.get("target_modules")
+        narrowed = any(self.peft_config.get(field) for field in NARROWING)
+        if isinstance(named, list) and all(isinstance(n, str) for n in named) and not narrowed:
+            return named
+        return list(self.layers)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        stored = self.stored
+        return {n: (stored[f.B].shape[0], stored[f.A].shape[1]) for n, f in self.layers.items()}
+
+    @property
+    def r(self) -> int:
+        """The largest rank of a layer."""
+        return max(self.stored[factors.A].shape[0] for factors in self.layers.values())
+
+    def pair(self, name: str) -> LoraPair:
+        """A layer's update, fp32 on the CPU.
+
+        Raises:
+            ConfigError: if the file cannot be read, or a number is not finite.
+        """
+        factors = self.layers[name]
+        A, B = self.read(factors.A), self.read(factors.B)
+        if factors.R is not None:
+            B = B @ self.read(factors.R)
+        if factors.scale != 1:
+            B = B * factors.scale
+        if not B.isfinite().all():
+            raise ConfigError(f"{self.path}: the update of {name} exceeds fp32's range.")
+        return LoraPair(A, B)
+
+    def read(self, key: str) -> torch.Tensor:
+        """One of ``stored``, fp32 on the CPU. Raises as ``pair``."""
+        try:
+            with closing(TensorReader(self.stored)) as reader:
+                return reader.read(key, torch.float32).cpu()
+        except ValueError as error:
+            raise ConfigError(f"{self.path}: {error}. Fetch it again.") from error
+
+
+def read_adapter(path: str) -> StoredAdapter:
+    """What a run's folder, one of its checkpoints, or a PEFT LoRA folder holds.
+
+    Of a run its adapter, or where it has none yet, its newest whole checkpoint.
+
+    Raises:
+        ConfigError: if it is none of them, broken, or something else than a plain LoRA.
+    """
+    try:
+        found = _read(Path(path).expanduser())
+    except (OSError, RuntimeError) as error:  # names that are too long, unknown users
+        raise ConfigError(f"{path} cannot be read: {error}. Name another folder.") from error
+    if found is None:
+        raise ConfigError(
+            f"{path} is no adapter. Name the folder of a run, a checkpoint of one, or a PEFT LoRA "
+            f"folder with {CONFIG_FILE} and {WEIGHTS_FILE}."
+        )
+    return found
+
+
+def _read(folder: Path) -> StoredAdapter | None:
+    if (folder / CONFIG_FILE).is_file():
+        return _peft_folder(folder)
+    if (folder / TRAINER_FILE).is_file():
+        return _checkpoint(folder, folder.parent.parent)
+    if not (folder / "run.json").is_file():
+        return None
+    if (folder / "adapter" / CONFIG_FILE).is_file():
+        return _peft_folder(folder / "adapter")
+    for found in reversed(list_checkpoints(folder)):
+        if isinstance(read_checkpoint(found), Checkpoint):
+            return _checkpoint(found, folder)
+    raise ConfigError(
+        f"{folder}: the run has no adapter and no whole checkpoint. Finish it by `lorasb train "
+        f"--resume {folder}`."
+    )
+
+
+def read_init(adapter: StoredAdapter) -> StoredAdapter | None:
+    """What an adapter was when its training began; None where its run's basis is not there.
+
+    Raises:
+        ConfigError: if the basis is broken.
+    """
+    run = adapter.run
+    if run is None or not (run / BASIS_FILE).is_file():
+        return None
+    stored = read_header(run / BASIS_FILE, str(run))
+    layers = _of_basis(stored)
+    _check(run, layers, stored)
+    return StoredAdapter(run, run, adapter.run_config, {}, layers, stored)
+
+
+def _of_basis(stored: Mapping[str, StoredTensor]) -> dict[str, Factors]:
+    names = [key.removesuffix(".lora_A") for key in stored if key.endswith(".lora_A")]
+    return {n: Factors(f"{n}.lora_A", f"{n}.lora_B", f"{n}.lora_R") for n in names}
+
+
+def _run_config(run: Path) -> dict[str, Any]:
+    config = read_json(str(run / "run.json"), "RUN").get("config")
+    return config if isinstance(config, dict) else {}
+
+
+def _checkpoint(folder: Path, run: Path) -> StoredAdapter:
+    """R as it was at a step, with the run's A and B."""
+    found = read_checkpoint(folder)
+    if isinstance(found, str):
+        raise ConfigError(f"{folder}: {found}. Name another one.")
+    basis = read_header(run / BASIS_FILE, str(run))
+    state = read_header(folder / STATE_FILE, str(folder))
+    layers = _of_basis(basis)
+    stored = {key: t for key, t in basis.items() if not key.endswith(".lora_R")} | state
+    _check(folder, layers, stored)
+    return StoredAdapter(folder, run, _run_config(run), {}, layers, stored)
+
+
+def _peft_folder(folder: Path) -> StoredAdapter:
+    if (folder / CONFIG_FILE).stat().st_size > CONFIG_BYTES:
+        raise ConfigError(f"{folder}: {CONFIG_FILE} has more than 1 MiB. Is it a PEFT folder?")
+    config = read_json(str(folder / CONFIG_FILE), "ADAPTER")
+    check_plain(folder, config)
+    if not (folder / WEIGHTS_FILE).is_file():
+        pickled = " adapter_model.bin is a pickle, which can run code, and is not read."
+        has = pickled if (folder / "adapter_model.bin").exists() else ""
+        raise ConfigError(f"{folder}: the folder has no {WEIGHTS_FILE}.{has}")
+    stored = read_header(folder / WEIGHTS_FILE, str(folder))
+    layers = {}
+    for key in stored:
+        name, _, leaf = key.rpartition(".lora_")
+        if leaf not in ("A.weight", "B.weight") or not name.startswith(PREFIX):
+            raise ConfigError(
+                f"{folder}: {key} in {WEIGHTS_FILE} is no factor of a LoRA "
+                f"({PREFIX}LAYER.lora_A.weight). Merge such an adapter by PEFT."
+            )
+        layer = name.removeprefix(PREFIX)
+        keys = (f"{name}.lora_A.weight", f"{name}.lora_B.weight")
+        r = stored[keys[0]].shape[0] if keys[0] in stored and stored[keys[0]].shape else 1
+        layers[layer] = Factors(*keys, scale=scale_of(folder, config, layer, r))
+    _check(folder, layers, stored)
+    in_run = folder.name == "adapter" and (folder.parent / "run.json").is_file()
+    run = folder.parent if in_run else None
+    run_config = _run_config(run) if run is not None else {}
+    return StoredAdapter(folder, run, run_config, config, layers, stored)
+
+
+def _check(folder: Path, layers: Mapping[str, Factors], stored: Mapping[str, StoredTensor]) -> None:
+    """Whether the factors are there, are floats, and fit together."""
+    if not layers:
+        raise ConfigError(f"{folder} holds no factors of a LoRA.")
+    for name, factors in layers.items():
+        if not LAYER_NAME.fullmatch(name):
+            raise ConfigError(f"{folder}: {name[:80]!r} is no name of a layer.")
+        keys = [key for key in (factors.A, factors.B, factors.R) if key is not None]
+        for key in keys:
+            if key not in stored:
+                raise ConfigError(f"{folder}: {key} is missing. Fetch it again.")
+            if stored[key].dtype not in FLOATS:
+                raise ConfigError(
+                    f"{folder}: {key} is stored as {stored[key].dtype}; {', '.join(FLOATS)} are "
+                    "allowed."
+                )
+        A, B = stored[factors.A].shape, stored[factors.B].shape
+        R = stored[factors.R].shape if factors.R else (A[0], A[0]) if A else ()
+        fit = len(A) == len(B) == 2 and A[0] == B[1] and (A[0], A[0]) == R and min(*A, *B) > 0
+        if not fit or A[0] > MAX_RANK:
+            raise ConfigError(
+                f"{folder}: the factors of {name} have shapes {A} and {B}, which make no update: "
+                "(r, in) and (out, r) are wanted."
+            )

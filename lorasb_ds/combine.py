@@ -1,0 +1,88 @@
+"""Weighted sums of stored adapters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from lorasb_ds.adapter_files import StoredAdapter
+from lorasb_ds.config import ConfigError
+from lorasb_ds.export import peft_tensors
+from lorasb_ds.low_rank import padded, product_svd, weighted_sum
+from lorasb_ds.truncate import rounded, write_adapter
+
+
+@dataclass(frozen=True)
+class Combined:
+    r: int
+    one_basis: bool  # all adapters have the same A in every layer: summed in R's space
+    energy_kept: float  # share of the sum's ``‖ΔW‖²``; 1 where nothing was cut
+
+
+def combine_adapters(
+    adapters: Sequence[StoredAdapter],
+    weights: Sequence[float],
+    out: Path,
+    *,
+    r: int | None = None,
+    dtype: str = "fp32",
+) -> Combined:
+    """Write ``Σ wᵢ ΔWᵢ`` as a PEFT LoRA folder.
+
+    Adapters of one basis (the same A) are summed exactly at their rank, whatever the weights. Else
+    the factors are stacked, which is exact at the sum of the ranks; with ``r``, the QR and SVD of
+    the stack give the best update of that rank. A layer that an adapter lacks counts as 0 in it.
+
+    Raises:
+        ConfigError: if they cannot be added: their layers have different shapes, …
+    """
+    _check(adapters, weights)
+    shapes = {name: shape for adapter in adapters for name, shape in adapter.shapes.items()}
+    sums, one_basis = {}, True
+    for name in shapes:
+        having = [i for i, adapter in enumerate(adapters) if name in adapter.layers]
+        pairs = [adapters[i].pair(name) for i in having]
+        sums[name] = weighted_sum(pairs, [weights[i] for i in having])
+        if not sums[name].B.isfinite().all():
+            raise ConfigError(f"--weights: the sum of {name} exceeds fp32's range.")
+        one_basis &= len(sums[name].A) == len(pairs[0].A)
+    # More than a side's directions no update has.
+    largest = max(min(len(pair.A), *shapes[name]) for name, pair in sums.items())
+    if r is not None and not 1 <= r <= largest:
+        raise ConfigError(f"--r {r}: the sum has rank {largest} at most; give 1 to {largest}.")
+    wanted = r or largest
+    tensors: dict[str, torch.Tensor] = {}
+    kept, whole = 0.0, 0.0
+    for name, pair in sums.items():
+        svd = product_svd(pair)
+        kept += svd.S[:wanted].square().sum().item()
+        whole += svd.S.square().sum().item()
+        cut = svd.pair(wanted) if len(pair.A) > wanted else padded(pair, wanted)
+        tensors |= peft_tensors(name, *rounded(name, cut, dtype))
+    union = [name for name in shapes if name not in adapters[0].layers]
+    like = adapters[0]
+    if union:  # its target_modules would name too few
+        like = replace(like, peft_config={**like.peft_config, "target_modules": list(shapes)})
+    write_adapter(out, tensors, wanted, like)
+    return Combined(wanted, one_basis, kept / whole if whole else 1.0)
+
+
+def _check(adapters: Sequence[StoredAdapter], weights: Sequence[float]) -> None:
+    if len(weights) != len(adapters):
+        raise ConfigError(
+            f"--weights has {len(weights)} numbers for {len(adapters)} adapters. Give one for each."
+        )
+    if not all(math.isfinite(weight) for weight in weights):
+        raise ConfigError("--weights must be finite numbers.")
+    known: dict[str, tuple[int, int]] = {}
+    for adapter in adapters:
+        for name, shape in adapter.shapes.items():
+            if known.setdefault(name, shape) != shape:
+                raise ConfigError(
+                    f"{adapter.path}: {name} has shape {shape}, and {known[name]} in another "
+                    "adapter. Only adapters of one base can be combined."
+                )

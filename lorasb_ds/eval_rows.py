@@ -1,0 +1,161 @@
+"""What an evaluation asks: rows with their task, their prompts, and how answers are judged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lorasb_ds.answers import SCORES, Score, is_equal_math
+from lorasb_ds.chat import render, render_prompt
+from lorasb_ds.config import DEMO_EVAL_DATA, ConfigError, RunConfig
+from lorasb_ds.data import TokenizedRows, tokenize_rows
+from lorasb_ds.examples import IGNORE_INDEX, Example
+from lorasb_ds.forms import RowError, parse_row
+from lorasb_ds.questions import Choices, choices_of, find_task
+from lorasb_ds.rows import load_rows, reasoning_gym_dataset
+
+LONG_ANSWERS = ("gsm8k", "metamath", "math")  # which reason before they answer
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row that asks for something."""
+
+    row: int  # counted from 1
+    content: Mapping[str, Any]
+    prompt: str  # the last turn before the answer
+    expected: str
+    ids: list[int]  # tokens up to the answer
+
+
+@dataclass(frozen=True)
+class ChoiceQuestion:
+    """A row that asks to choose."""
+
+    row: int  # counted from 1
+    choices: Choices
+    examples: list[Example]  # prompt and choice, whose tokens alone are labels
+
+
+@dataclass(frozen=True)
+class EvalRows:
+    """Rows to be evaluated on.
+
+    Attributes:
+        task: of ``questions.TASKS``; never "auto".
+        examples: all rows with a response, for their loss; None for multiple choice.
+        skipped: rows that are no use.
+    """
+
+    source: str
+    task: str
+    score: Score
+    max_new_tokens: int
+    examples: TokenizedRows | None
+    questions: list[Question]
+    choices: list[ChoiceQuestion]
+    skipped: int
+
+
+def load_eval_rows(
+    config: RunConfig,
+    tokenizer: Any,
+    *,
+    task: str = "auto",
+    num_samples: int | None = None,
+    max_new_tokens: int | None = None,
+) -> EvalRows:
+    """Rows of ``config.eval_data``, by default the demo's.
+
+    Args:
+        num_samples: first rows only.
+        max_new_tokens: of an answer. [default: 512 where answers reason, else 128]
+    Raises:
+        ConfigError: if they cannot be read, or ask for nothing that the task knows.
+    """
+    source = config.eval_data or DEMO_EVAL_DATA
+    rows = load_rows(source, held_out=True)
+    rows = [rows[i] for i in range(min(num_samples or len(rows), len(rows)))]
+    if task == "auto":
+        task = find_task(source, rows)
+    questions: list[Question] = []
+    choices: list[ChoiceQuestion] = []
+    examples = None
+    if task == "multiple-choice":
+        choices = _choices(tokenizer, rows)
+        kept = len(choices)
+        if not choices:
+            raise ConfigError(
+                f"--task multiple-choice: no row of {source} has choices and a right one among "
+                "them. The forms that are known are in the README (Evaluate)."
+            )
+    else:
+        examples = tokenize_rows(rows, tokenizer, config)
+        questions = _questions(tokenizer, rows, config)
+        kept = len(examples.examples)
+    return EvalRows(
+        source=source,
+        task=task,
+        score=_scorer(task, source),
+        max_new_tokens=max_new_tokens or (512 if task in LONG_ANSWERS else 128),
+        examples=examples,
+        questions=questions,
+        choices=choices,
+        skipped=len(rows) - kept,
+    )
+
+
+def _scorer(task: str, source: str) -> Score:
+    """How an answer is judged. reasoning-gym's tasks bring their own scorer; 1.0 is right.
+
+    Raises:
+        ConfigError: if a package is missing for it.
+    """
+    if task in ("metamath", "math"):
+        is_equal_math("", "")  # tells before anything is loaded
+    if task != "reasoning-gym":
+        return SCORES.get(task, SCORES["exact"])
+    dataset = reasoning_gym_dataset(source)
+    return lambda text, row, _: dataset.score_answer(text, row) >= 1.0
+
+
+def _questions(tokenizer: Any, rows: Sequence[Any], config: RunConfig) -> list[Question]:
+    """Rows that ask for a response."""
+    asked = []
+    for number, row in enumerate(rows, 1):
+        try:
+            _, said = parse_row(row, config.prompt_column, config.response_column)
+            if not isinstance(said, str):  # plain text asks for nothing
+                ids = render_prompt(tokenizer, said[:-1])
+                asked.append(Question(number, row, said[-2]["content"], said[-1]["content"], ids))
+        except RowError:
+            continue  # counted where the rows are tokenized
+    return asked
+
+
+def _choices(tokenizer: Any, rows: Sequence[Any]) -> list[ChoiceQuestion]:
+    asked = []
+    for number, row in enumerate(rows, 1):
+        found = choices_of(row) if isinstance(row, Mapping) else None
+        if found is None:
+            continue
+        try:
+            prompt = render(
+                tokenizer, [{"role": "user", "content": found.prompt}], add_generation_prompt=True
+            )
+        except RowError:
+            continue
+        examples = [_continued(tokenizer, prompt, text) for text in found.texts]
+        asked.append(ChoiceQuestion(number, found, examples))
+    return asked
+
+
+def _continued(tokenizer: Any, prompt: str, text: str) -> Example:
+    """A prompt and a choice; no mark of the end."""
+    tokens = tokenizer(prompt + text, add_special_tokens=False, return_offsets_mapping=True)
+    labels = [
+        token if end > len(prompt) else IGNORE_INDEX
+        for token, (_, end) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)
+    ]
+    return Example(tokens["input_ids"], labels)

@@ -1,0 +1,249 @@
+"""An evaluation: base and adapter loaded, rows answered, and what of it is right."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lorasb_ds import accelerator
+from lorasb_ds.batches import collate, share_out
+from lorasb_ds.eval_rows import EvalRows, load_eval_rows
+from lorasb_ds.evaluate import (
+    Generated,
+    Share,
+    eval_mode,
+    from_all_ranks,
+    generate,
+    held_out_loss,
+    log_likelihoods,
+    rounds,
+)
+from lorasb_ds.files import write_json, write_text
+from lorasb_ds.inference import PreparedModel, prepare_model, start_model
+from lorasb_ds.metrics import provenance
+from lorasb_ds.request import load_run_config, with_adapter
+from lorasb_ds.sharding import rank_and_size
+
+RESULT_FILE, ANSWERS_FILE = "eval.json", "answers.jsonl"
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """The outcome of an evaluation, on every rank.
+
+    Attributes:
+        loss: mean cross-entropy over the response's tokens; of the right choices' where the task
+            is multiple choice.
+        scores: by name: exact_match; or accuracy and accuracy_norm. {} if no row asks for anything.
+        cut_off: answers that were not at their end after so many tokens as were allowed.
+        answers: a record for each row, in order.
+    """
+
+    task: str
+    num_rows: int
+    loss: float
+    scores: dict[str, Share]
+    cut_off: int
+    seconds: float
+    answers: list[dict[str, Any]]
+
+
+def evaluate_model(
+    model: str | None = None,
+    adapter: str | None = None,
+    data: str | None = None,
+    *,
+    task: str = "auto",
+    num_samples: int | None = None,
+    max_new_tokens: int | None = None,
+    batch_size: int = 16,
+    **fields: Any,
+) -> EvalResult:
+    """Loss and scores of a base with an adapter, in this process: `lorasb eval` for Python.
+
+    Args:
+        model: this and the others as the command's options.
+        fields: of RunConfig, such as ``load_in_4bit`` or ``dtype``.
+    Raises:
+        ConfigError: what is wrong and what to do about it.
+    """
+    given = {"model": model, "eval_data": data, "micro_batch_size": batch_size, **fields}
+    config = load_run_config(with_adapter(given, adapter))
+    run = prepare_model(config, adapter)
+    rows = load_eval_rows(
+        run.config,
+        run.tokenizer,
+        task=task,
+        num_samples=num_samples,
+        max_new_tokens=max_new_tokens,
+    )
+    return evaluate(run, rows)
+
+
+def evaluate(run: PreparedModel, rows: EvalRows) -> EvalResult:
+    """Load, and answer. Collective if a job is running."""
+    model = start_model(run)
+    start = time.perf_counter()
+    with eval_mode(model):
+        if rows.task == "multiple-choice":
+            loss, scores, answers = _choose(run, rows, model)
+        else:
+            loss = _loss(run, rows, model)
+            scores, answers = _answer(run, rows, model)
+    return EvalResult(
+        task=rows.task,
+        num_rows=len(answers) or len(rows.examples.examples if rows.examples else ()),
+        loss=loss,
+        scores=scores,
+        cut_off=sum(bool(answer.get("cut_off")) for answer in answers),
+        seconds=time.perf_counter() - start,
+        answers=answers,
+    )
+
+
+def _loss(run: PreparedModel, rows: EvalRows, model: nn.Module) -> float:
+    assert rows.examples is not None
+    rank, world_size = rank_and_size(None)
+    batches = share_out(
+        rows.examples.examples,
+        rows.examples.lengths,
+        [[i] for i in range(len(rows.examples.examples))],
+        micro_batch_size=run.config.micro_batch_size,
+        pad_token_id=run.tokenizer.pad_token_id,
+        rank=rank,
+        world_size=world_size,
+    )
+    return held_out_loss(model, batches, accelerator.device())
+
+
+def _answer(
+    run: PreparedModel, rows: EvalRows, model: Any
+) -> tuple[dict[str, Share], list[dict[str, Any]]]:
+    """Greedy answers, and which of them are right."""
+    found: dict[int, Generated] = {}
+    lengths = [len(question.ids) for question in rows.questions]
+    for batch, counts in rounds(lengths, run.config.micro_batch_size):
+        prompts = [rows.questions[i].ids for i in batch]
+        texts = generate(
+            model,
+            run.tokenizer,
+            prompts,
+            rows.max_new_tokens,
+            accelerator.device(),
+            synced=run.is_sharded,
+        )
+        if counts:
+            found |= dict(zip(batch, texts, strict=True))
+    found = from_all_ranks(found)
+    answers = [
+        {
+            "row": question.row,
+            "prompt": question.prompt,
+            "expected": question.expected,
+            "generated": found[i].text,
+            "right": rows.score(found[i].text, question.content, question.expected),
+            "cut_off": found[i].cut_off,
+        }
+        for i, question in enumerate(rows.questions)
+    ]
+    if not answers:
+        return {}, []
+    return {"exact_match": _share(answers, "right")}, answers
+
+
+def _choose(
+    run: PreparedModel, rows: EvalRows, model: nn.Module
+) -> tuple[float, dict[str, Share], list[dict[str, Any]]]:
+    """The likeliest choices: by log p, and by log p over the choice's characters.
+
+    Both as lm-evaluation-harness has them (its acc and acc_norm).
+    """
+    examples = [example for question in rows.choices for example in question.examples]
+    lengths = [len(example.input_ids) for example in examples]
+    found: dict[int, float] = {}
+    for batch, counts in rounds(lengths, run.config.micro_batch_size):
+        collated = collate([examples[i] for i in batch], run.tokenizer.pad_token_id)
+        values = log_likelihoods(model, collated.to(accelerator.device()))
+        if counts:
+            found |= dict(zip(batch, values, strict=True))
+    found = from_all_ranks(found)
+    answers: list[dict[str, Any]] = []
+    loss, num_tokens, first = 0.0, 0, 0
+    for question in rows.choices:
+        texts, right = question.choices.texts, question.choices.answer
+        log_p = [found[first + j] for j in range(len(texts))]
+        first += len(texts)
+        chosen = _argmax(log_p)
+        normed = _argmax([value / len(text) for value, text in zip(log_p, texts, strict=True)])
+        loss -= log_p[right]
+        num_tokens += question.examples[right].num_label_tokens
+        answers.append(
+            {
+                "row": question.row,
+                "prompt": question.choices.prompt,
+                "choices": list(texts),
+                "expected": right,
+                "log_likelihoods": log_p,
+                "chosen": chosen,
+                "chosen_norm": normed,
+                "right": chosen == right,
+                "right_norm": normed == right,
+            }
+        )
+    scores = {"accuracy": _share(answers, "right"), "accuracy_norm": _share(answers, "right_norm")}
+    return loss / num_tokens, scores, answers
+
+
+def _share(answers: Sequence[dict[str, Any]], key: str) -> Share:
+    return Share(sum(bool(answer[key]) for answer in answers), len(answers))
+
+
+def _argmax(values: Sequence[float]) -> int:
+    return max(range(len(values)), key=lambda i: values[i])
+
+
+def describe_run(run: PreparedModel) -> dict[str, Any]:
+    """What was evaluated, and how."""
+    return {
+        "model": run.config.model,
+        "adapter": run.adapter and str(run.adapter.path),
+        "batch_size": run.config.micro_batch_size,
+        "dtype": run.config.dtype,
+        "load_in_4bit": run.config.load_in_4bit,
+        "load_in_8bit": run.config.load_in_8bit,
+        "world_size": rank_and_size(None)[1],
+        "zero_stage": run.ds_config["zero_optimization"]["stage"],
+        **provenance(),
+    }
+
+
+def write_results(folder: Path, run: PreparedModel, rows: EvalRows, result: EvalResult) -> None:
+    """``answers.jsonl``, a record for each row, then ``eval.json``: the scores, what they are of.
+
+    Raises:
+        OSError: if they cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in result.answers)
+    write_text(folder / ANSWERS_FILE, "".join(lines))
+    content = {
+        "data": rows.source,
+        "task": result.task,
+        "rows": result.num_rows,
+        "skipped_rows": rows.skipped,
+        "max_new_tokens": rows.max_new_tokens,
+        "loss": result.loss,
+        "scores": {
+            name: {**asdict(score), "share": score.share, "interval": score.interval}
+            for name, score in result.scores.items()
+        },
+        "cut_off": result.cut_off,
+        "seconds": result.seconds,
+    }
+    write_json(folder / RESULT_FILE, content | describe_run(run))

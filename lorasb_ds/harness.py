@@ -1,0 +1,57 @@
+"""lorasb eval --lm-eval: tasks of lm-evaluation-harness on a base with its adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lorasb_ds.config import ConfigError
+from lorasb_ds.evaluator import RESULT_FILE, describe_run
+from lorasb_ds.files import write_json
+from lorasb_ds.inference import PreparedModel, start_model
+
+
+def evaluate_by_harness(run: PreparedModel, tasks: str, num_samples: int | None = None) -> str:
+    """Run the tasks, in one process.
+
+    Args:
+        tasks: names or YAML files, separated by commas.
+        num_samples: of each task.
+    Returns:
+        The harness's own table. Its results are in ``eval.json`` of the output folder, if there is
+        one.
+    Raises:
+        ConfigError: if lm-eval is not installed, or does not know a task.
+    """
+    try:
+        from lm_eval import simple_evaluate, utils
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise ConfigError(
+            "--lm-eval needs the package lm-eval: pip install 'lorasb-ds[lm-eval]'."
+        ) from None
+    names: list[Any] = []
+    known = TaskManager()
+    for task in tasks.split(","):
+        if Path(task).is_file():
+            names.append(str(Path(task).absolute()))
+        elif found := known.match_tasks([task]):
+            names += found
+        else:
+            raise ConfigError(
+                f"--lm-eval {task}: neither a task of lm-eval (`lm-eval ls tasks`) nor a YAML file."
+            )
+    model = start_model(run)
+    batch_size = run.config.micro_batch_size
+    found = simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=run.tokenizer, batch_size=batch_size),
+        tasks=names,
+        limit=num_samples,
+        task_manager=known,
+    )
+    if run.config.output_dir is not None:
+        folder = Path(run.config.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / RESULT_FILE, {**describe_run(run), "lm_eval": found["results"]})
+    return str(utils.make_table(found))

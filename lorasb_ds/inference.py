@@ -1,0 +1,106 @@
+"""A base with an adapter, to be asked and not trained, in any of the ways to hold a base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from lorasb_ds import accelerator, zero
+from lorasb_ds.adapter import Shapes, inject, linear_layers
+from lorasb_ds.adapter_files import StoredAdapter, read_adapter
+from lorasb_ds.base_files import model_folder
+from lorasb_ds.config import ConfigError, RunConfig
+from lorasb_ds.ds_config import resolve_ds_config
+from lorasb_ds.loading import DTYPES, empty_model, load_base, load_config, stored_quantization
+from lorasb_ds.loss import add_loss_head, check_loss_head
+from lorasb_ds.low_rank import padded
+from lorasb_ds.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class PreparedModel:
+    """A base and an adapter that have been checked as far as one process can."""
+
+    config: RunConfig
+    ds_config: dict[str, Any]
+    hf_config: Any
+    tokenizer: Any
+    adapter: StoredAdapter | None
+
+    @property
+    def is_sharded(self) -> bool:
+        return bool(self.ds_config["zero_optimization"]["stage"] == 3)
+
+
+def prepare_model(
+    config: RunConfig, adapter: str | None, world_size: int = 1, local_size: int | None = None
+) -> PreparedModel:
+    """Check options and files. Not collective.
+
+    Args:
+        config: its fields about the base, the ds_config and the dtype are read.
+        adapter: a run's folder, a checkpoint of it, or a PEFT LoRA folder.
+    Raises:
+        ConfigError: what is wrong and what to do about it.
+    """
+    hf_config = load_config(config.model, config.trust_remote_code)
+    if config.attn_implementation is not None:
+        hf_config._attn_implementation = config.attn_implementation
+    if stored := stored_quantization(hf_config, config.model):
+        config = config.model_copy(update={f"load_in_{stored}": True})
+    ds_config, config = resolve_ds_config(config, world_size, local_size)
+    zero.check_ds_config(ds_config, config.ds_config)
+    stored_adapter = read_adapter(adapter) if adapter is not None else None
+    if stored_adapter is not None:
+        empty = empty_model(hf_config, DTYPES[config.dtype], config.trust_remote_code)
+        _check_fits(stored_adapter, linear_layers(empty), config.model)
+    return PreparedModel(
+        config=config,
+        ds_config=ds_config,
+        hf_config=hf_config,
+        tokenizer=load_tokenizer(config.model),
+        adapter=stored_adapter,
+    )
+
+
+def start_model(run: PreparedModel) -> Any:
+    """Base and adapter where they are wanted, in eval mode. Collective.
+
+    A quantized or sharded base has no place for PEFT's layers: the adapter's pairs are put into
+    ours, with R = I.
+    """
+    config = run.config
+    model = load_base(config, run.hf_config, run.ds_config)
+    folder = model_folder(config.model)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    adapters = {}
+    if run.adapter is not None:
+        adapters = inject(model, run.adapter.shapes, run.adapter.r, DTYPES[config.dtype])
+        model.requires_grad_(False)
+    add_loss_head(model)
+    if run.is_sharded:
+        model = zero.make_inference_engine(model, run.ds_config).module
+    for name, layer in adapters.items():
+        assert run.adapter is not None
+        A, B = padded(run.adapter.pair(name), run.adapter.r)
+        zero.fill_alike(layer.lora_A, A)
+        zero.fill_alike(layer.lora_B, B)
+        zero.fill_alike(layer.lora_R, torch.eye(run.adapter.r))
+    model.eval()
+    check_loss_head(model, torch.arange(8, device=accelerator.device())[None])
+    return model
+
+
+def _check_fits(adapter: StoredAdapter, layers: Shapes, name: str) -> None:
+    """Refuse an adapter of another base."""
+    for layer, shape in adapter.shapes.items():
+        if layers.get(layer) != shape:
+            has = f"one of {layers[layer]}" if layer in layers else "none"
+            raise ConfigError(
+                f"--adapter {adapter.path} does not fit --model {name}: it has {layer} of shape "
+                f"{shape}, where the model has {has}. Name the base that it was trained on."
+            )

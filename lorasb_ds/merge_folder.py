@@ -1,0 +1,142 @@
+"""The folder that a merge writes into until it is whole: what of it is finished, and the rest."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lorasb_ds.base_files import DOWNLOADED, INDEX, WEIGHTS, read_header
+from lorasb_ds.config import ConfigError
+from lorasb_ds.digest import file_digest
+from lorasb_ds.files import SUMS_FILE, fsync, publish, write_json, write_text
+from lorasb_ds.merge_file import FileJob, Written
+
+RECORD, LOCK = "merge.json", "merge.lock"
+# Of the base's folder: what a model needs beside its weights, and what must go with it.
+COPIED = (*DOWNLOADED, "additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*")
+# Other weights' indices, other adapters, and an earlier merge's record would say what is not so.
+LEFT = ("*.index.json", "adapter_*", RECORD, "config.json", "README*")
+
+
+@contextmanager
+def locked(partial: Path) -> Iterator[None]:
+    """One merge at a time writes there.
+
+    Raises:
+        ConfigError: if another one does, or the folder is none of a merge.
+    """
+    there = {path.name for path in partial.iterdir()} if partial.is_dir() else set()
+    if there and not there & {LOCK, RECORD}:
+        raise ConfigError(
+            f"--out: {partial} holds something else than an unfinished merge, which is written "
+            "there. Move it away, or give another name."
+        )
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = (partial / LOCK).open("w")
+    except OSError as error:
+        raise ConfigError(f"--out: {partial} cannot be written: {error.strerror}.") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"--out: another merge is writing into {partial}. Wait for it, or end it."
+            ) from None
+        yield
+
+
+def finished_files(
+    partial: Path, record: Mapping[str, Any], jobs: Sequence[FileJob]
+) -> dict[str, Written]:
+    """Files that an earlier merge of the same things has finished."""
+    try:
+        found = json.loads((partial / RECORD).read_text())
+        files = {name: Written(**entry) for name, entry in found.pop("files").items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+    if found.get("made_of") != record["made_of"]:
+        return {}
+    names = {name_in(job.target, partial) for job in jobs} & files.keys()
+    sizes = {name: _size(partial / name) for name in names}
+    return {name: files[name] for name in names if sizes[name] == files[name].num_bytes}
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
+def name_in(path: Path, partial: Path) -> str:
+    return str(path.relative_to(partial))
+
+
+def remove_unfinished(partial: Path, finished: Mapping[str, Any]) -> None:
+    """Remove what is not finished."""
+    kept = {*finished, LOCK, *([RECORD] if finished else [])}
+    for path in [p for p in partial.rglob("*") if not p.is_dir()]:
+        if name_in(path, partial) not in kept:
+            path.unlink()
+
+
+def copy_rest(base: Path, partial: Path, changed: Mapping[str, Any] | None) -> None:
+    """Configuration, tokenizer, templates and licences; not through to the disk."""
+    config = base / "config.json"
+    if changed is None:
+        shutil.copyfile(config, partial / config.name)
+    else:
+        write_json(partial / config.name, json.loads(config.read_text()) | dict(changed))
+    code = ["*.py"] if json.loads(config.read_text()).get("auto_map") else []
+    for path in {path for pattern in (*COPIED, *code) for path in base.glob(pattern)}:
+        if path.is_file() and not any(path.match(pattern) for pattern in LEFT):
+            target = partial / path.relative_to(base)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+
+
+def write_index(base: Path, partial: Path, jobs: Sequence[FileJob], rewritten: bool) -> None:
+    """The base's own; or one of what is there. A single file has none."""
+    if [job.source.name for job in jobs] == [WEIGHTS]:
+        return
+    if not rewritten:
+        shutil.copyfile(base / INDEX, partial / INDEX)
+        return
+    index = json.loads((base / INDEX).read_text())
+    places, total = {}, 0
+    for job in jobs:
+        for key, tensor in read_header(job.target, str(job.target)).items():
+            places[key] = name_in(job.target, partial)
+            total += tensor.end - tensor.begin
+    metadata = (index.get("metadata") or {}) | {"total_size": total}
+    write_json(partial / INDEX, index | {"metadata": metadata, "weight_map": places})
+
+
+def write_all_sums(partial: Path, finished: Mapping[str, Written]) -> None:
+    """``SHA256SUMS`` over all files, which are then on the disk."""
+    lines = []
+    for path in sorted(path for path in partial.rglob("*") if path.is_file()):
+        name = name_in(path, partial)
+        if name in (LOCK, SUMS_FILE):
+            continue
+        if name not in finished:
+            fsync(path)
+        digest = finished[name].sha256 if name in finished else file_digest(path)
+        lines.append(f"{digest}  {name}\n")
+    write_text(partial / SUMS_FILE, "".join(lines))
+
+
+def put_in_place(partial: Path, out: Path) -> None:
+    """Where ``out`` holds something it is set aside, and removed when the new one is there."""
+    (partial / LOCK).unlink()
+    aside = out.with_name(out.name + ".lorasb-replaced")
+    if out.is_dir() and any(out.iterdir()):
+        if aside.exists():  # of a merge that was killed between the lines below
+            shutil.rmtree(aside)
+        out.replace(aside)
+    publish(partial, out)
+    if aside.exists():
+        shutil.rmtree(aside)

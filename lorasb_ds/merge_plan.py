@@ -1,0 +1,183 @@
+"""Which stored tensors of a base an adapter changes, and whether the two go together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lorasb_ds.adapter import layer_shape, linear_layers
+from lorasb_ds.adapter_files import StoredAdapter
+from lorasb_ds.base_files import StoredTensor, model_folder, stored_tensors
+from lorasb_ds.config import ConfigError
+from lorasb_ds.loading import empty_model, load_config, stored_quantization
+from lorasb_ds.merge_file import FLOATS, FileJob, Update
+from lorasb_ds.weight_map import Source, map_weights
+
+
+def plan_merge(
+    adapter: StoredAdapter, name: str, partial: Path, load_in_4bit: bool, trust_remote_code: bool
+) -> tuple[list[FileJob], dict[str, Any] | None]:
+    """A job for every file of the base; and what is set in config.json, or None.
+
+    Args:
+        partial: the folder that is written into.
+    Raises:
+        ConfigError: if the adapter does not go with the base.
+    """
+    model, stored, sources = _base(name, trust_remote_code)
+    updates: dict[str, Update] = {}
+    for layer, factors in adapter.layers.items():
+        key = _changed(model, layer, adapter.shapes[layer], sources, stored, name)
+        A, B = adapter.stored[factors.A], adapter.stored[factors.B]
+        R = adapter.stored[factors.R] if factors.R is not None else None
+        transposed = isinstance(model.get_submodule(layer), Conv1D)
+        updates[key] = Update(A, B, R, factors.scale, transposed)
+    quantized: set[str] = set()
+    config = None
+    if load_in_4bit:
+        layers = _layers_in_4bit(model, name)
+        quantized = {_stored_weight(layer, sources, stored, name) for layer in layers}
+        config = {"quantization_config": _quantization_config(model, layers)}
+    folder = model_folder(name, trust_remote_code)
+    jobs = []
+    for file in sorted({tensor.file for tensor in stored.values()}):
+        mine = {key for key, tensor in stored.items() if tensor.file == file}
+        jobs.append(
+            FileJob(
+                file,
+                partial / file.relative_to(folder),
+                {key: updates[key] for key in sorted(updates.keys() & mine)},
+                frozenset(quantized & mine),
+            )
+        )
+    return jobs, config
+
+
+def weights_of(
+    adapter: StoredAdapter, model: str, trust_remote_code: bool = False
+) -> dict[str, StoredTensor]:
+    """Layer of the adapter -> its weight in the base's files. Raises as ``plan_merge``."""
+    empty, stored, sources = _base(model, trust_remote_code)
+    return {
+        layer: stored[_changed(empty, layer, shape, sources, stored, model)]
+        for layer, shape in adapter.shapes.items()
+    }
+
+
+def _base(
+    name: str, trust_remote_code: bool
+) -> tuple[Any, dict[str, StoredTensor], dict[str, Source]]:
+    """The empty model; its stored tensors; parameter -> where it comes from."""
+    hf_config = load_config(name, trust_remote_code)
+    if stored_quantization(hf_config, name):
+        raise _quantized_base(name, "its config.json says so")
+    model = empty_model(hf_config, torch.bfloat16, trust_remote_code)
+    stored = stored_tensors(name)
+    sources = map_weights(model, stored, name)
+    return model, stored, {target: source for source in sources for target in source.targets}
+
+
+def _changed(
+    model: Any,
+    layer: str,
+    shape: tuple[int, int],
+    sources: Mapping[str, Source],
+    stored: Mapping[str, StoredTensor],
+    name: str,
+) -> str:
+    """The stored name of the weight that an adapter's layer changes."""
+    _check_layer(model, layer, shape, name)
+    return _stored_weight(layer, sources, stored, name)
+
+
+def _check_layer(model: Any, layer: str, shape: tuple[int, int], name: str) -> None:
+    try:
+        module = model.get_submodule(layer)
+    except AttributeError:
+        module = None
+    if not isinstance(module, nn.Linear | Conv1D):
+        what = "has no such layer" if module is None else f"has a {type(module).__name__} there"
+        raise ConfigError(
+            f"The adapter has factors for {layer}, but --model {name} {what}. Give the base that "
+            "it was trained on."
+        )
+    if layer_shape(module) != shape:
+        raise ConfigError(
+            f"The adapter's {layer} is (out, in) = {shape}, but that of --model {name} is "
+            f"{layer_shape(module)}. Give the base that it was trained on."
+        )
+    weight = module.weight
+    twins = [n for n, p in model.named_parameters(remove_duplicate=False) if p is weight]
+    if len(twins) > 1:
+        raise ConfigError(
+            f"The adapter has factors for {layer}, whose weight --model {name} ties to another "
+            f"one ({', '.join(twins)}): both would change. Untie them (tie_word_embeddings) in a "
+            "copy of the base first."
+        )
+
+
+def _stored_weight(
+    layer: str,
+    sources: Mapping[str, Source],
+    stored: Mapping[str, StoredTensor],
+    name: str,
+) -> str:
+    """The checkpoint's name of a layer's weight, which is stored by itself and in floats."""
+    source = sources.get(f"{layer}.weight")
+    if source is None or source.converter is not None:
+        keys = "another weight" if source is None else ", ".join(source.keys[:3])
+        raise ConfigError(
+            f"--model {name}: transformers makes {layer}.weight from {keys}, and no stored tensor "
+            "is that weight alone. Merge the adapter by PEFT's merge_and_unload."
+        )
+    (key,) = source.keys
+    if source.beside:
+        raise _quantized_base(name, f"{key} is")
+    if stored[key].dtype not in FLOATS:
+        raise ConfigError(
+            f"--model {name}: {key} is stored as {stored[key].dtype}; {', '.join(FLOATS)} can be "
+            "merged. Give the base that it was made from."
+        )
+    return key
+
+
+def _quantized_base(name: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"--model {name} is quantized ({why}), and what rounding left of it is not what the "
+        "adapter is to be added to. Give the base that it was made from by --model."
+    )
+
+
+def _layers_in_4bit(model: Any, name: str) -> list[str]:
+    """All linear layers but the head, and those that the model keeps in fp32."""
+    layers = linear_layers(model)
+    if transposed := [n for n in layers if isinstance(model.get_submodule(n), Conv1D)]:
+        raise ConfigError(
+            f"--load-in-4bit: {transposed[0]} of --model {name} is a Conv1D, which is stored as "
+            "(in, out). Merge without it; `--load-in-4bit` of train quantizes while it loads."
+        )
+    layers = {n: s for n, s in layers.items() if model.get_submodule(n).weight.dtype.itemsize == 2}
+    if odd := [n for n, (rows, columns) in layers.items() if rows * columns % 2]:
+        raise ConfigError(
+            f"--load-in-4bit: {odd[0]} of --model {name} is {layers[odd[0]]}, an odd count of "
+            "numbers, and a byte holds two. Merge without it."
+        )
+    return list(layers)
+
+
+def _quantization_config(model: Any, layers: Sequence[str]) -> dict[str, Any]:
+    from transformers import BitsAndBytesConfig
+
+    others = {n for n, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=sorted(others - {*layers}) or None,
+    ).to_dict()

@@ -1,0 +1,86 @@
+"""A stored adapter as a plain LoRA folder, cut to a smaller rank where that is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lorasb_ds.adapter_files import StoredAdapter
+from lorasb_ds.config import ConfigError
+from lorasb_ds.export import peft_tensors, save_peft_adapter
+from lorasb_ds.low_rank import LoraPair, energy_kept, padded, product_svd
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+@dataclass(frozen=True)
+class EnergyKept:
+    """Shares of ``‖ΔW‖²`` that the first k directions of every layer hold, k = 1, 2, …, r."""
+
+    total: list[float]  # of all layers together
+    lowest: list[float]  # of the layer that loses most
+
+    def smallest_r(self, energy: float) -> int:
+        """The first k that keeps so much in all."""
+        enough = energy - 1e-12  # sums of shares end below 1 by their rounding
+        return next((k for k, kept in enumerate(self.total, 1) if kept >= enough), len(self.total))
+
+
+def measure_energy(adapter: StoredAdapter) -> EnergyKept:
+    """What every smaller rank would keep, from the exact SVD of every layer's update."""
+    kept = torch.ones(len(adapter.layers), adapter.r, dtype=torch.float64)
+    energies = torch.zeros(len(adapter.layers), dtype=torch.float64)
+    for i, name in enumerate(adapter.layers):
+        S = product_svd(adapter.pair(name)).S
+        kept[i, : len(S)] = energy_kept(S)
+        energies[i] = S.square().sum()
+    weights = energies / energies.sum() if energies.sum() > 0 else torch.zeros_like(energies)
+    total = weights @ kept if energies.sum() > 0 else kept[0]
+    return EnergyKept(total.tolist(), kept.min(0).values.tolist())
+
+
+def export_adapter(
+    adapter: StoredAdapter, out: Path, *, r: int | None = None, dtype: str = "fp32"
+) -> int:
+    """Write a PEFT LoRA folder with alpha = r, every layer of rank r.
+
+    Args:
+        r: cut to it, by the best approximation of that rank. [default: the adapter's]
+    Returns:
+        The bytes of its tensors.
+    Raises:
+        ConfigError: if r is larger than the adapter's, or a number does not fit into ``dtype``.
+    """
+    if r is not None and not 1 <= r <= adapter.r:
+        raise ConfigError(f"--r {r}: the adapter has rank {adapter.r}; give 1 to {adapter.r}.")
+    tensors: dict[str, torch.Tensor] = {}
+    for name in adapter.layers:
+        pair = adapter.pair(name)
+        cut = product_svd(pair).pair(r) if r is not None and r < len(pair.A) else pair
+        tensors |= peft_tensors(name, *rounded(name, padded(cut, r or adapter.r), dtype))
+    write_adapter(out, tensors, r or adapter.r, adapter)
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def rounded(name: str, pair: LoraPair, dtype: str) -> LoraPair:
+    """In ``dtype``. ConfigError if a number becomes infinite there."""
+    result = LoraPair(*(factor.to(DTYPES[dtype]) for factor in pair))
+    if not all(factor.isfinite().all() for factor in result):
+        raise ConfigError(f"--dtype {dtype}: the factors of {name} exceed its range.")
+    return result
+
+
+def write_adapter(out: Path, tensors: dict[str, torch.Tensor], r: int, like: StoredAdapter) -> None:
+    """A PEFT folder of tensors for the layers and the base of an adapter."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_peft_adapter(
+        out, tensors, r=r, target_modules=like.target_modules, base_model=like.base_path
+    )
+
+
+def max_lora_rank(r: int) -> int | None:
+    """The smallest ``--max-lora-rank`` with which vLLM loads an adapter of rank r."""
+    return next((allowed for allowed in VLLM_RANKS if r <= allowed), None)
