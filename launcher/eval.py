@@ -47,19 +47,24 @@ def main(own: dict[str, Any], given: dict[str, Any]) -> None:
         from lorasb_ds import zero
         from lorasb_ds.eval_rows import load_eval_rows
         from lorasb_ds.evaluator import evaluate, write_results
+        from lorasb_ds.inference import start_model
 
         chosen = {name: own[name] for name in ("task", "num_samples", "max_new_tokens")}
-        rows = load_eval_rows(run.config, run.tokenizer, **chosen)
+        sources = [load_eval_rows(s, run.config, run.tokenizer, **chosen) for s in config.data]
         if in_job:
             tell_agent("joining")
             zero.init_process_group()
             tell_agent("joined")
-        result = evaluate(run, rows)
-        if not in_job or zero.rank() == 0:
-            click.echo(render(rows, result))
-            if config.output_dir is not None:
-                write_results(Path(config.output_dir), run, rows, result)
-                click.echo(f"results: {config.output_dir}")
+        model = start_model(run)
+        results = []
+        for rows in sources:
+            results.append((rows, evaluate(run, rows, model)))
+            if not in_job or zero.rank() == 0:
+                click.echo(render(*results[-1], named=len(sources) > 1))
+                if config.output_dir is not None:
+                    write_results(Path(config.output_dir), run, results)
+        if config.output_dir is not None and (not in_job or zero.rank() == 0):
+            click.echo(f"results: {config.output_dir}")
         if in_job:
             zero.close_process_group()
     except ConfigError as error:
@@ -69,11 +74,12 @@ def main(own: dict[str, Any], given: dict[str, Any]) -> None:
     end()
 
 
-def render(rows: EvalRows, result: EvalResult) -> str:
+def render(rows: EvalRows, result: EvalResult, named: bool) -> str:
     from lorasb_ds.history import perplexity
 
     scores = "".join(f"   {name.replace('_', ' ')} {s}" for name, s in result.scores.items())
-    lines = [
+    lines = [rows.source] if named else []
+    lines += [
         f"task {result.task}   held-out loss {result.loss:.4f}, perplexity "
         f"{perplexity(result.loss):.4g}{scores}   {result.num_rows} rows   {result.seconds:.0f} s"
     ]

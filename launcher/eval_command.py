@@ -16,7 +16,7 @@ from launcher.launch_options import LaunchOptions, launch_options
 from launcher.options import CONTEXT, field_options, reports_problems, to_arguments
 from launcher.ranks import EVAL, run_here, worker_command
 from launcher.start import start
-from lorasb_ds.config import ConfigError
+from lorasb_ds.config import DEMO_EVAL_DATA, ConfigError
 from lorasb_ds.questions import TASKS
 from lorasb_ds.request import load_run_config, with_adapter
 
@@ -42,8 +42,9 @@ OPTIONS = (
         help="A run's folder, one of its checkpoints, or a PEFT LoRA folder. [default: none]",
     ),
     click.option(
-        *("--data", "--eval-data", "eval_data"),
-        help="Rows, as in `train`. [default: the demo's held-out rows]",
+        "--data",
+        multiple=True,
+        help="Rows, as in `train`; may be given several times. [default: the demo's held-out rows]",
     ),
     click.option(
         "--task",
@@ -85,6 +86,7 @@ def eval_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(command)
     def wrapper(**options: Any) -> Any:
         own = {name: options.pop(name) for name in OWN}
+        options["data"] = options["data"] or (DEMO_EVAL_DATA,)
         launch = {"launch": options.pop("launch")} if "launch" in options else {}
         return command(own=own, given=with_adapter(options, own["adapter"]), **launch)
 

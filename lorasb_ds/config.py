@@ -46,8 +46,8 @@ class RunConfig(BaseModel):
         (DEMO_DATA,),
         min_length=1,
         description="Training rows: a .json/.jsonl/.csv/.parquet file, a folder saved by "
-        "`datasets`, a hub name (NAME[:CONFIG][@SPLIT]), or 'reasoning-gym:NAME?size=N&seed=S'. "
-        "May be given several times.",
+        "`datasets`, a hub name (NAME[:CONFIG][@SPLIT], a split also as train[:1000]), or "
+        "'reasoning-gym:NAME?size=N&seed=S'. May be given several times.",
     )
     data_weights: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
         None,

@@ -8,7 +8,7 @@ from typing import Any
 
 from lorasb_ds.answers import SCORES, Score, is_equal_math
 from lorasb_ds.chat import render, render_prompt
-from lorasb_ds.config import DEMO_EVAL_DATA, ConfigError, RunConfig
+from lorasb_ds.config import ConfigError, RunConfig
 from lorasb_ds.data import TokenizedRows, tokenize_rows
 from lorasb_ds.examples import IGNORE_INDEX, Example
 from lorasb_ds.forms import RowError, parse_row
@@ -59,6 +59,7 @@ class EvalRows:
 
 
 def load_eval_rows(
+    source: str,
     config: RunConfig,
     tokenizer: Any,
     *,
@@ -66,15 +67,15 @@ def load_eval_rows(
     num_samples: int | None = None,
     max_new_tokens: int | None = None,
 ) -> EvalRows:
-    """Rows of ``config.eval_data``, by default the demo's.
+    """Rows of a source, which is named as ``--data`` does.
 
     Args:
+        config: its columns and ``max_length`` are read.
         num_samples: first rows only.
         max_new_tokens: of an answer. [default: 512 where answers reason, else 128]
     Raises:
         ConfigError: if they cannot be read, or ask for nothing that the task knows.
     """
-    source = config.eval_data or DEMO_EVAL_DATA
     rows = load_rows(source, held_out=True)
     rows = [rows[i] for i in range(min(num_samples or len(rows), len(rows)))]
     if task == "auto":

@@ -13,6 +13,7 @@ from torch import nn
 
 from lorasb_ds import accelerator
 from lorasb_ds.batches import collate, share_out
+from lorasb_ds.config import DEMO_EVAL_DATA
 from lorasb_ds.eval_rows import EvalRows, load_eval_rows
 from lorasb_ds.evaluate import (
     Generated,
@@ -73,22 +74,27 @@ def evaluate_model(
     Raises:
         ConfigError: what is wrong and what to do about it.
     """
-    given = {"model": model, "eval_data": data, "micro_batch_size": batch_size, **fields}
+    source = data or DEMO_EVAL_DATA
+    given = {"model": model, "data": source, "micro_batch_size": batch_size, **fields}
     config = load_run_config(with_adapter(given, adapter))
     run = prepare_model(config, adapter)
     rows = load_eval_rows(
+        source,
         run.config,
         run.tokenizer,
         task=task,
         num_samples=num_samples,
         max_new_tokens=max_new_tokens,
     )
-    return evaluate(run, rows)
+    return evaluate(run, rows, start_model(run))
 
 
-def evaluate(run: PreparedModel, rows: EvalRows) -> EvalResult:
-    """Load, and answer. Collective if a job is running."""
-    model = start_model(run)
+def evaluate(run: PreparedModel, rows: EvalRows, model: Any) -> EvalResult:
+    """Losses and scores of some rows. Collective if a job is running.
+
+    Args:
+        model: of ``start_model(run)``.
+    """
     start = time.perf_counter()
     with eval_mode(model):
         if rows.task == "multiple-choice":
@@ -223,16 +229,24 @@ def describe_run(run: PreparedModel) -> dict[str, Any]:
     }
 
 
-def write_results(folder: Path, run: PreparedModel, rows: EvalRows, result: EvalResult) -> None:
+def write_results(
+    folder: Path, run: PreparedModel, results: Sequence[tuple[EvalRows, EvalResult]]
+) -> None:
     """``answers.jsonl``, a record for each row, then ``eval.json``: the scores, what they are of.
 
     Raises:
         OSError: if they cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in result.answers)
+    answers = [{"data": rows.source, **a} for rows, result in results for a in result.answers]
+    lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
     write_text(folder / ANSWERS_FILE, "".join(lines))
-    content = {
+    described = [_describe(rows, result) for rows, result in results]
+    write_json(folder / RESULT_FILE, {"results": described, **describe_run(run)})
+
+
+def _describe(rows: EvalRows, result: EvalResult) -> dict[str, Any]:
+    return {
         "data": rows.source,
         "task": result.task,
         "rows": result.num_rows,
@@ -246,4 +260,3 @@ def write_results(folder: Path, run: PreparedModel, rows: EvalRows, result: Eval
         "cut_off": result.cut_off,
         "seconds": result.seconds,
     }
-    write_json(folder / RESULT_FILE, content | describe_run(run))

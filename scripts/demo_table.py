@@ -36,7 +36,7 @@ def main(run: Path, before_folder: Path, after_folder: Path) -> int:
 def _results(folder: Path) -> dict[str, Any]:
     lines = (folder / "answers.jsonl").read_text().splitlines()
     summary = json.loads((folder / "eval.json").read_text())
-    return {**summary, "answers": [json.loads(line) for line in lines]}
+    return {**summary["results"][0], "answers": [json.loads(line) for line in lines]}
 
 
 def _short(answer: dict[str, Any]) -> str:

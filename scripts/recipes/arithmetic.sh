@@ -71,13 +71,11 @@ section "plan"
 if $SMOKE; then run lorasb plan --model demo --num-procs 1 --r "$R"; else plan_machine "$MACHINE" "$GPUS"; fi
 
 section "before"
-evaluate before gsm8k "$GSM8K" --task gsm8k "${EVAL[@]}"
-evaluate before math "$MATH" --task math "${EVAL[@]}"
+evaluate before "$GSM8K" "$MATH" # their tasks are told by their rows
 
 train
 
 section "after"
-evaluate after gsm8k "$GSM8K" --task gsm8k "${EVAL[@]}"
-evaluate after math "$MATH" --task math "${EVAL[@]}"
+evaluate after "$GSM8K" "$MATH"
 
-finish
+finish gsm8k math

@@ -116,13 +116,14 @@ stand_in() { # stand_in arithmetic|commonsense: small rows of the same forms, fo
   if ! $DRY_RUN; then python scripts/recipes/stand_in.py "$1" "$SCRATCH"; fi
 }
 
-evaluate() { # evaluate before|after NAME DATA OPTION…
-  local when=$1 name=$2 data=$3
-  shift 3
+evaluate() { # evaluate before|after DATA…: EVAL are the recipe's options
+  local when=$1 words=() data
+  shift
+  for data in "$@"; do words+=(--data "$data"); done
   local what=(--model "$BASE" "${QUANTIZED[@]}")
   if [[ $when == after ]]; then what=(--adapter "$OUT/run"); fi
-  run lorasb eval "${EVAL_PROCESSES[@]}" "${what[@]}" --data "$data" "$@" \
-    --output-dir "$OUT/$when-$name" --overwrite
+  run lorasb eval "${EVAL_PROCESSES[@]}" "${what[@]}" "${words[@]}" "${EVAL[@]}" \
+    --output-dir "$OUT/$when" --overwrite
 }
 
 quantization_of() { # the base is evaluated as it is trained on
@@ -142,9 +143,9 @@ train() {
   run lorasb train "${command[@]}" --resume auto
 }
 
-finish() { # the scores side by side, and what can be done with the run
+finish() { # finish SET…: their scores side by side, and what can be done with the run
   section "scores"
-  run python scripts/recipes/scores.py "$OUT"
+  run python scripts/recipes/scores.py "$OUT" "$@"
   if [[ $OUT == "${SCRATCH:-}"/* ]]; then return; fi # gone with the made-up rows
   printf '\nThe adapter is a plain LoRA folder: %s\n' "$OUT/run/adapter"
   printf 'What else can be made of it:\n'

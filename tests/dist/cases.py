@@ -464,17 +464,17 @@ def evaluation(given: dict[str, Any], adapter: str, out: str, zero_optimization:
     from lorasb_ds import zero
     from lorasb_ds.eval_rows import load_eval_rows
     from lorasb_ds.evaluator import evaluate, write_results
-    from lorasb_ds.inference import prepare_model
+    from lorasb_ds.inference import prepare_model, start_model
     from lorasb_ds.request import load_run_config
 
     config = load_run_config(given)
     run = prepare_model(config, adapter, int(os.environ["WORLD_SIZE"]))
     run.ds_config["zero_optimization"] |= zero_optimization
-    rows = load_eval_rows(run.config, run.tokenizer, max_new_tokens=12)
+    rows = load_eval_rows(config.data[0], run.config, run.tokenizer, max_new_tokens=12)
     zero.init_process_group()
-    result = evaluate(run, rows)
+    result = evaluate(run, rows, start_model(run))
     if zero.rank() == 0:
-        write_results(Path(out), run, rows, result)
+        write_results(Path(out), run, [(rows, result)])
 
 
 if __name__ == "__main__":

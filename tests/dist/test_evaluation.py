@@ -56,7 +56,7 @@ def test_ranks_agree_with_one_process(
     expected = alone(data, adapter, options)
     given = {
         "model": str(tiny_model),
-        "eval_data": data,
+        "data": data,
         "micro_batch_size": 2,
         "dtype": "fp32",
         "ds_config": str(ROOT / f"ds_configs/zero{stage}.json"),
@@ -70,12 +70,13 @@ def test_ranks_agree_with_one_process(
         out=str(tmp_path / "out"),
         zero_optimization=REALLY_SHARDED if stage == 3 else {},
     )
-    found = json.loads((tmp_path / "out" / "eval.json").read_text())
+    written = json.loads((tmp_path / "out" / "eval.json").read_text())
+    (found,) = written["results"]
     lines = (tmp_path / "out" / "answers.jsonl").read_text().splitlines()
     answers = [json.loads(line) for line in lines]
-    assert (found["world_size"], found["zero_stage"]) == (ranks, stage)
+    assert (written["world_size"], written["zero_stage"]) == (ranks, stage)
     assert len(answers) == len(rows)
-    if found["dtype"] == "bf16":  # rows are padded to other lengths, and rounded otherwise
+    if written["dtype"] == "bf16":  # rows are padded to other lengths, and rounded otherwise
         assert found["loss"] == pytest.approx(expected.loss, rel=1e-2)
         assert [a["expected"] for a in answers] == [a["expected"] for a in expected.answers]
         return

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from launcher import eval as eval_worker
 from launcher.cli import main
+from launcher.eval_command import eval_command
 from tests.runs import ROOT, run_command
 
 RECIPES = ROOT / "scripts/recipes"
@@ -45,25 +45,21 @@ def value(command: list[str], option: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "before", "after"),
-    [("arithmetic", ["gsm8k", "math"], ["gsm8k", "math"]), ("commonsense", ["boolq"], SETS)],
+    ("recipe", "sets"), [("arithmetic", ["gsm8k", "math"]), ("commonsense", SETS)]
 )
-def test_in_small(
-    recipe: str, before: list[str], after: list[str], tmp_path: Path, demo_model: Path
-) -> None:
+def test_in_small(recipe: str, sets: list[str], tmp_path: Path, demo_model: Path) -> None:
     out = tmp_path / "out"
     output = run_command(str(RECIPES / f"{recipe}.sh"), "--smoke", "--out", str(out))
     assert (out / "run/adapter/adapter_model.safetensors").is_file()
-    assert len(re.findall(r"95 %: [0-9.]+% to", output)) >= len(before) + len(after)
+    assert len(re.findall(r"95 %: [0-9.]+% to", output)) >= 2 * len(sets)
     scores = output.partition("== scores")[2]
-    for name in after:
+    for name in sets:
         line = re.search(rf"^{name} .*$", scores, re.MULTILINE)
         assert line is not None, scores
-        found = re.findall(SCORE, line[0])
-        assert len(found) == 1 + (name in before)
+        assert len(re.findall(SCORE, line[0])) == 2
         assert line[0].split()[-1] == "4"
-        assert (out / f"after-{name}/answers.jsonl").read_text().count("\n") == 4
-    assert {path.name for path in out.glob("before-*")} == {f"before-{name}" for name in before}
+    for when in ("before", "after"):
+        assert (out / when / "answers.jsonl").read_text().count("\n") == 4 * len(sets)
     # What the last lines offer can be done.
     for verb in ("export", "merge"):
         (line,) = re.findall(rf"^  (lorasb {verb} .*)$", scores, re.MULTILINE)
@@ -101,13 +97,14 @@ def test_every_command_parses_and_fits(model: str, machine: str, clone: Path) ->
         assert value(plan, option) == value(train, option)
 
     evaluations = commands(output, "lorasb", "eval")
-    assert len(evaluations) == 2 * (len(SETS) if MODELS[model] == "commonsense" else 2)
+    sets = len(SETS) if MODELS[model] == "commonsense" else 2
+    assert [command.count("--data") for command in evaluations] == [sets, sets]
     for command in evaluations:
-        words = [word for word in command[2:] if word not in ("--num-gpus", "8")]
+        words = command[2:]
         if "--adapter" in words:
             assert value(words, "--adapter") == value(train, "--output-dir")
             words[words.index("--adapter") + 1] = str(clone)  # there is no run
-        eval_worker.main.make_context("eval", words)
+        eval_command.make_context("eval", words)
 
 
 def test_the_table_in_the_docs_is_the_plans() -> None:

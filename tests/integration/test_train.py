@@ -103,7 +103,7 @@ def test_the_adapter_has_the_same_loss(run: Path, tmp_path: Path) -> None:
         f"--max-new-tokens 24 --output-dir {out}".split()
     )
     assert "held-out loss" in done
-    result = json.loads((out / "eval.json").read_text())
+    (result,) = json.loads((out / "eval.json").read_text())["results"]
     in_memory = [row for row in metrics(run) if "eval_loss" in row][-1]["eval_loss"]
     # bf16: the folder holds B R, the run multiplies by R and then by B.
     assert result["loss"] == pytest.approx(in_memory, abs=0.02)
@@ -131,7 +131,7 @@ def test_what_comes_out_of_a_run_says_the_same(run: Path, tmp_path: Path) -> Non
         *f"lorasb eval --model {tmp_path}/merged {common} --output-dir {tmp_path}/one".split()
     )
     files = [tmp_path / name / "eval.json" for name in ("several", "one")]
-    losses = [json.loads(file.read_text())["loss"] for file in files]
+    losses = [json.loads(file.read_text())["results"][0]["loss"] for file in files]
     # bf16: B R, or W0 + B R A, are rounded to it, where the run keeps R and B apart.
     assert losses == pytest.approx([in_memory] * 2, abs=0.02)
 

@@ -17,7 +17,7 @@ from lorasb_ds.chat import render
 from lorasb_ds.config import ConfigError
 from lorasb_ds.eval_rows import load_eval_rows
 from lorasb_ds.evaluator import EvalResult, evaluate, evaluate_model, write_results
-from lorasb_ds.inference import prepare_model
+from lorasb_ds.inference import prepare_model, start_model
 from lorasb_ds.request import load_run_config
 from tests.references import own_loss
 from tests.runs import word_rows, write_jsonl
@@ -53,8 +53,8 @@ def test_losses_and_answers_are_those_of_peft(
     base = evaluate_model(str(tiny_model), data=data, dtype="fp32", max_new_tokens=6)
     assert found.loss != pytest.approx(base.loss, abs=1e-2), "the adapter changes the model"
     reference = by_peft(tiny_model, adapter)
-    config = load_run_config({"model": str(tiny_model), "eval_data": data})
-    rows = load_eval_rows(config, tokenizer)
+    config = load_run_config({"model": str(tiny_model), "data": data})
+    rows = load_eval_rows(config.data[0], config, tokenizer)
     assert rows.examples is not None
     batches = [collate([example], 2) for example in rows.examples.examples]
     with torch.no_grad():
@@ -111,16 +111,16 @@ def test_choices_are_the_likeliest(
 def test_what_rows_are_no_use(tiny_model: Path, tokenizer: Any, tmp_path: Path) -> None:
     rows = [*MULTIPLE, {"question": "no choices"}]
     config = load_run_config(
-        {"model": str(tiny_model), "eval_data": write_jsonl(tmp_path / "a.jsonl", rows)}
+        {"model": str(tiny_model), "data": write_jsonl(tmp_path / "a.jsonl", rows)}
     )
-    assert load_eval_rows(config, tokenizer).skipped == 1
-    assert load_eval_rows(config, tokenizer, num_samples=2).skipped == 0
+    assert load_eval_rows(config.data[0], config, tokenizer).skipped == 1
+    assert load_eval_rows(config.data[0], config, tokenizer, num_samples=2).skipped == 0
     plain = write_jsonl(tmp_path / "b.jsonl", word_rows(2))
-    config = load_run_config({"model": str(tiny_model), "eval_data": plain})
+    config = load_run_config({"model": str(tiny_model), "data": plain})
     with pytest.raises(ConfigError, match=r"no row of .* has choices"):
-        load_eval_rows(config, tokenizer, task="multiple-choice")
+        load_eval_rows(config.data[0], config, tokenizer, task="multiple-choice")
     with pytest.raises(ConfigError, match="reasoning-gym has no task"):
-        load_eval_rows(config, tokenizer, task="reasoning-gym")
+        load_eval_rows(config.data[0], config, tokenizer, task="reasoning-gym")
 
 
 FORMS = {
@@ -143,8 +143,8 @@ def test_a_task_is_found_and_judges(
     source = "reasoning-gym:chain_sum?size=3&seed=1"
     if row is not None:
         source = write_jsonl(tmp_path / "rows.jsonl", [row] * 3)
-    config = load_run_config({"model": str(tiny_model), "eval_data": source})
-    rows = load_eval_rows(config, tokenizer)
+    config = load_run_config({"model": str(tiny_model), "data": source})
+    rows = load_eval_rows(config.data[0], config, tokenizer)
     assert rows.task == task
     assert rows.max_new_tokens == (512 if task in ("gsm8k", "metamath", "math") else 128)
     asked = rows.questions[1]
@@ -154,7 +154,7 @@ def test_a_task_is_found_and_judges(
 
 
 def test_an_adapter_of_another_base(demo_model: Path, adapter: Path) -> None:
-    config = load_run_config({"model": str(demo_model), "eval_data": "x.jsonl"})
+    config = load_run_config({"model": str(demo_model), "data": "x.jsonl"})
     message = r"does not fit --model .* of shape \(48, 80\), where the model has one of \(576, 1536"
     with pytest.raises(ConfigError, match=message):
         prepare_model(config, str(adapter))
@@ -175,13 +175,13 @@ def test_in_4_bits(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
 
 def test_results_on_disk(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", word_rows(3))
-    config = load_run_config({"model": str(tiny_model), "eval_data": data})
+    config = load_run_config({"model": str(tiny_model), "data": data})
     run = prepare_model(config, str(adapter))
-    rows = load_eval_rows(run.config, run.tokenizer, max_new_tokens=2)
-    result = evaluate(run, rows)
+    rows = load_eval_rows(data, run.config, run.tokenizer, max_new_tokens=2)
+    result = evaluate(run, rows, start_model(run))
     assert isinstance(result, EvalResult)
-    write_results(tmp_path / "out", run, rows, result)
-    summary = json.loads((tmp_path / "out" / "eval.json").read_text())
+    write_results(tmp_path / "out", run, [(rows, result)])
+    (summary,) = json.loads((tmp_path / "out" / "eval.json").read_text())["results"]
     score = summary["scores"]["exact_match"]
     assert score["rows"] == 3
     assert score["share"] == score["right"] / 3
@@ -190,7 +190,7 @@ def test_results_on_disk(tiny_model: Path, adapter: Path, tmp_path: Path) -> Non
     assert summary["max_new_tokens"] == 2
     assert summary["cut_off"] == result.cut_off == 3
     lines = (tmp_path / "out" / "answers.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == result.answers
+    assert [json.loads(line) for line in lines] == [{"data": data, **a} for a in result.answers]
 
 
 def test_the_names_of_the_package() -> None:
