@@ -17,14 +17,12 @@ from launcher.text import columns
 from lorasb_ds.config import ConfigError
 
 if TYPE_CHECKING:
-    from lorasb_ds.adapter_files import StoredAdapter
     from lorasb_ds.inspection import LayerUpdate
     from lorasb_ds.truncate import EnergyKept
 
 POSITIVE = click.IntRange(min=1)
 DTYPE = click.Choice(["fp32", "bf16", "fp16"])
 OUT = click.Path(path_type=Path)
-ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
 
 
 @click.group(context_settings=CONTEXT)
@@ -72,17 +70,17 @@ def export(
     if energy is not None and math.isnan(energy):
         raise ConfigError("--energy must be a share above 0, at most 1.")
     from lorasb_ds.adapter_files import read_adapter
-    from lorasb_ds.truncate import export_adapter, max_lora_rank, measure_energy
+    from lorasb_ds.truncate import check_folder, export_adapter, max_lora_rank, measure_energy
 
     adapter = read_adapter(run)
     if out is None:
         if adapter.run is None:
             raise ConfigError(f"{run} is in no run's folder: name a new one by --out.")
         out = adapter.run / "exported"
-    out = new_folder(out, [adapter], overwrite)
+    check_folder(out, [adapter], overwrite)
     kept = measure_energy(adapter)
     rank = kept.smallest_r(energy) if energy is not None else r or adapter.r
-    size = export_adapter(adapter, out, r=rank, dtype=dtype)
+    size = export_adapter(adapter, out, r=rank, dtype=dtype, overwrite=overwrite)
     if as_json:
         click.echo(json.dumps({"r": rank, "out": str(out), "energy_kept": asdict(kept)}))
         return
@@ -151,6 +149,7 @@ def merge(run: str, out: Path, model: str | None, **options: Any) -> None:
 @click.argument("run")
 @click.option("--model", help="The base. [default: as the run or the adapter names it]")
 @click.option("--no-base", is_flag=True, help="Do not read the base: no norms of W0.")
+@click.option("--trust-remote-code", is_flag=True, help="Run model code that comes with the base.")
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -160,7 +159,14 @@ def merge(run: str, out: Path, model: str | None, **options: Any) -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="All numbers, with all singular values.")
 @reports_problems
-def inspect(run: str, model: str | None, no_base: bool, output: Path, as_json: bool) -> None:
+def inspect(
+    run: str,
+    model: str | None,
+    no_base: bool,
+    trust_remote_code: bool,
+    output: Path,
+    as_json: bool,
+) -> None:
     """What an adapter has learned, layer by layer: its rank, its size, and what training added."""
     if output.suffix != ".png" or not output.parent.is_dir():
         raise ConfigError(f"--output {output} must be a .png file in a folder that is there.")
@@ -175,7 +181,7 @@ def inspect(run: str, model: str | None, no_base: bool, output: Path, as_json: b
             raise ConfigError(f"{run} does not name its base. Give --model or --no-base.")
         from lorasb_ds.merge_plan import weights_of
 
-        base = weights_of(adapter, model)
+        base = weights_of(adapter, model, trust_remote_code)
     layers = inspect_adapter(adapter, base)
     draw_updates(output, layers)
     if as_json:
@@ -228,37 +234,12 @@ def combine(
     from lorasb_ds.combine import combine_adapters
 
     adapters = [read_adapter(run) for run in runs]
-    out = new_folder(out, adapters, overwrite)
     bases = dict.fromkeys(str(adapter.base_path) for adapter in adapters)
     if len(bases) > 1:
         click.echo(f"lorasb: warning: the adapters name different bases: {', '.join(bases)}")
-    found = combine_adapters(adapters, numbers, out, r=r, dtype=dtype)
+    found = combine_adapters(adapters, numbers, out, r=r, dtype=dtype, overwrite=overwrite)
     how = "one basis, summed in it" if found.one_basis else "different bases, stacked"
     click.echo(f"adapter of rank {found.r} ({how}; energy kept {found.energy_kept:.4f}): {out}")
-
-
-def new_folder(out: Path, adapters: Sequence[StoredAdapter], overwrite: bool) -> Path:
-    """The folder of ``--out``, which may be written.
-
-    Raises:
-        ConfigError: if something is there that is no adapter or may not be replaced, or that is
-            read.
-    """
-    folder = out.expanduser().resolve()
-    sources = [adapter.path.resolve() for adapter in adapters]
-    if any(folder in (path, *path.parents) for path in (*sources, Path.cwd())):
-        raise ConfigError(f"--out {out} holds what is read, or this shell. Name another folder.")
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--out {out} is a file. Name a folder.")
-    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if found and not overwrite:
-        raise ConfigError(f"--out {out} is not empty. Name another folder, or give --overwrite.")
-    if found - ADAPTER_FILES:
-        raise ConfigError(
-            f"--out {out} is not empty, and holds more than an adapter: "
-            f"{', '.join(sorted(found - ADAPTER_FILES)[:3])}. Name another folder."
-        )
-    return folder
 
 
 if __name__ == "__main__":

@@ -45,12 +45,14 @@ def main(own: dict[str, Any], given: dict[str, Any]) -> None:
             click.echo(evaluate_by_harness(run, own["lm_eval"], own["num_samples"]))
             end()
         from lorasb_ds import zero
-        from lorasb_ds.eval_rows import load_eval_rows
+        from lorasb_ds.eval_rows import check_length, load_eval_rows
         from lorasb_ds.evaluator import evaluate, write_results
         from lorasb_ds.inference import start_model
 
         chosen = {name: own[name] for name in ("task", "num_samples", "max_new_tokens")}
         sources = [load_eval_rows(s, run.config, run.tokenizer, **chosen) for s in config.data]
+        for rows in sources:
+            check_length(rows, run.max_positions)
         if in_job:
             tell_agent("joining")
             zero.init_process_group()
@@ -69,8 +71,14 @@ def main(own: dict[str, Any], given: dict[str, Any]) -> None:
             zero.close_process_group()
     except ConfigError as error:
         refuse(error)
-    except (MemoryError, OSError) as error:
-        refuse(error, status=1)
+    except Exception as error:
+        from lorasb_ds.out_of_memory import is_out_of_memory
+
+        if is_out_of_memory(error):
+            refuse(MemoryError(f"Out of memory: {error}\nLower --batch-size."), status=1)
+        if isinstance(error, OSError):
+            refuse(error, status=1)
+        raise
     end()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from datetime import datetime
@@ -86,6 +87,11 @@ def eval_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(command)
     def wrapper(**options: Any) -> Any:
         own = {name: options.pop(name) for name in OWN}
+        if own["lm_eval"] is not None:
+            asked = {"--data": options["data"], "--max-new-tokens": own["max_new_tokens"]}
+            asked["--task"] = own["task"] != "auto"
+            if extra := [name for name, value in asked.items() if value]:
+                raise ConfigError(f"--lm-eval brings its own rows and rules: leave out {extra[0]}.")
         options["data"] = options["data"] or (DEMO_EVAL_DATA,)
         launch = {"launch": options.pop("launch")} if "launch" in options else {}
         return command(own=own, given=with_adapter(options, own["adapter"]), **launch)
@@ -106,6 +112,7 @@ def eval_command(launch: LaunchOptions, own: dict[str, Any], given: dict[str, An
     Answers are generated greedily and held against the rows' own; choices are made by likelihood.
     In this process, or with --num-procs, --num-gpus or --hostfile in several: shards by ZeRO-3.
     """
+    launch.check()
     several = launch.num_procs or launch.num_gpus or launch.hostfile or launch.no_ssh
     if launch.max_restarts:
         raise ConfigError("--max-restarts: an evaluation is not restarted. Leave it out.")
@@ -114,8 +121,12 @@ def eval_command(launch: LaunchOptions, own: dict[str, Any], given: dict[str, An
     arguments = to_arguments(own)
     if not several:
         command = worker_command("eval", [*arguments, *to_arguments(given)])
-        sys.exit(run_here(command, dict(os.environ)))
-    if given.get("output_dir") is None:
+        if launch.dry_run:
+            click.echo(shlex.join(command))
+            return
+        # The rows that `lorasb train` sees: some tasks of reasoning-gym depend on the hash seed.
+        sys.exit(run_here(command, {"PYTHONHASHSEED": "0", **os.environ}))
+    if given.get("output_dir") is None and not launch.no_ssh:
         model = Path(load_run_config(given).model).name
         given["output_dir"] = f"runs/eval-{model}-{datetime.now():%Y%m%d-%H%M%S}"
     sys.exit(start(launch, [EVAL, *arguments], None, given))

@@ -133,8 +133,8 @@ def read_adapter(path: str) -> StoredAdapter:
         ConfigError: if it is none of them, broken, or something else than a plain LoRA.
     """
     try:
-        found = _read(Path(path).expanduser())
-    except (OSError, RuntimeError) as error:  # names that are too long, unknown users
+        found = _read(Path(path).expanduser().resolve())
+    except (OSError, RuntimeError, ValueError) as error:  # names of no file, unknown users
         raise ConfigError(f"{path} cannot be read: {error}. Name another folder.") from error
     if found is None:
         raise ConfigError(

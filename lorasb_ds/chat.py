@@ -18,6 +18,7 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% else %}{{ turn.content + '\n\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### Answer:\n' }}{% endif %}"
 )
+NEXT_QUESTION = "### Question:"  # as it begins there
 MARK = "\ue000turn\ue000"  # stands for a turn; private characters, which no text has
 
 
@@ -63,6 +64,12 @@ def render_prompt(tokenizer: Any, messages: Messages) -> list[int]:
     """Token ids of everything before a response. Raises as ``render``."""
     text = render(tokenizer, messages, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def end_of_turn(tokenizer: Any) -> str:
+    """What the template writes behind a turn of the assistant; "" if it has no mark for that."""
+    said = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
+    return render(tokenizer, said).partition(MARK)[2].strip()
 
 
 def render_conversation(tokenizer: Any, messages: Messages) -> Rendered:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from lorasb_ds.adapter_files import StoredAdapter
 from lorasb_ds.config import ConfigError
 from lorasb_ds.export import peft_tensors
 from lorasb_ds.low_rank import padded, product_svd, weighted_sum
-from lorasb_ds.truncate import rounded, write_adapter
+from lorasb_ds.truncate import check_folder, rounded, write_adapter
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ def combine_adapters(
     *,
     r: int | None = None,
     dtype: str = "fp32",
+    overwrite: bool = False,
 ) -> Combined:
     """Write ``Σ wᵢ ΔWᵢ`` as a PEFT LoRA folder.
 
@@ -37,10 +38,14 @@ def combine_adapters(
     the factors are stacked, which is exact at the sum of the ranks; with ``r``, the QR and SVD of
     the stack give the best update of that rank. A layer that an adapter lacks counts as 0 in it.
 
+    Args:
+        overwrite: replace an adapter that is there.
     Raises:
-        ConfigError: if they cannot be added: their layers have different shapes, …
+        ConfigError: if they cannot be added (their layers have different shapes, …), or ``out`` may
+            not be written.
     """
     _check(adapters, weights)
+    folder = check_folder(out, adapters, overwrite)
     shapes = {name: shape for adapter in adapters for name, shape in adapter.shapes.items()}
     sums, one_basis = {}, True
     for name in shapes:
@@ -56,18 +61,20 @@ def combine_adapters(
         raise ConfigError(f"--r {r}: the sum has rank {largest} at most; give 1 to {largest}.")
     wanted = r or largest
     tensors: dict[str, torch.Tensor] = {}
+    is_cut = any(len(pair.A) > wanted for pair in sums.values())
     kept, whole = 0.0, 0.0
     for name, pair in sums.items():
-        svd = product_svd(pair)
-        kept += svd.S[:wanted].square().sum().item()
-        whole += svd.S.square().sum().item()
-        cut = svd.pair(wanted) if len(pair.A) > wanted else padded(pair, wanted)
-        tensors |= peft_tensors(name, *rounded(name, cut, dtype))
-    union = [name for name in shapes if name not in adapters[0].layers]
-    like = adapters[0]
-    if union:  # its target_modules would name too few
-        like = replace(like, peft_config={**like.peft_config, "target_modules": list(shapes)})
-    write_adapter(out, tensors, wanted, like)
+        if is_cut:
+            svd = product_svd(pair)
+            kept += svd.S[:wanted].square().sum().item()
+            whole += svd.S.square().sum().item()
+            if len(pair.A) > wanted:
+                pair = svd.pair(wanted)
+        tensors |= peft_tensors(name, *rounded(name, padded(pair, wanted), dtype))
+    first = adapters[0]
+    same = set(shapes) == set(first.layers)  # else its target_modules would name too few
+    targets = first.target_modules if same else list(shapes)
+    write_adapter(folder, tensors, wanted, targets, first.base_path)
     return Combined(wanted, one_basis, kept / whole if whole else 1.0)
 
 

@@ -13,6 +13,7 @@ DEMO_MODEL = "demo"
 DEMO_DATA = "reasoning-gym:word_sequence_reversal?max_words=6&size=1000&seed=1"
 DEMO_EVAL_DATA = "reasoning-gym:word_sequence_reversal?max_words=6&size=64&seed=2"
 ALL_LINEAR = "all-linear"
+JSON_BYTES = 1 << 26  # of a file that is read whole
 DS_CONFIG_COPY = "ds_config.json"  # in the output folder
 LAUNCH, LOGS = "launch", "logs"  # what the launcher writes there
 SHIPPED_DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
@@ -312,6 +313,10 @@ def read_json(path: str, option: str) -> dict[str, Any]:
         shipped = ", ".join(sorted(f"ds_configs/{f.name}" for f in SHIPPED_DS_CONFIGS.glob("*")))
         hint = f" Shipped configurations: {shipped}." if option == "--ds-config" else ""
         raise ConfigError(f"{option} {path}: there is no such file.{hint}")
+    if file.stat().st_size > JSON_BYTES:
+        raise ConfigError(
+            f"{option} {path} has more than {JSON_BYTES >> 20} MiB. Name another file."
+        )
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

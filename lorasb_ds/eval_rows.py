@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorasb_ds.answers import SCORES, Score, is_equal_math
+from lorasb_ds.answers import SCORES, Score, is_equal_math, is_harmless
 from lorasb_ds.chat import render, render_prompt
 from lorasb_ds.config import ConfigError, RunConfig
-from lorasb_ds.data import TokenizedRows, tokenize_rows
+from lorasb_ds.data import TokenizedRows, check_tokenizer, tokenize_rows
 from lorasb_ds.examples import IGNORE_INDEX, Example
-from lorasb_ds.forms import RowError, parse_row
+from lorasb_ds.forms import Row, RowError, parse_row
 from lorasb_ds.questions import Choices, choices_of, find_task
 from lorasb_ds.rows import load_rows, reasoning_gym_dataset
 
+# Scorers that let Python evaluate the answer.
+EVALUATES = re.compile(r"\b(eval|exec|parse_expr|sympify)\(")
 LONG_ANSWERS = ("gsm8k", "metamath", "math")  # which reason before they answer
 
 
@@ -76,6 +80,7 @@ def load_eval_rows(
     Raises:
         ConfigError: if they cannot be read, or ask for nothing that the task knows.
     """
+    check_tokenizer(tokenizer, config)
     rows = load_rows(source, held_out=True)
     rows = [rows[i] for i in range(min(num_samples or len(rows), len(rows)))]
     if task == "auto":
@@ -85,7 +90,7 @@ def load_eval_rows(
     examples = None
     if task == "multiple-choice":
         choices = _choices(tokenizer, rows)
-        kept = len(choices)
+        used = {question.row for question in choices}
         if not choices:
             raise ConfigError(
                 f"--task multiple-choice: no row of {source} has choices and a right one among "
@@ -94,7 +99,7 @@ def load_eval_rows(
     else:
         examples = tokenize_rows(rows, tokenizer, config)
         questions = _questions(tokenizer, rows, config)
-        kept = len(examples.examples)
+        used = {question.row for question in questions} | {*examples.row_numbers.tolist()}
     return EvalRows(
         source=source,
         task=task,
@@ -103,8 +108,25 @@ def load_eval_rows(
         examples=examples,
         questions=questions,
         choices=choices,
-        skipped=len(rows) - kept,
+        skipped=len(rows) - len(used),
     )
+
+
+def check_length(rows: EvalRows, max_positions: int | None) -> None:
+    """Refuse what a model has no positions for: those that learn them end with an index error.
+
+    Raises:
+        ConfigError: naming the longest row.
+    """
+    asked = {q.row: len(q.ids) + rows.max_new_tokens for q in rows.questions}
+    asked |= {q.row: max(len(e.input_ids) for e in q.examples) for q in rows.choices}
+    row = max(asked, key=lambda row: asked[row], default=0)
+    if max_positions is not None and asked and asked[row] > max_positions:
+        raise ConfigError(
+            f"{rows.source}: row {row} may come to {asked[row]} tokens with its answer, and the "
+            f"model has {max_positions} positions. Lower --max-new-tokens (now "
+            f"{rows.max_new_tokens}), or leave such rows out."
+        )
 
 
 def _scorer(task: str, source: str) -> Score:
@@ -118,7 +140,17 @@ def _scorer(task: str, source: str) -> Score:
     if task != "reasoning-gym":
         return SCORES.get(task, SCORES["exact"])
     dataset = reasoning_gym_dataset(source)
-    return lambda text, row, _: dataset.score_answer(text, row) >= 1.0
+    evaluates = EVALUATES.search(inspect.getsource(type(dataset))) is not None
+
+    def score(text: str, row: Row, _: str) -> bool:
+        if evaluates and not is_harmless(text):
+            return False
+        try:
+            return bool(dataset.score_answer(text, row) >= 1.0)
+        except Exception:  # a hundred scorers, and whatever a model may write: it is not right
+            return False
+
+    return score
 
 
 def _questions(tokenizer: Any, rows: Sequence[Any], config: RunConfig) -> list[Question]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorasb_ds.batches import Batch, deal
+from lorasb_ds.chat import NEXT_QUESTION, end_of_turn
 from lorasb_ds.examples import IGNORE_INDEX
+from lorasb_ds.forms import RowError
 from lorasb_ds.loss import token_loss_sum
 from lorasb_ds.sharding import rank_and_size
 
@@ -68,6 +70,21 @@ class Generated:
     cut_off: bool  # it has as many tokens as it was allowed, and does not end
 
 
+def stop_tokens(tokenizer: Any, others: int | Sequence[int] | None = None) -> list[int]:
+    """Tokens that end an answer: the end of text, and the mark with which the template ends a turn,
+    which is what training teaches.
+
+    Args:
+        others: a generation configuration's own, ``eos_token_id``.
+    """
+    found = {tokenizer.eos_token_id}
+    found |= {others} if isinstance(others, int) else set(others or ())
+    with suppress(RowError):  # a template that refuses the simplest conversation
+        mark = tokenizer(end_of_turn(tokenizer), add_special_tokens=False)["input_ids"]
+        found |= set(mark) if len(mark) == 1 else set()
+    return sorted(found)
+
+
 @torch.no_grad()
 def generate(
     model: Any,
@@ -76,11 +93,16 @@ def generate(
     max_new_tokens: int,
     device: torch.device,
     *,
+    stop: Sequence[int],
     synced: bool = False,
 ) -> list[Generated]:
     """Greedy continuations of a batch, padded on the left.
 
+    Where the tokenizer has no chat template, an answer also ends where the next question begins: a
+    base that knows no turns goes on to invent one.
+
     Args:
+        stop: ``stop_tokens``.
         synced: under ZeRO-3, where ranks have different prompts: every rank goes on until the last
             one has ended, since all take part in gathers. Collective then.
     """
@@ -90,22 +112,27 @@ def generate(
     for i, prompt in enumerate(prompts):
         input_ids[i, length - len(prompt) :] = torch.tensor(prompt)
         attention_mask[i, length - len(prompt) :] = 1
+    has_turns = tokenizer.chat_template is not None
+    by_text = {} if has_turns else {"stop_strings": [NEXT_QUESTION], "tokenizer": tokenizer}
     output = model.generate(
         input_ids=input_ids.to(device),
         attention_mask=attention_mask.to(device),
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=list(stop),
         synced_gpus=synced,
+        **by_text,
     )[:, length:]
-    texts = tokenizer.batch_decode(output, skip_special_tokens=True)
-    ended = (output == tokenizer.eos_token_id).any(1).tolist()
+    ended = torch.isin(output, torch.tensor(list(stop), device=output.device)).any(1).tolist()
     full = output.shape[1] >= max_new_tokens
-    return [
-        Generated(text.strip(), cut_off=full and not end)
-        for text, end in zip(texts, ended, strict=True)
-    ]
+    answers = []
+    for text, end in zip(
+        tokenizer.batch_decode(output, skip_special_tokens=True), ended, strict=True
+    ):
+        said, more, _ = (text, "", "") if has_turns else text.partition(NEXT_QUESTION)
+        answers.append(Generated(said.strip(), cut_off=full and not end and not more))
+    return answers
 
 
 def rounds(lengths: Sequence[int], batch_size: int) -> Iterator[tuple[list[int], bool]]:

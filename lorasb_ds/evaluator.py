@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.progress import track
 from torch import nn
 
 from lorasb_ds import accelerator
 from lorasb_ds.batches import collate, share_out
 from lorasb_ds.config import DEMO_EVAL_DATA
-from lorasb_ds.eval_rows import EvalRows, load_eval_rows
+from lorasb_ds.eval_rows import EvalRows, check_length, load_eval_rows
 from lorasb_ds.evaluate import (
     Generated,
     Share,
@@ -86,6 +88,7 @@ def evaluate_model(
         num_samples=num_samples,
         max_new_tokens=max_new_tokens,
     )
+    check_length(rows, run.max_positions)
     return evaluate(run, rows, start_model(run))
 
 
@@ -132,9 +135,9 @@ def _answer(
     run: PreparedModel, rows: EvalRows, model: Any
 ) -> tuple[dict[str, Share], list[dict[str, Any]]]:
     """Greedy answers, and which of them are right."""
-    found: dict[int, Generated] = {}
+    found: dict[int, tuple[Generated, bool]] = {}
     lengths = [len(question.ids) for question in rows.questions]
-    for batch, counts in rounds(lengths, run.config.micro_batch_size):
+    for batch, counts in _shown(lengths, run.config.micro_batch_size):
         prompts = [rows.questions[i].ids for i in batch]
         texts = generate(
             model,
@@ -142,19 +145,21 @@ def _answer(
             prompts,
             rows.max_new_tokens,
             accelerator.device(),
+            stop=run.stop,
             synced=run.is_sharded,
         )
-        if counts:
-            found |= dict(zip(batch, texts, strict=True))
+        for i, answer in zip(batch, texts if counts else [], strict=counts):
+            asked = rows.questions[i]
+            found[i] = answer, rows.score(answer.text, asked.content, asked.expected)
     found = from_all_ranks(found)
     answers = [
         {
             "row": question.row,
             "prompt": question.prompt,
             "expected": question.expected,
-            "generated": found[i].text,
-            "right": rows.score(found[i].text, question.content, question.expected),
-            "cut_off": found[i].cut_off,
+            "generated": found[i][0].text,
+            "right": found[i][1],
+            "cut_off": found[i][0].cut_off,
         }
         for i, question in enumerate(rows.questions)
     ]
@@ -173,7 +178,7 @@ def _choose(
     examples = [example for question in rows.choices for example in question.examples]
     lengths = [len(example.input_ids) for example in examples]
     found: dict[int, float] = {}
-    for batch, counts in rounds(lengths, run.config.micro_batch_size):
+    for batch, counts in _shown(lengths, run.config.micro_batch_size):
         collated = collate([examples[i] for i in batch], run.tokenizer.pad_token_id)
         values = log_likelihoods(model, collated.to(accelerator.device()))
         if counts:
@@ -204,6 +209,12 @@ def _choose(
         )
     scores = {"accuracy": _share(answers, "right"), "accuracy_norm": _share(answers, "right_norm")}
     return loss / num_tokens, scores, answers
+
+
+def _shown(lengths: Sequence[int], batch_size: int) -> Iterable[tuple[list[int], bool]]:
+    """``rounds``, with a bar where there is a terminal."""
+    all_rounds = list(rounds(lengths, batch_size))
+    return track(all_rounds, "answers", transient=True, disable=not sys.stdout.isatty())
 
 
 def _share(answers: Sequence[dict[str, Any]], key: str) -> Share:
@@ -250,6 +261,7 @@ def _describe(rows: EvalRows, result: EvalResult) -> dict[str, Any]:
         "data": rows.source,
         "task": result.task,
         "rows": result.num_rows,
+        "loss_rows": len(rows.examples.examples if rows.examples else rows.choices),
         "skipped_rows": rows.skipped,
         "max_new_tokens": rows.max_new_tokens,
         "loss": result.loss,

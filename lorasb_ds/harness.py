@@ -27,10 +27,10 @@ def evaluate_by_harness(run: PreparedModel, tasks: str, num_samples: int | None 
         from lm_eval import simple_evaluate, utils
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
-    except ImportError:
+    except ImportError as error:
         raise ConfigError(
-            "--lm-eval needs the package lm-eval: pip install 'lorasb-ds[lm-eval]'."
-        ) from None
+            f"--lm-eval needs the package lm-eval: pip install 'lorasb-ds[lm-eval]' ({error})."
+        ) from error
     names: list[Any] = []
     known = TaskManager()
     for task in tasks.split(","):
@@ -49,6 +49,7 @@ def evaluate_by_harness(run: PreparedModel, tasks: str, num_samples: int | None 
         tasks=names,
         limit=num_samples,
         task_manager=known,
+        apply_chat_template=run.tokenizer.chat_template is not None,  # as it was trained
     )
     if run.config.output_dir is not None:
         folder = Path(run.config.output_dir)

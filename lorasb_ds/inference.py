@@ -6,17 +6,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import GenerationConfig
 
 from lorasb_ds import accelerator, zero
-from lorasb_ds.adapter import Shapes, inject, linear_layers
+from lorasb_ds.adapter import LoraSBLinear, Shapes, inject, linear_layers
 from lorasb_ds.adapter_files import StoredAdapter, read_adapter
 from lorasb_ds.base_files import model_folder
 from lorasb_ds.config import ConfigError, RunConfig
 from lorasb_ds.ds_config import resolve_ds_config
+from lorasb_ds.evaluate import stop_tokens
 from lorasb_ds.loading import DTYPES, empty_model, load_base, load_config, stored_quantization
 from lorasb_ds.loss import add_loss_head, check_loss_head
-from lorasb_ds.low_rank import padded
+from lorasb_ds.low_rank import product_svd
 from lorasb_ds.tokenizer import load_tokenizer
 
 
@@ -29,6 +31,12 @@ class PreparedModel:
     hf_config: Any
     tokenizer: Any
     adapter: StoredAdapter | None
+    stop: list[int]  # tokens that end an answer
+
+    @property
+    def max_positions(self) -> int | None:
+        """Of the model's configuration."""
+        return getattr(self.hf_config.get_text_config(), "max_position_embeddings", None)
 
     @property
     def is_sharded(self) -> bool:
@@ -57,12 +65,17 @@ def prepare_model(
     if stored_adapter is not None:
         empty = empty_model(hf_config, DTYPES[config.dtype], config.trust_remote_code)
         _check_fits(stored_adapter, linear_layers(empty), config.model)
+    tokenizer = load_tokenizer(config.model)
+    folder, others = model_folder(config.model), None
+    if (folder / "generation_config.json").is_file():
+        others = GenerationConfig.from_pretrained(folder).eos_token_id
     return PreparedModel(
         config=config,
         ds_config=ds_config,
         hf_config=hf_config,
-        tokenizer=load_tokenizer(config.model),
+        tokenizer=tokenizer,
         adapter=stored_adapter,
+        stop=stop_tokens(tokenizer, others),
     )
 
 
@@ -71,36 +84,58 @@ def start_model(run: PreparedModel) -> Any:
 
     A quantized or sharded base has no place for PEFT's layers: the adapter's pairs are put into
     ours, with R = I.
+
+    Raises:
+        ConfigError: if it is to be sharded, and there is no job.
     """
     config = run.config
+    if run.is_sharded and not dist.is_initialized():
+        raise ConfigError(
+            f"--ds-config {config.ds_config} shards the base over the processes of a job, and this "
+            "is one process. Give --num-procs or --num-gpus, or leave it out."
+        )
     model = load_base(config, run.hf_config, run.ds_config)
-    folder = model_folder(config.model)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    adapters = {}
-    if run.adapter is not None:
-        adapters = inject(model, run.adapter.shapes, run.adapter.r, DTYPES[config.dtype])
-        model.requires_grad_(False)
+    # The base's own may ask for beams, or punish repetitions: greedy is greedy.
+    model.generation_config = GenerationConfig()
+    adapters: dict[str, LoraSBLinear] = {}
+    for r, shapes in _by_rank(run.adapter).items():
+        adapters |= inject(model, shapes, r, DTYPES[config.dtype])
+    model.requires_grad_(False)
     add_loss_head(model)
     if run.is_sharded:
         model = zero.make_inference_engine(model, run.ds_config).module
     for name, layer in adapters.items():
         assert run.adapter is not None
-        A, B = padded(run.adapter.pair(name), run.adapter.r)
-        zero.fill_alike(layer.lora_A, A)
-        zero.fill_alike(layer.lora_B, B)
-        zero.fill_alike(layer.lora_R, torch.eye(run.adapter.r))
+        pair = run.adapter.pair(name)
+        if layer.r < len(pair.A):
+            pair = product_svd(pair).pair(layer.r)
+        if not all(factor.to(DTYPES[config.dtype]).isfinite().all() for factor in pair):
+            raise ConfigError(f"--dtype {config.dtype}: the factors of {name} exceed its range.")
+        zero.fill_alike(layer.lora_A, pair.A)
+        zero.fill_alike(layer.lora_B, pair.B)
+        zero.fill_alike(layer.lora_R, torch.eye(layer.r))
     model.eval()
     check_loss_head(model, torch.arange(8, device=accelerator.device())[None])
     return model
+
+
+def _by_rank(adapter: StoredAdapter | None) -> dict[int, Shapes]:
+    """Rank -> layers; a rank beyond a layer's sides is cut to them, which loses nothing."""
+    found: dict[int, Shapes] = {}
+    for name, shape in (adapter.shapes if adapter is not None else {}).items():
+        assert adapter is not None
+        r = min(adapter.stored[adapter.layers[name].A].shape[0], *shape)
+        found.setdefault(r, {})[name] = shape
+    return found
 
 
 def _check_fits(adapter: StoredAdapter, layers: Shapes, name: str) -> None:
     """Refuse an adapter of another base."""
     for layer, shape in adapter.shapes.items():
         if layers.get(layer) != shape:
-            has = f"one of {layers[layer]}" if layer in layers else "none"
+            has = f"one of {layers[layer]}" if layer in layers else "no such linear layer"
             raise ConfigError(
                 f"--adapter {adapter.path} does not fit --model {name}: it has {layer} of shape "
-                f"{shape}, where the model has {has}. Name the base that it was trained on."
+                f"{shape}, where the model has {has}. Name the base that it was trained on. "
+                "(Heads and shared layers take no adapter here: evaluate the merged model.)"
             )

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import nn
 from transformers.core_model_loading import build_glob_alternation
 from transformers.pytorch_utils import Conv1D
@@ -231,29 +229,3 @@ def _check_sides(model: nn.Module, name: str, shape: Sequence[int], key: str) ->
             f"The base cannot be loaded: {key} is of a weight of shape {tuple(shape)}, where the "
             f"model of config.json has {sides}. Fetch the files again."
         )
-
-
-def load_plain(
-    model: str, dtype: str, adapter: str | None = None
-) -> tuple[nn.Module, torch.device]:
-    """A whole model on one device for inference, with PEFT's reading of an adapter folder."""
-    from transformers import GenerationConfig
-
-    if adapter is not None:
-        for file in ("adapter_config.json", "adapter_model.safetensors"):
-            if not (Path(adapter) / file).is_file():
-                raise ConfigError(f"--adapter {adapter}: the folder has no {file}.")
-    base = empty_model(load_config(model), DTYPES[dtype])
-    _fill(base, model, None, None)
-    if (model_folder(model) / "generation_config.json").is_file():
-        base.generation_config = GenerationConfig.from_pretrained(model_folder(model))
-    if adapter is not None:
-        from peft import PeftModel
-
-        try:
-            base = PeftModel.from_pretrained(base, adapter)
-        except (RuntimeError, ValueError, SafetensorError) as error:
-            raise ConfigError(
-                f"--adapter {adapter} does not fit --model {model}: {first_line(error)}"
-            ) from error
-    return base.eval(), accelerator.device()

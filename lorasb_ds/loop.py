@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from lorasb_ds import accelerator, zero
 from lorasb_ds.batches import Batch
-from lorasb_ds.evaluate import eval_mode, generate, held_out_loss
+from lorasb_ds.evaluate import eval_mode, generate, held_out_loss, stop_tokens
 from lorasb_ds.history import perplexity
 from lorasb_ds.job import Job
 from lorasb_ds.loss import token_loss_sum
@@ -237,7 +237,14 @@ def write_samples(job: Job, stage: Stage) -> None:
     examples = run.held_out.examples[: run.config.generate_samples]
     prompts = [example.input_ids[: max(1, example.first_label)] for example in examples]
     with eval_mode(model):
-        answers = generate(model, run.tokenizer, prompts, SAMPLE_TOKENS, accelerator.device())
+        answers = generate(
+            model,
+            run.tokenizer,
+            prompts,
+            SAMPLE_TOKENS,
+            accelerator.device(),
+            stop=stop_tokens(run.tokenizer),
+        )
     if job.log:
         for i, (example, prompt, answer) in enumerate(zip(examples, prompts, answers, strict=True)):
             job.log.write_sample(

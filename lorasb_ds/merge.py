@@ -141,7 +141,8 @@ def _check_out(out: Path, base: Path, adapter: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ConfigError(f"--out {out} is not empty. Name another folder, or give --overwrite.")
-    if not (out / "config.json").is_file():
+    has_model = (out / RECORD).is_file() or any(out.glob("model*.safetensors"))
+    if not has_model or Path.cwd().is_relative_to(out):
         raise ConfigError(
             f"--out {out} holds something, and is no model's folder: --overwrite would delete it. "
             "Name another folder, or empty it."

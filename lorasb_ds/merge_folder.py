@@ -131,12 +131,12 @@ def write_all_sums(partial: Path, finished: Mapping[str, Written]) -> None:
 
 def put_in_place(partial: Path, out: Path) -> None:
     """Where ``out`` holds something it is set aside, and removed when the new one is there."""
-    (partial / LOCK).unlink()
     aside = out.with_name(out.name + ".lorasb-replaced")
     if out.is_dir() and any(out.iterdir()):
         if aside.exists():  # of a merge that was killed between the lines below
             shutil.rmtree(aside)
         out.replace(aside)
     publish(partial, out)
+    (out / LOCK).unlink()  # only now: another merge that began in ``partial`` would find it free
     if aside.exists():
         shutil.rmtree(aside)

@@ -132,12 +132,12 @@ def with_adapter(given: Mapping[str, Any], adapter: str | None) -> dict[str, Any
     asked = {name: value for name, value in given.items() if value is not None}
     if adapter is None:
         return asked
-    folder = Path(adapter).expanduser()
+    folder = Path(adapter).expanduser().resolve()
     for run in (folder, folder.parent, folder.parent.parent):
         if (run / "run.json").is_file():
             config = read_json(str(run / "run.json"), "--adapter").get("config")
             trained = config if isinstance(config, dict) else {}
-            names = ["model"] if "model" not in asked else []
+            names = [name for name in ("model", "dtype") if name not in asked]
             if not {"load_in_4bit", "load_in_8bit"} & set(asked):
                 names += ["load_in_4bit", "load_in_8bit"]
             return {name: trained[name] for name in names if trained.get(name)} | asked

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from lorasb_ds.adapter_files import StoredAdapter
+from lorasb_ds.adapter_files import WEIGHTS_FILE, StoredAdapter
 from lorasb_ds.config import ConfigError
 from lorasb_ds.export import peft_tensors, save_peft_adapter
 from lorasb_ds.low_rank import LoraPair, energy_kept, padded, product_svd
+from lorasb_ds.peft_config import CONFIG_FILE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ADAPTER_FILES = {CONFIG_FILE, WEIGHTS_FILE}
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -43,17 +46,25 @@ def measure_energy(adapter: StoredAdapter) -> EnergyKept:
 
 
 def export_adapter(
-    adapter: StoredAdapter, out: Path, *, r: int | None = None, dtype: str = "fp32"
+    adapter: StoredAdapter,
+    out: Path,
+    *,
+    r: int | None = None,
+    dtype: str = "fp32",
+    overwrite: bool = False,
 ) -> int:
     """Write a PEFT LoRA folder with alpha = r, every layer of rank r.
 
     Args:
         r: cut to it, by the best approximation of that rank. [default: the adapter's]
+        overwrite: replace an adapter that is there.
     Returns:
         The bytes of its tensors.
     Raises:
-        ConfigError: if r is larger than the adapter's, or a number does not fit into ``dtype``.
+        ConfigError: if r is larger than the adapter's, a number does not fit into ``dtype``, or
+            ``out`` may not be written.
     """
+    folder = check_folder(out, [adapter], overwrite)
     if r is not None and not 1 <= r <= adapter.r:
         raise ConfigError(f"--r {r}: the adapter has rank {adapter.r}; give 1 to {adapter.r}.")
     tensors: dict[str, torch.Tensor] = {}
@@ -61,7 +72,7 @@ def export_adapter(
         pair = adapter.pair(name)
         cut = product_svd(pair).pair(r) if r is not None and r < len(pair.A) else pair
         tensors |= peft_tensors(name, *rounded(name, padded(cut, r or adapter.r), dtype))
-    write_adapter(out, tensors, r or adapter.r, adapter)
+    write_adapter(folder, tensors, r or adapter.r, adapter.target_modules, adapter.base_path)
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
@@ -73,12 +84,40 @@ def rounded(name: str, pair: LoraPair, dtype: str) -> LoraPair:
     return result
 
 
-def write_adapter(out: Path, tensors: dict[str, torch.Tensor], r: int, like: StoredAdapter) -> None:
-    """A PEFT folder of tensors for the layers and the base of an adapter."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_peft_adapter(
-        out, tensors, r=r, target_modules=like.target_modules, base_model=like.base_path
-    )
+def write_adapter(
+    folder: Path,
+    tensors: dict[str, torch.Tensor],
+    r: int,
+    target_modules: list[str],
+    base: str | None,
+) -> None:
+    """A PEFT folder, in the place of one that is there: see ``check_folder``."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    save_peft_adapter(folder, tensors, r=r, target_modules=target_modules, base_model=base)
+
+
+def check_folder(out: Path, adapters: Sequence[StoredAdapter], overwrite: bool) -> Path:
+    """The folder of ``--out``, which may be written.
+
+    Raises:
+        ConfigError: if something is there that is no adapter or may not be replaced, or that is
+            read.
+    """
+    folder = out.expanduser().resolve()
+    sources = [adapter.path.resolve() for adapter in adapters]
+    if any(folder in (path, *path.parents) for path in (*sources, Path.cwd())):
+        raise ConfigError(f"--out {out} holds what is read, or this shell. Name another folder.")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--out {out} is a file. Name a folder.")
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if found and not overwrite:
+        raise ConfigError(f"--out {out} is not empty. Name another folder, or give --overwrite.")
+    if found - ADAPTER_FILES:
+        raise ConfigError(
+            f"--out {out} is not empty, and holds more than an adapter: "
+            f"{', '.join(sorted(found - ADAPTER_FILES)[:3])}. Name another folder."
+        )
+    return folder
 
 
 def max_lora_rank(r: int) -> int | None:

@@ -152,6 +152,7 @@ def make_inference_engine(model: torch.nn.Module, ds_config: Mapping[str, Any]) 
     inference = {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": ds_config["bf16"]["enabled"]},
+        "fp16": {"enabled": "fp16" in ds_config},
         "zero_optimization": section,
     }
     engine, *_ = deepspeed.initialize(model=model, config=inference)

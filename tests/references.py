@@ -8,6 +8,9 @@ import torch
 
 from lorasb_ds.adapter import linear_layers
 from lorasb_ds.batches import Batch
+from lorasb_ds.ds_config import resolve_ds_config
+from lorasb_ds.loading import load_base, load_config
+from lorasb_ds.request import load_run_config
 
 
 def own_loss(model: Any, batch: Batch) -> torch.Tensor:
@@ -37,3 +40,10 @@ def nf4_config(compute_dtype: torch.dtype) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
     )
+
+
+def load_whole(folder: str, dtype: str) -> Any:
+    """A base as this project loads it: plain, in one process."""
+    config = load_run_config({"model": folder, "dtype": dtype})
+    ds_config, config = resolve_ds_config(config, 1)
+    return load_base(config, load_config(folder), ds_config).eval()

@@ -383,3 +383,22 @@ def test_restart_with_fewer_hosts(start: Callable[..., Job], tmp_path: Path) -> 
     assert run["world_size"] == 1
     assert run["config"]["train_batch_size"] == 5
     shutil.rmtree(job.folder)
+
+
+def test_two_hosts_share_an_evaluation(
+    hosts: Hosts, options: list[str], tiny_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "hostfile").write_text("".join(f"{hosts[i].name} slots=1\n" for i in (0, 1)))
+    data = options[options.index("--data") + 1]
+    with (tmp_path / "log").open("w") as log:
+        command = hosts[0].popen(
+            *(LORASB, "eval", "--hostfile", tmp_path / "hostfile", "--model", str(tiny_model)),
+            *("--data", data, "--num-samples", "5", "--max-new-tokens", "4", "--batch-size", "2"),
+            *("--output-dir", tmp_path / "out", "--failure-timeout", str(TIMEOUT)),
+            stdout=log,
+        )
+        assert command.wait(timeout=120) == 0, (tmp_path / "log").read_text()
+    found = json.loads((tmp_path / "out" / "eval.json").read_text())
+    assert (found["world_size"], found["zero_stage"]) == (2, 3)
+    assert found["results"][0]["rows"] == 5
+    assert (tmp_path / "out" / "answers.jsonl").read_text().count("\n") == 5

@@ -263,7 +263,7 @@ def test_no_rank_beyond_the_sides(tmp_path: Path) -> None:
     W = sum(deltas(adapter)["c"] for adapter in adapters)
     assert near(deltas(read_adapter(str(tmp_path / "out")))["c"], W, 1e-6)  # fp32
     with pytest.raises(ConfigError, match="--r 6: the sum has rank 5 at most; give 1 to 5"):
-        combine_adapters(adapters, [1, 1, 1], tmp_path / "out", r=6)
+        combine_adapters(adapters, [1, 1, 1], tmp_path / "other", r=6)
 
 
 def test_layers_of_one_adapter_only(tmp_path: Path) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +14,14 @@ from transformers import AutoModelForCausalLM
 
 from lorasb_ds import evaluate
 from lorasb_ds.batches import collate
-from lorasb_ds.evaluate import Share, generate, log_likelihoods, rounds, wilson_interval
+from lorasb_ds.evaluate import (
+    Share,
+    generate,
+    log_likelihoods,
+    rounds,
+    stop_tokens,
+    wilson_interval,
+)
 from lorasb_ds.examples import IGNORE_INDEX, Example
 from lorasb_ds.export import peft_target_modules, peft_tensors, save_peft_adapter
 from lorasb_ds.files import write_text
@@ -34,8 +41,8 @@ def test_a_batch_generates_what_single_prompts_do(tiny_model: Path, tokenizer: A
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
     prompts = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16]]
     device = torch.device("cpu")
-    together = generate(model, tokenizer, prompts, 6, device)
-    alone = [generate(model, tokenizer, [prompt], 6, device)[0] for prompt in prompts]
+    together = generate(model, tokenizer, prompts, 6, device, stop=[2])
+    alone = [generate(model, tokenizer, [prompt], 6, device, stop=[2])[0] for prompt in prompts]
     assert together == alone
     assert len({answer.text for answer in together}) == 3
     assert all(answer.cut_off for answer in together), "a random model hardly ends by itself"
@@ -45,13 +52,43 @@ def test_an_answer_that_ends_is_not_cut_off(tiny_model: Path, tokenizer: Any) ->
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
     prompt = torch.tensor([[5, 6, 7]])
     last = model.generate(input_ids=prompt, max_new_tokens=4, do_sample=False)[0, -1].item()
-    ends = SimpleNamespace(
-        pad_token_id=2, eos_token_id=last, batch_decode=tokenizer.batch_decode
-    )  # by what comes fourth, if not before
-    (answer,) = generate(model, ends, prompt.tolist(), 4, torch.device("cpu"))
+    (answer,) = generate(model, tokenizer, prompt.tolist(), 4, torch.device("cpu"), stop=[last])
     assert not answer.cut_off
-    (answer,) = generate(model, tokenizer, prompt.tolist(), 4, torch.device("cpu"))
+    (answer,) = generate(model, tokenizer, prompt.tolist(), 4, torch.device("cpu"), stop=[2])
     assert answer.cut_off
+
+
+def test_an_answer_ends_with_the_turn(tokenizer: Any) -> None:
+    """As training teaches it; whatever the tokenizer calls its end."""
+    mark = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    other = copy.deepcopy(tokenizer)
+    other.eos_token = "<|endoftext|>"  # noqa: S105, no password
+    assert stop_tokens(other) == sorted({other.eos_token_id, mark})
+    assert stop_tokens(tokenizer, [7, 5]) == sorted({5, 7, mark})
+    assert stop_tokens(tokenizer, 9) == sorted({9, mark})
+    other.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"  # without marks
+    assert stop_tokens(other) == [other.eos_token_id]
+
+
+def test_an_invented_question_is_no_answer(tiny_model: Path, tokenizer: Any) -> None:
+    """A base without turns goes on with the next question, which would be scored as well."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    ids = tokenizer("It is 7.\n\n### Question: 1 + 1?\n\n### Answer: 2")["input_ids"]
+    said = iter(ids)
+
+    def say_it(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        output.logits[:, -1] = 0.0
+        output.logits[:, -1, next(said)] = 1.0
+        return output
+
+    forward = model.forward
+    model.forward = say_it
+    (answer,) = generate(model, plain, [[5, 6]], len(ids), torch.device("cpu"), stop=[2])
+    assert answer == evaluate.Generated("It is 7.", cut_off=False)
+    assert len(list(said)) > 3, "it has stopped there"
 
 
 def test_log_likelihoods_are_those_of_whole_logits(tiny_model: Path) -> None:

@@ -12,15 +12,17 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import lorasb_ds
+from lorasb_ds.answers import is_harmless
 from lorasb_ds.batches import collate
 from lorasb_ds.chat import render
 from lorasb_ds.config import ConfigError
-from lorasb_ds.eval_rows import load_eval_rows
+from lorasb_ds.eval_rows import _scorer, load_eval_rows
 from lorasb_ds.evaluator import EvalResult, evaluate, evaluate_model, write_results
 from lorasb_ds.inference import prepare_model, start_model
 from lorasb_ds.request import load_run_config
+from lorasb_ds.rows import load_rows
 from tests.references import own_loss
-from tests.runs import word_rows, write_jsonl
+from tests.runs import ROOT, word_rows, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +160,59 @@ def test_an_adapter_of_another_base(demo_model: Path, adapter: Path) -> None:
     message = r"does not fit --model .* of shape \(48, 80\), where the model has one of \(576, 1536"
     with pytest.raises(ConfigError, match=message):
         prepare_model(config, str(adapter))
+
+
+def test_no_shards_without_a_job(tiny_model: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", word_rows(1))
+    with pytest.raises(ConfigError, match="this is one process"):
+        evaluate_model(str(tiny_model), data=data, ds_config=str(ROOT / "ds_configs/zero3.json"))
+
+
+def test_more_than_the_model_has_positions(
+    tiny_model: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", word_rows(3))
+    with pytest.raises(ConfigError, match=r"row \d may come to \d+ tokens .* 2048 positions"):
+        evaluate_model(str(tiny_model), data=data, max_new_tokens=2040)
+
+
+HOSTILE = ["__import__('os').system('x')", "open('x').read()", "9**9**9", "2**100000", "(1).real"]
+HARMLESS = ["(3 + 4) * 2 - 1", "x**2 + 3*x*sin(x) - exp(-x)/2", "[[1, 2], [3, 4]]", "3(x + 1)"]
+
+
+def test_no_answer_is_run(tmp_path: Path) -> None:
+    """Countdown's scorer lets sympy evaluate what the model wrote."""
+    assert not any(map(is_harmless, HOSTILE))
+    assert all(map(is_harmless, HARMLESS))
+    score = _scorer("reasoning-gym", "reasoning-gym:countdown?size=1&seed=1")
+    (row,) = load_rows("reasoning-gym:countdown?size=1&seed=1")
+    made = tmp_path / "made"
+    assert score(row["metadata"]["expression"], row, "")
+    assert not score(f"open('{made}', 'w')", row, "")
+    assert not made.exists()
+    assert not score("1 +", row, "")
+
+
+def test_ranks_that_differ_and_exceed_a_layer(
+    tiny_model: Path, tmp_path: Path, tokenizer: Any
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    config = LoraConfig(r=2, target_modules=["q_proj", "k_proj"], rank_pattern={"k_proj": 30})
+    tuned = get_peft_model(model, config).eval()
+    for name, parameter in tuned.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.3)
+    tuned.save_pretrained(tmp_path / "adapter")
+    data = write_jsonl(tmp_path / "rows.jsonl", word_rows(2))
+    found = evaluate_model(
+        str(tiny_model), str(tmp_path / "adapter"), data, dtype="fp32", max_new_tokens=1
+    )
+    rows = load_eval_rows(data, load_run_config({"data": data}), tokenizer)
+    assert rows.examples is not None
+    batch = collate(rows.examples.examples[:], 2)
+    with torch.no_grad():
+        expected = own_loss(tuned, batch).item()
+    assert found.loss == pytest.approx(expected, rel=1e-5)  # fp32, in another order
 
 
 def test_in_4_bits(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 from lorasb_ds.adapter import linear_layers
 from lorasb_ds.base_files import stored_tensors, weights_digest
 from lorasb_ds.config import ConfigError, RunConfig
-from lorasb_ds.loading import empty_model, load_base, load_config, load_plain
+from lorasb_ds.loading import empty_model, load_base, load_config
 from lorasb_ds.quantization import PackedLinear, PackedLinear4bit, PackedLinear8bit
 from lorasb_ds.weight_map import map_weights, unused_tensors
-from tests.references import nf4_config
+from tests.references import load_whole, nf4_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 LLAMA = {
@@ -88,7 +88,7 @@ def test_equals_transformers(architecture: str, dtype: str, tmp_path: Path) -> N
     folder = make(architecture, tmp_path)
     assert (folder / "model.safetensors.index.json").is_file()
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
-    found, _ = load_plain(str(folder), dtype)
+    found = load_whole(str(folder), dtype)
     ours, theirs = everything(found), everything(expected)
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
@@ -106,7 +106,7 @@ def test_a_head_stored_under_the_other_name(llama: Path, tmp_path: Path) -> None
     del tensors["model.embed_tokens.weight"]
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)  # of old files; unused
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    found, _ = load_plain(str(tmp_path), "fp32")
+    found = load_whole(str(tmp_path), "fp32")
     assert found.lm_head.weight is found.model.embed_tokens.weight
     assert torch.equal(found.lm_head.weight, expected.lm_head.weight)
 
@@ -225,14 +225,14 @@ def test_a_head_that_is_tied_but_differs(llama: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama)
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    found, _ = load_plain(str(tmp_path), "fp32")
+    found = load_whole(str(tmp_path), "fp32")
     assert found.lm_head.weight is found.model.embed_tokens.weight
     tensors["lm_head.weight"][7, 3] += 1
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
         ConfigError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"
     ):
-        load_plain(str(tmp_path), "fp32")
+        load_whole(str(tmp_path), "fp32")
 
 
 @pytest.mark.parametrize("change", ["num_hidden_layers", "attention_bias"])

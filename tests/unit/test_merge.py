@@ -25,9 +25,9 @@ from lorasb_ds import merge_file
 from lorasb_ds.adapter_files import read_adapter
 from lorasb_ds.base_files import stored_tensors
 from lorasb_ds.config import ConfigError
-from lorasb_ds.loading import load_plain
 from lorasb_ds.merge import merge_adapter
 from lorasb_ds.merge_plan import weights_of
+from tests.references import load_whole
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = ["q_proj", "v_proj", "down_proj"]
@@ -328,7 +328,7 @@ def test_4bit_is_loaded_by_both(base: str, tmp_path: Path, request: pytest.Fixtu
     merged(adapter, model, out, load_in_4bit=True)
     subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=out, check=True)
     found = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
-    ours, _ = load_plain(str(out), "bf16")
+    ours = load_whole(str(out), "bf16")
     merged(adapter, model, tmp_path / "plain")
     quantized = AutoModelForCausalLM.from_pretrained(
         tmp_path / "plain",
