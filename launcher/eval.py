@@ -10,7 +10,7 @@ import click
 
 from launcher.channel import tell_agent
 from launcher.eval_command import eval_options
-from launcher.options import CONTEXT
+from launcher.options import CONTEXT, reports_problems
 from launcher.quiet import quiet_libraries
 from launcher.worker import check_device, end, refuse
 from lorasb_ds.config import ConfigError
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 @click.command(context_settings=CONTEXT)
 @click.option("--local-rank", type=int, hidden=True, expose_value=False)  # DeepSpeed gives it
+@reports_problems
 @eval_options
 def main(own: dict[str, Any], given: dict[str, Any]) -> None:
     """Loss and scores of a model on held-out rows, with or without an adapter."""

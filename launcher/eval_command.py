@@ -87,12 +87,8 @@ def eval_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(command)
     def wrapper(**options: Any) -> Any:
         own = {name: options.pop(name) for name in OWN}
-        if own["lm_eval"] is not None:
-            asked = {"--data": options["data"], "--max-new-tokens": own["max_new_tokens"]}
-            asked["--task"] = own["task"] != "auto"
-            if extra := [name for name, value in asked.items() if value]:
-                raise ConfigError(f"--lm-eval brings its own rows and rules: leave out {extra[0]}.")
-        options["data"] = options["data"] or (DEMO_EVAL_DATA,)
+        if not options["data"]:
+            options["data"] = None if own["lm_eval"] else (DEMO_EVAL_DATA,)
         launch = {"launch": options.pop("launch")} if "launch" in options else {}
         return command(own=own, given=with_adapter(options, own["adapter"]), **launch)
 
@@ -116,8 +112,14 @@ def eval_command(launch: LaunchOptions, own: dict[str, Any], given: dict[str, An
     several = launch.num_procs or launch.num_gpus or launch.hostfile or launch.no_ssh
     if launch.max_restarts:
         raise ConfigError("--max-restarts: an evaluation is not restarted. Leave it out.")
-    if several and own["lm_eval"] is not None:
-        raise ConfigError("--lm-eval runs in one process: leave out where the job runs.")
+    if own["lm_eval"] is not None:
+        asked = {"--data": given.get("data"), "--max-new-tokens": own["max_new_tokens"]}
+        asked |= {"--task": own["task"] != "auto", "Several processes": several}
+        if extra := [name for name, value in asked.items() if value]:
+            raise ConfigError(
+                f"--lm-eval: {extra[0]} cannot be chosen with it. It brings its own rows and "
+                "rules, and runs in one process."
+            )
     arguments = to_arguments(own)
     if not several:
         command = worker_command("eval", [*arguments, *to_arguments(given)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,3 +48,18 @@ def load_whole(folder: str, dtype: str) -> Any:
     config = load_run_config({"model": folder, "dtype": dtype})
     ds_config, config = resolve_ds_config(config, 1)
     return load_base(config, load_config(folder), ds_config).eval()
+
+
+def write_random_lora(base: Path, folder: Path, **options: Any) -> Any:
+    """A LoRA that is large enough to change answers, as PEFT saves it; its model, in fp32."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tuned: Any = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in tuned.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.3, generator=generator)
+    tuned.save_pretrained(folder)
+    return tuned.eval()

@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
 
 from lorasb_ds.evaluator import EvalResult, evaluate_model
+from tests.references import write_random_lora
 from tests.runs import REALLY_SHARDED, ROOT, run_ranks, word_rows, write_jsonl
 
 CHOICES = [
@@ -30,14 +28,8 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    tuned = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in tuned.named_parameters():
-        if "lora_" in name:
-            parameter.data.normal_(std=0.3, generator=generator)
     folder = tmp_path_factory.mktemp("peft") / "adapter"
-    tuned.save_pretrained(folder)
+    write_random_lora(tiny_model, folder, r=4, target_modules="all-linear")
     return folder
 
 

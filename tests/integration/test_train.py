@@ -152,6 +152,7 @@ def test_tasks_of_the_harness(run: Path, tmp_path: Path) -> None:
     assert found["lm_eval"]["toy"]["acc,none"] in (0, 1)
     refused = run_command(*command.split(), "no-such-task", "--overwrite", status=2)
     assert "neither a task" in refused
+    assert "--lm-eval: --data" in run_command(*command.split(), "x", "--data", data, status=2)
 
 
 def test_a_run_is_replayed_and_overwritten(tiny_model: Path, tmp_path: Path) -> None:

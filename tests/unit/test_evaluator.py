@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import lorasb_ds
@@ -21,22 +21,14 @@ from lorasb_ds.evaluator import EvalResult, evaluate, evaluate_model, write_resu
 from lorasb_ds.inference import prepare_model, start_model
 from lorasb_ds.request import load_run_config
 from lorasb_ds.rows import load_rows
-from tests.references import own_loss
+from tests.references import own_loss, write_random_lora
 from tests.runs import ROOT, word_rows, write_jsonl
 
 
 @pytest.fixture(scope="module")
 def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random LoRA, large enough to change answers, as PEFT saves it."""
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    config = LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", task_type="CAUSAL_LM")
-    tuned = get_peft_model(model, config)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in tuned.named_parameters():
-        if "lora_" in name:
-            parameter.data.normal_(std=0.3, generator=generator)
     folder = tmp_path_factory.mktemp("peft") / "adapter"
-    tuned.save_pretrained(folder)
+    write_random_lora(tiny_model, folder, r=4, lora_alpha=12, target_modules="all-linear")
     return folder
 
 
@@ -196,17 +188,11 @@ def test_no_answer_is_run(tmp_path: Path) -> None:
 def test_ranks_that_differ_and_exceed_a_layer(
     tiny_model: Path, tmp_path: Path, tokenizer: Any
 ) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    config = LoraConfig(r=2, target_modules=["q_proj", "k_proj"], rank_pattern={"k_proj": 30})
-    tuned = get_peft_model(model, config).eval()
-    for name, parameter in tuned.named_parameters():
-        if "lora_" in name:
-            parameter.data.normal_(std=0.3)
-    tuned.save_pretrained(tmp_path / "adapter")
+    targets, ranks = ["q_proj", "k_proj"], {"k_proj": 30}
+    folder = tmp_path / "adapter"
+    tuned = write_random_lora(tiny_model, folder, r=2, target_modules=targets, rank_pattern=ranks)
     data = write_jsonl(tmp_path / "rows.jsonl", word_rows(2))
-    found = evaluate_model(
-        str(tiny_model), str(tmp_path / "adapter"), data, dtype="fp32", max_new_tokens=1
-    )
+    found = evaluate_model(str(tiny_model), str(folder), data, dtype="fp32", max_new_tokens=1)
     rows = load_eval_rows(data, load_run_config({"data": data}), tokenizer)
     assert rows.examples is not None
     batch = collate(rows.examples.examples[:], 2)
