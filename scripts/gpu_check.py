@@ -22,7 +22,7 @@ class Result(NamedTuple):
     name: str
     problem: str  # empty: passed
     seconds: float
-    losses: list[float]  # held-out: of the base, trained, as PEFT loads the adapter
+    losses: list[float]  # held-out: of the base, trained, of the adapter's folder
 
 
 def main() -> int:
@@ -50,7 +50,7 @@ def main() -> int:
             check(name, options, Path(scratch) / str(index), deadline)
             for index, (name, options) in enumerate(checks.items())
         ]
-    print(f"\n{'check':34} {'result':8} {'time':>6}   held-out loss: base, trained, by PEFT")
+    print(f"\n{'check':34} {'result':8} {'time':>6}   held-out loss: base, trained, of the folder")
     for name, problem, seconds, losses in results:
         text = ", ".join(f"{loss:.3f}" for loss in losses)
         print(f"{name:34} {'FAILED' if problem else 'passed':8} {seconds:5.0f}s   {text} {problem}")
@@ -58,9 +58,9 @@ def main() -> int:
 
 
 def check(name: str, options: str, run: Path, deadline: float) -> Result:
-    """Train, see the loss fall, and load the exported adapter (onto a plain base) by PEFT."""
+    """Train, see the loss fall, and evaluate the adapter's folder on the base as it was trained."""
     print(f"== {name}", flush=True)
-    start, out = time.monotonic(), run.with_suffix(".json")
+    start, out = time.monotonic(), run.with_name(f"{run.name}-eval")
     losses: list[float] = []
     try:
         train = ["lorasb", "train", *TRAIN.split(), *options.split(), "--output-dir", str(run)]
@@ -68,10 +68,10 @@ def check(name: str, options: str, run: Path, deadline: float) -> Result:
         lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
         evals = [row["eval_loss"] for row in lines if "eval_loss" in row]
         losses = [evals[0], evals[-1]]
-        adapter = ["--adapter", str(run / "adapter"), "--output", str(out)]
+        adapter = ["--adapter", str(run / "adapter"), "--output-dir", str(out)]
         call(["lorasb", "eval", *EVAL.split(), *adapter], deadline)
-        losses.append(json.loads(out.read_text())["loss"])
-        problem = verdict(losses, 0.3 if "4bit" in options else 0.02)
+        losses.append(json.loads((out / "eval.json").read_text())["results"][0]["loss"])
+        problem = verdict(losses)
     except Exception as error:
         # Whatever goes wrong in one check, the others are run and the table is printed.
         problem = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
@@ -91,17 +91,13 @@ def call(command: list[str], deadline: float) -> None:
         raise RuntimeError(f"{' '.join(command[:2])} ended with status {status}")
 
 
-def verdict(losses: list[float], tolerance: float) -> str:
-    """What is wrong with the losses; NaN fails every comparison.
-
-    Args:
-        tolerance: a 4-bit run's adapter on the bf16 base is close, and not equal.
-    """
-    base, trained, by_peft = losses
+def verdict(losses: list[float]) -> str:
+    """What is wrong with the losses; NaN fails every comparison."""
+    base, trained, exported = losses
     if not trained <= 0.5 * base:
         return "the loss did not halve"
-    if not abs(by_peft - trained) <= tolerance:
-        return "PEFT sees another loss"
+    if not abs(exported - trained) <= 0.02:  # B R is rounded to bf16, where a run keeps R apart
+        return "the adapter's folder has another loss"
     return ""
 
 
