@@ -5,6 +5,7 @@ Only safetensors and JSON are read, and what they say is checked before it is us
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from contextlib import closing
@@ -27,6 +28,7 @@ from lorasb_ds.config import DEMO_MODEL, ConfigError, demo_model_dir, read_json
 from lorasb_ds.low_rank import LoraPair
 from lorasb_ds.peft_config import CONFIG_FILE, NARROWING, check_plain, scale_of
 from lorasb_ds.streaming import TensorReader
+from lorasb_ds.tensor_writer import metadata_of
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_BYTES = 1 << 20
@@ -175,6 +177,19 @@ def read_init(adapter: StoredAdapter) -> StoredAdapter | None:
     layers = _of_basis(stored)
     _check(run, layers, stored)
     return StoredAdapter(run, run, adapter.run_config, {}, layers, stored)
+
+
+def trained_on(adapter: StoredAdapter) -> str | None:
+    """``weights_digest`` of the base that a run was trained on; None where no basis says it."""
+    if adapter.run is None or not (adapter.run / BASIS_FILE).is_file():
+        return None
+    read_header(adapter.run / BASIS_FILE, str(adapter.run))
+    try:
+        made_from = json.loads(metadata_of(adapter.run / BASIS_FILE).get("made_from", "{}"))
+    except (ValueError, TypeError):
+        return None
+    digest = made_from.get("model files") if isinstance(made_from, dict) else None
+    return digest if isinstance(digest, str) else None
 
 
 def _of_basis(stored: Mapping[str, StoredTensor]) -> dict[str, Factors]:

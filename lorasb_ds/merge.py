@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lorasb_ds.adapter_files import StoredAdapter
+from lorasb_ds.adapter_files import StoredAdapter, trained_on
 from lorasb_ds.base_files import model_folder, weights_digest
 from lorasb_ds.config import ConfigError
 from lorasb_ds.digest import file_digest
@@ -93,6 +93,11 @@ def merge_adapter(
     partial = out.with_name(out.name + ".partial")
     jobs, config = plan_merge(adapter, model, partial, load_in_4bit, trust_remote_code)
     record = _record(adapter, model, load_in_4bit)
+    if trained_on(adapter) not in (None, record["made_of"]["base"]):
+        say(
+            f"warning: --model {model} has other files than the base that the run was trained on: "
+            "another copy or revision, or another model of its shape."
+        )
     bounds = {job: size_bound(job) for job in jobs}
     _check_disk(partial, bounds, finished_files(partial, record, jobs))
     with locked(partial):

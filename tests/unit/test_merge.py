@@ -15,15 +15,17 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
+from launcher import adapters
 from lorasb_ds import merge as merging
 from lorasb_ds import merge_file
 from lorasb_ds.adapter_files import read_adapter
-from lorasb_ds.base_files import stored_tensors
+from lorasb_ds.base_files import stored_tensors, weights_digest
 from lorasb_ds.config import ConfigError
 from lorasb_ds.merge import merge_adapter
 from lorasb_ds.merge_plan import weights_of
@@ -490,3 +492,35 @@ def test_code_goes_with_auto_map(sharded: Path, adapter: Path, tmp_path: Path) -
     (base / "config.json").write_text(json.dumps(config))
     merged(adapter, base, tmp_path / "own")
     assert (tmp_path / "own/modeling_own.py").exists()
+
+
+def made_up_run(model: Path, folder: Path, digest: str, **options: Any) -> Path:
+    """A run's folder around an adapter."""
+    write_adapter(model, folder / "adapter", ["q_proj"])
+    basis = {
+        "x.lora_A": torch.ones(1, 2),
+        "x.lora_B": torch.ones(2, 1),
+        "x.lora_R": torch.ones(1, 1),
+    }
+    metadata = {"made_from": json.dumps({"model files": digest})}
+    save_file(basis, folder / "basis.safetensors", metadata=metadata)
+    config = {"model": str(model), **options}
+    (folder / "run.json").write_text(json.dumps({"config": config}))
+    return folder
+
+
+def test_what_the_command_says_of_the_base(tiny_model: Path, tmp_path: Path) -> None:
+    same = weights_digest(str(tiny_model))
+    plain = made_up_run(tiny_model, tmp_path / "plain", same)
+    in_4bit = made_up_run(tiny_model, tmp_path / "4bit", same, load_in_4bit=True)
+    of_another = made_up_run(tiny_model, tmp_path / "another", "0" * 64)
+    said = {}
+    for run in (plain, in_4bit, of_another):
+        out = tmp_path / f"{run.name}-merged"
+        result = CliRunner().invoke(adapters.main, ["merge", str(run), "--out", str(out)])
+        assert result.exit_code == 0, result.output
+        said[run] = result.output
+    assert "trained on the base in 4 bits" not in said[plain]
+    assert "trained on the base in 4 bits" in said[in_4bit]
+    assert "has other files than the base" in said[of_another]
+    assert "has other files" not in said[plain] + said[in_4bit]
