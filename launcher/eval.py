@@ -12,7 +12,7 @@ from launcher.channel import tell_agent
 from launcher.eval_command import eval_options
 from launcher.options import CONTEXT, reports_problems
 from launcher.quiet import quiet_libraries
-from launcher.worker import check_device, end, refuse
+from launcher.worker import answer_agent, check_device, end, end_when_asked, refuse
 from lorasb_ds.config import ConfigError
 from lorasb_ds.host_memory import ranks_of_host
 from lorasb_ds.request import check_output_dir, load_run_config
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 def main(own: dict[str, Any], given: dict[str, Any]) -> None:
     """Loss and scores of a model on held-out rows, with or without an adapter."""
     quiet_libraries()
+    end_when_asked()
     in_job = "RANK" in os.environ
     try:
         config = load_run_config(given)
@@ -36,6 +37,7 @@ def main(own: dict[str, Any], given: dict[str, Any]) -> None:
         from lorasb_ds.inference import prepare_model
 
         if in_job:
+            answer_agent()
             check_device()
         world_size = int(os.environ["WORLD_SIZE"]) if in_job else 1
         local_size = ranks_of_host(default=world_size) if in_job else 1

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import faulthandler
 import os
-import signal
 from typing import Any
 
 import click
@@ -12,7 +10,7 @@ import click
 from launcher.channel import tell_agent
 from launcher.options import CONTEXT, run_options
 from launcher.quiet import quiet_libraries
-from launcher.worker import check_device, end, refuse
+from launcher.worker import answer_agent, check_device, end, refuse
 from lorasb_ds.config import ConfigError
 from lorasb_ds.host_memory import ranks_of_host
 from lorasb_ds.request import load_run_config
@@ -33,7 +31,7 @@ def main(local_rank: int | None, init_only: bool, run_json: str | None, **given:
             )
         )
     quiet_libraries()
-    faulthandler.register(signal.SIGUSR2, all_threads=True)  # its agent asks where it is
+    answer_agent()
     stop = StopRequest()
     stop.listen()
     try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import signal
 import sys
 import time
 from contextlib import suppress
@@ -12,8 +14,20 @@ import click
 
 from launcher.command import GPUS_ASKED_FOR
 from lorasb_ds.config import ConfigError
+from lorasb_ds.stop import EXIT_STOPPED
 
 GRACE_S = 10.0
+
+
+def answer_agent() -> None:
+    """Write stacks to the log when the agent asks where this process is; it would end otherwise."""
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
+
+
+def end_when_asked() -> None:
+    """For workers that have nothing to save: end at once, with the status of what was stopped."""
+    signal.signal(signal.SIGUSR1, lambda *_: os._exit(EXIT_STOPPED))  # its agent's word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # by hand: no traceback, and 130
 
 
 def check_device() -> None:
