@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.runs import metrics, run_command, word_rows, write_jsonl
+from lorasb_ds.stop import EXIT_STOPPED
+from tests.runs import ROOT, metrics, run_command, word_rows, write_jsonl
 
 TASK = "reasoning-gym:word_sequence_reversal?max_words=4"
 R, STEPS = 32, 12
@@ -134,6 +139,25 @@ def test_what_comes_out_of_a_run_says_the_same(run: Path, tmp_path: Path) -> Non
     losses = [json.loads(file.read_text())["results"][0]["loss"] for file in files]
     # bf16: B R, or W0 + B R A, are rounded to it, where the run keeps R and B apart.
     assert losses == pytest.approx([in_memory] * 2, abs=0.02)
+
+
+def test_an_evaluation_ends_when_it_is_asked_to(tiny_model: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", word_rows(200))
+    command = (
+        f"lorasb eval --num-procs 2 --model {tiny_model} --data {data} --batch-size 1 "
+        f"--max-new-tokens 1500 --output-dir {tmp_path}/out"
+    )
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    job = subprocess.Popen(command.split(), cwd=ROOT, env={**os.environ, "PATH": path})
+    try:
+        while len(list((tmp_path / "out" / "logs").glob("rank-*.log"))) < 2:
+            assert job.poll() is None
+            time.sleep(0.1)
+        job.terminate()
+        assert job.wait(timeout=60) == EXIT_STOPPED
+    finally:
+        job.kill()
+    assert not (tmp_path / "out" / "eval.json").exists()
 
 
 def test_tasks_of_the_harness(run: Path, tmp_path: Path) -> None:
