@@ -291,15 +291,17 @@ def four_bit(config: dict[str, Any], out: str, zero_optimization: dict[str, Any]
 def load(config: dict[str, Any], out: str, zero_optimization: dict[str, Any]) -> None:
     """The base as it is loaded; rank 0 writes its whole parameters and what all ranks read."""
     from lorasb_ds import zero
-    from lorasb_ds.loading import load_base, load_config
+    from lorasb_ds.loading import empty_model, load_base, load_config
     from lorasb_ds.request import load_run_config
 
     zero.init_process_group()
     run = load_run_config(config)
     ds_config = {"train_batch_size": zero.world_size(), "zero_optimization": zero_optimization}
     hf_config = load_config(run.model)
-    import bitsandbytes  # noqa: F401, its libraries are no part of what is measured
+    # What Python reads to import them is no part of what is measured.
+    import bitsandbytes  # noqa: F401
 
+    empty_model(hf_config, torch.bfloat16)
     before = _bytes_read()
     model = load_base(run, hf_config, ds_config)
     read = torch.tensor(_bytes_read() - before)

@@ -154,7 +154,10 @@ def test_an_adapter_of_another_base(demo_model: Path, adapter: Path) -> None:
         prepare_model(config, str(adapter))
 
 
-def test_no_shards_without_a_job(tiny_model: Path, tmp_path: Path) -> None:
+def test_no_shards_without_a_job(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)  # other tests have one
     data = write_jsonl(tmp_path / "rows.jsonl", word_rows(1))
     with pytest.raises(ConfigError, match="this is one process"):
         evaluate_model(str(tiny_model), data=data, ds_config=str(ROOT / "ds_configs/zero3.json"))

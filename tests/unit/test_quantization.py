@@ -117,7 +117,7 @@ def test_8bit_equals_bitsandbytes(out_features: int, in_features: int) -> None:
     stored = result.pack_stored(theirs.CB, {"SCB": theirs.SCB})
     assert torch.equal(stored.view(torch.uint8), result.weight.view(torch.uint8))
     with pytest.raises(ValueError, match="exceeds fp16"):
-        result.quantize([W * 1e6])
+        result.quantize([torch.full_like(W, 1e6)])
 
 
 def test_no_weight_is_kept_for_the_backward() -> None:
