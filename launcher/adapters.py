@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from launcher.options import CONTEXT, reports_problems
+from launcher.options import CONTEXT, check_picture, reports_problems
 from launcher.quiet import quiet_libraries
 from launcher.text import columns
 from lorasb_ds.config import ConfigError
@@ -168,8 +168,7 @@ def inspect(
     as_json: bool,
 ) -> None:
     """What an adapter has learned, layer by layer: its rank, its size, and what training added."""
-    if output.suffix != ".png" or not output.parent.is_dir():
-        raise ConfigError(f"--output {output} must be a .png file in a folder that is there.")
+    check_picture(output)
     from lorasb_ds.adapter_files import read_adapter
     from lorasb_ds.inspection import draw_updates, inspect_adapter
 

@@ -15,7 +15,7 @@ from launcher.cluster_commands import hostfile, launch_script
 from launcher.doctor import doctor
 from launcher.eval_command import eval_command
 from launcher.launch_options import LaunchOptions, launch_options
-from launcher.options import CONTEXT, reports_problems, run_options
+from launcher.options import CONTEXT, check_picture, reports_problems, run_options
 from launcher.ranks import run_here, worker_command
 from launcher.start import start
 from lorasb_ds import __version__
@@ -159,8 +159,7 @@ def report(folders: Sequence[str], output: str, markdown: bool, as_json: bool) -
     """Compare runs by their output folders: a table, and a picture of their losses."""
     runs = read_runs(folders)
     picture = Path(output)
-    if picture.suffix != ".png" or not picture.parent.is_dir():
-        raise ConfigError(f"--output {output} must be a .png file in a folder that is there.")
+    check_picture(picture)
     draw_comparison(picture, {run.name: run.rows for run in runs})
     if as_json:
         click.echo(report_command.render_json(runs))

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from launcher.channel import tell_agent
 from launcher.eval_command import eval_options
 from launcher.options import CONTEXT, reports_problems
 from launcher.quiet import quiet_libraries
-from launcher.worker import answer_agent, check_device, end, end_when_asked, refuse
+from launcher.worker import answer_agent, check_device, end, end_when_asked, join, refuse
 from lorasb_ds.config import ConfigError
 from lorasb_ds.host_memory import ranks_of_host
 from lorasb_ds.request import check_output_dir, load_run_config
@@ -48,18 +47,15 @@ def main(own: dict[str, Any], given: dict[str, Any]) -> None:
             click.echo(evaluate_by_harness(run, own["lm_eval"], own["num_samples"]))
             end()
         from lorasb_ds import zero
-        from lorasb_ds.eval_rows import check_length, load_eval_rows
+        from lorasb_ds.eval_rows import load_eval_rows
         from lorasb_ds.evaluator import evaluate, write_results
         from lorasb_ds.inference import start_model
 
         chosen = {name: own[name] for name in ("task", "num_samples", "max_new_tokens")}
+        chosen["max_positions"] = run.max_positions
         sources = [load_eval_rows(s, run.config, run.tokenizer, **chosen) for s in config.data]
-        for rows in sources:
-            check_length(rows, run.max_positions)
         if in_job:
-            tell_agent("joining")
-            zero.init_process_group()
-            tell_agent("joined")
+            join()
         model = start_model(run)
         results = []
         for rows in sources:

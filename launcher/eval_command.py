@@ -6,9 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
-from datetime import datetime
 from functools import wraps
-from pathlib import Path
 from typing import Any
 
 import click
@@ -19,7 +17,7 @@ from launcher.ranks import EVAL, run_here, worker_command
 from launcher.start import start
 from lorasb_ds.config import DEMO_EVAL_DATA, ConfigError
 from lorasb_ds.questions import TASKS
-from lorasb_ds.request import load_run_config, with_adapter
+from lorasb_ds.request import default_output_dir, load_run_config, with_adapter
 
 FIELDS = (
     "prompt_column",
@@ -129,6 +127,5 @@ def eval_command(launch: LaunchOptions, own: dict[str, Any], given: dict[str, An
         # The rows that `lorasb train` sees: some tasks of reasoning-gym depend on the hash seed.
         sys.exit(run_here(command, {"PYTHONHASHSEED": "0", **os.environ}))
     if given.get("output_dir") is None and not launch.no_ssh:
-        model = Path(load_run_config(given).model).name
-        given["output_dir"] = f"runs/eval-{model}-{datetime.now():%Y%m%d-%H%M%S}"
+        given["output_dir"] = str(default_output_dir(load_run_config(given), "eval-"))
     sys.exit(start(launch, [EVAL, *arguments], None, given))

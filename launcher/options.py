@@ -6,6 +6,7 @@ import sys
 import types
 from collections.abc import Callable, Mapping
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
@@ -38,6 +39,12 @@ def reports_problems(command: Callable[..., Any]) -> Callable[..., Any]:
             sys.exit(1)
 
     return wrapper
+
+
+def check_picture(path: Path) -> None:
+    """ConfigError unless a picture can be written there."""
+    if path.suffix != ".png" or not path.parent.is_dir():
+        raise ConfigError(f"--output {path} must be a .png file in a folder that is there.")
 
 
 def run_options(command: Command) -> Command:

@@ -7,10 +7,9 @@ from typing import Any
 
 import click
 
-from launcher.channel import tell_agent
 from launcher.options import CONTEXT, run_options
 from launcher.quiet import quiet_libraries
-from launcher.worker import answer_agent, check_device, end, refuse
+from launcher.worker import answer_agent, check_device, end, join, refuse
 from lorasb_ds.config import ConfigError
 from lorasb_ds.host_memory import ranks_of_host
 from lorasb_ds.request import load_run_config
@@ -48,9 +47,7 @@ def main(local_rank: int | None, init_only: bool, run_json: str | None, **given:
     from lorasb_ds import zero
     from lorasb_ds.trainer import run_training
 
-    tell_agent("joining")
-    zero.init_process_group()
-    tell_agent("joined")
+    join()
     try:
         outcome = run_training(prepared, stop, init_only)
     except ConfigError as error:

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import click
 
+from launcher.channel import tell_agent
 from launcher.command import GPUS_ASKED_FOR
 from lorasb_ds.config import ConfigError
 from lorasb_ds.stop import EXIT_STOPPED
@@ -49,6 +50,15 @@ def check_device() -> None:
             f"There is no GPU for process {local_rank} of this host: it has "
             f"{accelerator.device_count()}. Lower --num-gpus."
         )
+
+
+def join() -> None:
+    """Join the job's process group, and tell the agent. Collective."""
+    from lorasb_ds import zero
+
+    tell_agent("joining")
+    zero.init_process_group()
+    tell_agent("joined")
 
 
 def refuse(error: Exception, status: int = 2) -> NoReturn:

@@ -26,13 +26,18 @@ from lorasb_ds.checkpoint import (
 )
 from lorasb_ds.config import DEMO_MODEL, ConfigError, demo_model_dir, read_json
 from lorasb_ds.low_rank import LoraPair
-from lorasb_ds.peft_config import CONFIG_FILE, NARROWING, check_plain, scale_of
+from lorasb_ds.peft_config import (
+    CONFIG_FILE,
+    NARROWING,
+    PREFIX,
+    WEIGHTS_FILE,
+    check_plain,
+    scale_of,
+)
 from lorasb_ds.streaming import TensorReader
 from lorasb_ds.tensor_writer import metadata_of
 
-WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_BYTES = 1 << 20
-PREFIX = "base_model.model."
 FLOATS = ("F32", "F16", "BF16")
 MAX_RANK = 1 << 16
 # What torch and people call modules; no control characters, which a console would obey.

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from lorasb_ds.examples import IGNORE_INDEX, Example
 from lorasb_ds.order import Unit
@@ -37,6 +38,11 @@ class Batch:
         """
         packed = {} if self.position_ids is None else {"position_ids": self.position_ids}
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, **packed}
+
+    @property
+    def next_labels(self) -> torch.Tensor:
+        """(rows, length): at every position the label of the next one."""
+        return F.pad(self.labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 
     def to(self, device: torch.device) -> Batch:
         moved: dict[str, Any] = {

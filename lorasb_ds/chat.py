@@ -68,8 +68,8 @@ def render_prompt(tokenizer: Any, messages: Messages) -> list[int]:
 
 def end_of_turn(tokenizer: Any) -> str:
     """What the template writes behind a turn of the assistant; "" if it has no mark for that."""
-    said = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
-    return render(tokenizer, said).partition(MARK)[2].strip()
+    said = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "."}]
+    return _around(tokenizer, said, 1)[1].strip()
 
 
 def render_conversation(tokenizer: Any, messages: Messages) -> Rendered:

@@ -70,6 +70,7 @@ def load_eval_rows(
     task: str = "auto",
     num_samples: int | None = None,
     max_new_tokens: int | None = None,
+    max_positions: int | None = None,
 ) -> EvalRows:
     """Rows of a source, which is named as ``--data`` does.
 
@@ -77,8 +78,9 @@ def load_eval_rows(
         config: its columns and ``max_length`` are read.
         num_samples: first rows only.
         max_new_tokens: of an answer. [default: 512 where answers reason, else 128]
+        max_positions: of the model; rows that need more are refused.
     Raises:
-        ConfigError: if they cannot be read, or ask for nothing that the task knows.
+        ConfigError: if they cannot be read, ask for nothing that the task knows, or are too long.
     """
     check_tokenizer(tokenizer, config)
     rows = load_rows(source, held_out=True)
@@ -100,7 +102,7 @@ def load_eval_rows(
         examples = tokenize_rows(rows, tokenizer, config)
         questions = _questions(tokenizer, rows, config)
         used = {question.row for question in questions} | {*examples.row_numbers.tolist()}
-    return EvalRows(
+    found = EvalRows(
         source=source,
         task=task,
         score=_scorer(task, source),
@@ -110,9 +112,11 @@ def load_eval_rows(
         choices=choices,
         skipped=len(rows) - len(used),
     )
+    _check_length(found, max_positions)
+    return found
 
 
-def check_length(rows: EvalRows, max_positions: int | None) -> None:
+def _check_length(rows: EvalRows, max_positions: int | None) -> None:
     """Refuse what a model has no positions for: those that learn them end with an index error.
 
     Raises:

@@ -10,14 +10,12 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 
 from lorasb_ds.batches import Batch, deal
 from lorasb_ds.chat import NEXT_QUESTION, end_of_turn
-from lorasb_ds.examples import IGNORE_INDEX
 from lorasb_ds.forms import RowError
-from lorasb_ds.loss import token_loss_sum
+from lorasb_ds.loss import label_losses, token_loss_sum
 from lorasb_ds.sharding import rank_and_size
 
 T = TypeVar("T")
@@ -52,16 +50,7 @@ def held_out_loss(model: nn.Module, batches: Sequence[Batch], device: torch.devi
 @torch.no_grad()
 def log_likelihoods(model: nn.Module, batch: Batch) -> list[float]:
     """Σ log p of the label tokens of each row, in fp32. Collective under ZeRO-3."""
-    next_labels = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-    positions = (next_labels != IGNORE_INDEX).any(0).nonzero().flatten()
-    logits = model(**batch.inputs, logits_to_keep=positions, use_cache=False).logits
-    losses = F.cross_entropy(
-        logits.float().transpose(1, 2),
-        next_labels[:, positions],
-        ignore_index=IGNORE_INDEX,
-        reduction="none",
-    )
-    return (-losses.sum(1)).tolist()
+    return (-label_losses(model, batch).sum(1)).tolist()
 
 
 @dataclass(frozen=True)

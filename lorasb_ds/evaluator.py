@@ -16,7 +16,7 @@ from torch import nn
 from lorasb_ds import accelerator
 from lorasb_ds.batches import collate, share_out
 from lorasb_ds.config import DEMO_EVAL_DATA
-from lorasb_ds.eval_rows import EvalRows, check_length, load_eval_rows
+from lorasb_ds.eval_rows import EvalRows, load_eval_rows
 from lorasb_ds.evaluate import (
     Generated,
     Share,
@@ -87,8 +87,8 @@ def evaluate_model(
         task=task,
         num_samples=num_samples,
         max_new_tokens=max_new_tokens,
+        max_positions=run.max_positions,
     )
-    check_length(rows, run.max_positions)
     return evaluate(run, rows, start_model(run))
 
 

@@ -12,6 +12,7 @@ import torch
 from lorasb_ds import zero
 from lorasb_ds.adapter import LoraSBLinear, Shapes, to_plain_lora
 from lorasb_ds.files import publish, save_tensors, write_json
+from lorasb_ds.peft_config import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 
 
 def collect_lora(adapters: Mapping[str, LoraSBLinear]) -> dict[str, torch.Tensor]:
@@ -37,7 +38,7 @@ def collect_lora(adapters: Mapping[str, LoraSBLinear]) -> dict[str, torch.Tensor
 
 def peft_tensors(name: str, A: torch.Tensor, B: torch.Tensor) -> dict[str, torch.Tensor]:
     """A layer's factors by PEFT's names."""
-    prefix = f"base_model.model.{name}.lora_"
+    prefix = f"{PREFIX}{name}.lora_"
     return {f"{prefix}A.weight": A, f"{prefix}B.weight": B}
 
 
@@ -73,8 +74,8 @@ def save_peft_adapter(
     if aside.exists():
         shutil.rmtree(aside)
     aside.mkdir(parents=True)
-    save_tensors(aside / "adapter_model.safetensors", tensors, {"format": "pt"})
-    write_json(aside / "adapter_config.json", config)
+    save_tensors(aside / WEIGHTS_FILE, tensors, {"format": "pt"})
+    write_json(aside / CONFIG_FILE, config)
     if folder.exists():
         shutil.rmtree(folder)
     publish(aside, folder)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from lorasb_ds.config import ConfigError
 from lorasb_ds.digest import file_digest
 
 SUMS_FILE = "SHA256SUMS"
@@ -39,6 +40,30 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict
     except SafetensorError as error:  # no OSError, though a full disk may be the cause
         raise OSError(f"{path.name}: {error}") from error
     publish(aside, path)
+
+
+def check_replaceable(
+    out: Path, overwrite: bool, is_ours: Callable[[Path], bool], what: str
+) -> None:
+    """Whether a folder may be written, in the place of one of ours where that is asked for.
+
+    Args:
+        is_ours: whether a folder that holds something is what is to be replaced.
+        what: it is called, for messages.
+    Raises:
+        ConfigError: if it may not.
+    """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file. Name a folder.")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise ConfigError(f"--out {out} is not empty. Name another folder, or give --overwrite.")
+    if not is_ours(out):
+        raise ConfigError(
+            f"--out {out} holds something, and is no {what}: --overwrite would delete it. Name "
+            "another folder, or empty it."
+        )
 
 
 def write_sums(folder: Path, names: Sequence[str]) -> None:

@@ -64,7 +64,7 @@ def parse_row(
     prompt, response = found
     if response is not None:
         return f"{prompt}/{response}", _up_to_the_last_response(_pair(row, prompt, response))
-    if prompt in CONVERSATIONS or _is_list(row[prompt]):
+    if prompt in CONVERSATIONS or is_list(row[prompt]):
         return prompt, _up_to_the_last_response(_turns(row[prompt]))
     if not isinstance(row[prompt], str) or not row[prompt].strip():
         raise RowError("no text")
@@ -81,7 +81,7 @@ def find_columns(
     inner = row.get("metadata")
     cells = {**(inner if isinstance(inner, Mapping) else {}), **row}
     named = None if prompt in PARTNERS or response is not None else prompt
-    if named is not None and _is_list(row.get(named)):
+    if named is not None and is_list(row.get(named)):
         return named, None
     filled = {name for name, value in cells.items() if value is not None}
     # Where tables join rows of several forms, the other forms' columns are empty.
@@ -156,7 +156,7 @@ def _cell(row: Row, column: str) -> str | list[Any] | None:
     value: Any = row.get(column)
     if value is None and isinstance(row.get("metadata"), Mapping):
         value = row["metadata"].get(column)
-    if _is_list(value):
+    if is_list(value):
         return list(value)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return None
@@ -169,7 +169,7 @@ def _as_turns(value: str | list[Any], role: str) -> Messages:
 
 def _turns(value: Any) -> Messages:
     """OpenAI's turns (role, content) or ShareGPT's (from, value)."""
-    if not _is_list(value):
+    if not is_list(value):
         raise RowError("no messages")
     turns = []
     for turn in value:
@@ -192,7 +192,7 @@ def _content(content: Any) -> str:
     """A turn's text: a string, or parts that are text."""
     if isinstance(content, str):
         return content
-    if not _is_list(content):
+    if not is_list(content):
         raise RowError("malformed messages")
     texts = [part.get("text") for part in content if isinstance(part, Mapping)]
     if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
@@ -220,5 +220,6 @@ def _unicode(text: str) -> str:
     return text
 
 
-def _is_list(value: Any) -> bool:
+def is_list(value: Any) -> bool:
+    """A sequence that is no text."""
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)

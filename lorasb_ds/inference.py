@@ -16,7 +16,7 @@ from lorasb_ds.base_files import model_folder
 from lorasb_ds.config import ConfigError, RunConfig
 from lorasb_ds.ds_config import resolve_ds_config
 from lorasb_ds.evaluate import stop_tokens
-from lorasb_ds.loading import DTYPES, empty_model, load_base, load_config, stored_quantization
+from lorasb_ds.loading import DTYPES, base_config, empty_model, load_base
 from lorasb_ds.loss import add_loss_head, check_loss_head
 from lorasb_ds.low_rank import product_svd
 from lorasb_ds.tokenizer import load_tokenizer
@@ -54,11 +54,7 @@ def prepare_model(
     Raises:
         ConfigError: what is wrong and what to do about it.
     """
-    hf_config = load_config(config.model, config.trust_remote_code)
-    if config.attn_implementation is not None:
-        hf_config._attn_implementation = config.attn_implementation
-    if stored := stored_quantization(hf_config, config.model):
-        config = config.model_copy(update={f"load_in_{stored}": True})
+    hf_config, config, _ = base_config(config)
     ds_config, config = resolve_ds_config(config, world_size, local_size)
     zero.check_ds_config(ds_config, config.ds_config)
     stored_adapter = read_adapter(adapter) if adapter is not None else None
@@ -111,9 +107,9 @@ def start_model(run: PreparedModel) -> Any:
             pair = product_svd(pair).pair(layer.r)
         if not all(factor.to(DTYPES[config.dtype]).isfinite().all() for factor in pair):
             raise ConfigError(f"--dtype {config.dtype}: the factors of {name} exceed its range.")
-        zero.fill_alike(layer.lora_A, pair.A)
-        zero.fill_alike(layer.lora_B, pair.B)
-        zero.fill_alike(layer.lora_R, torch.eye(layer.r))
+        zero.fill(layer.lora_A, pair.A)
+        zero.fill(layer.lora_B, pair.B)
+        zero.fill(layer.lora_R, torch.eye(layer.r))
     model.eval()
     check_loss_head(model, torch.arange(8, device=accelerator.device())[None])
     return model

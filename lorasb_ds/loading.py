@@ -94,6 +94,34 @@ def stored_quantization(hf_config: Any, model: str) -> Kind | None:
     )
 
 
+def base_config(config: RunConfig) -> tuple[Any, RunConfig, Kind | None]:
+    """What the options and the files say of a base together.
+
+    Returns:
+        The transformers configuration; the options; and how the files are quantized, None if not.
+    Raises:
+        ConfigError: as ``load_config``, and where the options ask for another quantization.
+    """
+    hf_config = load_config(config.model, config.trust_remote_code)
+    if config.attn_implementation is not None:
+        hf_config._attn_implementation = config.attn_implementation
+    stored = stored_quantization(hf_config, config.model)
+    return hf_config, _with_stored_quantization(config, stored), stored
+
+
+def _with_stored_quantization(config: RunConfig, stored: Kind | None) -> RunConfig:
+    """A base that is quantized in its files is taken as it is."""
+    if stored is None:
+        return config
+    asked = {"load_in_4bit": config.load_in_4bit, "load_in_8bit": config.load_in_8bit}
+    if any(given for name, given in asked.items() if name != f"load_in_{stored}"):
+        raise ConfigError(
+            f"--model {config.model} is quantized already, to {stored[0]} bits. Leave out "
+            "--load-in-4bit and --load-in-8bit, or give the base it was made from."
+        )
+    return config.model_copy(update={f"load_in_{stored}": True})
+
+
 def empty_model(hf_config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
     """The model without its weights: parameters on the meta device, buffers real.
 

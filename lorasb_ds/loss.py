@@ -140,14 +140,16 @@ def token_loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
     Args:
         model: a causal model, or the engine around it.
     """
-    next_labels = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORE_INDEX)
     if getattr(getattr(model, "module", model), "loss_head", None) is not None:
-        return model(**batch.inputs, next_labels=next_labels, use_cache=False)
-    return _loss_of_logits(model, batch, next_labels)
+        return model(**batch.inputs, next_labels=batch.next_labels, use_cache=False)
+    return label_losses(model, batch).sum()
 
 
-def _loss_of_logits(model: nn.Module, batch: Batch, next_labels: torch.Tensor) -> torch.Tensor:
-    """By the model's own head, at every position from which some row predicts a label."""
+def label_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Cross-entropy by the model's own head, in fp32, at every position from which some row
+    predicts a label: (rows, positions), 0 where a row predicts none. Collective under ZeRO-3.
+    """
+    next_labels = batch.next_labels
     positions = (next_labels != IGNORE_INDEX).any(0).nonzero().flatten()
     if len(positions) == 0:
         positions = positions.new_zeros(1)  # weightless: the head still takes part
@@ -156,8 +158,8 @@ def _loss_of_logits(model: nn.Module, batch: Batch, next_labels: torch.Tensor) -
         logits.float().flatten(0, 1),
         next_labels[:, positions].flatten(),
         ignore_index=IGNORE_INDEX,
-        reduction="sum",
-    )
+        reduction="none",
+    ).view(len(next_labels), -1)
 
 
 def add_loss_head(model: Any) -> None:

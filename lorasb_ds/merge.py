@@ -20,7 +20,7 @@ from lorasb_ds.adapter_files import StoredAdapter, trained_on
 from lorasb_ds.base_files import model_folder, weights_digest
 from lorasb_ds.config import ConfigError
 from lorasb_ds.digest import file_digest
-from lorasb_ds.files import write_json
+from lorasb_ds.files import check_replaceable, write_json
 from lorasb_ds.merge_file import (
     FileJob,
     Written,
@@ -140,18 +140,13 @@ def _check_out(out: Path, base: Path, adapter: Path, overwrite: bool) -> None:
                 f"--out {out} and {what} folder {folder} are one, or lie in each other. Name "
                 "another folder."
             )
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is a file. Name a folder.")
-    if not out.is_dir() or not any(out.iterdir()):
-        return
-    if not overwrite:
-        raise ConfigError(f"--out {out} is not empty. Name another folder, or give --overwrite.")
-    has_model = (out / RECORD).is_file() or any(out.glob("model*.safetensors"))
-    if not has_model or Path.cwd().is_relative_to(out):
-        raise ConfigError(
-            f"--out {out} holds something, and is no model's folder: --overwrite would delete it. "
-            "Name another folder, or empty it."
-        )
+    check_replaceable(out, overwrite, _is_model, "model's folder")
+
+
+def _is_model(folder: Path) -> bool:
+    """And not where this process is."""
+    has_model = (folder / RECORD).is_file() or any(folder.glob("model*.safetensors"))
+    return has_model and not Path.cwd().is_relative_to(folder)
 
 
 def _record(adapter: StoredAdapter, model: str, load_in_4bit: bool) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from typing import Any
 
 from lorasb_ds.config import ConfigError
 
-CONFIG_FILE = "adapter_config.json"
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # of layers' names
 # What a LoRA's update does not depend on, once its factors are there. Whatever else is set in an
 # adapter_config.json makes another update than s B A, and is refused.
 HARMLESS = {

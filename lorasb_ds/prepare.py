@@ -24,12 +24,11 @@ from lorasb_ds.ds_config import resolve_ds_config
 from lorasb_ds.footprint import Footprint, footprint, init_plan
 from lorasb_ds.forecast import Forecast, check_fits, forecast, this_cluster
 from lorasb_ds.init_report import InitReport
-from lorasb_ds.loading import DTYPES, empty_model, load_config, stored_quantization
+from lorasb_ds.loading import DTYPES, base_config, empty_model
 from lorasb_ds.model_shape import ModelShape
 from lorasb_ds.order import Order, Unit, init_sample
 from lorasb_ds.placement import Placement, placement_of
 from lorasb_ds.plan import GIB, Cluster
-from lorasb_ds.quantization import Kind
 from lorasb_ds.request import check_output_dir
 from lorasb_ds.same_run import check_resume, what_must_match, with_global_batch
 from lorasb_ds.shapes import shape_of
@@ -114,11 +113,7 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
     Raises:
         ConfigError: what is wrong and what to do about it.
     """
-    hf_config = load_config(config.model, config.trust_remote_code)
-    quantization = stored_quantization(hf_config, config.model)
-    config = _with_stored_quantization(config, quantization)
-    if config.attn_implementation is not None:
-        hf_config._attn_implementation = config.attn_implementation
+    hf_config, config, quantization = base_config(config)
     check_output_dir(config)
     check_tracker(config)
     resume = find_resume(config)
@@ -220,19 +215,6 @@ def _check_packing(config: RunConfig, model: Any) -> None:
             f"--packing: a {type(model).__name__} takes no position ids, by which packed rows are "
             "kept apart. Leave it out; rows of similar lengths are batched together as it is."
         )
-
-
-def _with_stored_quantization(config: RunConfig, stored: Kind | None) -> RunConfig:
-    """A base that is quantized in its files is taken as it is."""
-    if stored is None:
-        return config
-    asked = {"load_in_4bit": config.load_in_4bit, "load_in_8bit": config.load_in_8bit}
-    if any(given for name, given in asked.items() if name != f"load_in_{stored}"):
-        raise ConfigError(
-            f"--model {config.model} is quantized already, to {stored[0]} bits. Leave out "
-            "--load-in-4bit and --load-in-8bit, or give the base it was made from."
-        )
-    return config.model_copy(update={f"load_in_{stored}": True})
 
 
 def _workload(

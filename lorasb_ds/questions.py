@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from lorasb_ds.forms import Row
+from lorasb_ds.forms import RESPONSE_COLUMNS, Row, is_list
 from lorasb_ds.rows import REASONING_GYM
 
 TASKS = ("auto", "exact", "gsm8k", "metamath", "math", "multiple-choice", "reasoning-gym")
-RESPONSES = ("answer", "response", "output", "completion", "solution")
 # What the responses of each task have in common. MetaMathQA's have GSM8K's mark, too.
 SIGNS = {
     "metamath": re.compile(r"the answer is:", re.IGNORECASE),
@@ -47,11 +46,11 @@ def choices_of(row: Row) -> Choices | None:
     if isinstance(choices, Mapping):
         texts: Any = choices.get("text")
         labels: Any = choices.get("label")
-        if not _is_list(labels) or not _is_list(texts) or len(labels) != len(texts):
+        if not is_list(labels) or not is_list(texts) or len(labels) != len(texts):
             return None
         key = row.get("answerKey")
         return _choices(prompt, texts, labels.index(key) if key in labels else None)
-    if not _is_list(choices):
+    if not is_list(choices):
         return None
     return _choices(prompt, choices, _index(row.get("answer"), choices))
 
@@ -118,8 +117,4 @@ def _choices(prompt: Any, texts: Sequence[Any], answer: int | None) -> Choices |
 
 
 def _responses(row: Row) -> list[str]:
-    return [row[name] for name in RESPONSES if isinstance(row.get(name), str)]
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    return [row[name] for name in RESPONSE_COLUMNS if isinstance(row.get(name), str)]

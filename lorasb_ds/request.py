@@ -156,9 +156,13 @@ def replayed_processes(run_json: str) -> tuple[int | None, int | None]:
     return (count, None) if accelerator == "cpu" else (None, count)
 
 
-def default_output_dir(config: RunConfig) -> Path:
-    """A folder of this moment for a run that names none."""
-    return Path("runs") / f"{Path(config.model).name}-{datetime.now():%Y%m%d-%H%M%S}"
+def default_output_dir(config: RunConfig, kind: str = "") -> Path:
+    """A folder of this moment for a run that names none.
+
+    Args:
+        kind: what else than a training run it is of, before the name.
+    """
+    return Path("runs") / f"{kind}{Path(config.model).name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def launcher_files(folder: Path) -> list[Path]:

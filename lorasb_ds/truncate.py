@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 
-from lorasb_ds.adapter_files import WEIGHTS_FILE, StoredAdapter
+from lorasb_ds.adapter_files import StoredAdapter
 from lorasb_ds.config import ConfigError
 from lorasb_ds.export import peft_tensors, save_peft_adapter
+from lorasb_ds.files import check_replaceable
+from lorasb_ds.loading import DTYPES
 from lorasb_ds.low_rank import LoraPair, energy_kept, padded, product_svd
-from lorasb_ds.peft_config import CONFIG_FILE
+from lorasb_ds.peft_config import CONFIG_FILE, WEIGHTS_FILE
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ADAPTER_FILES = {CONFIG_FILE, WEIGHTS_FILE}
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -107,16 +108,12 @@ def check_folder(out: Path, adapters: Sequence[StoredAdapter], overwrite: bool) 
     sources = [adapter.path.resolve() for adapter in adapters]
     if any(folder in (path, *path.parents) for path in (*sources, Path.cwd())):
         raise ConfigError(f"--out {out} holds what is read, or this shell. Name another folder.")
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--out {out} is a file. Name a folder.")
-    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if found and not overwrite:
-        raise ConfigError(f"--out {out} is not empty. Name another folder, or give --overwrite.")
-    if found - ADAPTER_FILES:
-        raise ConfigError(
-            f"--out {out} is not empty, and holds more than an adapter: "
-            f"{', '.join(sorted(found - ADAPTER_FILES)[:3])}. Name another folder."
-        )
+    check_replaceable(
+        folder,
+        overwrite,
+        lambda it: {p.name for p in it.iterdir()} <= ADAPTER_FILES,
+        "adapter's folder",
+    )
     return folder
 
 

@@ -28,6 +28,7 @@ from pydantic import ValidationError
 from lorasb_ds import accelerator
 from lorasb_ds.config import ConfigError
 from lorasb_ds.host_memory import ranks_of_host
+from lorasb_ds.sharding import broadcast, rank_and_size
 
 VERSION = deepspeed.__version__
 
@@ -183,25 +184,17 @@ def gathered(params: Iterable[torch.nn.Parameter]) -> Iterator[None]:
 
 
 def fill(param: torch.nn.Parameter, value: torch.Tensor | None) -> None:
-    """Set a parameter, sharded or not, from rank 0's ``value`` (others give None). Collective."""
+    """Set a parameter, sharded or not, from rank 0's ``value`` (others may give None). Collective
+    if a job is running.
+    """
     if hasattr(param, "ds_id"):
         with deepspeed.zero.GatheredParameters([param], modifier_rank=0):
             if rank() == 0:
                 param.data.copy_(_given(value))
         return
-    if rank() == 0:
+    if rank_and_size(None)[0] == 0:
         param.data.copy_(_given(value))
-    dist.broadcast(param.data, src=0)
-
-
-def fill_alike(param: torch.nn.Parameter, value: torch.Tensor) -> None:
-    """Set a frozen parameter, sharded or not, from a value that every rank has. Collective where it
-    is sharded.
-    """
-    if hasattr(param, "ds_id"):
-        fill(param, value)
-    else:
-        param.data.copy_(value)
+    broadcast(param.data, 0, None)
 
 
 def _given(value: torch.Tensor | None) -> torch.Tensor:

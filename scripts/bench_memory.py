@@ -45,13 +45,13 @@ def watched(work: Callable[[], T]) -> tuple[T, dict[str, float]]:
         assert sampler.stdout is not None
         sampler.stdout.readline()  # it has started
         accelerator.reset_peak_memory()
-        before, read_before = _status(os.getpid()), _read_bytes()
+        before, read_before = status_of(os.getpid()), _read_bytes()
         dist.barrier()
         start = time.perf_counter()
         result = work()
         dist.barrier()
         seconds = time.perf_counter() - start
-        peak, read_after = _status(os.getpid())["VmHWM"], _read_bytes()
+        peak, read_after = status_of(os.getpid())["VmHWM"], _read_bytes()
         sampled = json.loads(sampler.communicate()[0])
     gc.collect()
     return result, {
@@ -60,7 +60,7 @@ def watched(work: Callable[[], T]) -> tuple[T, dict[str, float]]:
         "anon_peak_bytes": sampled["RssAnon"] - before["RssAnon"],
         "mapped_peak_bytes": sampled["RssFile"] - before["RssFile"],
         "peak_bytes": peak - before["VmRSS"],
-        "anon_after_bytes": _status(os.getpid())["RssAnon"] - before["RssAnon"],
+        "anon_after_bytes": status_of(os.getpid())["RssAnon"] - before["RssAnon"],
         "read_bytes": read_after - read_before,
     }
 
@@ -82,9 +82,12 @@ def held_bytes(parameters: Iterable[Any]) -> int:
     return total
 
 
-def _status(pid: int) -> dict[str, int]:
+def status_of(pid: int) -> dict[str, int]:
     """The kernel's counts of a process's memory, in bytes; empty when it has ended."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return {}
     sizes = (line.split() for line in lines if line.endswith(" kB"))
     return {words[0].rstrip(":"): int(words[1]) * 1024 for words in sizes}
 
@@ -101,7 +104,7 @@ def _sample(pid: int) -> None:
     ended = False
     while not ended:
         ended = bool(select.select([sys.stdin], [], [], INTERVAL_S)[0])
-        status = _status(pid)
+        status = status_of(pid)
         peaks = {key: max(peak, status.get(key, 0)) for key, peak in peaks.items()}
     print(json.dumps(peaks))
 

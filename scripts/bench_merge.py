@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -16,8 +15,9 @@ from typing import Any, NamedTuple
 
 import click
 import torch
-from bench_common import ROOT, machine, print_table, row, run_as_rank, write_json
+from bench_common import ROOT, machine, medians, print_table, row, run_as_rank, write_json
 from bench_load import QUICK, SHAPE
+from bench_memory import status_of
 from bench_model import read_once, write_llama
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -55,7 +55,7 @@ def merged(settings: dict[str, Any], out: str) -> None:
     else:
         import transformers.models.llama.modeling_llama
         from peft import PeftModel
-    imports, start = _status(os.getpid())["VmHWM"], time.perf_counter()
+    imports, start = status_of(os.getpid())["VmHWM"], time.perf_counter()
     model, adapter, folder = settings["model"], settings["adapter"], Path(settings["folder"])
     if settings["way"] == OURS.way:
         merge_adapter(
@@ -72,7 +72,7 @@ def merged(settings: dict[str, Any], out: str) -> None:
         PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)
         transformers.AutoTokenizer.from_pretrained(model).save_pretrained(folder)
     seconds = time.perf_counter() - start
-    own = {"own_peak_bytes": _status(os.getpid())["VmHWM"], "imports_bytes": imports}
+    own = {"own_peak_bytes": status_of(os.getpid())["VmHWM"], "imports_bytes": imports}
     Path(out).write_text(json.dumps(own | {"seconds": seconds}))
 
 
@@ -99,7 +99,7 @@ def measured(case: Case, model: Path, adapter: Path, folder: Path) -> dict[str, 
         start = time.perf_counter()
         with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
             while process.poll() is None:
-                family = [_status(pid) for pid in _family(process.pid)]
+                family = [status_of(pid) for pid in _family(process.pid)]
                 for key, peak in peaks.items():
                     peaks[key] = max(peak, sum(status.get(key, 0) for status in family))
                 time.sleep(INTERVAL_S)
@@ -130,20 +130,12 @@ def _family(pid: int) -> list[int]:
     return found
 
 
-def _status(pid: int) -> dict[str, int]:
-    """The kernel's counts of a process's memory, in bytes; empty when it has ended."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return {}
-    sizes = (line.split() for line in lines if line.endswith(" kB"))
-    return {words[0].rstrip(":"): int(words[1]) * 1024 for words in sizes}
-
-
 def write_adapter(folder: Path, model: Path) -> None:
     """Random fp32 factors for all linear layers but the head, as PEFT would store them."""
     from peft import LoraConfig
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    from lorasb_ds.export import peft_tensors
 
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
@@ -153,8 +145,7 @@ def write_adapter(folder: Path, model: Path) -> None:
         if isinstance(layer, torch.nn.Linear) and layer is not base.get_output_embeddings():
             A = torch.randn(R, layer.in_features, generator=generator)
             B = torch.randn(layer.out_features, R, generator=generator)
-            factors[f"base_model.model.{name}.lora_A.weight"] = A / layer.in_features**0.5
-            factors[f"base_model.model.{name}.lora_B.weight"] = B * 1e-3
+            factors |= peft_tensors(name, A / layer.in_features**0.5, B * 1e-3)
     targets = sorted({key.split(".")[-3] for key in factors})
     folder.mkdir(parents=True)
     save_file(factors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -214,10 +205,7 @@ def main(repeats: int, model_dir: Path | None, out: Path, quick: bool) -> None:
                 seconds = runs[case][-1]["whole_seconds"]
                 print(f"{case}: {seconds:.1f} s", file=sys.stderr, flush=True)
         compared = differences(folders[OURS], folders[PEFT])
-    found = {
-        case: {key: statistics.median(run[key] for run in of_case) for key in of_case[0]}
-        for case, of_case in runs.items()
-    }
+    found = {case: medians(of_case) for case, of_case in runs.items()}
     _print(found, compared)
     ratios = {key: found[OURS][key] / found[PEFT][key] for key in WANTED}
     write_json(

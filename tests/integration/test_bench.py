@@ -6,10 +6,18 @@ import json
 import sys
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.runs import benchmark, run_command, word_rows, write_jsonl
+
+
+def quick(name: str, folder: Path) -> tuple[str, Any]:
+    """A benchmark in its small form: what it prints, and its JSON."""
+    out = folder / f"{name}.json"
+    command = [sys.executable, "scripts/bench.py", name, "--quick", "--out", str(out)]
+    return run_command(*command, timeout=380), json.loads(out.read_text())
 
 
 def test_both_sides(tiny_model: Path, tmp_path: Path) -> None:
@@ -27,10 +35,7 @@ def test_both_sides(tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_load_quick(tmp_path: Path) -> None:
-    out = tmp_path / "load.json"
-    command = [sys.executable, "scripts/bench.py", "load", "--quick", "--out", str(out)]
-    printed = run_command(*command, timeout=380)
-    result = json.loads(out.read_text())
+    printed, result = quick("load", tmp_path)
     runs = {case: ranks for case, (ranks,) in result["runs"].items()}
     # Two bytes for each number of embeddings, norms, and two blocks of the shape in bench_load.py.
     block = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 256 * 128 + 2 * 128)
@@ -62,10 +67,7 @@ def test_load_quick(tmp_path: Path) -> None:
 
 
 def test_wide_quick(tmp_path: Path) -> None:
-    out = tmp_path / "wide.json"
-    command = [sys.executable, "scripts/bench.py", "wide", "--quick", "--out", str(out)]
-    run_command(*command, timeout=380)
-    result = json.loads(out.read_text())
+    _, result = quick("wide", tmp_path)
     one, two = result["measured"]["1"], result["measured"]["2"]
     assert all(isfinite(loss) for loss in two["losses"])
     # Narrow as the layers are, their gradients exceed the budget.
@@ -84,10 +86,7 @@ def test_wide_quick(tmp_path: Path) -> None:
 
 
 def test_step_quick(tmp_path: Path) -> None:
-    out = tmp_path / "step.json"
-    command = [sys.executable, "scripts/bench.py", "step", "--quick", "--out", str(out)]
-    printed = run_command(*command, timeout=380)
-    result = json.loads(out.read_text())
+    printed, result = quick("step", tmp_path)
     (layers,) = result["layers"]
     assert layers["peaks"].keys() <= layers["seconds"].keys()
     assert all(seconds > 0 for seconds in layers["seconds"].values())
@@ -112,10 +111,7 @@ def test_step_quick(tmp_path: Path) -> None:
 
 
 def test_merge_quick(tmp_path: Path) -> None:
-    out = tmp_path / "merge.json"
-    command = [sys.executable, "scripts/bench.py", "merge", "--quick", "--out", str(out)]
-    printed = run_command(*command, timeout=380)
-    result = json.loads(out.read_text())
+    printed, result = quick("merge", tmp_path)
     runs = {case: run for case, (run,) in result["runs"].items()}
     assert len(runs) == 4
     for case, run in runs.items():
