@@ -12,11 +12,13 @@ import click
 
 from launcher import plan_command, report_command
 from launcher.cluster_commands import hostfile, launch_script
+from launcher.compare_command import compare_command
 from launcher.doctor import doctor
 from launcher.eval_command import eval_command
 from launcher.launch_options import LaunchOptions, launch_options
 from launcher.options import CONTEXT, check_picture, reports_problems, run_options
 from launcher.ranks import run_here, worker_command
+from launcher.sensitivity_command import sensitivity_command
 from launcher.start import start
 from lorasb_ds import __version__
 from lorasb_ds.compare import read_runs
@@ -77,6 +79,8 @@ main.add_command(launch_script)
 
 
 main.add_command(eval_command)
+main.add_command(compare_command)
+main.add_command(sensitivity_command)
 
 
 def adapter_command(name: str, help_text: str) -> None:

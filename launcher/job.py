@@ -157,7 +157,7 @@ def question_of(
     else:  # MPI and Slurm start the hosts, by their own ways and networks
         slots = job.slots if launch.launcher == "pdsh" else {}
     named = [model_path(config.model), *config.data, config.eval_data, config.ds_config]
-    named.append(config.init_from)
+    named += [*(config.init_data or ()), config.init_from]
     return Question(
         slots={host: len(ids) for host, ids in slots.items()},
         cpu=job.num_procs is not None,

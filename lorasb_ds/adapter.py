@@ -1,10 +1,10 @@
-"""The LoRA-SB layer, and how it gets into a model and out of it as a plain LoRA pair."""
+"""Layers with an adapter: what all have, and LoRA-SB's; which layers get one, and how."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +13,11 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from lorasb_ds.config import ALL_LINEAR, ConfigError
+from lorasb_ds.low_rank import LoraPair
+from lorasb_ds.methods import TRAIN_R
 from lorasb_ds.quantization import PackedLinear
 
+Layer = TypeVar("Layer", bound="AdapterLinear")
 Shapes = dict[str, tuple[int, int]]  # layer name -> (out, in)
 
 
@@ -28,48 +31,65 @@ class Tap(Protocol):
         """In the backward pass: the layer's input (…, in) and its output's gradient (…, out)."""
 
 
-class LoraSBLinear(nn.Module):
-    """A frozen linear layer with a LoRA-SB branch: ``y = W0 x + b0 + B R A x`` (arXiv 2411.19557).
+class AdapterLinear(nn.Module):
+    """A frozen linear layer with a low-rank branch, of which some factors are trained.
 
-    A (r, in) and B (out, r) are frozen and orthonormal: ``A Aᵀ = Bᵀ B = I``. R (r, r) is trained.
-    All three are zero until the init phase fills them.
+    All factors are zero until the init phase fills them: the layer is its base.
 
     Args:
         base_layer: ``nn.Linear``, a 4-bit layer, or transformers' ``Conv1D``, whose weight is
             (in, out); only its output is used, so that any of them and any bias will do.
 
     Attributes:
+        lora_A, lora_B: (r, in) and (out, r).
+        trained, frozen: names of the factors.
         scale: multiplies the branch; 1 but in the search for eta. At 0 the branch is not computed
             and the layer is exactly the base.
         tap: when set, sees every input and output gradient of the base layer.
     """
 
+    trained: tuple[str, ...]
+    frozen: tuple[str, ...]
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
     def __init__(self, base_layer: nn.Module, r: int, dtype: torch.dtype) -> None:
         super().__init__()
-        weight: Any = base_layer.weight
-        device = weight.device
         self.base_layer = base_layer
         self.out_features, self.in_features = layer_shape(base_layer)
-
-        def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        self.lora_A = nn.Parameter(zeros(r, self.in_features), requires_grad=False)
-        self.lora_B = nn.Parameter(zeros(self.out_features, r), requires_grad=False)
-        self.lora_R = nn.Parameter(zeros(r, r))
+        self.r = r
+        self.add_factor("lora_A", (r, self.in_features), dtype)
+        self.add_factor("lora_B", (self.out_features, r), dtype)
         self.scale = 1.0
         self.tap: Tap | None = None
         # A subclass may compute something else than a linear layer does.
-        self._has_plain_base = isinstance(base_layer, PackedLinear) or type(base_layer).forward in (
+        self.has_plain_base = isinstance(base_layer, PackedLinear) or type(base_layer).forward in (
             nn.Linear.forward,
             Conv1D.forward,
         )
 
-    @property
-    def r(self) -> int:
-        """The adapter's rank."""
-        # ZeRO-3 keeps the whole shape of what it has sharded in ds_shape.
-        return int(getattr(self.lora_R, "ds_shape", self.lora_R.shape)[0])
+    def add_factor(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+        """A parameter of zeros, which requires grad if it is trained."""
+        zeros = torch.zeros(shape, dtype=dtype, device=self.weight.device)
+        setattr(self, name, nn.Parameter(zeros, requires_grad=name in self.trained))
+
+    def factor(self, name: str) -> nn.Parameter:
+        """One of ``trained`` and ``frozen``."""
+        parameter: nn.Parameter = getattr(self, name)
+        return parameter
+
+    def factor_shape(self, name: str) -> torch.Size:
+        """Its whole shape, which ZeRO-3 keeps beside what it has sharded."""
+        parameter: Any = self.factor(name)
+        return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+    def plain_lora(self, values: Mapping[str, torch.Tensor]) -> LoraPair:
+        """The update that some factors make, without ``scale``; fp32.
+
+        Args:
+            values: of all ``trained`` and ``frozen``, whole.
+        """
+        raise NotImplementedError
 
     @property
     def weight(self) -> Any:
@@ -77,8 +97,8 @@ class LoraSBLinear(nn.Module):
         return self.base_layer.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.scale != 0 and self.tap is None and self._has_plain_base:
-            return _LoraSBFunction.apply(x, self.lora_R, self)
+        if self.scale != 0 and self.tap is None and self.has_plain_base:
+            return self.fused(x)
         y = self.base_layer(x)
         if self.tap is not None:
             self.tap.reached()
@@ -87,9 +107,16 @@ class LoraSBLinear(nn.Module):
             anchor = torch.zeros(0, device=x.device, requires_grad=True)
             y = _TapFunction.apply(y, x, anchor, self.tap)
         if self.scale != 0:
-            branch = F.linear(F.linear(F.linear(x, self.lora_A), self.lora_R), self.lora_B)
-            y = y + self.scale * branch
+            y = y + self.scale * self.branch(x)
         return y
+
+    def fused(self, x: torch.Tensor) -> torch.Tensor:
+        """Base and branch in one, where the base is a plain linear layer."""
+        raise NotImplementedError
+
+    def branch(self, x: torch.Tensor) -> torch.Tensor:
+        """ΔW x, without ``scale``."""
+        raise NotImplementedError
 
     def base_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """W0 (out, in) in a dtype; dequantized anew where it has to be. Gathered, under ZeRO-3."""
@@ -98,6 +125,29 @@ class LoraSBLinear(nn.Module):
             return base.dequantize().to(dtype)
         W = base.weight.T if isinstance(base, Conv1D) else base.weight
         return W.detach().to(dtype)
+
+
+class LoraSBLinear(AdapterLinear):
+    """``y = W0 x + b0 + B R A x`` (arXiv 2411.19557): R (r, r) is trained.
+
+    A and B are frozen, and orthonormal in LoRA-SB: ``A Aᵀ = Bᵀ B = I``.
+    """
+
+    trained, frozen = TRAIN_R, ("lora_A", "lora_B")
+    lora_R: nn.Parameter
+
+    def __init__(self, base_layer: nn.Module, r: int, dtype: torch.dtype) -> None:
+        super().__init__(base_layer, r, dtype)
+        self.add_factor("lora_R", (r, r), dtype)
+
+    def plain_lora(self, values: Mapping[str, torch.Tensor]) -> LoraPair:
+        return to_plain_lora(values["lora_A"], values["lora_B"], values["lora_R"])
+
+    def fused(self, x: torch.Tensor) -> torch.Tensor:
+        return _LoraSBFunction.apply(x, self.lora_R, self)
+
+    def branch(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.linear(F.linear(x, self.lora_A), self.lora_R), self.lora_B)
 
     def factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         """A, B and the scaled R in a dtype. Gathered, under ZeRO-3."""
@@ -208,10 +258,13 @@ def expert_layers(model: nn.Module) -> dict[str, int]:
     }
 
 
-def select_targets(layers: Shapes, target_modules: str, r: int) -> Shapes:
+def select_targets(layers: Shapes, target_modules: str, r: int, directions: int = 1) -> Shapes:
     """The layers that get an adapter: all, or those whose name is or ends in a given one (PEFT).
 
     All are all with more than one output: gates such as Qwen-MoE's of shared experts have one.
+
+    Args:
+        directions: times r, those of a layer that the method takes.
 
     Raises:
         ConfigError: if a name matches nothing, or r is larger than a matched layer allows.
@@ -231,20 +284,25 @@ def select_targets(layers: Shapes, target_modules: str, r: int) -> Shapes:
             f"model has linear layers named {', '.join(kinds) or '(none)'}."
         )
     name, shape = min(targets.items(), key=lambda item: min(item[1]))
-    if r > min(shape):
+    if r * directions > min(shape):
+        taken = "" if directions == 1 else f" times {directions}, which the method takes,"
         raise ConfigError(
-            f"--r {r} exceeds min(out, in) = {min(shape)} of {name}; lower --r, or leave such "
-            "layers out by --target-modules."
+            f"--r {r}{taken} exceeds min(out, in) = {min(shape)} of {name}; lower --r, or leave "
+            "such layers out by --target-modules."
         )
     return targets
 
 
 def inject(
-    model: nn.Module, targets: Shapes, r: int, dtype: torch.dtype
-) -> dict[str, LoraSBLinear]:
-    """Put a LoRA-SB layer around every target. The model computes what it did: R is zero.
+    model: nn.Module,
+    targets: Shapes,
+    r: int,
+    dtype: torch.dtype,
+    kind: Callable[[nn.Module, int, torch.dtype], Layer] = LoraSBLinear,  # type: ignore[assignment]
+) -> dict[str, Layer]:
+    """Put a layer with an adapter around every target. The model computes what it did.
 
-    Everything but R is frozen.
+    Everything but what the adapters train is frozen.
 
     Returns:
         The new layers by the name of the layer that each one wraps, in the model's order.
@@ -254,18 +312,28 @@ def inject(
     for name in targets:
         parent_name, _, child = name.rpartition(".")
         parent = model.get_submodule(parent_name)
-        adapter = LoraSBLinear(parent.get_submodule(child), r, dtype)
+        adapter = kind(parent.get_submodule(child), r, dtype)
         setattr(parent, child, adapter)
         adapters[name] = adapter
     return adapters
 
 
-def set_scale(adapters: Mapping[str, LoraSBLinear], scale: float) -> None:
+def trained_parameters(adapters: Mapping[str, AdapterLinear]) -> dict[str, nn.Parameter]:
+    """``<layer>.<factor>`` -> the parameter, of all that is trained."""
+    return {f"{n}.{key}": a.factor(key) for n, a in adapters.items() for key in a.trained}
+
+
+def trained_in(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The same of a whole model, whatever has put it there: all that requires grad, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def set_scale(adapters: Mapping[str, AdapterLinear], scale: float) -> None:
     """Multiply all branches; at 0 the model is exactly the base."""
     for adapter in adapters.values():
         adapter.scale = scale
 
 
-def to_plain_lora(A: torch.Tensor, B: torch.Tensor, R: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def to_plain_lora(A: torch.Tensor, B: torch.Tensor, R: torch.Tensor) -> LoraPair:
     """The LoRA pair of the same update: ``lora_A = A`` (r, in), ``lora_B = B R`` (out, r); fp32."""
-    return A.float(), B.float() @ R.float()
+    return LoraPair(A.float(), B.float() @ R.float())

@@ -6,6 +6,7 @@ Only safetensors and JSON are read, and what they say is checked before it is us
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from contextlib import closing
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from lorasb_ds.base_files import StoredTensor, read_header
-from lorasb_ds.basis import BASIS_FILE
+from lorasb_ds.basis import BASIS_FILE, SCALING
 from lorasb_ds.checkpoint import (
     STATE_FILE,
     TRAINER_FILE,
@@ -26,6 +27,7 @@ from lorasb_ds.checkpoint import (
 )
 from lorasb_ds.config import DEMO_MODEL, ConfigError, demo_model_dir, read_json
 from lorasb_ds.low_rank import LoraPair
+from lorasb_ds.methods import PEFT_PREFIX, TRAIN_AB, TRAIN_R
 from lorasb_ds.peft_config import (
     CONFIG_FILE,
     NARROWING,
@@ -46,12 +48,19 @@ LAYER_NAME = re.compile(r"[A-Za-z0-9_.-]{1,512}")
 
 @dataclass(frozen=True)
 class Factors:
-    """Where a layer's update lies: ``ΔW = scale · B R A``; without R, ``scale · B A``."""
+    """Where a layer's update lies: ``ΔW = scale · (B R A - B0 A0)``; R is I where there is none,
+    and B0 A0 is 0.
+    """
 
     A: str
     B: str
     R: str | None = None
     scale: float = 1.0
+    offset: tuple[str, str] | None = None  # of A0 and B0
+
+    @property
+    def all(self) -> list[str]:
+        return [key for key in (self.A, self.B, self.R, *(self.offset or ())) if key is not None]
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,13 @@ class StoredAdapter:
     @property
     def r(self) -> int:
         """The largest rank of a layer."""
-        return max(self.stored[factors.A].shape[0] for factors in self.layers.values())
+        return max(self.rank_of(name) for name in self.layers)
+
+    def rank_of(self, name: str) -> int:
+        """Of a layer's factors; those of an offset are added."""
+        factors = self.layers[name]
+        keys = [factors.A, *(factors.offset or ())[:1]]
+        return sum(self.stored[key].shape[0] for key in keys)
 
     def pair(self, name: str) -> LoraPair:
         """A layer's update, fp32 on the CPU.
@@ -116,6 +131,9 @@ class StoredAdapter:
         A, B = self.read(factors.A), self.read(factors.B)
         if factors.R is not None:
             B = B @ self.read(factors.R)
+        if factors.offset is not None:
+            first_A, first_B = (self.read(key) for key in factors.offset)
+            A, B = torch.cat([A, first_A]), torch.cat([B, -first_B], 1)
         if factors.scale != 1:
             B = B * factors.scale
         if not B.isfinite().all():
@@ -170,16 +188,17 @@ def _read(folder: Path) -> StoredAdapter | None:
 
 
 def read_init(adapter: StoredAdapter) -> StoredAdapter | None:
-    """What an adapter was when its training began; None where its run's basis is not there.
+    """What an adapter was when its training began; None where its run's basis is not there, or is
+    PEFT's.
 
     Raises:
         ConfigError: if the basis is broken.
     """
     run = adapter.run
-    if run is None or not (run / BASIS_FILE).is_file():
+    if run is None or not (run / BASIS_FILE).is_file() or _is_pefts(adapter.run_config):
         return None
     stored = read_header(run / BASIS_FILE, str(run))
-    layers = _of_basis(stored)
+    layers = _of_basis(stored, run)
     _check(run, layers, stored)
     return StoredAdapter(run, run, adapter.run_config, {}, layers, stored)
 
@@ -189,17 +208,39 @@ def trained_on(adapter: StoredAdapter) -> str | None:
     if adapter.run is None or not (adapter.run / BASIS_FILE).is_file():
         return None
     read_header(adapter.run / BASIS_FILE, str(adapter.run))
-    try:
-        made_from = json.loads(metadata_of(adapter.run / BASIS_FILE).get("made_from", "{}"))
-    except (ValueError, TypeError):
-        return None
-    digest = made_from.get("model files") if isinstance(made_from, dict) else None
+    digest = _metadata(adapter.run, "made_from").get("model files")
     return digest if isinstance(digest, str) else None
 
 
-def _of_basis(stored: Mapping[str, StoredTensor]) -> dict[str, Factors]:
-    names = [key.removesuffix(".lora_A") for key in stored if key.endswith(".lora_A")]
-    return {n: Factors(f"{n}.lora_A", f"{n}.lora_B", f"{n}.lora_R") for n in names}
+def _metadata(run: Path, key: str) -> dict[str, Any]:
+    """The object that a basis has there; {} without one."""
+    try:
+        found = json.loads(metadata_of(run / BASIS_FILE).get(key, "{}"))
+    except (ValueError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _of_basis(stored: Mapping[str, StoredTensor], run: Path) -> dict[str, Factors]:
+    """Of a run whose basis these are, with or without those of a checkpoint."""
+    scale = _metadata(run, "made_from").get(SCALING, 1.0)
+    if not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise ConfigError(f"{run}: {BASIS_FILE} has {scale!r} as its scaling. Fetch it again.")
+    layers = {}
+    for name in (key.removesuffix(".lora_A") for key in stored if key.endswith(".lora_A")):
+        has_r, has_offset = f"{name}.lora_R" in stored, f"{name}.offset_A" in stored
+        layers[name] = Factors(
+            f"{name}.lora_A",
+            f"{name}.lora_B",
+            f"{name}.lora_R" if has_r or scale == 1.0 else None,
+            float(scale),
+            (f"{name}.offset_A", f"{name}.offset_B") if has_offset else None,
+        )
+    return layers
+
+
+def _is_pefts(run_config: Mapping[str, Any]) -> bool:
+    return str(run_config.get("method")).startswith(PEFT_PREFIX)
 
 
 def _run_config(run: Path) -> dict[str, Any]:
@@ -212,10 +253,17 @@ def _checkpoint(folder: Path, run: Path) -> StoredAdapter:
     found = read_checkpoint(folder)
     if isinstance(found, str):
         raise ConfigError(f"{folder}: {found}. Name another one.")
+    if _is_pefts(_run_config(run)):
+        raise ConfigError(
+            f"{folder} is of a method of PEFT's, whose checkpoints only --resume reads. Finish the "
+            "run: its adapter is what PEFT loads."
+        )
     basis = read_header(run / BASIS_FILE, str(run))
     state = read_header(folder / STATE_FILE, str(folder))
-    layers = _of_basis(basis)
-    stored = {key: t for key, t in basis.items() if not key.endswith(".lora_R")} | state
+    trained = TRAIN_R if any(key.endswith(".lora_R") for key in basis) else TRAIN_AB
+    stored = {k: t for k, t in basis.items() if not k.endswith(tuple(f".{t}" for t in trained))}
+    stored |= state
+    layers = _of_basis(stored, run)
     _check(folder, layers, stored)
     return StoredAdapter(folder, run, _run_config(run), {}, layers, stored)
 
@@ -256,8 +304,7 @@ def _check(folder: Path, layers: Mapping[str, Factors], stored: Mapping[str, Sto
     for name, factors in layers.items():
         if not LAYER_NAME.fullmatch(name):
             raise ConfigError(f"{folder}: {name[:80]!r} is no name of a layer.")
-        keys = [key for key in (factors.A, factors.B, factors.R) if key is not None]
-        for key in keys:
+        for key in factors.all:
             if key not in stored:
                 raise ConfigError(f"{folder}: {key} is missing. Fetch it again.")
             if stored[key].dtype not in FLOATS:
@@ -267,6 +314,9 @@ def _check(folder: Path, layers: Mapping[str, Factors], stored: Mapping[str, Sto
                 )
         A, B = stored[factors.A].shape, stored[factors.B].shape
         R = stored[factors.R].shape if factors.R else (A[0], A[0]) if A else ()
+        if factors.offset is not None:
+            fits = [stored[key].shape for key in factors.offset] == [A, B]
+            R = R if fits else ()
         fit = len(A) == len(B) == 2 and A[0] == B[1] and (A[0], A[0]) == R and min(*A, *B) > 0
         if not fit or A[0] > MAX_RANK:
             raise ConfigError(

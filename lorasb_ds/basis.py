@@ -14,20 +14,25 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lorasb_ds import zero
-from lorasb_ds.adapter import LoraSBLinear, Shapes
+from lorasb_ds.adapter import AdapterLinear, Shapes
 from lorasb_ds.base_files import weights_digest
 from lorasb_ds.batches import Sample
 from lorasb_ds.config import ConfigError, RunConfig
+from lorasb_ds.factors import Basis, fill_factors
 from lorasb_ds.files import SUMS_FILE, check_sums, save_tensors, write_json, write_sums
+from lorasb_ds.gradients import branches_off
 from lorasb_ds.init_report import InitReport, LayerInit, Step
-from lorasb_ds.initialize import Basis, fill_factors
-from lorasb_ds.step import choose_step
+from lorasb_ds.methods import DEFAULT_METHOD, METHODS, PEFT_PREFIX
+from lorasb_ds.request import read_peft_file
+from lorasb_ds.step import choose_step, measure_step
 
 BASIS_FORMAT = "3"
+SCALING = "scaling (--lora-alpha, --r)"
+PEFT_FILE = "--method peft: (its file)"
 BASIS_FILE, REPORT_FILE = "basis.safetensors", "init.json"
 
 
-def fingerprint(config: RunConfig, targets: Shapes, rows_digest: str) -> dict[str, str]:
+def fingerprint(config: RunConfig, targets: Shapes, rows_digest: str) -> dict[str, Any]:
     """All that a basis depends on but its rank, by the name under which a difference is told.
 
     Args:
@@ -43,23 +48,43 @@ def fingerprint(config: RunConfig, targets: Shapes, rows_digest: str) -> dict[st
         "rows of the init sample (--data, --init-samples, --seed, --max-length, --loss-on, …)": (
             rows_digest
         ),
-        "--init-update": config.init_update,
-        "--seed": str(config.seed),
+        "--init-update": config.update,
+        "--seed": str(config.seed_of_init),
+        **_method_of(config),
+    }
+
+
+def _method_of(config: RunConfig) -> dict[str, Any]:
+    """What the basis of another method than LoRA-SB depends on beside."""
+    if config.method == DEFAULT_METHOD:
+        return {}
+    if config.method.startswith(PEFT_PREFIX):
+        content = json.dumps(read_peft_file(config.method), sort_keys=True)
+        return {PEFT_FILE: hashlib.sha256(content.encode()).hexdigest()}
+    method = METHODS[config.method]
+    return {
+        "--method": config.method,
+        SCALING: method.scale(config.r, config.lora_alpha),
+        "--gamma": config.gamma or method.gamma,
     }
 
 
 def save_basis(
-    folder: Path, basis: Basis, report: InitReport, made_from: Mapping[str, str]
+    folder: Path, basis: Basis, report: InitReport, made_from: Mapping[str, Any]
 ) -> None:
     """Write ``init.json``, then ``basis.safetensors``: with their ``SHA256SUMS`` the init is done.
 
-    It holds ``<layer>.lora_A`` (r, in) and ``.lora_B`` (out, r) in the run's dtype, and in fp32
-    ``.lora_R`` (r, r), ``.S`` and ``.slopes`` (r,), the singular values and ``LayerInit.slopes``.
+    It holds the factors that the run starts from, frozen ones in its dtype and trained ones in
+    fp32: ``<layer>.lora_A`` (r, in), ``.lora_B`` (out, r), and ``.lora_R`` (r, r) or
+    ``.offset_A`` and ``.offset_B``; and ``.S`` and ``.slopes``, the singular values and
+    ``LayerInit.slopes``, where something was decomposed. Of PEFT's methods: what PEFT has put into
+    the model, by its names there.
     """
     content = asdict(report)
     tensors = dict(basis)
     for name, layer in content["layers"].items():
-        tensors[f"{name}.lora_R"] = report.layers[name].R(report.step.init_lr)
+        if report.step.init_lr is not None:
+            tensors[f"{name}.lora_R"] = report.layers[name].R(report.step.init_lr)
         tensors[f"{name}.S"] = torch.tensor(layer.pop("spectrum"))
         tensors[f"{name}.slopes"] = torch.tensor(layer.pop("slopes"))
     write_json(folder / REPORT_FILE, content)
@@ -69,13 +94,13 @@ def save_basis(
 
 
 def check_basis(
-    folder: Path, option: str, r: int, made_from: Mapping[str, str], *, may_cut: bool
+    folder: Path, option: str, r: int | None, made_from: Mapping[str, Any], *, may_cut: bool
 ) -> InitReport:
     """Refuse a basis that this run's settings would not have given.
 
     Args:
         option: by which the folder was named, for messages.
-        r: of the run.
+        r: of the run; None where PEFT's configuration says what there is.
         may_cut: r may be smaller than that of the basis.
     Returns:
         What the init found, cut to r.
@@ -91,10 +116,10 @@ def check_basis(
     try:
         with safe_open(folder / BASIS_FILE, "pt") as file:
             metadata = file.metadata() or {}
-            names = [name for name in file.keys() if name.endswith(".S")]  # noqa: SIM118
-            r_max = min(file.get_slice(name).get_shape()[0] for name in names)
+            names = [name for name in file.keys() if name.endswith(".lora_A")]  # noqa: SIM118
+            ranks = [file.get_slice(name).get_shape()[0] for name in names]
         theirs = json.loads(metadata["made_from"])
-        report = _read_report(folder, r)
+        report = _read_report(folder, r, min(ranks) if r is not None else None)
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise ConfigError(
             f"{option}: {BASIS_FILE} and {REPORT_FILE} are not a basis of this version. Compute it "
@@ -106,6 +131,9 @@ def check_basis(
             f"{option} was made from something else: {', '.join(differ)} differ. Give the options "
             f"that it was made with (its run.json has them), or leave {option.split()[0]} out."
         )
+    if r is None:
+        return report
+    r_max = min(ranks)
     if r < r_max and not may_cut:
         raise ConfigError(
             f"--r {r} is not that of the run, {r_max}. To cut its basis to a smaller r, start a "
@@ -119,8 +147,9 @@ def check_basis(
     return report
 
 
-def _read_report(folder: Path, r: int) -> InitReport:
-    """What a stored init found, cut to its first r directions, which is exact."""
+def _read_report(folder: Path, r: int | None, r_max: int | None) -> InitReport:
+    """What a stored init found, cut to the first r of r_max directions, which is exact."""
+    cut = r if r is not None and r_max is not None and r < r_max else None
     content = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
     with safe_open(folder / BASIS_FILE, "pt") as file:
         layers = {
@@ -128,7 +157,7 @@ def _read_report(folder: Path, r: int) -> InitReport:
                 layer,
                 file.get_tensor(f"{name}.S").tolist(),
                 file.get_tensor(f"{name}.slopes").tolist(),
-                r,
+                cut,
             )
             for name, layer in content.pop("layers").items()
         }
@@ -145,34 +174,27 @@ def stored_digest(folder: Path) -> str:
     return (folder / SUMS_FILE).read_text(encoding="utf-8").split()[0]
 
 
-def put_back(adapters: Mapping[str, LoraSBLinear], folder: Path, report: InitReport) -> None:
-    """Fill A, B and R as the init left them. Collective; rank 0 reads.
-
-    Args:
-        report: of ``check_basis``, the same on every rank.
-    """
-    _fill_factors_from(folder, adapters)
-    for name, adapter in adapters.items():
-        zero.fill_trainable(adapter.lora_R, report.layers[name].R(report.step.init_lr))
-
-
-def _fill_factors_from(folder: Path, adapters: Mapping[str, LoraSBLinear]) -> Basis:
-    """A and B of an earlier init, cut to the adapters' r. Collective; rank 0 reads."""
+def put_back(folder: Path, adapters: Mapping[str, AdapterLinear]) -> Basis:
+    """Fill all factors as an init left them, cut to the adapters' r. Collective; rank 0 reads."""
     basis: Basis = {}
     with ExitStack() as stack:
         file: Any = None
         if zero.rank() == 0:
             file = stack.enter_context(safe_open(folder / BASIS_FILE, "pt"))
         for name, adapter in adapters.items():
-            A = B = None
+            factors = None
             if file is not None:
-                A = file.get_slice(f"{name}.lora_A")[: adapter.r]
-                B = file.get_slice(f"{name}.lora_B")[:, : adapter.r]
-            basis |= fill_factors(name, adapter, A, B)
+                factors = {
+                    key: file.get_slice(f"{name}.{key}")[
+                        tuple(slice(n) for n in adapter.factor_shape(key))
+                    ]
+                    for key in adapter.frozen + adapter.trained
+                }
+            basis |= fill_factors(name, adapter, factors)
     return basis
 
 
-def _cut(scalars: dict[str, Any], S: list[float], slopes: list[float], r: int) -> LayerInit:
+def _cut(scalars: dict[str, Any], S: list[float], slopes: list[float], r: int | None) -> LayerInit:
     share = sum(s * s for s in S[:r]) / sum(s * s for s in S) if any(S) else 1.0
     scalars["captured_energy"] *= share
     return LayerInit(**scalars, spectrum=tuple(S[:r]), slopes=tuple(slopes[:r]))
@@ -180,13 +202,13 @@ def _cut(scalars: dict[str, Any], S: list[float], slopes: list[float], r: int) -
 
 def take_up(
     engine: Any,
-    adapters: Mapping[str, LoraSBLinear],
+    adapters: Mapping[str, AdapterLinear],
     folder: str,
     report: InitReport,
     probe: Sample,
     init_lr: float | Literal["auto"] | None,
 ) -> tuple[InitReport, Basis]:
-    """Fill A, B and R from an earlier init, cut to the adapters' r. Collective; rank 0 reads.
+    """Fill all factors from an earlier init, cut to the adapters' r. Collective; rank 0 reads.
 
     Args:
         report: of ``check_basis``, the same on every rank.
@@ -194,8 +216,10 @@ def take_up(
     Returns:
         As ``initialize``.
     """
-    basis = _fill_factors_from(Path(folder), adapters)
-    step = choose_step(
-        engine, adapters, report.layers, probe, report.step.init_lr if init_lr is None else init_lr
-    )
+    basis = put_back(Path(folder), adapters)
+    if report.step.init_lr is None:
+        step = measure_step(engine, branches_off(adapters), probe)
+    else:
+        eta = report.step.init_lr if init_lr is None else init_lr
+        step = choose_step(engine, adapters, report.layers, probe, eta)
     return replace(report, step=step), basis

@@ -9,13 +9,25 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from lorasb_ds.methods import DEFAULT_ALPHA, DEFAULT_METHOD, METHODS, PEFT_PREFIX
+
 DEMO_MODEL = "demo"
 DEMO_DATA = "reasoning-gym:word_sequence_reversal?max_words=6&size=1000&seed=1"
 DEMO_EVAL_DATA = "reasoning-gym:word_sequence_reversal?max_words=6&size=64&seed=2"
 ALL_LINEAR = "all-linear"
 JSON_BYTES = 1 << 26  # of a file that is read whole
 DS_CONFIG_COPY = "ds_config.json"  # in the output folder
+PEFT_COPY = "peft.json"  # there, too: the file of --method peft:FILE.json
 LAUNCH, LOGS = "launch", "logs"  # what the launcher writes there
+# What an optimizer does to the gradient in its first step, as --init-update has it.
+FIRST_STEPS = {
+    "adamw": "sign",
+    "lion": "sign",
+    "sgd": "raw",
+    "adafactor": "adafactor",
+    "muon": "muon",
+}
+MATRIX_OPTIMIZERS = ("adafactor", "muon")  # by matrices: all others go by elements
 SHIPPED_DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 
 
@@ -126,6 +138,29 @@ class RunConfig(BaseModel):
         description="Layers with an adapter: 'all-linear' (all but the head), or names as "
         "PEFT takes them, separated by commas: q_proj,v_proj.",
     )
+    method: str = Field(
+        DEFAULT_METHOD,
+        description=f"How the adapter is made: {', '.join(METHODS)} (docs/methods.md), or "
+        "peft:FILE.json, a configuration of PEFT's.",
+    )
+    lora_alpha: float | None = Field(
+        None,
+        gt=0,
+        description="Scaling of methods that have one: alpha/r, or alpha/sqrt(r). [default: "
+        f"{DEFAULT_ALPHA:g}]",
+    )
+    gamma: float | None = Field(
+        None,
+        gt=0,
+        description="How small lora-ga (out^(1/4)/sqrt(gamma)) and lora-one (1/sqrt(gamma)) fill A "
+        "and B. [default: 16 and 128]",
+    )
+    precondition: float | None = Field(
+        None,
+        gt=0,
+        description="Lambda of LoRA-One's preconditioned update, of methods that train A and B: "
+        "gradients go through inverses of (B'B + lambda I) and (AA' + lambda I). [default: none]",
+    )
     max_length: int = Field(
         1024, ge=8, description="Longest row in tokens; see --truncation for what is beyond."
     )
@@ -143,13 +178,18 @@ class RunConfig(BaseModel):
     max_steps: int | None = Field(
         None, ge=1, description="Optimizer steps; wins over --epochs. [default: by --epochs]"
     )
-    optimizer: Literal["adamw", "sgd", "lion"] = Field(
+    optimizer: Literal["adamw", "sgd", "lion", "adafactor", "muon"] = Field(
         "adamw",
-        description="What trains R: torch's AdamW, torch's SGD with momentum 0.9, or bitsandbytes' "
-        "Lion. Each wants another --lr.",
+        description="What trains R (or A and B): torch's AdamW, SGD with momentum 0.9 or "
+        "Adafactor or Muon, or bitsandbytes' Lion. Each wants another --lr.",
     )
     weight_decay: float = Field(0.0, ge=0, description="Weight decay of R.")
-    lr: float = Field(2e-3, gt=0, description="Peak learning rate for R.")
+    lr: float = Field(
+        2e-3,
+        gt=0,
+        description="Peak learning rate. [default: 2e-3 where R is trained, 2e-4 where A and B "
+        "are]",
+    )
     lr_scheduler: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="Shape of the learning rate after the warmup."
     )
@@ -179,6 +219,13 @@ class RunConfig(BaseModel):
         ge=1,
         description="Measure the held-out loss every so many steps, and keep the best checkpoint. "
         "[default: only before training and at the end]",
+    )
+    track_alignment: int | None = Field(
+        None,
+        ge=1,
+        description="Every so many steps, measure how much of the full gradient the adapter's "
+        "subspace holds, and how the last step agrees with that of full fine-tuning: "
+        "alignment.jsonl and alignment.png.",
     )
     generate_samples: int = Field(
         0, ge=0, description="Held-out rows that are answered at every such evaluation."
@@ -216,16 +263,28 @@ class RunConfig(BaseModel):
         description="Training rows in the init's sample, of which one in eight is held back to "
         "measure losses on. [default: 0.1 % of them, at least 64]",
     )
+    init_data: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(
+        None,
+        min_length=1,
+        description="Rows for the init in place of --data's, in any form that --data takes: init "
+        "on one task, train on another. May be given several times.",
+    )
+    init_seed: int | None = Field(
+        None,
+        ge=0,
+        description="Seed of the init, and of the rows in its sample. [default: --seed]",
+    )
     init_lr: Annotated[float, Field(gt=0)] | Literal["auto", "schedule"] | None = Field(
         None,
         description="Eta, the learning rate of the step that the init takes: a number, 'schedule' "
         "(the first step's of --lr and its warmup), or 'auto' (the best of a handful, measured "
         "on the held-back rows). [default: auto; with --init-from, that init's]",
     )
-    init_update: Literal["sign", "adam", "raw"] = Field(
-        "sign",
-        description="The step that the init imitates: sign of the gradient (the paper), "
-        "g/(|g|+epsilon) (AdamW's first step), or the gradient itself.",
+    init_update: Literal["sign", "adam", "raw", "adafactor", "muon"] | None = Field(
+        None,
+        description="The step that lora-sb's init imitates: sign of the gradient (the paper), "
+        "g/(|g|+epsilon) (AdamW's first step), the gradient itself (SGD's), Adafactor's or Muon's "
+        "first step. [default: the --optimizer's: sign for adamw and lion, raw for sgd]",
     )
     init_memory_gib: float | None = Field(
         None,
@@ -265,7 +324,17 @@ class RunConfig(BaseModel):
         "on rank 0's host. Its package must be installed.",
     )
 
-    @field_validator("data", mode="before")
+    @property
+    def update(self) -> str:
+        """``init_update``, or the optimizer's first step."""
+        return self.init_update or FIRST_STEPS[self.optimizer]
+
+    @property
+    def seed_of_init(self) -> int:
+        """``init_seed``, or the run's."""
+        return self.seed if self.init_seed is None else self.init_seed
+
+    @field_validator("data", "init_data", mode="before")
     @classmethod
     def _one_source(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
@@ -275,6 +344,13 @@ class RunConfig(BaseModel):
     def _at_home(cls, value: str | None) -> str | None:
         """A shell leaves the ~ of --output-dir=~/runs as it is."""
         return None if value is None else os.path.expanduser(value)  # noqa: PTH111, no Path
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, value: str) -> str:
+        if value not in METHODS and not value.startswith(PEFT_PREFIX):
+            raise ValueError(f"Give one of {', '.join(METHODS)}, or {PEFT_PREFIX}FILE.json")
+        return value
 
     @field_validator("data_weights", mode="before")
     @classmethod

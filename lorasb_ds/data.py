@@ -139,7 +139,12 @@ class TokenizedRows:
     @cached_property
     def digest(self) -> str:
         """Equal for equal examples in equal order."""
-        return hashlib.sha256(self._column("digest").tobytes()).hexdigest()
+        return hashlib.sha256(self.row_digests.tobytes()).hexdigest()
+
+    @cached_property
+    def row_digests(self) -> np.ndarray:
+        """(examples,), int64: of each one's ids and labels."""
+        return self._column("digest")
 
     @cached_property
     def row_numbers(self) -> np.ndarray:

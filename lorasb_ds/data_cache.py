@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,10 +39,17 @@ WORTH_SAYING_S = 5.0
 WORTH_A_WORKER_S = 10.0  # a worker takes seconds to start
 
 
-def load_data(
-    config: RunConfig, tokenizer: Any
-) -> tuple[TokenizedRows, TokenizedRows | None, list[str]]:
-    """A run's training rows, its held-out rows if there are any, and what the user should know.
+class Data(NamedTuple):
+    """The rows of a run."""
+
+    train: TokenizedRows
+    held_out: TokenizedRows | None
+    init: TokenizedRows  # of which the init's sample is drawn: --init-data's, or the training rows
+    notes: list[str]  # what the user should know
+
+
+def load_data(config: RunConfig, tokenizer: Any) -> Data:
+    """All rows of a run.
 
     Raises:
         ConfigError: if rows cannot be read, or none are left.
@@ -61,7 +68,28 @@ def load_data(
             f"{config.val_set_size:g})"
         )
         train, held_out = (train.select(part) for part in parts)
-    return train, held_out, notes
+    init = train
+    if config.init_data is not None:
+        init, more = tokenize_sources(config.init_data, tokenizer, config, "--init-data")
+        if config.val_set_size is not None and held_out is not None:
+            init = _without(init, held_out, config)
+        notes = [*notes, *(note for note in more if note not in notes)]
+    return Data(train, held_out, init, notes)
+
+
+def _without(init: TokenizedRows, held_out: TokenizedRows, config: RunConfig) -> TokenizedRows:
+    """Rows for the init but for those that are held out: --init-data may name --data's sources.
+
+    Raises:
+        ConfigError: if none are left.
+    """
+    left = np.flatnonzero(~np.isin(init.row_digests, held_out.row_digests))
+    if not len(left):
+        raise ConfigError(
+            f"--init-data {', '.join(config.init_data or ())}: all of its rows are held out by "
+            f"--val-set-size {config.val_set_size:g}. Lower it, or name other rows."
+        )
+    return init if len(left) == len(init.examples) else init.select(left)
 
 
 def split_rows(num_rows: int, val_set_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -115,7 +115,8 @@ def resolve_ds_config(
     if resolved_config.dtype == "fp16":
         resolved["fp16"] = {**_section(raw, "fp16"), "enabled": True}
     if resolved_config.optimizer != "adamw":
-        # "Untested" is all but Adam. R's partitions are flat, which elementwise optimizers bear.
+        # "Untested" is all but Adam. Masters are flat, which optimizers by elements bear; those of
+        # matrices come with a way to do so (matrix_optimizer.py).
         resolved["zero_allow_untested_optimizer"] = True
     resolved["zero_optimization"] = zero_section
     # What is still "auto" has no option: DeepSpeed's default holds.

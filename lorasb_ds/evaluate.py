@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -145,31 +144,3 @@ def from_all_ranks(mine: dict[int, T]) -> dict[int, T]:
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, mine)
     return {key: value for part in found for key, value in part.items()}
-
-
-@dataclass(frozen=True)
-class Share:
-    """How many rows were right."""
-
-    right: int
-    rows: int
-
-    @property
-    def share(self) -> float:
-        return self.right / self.rows
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        return wilson_interval(self.right, self.rows)
-
-    def __str__(self) -> str:
-        low, high = self.interval
-        return f"{self.share:.1%} (95 %: {low:.1%} to {high:.1%})"
-
-
-def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927); holds for shares near 0 and 1, too."""
-    share = successes / trials
-    centre = share + z * z / (2 * trials)
-    spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    return tuple((centre + sign * spread) / (1 + z * z / trials) for sign in (-1, 1))  # type: ignore[return-value]

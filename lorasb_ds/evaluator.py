@@ -19,7 +19,6 @@ from lorasb_ds.config import DEMO_EVAL_DATA
 from lorasb_ds.eval_rows import EvalRows, load_eval_rows
 from lorasb_ds.evaluate import (
     Generated,
-    Share,
     eval_mode,
     from_all_ranks,
     generate,
@@ -32,6 +31,7 @@ from lorasb_ds.inference import PreparedModel, prepare_model, start_model
 from lorasb_ds.metrics import provenance
 from lorasb_ds.request import load_run_config, with_adapter
 from lorasb_ds.sharding import rank_and_size
+from lorasb_ds.shares import Share
 
 RESULT_FILE, ANSWERS_FILE = "eval.json", "answers.jsonl"
 

@@ -10,28 +10,34 @@ from typing import Any
 import torch
 
 from lorasb_ds import zero
-from lorasb_ds.adapter import LoraSBLinear, Shapes, to_plain_lora
+from lorasb_ds.adapter import AdapterLinear, Shapes
 from lorasb_ds.files import publish, save_tensors, write_json
 from lorasb_ds.peft_config import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 
 
-def collect_lora(adapters: Mapping[str, LoraSBLinear]) -> dict[str, torch.Tensor]:
+def collect_lora(adapters: Mapping[str, AdapterLinear]) -> dict[str, torch.Tensor]:
     """The adapter as plain LoRA tensors with PEFT's names, on rank 0's CPU; {} elsewhere.
 
-    Collective: a layer at a time is gathered. R is taken from the optimizer's fp32 master.
+    Collective: a layer at a time is gathered. What is trained is taken from the optimizer's fp32
+    master. An offset is folded in: such a pair has rank 2 r.
 
     Raises:
-        FloatingPointError: on every rank, if an R is not finite.
+        FloatingPointError: on every rank, if what was trained is not finite.
     """
     tensors: dict[str, torch.Tensor] = {}
     for name, adapter in adapters.items():
-        R = zero.full_fp32(adapter.lora_R)
-        if not torch.isfinite(R).all():
-            raise FloatingPointError(f"R of {name} is not finite: the last step overflowed.")
-        with zero.gathered([adapter.lora_A, adapter.lora_B]):
+        values = {key: zero.full_fp32(adapter.factor(key)) for key in adapter.trained}
+        for key, value in values.items():
+            if not torch.isfinite(value).all():
+                raise FloatingPointError(
+                    f"{key} of {name} is not finite: the last step overflowed."
+                )
+        frozen = {key: adapter.factor(key) for key in adapter.frozen}
+        with zero.gathered(frozen.values()):
             if zero.rank() != 0:
                 continue
-            A, B = to_plain_lora(adapter.lora_A.data, adapter.lora_B.data, R)
+            values |= {key: parameter.data for key, parameter in frozen.items()}
+            A, B = adapter.plain_lora(values)
             tensors |= peft_tensors(name, A.cpu().clone(), B.cpu().clone())
     return tensors
 
@@ -50,9 +56,7 @@ def save_peft_adapter(
     target_modules: Sequence[str] | str,
     base_model: str | None,
 ) -> None:
-    """Write the folder that ``PeftModel.from_pretrained`` loads; it appears whole or not at all.
-
-    A folder of that name is replaced: whoever calls has asked whether it may be.
+    """Write a plain LoRA as ``PeftModel.from_pretrained`` loads it; see ``write_adapter``.
 
     Args:
         tensors: of ``collect_lora``.
@@ -70,6 +74,19 @@ def save_peft_adapter(
         "inference_mode": True,
         "target_modules": target_modules,
     }
+    write_adapter(folder, tensors, config)
+
+
+def write_adapter(
+    folder: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]
+) -> None:
+    """Write a folder of PEFT's; it appears whole or not at all.
+
+    A folder of that name is replaced: whoever calls has asked whether it may be.
+
+    Args:
+        config: what adapter_config.json holds.
+    """
     aside = folder.with_name(folder.name + ".tmp")
     if aside.exists():
         shutil.rmtree(aside)

@@ -18,6 +18,9 @@ from lorasb_ds.workload import Workload
 
 # AdamW's fp32 master and two moments; and the fp32 sum of gradients, which ZeRO-3 keeps for good.
 OPTIMIZER_BYTES, GRADIENT_BYTES = 12, 4
+# Of each trained number on every rank, where the optimizer works on whole matrices: a state, and in
+# the step value and gradient. Muon's, at most; the master itself is sharded.
+MATRIX_BYTES, MASTER_BYTES = 12, 4
 # What a process takes beside tensors, once work has begun: kernels made on first use, buffers of
 # gloo. Measured.
 CPU_RUNTIME_BYTES = 100 << 20
@@ -122,7 +125,8 @@ def footprint(shape: ModelShape, placement: Placement, work: Workload, init: Ini
     # A layer with an adapter keeps A x. For others zero.Init puts a linear function of its own into
     # torch's place (zero3_linear_wrap), whose autograd keeps the input; torch's keeps a view of the
     # weight, which pins what was gathered.
-    inputs = placement.sharded and len(work.targets) < len(shape.layers)
+    # Where A is trained, its layer keeps the input.
+    inputs = not work.trains_r or (placement.sharded and len(work.targets) < len(shape.layers))
     block = block_activation_bytes(shape, work, d, inputs=inputs)
     init_block = block_activation_bytes(shape, work, d, inputs=True, branches=False)
     boundaries = work.tokens * shape.hidden_size * d
@@ -133,7 +137,8 @@ def footprint(shape: ModelShape, placement: Placement, work: Workload, init: Ini
         base=base_kept + (base_shards - scale_share if on_device else 0),
         quantization=scale_share if on_device else 0,
         adapters=adapter_kept + (adapter_shards if on_device else 0),
-        optimizer=OPTIMIZER_BYTES * num_optimized + (kept_gradients if placement.sharded else 0),
+        optimizer=_optimizer_bytes(work, num_optimized)
+        + (kept_gradients if placement.sharded else 0),
         load_in_flight=_in_flight_bytes(stored, placement)
         + LOAD_CHUNK * (READ_BYTES + (QUANTIZE_BYTES if placement.form in ("nf4", "int8") else 0)),
         gathered=gathered_bytes(shape, placement, work),
@@ -165,7 +170,7 @@ def init_plan(shape: ModelShape, work: Workload, world_size: int, dtype_bytes: i
     rows_per_rank = min(work.init_samples, work.init_rounds(world_size) * work.micro_batch_size)
     return plan_init(
         work.targets,
-        r=work.r,
+        r=work.r * work.directions,
         world_size=world_size,
         update=work.init_update,
         tokens_per_micro_batch=work.tokens,
@@ -198,10 +203,23 @@ def block_activation_bytes(
     return work.tokens * (numbers * dtype_bytes + 4 * fp32)
 
 
+def _optimizer_bytes(work: Workload, num_optimized: int) -> int:
+    """Of masters and states, where a rank has ``num_optimized`` numbers to optimize."""
+    if work.whole_matrices:
+        return MASTER_BYTES * num_optimized + MATRIX_BYTES * work.num_trainable
+    return OPTIMIZER_BYTES * num_optimized
+
+
 def _adapter_bytes(work: Workload, dtype_bytes: int) -> Iterator[int]:
-    """Of every A, B and R."""
+    """Of every factor: A, B and R, or A and B and perhaps what they were at first."""
+    if work.trained_sizes is not None:
+        yield from (size * dtype_bytes for size in work.trained_sizes)
+        yield work.num_kept * dtype_bytes
+        return
     for out_features, in_features in work.targets.values():
-        for side in (in_features, out_features, work.r):
+        sides = [in_features, out_features]
+        sides = [*sides, work.r] if work.trains_r else sides * (2 if work.offset else 1)
+        for side in sides:
             yield work.r * side * dtype_bytes
 
 

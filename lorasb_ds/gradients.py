@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lorasb_ds import accelerator
-from lorasb_ds.adapter import LoraSBLinear, set_scale
+from lorasb_ds.adapter import AdapterLinear, set_scale, trained_parameters
 from lorasb_ds.batches import Batch
 from lorasb_ds.loss import token_loss_sum
 from lorasb_ds.sharding import Group, row_range
@@ -47,7 +47,7 @@ class GradientShards:
     of_segment = False
 
     def __init__(
-        self, adapters: Mapping[str, LoraSBLinear], group: Group = None, offload: bool = False
+        self, adapters: Mapping[str, AdapterLinear], group: Group = None, offload: bool = False
     ) -> None:
         """
         Args:
@@ -179,13 +179,14 @@ class _LayerTap:
 
 def average_gradients(
     model: nn.Module,
-    adapters: Mapping[str, LoraSBLinear],
+    adapters: Mapping[str, AdapterLinear],
     batches: Iterable[Batch],
     num_label_tokens: int,
     group: Group = None,
     *,
     names: Iterable[str] | None = None,
     offload: bool = False,
+    with_adapters: bool = False,
 ) -> GradientShards:
     """Gradient of the sample's mean loss over label tokens, at the base's weights, sharded.
 
@@ -202,13 +203,16 @@ def average_gradients(
         num_label_tokens: of the whole sample, all ranks together.
         names: the layers that are wanted, by default all; the backward pass stops below the lowest.
         offload: keep the shards in host memory.
+        with_adapters: at the weights as they are, W0 and the adapters' updates: branches stay on.
+            What is trained gets no gradient all the same.
     Returns:
         The shards, with the sample's loss.
     """
     wanted = {name: adapters[name] for name in (adapters if names is None else names)}
     shards = GradientShards(wanted, group, offload)
     loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device())
-    with taps(wanted, shards), branches_off(adapters), no_dropout(model):
+    state = factors_fixed(adapters) if with_adapters else branches_off(adapters)
+    with taps(wanted, shards), state, no_dropout(model):
         for batch in batches:
             loss = token_loss_sum(model, batch)
             shards.after_forward(batch.num_label_tokens > 0)
@@ -222,7 +226,7 @@ def average_gradients(
 
 
 @contextmanager
-def taps(adapters: Mapping[str, LoraSBLinear], shards: GradientShards) -> Iterator[None]:
+def taps(adapters: Mapping[str, AdapterLinear], shards: GradientShards) -> Iterator[None]:
     """These layers show their inputs and output gradients to the shards meanwhile."""
     for name, adapter in adapters.items():
         adapter.tap = _LayerTap(shards, name)
@@ -234,13 +238,26 @@ def taps(adapters: Mapping[str, LoraSBLinear], shards: GradientShards) -> Iterat
 
 
 @contextmanager
-def branches_off(adapters: Mapping[str, LoraSBLinear]) -> Iterator[None]:
+def branches_off(adapters: Mapping[str, AdapterLinear]) -> Iterator[None]:
     """The model is exactly its base meanwhile."""
     set_scale(adapters, 0.0)
     try:
         yield
     finally:
         set_scale(adapters, 1.0)
+
+
+@contextmanager
+def factors_fixed(adapters: Mapping[str, AdapterLinear]) -> Iterator[None]:
+    """No factor gets a gradient meanwhile, nor does an engine that gathers them hear of any."""
+    trained = trained_parameters(adapters).values()
+    for factor in trained:
+        factor.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for factor in trained:
+            factor.requires_grad_(True)
 
 
 @contextmanager

@@ -7,18 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from lorasb_ds import zero
-from lorasb_ds.adapter import LoraSBLinear
+from lorasb_ds.adapter import AdapterLinear
 from lorasb_ds.basis import save_basis, take_up
 from lorasb_ds.batches import Sample
-from lorasb_ds.init_report import InitReport
-from lorasb_ds.initialize import Basis, initialize
+from lorasb_ds.factors import Basis, Recipe
+from lorasb_ds.init_report import InitReport, no_gradient_report
+from lorasb_ds.initialize import initialize
 from lorasb_ds.output import say
+from lorasb_ds.peft_method import collect_peft, peft_off
 from lorasb_ds.plan import GIB
 from lorasb_ds.prepare import Prepared
+from lorasb_ds.step import measure_step
 
 
 def initialize_by(
-    run: Prepared, engine: Any, adapters: Mapping[str, LoraSBLinear], sample: Sample, probe: Sample
+    run: Prepared, engine: Any, adapters: Mapping[str, AdapterLinear], sample: Sample, probe: Sample
 ) -> tuple[InitReport, Basis]:
     """``initialize`` with a run's options. Collective."""
     return initialize(
@@ -27,10 +30,9 @@ def initialize_by(
         sample,
         probe,
         run.footprint.init,
+        Recipe.of(run.config),
         init_lr=_init_lr(run, engine) or "auto",
-        update=run.config.init_update,
         offload=run.config.init_offload,
-        seed=run.config.seed,
     )
 
 
@@ -41,23 +43,33 @@ def _init_lr(run: Prepared, engine: Any) -> Any:
     return run.config.init_lr
 
 
+def as_peft_made_it(engine: Any, probe: Sample) -> tuple[InitReport, Basis]:
+    """What PEFT has put into the model already. Collective."""
+    basis = collect_peft(engine.module)
+    step = measure_step(engine, peft_off(engine.module), probe)
+    return no_gradient_report(step), basis
+
+
 def init_phase(
-    run: Prepared, engine: Any, adapters: Mapping[str, LoraSBLinear], folder: Path
+    run: Prepared, engine: Any, adapters: Mapping[str, AdapterLinear], folder: Path
 ) -> InitReport:
     """A, B and R by the init, or from an earlier one; on disk when it returns. Collective."""
     config, plan = run.config, run.footprint.init
     probe = run.sample(run.probe_rows)
-    if config.init_from is not None and run.stored_init is not None:
+    if run.peft is not None:
+        report, basis = as_peft_made_it(engine, probe)
+    elif config.init_from is not None and run.stored_init is not None:
         report, basis = take_up(
             engine, adapters, config.init_from, run.stored_init, probe, _init_lr(run, engine)
         )
         say(f"init taken from {config.init_from}")
     else:
-        groups = f", in {len(plan.groups)} groups of layers" if len(plan.groups) > 1 else ""
-        say(
-            f"init: gradients and SVD will take {plan.predicted_bytes / GIB:.2f} GiB a process"
-            f"{groups}"
-        )
+        if Recipe.of(config).method.needs_gradient:
+            groups = f", in {len(plan.groups)} groups of layers" if len(plan.groups) > 1 else ""
+            say(
+                f"init: gradients and SVD will take {plan.predicted_bytes / GIB:.2f} GiB a process"
+                f"{groups}"
+            )
         if plan.exceeds_budget:
             say(
                 f"warning: --init-memory-gib {config.init_memory_gib:g} is not enough: at least "
@@ -74,8 +86,9 @@ def init_phase(
         f"{report.num_samples} rows, {report.total_s:.1f} s (gradients {report.gradients_s:.1f}, "
         f"communication {report.communication_s:.1f}, SVD {report.svd_s:.1f}); "
     )
+    eta = "" if step.init_lr is None else f"eta {step.init_lr:.3g}, "
     say(
-        f"init: {took if run.stored_init is None else ''}eta {step.init_lr:.3g}, loss of "
+        f"init: {took if run.stored_init is None and run.peft is None else ''}{eta}loss of "
         f"{step.num_samples} other rows {step.loss_before:.4f} -> {step.loss_after:.4f}"
     )
     if report.not_descending:

@@ -39,7 +39,7 @@ class LayerInit:
 class Step:
     """The eta that was taken, and what it does to rows that the gradient has not seen."""
 
-    init_lr: float
+    init_lr: float | None  # eta; of methods that take no step None
     num_samples: int
     loss_before: float  # at the base
     loss_after: float  # with A, B and R filled
@@ -49,11 +49,11 @@ class Step:
 
 @dataclass(frozen=True)
 class InitReport:
-    update: str
+    update: str  # what was decomposed
     num_samples: int  # rows of the gradient
     num_label_tokens: int
     num_batches: int  # micro-batches of all ranks
-    loss: float  # of the gradient's rows, at the base
+    loss: float | None  # of the gradient's rows, at the base; None if there was no gradient
     step: Step
     num_groups: int  # of layers, whose gradients were held at the same time
     passes: int  # forward and backward over the sample; by segments it is one, and a forward more
@@ -80,3 +80,26 @@ class InitReport:
             for name, layer in self.layers.items()
             if layer.batches_reached < self.num_batches
         }
+
+
+def no_gradient_report(step: Step) -> InitReport:
+    """Of an init that decomposes nothing and is made by someone else."""
+    return InitReport(
+        update="nothing (PEFT's init)",
+        num_samples=0,
+        num_label_tokens=0,
+        num_batches=0,
+        loss=None,
+        step=step,
+        num_groups=1,
+        passes=0,
+        by_segments=False,
+        predicted_memory_bytes=0,
+        peak_memory_bytes=0,
+        memory_at_start_bytes=0,
+        gradients_s=0.0,
+        communication_s=0.0,
+        svd_s=0.0,
+        total_s=step.seconds,
+        layers={},
+    )

@@ -1,59 +1,57 @@
-"""The init phase of LoRA-SB: gradients -> update -> truncated SVD -> A, B and R.
+"""The init phase: gradients (or weights) -> truncated SVD -> the adapter's factors.
 
-DESIGN in one line: ``sign(G) ~ U S Vh``;  ``B = U``, ``A = Vh``, ``R = -eta S`` (arXiv 2411.19557),
-the rank-r image of the first step that AdamW would take in full fine-tuning.
+Of LoRA-SB: ``sign(G) ~ U S Vh``;  ``B = U``, ``A = Vh``, ``R = -eta S`` (arXiv 2411.19557), the
+rank-r image of the first step that AdamW would take in full fine-tuning. Of others: methods.py.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
 
 from lorasb_ds import accelerator, zero
-from lorasb_ds.adapter import LoraSBLinear
+from lorasb_ds.adapter import AdapterLinear
 from lorasb_ds.batches import Sample
-from lorasb_ds.gradients import GradientShards, average_gradients, is_transposed
+from lorasb_ds.factors import (
+    Basis,
+    Directions,
+    Recipe,
+    fill_layer,
+    own_directions,
+    weight_rows,
+    whole_directions,
+)
+from lorasb_ds.gradients import GradientShards, average_gradients, branches_off
 from lorasb_ds.init_plan import InitPlan
 from lorasb_ds.init_report import InitReport, LayerInit
 from lorasb_ds.linalg import TruncatedSVD, truncated_svds
 from lorasb_ds.segments import SegmentError, gradients_by_segment
-from lorasb_ds.sharding import Group, gather_rows
-from lorasb_ds.step import choose_step
+from lorasb_ds.sharding import Group
+from lorasb_ds.step import choose_step, measure_step
+from lorasb_ds.updates import UPDATES, finished, step_scale
 
-ADAM_EPSILON = 1e-8
-
-# The update that the init imitates, as a function of the gradient; -eta is left to R.
-UPDATES = {
-    # AdamW's first step, in the limit of a small epsilon: the paper's.
-    "sign": lambda G: G.sign().to(torch.int8),
-    # AdamW's first step itself: entries near epsilon move less.
-    "adam": lambda G: G / (G.abs() + ADAM_EPSILON),
-    # The gradient: the first step of SGD.
-    "raw": lambda G: G,
-}
-
-
-# On rank 0: "<layer>.lora_A" and ".lora_B" as the adapter stores them.
-Basis = dict[str, torch.Tensor]
+# A layer's name, what rank 0 fills it with, and what is told of it.
+Found: TypeAlias = tuple[str, Directions | None, LayerInit | None]
 
 
 def initialize(
     engine: Any,
-    adapters: Mapping[str, LoraSBLinear],
+    adapters: Mapping[str, AdapterLinear],
     sample: Sample,
     probe: Sample,
     plan: InitPlan,
+    recipe: Recipe,
     *,
     init_lr: float | Literal["auto"],
-    update: str,
     offload: bool,
-    seed: int,
 ) -> tuple[InitReport, Basis]:
-    """Fill A, B and R of every adapter in place. Collective.
+    """Fill every adapter's factors in place. Collective.
 
     Layers are done in the groups of the plan; which group a layer is in changes nothing.
 
@@ -61,10 +59,8 @@ def initialize(
         engine: around the model with placeholders; its parameters may be sharded by ZeRO-3.
         sample: rows of the gradient; as many batches as on every other rank.
         probe: rows that are held back to measure losses on.
-        init_lr: eta; "auto" measures it on the probe.
-        update: a key of ``UPDATES``.
+        init_lr: eta; "auto" measures it on the probe. Methods without a step have none.
         offload: keep gradient shards in host memory.
-        seed: of the completion of bases that a gradient does not fill.
     Returns:
         The report (equal on every rank but for memory and times), and on rank 0 the basis; empty
         elsewhere.
@@ -75,60 +71,143 @@ def initialize(
     accelerator.reset_peak_memory()
     memory_at_start = accelerator.memory_bytes()
     group = zero.new_group()  # the engine's own traffic goes through another
-    model = engine.module  # the engine itself would scale the loss and expect a step
+    method, gradients = recipe.method, _Gradients()
+    found: Iterator[Found]
+    if method.needs_gradient:
+        found = _of_gradients(
+            engine, adapters, plan, sample, recipe, group, offload=offload, totals=gradients
+        )
+    elif method.matrix == "weight":
+        found = _of_weights(adapters, recipe, group)
+    else:
+        found = _of_nothing(adapters, recipe)
     layers: dict[str, LayerInit] = {}
     basis: Basis = {}
-    segments = 0
-    gradients_s = communication_s = svd_s = 0.0
-    began = time.perf_counter()
-    for gradients in gradients_by_group(model, adapters, plan, sample, group, offload):
-        zero.release(engine)
-        segments += gradients.of_segment
-        communication_s += gradients.communication.seconds()
-        gradients_s += time.perf_counter() - began
-        began = time.perf_counter()
-        names = list(gradients.shards)
-        for first in range(0, len(names), zero.world_size()):  # a layer for each rank's eigensolver
-            G = {n: gradients.take(n) for n in names[first : first + zero.world_size()]}
-            r = adapters[names[first]].r
-            for name, (svd, slopes) in decompose(G, r, update, group, seed).items():
-                adapter, reached = adapters[name], gradients.reached[name]
-                layers[name] = describe(svd, slopes, adapter.lora_A.dtype, reached, group)
-                basis |= fill_factors(name, adapter, *_factors(adapter, svd, group))
-        svd_s += time.perf_counter() - began
-        began = time.perf_counter()
-    layers = {name: layers[name] for name in adapters}
-    step = choose_step(engine, adapters, layers, probe, init_lr)
-    num_batches = torch.tensor(
-        sum(batch.num_label_tokens > 0 for batch in sample.batches), device=accelerator.device()
-    )
+    for name, directions, layer in found:
+        if layer is not None:
+            layers[name] = layer
+        basis |= fill_layer(name, adapters[name], directions, recipe)
+    filled_s = time.perf_counter() - start
+    layers = {name: layers[name] for name in adapters if name in layers}
+    if method.step:
+        step = choose_step(engine, adapters, layers, probe, init_lr)
+    else:
+        step = measure_step(engine, branches_off(adapters), probe)
+    num_batches = torch.tensor(gradients.num_batches, device=accelerator.device())
     dist.all_reduce(num_batches, group=group)
     dist.destroy_process_group(group)
     report = InitReport(
-        update=update,
-        num_samples=sample.num_rows,
-        num_label_tokens=sample.num_label_tokens,
+        update=recipe.update if method.needs_gradient else method.matrix,
+        num_samples=sample.num_rows if method.needs_gradient else 0,
+        num_label_tokens=sample.num_label_tokens if method.needs_gradient else 0,
         num_batches=int(num_batches),
         loss=gradients.loss,
         step=step,
-        num_groups=len(plan.groups),
-        passes=len(plan.groups) - segments + (segments > 0),
-        by_segments=segments > 0,
+        num_groups=len(plan.groups) if method.needs_gradient else 1,
+        passes=gradients.groups - gradients.segments + (gradients.segments > 0),
+        by_segments=gradients.segments > 0,
         predicted_memory_bytes=plan.predicted_bytes,
         peak_memory_bytes=accelerator.peak_memory_bytes(),
         memory_at_start_bytes=memory_at_start,
-        gradients_s=gradients_s - communication_s,
-        communication_s=communication_s,
-        svd_s=svd_s,
+        gradients_s=gradients.seconds - gradients.communication_s,
+        communication_s=gradients.communication_s,
+        svd_s=filled_s - gradients.seconds,
         total_s=time.perf_counter() - start,
         layers=layers,
     )
     return report, basis
 
 
+@dataclass
+class _Gradients:
+    """What the gradients of all groups came to, on this rank."""
+
+    groups: int = 0
+    segments: int = 0  # of them: not by a pass of their own
+    num_batches: int = 0  # with a label
+    loss: float | None = None
+    seconds: float = 0.0
+    communication_s: float = 0.0  # of those
+
+
+def _of_gradients(
+    engine: Any,
+    adapters: Mapping[str, AdapterLinear],
+    plan: InitPlan,
+    sample: Sample,
+    recipe: Recipe,
+    group: Group,
+    *,
+    offload: bool,
+    totals: _Gradients,
+) -> Iterator[Found]:
+    """By the SVD of the gradient, or of the step that an optimizer would make of it. Collective."""
+    totals.num_batches = sum(batch.num_label_tokens > 0 for batch in sample.batches)
+    began = time.perf_counter()
+    for gradients in gradients_by_group(engine.module, adapters, plan, sample, group, offload):
+        zero.release(engine)
+        totals.groups += 1
+        totals.segments += gradients.of_segment
+        totals.loss = gradients.loss
+        totals.communication_s += gradients.communication.seconds()
+        totals.seconds += time.perf_counter() - began
+        for names in _turns(gradients.shards):
+            G = {name: gradients.take(name) for name in names}
+            k = adapters[names[0]].r * recipe.method.directions
+            scales = {name: _step_scale(adapters[name], recipe.update, group) for name in names}
+            found = decompose(G, k, recipe.update, group, recipe.seed, scales)
+            for name, (svd, slopes) in found.items():
+                dtype, reached = adapters[name].lora_A.dtype, gradients.reached[name]
+                layer = describe(svd, slopes, dtype, reached, group)
+                yield name, whole_directions(adapters[name], svd, group), layer
+        began = time.perf_counter()
+
+
+def _step_scale(adapter: AdapterLinear, update: str, group: Group) -> float:
+    """``step_scale`` of a layer. Collective."""
+
+    def weight_rms() -> float:
+        squares = torch.linalg.vector_norm(weight_rows(adapter, group)).double().square()
+        dist.all_reduce(squares, group=group)
+        return math.sqrt(squares.item() / (adapter.out_features * adapter.in_features))
+
+    return step_scale(update, adapter.out_features, adapter.in_features, weight_rms)
+
+
+def _of_weights(
+    adapters: Mapping[str, AdapterLinear], recipe: Recipe, group: Group
+) -> Iterator[Found]:
+    """By the SVD of W0. Collective."""
+    for names in _turns(adapters):
+        rows = [weight_rows(adapters[name], group) for name in names]
+        k = adapters[names[0]].r * recipe.method.directions
+        svds = truncated_svds(rows, k, group=group, seed=recipe.seed)
+        for name, svd in zip(names, svds, strict=True):
+            adapter = adapters[name]
+            # There is no gradient that a step could be held against: eta's search decides.
+            layer = describe(svd, svd.S.square(), adapter.lora_A.dtype, 0, group)
+            yield name, whole_directions(adapter, svd, group), layer
+
+
+def _of_nothing(adapters: Mapping[str, AdapterLinear], recipe: Recipe) -> Iterator[Found]:
+    """By random directions, or none. Not collective."""
+    for name, adapter in adapters.items():
+        ones = (1.0,) * adapter.r
+        random = LayerInit(1.0, ones, 0.0, 0.0, slopes=ones, batches_reached=0)
+        is_random = recipe.method.matrix == "random"
+        yield name, own_directions(name, adapter, recipe), random if is_random else None
+
+
+def _turns(names: Iterable[str]) -> Iterator[list[str]]:
+    """Some layers at a time: one for each rank's eigensolver."""
+    all_names = list(names)
+    for first in range(0, len(all_names), zero.world_size()):
+        yield all_names[first : first + zero.world_size()]
+
+
 def gradients_by_group(
     model: Any,
-    adapters: Mapping[str, LoraSBLinear],
+    adapters: Mapping[str, AdapterLinear],
     plan: InitPlan,
     sample: Sample,
     group: Group,
@@ -155,13 +234,20 @@ def gradients_by_group(
 
 
 def decompose(
-    gradients: Mapping[str, torch.Tensor], r: int, update: str, group: Group = None, seed: int = 0
+    gradients: Mapping[str, torch.Tensor],
+    r: int,
+    update: str,
+    group: Group = None,
+    seed: int = 0,
+    scales: Mapping[str, float] | None = None,
 ) -> dict[str, tuple[TruncatedSVD, torch.Tensor]]:
     """SVD of the updates of some layers' gradients, and each direction's slope. Collective.
 
     Args:
         gradients: layer -> (rows here, short side), this rank's shard of its gradient or of the
             transpose. As many as there are ranks make use of all of them.
+        update: a key of ``UPDATES``.
+        scales: layer -> its ``step_scale``; 1 where it is not given.
     Returns:
         layer -> its SVD, and ``S_i u_iᵀ G v_i``, (r,); they are the same for the transpose.
     Raises:
@@ -175,10 +261,11 @@ def decompose(
             f"the gradient of {', '.join(bad)} is not finite. The base or the data hold values "
             "that overflow in its dtype; look at the loss of the base, or try --dtype fp32."
         )
-    updates = [UPDATES[update](G) for G in gradients.values()]
+    updates = [UPDATES[update].matrix(G, group) for G in gradients.values()]
     results = {}
     svds = truncated_svds(updates, r, group=group, seed=seed)
     for (name, G), svd in zip(gradients.items(), svds, strict=True):
+        svd = finished(svd, update, (scales or {}).get(name, 1.0))
         along = ((svd.U_local.T @ G) * svd.Vh).sum(1)  # (r,): u_iᵀ G v_i, of the rows here
         dist.all_reduce(along, group=group)
         results[name] = svd, svd.S * along
@@ -209,30 +296,3 @@ def describe(
         slopes=tuple(slopes.tolist()),
         batches_reached=batches_reached,
     )
-
-
-def _factors(
-    adapter: LoraSBLinear, svd: TruncatedSVD, group: Group
-) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
-    """One layer's A and B on rank 0. Collective."""
-    U = gather_rows(svd.U_local, max(adapter.out_features, adapter.in_features), group)
-    if U is None:
-        return None, None
-    if is_transposed(adapter.out_features, adapter.in_features):
-        return U.T, svd.Vh.T  # Gᵀ ~ U S Vh, so G ~ Vhᵀ S Uᵀ
-    return svd.Vh, U
-
-
-def fill_factors(
-    name: str, adapter: LoraSBLinear, A: torch.Tensor | None, B: torch.Tensor | None
-) -> Basis:
-    """Put rank 0's A and B of one layer in place; its part of the basis. Collective."""
-    zero.fill(adapter.lora_A, A)
-    zero.fill(adapter.lora_B, B)
-    if A is None or B is None:
-        return {}
-    dtype = adapter.lora_A.dtype
-    return {
-        f"{name}.lora_A": A.to("cpu", dtype).contiguous(),
-        f"{name}.lora_B": B.to("cpu", dtype).contiguous(),
-    }

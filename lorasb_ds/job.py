@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorasb_ds.adapter import LoraSBLinear
+from torch import nn
+
+from lorasb_ds.adapter import AdapterLinear, trained_in
 from lorasb_ds.checkpoint import Progress
 from lorasb_ds.metrics import RunLog
 from lorasb_ds.prepare import Prepared
 from lorasb_ds.stop import StopRequest
 
-Adapters = dict[str, LoraSBLinear]
+Adapters = dict[str, AdapterLinear]
 
 
 @dataclass
@@ -21,7 +23,12 @@ class Job:
     folder: Path
     log: RunLog | None  # rank 0's
     engine: Any
-    adapters: Adapters
+    adapters: Adapters  # none where PEFT makes the layers
     progress: Progress
     stop: StopRequest
     saved: Progress | None = None  # by this process
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """All that is trained, by name."""
+        return trained_in(self.engine.module)

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 
 from lorasb_ds import accelerator, zero
+from lorasb_ds.alignment import trained_factors
+from lorasb_ds.alignment_phase import track_alignment
 from lorasb_ds.batches import Batch
 from lorasb_ds.evaluate import eval_mode, generate, held_out_loss, stop_tokens
 from lorasb_ds.history import perplexity
@@ -45,6 +47,8 @@ def train(job: Job) -> Outcome:
     run, progress = job.run, job.progress
     job.engine.train()
     job.stop.can_save()
+    if progress.step == 0 and run.config.track_alignment:
+        track_alignment(job, None)
     with profiled(job.folder, run.config.profile if job.log else None) as step_done:
         outcome = _steps(job, step_done)
     if outcome == "stopped":
@@ -63,6 +67,8 @@ def _steps(job: Job, step_done: Callable[[], None]) -> Outcome:
     while not progress.finished and progress.step < run.num_steps:
         units = run.order.units(progress.step)
         lr = engine.get_lr()[0]  # of this step: the scheduler moves on at its end
+        tracked = _is_due(progress.step + 1, run.config.track_alignment)
+        before = trained_factors(job.adapters) if tracked else None
         result = train_step(engine, run.step_batches(units), job.stop.requested)
         if result is None:
             saved = save(job)
@@ -88,6 +94,8 @@ def _steps(job: Job, step_done: Callable[[], None]) -> Outcome:
             job.log.write(row | ({} if result.applied else {"skipped": True}))
             job.log.progress(row, run.num_steps)
         count_skips(job, result, units)
+        if before is not None:
+            track_alignment(job, before)
         if progress.step < run.num_steps:
             new_best = False
             if _is_due(progress.step, run.config.eval_every):

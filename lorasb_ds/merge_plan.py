@@ -33,6 +33,11 @@ def plan_merge(
     updates: dict[str, Update] = {}
     for layer, factors in adapter.layers.items():
         key = _changed(model, layer, adapter.shapes[layer], sources, stored, name)
+        if factors.offset is not None:
+            raise ConfigError(
+                f"{adapter.path}: the adapter of {layer} has an offset. Fold it in by `lorasb "
+                "export` first, and merge what that writes."
+            )
         A, B = adapter.stored[factors.A], adapter.stored[factors.B]
         R = adapter.stored[factors.R] if factors.R is not None else None
         transposed = isinstance(model.get_submodule(layer), Conv1D)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasb_ds.files import write_text
-from lorasb_ds.history import METRICS, SAMPLES, Row, read_rows, to_line
+from lorasb_ds.history import ALIGNMENT, METRICS, SAMPLES, Row, read_rows, to_line
 from lorasb_ds.progress import Progress
 from lorasb_ds.tracking import Tracker
 
@@ -44,11 +44,14 @@ class RunLog:
         self._folder = folder
         path = folder / METRICS
         resumed = path.is_file()
-        self.rows: list[Row] = [row for row in read_rows(path) if row["step"] <= first_step]
+        self.rows = _kept(path, first_step)
         write_text(path, "".join(map(to_line, self.rows)))
         if (samples := folder / SAMPLES).is_file():
-            kept = [row for row in read_rows(samples) if row["step"] <= first_step]
-            write_text(samples, "".join(map(to_line, kept)))
+            write_text(samples, "".join(map(to_line, _kept(samples, first_step))))
+        # A run that begins at step 0 measures there itself.
+        self.alignment = _kept(folder / ALIGNMENT, first_step or -1)
+        if (folder / ALIGNMENT).is_file():
+            write_text(folder / ALIGNMENT, "".join(map(to_line, self.alignment)))
         self._file = path.open("a", encoding="utf-8")
         purge_step = first_step + 1 if resumed else None
         self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
@@ -73,6 +76,12 @@ class RunLog:
         """A generated answer, to ``samples.jsonl``."""
         with (self._folder / SAMPLES).open("a", encoding="utf-8") as file:
             file.write(to_line(row))
+
+    def write_alignment(self, rows: list[Row]) -> None:
+        """Of all layers at one step, to ``alignment.jsonl``."""
+        self.alignment += rows
+        with (self._folder / ALIGNMENT).open("a", encoding="utf-8") as file:
+            file.write("".join(map(to_line, rows)))
 
     def progress(self, row: Row, num_steps: int) -> None:
         """Show a training row: a bar in a terminal, else a line now and then and at the end."""
@@ -109,6 +118,11 @@ class RunLog:
                 f"warning: --report-to: {type(error).__name__}: {error}. Nothing more is reported "
                 f"there; {METRICS} has all rows"
             )
+
+
+def _kept(path: Path, last_step: int) -> list[Row]:
+    """The rows of a file up to a step; none where there is no file."""
+    return [row for row in read_rows(path) if row["step"] <= last_step]
 
 
 def provenance() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What trains R, and how its learning rate goes. All of it is other projects'."""
+"""What trains R (or A and B), and how its learning rate goes. All of it is other projects'."""
 
 from __future__ import annotations
 
@@ -8,15 +8,24 @@ from typing import Any
 
 import torch
 
-from lorasb_ds.config import RunConfig
+from lorasb_ds.config import ConfigError, RunConfig
+from lorasb_ds.matrix_optimizer import MatrixOptimizer
 
 SGD_MOMENTUM = 0.9
+# The second is its square, the paper's; torch's default, 1e-7 and 1e-14, is more than a gradient of
+# a large model. The other is what a weight counts as at least (arXiv 1804.04235, section 9).
+ADAFACTOR_EPSILON = (1e-15, 1e-3)
 
 
 def make_optimizer(
     params: Iterable[torch.nn.Parameter], config: RunConfig
 ) -> torch.optim.Optimizer:
-    """Of ``config.optimizer``. Each works by elements, which ZeRO's flat partitions ask for."""
+    """Of ``config.optimizer``: by elements, as ZeRO's flat masters have them, or of matrices.
+
+    Raises:
+        ConfigError: for Muon, if something that is trained is no matrix.
+    """
+    params = list(params)
     rates: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     if config.optimizer == "sgd":
         return torch.optim.SGD(params, momentum=SGD_MOMENTUM, **rates)
@@ -24,6 +33,19 @@ def make_optimizer(
         from bitsandbytes.optim import Lion
 
         return Lion(params, **rates)
+    if config.optimizer == "adafactor":
+        return MatrixOptimizer(
+            params, lambda p: torch.optim.Adafactor(p, eps=ADAFACTOR_EPSILON, **rates), rates
+        )
+    if config.optimizer == "muon":
+        shapes = [tuple(getattr(p, "ds_shape", p.shape)) for p in params]  # whole, under ZeRO-3
+        if others := [shape for shape in shapes if len(shape) != 2]:
+            raise ConfigError(
+                f"--optimizer muon orthogonalizes matrices, but {len(others)} of the parameters "
+                f"that --method {config.method} trains are none, such as one of {others[0]}. Take "
+                "another optimizer: adamw, sgd, lion or adafactor."
+            )
+        return MatrixOptimizer(params, lambda p: torch.optim.Muon(p, **rates), rates)
     return torch.optim.AdamW(params, **rates)
 
 
@@ -51,8 +73,8 @@ def set_scheduler(scheduler: Any, updates: int) -> None:
 
 
 def fresh_state(flat: torch.Tensor, config: RunConfig) -> dict[str, Any]:
-    """The optimizer's state of a parameter like ``flat``, as its first step makes it; its entries
-    are to be overwritten.
+    """The state of a parameter like ``flat`` of an optimizer by elements, as its first step makes
+    it; its entries are to be overwritten.
     """
     parameter = torch.nn.Parameter(torch.zeros_like(flat))
     optimizer = make_optimizer([parameter], config)

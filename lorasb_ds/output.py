@@ -9,16 +9,27 @@ from pathlib import Path
 import torch.distributed as dist
 
 from lorasb_ds import zero
-from lorasb_ds.config import DS_CONFIG_COPY, ConfigError, RunConfig
+from lorasb_ds.config import DS_CONFIG_COPY, PEFT_COPY, ConfigError, RunConfig
 from lorasb_ds.files import SUMS_FILE
-from lorasb_ds.history import METRICS, PROFILE, PROFILE_ASIDE, REPORT, SAMPLES
+from lorasb_ds.history import (
+    ALIGNMENT,
+    ALIGNMENT_PICTURE,
+    METRICS,
+    PROFILE,
+    PROFILE_ASIDE,
+    REPORT,
+    SAMPLES,
+)
 from lorasb_ds.request import default_output_dir
 
 # All that a run writes into its folder, and --overwrite removes.
 OUTPUTS = (
     DS_CONFIG_COPY,
+    PEFT_COPY,
     METRICS,
     SAMPLES,
+    ALIGNMENT,
+    ALIGNMENT_PICTURE,
     "checkpoints",
     SUMS_FILE,
     "tensorboard",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,19 +15,22 @@ import torch.distributed as dist
 from lorasb_ds import accelerator, zero
 from lorasb_ds.adapter import Shapes, expert_layers, select_targets
 from lorasb_ds.base_files import stored_tensors
-from lorasb_ds.basis import check_basis, fingerprint
+from lorasb_ds.basis import PEFT_FILE, check_basis, fingerprint
 from lorasb_ds.batches import Batch, Sample, share_out
 from lorasb_ds.checkpoint import Resume, find_resume
-from lorasb_ds.config import ConfigError, RunConfig, read_json
+from lorasb_ds.config import MATRIX_OPTIMIZERS, ConfigError, RunConfig, read_json
 from lorasb_ds.data import TokenizedRows
 from lorasb_ds.data_cache import load_data
 from lorasb_ds.ds_config import resolve_ds_config
+from lorasb_ds.factors import Recipe
 from lorasb_ds.footprint import Footprint, footprint, init_plan
 from lorasb_ds.forecast import Forecast, check_fits, forecast, this_cluster
 from lorasb_ds.init_report import InitReport
 from lorasb_ds.loading import DTYPES, base_config, empty_model
+from lorasb_ds.methods import METHODS
 from lorasb_ds.model_shape import ModelShape
 from lorasb_ds.order import Order, Unit, init_sample
+from lorasb_ds.peft_method import PeftPlan, plan_peft
 from lorasb_ds.placement import Placement, placement_of
 from lorasb_ds.plan import GIB, Cluster
 from lorasb_ds.request import check_output_dir
@@ -53,8 +57,9 @@ class Prepared:
     experts: dict[str, int]  # MoE modules that stay frozen, and their elements
     train: TokenizedRows
     held_out: TokenizedRows | None
-    gradient_rows: list[int]  # of the training rows, for the init
-    probe_rows: list[int]
+    init_rows: TokenizedRows  # of which the init's sample is drawn; the training rows as a rule
+    gradient_rows: list[int]  # which of them the gradient is of
+    probe_rows: list[int]  # and those that losses are measured on
     placement: Placement
     workload: Workload
     footprint: Footprint
@@ -66,6 +71,7 @@ class Prepared:
     num_steps: int
     same_run: dict[str, Any]  # what a checkpoint of this run agrees on, but for its basis
     resume: Resume | None
+    peft: PeftPlan | None = None  # where PEFT makes the layers
 
     def batches(self, rows: TokenizedRows, indices: Iterable[int]) -> list[Batch]:
         """This rank's micro-batches of some rows; as many on every rank."""
@@ -97,11 +103,12 @@ class Prepared:
         return "flash" in (self.hf_config._attn_implementation or "")
 
     def sample(self, indices: Sequence[int]) -> Sample:
-        """Training rows for the init, on this rank's device."""
+        """Some of ``init_rows``, on this rank's device."""
+        batches = self.batches(self.init_rows, indices)
         return Sample(
-            batches=[batch.to(accelerator.device()) for batch in self.batches(self.train, indices)],
+            batches=[batch.to(accelerator.device()) for batch in batches],
             num_rows=len(indices),
-            num_label_tokens=int(self.train.num_labels[list(indices)].sum()),
+            num_label_tokens=int(self.init_rows.num_labels[list(indices)].sum()),
         )
 
 
@@ -139,7 +146,7 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
         # reduce the trainable parameters at every backward pass, the init's too.
         leaves = {"classes": [], "names": list(experts)}
         ds_config["zero_optimization"].setdefault("leaf_module", leaves)
-    targets = select_targets(dict(shape.layers), config.target_modules, config.r)
+    method = METHODS.get(config.method)
     tokenizer = read_tokenizer(config.model, hf_config, config.trust_remote_code)
     notes = [choose_pad_token(tokenizer, hf_config.get_text_config().vocab_size)]
     if unused := unused_tensors(model, sources, stored):
@@ -147,9 +154,17 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
             f"warning: {len(unused)} tensors of the checkpoint have no place in the model of "
             f"config.json, such as {', '.join(unused[:3])}"
         )
-    train, held_out, data_notes = load_data(config, tokenizer)
-    gradient_rows, probe_rows = init_sample(len(train.examples), config.init_samples, config.seed)
-    made_from = fingerprint(config, targets, train.select(gradient_rows).digest)
+    peft = plan_peft(config, model) if method is None else None
+    if peft is not None:
+        targets = peft.layers
+    else:
+        times = method.directions if method is not None else 1
+        targets = select_targets(dict(shape.layers), config.target_modules, config.r, times)
+    train, held_out, init_rows, data_notes = load_data(config, tokenizer)
+    gradient_rows, probe_rows = init_sample(
+        len(init_rows.examples), config.init_samples, config.seed_of_init
+    )
+    made_from = fingerprint(config, targets, init_rows.select(gradient_rows).digest)
     order = Order(
         train.lengths,
         config.train_batch_size or 1,
@@ -167,17 +182,22 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
     elif config.init_from is not None:
         option = f"--init-from {config.init_from}"
         folder = Path(config.init_from)
-        stored_init = check_basis(folder, option, config.r, made_from, may_cut=True)
+        cuts = method is not None and method.trains_r
+        stored_init = check_basis(folder, option, config.r, made_from, may_cut=cuts)
     form = "nf4" if config.load_in_4bit else "int8" if config.load_in_8bit else config.dtype
     placement = placement_of(ds_config, form, world_size)
-    workload = _workload(config, targets, train, len(gradient_rows))
-    longest = int(train.lengths[gradient_rows].max())
+    workload = _workload(config, targets, peft, train, len(gradient_rows))
+    longest = int(init_rows.lengths[gradient_rows].max())
     init = init_plan(
         shape, replace(workload, max_length=longest), world_size, placement.dtype_bytes
     )
     memory = footprint(shape, placement, workload, init)
+    if config.init_data is not None:  # whose rows may be longer, or shorter
+        sample = init_rows.select([*gradient_rows, *probe_rows])
+        of_init = _workload(config, targets, peft, sample, len(gradient_rows))
+        memory = _with_init_of(memory, footprint(shape, placement, of_init, init))
     cluster = this_cluster(world_size)
-    has_init = config.init_from is not None or resume is not None
+    has_init = config.init_from is not None or resume is not None or peft is not None
     forecasted = forecast(shape, memory, workload, cluster, has_init)
     check_fits(forecasted, config.force)
     return Prepared(
@@ -192,6 +212,7 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
         experts=experts,
         train=train,
         held_out=held_out,
+        init_rows=init_rows,
         gradient_rows=gradient_rows,
         probe_rows=probe_rows,
         placement=placement,
@@ -205,6 +226,7 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
         num_steps=num_steps,
         same_run=same_run,
         resume=resume,
+        peft=peft,
     )
 
 
@@ -217,15 +239,29 @@ def _check_packing(config: RunConfig, model: Any) -> None:
         )
 
 
+def _with_init_of(memory: Footprint, of_init: Footprint) -> Footprint:
+    """What a run holds whose init sees other rows than its training."""
+    return replace(
+        memory,
+        init_activations=of_init.init_activations,
+        logits=max(memory.logits, of_init.logits),
+    )
+
+
 def _workload(
-    config: RunConfig, targets: Shapes, train: TokenizedRows, init_samples: int
+    config: RunConfig,
+    targets: Shapes,
+    peft: PeftPlan | None,
+    rows: TokenizedRows,
+    init_samples: int,
 ) -> Workload:
-    """What the run computes, for its footprint."""
-    longest, first_label = int(train.lengths.max()), int(train.first_labels.min())
+    """What the run computes with these rows, for its footprint."""
+    longest, first_label = int(rows.lengths.max()), int(rows.first_labels.min())
     if config.packing:
         longest, first_label = config.max_length, 0
     budget = config.init_memory_gib
-    return Workload(
+    method = METHODS.get(config.method)
+    work = Workload(
         targets=targets,
         r=config.r,
         max_length=longest,
@@ -234,8 +270,28 @@ def _workload(
         gradient_checkpointing=config.gradient_checkpointing,
         init_samples=init_samples,
         init_memory_bytes=None if budget is None else int(budget * GIB),
-        init_update=config.init_update,
         init_offload=config.init_offload,
+        whole_matrices=config.optimizer in MATRIX_OPTIMIZERS,
+    )
+    if method is not None:
+        return replace(
+            work,
+            init_update=Recipe.of(config).update,
+            trains_r=method.trains_r,
+            offset=method.offset,
+            directions=method.directions,
+        )
+    assert peft is not None, "a method is one of METHODS, or PEFT's"
+    # As a LoRA of about as many numbers would have it: what PEFT's layers keep of activations
+    # differs from type to type.
+    sizes = tuple(math.prod(shape) for shape in peft.trained.values())
+    both_sides = sum(out + in_ for out, in_ in targets.values())
+    return replace(
+        work,
+        r=max(1, sum(sizes) // both_sides),
+        trains_r=False,
+        trained_sizes=sizes,
+        num_kept=peft.num_kept,
     )
 
 
@@ -252,7 +308,9 @@ def check_ranks_agree(run: Prepared) -> None:
         "the model's layers": json.dumps(run.shape.layers),
         "the training rows": run.train.digest,
         "the held-out rows": run.held_out.digest if run.held_out else "",
+        "the rows for the init": run.init_rows.digest,
         "the model's files": run.made_from["model files"],
+        "the file of --method peft:": repr(run.peft) + run.made_from.get(PEFT_FILE, ""),
         "the basis": repr(run.stored_init),
         "the checkpoint": repr(run.resume),
     }

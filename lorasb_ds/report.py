@@ -12,6 +12,7 @@ from lorasb_ds.adapter import Shapes
 from lorasb_ds.files import write_text
 from lorasb_ds.history import evaluations, perplexity, summarize, training_rows
 from lorasb_ds.init_report import InitReport, LayerInit
+from lorasb_ds.methods import METHODS
 from lorasb_ds.plan import GIB
 
 STAGES = {"base": "base", "init": "after the init", "step": "in training", "trained": "trained"}
@@ -56,53 +57,73 @@ def write_report(
         run: what ``run.json`` holds.
         rows: all of ``metrics.jsonl``.
     """
-    r = run["config"]["r"]
-    num_trained = len(targets) * r * r
+    r, method = run["config"]["r"], run["config"]["method"]
+    num_trained = run["trainable_parameters"]
+    what = f"{method}, r = {r}" if method in METHODS else method
     num_lora = sum(r * (out + in_) for out, in_ in targets.values())
     lines = [
-        f"# LoRA-SB, r = {r}: {run['config']['model']} on {' + '.join(run['config']['data'])}",
+        f"# {what}: {run['config']['model']} on {' + '.join(run['config']['data'])}",
         "",
         f"{run['world_size']} process(es) on {run['accelerator']}; {len(targets)} layers with an "
-        "adapter.",
+        f"adapter{_init_rows(run['config'])}.",
         "",
         "| | trainable parameters |",
         "|---|---:|",
-        f"| LoRA-SB, r = {r} | {num_trained:,} |",
-        f"| LoRA, r = {r}, same layers | {num_lora:,} ({num_lora / num_trained:.1f} times more) |",
-        "",
+        f"| {what} | {num_trained:,} |",
     ]
+    if method in METHODS:
+        times = f"{num_lora / num_trained:.1f} times more"
+        lines.append(f"| LoRA, r = {r}, same layers | {num_lora:,} ({times}) |")
+    lines.append("")
     lines += _init_section(init, run["config"]["init_from"], experts)
     lines += _training_section(rows)
     lines += _held_out_section(rows)
     lines += _memory_section(run["memory"])
-    lines += _layers_section(init)
+    if init.layers:
+        lines += _layers_section(init)
     write_text(path, "\n".join(lines) + "\n")
+
+
+def _init_rows(config: Mapping[str, Any]) -> str:
+    return f"; init on {' + '.join(config['init_data'])}" if config["init_data"] else ""
 
 
 def _init_section(init: InitReport, taken: str | None, experts: Mapping[str, int]) -> list[str]:
     energies = [layer.captured_energy for layer in init.layers.values()]
+    of_gradient = []
+    if init.loss is not None:
+        of_gradient = [
+            f"| sample | {init.num_samples} rows, {init.num_label_tokens} label tokens, "
+            f"loss {init.loss:.4f} |",
+            f"| groups of layers | {init.num_groups} |",
+            f"| passes over the sample | {init.passes}"
+            f"{', and one more forward' if init.by_segments else ''} |",
+            "| predicted memory of gradients and SVD | "
+            f"{init.predicted_memory_bytes / GIB:.2f} GiB |",
+        ]
+    eta = "" if init.step.init_lr is None else f", eta = {init.step.init_lr:.3g}"
     lines = [
         "## Init",
         "",
         *([f"Taken from {taken}: times and memory are those of that run.", ""] if taken else []),
         "| | |",
         "|---|---:|",
-        f"| sample | {init.num_samples} rows, {init.num_label_tokens} label tokens, "
-        f"loss {init.loss:.4f} |",
-        f"| update | {init.update} |",
+        f"| decomposed | {init.update} |",
+        *of_gradient,
         f"| time | {init.total_s:.1f} s: gradients {init.gradients_s:.1f}, their communication "
-        f"{init.communication_s:.1f}, SVD {init.svd_s:.1f}, eta {init.step.seconds:.1f} |",
-        f"| groups of layers | {init.num_groups} |",
-        f"| passes over the sample | {init.passes}"
-        f"{', and one more forward' if init.by_segments else ''} |",
-        f"| predicted memory of gradients and SVD | {init.predicted_memory_bytes / GIB:.2f} GiB |",
+        f"{init.communication_s:.1f}, SVD {init.svd_s:.1f}, losses {init.step.seconds:.1f} |",
         f"| measured peak of rank 0, with activations, above the base's "
         f"{init.memory_at_start_bytes / GIB:.2f} GiB | "
         f"{(init.peak_memory_bytes - init.memory_at_start_bytes) / GIB:.2f} GiB |",
-        f"| captured energy: min / median / max | {min(energies):.3f} / "
-        f"{statistics.median(energies):.3f} / {max(energies):.3f} |",
-        f"| loss of {init.step.num_samples} other rows: base / filled, eta = "
-        f"{init.step.init_lr:.3g} | {init.step.loss_before:.4f} / {init.step.loss_after:.4f} |",
+    ]
+    if energies:
+        lines.append(
+            f"| captured energy: min / median / max | {min(energies):.3f} / "
+            f"{statistics.median(energies):.3f} / {max(energies):.3f} |"
+        )
+    lines += [
+        f"| loss of {init.step.num_samples} other rows: base / filled{eta} | "
+        f"{init.step.loss_before:.4f} / {init.step.loss_after:.4f} |",
         "",
     ]
     if init.step.losses:
@@ -122,7 +143,7 @@ def _init_section(init: InitReport, taken: str | None, experts: Mapping[str, int
             " frozen without an adapter.",
             "",
         ]
-    return [*lines, "![spectra and captured energy](init.png)", ""]
+    return [*lines, "![spectra and captured energy](init.png)", ""] if init.layers else lines
 
 
 def _training_section(rows: Sequence[Mapping[str, Any]]) -> list[str]:

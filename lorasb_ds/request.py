@@ -14,12 +14,14 @@ from lorasb_ds.config import (
     DS_CONFIG_COPY,
     LAUNCH,
     LOGS,
+    PEFT_COPY,
     ConfigError,
     RunConfig,
     option_name,
     problems_of,
     read_json,
 )
+from lorasb_ds.methods import METHODS, PEFT_PREFIX
 
 
 def load_run_config(given: Mapping[str, Any], run_json: str | None = None) -> RunConfig:
@@ -39,11 +41,15 @@ def load_run_config(given: Mapping[str, Any], run_json: str | None = None) -> Ru
     values = {**(_replayed(run_json, asked) if run_json is not None else {}), **asked}
     if not {"data", "eval_data", "val_set_size"} & set(values):
         values["eval_data"] = DEMO_EVAL_DATA
+    method = METHODS.get(str(values.get("method")))
+    if method is not None:
+        values.setdefault("lr", method.lr)
     try:
         config = RunConfig(**values)
     except ValidationError as error:
         raise ConfigError(*problems_of(error)) from None
-    if problems := [*_data_problems(config), *_evaluation_problems(config)]:
+    problems = [*_data_problems(config), *_evaluation_problems(config)]
+    if problems := [*problems, *_method_problems(config, asked)]:
         raise ConfigError(*problems)
     # What was replayed is a default here: a ds_config's numbers may win over it.
     return RunConfig.model_construct(_fields_set=set(asked), **dict(config))
@@ -61,6 +67,65 @@ def _evaluation_problems(config: RunConfig) -> list[str]:
             "--eval-every needs held-out rows. Name them by --eval-data, or give --val-set-size."
         )
     return problems
+
+
+def _method_problems(config: RunConfig, asked: Mapping[str, Any]) -> list[str]:
+    """Options that a method has no use for."""
+    method = METHODS.get(config.method)
+    if method is None:
+        return _peft_problems(config, asked)
+    useless = {
+        "lora_alpha": method.scaling == "1" and "it has no scaling",
+        "gamma": method.gamma == 1 and "only lora-ga and lora-one have it",
+        "precondition": method.trains_r and "it is for methods that train A and B",
+        "init_update": method.matrix != "update" and f"what it decomposes is: {method.matrix}",
+        "init_lr": not method.step and "it takes no step in its init",
+    }
+    return [
+        f"{option_name(field)} means nothing to --method {config.method}: {why}. Leave it out."
+        for field, why in useless.items()
+        if field in asked and why
+    ]
+
+
+def read_peft_file(method: str) -> dict[str, Any]:
+    """The object in the file of ``--method peft:FILE.json``; it has a peft_type.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    content = read_json(method.removeprefix(PEFT_PREFIX), "--method peft:")
+    if not isinstance(content.get("peft_type"), str):
+        raise ConfigError(
+            f'--method {method}: it says no peft_type. Give one, such as "LORA" with "use_dora": '
+            'true, or "LOHA"; an adapter_config.json of PEFT\'s has it.'
+        )
+    return content
+
+
+def _peft_problems(config: RunConfig, asked: Mapping[str, Any]) -> list[str]:
+    """What PEFT's own methods cannot have here."""
+    read_peft_file(config.method)
+    base = config.load_in_4bit or config.load_in_8bit
+    refused = {
+        "--load-in-4bit and --load-in-8bit": base
+        and "PEFT's layers do not know our packed weights",
+        "--track-alignment": config.track_alignment and "it looks at A and B of our own layers",
+        "--init-from": config.init_from and "PEFT makes its own beginning",
+        "--init-data": config.init_data and "PEFT makes its own beginning",
+        "--precondition": config.precondition and "PEFT's layers have their own gradients",
+    }
+    return [
+        f"{option} cannot be had with --method {config.method}: {why}. Leave it out, or choose "
+        f"one of {', '.join(METHODS)}."
+        for option, why in refused.items()
+        if why
+    ] + [
+        f"{option_name(field)} means nothing to --method {config.method}: the file says it. Leave "
+        "it out."
+        for field in ("lora_alpha", "gamma", "init_update", "init_lr", "target_modules", "r")
+        if field in asked
+    ]
 
 
 def _data_problems(config: RunConfig) -> list[str]:
@@ -94,15 +159,19 @@ def _replayed(run_json: str, asked: Mapping[str, Any]) -> dict[str, Any]:
         dropped.add("max_steps")
     if "gradient_accumulation_steps" in asked:
         dropped.add("train_batch_size")
-    if "data" in asked:
+    if "data" in asked:  # --init-data stays: one init may serve several tasks
         dropped |= {"eval_data", "prompt_column", "response_column", "data_weights"}
     if "eval_data" in asked:
         dropped.add("val_set_size")
     if "val_set_size" in asked:
         dropped.add("eval_data")
     replayed = {name: value for name, value in config.items() if name not in dropped}
-    copy = Path(run_json).expanduser().parent / DS_CONFIG_COPY
-    return replayed | ({"ds_config": str(copy)} if copy.is_file() else {})
+    folder = Path(run_json).expanduser().parent
+    if (folder / DS_CONFIG_COPY).is_file():
+        replayed["ds_config"] = str(folder / DS_CONFIG_COPY)
+    if str(replayed.get("method")).startswith(PEFT_PREFIX) and (folder / PEFT_COPY).is_file():
+        replayed["method"] = f"{PEFT_PREFIX}{folder / PEFT_COPY}"
+    return replayed
 
 
 def resumed_run(resume: str) -> Path:

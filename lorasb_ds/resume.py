@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from lorasb_ds import accelerator, zero
-from lorasb_ds.basis import put_back, stored_digest
+from lorasb_ds.basis import BASIS_FILE, put_back, stored_digest
 from lorasb_ds.checkpoint import (
     Checkpoint,
     Resume,
@@ -26,6 +26,7 @@ from lorasb_ds.init_report import InitReport
 from lorasb_ds.job import Job
 from lorasb_ds.optimizer import set_scheduler
 from lorasb_ds.output import say
+from lorasb_ds.peft_method import fill_peft
 from lorasb_ds.prepare import Prepared
 from lorasb_ds.rng import rng_states, set_rng_states
 from lorasb_ds.training_state import collect_state, restore_state
@@ -46,7 +47,7 @@ def save(job: Job) -> bool:
     engine, progress, config = job.engine, job.progress, job.run.config
     if not progress.updates or progress == job.saved:
         return True
-    tensors, scalars = collect_state(engine, job.adapters)
+    tensors, scalars = collect_state(engine, job.trained)
     all_rng: list[Any] = [None] * zero.world_size()
     dist.all_gather_object(all_rng, rng_states(accelerator.device()))
     done: list[Any] = [0, None]  # size, problem
@@ -102,7 +103,10 @@ def resume(job: Job, found: Resume) -> InitReport:
     for warning in found.warnings:
         say(f"warning: {warning}")
     assert run.stored_init is not None, "prepare has read it"
-    put_back(job.adapters, job.folder, run.stored_init)
+    if run.peft is not None:
+        fill_peft(job.engine.module, job.folder / BASIS_FILE)
+    else:
+        put_back(job.folder, job.adapters)
     if zero.rank() == 0:
         for name in set_newer_aside(job.folder, found.step):
             say(f"set aside, since this run goes on before it: checkpoints/{name}")
@@ -116,7 +120,7 @@ def resume(job: Job, found: Resume) -> InitReport:
 def take_up_training(job: Job, checkpoint: Checkpoint) -> None:
     """R, optimizer, schedule, progress and generators of a checkpoint. Collective."""
     run, tensors = job.run, checkpoint.tensors()
-    restore_state(job.engine, job.adapters, tensors, checkpoint.optimizer_scalars, run.config)
+    restore_state(job.engine, job.trained, tensors, checkpoint.optimizer_scalars, run.config)
     progress = job.progress = checkpoint.progress
     set_scheduler(job.engine.lr_scheduler, progress.updates)
     job.engine.global_steps = progress.step
@@ -151,20 +155,21 @@ def best_is_there(job: Job) -> bool:
 
 
 def load_best(job: Job) -> None:
-    """R of the best evaluation, from its checkpoint, which rank 0 reads. Collective."""
+    """What was trained, as of the best evaluation's checkpoint, which rank 0 reads. Collective."""
     step = job.progress.best_step
     if step is None or step == job.progress.step:
         return
+    trained = job.trained
     found: list[Any] = [None]
     if zero.rank() == 0:
         best = read_checkpoint(checkpoint_path(job.folder, step))
         if isinstance(best, Checkpoint):
             tensors = best.tensors()
-            found = [{name: tensors[f"{name}.lora_R"] for name in job.adapters}]
+            found = [{name: tensors[name] for name in trained}]
     dist.broadcast_object_list(found, src=0)
     if found[0] is None:
         say(f"warning: the best checkpoint (step {step}) is gone: the adapter is the last step's")
         return
-    for name, adapter in job.adapters.items():
-        zero.fill_trainable(adapter.lora_R, found[0][name])
+    for name, parameter in trained.items():
+        zero.fill_trainable(parameter, found[0][name])
     say(f"the adapter is that of step {step}, held-out loss {job.progress.best_loss:.4f}")

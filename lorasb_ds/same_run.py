@@ -11,6 +11,7 @@ from lorasb_ds.checkpoint import Resume, check_same_run
 from lorasb_ds.config import ConfigError, RunConfig
 from lorasb_ds.data import TokenizedRows
 from lorasb_ds.init_report import InitReport
+from lorasb_ds.methods import METHODS
 
 
 def what_must_match(config: RunConfig, train: TokenizedRows) -> dict[str, Any]:
@@ -19,6 +20,7 @@ def what_must_match(config: RunConfig, train: TokenizedRows) -> dict[str, Any]:
     """
     return {
         "--r": config.r,
+        "--seed": str(config.seed),  # of the rows' order; the basis has that of its init
         "training rows (--data and how it is tokenized)": train.digest,
         "--train-batch-size": config.train_batch_size,
         "--packing": config.max_length if config.packing else False,
@@ -26,6 +28,7 @@ def what_must_match(config: RunConfig, train: TokenizedRows) -> dict[str, Any]:
         "--data-weights": list(config.data_weights or ()),
         "rows of each --data": list(train.source_sizes),
         "--optimizer": config.optimizer,
+        **({} if config.precondition is None else {"--precondition": config.precondition}),
     }
 
 
@@ -57,7 +60,8 @@ def check_resume(
             f"{option}: the run has done {resume.step} steps, more than the {num_steps} that are "
             "asked for (--max-steps, --epochs). To go back, name one of its checkpoints."
         )
-    return check_basis(resume.folder, option, config.r, made_from, may_cut=False)
+    r = config.r if config.method in METHODS else None
+    return check_basis(resume.folder, option, r, made_from, may_cut=False)
 
 
 def with_global_batch(config: RunConfig, resume: Resume) -> RunConfig:

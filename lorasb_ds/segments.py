@@ -22,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lorasb_ds import accelerator
-from lorasb_ds.adapter import LoraSBLinear
+from lorasb_ds.adapter import AdapterLinear
 from lorasb_ds.batches import Batch
 from lorasb_ds.gradients import GradientShards, branches_off, no_dropout, taps
 from lorasb_ds.init_plan import block_of
@@ -70,7 +70,7 @@ def cut(groups: Sequence[Sequence[str]], prefix: str, num_blocks: int) -> list[S
 
 def gradients_by_segment(
     model: PreTrainedModel,
-    adapters: Mapping[str, LoraSBLinear],
+    adapters: Mapping[str, AdapterLinear],
     groups: Sequence[Sequence[str]],
     prefix: str,
     batches: Sequence[Batch],

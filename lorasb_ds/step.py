@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lorasb_ds import accelerator, zero
-from lorasb_ds.adapter import LoraSBLinear, set_scale
+from lorasb_ds.adapter import AdapterLinear, set_scale
 from lorasb_ds.batches import Sample
 from lorasb_ds.evaluate import held_out_loss
 from lorasb_ds.gradients import branches_off
@@ -20,9 +21,28 @@ from lorasb_ds.init_report import LayerInit, Step
 from lorasb_ds.line_search import search_init_lr
 
 
+def measure_step(engine: Any, base: AbstractContextManager[None], probe: Sample) -> Step:
+    """What the factors do that are in place, of a method without an eta. Collective.
+
+    Args:
+        base: in which the model is its base.
+    """
+    start = time.perf_counter()
+    with base:
+        loss_before = held_out_loss(engine.module, probe.batches, accelerator.device())
+    return Step(
+        init_lr=None,
+        num_samples=probe.num_rows,
+        loss_before=loss_before,
+        loss_after=held_out_loss(engine.module, probe.batches, accelerator.device()),
+        losses={},
+        seconds=time.perf_counter() - start,
+    )
+
+
 def choose_step(
     engine: Any,
-    adapters: Mapping[str, LoraSBLinear],
+    adapters: Mapping[str, AdapterLinear],
     layers: Mapping[str, LayerInit],
     probe: Sample,
     init_lr: float | Literal["auto"],
@@ -47,7 +67,7 @@ def choose_step(
         with branches_off(adapters):
             loss_before = held_out_loss(model, probe.batches, accelerator.device())
     for name, adapter in adapters.items():
-        zero.fill_trainable(adapter.lora_R, layers[name].R(eta))
+        zero.fill_trainable(adapter.factor("lora_R"), layers[name].R(eta))
     return Step(
         init_lr=eta,
         num_samples=probe.num_rows,
@@ -60,7 +80,7 @@ def choose_step(
 
 def _measure_losses(
     model: nn.Module,
-    adapters: Mapping[str, LoraSBLinear],
+    adapters: Mapping[str, AdapterLinear],
     layers: Mapping[str, LayerInit],
     probe: Sample,
     unit: float,
@@ -70,7 +90,7 @@ def _measure_losses(
     Every rank is given rank 0's numbers, so that all take the same steps.
     """
     for name, adapter in adapters.items():
-        zero.fill(adapter.lora_R, layers[name].R(1.0))
+        zero.fill(adapter.factor("lora_R"), layers[name].R(1.0))
 
     def loss_at(eta: float) -> float:
         set_scale(adapters, eta)

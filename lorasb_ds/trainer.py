@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 
 from lorasb_ds import accelerator, zero
-from lorasb_ds.adapter import inject
+from lorasb_ds.adapter import inject, trained_in
+from lorasb_ds.alignment_history import draw_alignment
 from lorasb_ds.base_files import model_path
 from lorasb_ds.basis import BASIS_FILE
 from lorasb_ds.checkpoint import Progress
-from lorasb_ds.config import DS_CONFIG_COPY, ConfigError
+from lorasb_ds.config import DS_CONFIG_COPY, PEFT_COPY, ConfigError
 from lorasb_ds.curves import draw_loss_curve
 from lorasb_ds.evaluate import eval_mode
 from lorasb_ds.export import collect_lora, peft_target_modules, save_peft_adapter
@@ -23,18 +24,27 @@ from lorasb_ds.files import write_json
 from lorasb_ds.footprint import LOGIT_BYTES
 from lorasb_ds.gathers import gathers_blocks
 from lorasb_ds.gradients import branches_off
-from lorasb_ds.history import REPORT
+from lorasb_ds.history import ALIGNMENT_PICTURE, REPORT
 from lorasb_ds.init_phase import init_phase
 from lorasb_ds.init_report import InitReport
 from lorasb_ds.job import Adapters, Job
-from lorasb_ds.loading import DTYPES, load_base
+from lorasb_ds.loading import DTYPES, empty_model, load_base
 from lorasb_ds.loop import Outcome, evaluate, train
+from lorasb_ds.lora_layer import layer_kind
 from lorasb_ds.loss import add_loss_head, check_loss_head
+from lorasb_ds.methods import METHODS
 from lorasb_ds.metrics import RunLog, provenance
 from lorasb_ds.optimizer import make_optimizer, make_scheduler
 from lorasb_ds.out_of_memory import OutOfMemoryError, Phase, explain, is_out_of_memory
 from lorasb_ds.output import make_output_dir, say
 from lorasb_ds.packing import keeps_packs_apart
+from lorasb_ds.peft_method import (
+    collect_peft,
+    gather_peft_together,
+    inject_peft,
+    peft_off,
+    save_peft_method,
+)
 from lorasb_ds.plan import GIB
 from lorasb_ds.prepare import Prepared, check_ranks_agree
 from lorasb_ds.report import draw_init, write_report
@@ -71,6 +81,8 @@ def run_training(run: Prepared, stop: StopRequest, init_only: bool = False) -> O
         write_json(folder / "run.json", description)
         # A replay reads this copy: the file it came from may change.
         write_json(folder / DS_CONFIG_COPY, run.ds_config_file)
+        if run.peft is not None:
+            write_json(folder / PEFT_COPY, run.peft.content)
         first_step = run.resume.step if run.resume else 0
         log = RunLog(folder, first_step, description["config"])
     announce(run, folder)
@@ -88,7 +100,7 @@ def run_training(run: Prepared, stop: StopRequest, init_only: bool = False) -> O
         )
         peaks = {"load": accelerator.peak_memory_bytes() - idle_bytes}
         init = initialize_or_resume(job)
-        if run.resume is None and run.config.init_from is None:
+        if run.resume is None and "init" in run.forecast.phases:
             peaks["init"] = accelerator.peak_memory_bytes() - idle_bytes
         tensors = {}
         if not init_only:
@@ -100,7 +112,8 @@ def run_training(run: Prepared, stop: StopRequest, init_only: bool = False) -> O
             if run.config.load_best_model_at_end or run.config.early_stopping_patience:
                 load_best(job)
             with phase(run, "save"):
-                tensors = collect_lora(adapters)
+                peft = run.peft is not None
+                tensors = collect_peft(engine.module) if peft else collect_lora(adapters)
             peaks["train"] = accelerator.peak_memory_bytes() - idle_bytes
         if zero.rank() == 0:
             description["memory"]["measured"] = peaks
@@ -123,7 +136,7 @@ def initialize_or_resume(job: Job) -> InitReport:
     if run.resume is not None:
         init = resume(job, run.resume)
     else:
-        with phase(run, "evaluation"), branches_off(job.adapters):
+        with phase(run, "evaluation"), base_alone(job):
             evaluate(job, "base")
         with phase(run, "init"):
             init = init_phase(run, job.engine, job.adapters, job.folder)
@@ -131,6 +144,13 @@ def initialize_or_resume(job: Job) -> InitReport:
         with phase(run, "evaluation"):
             evaluate(job, "init")
     return init
+
+
+def base_alone(job: Job) -> AbstractContextManager[None]:
+    """In it the model is its base."""
+    if job.run.peft is not None:
+        return peft_off(job.engine.module)
+    return branches_off(job.adapters)
 
 
 @contextmanager
@@ -176,11 +196,12 @@ def describe(run: Prepared, folder: Path) -> dict[str, Any]:
         "ds_config": run.ds_config,
         "world_size": zero.world_size(),
         "accelerator": accelerator.name(),
-        "trainable_parameters": len(run.targets) * run.config.r**2,
+        "trainable_parameters": run.workload.num_trainable,
         "num_steps": run.num_steps,
         "resumed_at": run.resume.step if run.resume else None,
         "rows": {"train": dict(run.train.counts)}
-        | ({"held_out": dict(run.held_out.counts)} if run.held_out else {}),
+        | ({"held_out": dict(run.held_out.counts)} if run.held_out else {})
+        | ({"init": dict(run.init_rows.counts)} if run.config.init_data else {}),
         "memory": {"predicted": run.forecast.describe()},
         **provenance(),
     }
@@ -190,15 +211,17 @@ def announce(run: Prepared, folder: Path) -> None:
     """What a user should know before the base is loaded."""
     say(f"run folder {folder}")
     say(f"training rows: {run.train.describe()}")
+    if run.config.init_data is not None:
+        say(f"rows for the init ({', '.join(run.config.init_data)}): {run.init_rows.describe()}")
     for note in run.notes:
         say(note)
     say(str(run.forecast))
     if run.forecast.problem:
         say(f"warning: {run.forecast.problem}")
     say(
-        f"{len(run.targets)} layers with an adapter, {len(run.targets) * run.config.r**2:,} "
-        f"trainable parameters, {zero.world_size()} process(es) on {accelerator.name()}, "
-        f"{run.num_steps} steps of {run.config.train_batch_size} "
+        f"{len(run.targets)} layers with an adapter ({run.config.method}), "
+        f"{run.workload.num_trainable:,} trainable parameters, {zero.world_size()} process(es) on "
+        f"{accelerator.name()}, {run.num_steps} steps of {run.config.train_batch_size} "
         f"{'packs' if run.config.packing else 'rows'}"
     )
     if run.experts:
@@ -209,15 +232,21 @@ def announce(run: Prepared, folder: Path) -> None:
 
 
 def start_engine(run: Prepared) -> tuple[Any, Adapters]:
-    """The base with placeholders for adapters, inside the run's one engine. Collective."""
-    config = run.config
+    """The base with placeholders for adapters, inside the run's one engine. Collective.
+
+    Where PEFT makes the layers, they are as it fills them, and there are no adapters of ours.
+    """
+    config, adapters = run.config, Adapters()
     model = load_base(config, run.hf_config, run.ds_config)
-    adapters = inject(model, run.targets, config.r, DTYPES[config.dtype])
+    if run.peft is not None:
+        inject_peft(model, run.peft, config, DTYPES[config.dtype])
+    else:
+        adapters = inject(model, run.targets, config.r, DTYPES[config.dtype], layer_kind(config))
     add_loss_head(model)
-    R = [adapter.lora_R for adapter in adapters.values()]
-    optimizer = make_optimizer(R, config)
+    trained = list(trained_in(model).values())
+    optimizer = make_optimizer(trained, config)
     scheduler = make_scheduler(optimizer, config, run.num_steps)
-    engine = zero.make_engine(model, R, optimizer, scheduler, run.ds_config)
+    engine = zero.make_engine(model, trained, optimizer, scheduler, run.ds_config)
     gather_together(run, model, adapters)
     with eval_mode(model):
         few = torch.tensor([run.train.examples[0].input_ids[:16]], device=accelerator.device())
@@ -240,6 +269,7 @@ def gather_together(run: Prepared, model: Any, adapters: Adapters) -> None:
     """
     for adapter in adapters.values():
         zero.gather_together(adapter, adapter.base_layer.parameters())
+    gather_peft_together(model)
     prefix = run.footprint.init.prefix
     if prefix is not None and gathers_blocks(run.shape, run.placement, run.workload):
         for block in model.get_submodule(prefix.rstrip(".")):
@@ -272,14 +302,27 @@ def finish(job: Job, init: InitReport, tensors: Any, description: dict[str, Any]
     assert log is not None
     write_json(folder / "run.json", description)
     if tensors:
-        save_peft_adapter(
-            folder / "adapter",
-            tensors,
-            r=run.config.r,
-            target_modules=peft_target_modules(run.targets, dict(run.shape.layers)),
-            base_model=model_path(run.config.model),
-        )
+        save_adapter(run, folder / "adapter", tensors)
         draw_loss_curve(folder / "loss.png", log.rows)
-    draw_init(folder / "init.png", init)
+    if log.alignment:
+        draw_alignment(folder / ALIGNMENT_PICTURE, log.alignment)
+    if init.layers:
+        draw_init(folder / "init.png", init)
     # Last: a run that has its report is finished.
     write_report(folder / REPORT, description, log.rows, init, run.targets, run.experts)
+
+
+def save_adapter(run: Prepared, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """What was trained, as a folder of PEFT's. Rank 0."""
+    config, base_model = run.config, model_path(run.config.model)
+    if run.peft is not None:
+        empty = empty_model(run.hf_config, DTYPES[config.dtype], config.trust_remote_code)
+        save_peft_method(folder, run.peft, empty, tensors, base_model)
+        return
+    save_peft_adapter(
+        folder,
+        tensors,
+        r=config.r * (2 if METHODS[config.method].offset else 1),
+        target_modules=peft_target_modules(run.targets, dict(run.shape.layers)),
+        base_model=base_model,
+    )

@@ -1,4 +1,4 @@
-"""What training has changed in an engine: R and its optimizer's state, whole, by name."""
+"""What training has changed in an engine: what is trained and its optimizer's state, by name."""
 
 from __future__ import annotations
 
@@ -6,31 +6,55 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
-from lorasb_ds import zero
-from lorasb_ds.adapter import LoraSBLinear
+from lorasb_ds import accelerator, zero
 from lorasb_ds.config import RunConfig
+from lorasb_ds.matrix_optimizer import MatrixOptimizer
 from lorasb_ds.optimizer import fresh_state
 
 
 def collect_state(
-    engine: Any, adapters: Mapping[str, LoraSBLinear]
+    engine: Any, trained: Mapping[str, nn.Parameter]
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Collective.
 
+    Args:
+        trained: what is trained, by name.
     Returns:
-        ``<layer>.lora_R`` and ``<layer>.lora_R.<key>``, (r, r) fp32 on rank 0's CPU, {} elsewhere;
-        and the states that are one number for all, such as AdamW's step. They are the same for any
-        number of processes.
+        ``<name>`` and ``<name>.<key>`` of it, fp32 on rank 0's CPU, {} elsewhere; and the states
+        that are one number for all, such as AdamW's step. They are the same for any number of
+        processes.
     """
+    optimizer = zero.torch_optimizer(engine)
+    if isinstance(optimizer, MatrixOptimizer):
+        return _collect_matrices(optimizer, trained)
     flat, state = zero.optimizer_state(engine)
     keys = [k for k, v in state.items() if torch.is_tensor(v) and v.shape == flat.shape]
     scalars = {key: float(value) for key, value in state.items() if key not in keys}
     tensors: dict[str, torch.Tensor] = {}
-    for name, adapter in adapters.items():
-        whole = {f"{name}.lora_R": zero.full_fp32(adapter.lora_R)}
+    for name, parameter in trained.items():
+        whole = {name: zero.full_fp32(parameter)}
         for key in keys:
-            whole[f"{name}.lora_R.{key}"] = zero.full_optimizer_state(adapter.lora_R, key)
+            whole[f"{name}.{key}"] = zero.full_optimizer_state(parameter, key)
+        if zero.rank() == 0:
+            tensors |= {key: value.cpu().clone() for key, value in whole.items()}
+    return tensors, scalars
+
+
+def _collect_matrices(
+    optimizer: MatrixOptimizer, trained: Mapping[str, nn.Parameter]
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """The same where every rank has whole states. Collective."""
+    tensors: dict[str, torch.Tensor] = {}
+    scalars: dict[str, float] = {}
+    for name, parameter in trained.items():
+        whole = {name: zero.full_fp32(parameter)}
+        for key, value in optimizer.state_of(parameter).items():
+            if value.ndim:
+                whole[f"{name}.{key}"] = value
+            else:
+                scalars[key] = float(value)
         if zero.rank() == 0:
             tensors |= {key: value.cpu().clone() for key, value in whole.items()}
     return tensors, scalars
@@ -38,7 +62,7 @@ def collect_state(
 
 def restore_state(
     engine: Any,
-    adapters: Mapping[str, LoraSBLinear],
+    trained: Mapping[str, nn.Parameter],
     tensors: Mapping[str, torch.Tensor],
     scalars: Mapping[str, float],
     config: RunConfig,
@@ -48,7 +72,17 @@ def restore_state(
     Args:
         tensors: equal on every rank.
     """
-    keys = {key.rpartition(".lora_R.")[2] for key in tensors if ".lora_R." in key}
+    first = next(iter(trained)) + "."
+    keys = {key.removeprefix(first) for key in tensors if key.startswith(first)}
+    optimizer = zero.torch_optimizer(engine)
+    if isinstance(optimizer, MatrixOptimizer):
+        for name, parameter in trained.items():
+            zero.fill_trainable(parameter, tensors[name])
+            if keys:
+                whole = {key: tensors[f"{name}.{key}"].to(accelerator.device()) for key in keys}
+                numbers = {key: torch.tensor(value) for key, value in scalars.items()}
+                optimizer.set_state(parameter, whole | numbers)
+        return
     if keys:
         states = [fresh_state(flat, config) for flat in zero.flat_masters(engine)]
         for state in states:
@@ -56,7 +90,7 @@ def restore_state(
                 old = state[key]
                 state[key] = torch.full_like(old, value) if torch.is_tensor(old) else int(value)
         zero.set_optimizer_state(engine, states)
-    for name, adapter in adapters.items():
-        zero.fill_trainable(adapter.lora_R, tensors[f"{name}.lora_R"])
+    for name, parameter in trained.items():
+        zero.fill_trainable(parameter, tensors[name])
         for key in keys:
-            zero.fill_optimizer_state(adapter.lora_R, key, tensors[f"{name}.lora_R.{key}"])
+            zero.fill_optimizer_state(parameter, key, tensors[f"{name}.{key}"])

@@ -20,6 +20,14 @@ class Workload:
     init_memory_bytes: int | None = None
     init_update: str = "sign"
     init_offload: bool = False
+    trains_r: bool = True  # or A and B
+    offset: bool = False  # of two more factors like A and B, frozen
+    directions: int = 1  # of the init's SVD, times r
+    whole_matrices: bool = False  # the optimizer's (matrix_optimizer.py)
+    # Numbers of every parameter that is trained, where PEFT's configuration says which there are,
+    # and of all that its layers keep beside them.
+    trained_sizes: tuple[int, ...] | None = None
+    num_kept: int = 0
 
     @property
     def tokens(self) -> int:
@@ -28,7 +36,12 @@ class Workload:
 
     @property
     def num_trainable(self) -> int:
-        return len(self.targets) * self.r**2
+        """Numbers."""
+        if self.trained_sizes is not None:
+            return sum(self.trained_sizes)
+        if self.trains_r:
+            return len(self.targets) * self.r**2
+        return sum(self.r * (out + in_) for out, in_ in self.targets.values())
 
     def init_rounds(self, world_size: int) -> int:
         """Micro-batches of each rank in the init: rows are dealt out in those."""

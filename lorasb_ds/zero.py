@@ -28,6 +28,8 @@ from pydantic import ValidationError
 from lorasb_ds import accelerator
 from lorasb_ds.config import ConfigError
 from lorasb_ds.host_memory import ranks_of_host
+from lorasb_ds.masters import flat_masters, parts_of_masters
+from lorasb_ds.matrix_optimizer import MatrixOptimizer
 from lorasb_ds.sharding import broadcast, rank_and_size
 
 VERSION = deepspeed.__version__
@@ -144,6 +146,8 @@ def make_engine(
         lr_scheduler=lr_scheduler,
         config=ds_config,
     )
+    if isinstance(optimizer, MatrixOptimizer):
+        optimizer.place(parts_of_masters(engine))
     return engine
 
 
@@ -236,15 +240,10 @@ def full_fp32(param: torch.nn.Parameter) -> torch.Tensor:
     return value.detach().float()
 
 
-def flat_masters(engine: Any) -> list[torch.Tensor]:
-    """This rank's flat parts of the fp32 masters: what the engine's torch optimizer steps on."""
-    names = (
-        "fp32_partitioned_groups_flat",  # stage 3
-        "single_partition_of_fp32_groups",  # stages 1 and 2
-        "fp32_groups_flat_partition",  # stage 1 with bf16 and several micro-batches
-    )
-    name = next(name for name in names if hasattr(engine.optimizer, name))
-    return list(getattr(engine.optimizer, name))
+def torch_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """The one that the engine was given."""
+    optimizer: torch.optim.Optimizer = engine.optimizer.optimizer
+    return optimizer
 
 
 def optimizer_state(engine: Any) -> tuple[torch.Tensor, dict[str, Any]]:

@@ -43,7 +43,7 @@ def paper(config: dict[str, Any], out: str) -> None:
 
     run = _prepare(config, 1)
     zero.init_process_group()
-    batches = run.batches(run.train, run.gradient_rows)
+    batches = run.batches(run.init_rows, run.gradient_rows)
     dtype = DTYPES[run.config.dtype]
     model = AutoModelForCausalLM.from_pretrained(model_path(run.config.model), dtype=dtype)
     model.train()

@@ -46,6 +46,24 @@ def svd(matrices: str, out: str, r: dict[str, int], methods: list[Method]) -> No
     save_file({k: v.contiguous() for k, v in results.items()}, f"{out}/{rank}.safetensors")
 
 
+def updates(gradient: str, out: str) -> None:
+    """The SVD of every update of a gradient whose rows are sharded; each rank writes its part."""
+    from lorasb_ds.initialize import decompose
+    from lorasb_ds.sharding import row_range
+    from lorasb_ds.updates import UPDATES
+
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    G = load_file(gradient)["G"]
+    rows = row_range(len(G), rank, dist.get_world_size())
+    found = {}
+    for name in UPDATES:
+        svd, slopes = decompose({"layer": G[rows.start : rows.stop].clone()}, 4, name)["layer"]
+        found |= {f"{name}.U": svd.U_local, f"{name}.S": svd.S, f"{name}.Vh": svd.Vh}
+        found[f"{name}.slopes"] = slopes
+    save_file({k: v.contiguous() for k, v in found.items()}, f"{out}/{rank}.safetensors")
+
+
 def _start(config: dict[str, Any], zero_optimization: dict[str, Any]) -> Any:
     """A run up to its engine, with other ZeRO settings than its ds_config's."""
     from lorasb_ds import zero
@@ -57,6 +75,21 @@ def _start(config: dict[str, Any], zero_optimization: dict[str, Any]) -> Any:
     zero.init_process_group()
     run.ds_config["zero_optimization"] |= zero_optimization
     return run, *start_engine(run)
+
+
+def methods(runs: list[dict[str, Any]], zero_optimization: dict[str, Any]) -> None:
+    """Whole runs, one after the other, in one process group."""
+    from lorasb_ds import zero
+    from lorasb_ds.prepare import prepare
+    from lorasb_ds.request import load_run_config
+    from lorasb_ds.stop import StopRequest
+    from lorasb_ds.trainer import run_training
+
+    zero.init_process_group()
+    for config in runs:
+        run = prepare(load_run_config(config), zero.world_size())
+        run.ds_config["zero_optimization"] |= zero_optimization
+        assert run_training(run, StopRequest()) == "finished"
 
 
 def _assert_sharded(run: Any, adapters: dict[str, Any]) -> None:
@@ -156,6 +189,59 @@ def initialize(config: dict[str, Any], out: str, zero_optimization: dict[str, An
         assert basis == {}
 
 
+def alignment(
+    config: dict[str, Any], out: str, zero_optimization: dict[str, Any], measured: bool
+) -> None:
+    """Three steps from random factors, and before and after each what `--track-alignment` finds."""
+    from dataclasses import asdict
+
+    from lorasb_ds import zero
+    from lorasb_ds.adapter import trained_parameters
+    from lorasb_ds.alignment import measure_alignment, trained_factors
+    from lorasb_ds.loop import train_step
+
+    run, engine, adapters = _start(config, zero_optimization)
+    generator = torch.Generator().manual_seed(6)
+    start: dict[str, torch.Tensor] = {}
+    for name, adapter in adapters.items():
+        for key in (*adapter.trained, *adapter.frozen):
+            value = 0.05 * torch.randn(adapter.factor_shape(key), generator=generator)
+            fill = zero.fill_trainable if key in adapter.trained else zero.fill
+            fill(adapter.factor(key), value)
+            start[f"{name}.{key}"] = value
+    sample = run.sample(range(len(run.train.examples)))
+    names = list(adapters)
+    engine.train()
+    found = []
+
+    def measure(before: Any) -> None:
+        if measured:
+            rows = measure_alignment(engine, adapters, sample, [names[:5], names[5:]], before)
+            found.append({name: asdict(row) for name, row in rows.items()})
+            _assert_sharded(run, adapters)
+            trained = trained_parameters(adapters).values()
+            assert all(p.requires_grad and p.grad is None for p in trained)
+            with zero.gathered(trained):
+                assert all(torch.equal(p.data, zero.full_fp32(p).to(p.dtype)) for p in trained)
+
+    torch.manual_seed(zero.rank())
+    measure(None)
+    masters = []
+    for step in range(run.num_steps):
+        before = trained_factors(adapters)
+        assert train_step(engine, run.step_batches(run.order.units(step))).applied
+        measure(before)
+        masters.append(trained_factors(adapters))
+    of_ranks: list[Any] = [None] * zero.world_size()
+    dist.all_gather_object(of_ranks, found)
+    assert all(json.dumps(rows) == json.dumps(found) for rows in of_ranks), "the same to the bit"
+    if zero.rank() == 0:
+        for step, values in enumerate(masters, 1):
+            start |= {f"{step}.{n}.{k}": v for n, of in values.items() for k, v in of.items()}
+        save_file(start, f"{out}.safetensors")
+        Path(f"{out}.json").write_text(json.dumps(found))
+
+
 def _fill(adapters: dict[str, Any], scale: float = 0.3) -> None:
     """Factors that are the same for any number of ranks."""
     from lorasb_ds import zero
@@ -200,11 +286,51 @@ def steps(config: dict[str, Any], out: str, fp16: bool = False) -> None:
         save_file(masters | {"steps": torch.tensor(found, dtype=torch.float64)}, out)
 
 
+def stretch(config: dict[str, Any], out: str, first: int, last: int, state: str | None) -> None:
+    """Some steps of a run, from given factors or from a stored state; losses and the state then."""
+    from lorasb_ds import zero
+    from lorasb_ds.adapter import trained_parameters
+    from lorasb_ds.loop import train_step
+    from lorasb_ds.training_state import collect_state, restore_state
+
+    run, engine, adapters = _start(config, {})
+    generator = torch.Generator().manual_seed(5)
+    trained = trained_parameters(adapters)
+    for name, adapter in adapters.items():
+        shapes = {
+            "lora_A": (adapter.r, adapter.in_features),
+            "lora_B": (adapter.out_features, adapter.r),
+            "lora_R": (adapter.r, adapter.r),
+        }
+        for key in sorted({*adapter.frozen, *adapter.trained}):
+            value = 0.3 * torch.randn(shapes[key], generator=generator)
+            if f"{name}.{key}" in trained:
+                zero.fill_trainable(adapter.factor(key), value)
+            else:
+                zero.fill(adapter.factor(key), value if zero.rank() == 0 else None)
+    if state is not None:
+        stored = load_file(state)
+        scalars = {k[7:]: stored.pop(k).item() for k in [*stored] if k.startswith("scalar.")}
+        restore_state(engine, trained, stored, scalars, run.config)
+    engine.train()
+    losses = []
+    for step in range(first, last):
+        result = train_step(engine, run.step_batches(run.order.units(step)))
+        assert result is not None
+        assert result.applied
+        losses.append(result.loss)
+    tensors, scalars = collect_state(engine, trained)
+    if zero.rank() == 0:
+        numbers = {f"scalar.{key}": torch.tensor(value) for key, value in scalars.items()}
+        save_file(tensors | numbers | {"losses": torch.tensor(losses)}, out)
+
+
 def not_finite_step(config: dict[str, Any], zero_optimization: dict[str, Any], what: str) -> None:
     """One rank's loss or gradient is not finite: no rank steps, and the next step is clean."""
     import copy
 
     from lorasb_ds import zero
+    from lorasb_ds.adapter import trained_in
     from lorasb_ds.loop import train_step
     from lorasb_ds.training_state import collect_state
 
@@ -213,7 +339,7 @@ def not_finite_step(config: dict[str, Any], zero_optimization: dict[str, Any], w
     engine.train()
     all_batches = [run.step_batches(run.order.units(step)) for step in range(3)]
     assert train_step(engine, all_batches[0]).applied
-    before, scalars = copy.deepcopy(collect_state(engine, adapters))
+    before, scalars = copy.deepcopy(collect_state(engine, trained_in(engine.module)))
     lr = engine.get_lr()
 
     def spoil(_module: Any, _inputs: Any, output: Any) -> Any:
@@ -239,12 +365,12 @@ def not_finite_step(config: dict[str, Any], zero_optimization: dict[str, Any], w
     assert not torch.isfinite(torch.tensor(result.grad_norm))
     for hook in remove or []:
         hook.remove()
-    after, scalars_after = collect_state(engine, adapters)
+    after, scalars_after = collect_state(engine, trained_in(engine.module))
     assert (scalars, lr) == (scalars_after, engine.get_lr())
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert train_step(engine, all_batches[2]).applied
-    moved, _ = collect_state(engine, adapters)
+    moved, _ = collect_state(engine, trained_in(engine.module))
     assert all(torch.isfinite(value).all() for value in moved.values())
     if zero.rank() == 0:
         assert any(not torch.equal(after[name], moved[name]) for name in after)
@@ -387,11 +513,11 @@ def disagree(config: dict[str, Any]) -> None:
     run = prepare(load_run_config(config), 2)
     zero.init_process_group()
     check_ranks_agree(run)
-    if zero.rank() == 1:
-        backwards = range(len(run.train.examples))[::-1]
-        run = replace(run, train=run.train.select(backwards))
-    with pytest.raises(ConfigError, match=r"Rank 1 and rank 0 do not agree on the training rows\."):
-        check_ranks_agree(run)
+    backwards = run.train.select(range(len(run.train.examples))[::-1])
+    for field, what in (("train", "training rows"), ("init_rows", "rows for the init")):
+        other = replace(run, **{field: backwards}) if zero.rank() == 1 else run
+        with pytest.raises(ConfigError, match=rf"Rank 1 and rank 0 do not agree on the {what}\."):
+            check_ranks_agree(other)
 
 
 def uneven(out: str) -> None:

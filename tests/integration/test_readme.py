@@ -36,6 +36,8 @@ def test_all_are_tried_here() -> None:
     tried = [
         *starting("lorasb", "train"),
         *starting("lorasb", "init"),
+        *starting("lorasb", "sensitivity"),
+        *starting("lorasb", "compare"),
         *starting("lorasb", "eval"),
         *AFTER_TRAINING,
         *starting("lorasb", "data"),
@@ -69,6 +71,24 @@ def test_train(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     result = CliRunner().invoke(main, [*arguments, "--dry-run"])
     assert result.exit_code == 0, result.output
     assert ("--init-only" in result.output) == line.startswith("lorasb init")
+
+
+@pytest.mark.parametrize("line", starting("lorasb", "compare"))
+def test_compare(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, [*shlex.split(line)[1:], "--dry-run"])
+    assert result.exit_code == 0, result.output
+    assert result.output.count("lorasb train --num-procs 1 ") == 4
+    assert "# then, with seed 43: the best 1" in result.output
+
+
+@pytest.mark.parametrize("line", starting("lorasb", "sensitivity"))
+def test_sensitivity(line: str, demo_model: Path, tmp_path: Path) -> None:
+    """Its rows are counted, and its runs named, on the demo's data."""
+    output = run_command(*shlex.split(line.replace("runs/", f"{tmp_path}/")), "--dry-run")
+    assert "0.005 of 1,000 rows: samples of 5\n" in output
+    assert output.count("lorasb train --num-procs 2 ") == 6
+    assert "500-rows-s2: lorasb train" in output
 
 
 @pytest.mark.parametrize(

@@ -385,6 +385,33 @@ def test_restart_with_fewer_hosts(start: Callable[..., Job], tmp_path: Path) -> 
     shutil.rmtree(job.folder)
 
 
+def test_each_host_has_a_run_of_a_comparison(
+    hosts: Hosts, options: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "hostfile").write_text("".join(f"{hosts[i].name} slots=1\n" for i in (1, 2)))
+    data, lr = options[options.index("--data") + 1], options.index("--lr")
+    folder = tmp_path / "out"
+    with (tmp_path / "log").open("w") as log:
+        command = hosts[0].popen(
+            *(LORASB, "compare", "--hostfile", tmp_path / "hostfile", "--output-dir", folder),
+            *(*options[:lr], *options[lr + 2 :], "--lr", "1e-3,5e-3", "--method", "lora-sb"),
+            *("--eval-data", data, "--max-steps", "4", "--failure-timeout", str(TIMEOUT)),
+            stdout=log,
+        )
+        assert command.wait(timeout=200) == 0, (tmp_path / "log").read_text()
+    said = (tmp_path / "log").read_text()
+    names = [f"lora-sb-r4-lr{lr}-s42" for lr in ("1e-3", "5e-3")]
+    for name, host in zip(names, ("n1", "n2"), strict=True):
+        assert f"{name} begins ({host[1]} of 2) on {host}\n" in said
+        network = (folder / "runs" / f"{name}.log").read_text()
+        assert f"lorasb: network: eth0 on {host}\n" in network, "it was there"
+        described = json.loads((folder / "runs" / name / "run.json").read_text())
+        assert described["world_size"] == 1
+    (row,) = json.loads((folder / "compare.json").read_text())["results"]
+    assert [entry["lr"] for entry in row["sweep"]] == [1e-3, 5e-3]
+    assert all(entry["loss"] > 0 for entry in row["sweep"])
+
+
 def test_two_hosts_share_an_evaluation(
     hosts: Hosts, options: list[str], tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -84,6 +84,9 @@ def test_replay_of_data(tmp_path: Path) -> None:
     path.write_text(json.dumps({"config": two.model_dump()}))
     assert load_run_config({}, str(path)) == two
     assert load_run_config({"data": "c.jsonl"}, str(path)).data_weights is None
+    path.write_text(json.dumps({"config": {"data": "a.jsonl", "init_data": ["i.jsonl"]}}))
+    assert load_run_config({"data": "c.jsonl"}, str(path)).init_data == ("i.jsonl",)
+    assert load_run_config({"init_data": "j.jsonl"}, str(path)).init_data == ("j.jsonl",)
     path.write_text(json.dumps({"config": load_run_config({}).model_dump()}))
     assert load_run_config({"val_set_size": 9}, str(path)).eval_data is None
 

@@ -351,12 +351,14 @@ def test_the_seed_decides_what_is_held_out() -> None:
 def test_data_of_a_run(tokenizer: Any, tmp_path: Path, cache: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
     whole = tokenized(path, tokenizer)
-    train, held_out, notes = load_data(load_run_config({"data": path}), tokenizer)
+    train, held_out, init, notes = load_data(load_run_config({"data": path}), tokenizer)
     assert (held_out, notes) == (None, [])
     assert same(train, whole)
+    assert init is train
     config = load_run_config({"data": path, "val_set_size": 3})
-    train, held_out, notes = load_data(config, tokenizer)
+    train, held_out, init, notes = load_data(config, tokenizer)
     assert held_out is not None
+    assert init is train, "what is held out is not in the init's sample either"
     assert (len(train.examples), len(held_out.examples)) == (5, 3)
     examples = [*train.examples, *held_out.examples]
     assert sorted(map(str, examples)) == sorted(map(str, whole.examples))
@@ -364,9 +366,37 @@ def test_data_of_a_run(tokenizer: Any, tmp_path: Path, cache: Path) -> None:
     assert "8 kept, 2 skipped: no known columns" in notes[0]
     eval_data = write_jsonl(tmp_path / "other.jsonl", word_rows(2))
     config = load_run_config({"data": path, "eval_data": eval_data})
-    train, held_out, _ = load_data(config, tokenizer)
+    train, held_out, _, _ = load_data(config, tokenizer)
     assert held_out is not None
     assert (len(train.examples), len(held_out.examples)) == (8, 2)
+
+
+def test_rows_for_the_init(tokenizer: Any, tmp_path: Path, cache: Path) -> None:
+    """From several sources, by the options of --data's; what is held out stays out of them."""
+    path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    others = [{"problem": f"{i} + {i}", "solution": str(2 * i)} for i in range(4)]
+    other = write_jsonl(tmp_path / "other.jsonl", others)
+    options = {"max_length": 32, "loss_on": "all"}
+    given = {"data": path, "init_data": [other, path], "val_set_size": 3.0, **options}
+    train, held_out, init, _ = load_data(load_run_config(given), tokenizer)
+    assert held_out is not None
+    apart = load_data(load_run_config(given | {"init_data": None}), tokenizer)
+    assert same(train, apart.train)
+    assert same(held_out, apart.held_out)
+    seen = [str(example) for example in held_out.examples]
+    expected = [
+        *tokenized(other, tokenizer, **options).examples,
+        *(e for e in tokenized(path, tokenizer, **options).examples if str(e) not in seen),
+    ]
+    assert list(init.examples) == expected
+    assert len(init.examples) <= 4 + 8 - 3
+    assert init.source_sizes[0] == 4
+    left_out = [ROWS[number - 1] for number in held_out.row_numbers]
+    gone = write_jsonl(tmp_path / "gone.jsonl", left_out)
+    with pytest.raises(ConfigError, match=r"gone\.jsonl: all of its rows are held out by --val"):
+        load_data(load_run_config(given | {"init_data": gone}), tokenizer)
+    with pytest.raises(ConfigError, match=r"--init-data .*none\.jsonl"):
+        load_data(load_run_config(given | {"init_data": "none.jsonl"}), tokenizer)
 
 
 MEMORY = """

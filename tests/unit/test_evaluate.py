@@ -15,16 +15,15 @@ from transformers import AutoModelForCausalLM
 from lorasb_ds import evaluate
 from lorasb_ds.batches import collate
 from lorasb_ds.evaluate import (
-    Share,
     generate,
     log_likelihoods,
     rounds,
     stop_tokens,
-    wilson_interval,
 )
 from lorasb_ds.examples import IGNORE_INDEX, Example
 from lorasb_ds.export import peft_target_modules, peft_tensors, save_peft_adapter
 from lorasb_ds.files import write_text
+from lorasb_ds.shares import Share, wilson_interval
 
 
 def test_wilson_interval() -> None:

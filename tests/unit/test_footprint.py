@@ -203,3 +203,20 @@ def test_offloaded_init_is_on_the_host() -> None:
 def test_what_is_in_flight_while_loading(stage: int, ranks: int, in_flight: int) -> None:
     placement = Placement("bf16", ranks, stage=stage)
     assert _in_flight_bytes([4, 8, 4, 8], placement) == in_flight
+
+
+def test_an_optimizer_of_whole_matrices_holds_its_state_on_every_rank() -> None:
+    """Muon's momentum, and in the step values and gradients: three fp32 numbers for each trained.
+
+    Of AdamW's 12 bytes all are shared out.
+    """
+    found = {}
+    for world_size in (1, 4):
+        for whole in (False, True):
+            placement = Placement("bf16", world_size)
+            found[world_size, whole] = footprint_of(
+                LLAMA_7B, placement, r=64, trains_r=False, whole_matrices=whole
+            ).optimizer
+    num_trained = 64 * sum(sum(sides) for sides in LLAMA_7B.layers.values())
+    assert found[4, True] - found[4, False] == (1 + 12 - 3) * num_trained
+    assert found[1, True] - found[1, False] == 4 * num_trained

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lorasb_ds.init_report import LayerInit
-from lorasb_ds.initialize import UPDATES, decompose, describe
+from lorasb_ds.initialize import decompose, describe
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -16,7 +16,7 @@ def layer_of(G: torch.Tensor, r: int = 1, update: str = "sign") -> LayerInit:
     return describe(svd, slopes, torch.bfloat16, 1, None)
 
 
-@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("update", ["sign", "adam", "raw"])
 def test_the_update_and_its_slope(update: str) -> None:
     G = 1e-7 * torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
     wanted = {

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from lorasb_ds.config import RunConfig
+from lorasb_ds.config import ConfigError, RunConfig
+from lorasb_ds.matrix_optimizer import MatrixOptimizer, Part
 from lorasb_ds.optimizer import fresh_state, make_optimizer, make_scheduler, set_scheduler
 
 
@@ -90,3 +91,41 @@ def test_optimizers_go_on_from_a_state_that_is_put_back(name: Any) -> None:
         step(whole, optimizer, k)
     torch.testing.assert_close(torch.cat([p.detach() for p in parts]), whole.detach())
     assert (whole - start).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
+def test_whole_matrices_in_a_flat_master(name: Any) -> None:
+    """Two matrices and padding, as ZeRO lays them out, with a schedule: torch's own steps."""
+    config = RunConfig(optimizer=name, lr=0.1, weight_decay=0.1, lr_scheduler="linear")
+    start = [torch.linspace(-1, 1, 12).view(3, 4), torch.linspace(1, 3, 4).view(2, 2)]
+    plain = [torch.nn.Parameter(value.clone()) for value in start]
+    kinds = {"adafactor": torch.optim.Adafactor, "muon": torch.optim.Muon}
+    reference = kinds[name](plain, lr=0.1, weight_decay=0.1)
+    model = [torch.nn.Parameter(value.clone()) for value in start]
+    optimizer = make_optimizer(model, config)
+    assert isinstance(optimizer, MatrixOptimizer)
+    schedules = [make_scheduler(each, config, 4) for each in (reference, optimizer)]
+    flat = torch.cat([*(value.flatten() for value in start), torch.zeros(2)]).requires_grad_()
+    parts = [Part(model[0], (3, 4), 0, 0, 12), Part(model[1], (2, 2), 0, 12, 4)]
+    optimizer.place([(flat, parts)])
+    optimizer.param_groups[0]["params"] = [flat]
+    for k in range(4):
+        for parameter in plain:
+            parameter.grad = torch.cos(parameter.detach() * 3 + k)
+        flat.grad = torch.cos(flat.detach() * 3 + k)
+        reference.step()
+        optimizer.step()
+        for schedule in schedules:
+            schedule.step()
+    for value, (first, last) in zip(plain, ((0, 12), (12, 16)), strict=True):
+        assert torch.equal(flat[first:last].view_as(value), value)
+    assert not flat[16:].any(), "padding"
+    assert (flat[:12] - start[0].flatten()).abs().max() > 0.05
+    assert optimizer.state_of(model[1]).keys() == reference.state[plain[1]].keys()
+
+
+def test_muon_is_for_matrices() -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((3, 4), (4,))]
+    with pytest.raises(ConfigError, match=r"--optimizer muon.* 1 of the param.* \(4,\)"):
+        make_optimizer(parameters, RunConfig(optimizer="muon"))
+    make_optimizer(parameters, RunConfig(optimizer="adafactor"))

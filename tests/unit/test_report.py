@@ -47,6 +47,7 @@ def report(tmp_path: Path, rows: list[dict[str, Any]], **options: Any) -> str:
     run = {
         "config": config.model_dump(),
         "world_size": 3,
+        "trainable_parameters": 8,
         "accelerator": "cpu",
         "memory": {"predicted": {"phases": {"load": 1 << 30}}, "measured": {"load": 2 << 30}},
     }
@@ -59,9 +60,9 @@ def test_a_whole_run(tmp_path: Path) -> None:
     rows.append(training_row(10, math.nan, padding_share=0.25, skipped=True))
     text = report(tmp_path, [*EVALUATIONS[:3], *rows, EVALUATIONS[3]])
     for line in (
-        "# LoRA-SB, r = 2: tiny on rows.jsonl",
+        "# lora-sb, r = 2: tiny on rows.jsonl",
         "3 process(es) on cpu; 2 layers with an adapter.",
-        "| LoRA-SB, r = 2 | 8 |",
+        "| lora-sb, r = 2 | 8 |",
         "| LoRA, r = 2, same layers | 352 (44.0 times more) |",
         "| steps | 10 |",
         "| time | 20 s |",

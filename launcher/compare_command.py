@@ -1,0 +1,235 @@
+"""`lorasb compare`: a sweep of runs, each a `lorasb train` of its own. Torch-free."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from launcher.compare_run import JSON, Comparison, run_comparison
+from launcher.job import make_job
+from launcher.launch_options import LaunchOptions, launch_options
+from launcher.options import CONTEXT, field_options, reports_problems
+from launcher.places import find_places
+from launcher.pool import Place
+from launcher.sweep_runs import LORASB, launch_in
+from lorasb_ds.compare import NOT_COMPARED
+from lorasb_ds.config import ConfigError, RunConfig, read_json
+from lorasb_ds.methods import PEFT_PREFIX
+from lorasb_ds.request import load_run_config
+from lorasb_ds.sweep import SWEPT, Trial, is_file, make_sweep, own_options
+
+POSITIVE = click.IntRange(min=1)
+# Of no consequence for what a run comes to.
+FREE = {*SWEPT, *NOT_COMPARED, "save_every", "keep_last", "on_save_error", "profile"}
+FREE |= {"dataset_num_proc", "generate_samples", "trust_remote_code"}
+OPTIONS = (
+    click.option("--output-dir", required=True, help="Folder of the comparison."),
+    click.option(
+        "--method",
+        "methods",
+        multiple=True,
+        help="As in `train`, or peft:FILE.json; given once for each.",
+    ),
+    click.option(
+        "--lr",
+        "lrs",
+        multiple=True,
+        metavar="[METHOD=]LR,…",
+        help="Learning rates, separated by commas; METHOD=… for those of one method.",
+    ),
+    click.option(
+        "--r",
+        "ranks",
+        multiple=True,
+        default=["64"],
+        show_default=True,
+        metavar="[METHOD=]R,…",
+        help="Ranks, likewise.",
+    ),
+    click.option(
+        "--seed",
+        "seeds",
+        multiple=True,
+        default=["42"],
+        show_default=True,
+        metavar="SEED,…",
+        help="Seeds.",
+    ),
+    click.option(
+        "--best",
+        type=POSITIVE,
+        metavar="K",
+        help="Run the sweep with the first seed, and the other seeds only for the K best rows of "
+        "the table, at their best learning rate. [default: all seeds for all]",
+    ),
+    click.option(
+        "--for",
+        "own",
+        multiple=True,
+        metavar="METHOD:OPTION=VALUE",
+        help="An option of one method's runs, as lora-one:precondition=0.1.",
+    ),
+    click.option(
+        "--parallel",
+        type=POSITIVE,
+        default=1,
+        show_default=True,
+        help="Runs at a time on this host.",
+    ),
+    click.option(
+        "--eval-samples",
+        type=click.IntRange(min=0),
+        default=0,
+        show_default=True,
+        help="Rows of --eval-data that runs at their best learning rate answer, by `lorasb eval`.",
+    ),
+    click.option(
+        "--max-new-tokens", type=POSITIVE, help="Of an answer. [default: as in `lorasb eval`]"
+    ),
+    click.option(
+        "--eval-batch-size", type=POSITIVE, default=16, show_default=True, help="Rows at a time."
+    ),
+    click.option("--overwrite", is_flag=True, help="Delete what --output-dir has of a comparison."),
+)
+
+
+def _sweep_options(command: Any) -> Any:
+    for option in reversed(OPTIONS):
+        command = option(command)
+    return command
+
+
+@click.command(name="compare", context_settings=CONTEXT)
+@reports_problems
+@_sweep_options
+@launch_options
+@field_options(*(name for name in RunConfig.model_fields if name not in SWEPT))
+def compare_command(
+    launch: LaunchOptions,
+    output_dir: str,
+    methods: Sequence[str],
+    lrs: Sequence[str],
+    ranks: Sequence[str],
+    seeds: Sequence[str],
+    best: int | None,
+    own: Sequence[str],
+    parallel: int,
+    eval_samples: int,
+    max_new_tokens: int | None,
+    eval_batch_size: int,
+    overwrite: bool,
+    **given: Any,
+) -> None:
+    """Methods x learning rates x ranks x seeds: train them all, and compare them in a table.
+
+    On the same rows, in the same batches, for the same number of steps. The same command goes on
+    where it was stopped. Takes the options of `lorasb train`.
+    """
+    files = {method: _rank_in(method) for method in methods if is_file(method)}
+    sweep = make_sweep(methods, lrs, ranks, seeds, best, files)
+    comparison = Comparison(
+        folder=Path(output_dir).expanduser(),
+        sweep=sweep,
+        launch=launch,
+        given=given,
+        own=_own(own, methods, given),
+        eval_samples=eval_samples,
+        max_new_tokens=max_new_tokens,
+        eval_batch_size=eval_batch_size,
+    )
+    places = find_places(launch, parallel, has_batch=given["train_batch_size"] is not None)
+    options = _check(comparison, sweep.first(), places[0])
+    comparison = replace(comparison, options=options)
+    if launch.dry_run:
+        click.echo(dry_run(comparison, places))
+        return
+    sys.exit(run_comparison(comparison, places, overwrite))
+
+
+def _rank_in(method: str) -> int | None:
+    """The r of a PEFT configuration; None where it has none.
+
+    Raises:
+        ConfigError: if there is no such file.
+    """
+    r = read_json(method.removeprefix(PEFT_PREFIX), "--method").get("r")
+    return r if isinstance(r, int) else None
+
+
+def _own(
+    words: Sequence[str], methods: Sequence[str], given: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Method -> its own options, with the types that they have."""
+    found = {}
+    for method, chosen in own_options(words, methods).items():
+        config = load_run_config({**given, **chosen, "method": method})
+        found[method] = {name: getattr(config, name) for name in chosen}
+    return found
+
+
+def _check(comparison: Comparison, trials: Sequence[Trial], place: Place) -> dict[str, Any]:
+    """What can be wrong with its runs before the first of them is started.
+
+    Returns:
+        The options that have to be the same whenever the command goes on.
+    Raises:
+        ConfigError: what is wrong.
+    """
+    try:
+        configs = [load_run_config(comparison.options_of(trial)) for trial in trials]
+    except ConfigError as error:
+        several = len(comparison.sweep.lrs) > 1
+        hint = "What only some methods have is given them by --for METHOD:OPTION=VALUE."
+        raise ConfigError(*error.problems, *([hint] if several else [])) from None
+    config = configs[0]
+    if config.eval_data is None and config.val_set_size is None:
+        raise ConfigError(
+            "A comparison goes by the held-out loss. Name held-out rows by --eval-data, or give "
+            "--val-set-size."
+        )
+    if comparison.eval_samples and config.eval_data is None:
+        raise ConfigError(
+            "--eval-samples are rows of --eval-data, which is not given. Give it, or leave "
+            "--eval-samples out."
+        )
+    # Its folder is the run's to look at: --overwrite may be about to delete it.
+    one = {**comparison.options_of(trials[0]), "resume": None, "output_dir": None}
+    job = make_job(launch_in(comparison.launch, place), [], None, one)
+    fields = {**comparison.given, "eval_data": config.eval_data, "method": config.method}
+    common = load_run_config(fields).model_dump()  # without what the method has for itself
+    chosen = {name: value for name, value in common.items() if name not in FREE}
+    on = {"processes": job.num_procs or job.num_gpus, "own": _own_so_far(comparison)}
+    found: dict[str, Any] = json.loads(json.dumps({**chosen, **on}))
+    return found
+
+
+def _own_so_far(comparison: Comparison) -> dict[str, Mapping[str, Any]]:
+    """Own options, with those of methods that were asked for before: methods may be added."""
+    own = {method: comparison.own.get(method, {}) for method in comparison.sweep.lrs}
+    before: dict[str, Mapping[str, Any]] = {}
+    with suppress(OSError, ValueError, KeyError, TypeError):  # the folder is looked at later
+        content = json.loads((comparison.folder / JSON).read_text(encoding="utf-8"))
+        before = content["options"]["own"]
+    return {**before, **own}
+
+
+def dry_run(comparison: Comparison, places: Sequence[Place]) -> str:
+    """The runs' names and commands."""
+    sweep = comparison.sweep
+    lines = []
+    for i, trial in enumerate(sweep.first()):
+        command = comparison.train_command(trial, places[i % len(places)])
+        lines.append(f"{trial.name}: {shlex.join(['lorasb', *command[len(LORASB) :]])}")
+    if sweep.best is not None and len(sweep.seeds) > 1:
+        seeds = ", ".join(map(str, sweep.seeds[1:]))
+        lines.append(f"# then, with seed {seeds}: the best {sweep.best}, at their best --lr")
+    lines.append(f"# {len(sweep.first())} runs, {len(places)} at a time")
+    return "\n".join(lines)

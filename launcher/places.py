@@ -1,0 +1,93 @@
+"""Where runs go side by side: hosts of a hostfile, or shares of this one. Torch-free."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from launcher.hostfile import read_hostfile, select
+from launcher.launch_options import LaunchOptions
+from launcher.pool import Place
+from lorasb_ds.config import ConfigError
+
+
+def find_places(launch: LaunchOptions, parallel: int, has_batch: bool) -> list[Place]:
+    """As many as runs may go on at a time.
+
+    Args:
+        parallel: runs at a time on this host.
+        has_batch: whether --train-batch-size is given, so that hosts of different sizes take the
+            same steps.
+    Raises:
+        ConfigError: for options that do not go with several runs.
+    """
+    launch.check()
+    unfit = {"--no-ssh": launch.no_ssh, "--allow-fewer-hosts": launch.allow_fewer_hosts}
+    if given := [name for name, value in unfit.items() if value]:
+        raise ConfigError(
+            f"{given[0]} is about one run on several hosts, and a sweep gives each run "
+            "one host. Leave it out."
+        )
+    if launch.hostfile is None:
+        places = _shares(launch, parallel, os.environ, len(os.sched_getaffinity(0)))
+    elif parallel > 1:
+        raise ConfigError(
+            "--parallel is about this host, and --hostfile gives each run a host of its own. "
+            "Leave one of them out."
+        )
+    else:
+        places = _hosts(launch, launch.hostfile, has_batch)
+    alone = {"--master-port": launch.master_port, "--master-addr": launch.master_addr}
+    if len(places) > 1 and (given := [name for name, value in alone.items() if value is not None]):
+        raise ConfigError(
+            f"{given[0]} cannot be that of {len(places)} runs at a time. Leave it out."
+        )
+    return places
+
+
+def _hosts(launch: LaunchOptions, hostfile: str, has_batch: bool) -> list[Place]:
+    hosts = read_hostfile(hostfile)
+    option = "--num-procs" if launch.num_procs is not None else "--num-gpus"
+    count = launch.num_procs or launch.num_gpus
+    filters = (launch.include, launch.exclude, launch.num_nodes)
+    slots = select(hosts, *filters, count, slots_option=option)
+    sizes = {host: len(ids) for host, ids in slots.items()}
+    if len(set(sizes.values())) > 1 and not has_batch:
+        told = ", ".join(f"{host}: {size}" for host, size in sizes.items())
+        raise ConfigError(
+            f"The hosts have different numbers of slots ({told}), and so runs would take steps of "
+            "different sizes. Give --train-batch-size, or the same --num-gpus for all."
+        )
+    whole = {host: ids == list(range(hosts[host])) for host, ids in slots.items()}
+    return [
+        Place(include=host if whole[host] else f"{host}:{','.join(map(str, ids))}")
+        for host, ids in slots.items()
+    ]
+
+
+def _shares(
+    launch: LaunchOptions, parallel: int, environment: Mapping[str, str], cores: int
+) -> list[Place]:
+    # An evaluation in one process is told so by nothing else.
+    cpu = {} if launch.num_procs is None else {"DS_ACCELERATOR": "cpu"}
+    if parallel == 1:
+        return [Place(environment=cpu)]
+    if launch.num_procs is not None:
+        threads = max(1, cores // (parallel * launch.num_procs))
+        own = {} if "OMP_NUM_THREADS" in environment else {"OMP_NUM_THREADS": str(threads)}
+        return [Place(environment=cpu | own)] * parallel
+    gpus = [gpu for gpu in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+    if launch.num_gpus is None or len(gpus) != parallel * launch.num_gpus:
+        wanted = f"{parallel} x --num-gpus"
+        if launch.num_gpus is not None:
+            wanted += f" = {parallel * launch.num_gpus}"
+        raise ConfigError(
+            f"--parallel {parallel} divides this host. On the CPU give --num-procs of each run; on "
+            f"GPUs --num-gpus of each run, with CUDA_VISIBLE_DEVICES naming {wanted} of them (it "
+            f"names {len(gpus)})."
+        )
+    n = launch.num_gpus
+    return [
+        Place(environment={"CUDA_VISIBLE_DEVICES": ",".join(gpus[i * n : (i + 1) * n])})
+        for i in range(parallel)
+    ]

@@ -1,0 +1,139 @@
+"""Several jobs of this command line at a time: each in a place of its own. Torch-free."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from launcher.ranks import free_port, shell_status
+from lorasb_ds.stop import EXIT_STOPPED, SIGNALS
+
+POLL_S = 0.1
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a job can run: a share of this host, or another host.
+
+    Args:
+        include: the host and its slots, as --include names them; empty for this host.
+        environment: what is to be set for the job.
+    """
+
+    include: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Work:
+    """A job.
+
+    Args:
+        command: its argument list in a place, given a port that no other job here has.
+        log: what it prints is added there.
+    """
+
+    name: str
+    command: Callable[[Place, int], Sequence[str]]
+    log: Path
+
+
+@dataclass
+class _Running:
+    work: Work
+    child: subprocess.Popen[bytes]
+    port: int
+    since: float
+
+
+class Pool:
+    """Starts jobs while there are places, and passes on what asks this process to end."""
+
+    def __init__(self, places: Sequence[Place]) -> None:
+        self.places = places
+        self.asked: list[int] = []  # signals
+        self._running: dict[int, _Running] = {}
+
+    @property
+    def stopped(self) -> bool:
+        return bool(self.asked)
+
+    def listen(self) -> None:
+        """From the main thread only."""
+        for signum in (*SIGNALS, signal.SIGHUP):
+            signal.signal(signum, self._pass_on)
+
+    def _pass_on(self, signum: int, _frame: object) -> None:
+        self.asked.append(signum)
+        for running in list(self._running.values()):
+            _send(running.child, signum)
+
+    def run(
+        self,
+        jobs: Sequence[Work],
+        began: Callable[[Work, Place], None],
+        ended: Callable[[Work, int, float], None],
+    ) -> None:
+        """See all jobs to their end; after a signal only those that run.
+
+        Args:
+            ended: is told the status, as a shell has it, and the seconds.
+        """
+        waiting = deque(jobs)
+        while self._running or (waiting and not self.stopped):
+            for i, place in enumerate(self.places):
+                if i not in self._running and waiting and not self.stopped:
+                    work = waiting.popleft()
+                    began(work, place)
+                    self._start(i, work, place)
+            for i, running in list(self._running.items()):
+                status = running.child.poll()
+                if status is not None:
+                    del self._running[i]
+                    status = shell_status(status)
+                    if status == EXIT_STOPPED and not self.stopped:  # somebody asked that job
+                        self._pass_on(signal.SIGTERM, None)
+                    ended(running.work, status, time.monotonic() - running.since)
+            time.sleep(POLL_S)
+
+    def _start(self, i: int, work: Work, place: Place) -> None:
+        taken = {running.port for running in self._running.values()}
+        while (port := free_port()) in taken:
+            pass
+        work.log.parent.mkdir(parents=True, exist_ok=True)
+        told = len(self.asked)
+        with work.log.open("ab") as log:
+            child = subprocess.Popen(
+                work.command(place, port),
+                env={**os.environ, **place.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
+            )
+        self._running[i] = _Running(work, child, port, time.monotonic())
+        for signum in self.asked[told:]:  # it came while the job was started
+            _send(child, signum)
+
+
+_LIBC = ctypes.CDLL(None)  # not loaded between fork and exec
+
+
+def _end_with_parent() -> None:
+    """In the child: if this process is killed, the job is asked to end, and saves."""
+    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _send(child: subprocess.Popen[bytes], signum: int) -> None:
+    """Ctrl-C as such, since a second one means more; all others as what every job knows."""
+    if child.poll() is None:
+        child.send_signal(signum if signum == signal.SIGINT else signal.SIGTERM)

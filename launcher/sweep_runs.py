@@ -1,0 +1,204 @@
+"""Runs of a sweep: each a `lorasb train` with a name, in one folder that can be gone on with.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import click
+from filelock import FileLock, Timeout
+
+from launcher.launch_options import OPTIONS, LaunchOptions
+from launcher.options import to_arguments
+from launcher.pool import Place, Pool, Work
+from lorasb_ds.config import ConfigError, RunConfig, option_name
+
+LORASB = (sys.executable, "-m", "launcher.cli")
+RUNS = "runs"  # in the folder of a sweep
+
+
+def launch_in(launch: LaunchOptions, place: Place) -> LaunchOptions:
+    """The launch options of a place's jobs."""
+    if launch.hostfile is None:
+        return launch
+    return replace(launch, include=place.include, exclude="", num_nodes=None)
+
+
+def launch_arguments(launch: LaunchOptions, port: int | None) -> list[str]:
+    """Launch options as words of a command line; those that were not given are left out."""
+    given = {
+        name: value
+        for name, option in OPTIONS.items()
+        if (value := getattr(launch, name)) and value != option.get("default")
+    }
+    given |= {"dry_run": None, "master_port": launch.master_port or port}
+    return to_arguments(given)
+
+
+def train_command(
+    launch: LaunchOptions, options: Mapping[str, Any], place: Place, port: int | None = None
+) -> list[str]:
+    """`lorasb train` in a place.
+
+    Args:
+        options: fields of RunConfig.
+    """
+    return [
+        *(*LORASB, "train"),
+        *launch_arguments(launch_in(launch, place), port),
+        *to_arguments(options),
+    ]
+
+
+def log_of(folder: Path, name: str) -> Path:
+    """What a run of the sweep in ``folder`` prints."""
+    return folder / RUNS / f"{name}.log"
+
+
+@contextmanager
+def sweep_folder(
+    folder: Path, command: str, options: Mapping[str, Any], overwrite: bool
+) -> Iterator[None]:
+    """The folder of a sweep, to this process alone.
+
+    Args:
+        command: ``compare`` for `lorasb compare`, whose numbers are in ``compare.json``.
+        options: all that must be the same when a sweep goes on.
+        overwrite: delete what is there of an earlier one.
+    Raises:
+        ConfigError: if it is not a folder for this sweep, or another process is at work there.
+    """
+    check_folder(folder, command, options, overwrite)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / f"{command}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"--output-dir {folder}: another `lorasb {command}` is at work there. Wait for its "
+            "end, or name another folder."
+        ) from None
+    with lock:
+        if overwrite:
+            _remove(folder, command)
+        yield
+
+
+def check_folder(folder: Path, command: str, options: Mapping[str, Any], overwrite: bool) -> None:
+    """Refuse a folder that is none of such a sweep, or of one with other options.
+
+    Raises:
+        ConfigError: with what differs.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--output-dir {folder} is a file. Name a folder.")
+    if not folder.is_dir() or not {path.name for path in folder.iterdir()} - {f"{command}.lock"}:
+        return
+    try:
+        stored = json.loads((folder / f"{command}.json").read_text(encoding="utf-8"))["options"]
+        differ = differing(options, stored)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ConfigError(
+            f"--output-dir {folder} is not empty, and has no {command}.json of a `lorasb "
+            f"{command}`. Name another folder."
+        ) from None
+    if differ and not overwrite:
+        raise ConfigError(
+            f"--output-dir {folder} has runs with other options:\n"
+            + "".join(f"  {line}\n" for line in differ)
+            + "Runs are compared with the same options only. Give those again, name another "
+            "folder, or delete these runs by --overwrite."
+        )
+
+
+def differing(options: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
+    """What was given otherwise than before: a line for each."""
+    defaults = json.loads(RunConfig.model_validate({}).model_dump_json())
+    before = {name: stored.get(name, defaults.get(name)) for name in options}
+    return [
+        f"{option_name(name) if name in defaults else name} is {value!r} now, and was "
+        f"{before[name]!r}"
+        for name, value in options.items()
+        if value != before[name]
+    ]
+
+
+def _remove(folder: Path, command: str) -> None:
+    for path in folder.iterdir():
+        if path.name == RUNS:
+            shutil.rmtree(path)
+        elif path.name in (f"{command}.json", f"{command}.md") or path.suffix == ".png":
+            path.unlink()
+
+
+class Conductor:
+    """Jobs are started, and how each of them begins and ends is told."""
+
+    def __init__(self, places: Sequence[Place]) -> None:
+        self.pool = Pool(places)
+        self.failed: dict[str, str] = {}  # name -> why
+
+    @property
+    def stopped(self) -> bool:
+        return self.pool.stopped
+
+    def run(self, work: Sequence[Work], ended: Callable[[Work, int, float], None]) -> None:
+        """See them to their end.
+
+        Args:
+            ended: is told the status, as a shell has it, and the seconds.
+        """
+        total, begun = len(work), iter(range(1, len(work) + 1))
+
+        def began(work: Work, place: Place) -> None:
+            where = f" on {place.include}" if place.include else ""
+            say(f"{work.name} begins ({next(begun)} of {total}){where}")
+
+        if work and not self.stopped:
+            self.pool.run(work, began, ended)
+
+    def end(self, work: Work, status: int, seconds: float, came_to: str) -> None:
+        """Tell it, and keep why it has failed.
+
+        Args:
+            came_to: what is told of a job that did not fail.
+        """
+        took = timedelta(seconds=round(seconds))
+        if status == 0:
+            say(f"{work.name}: {came_to}, {took}")
+        elif self.stopped:
+            say(f"{work.name}: stopped")
+        else:
+            self.failed[work.name] = why = errors_in(work.log) or f"status {status}"
+            say(f"{work.name} has failed after {took} (log: {work.log}): {why}")
+
+
+def errors_in(log: Path) -> str:
+    """The last paragraph in which a job said why it has failed."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    _, found, last = text.rpartition("lorasb: error: ")
+    return last.partition("\nlorasb: ")[0].strip()[:500] if found else ""
+
+
+def publish(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
+
+def say(text: str) -> None:
+    """A line on the console, with the time."""
+    with suppress(OSError):  # a terminal that was closed
+        click.echo(f"{time.strftime('%H:%M:%S')} {text}")

@@ -1,0 +1,247 @@
+"""How much of the full gradient an adapter can follow, and how its steps agree with full training.
+
+    W = W0 + B R A, R trained:           P(G) = Q_B Q_Bᵀ G Q_A Q_Aᵀ
+    W = W0 + s B A, A and B trained:     P(G) = G - (I - Q_B Q_Bᵀ) G (I - Q_A Q_Aᵀ)
+
+P is the orthogonal projection onto all that small changes of the trained factors can make of W; Q_B
+and Q_A are orthonormal bases of B's columns and A's rows. All is taken where the last step began:
+there G is dL/dW, adapter and all, of rows that the init's gradient has not seen. What full
+fine-tuning would do there is then held against what the step has done. G comes through the init's
+own taps, in row shards, and no rank ever holds a whole one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lorasb_ds import accelerator, zero
+from lorasb_ds.adapter import AdapterLinear
+from lorasb_ds.batches import Sample
+from lorasb_ds.gradients import average_gradients, is_transposed
+from lorasb_ds.low_rank import LoraPair
+from lorasb_ds.methods import TRAIN_R
+from lorasb_ds.rng import rng_states, set_rng_states
+from lorasb_ds.sharding import Group, all_reduce, rank_and_size, row_range
+
+Values = dict[str, torch.Tensor]  # factor -> its whole value
+
+
+@dataclass(frozen=True)
+class LayerAlignment:
+    """One layer at one step. A cosine is nan where one side of it is zero.
+
+    Attributes:
+        gradient_cosine: ``‖P(G)‖ / ‖G‖``, of the angle between G and its projection.
+        sign_cosine: the same of sign(G): the best that any change of the trained factors could
+            reach of AdamW's first step in full fine-tuning.
+        update_cosine: of that step, ``-sign(G)``, and the one that was made.
+        gradient_norm: ``‖G‖``, G of the mean loss over label tokens.
+    """
+
+    gradient_cosine: float
+    sign_cosine: float
+    update_cosine: float
+    gradient_norm: float
+
+
+def measure_alignment(
+    engine: Any,
+    adapters: Mapping[str, AdapterLinear],
+    probe: Sample,
+    groups: Sequence[Sequence[str]],
+    before: Mapping[str, Values] | None,
+    *,
+    offload: bool = False,
+) -> dict[str, LayerAlignment]:
+    """Layer -> its alignment, in the adapters' order; the same on every rank. Collective.
+
+    Training is left as it was: generators, modes, and what the engine holds of gradients.
+
+    Args:
+        engine: between two steps; its parameters may be sharded by ZeRO-3.
+        probe: as many batches as on every other rank.
+        groups: layers whose gradients are held at the same time; a forward and a backward pass
+            each.
+        before: ``trained_factors`` before the last step. None: that was the init's, from the base.
+        offload: keep gradient shards in host memory.
+    Communication: that of the gradients; each layer's factors are gathered, and the trained ones
+        filled twice; one all-reduce a layer, of ``measure_layer``.
+    """
+    group = zero.new_group()  # the engine's own traffic goes through another
+    found = {}
+    with _same_random_numbers(), _where_the_step_began(adapters, before):
+        for names in groups:
+            gradients = average_gradients(
+                engine.module,
+                adapters,
+                probe.batches,
+                probe.num_label_tokens,
+                group,
+                names=names,
+                offload=offload,
+                with_adapters=before is not None,
+            )
+            zero.release(engine)
+            for name in names:
+                adapter, G = adapters[name], gradients.take(name)
+                span, step = _span_and_step(adapter, None if before is None else before[name])
+                if is_transposed(adapter.out_features, adapter.in_features):
+                    span, step = (LoraPair(pair.B.T, pair.A.T) for pair in (span, step))
+                found[name] = measure_layer(G, span, step, adapter.trained == TRAIN_R, group)
+    dist.destroy_process_group(group)
+    return {name: found[name] for name in adapters}
+
+
+@contextmanager
+def _where_the_step_began(
+    adapters: Mapping[str, AdapterLinear], before: Mapping[str, Values] | None
+) -> Iterator[None]:
+    """The model computes with these factors meanwhile; masters stay. Collective."""
+    if before is None:  # the base, of which branches are off
+        yield
+        return
+    trained = [(a.factor(key), before[n][key]) for n, a in adapters.items() for key in a.trained]
+    for factor, value in trained:
+        zero.fill(factor, value.to(accelerator.device()))
+    yield
+    for factor, _ in trained:
+        zero.fill(factor, zero.full_fp32(factor))
+
+
+def _span_and_step(adapter: AdapterLinear, before: Values | None) -> tuple[LoraPair, LoraPair]:
+    """A and B where the last step began, and what it has added to W. Collective."""
+    now = {key: zero.full_fp32(adapter.factor(key)) for key in adapter.trained}
+    frozen = {key: adapter.factor(key) for key in adapter.frozen}
+    with zero.gathered(frozen.values()):
+        now |= {key: value.detach().float().clone() for key, value in frozen.items()}
+    if before is None:  # the init's step is held against what its own A and B can follow
+        span, earlier = now, now | _of_base(adapter, now)
+    else:
+        earlier = now | {key: value.to(accelerator.device()) for key, value in before.items()}
+        span = earlier
+    step = difference(adapter.plain_lora(now), adapter.plain_lora(earlier))
+    return LoraPair(span["lora_A"], span["lora_B"]), step
+
+
+def measure_layer(
+    G: torch.Tensor, span: LoraPair, step: LoraPair, trains_r: bool, group: Group = None
+) -> LayerAlignment:
+    """One layer, of whose gradient every rank has some rows. Collective.
+
+    Args:
+        G: (rows here, short), fp32: the shard of ``row_range(long, rank, world_size)``, of the
+            gradient or its transpose.
+        span: A (r, short) and B (long, r), whole: that of the factors, or its transpose. Of any
+            rank, zero as well.
+        step: (k, short) and (long, k), whole, likewise: the update that was made last.
+        trains_r: whether only what lies between A and B is trained.
+    Communication: one all-reduce of 2 r x r and 6 fp32 numbers; of 2 r x short more, where A and B
+        are trained.
+    """
+    rank, world_size = rank_and_size(group)
+    rows = row_range(len(span.B), rank, world_size)
+    here = slice(rows.start, rows.stop)
+    bases = orthonormal_basis(span.B)[here], orthonormal_basis(span.A.T)
+    signs, made = G.sign(), step.B[here] @ step.A
+    of_gradient, of_signs = (_parts(M, *bases, trains_r) for M in (G, signs))
+    of_step = [made.square().sum(), -(made * signs).sum()]
+    sums = _summed([*of_gradient, *of_signs, *of_step], group)
+    *projections, made_squared, agreement = sums
+    of_gradient, of_signs = projections[: len(of_gradient)], projections[len(of_gradient) :]
+    sizes = made_squared.item() * of_signs[0].item()
+    return LayerAlignment(
+        gradient_cosine=_cosine(*of_gradient),
+        sign_cosine=_cosine(*of_signs),
+        update_cosine=_ratio(agreement.item(), math.sqrt(sizes)),
+        gradient_norm=of_gradient[0].sqrt().item(),
+    )
+
+
+def _parts(
+    M: torch.Tensor, left: torch.Tensor, right: torch.Tensor, trains_r: bool
+) -> list[torch.Tensor]:
+    """What some rows of M add to ``‖M‖²``, ``Q_Bᵀ M Q_A``, and where A and B are trained, to
+    ``Q_Bᵀ M`` and ``‖M Q_A‖²``."""
+    along = M @ right
+    parts = [M.square().sum(), left.T @ along]
+    return parts if trains_r else [*parts, left.T @ M, along.square().sum()]
+
+
+def _cosine(
+    squared: torch.Tensor,
+    core: torch.Tensor,
+    of_left: torch.Tensor | None = None,
+    of_right: torch.Tensor | None = None,
+) -> float:
+    """``‖P(M)‖ / ‖M‖`` of the sums of ``_parts``."""
+    held = core.square().sum()
+    if of_left is not None and of_right is not None:  # either side's, and not twice what is both's
+        held = of_left.square().sum() + of_right - held
+    return math.sqrt(max(_ratio(held.item(), squared.item()), 0.0))
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else math.nan
+
+
+def orthonormal_basis(M: torch.Tensor) -> torch.Tensor:
+    """(m, k): of the columns of M (m, n); k is its rank, 0 for zeros. fp32.
+
+    Directions with less than rounding's share of the largest singular value are none of M's.
+    """
+    Q, core = torch.linalg.qr(M.float())
+    U, S, _ = torch.linalg.svd(core)
+    rounding = len(core) * torch.finfo(torch.float32).eps * S.max()
+    return Q @ U[:, rounding < S]
+
+
+def difference(now: LoraPair, before: LoraPair) -> LoraPair:
+    """``B A - B' A' = (B - B') A + B' (A - A')``, without cancellation: steps are small."""
+    if torch.equal(now.A, before.A):
+        return LoraPair(now.A, now.B - before.B)
+    return LoraPair(
+        torch.cat([now.A, now.A - before.A]), torch.cat([now.B - before.B, before.B], dim=1)
+    )
+
+
+def trained_factors(adapters: Mapping[str, AdapterLinear]) -> dict[str, Values]:
+    """The fp32 masters of all that is trained, whole, in every rank's host memory. Collective."""
+    return {
+        name: {
+            key: zero.full_fp32(adapter.factor(key)).to("cpu", copy=True) for key in adapter.trained
+        }
+        for name, adapter in adapters.items()
+    }
+
+
+def _of_base(adapter: AdapterLinear, values: Values) -> Values:
+    """Trained factors with which W is W0: what an offset takes away again, or zeros."""
+    offsets = {key: key.replace("lora_", "offset_") for key in adapter.trained}
+    return {
+        key: values[offset] if offset in values else torch.zeros_like(values[key])
+        for key, offset in offsets.items()
+    }
+
+
+def _summed(parts: Sequence[torch.Tensor], group: Group) -> list[torch.Tensor]:
+    """Sums over the ranks, in one all-reduce. Collective."""
+    flat = all_reduce(torch.cat([part.flatten() for part in parts]), group)
+    sizes = [part.numel() for part in parts]
+    return [whole.view_as(part) for whole, part in zip(flat.split(sizes), parts, strict=True)]
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """What a model draws meanwhile is drawn again: OPT's layer drop draws at a rate of 0, too."""
+    states = rng_states(accelerator.device())
+    try:
+        yield
+    finally:
+        set_rng_states(states, accelerator.device())

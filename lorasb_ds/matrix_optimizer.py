@@ -1,0 +1,101 @@
+"""Optimizers that work on whole matrices, on masters that ZeRO cuts into flat parts. Torch only.
+
+Adafactor keeps means over rows and columns, Muon orthogonalizes: neither is what it is on a part
+of a matrix, nor on several in a row. What is trained is small, so that every rank takes the step of
+every matrix, by torch's own optimizer, and keeps the part of it that is its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from lorasb_ds.sharding import all_reduce
+
+
+class Part(NamedTuple):
+    """Which entries of a matrix, row after row, lie in this rank's flat master; maybe none."""
+
+    parameter: torch.nn.Parameter  # the model's, which may be sharded
+    shape: tuple[int, ...]  # of the whole
+    start: int  # in the whole
+    start_in_master: int
+    length: int
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+class MatrixOptimizer(torch.optim.Optimizer):
+    """Any of torch's optimizers of matrices, for an engine that has flat masters.
+
+    ``place`` must come before the first step. The state is whole and equal on every rank.
+
+    Args:
+        params: of the model; the engine puts its masters in their place.
+        make: the optimizer, of a list of whole matrices.
+        rates: ``lr`` and ``weight_decay``, which schedules may change.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[torch.nn.Parameter],
+        make: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
+        rates: Mapping[str, float],
+    ) -> None:
+        super().__init__(params, dict(rates))
+        # Only the state stays from step to step: values and gradients come from the masters.
+        self._matrices = {p: torch.nn.Parameter(torch.empty(0, 0)) for p in params}
+        self._inner = make(list(self._matrices.values()))
+        self._parts: list[tuple[torch.Tensor, Sequence[Part]]] = []
+
+    def place(self, parts: Sequence[tuple[torch.Tensor, Sequence[Part]]]) -> None:
+        """Say what lies in the masters: of each its parts, of the same matrices in the same order
+        on every rank."""
+        self._parts = list(parts)
+
+    def state_of(self, parameter: torch.nn.Parameter) -> dict[str, Any]:
+        """Whole, of a parameter of the model; {} before the first step."""
+        return self._inner.state.get(self._matrices[parameter], {})
+
+    def set_state(self, parameter: torch.nn.Parameter, state: dict[str, Any]) -> None:
+        self._inner.state[self._matrices[parameter]] = state
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Step the masters that have gradients. Collective.
+
+        Communication: for each an all-reduce of 2 fp32 numbers for each entry of its matrices, to
+        which every rank gives its own part.
+        """
+        for group in self.param_groups:
+            for flat in group["params"]:
+                if flat.grad is not None:
+                    self._step(flat, {key: group[key] for key in ("lr", "weight_decay")})
+
+    def _step(self, flat: torch.Tensor, rates: dict[str, float]) -> None:
+        parts = next(parts for master, parts in self._parts if master is flat)
+        assert flat.grad is not None
+        whole = flat.new_zeros(2, sum(part.size for part in parts))  # values, gradients
+        matrices, own, first = [], [], 0
+        for part in parts:
+            here = slice(part.start_in_master, part.start_in_master + part.length)
+            there = slice(first + part.start, first + part.start + part.length)
+            whole[0, there], whole[1, there] = flat[here], flat.grad[here]
+            own.append((here, there))
+            matrix = self._matrices[part.parameter]
+            matrix.data, matrix.grad = whole[:, first : first + part.size].view(2, *part.shape)
+            matrices.append(matrix)
+            first += part.size
+        all_reduce(whole, None)
+        (group,) = self._inner.param_groups
+        group.update(rates, params=matrices)
+        self._inner.step()
+        for here, there in own:
+            flat[here] = whole[0, there]
+        for matrix in matrices:
+            matrix.data, matrix.grad = matrix.data.new_empty(0, 0), None

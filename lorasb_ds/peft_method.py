@@ -1,0 +1,353 @@
+"""``--method peft:FILE.json``: what PEFT trains, put into the run's one model and engine.
+
+PEFT makes its layers; here they are made right on sharded weights, kept, put back and exported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftType, get_peft_model, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
+from torch import nn
+
+from lorasb_ds import accelerator, zero
+from lorasb_ds.adapter import Shapes, layer_shape, trained_in
+from lorasb_ds.config import ALL_LINEAR, ConfigError, RunConfig
+from lorasb_ds.export import write_adapter
+from lorasb_ds.peft_config import PREFIX
+from lorasb_ds.request import read_peft_file
+from lorasb_ds.sharding import broadcast
+
+ADAPTER = "default"  # PEFT's name of the one adapter
+# Types that name layers of their own where target_modules is not given.
+OWN_TARGETS = ("IA3", "LN_TUNING")
+REFUSED_TYPES = {
+    "ADALORA": "it moves ranks between layers by its own bookkeeping of every gradient, and adds a "
+    "term to the loss",
+    "ADAMSS": "it clusters the rows of all weights before it makes its layers, and freezes some by "
+    "their gradients",
+    "FROD": "it decomposes the weights of all layers together, which no process holds at once",
+    "POLY": "its layers want to know the task of every row",
+    "SHADOW": "it is a second model beside the base, and no layers in it",
+    "SHIRA": "it chooses entries of the weights before they are there",
+    "TRAINABLE_TOKENS": "it trains rows of the embedding, and no layers",
+    "XLORA": "it mixes adapters that have been trained before",
+}
+# Fields of PEFT's configurations that are left alone by default.
+REFUSED_FIELDS = {
+    "modules_to_save": "whole modules would be trained",
+    "trainable_token_indices": "rows of the embedding would be trained",
+    "target_parameters": "parameters would be trained that lie in no layer of their own",
+    "layer_replication": "it makes another base",
+    "megatron_config": "the base is no Megatron model",
+    "arrow_config": "it mixes adapters that have been trained before",
+    "alora_invocation_tokens": "its layers want to know where in a row they begin",
+    "monteclora_config": "it adds a term to the loss",
+    "kasa_config": "it changes the base's weights, and adds a term to the loss",
+    "eva_config": "its init looks at activations",
+    "corda_config": "its init looks at activations",
+    "loftq_config": "its init changes the base's weights",
+    "lora_ga_config": "its init changes the base's weights; --method lora-ga does not",
+    "runtime_config": "it is no part of an adapter",
+}
+# Inits of LoRA's that neither change the base nor want to see data.
+LORA_INITS = (True, False, "gaussian", "orthogonal")
+
+
+@dataclass(frozen=True)
+class PeftPlan:
+    """What a configuration comes to in a model.
+
+    Attributes:
+        content: of the file.
+        layers: layers with an adapter -> (out, in).
+        trained: parameter -> its shape.
+        num_kept: numbers beside them and the base, such as VeRA's projections.
+    """
+
+    content: Mapping[str, Any]
+    layers: Shapes
+    trained: Mapping[str, tuple[int, ...]]
+    num_kept: int
+
+
+def peft_config(path: str, content: Mapping[str, Any]) -> PeftConfig:
+    """PEFT's configuration, of what a file holds.
+
+    Args:
+        path: the file, for messages.
+    Raises:
+        ConfigError: what is wrong with it, or cannot be trained here.
+    """
+    name = str(content["peft_type"]).upper()
+    kinds = {kind.value: cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if name not in kinds:
+        known = ", ".join(sorted(kinds))
+        raise ConfigError(
+            f"--method {path}: peft_type {content['peft_type']!r} is not known to the installed "
+            f"PEFT, which has {known}. Give one of them."
+        )
+    fields = {field.name for field in dataclasses.fields(kinds[name])}
+    if unknown := sorted(content.keys() - fields):
+        raise ConfigError(
+            f"--method {path}: {', '.join(unknown)} is no field of PEFT's {name}. It has "
+            f"{', '.join(sorted(fields))}."
+        )
+    values = {key: value for key, value in content.items() if key != "peft_type"}
+    values |= {"task_type": "CAUSAL_LM", "inference_mode": False}
+    if "target_modules" in fields and name not in OWN_TARGETS:
+        values["target_modules"] = values.get("target_modules") or ALL_LINEAR
+    problems = [_refused(path, f"peft_type {name}", REFUSED_TYPES.get(name))]
+    for field, why in REFUSED_FIELDS.items():
+        problems.append(_refused(path, field, why if content.get(field) else None))
+    if content.get("bias", "none") != "none":
+        problems.append(_refused(path, "bias", "biases of the base would be trained"))
+    if name == "LORA" and content.get("init_lora_weights", True) not in LORA_INITS:
+        why = "it changes the base's weights or looks at data; --method pissa and lora-ga do not"
+        problems.append(_refused(path, f"init_lora_weights {values['init_lora_weights']!r}", why))
+    if found := [problem for problem in problems if problem]:
+        raise ConfigError(*found)
+    try:
+        made: PeftConfig = kinds[name](**values)
+    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        raise ConfigError(f"--method {path}: PEFT does not take it: {error}") from error
+    if (
+        made.is_prompt_learning
+        or made.is_adaption_prompt
+        or made.peft_type not in PEFT_TYPE_TO_TUNER_MAPPING
+    ):
+        why = "it puts tokens or states before the input, and no layers into the model"
+        raise ConfigError(_refused(path, f"peft_type {name}", why))
+    return made
+
+
+def _refused(path: str, what: str, why: str | None) -> str:
+    if why is None:
+        return ""
+    return f"--method {path}: {what} cannot be trained here: {why}. Leave it out, or train by PEFT."
+
+
+def plan_peft(config: RunConfig, model: Any) -> PeftPlan:
+    """What a run's configuration comes to, found on the empty model. Not collective.
+
+    Args:
+        model: on the meta device; PEFT's layers are in it afterwards.
+    Raises:
+        ConfigError: what PEFT says against it, or what cannot be trained here.
+    """
+    content = read_peft_file(config.method)
+    made = peft_config(config.method, content)
+    with _peft_said(config.method):
+        get_peft_model(model, made)
+    layers = tuner_layers(model)
+    trained = trained_in(model)
+    heads = (model.get_input_embeddings(), model.get_output_embeddings())
+    if inside := [name for name, layer in layers.items() if layer in heads]:
+        raise ConfigError(
+            f"--method {config.method}: {', '.join(inside)} is an embedding or the head, which "
+            "stay as they are here. Leave it out of target_modules."
+        )
+    if not trained:
+        raise ConfigError(f"--method {config.method}: nothing in it is trained.")
+    flat = [name for name, parameter in trained.items() if parameter.ndim != 2]
+    if config.optimizer == "muon" and flat:
+        raise ConfigError(f"--optimizer muon is for matrices, and {flat[0]} is none. Try adamw.")
+    return PeftPlan(
+        content=content,
+        layers={name: _sides(layer.get_base_layer()) for name, layer in layers.items()},
+        trained={name: tuple(parameter.shape) for name, parameter in trained.items()},
+        num_kept=sum(tensor.numel() for tensor in kept_in(model).values()),
+    )
+
+
+def _sides(layer: Any) -> tuple[int, int]:
+    """(out, in) of a linear layer; of a norm (1, its numbers)."""
+    if isinstance(layer, nn.Linear) or hasattr(layer, "nf"):
+        return layer_shape(layer)
+    return 1, max(1, sum(parameter.numel() for parameter in layer.parameters()))
+
+
+@contextmanager
+def _peft_said(path: str) -> Iterator[None]:
+    """PEFT's complaints as ours, without its warnings."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError) as error:
+        raise ConfigError(f"--method {path}: PEFT cannot put it into the base: {error}") from error
+
+
+def inject_peft(model: Any, plan: PeftPlan, config: RunConfig, dtype: torch.dtype) -> None:
+    """Put PEFT's layers into a base, whose weights may be sharded by ZeRO-3. Collective.
+
+    A layer's weight is gathered while PEFT makes an adapter for it: inits that look at it, such as
+    DoRA's magnitude, see the whole. What PEFT draws at random goes by the run's seed; afterwards
+    all ranks have rank 0's numbers.
+
+    Raises:
+        ConfigError: on every rank alike, if PEFT does not take it, or changes the base.
+    """
+    made = peft_config(config.method, plan.content)
+    model.requires_grad_(False)
+    kind = _on_shards(PEFT_TYPE_TO_TUNER_MAPPING[PeftType(made.peft_type)], config.method)
+    with _peft_said(config.method), torch.random.fork_rng():
+        torch.manual_seed(zlib.crc32(f"{config.seed_of_init} peft".encode()))
+        kind(model, made, ADAPTER)
+    trained = trained_in(model)
+    for parameter in trained.values():
+        parameter.data = parameter.data.to(accelerator.device(), dtype)
+    for tensor in kept_in(model).values():
+        tensor.data = tensor.data.to(accelerator.device())
+    for tensor in {**trained, **kept_in(model)}.values():
+        tensor.data = tensor.data.contiguous()
+        broadcast(tensor.data, 0, None)
+
+
+def _on_shards(kind: Any, path: str) -> Any:
+    """A class of PEFT's that puts layers into a model, for weights that are sharded."""
+
+    class OnShards(kind):
+        def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
+            target = args[2]  # of (configuration, adapter's name, target, …)
+            weights = list(target.parameters())
+            with zero.gathered(weights):
+                before = [weight.detach().clone() for weight in weights]
+                super()._create_and_replace(*args, **kwargs)
+                same = all(map(torch.equal, before, weights))
+            if not same:
+                why = "its init changes the base's weights, which stay as they are"
+                raise ConfigError(_refused(path, "this configuration", why))
+
+    return OnShards
+
+
+def tuner_layers(model: nn.Module) -> dict[str, Any]:
+    """PEFT's layers by the name of the layer that each one wraps."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+
+
+def kept_in(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What PEFT's layers have beside what is trained and the base: buffers, frozen parameters."""
+    seen = {id(parameter) for parameter in trained_in(model).values()}
+    kept: dict[str, torch.Tensor] = {}
+    for name, layer in tuner_layers(model).items():
+        seen |= {id(tensor) for tensor in layer.get_base_layer().parameters()}
+        seen |= {id(tensor) for tensor in layer.get_base_layer().buffers()}
+        for key, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                kept[f"{name}.{key}"] = tensor
+    return kept
+
+
+@contextmanager
+def peft_off(model: nn.Module) -> Iterator[None]:
+    """The model is its base."""
+    layers = tuner_layers(model).values()
+    trained = trained_in(model).values()
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for layer in layers:
+            layer.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def gather_peft_together(model: nn.Module) -> None:
+    """Let ZeRO-3 gather all of a layer at once. PEFT's layers read weights outside the forward of
+    the modules that own them. Not collective.
+    """
+    for layer in tuner_layers(model).values():
+        zero.gather_together(layer, layer.parameters())
+
+
+def collect_peft(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All that PEFT has put into a model, by name, on rank 0's CPU; {} elsewhere. Collective.
+
+    What is trained is taken from the optimizer's fp32 master.
+
+    Raises:
+        FloatingPointError: on every rank, if what was trained is not finite.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in trained_in(model).items():
+        value = zero.full_fp32(parameter)
+        if not torch.isfinite(value).all():
+            raise FloatingPointError(f"{name} is not finite: the last step overflowed.")
+        if zero.rank() == 0:
+            tensors[name] = value.cpu().clone().contiguous()
+    for name, tensor in kept_in(model).items():
+        with zero.gathered([p for p in [tensor] if isinstance(p, nn.Parameter)]):
+            if zero.rank() == 0:
+                tensors[name] = tensor.data.cpu().clone().contiguous()
+    return tensors
+
+
+def fill_peft(model: nn.Module, file: Path) -> None:
+    """Put back what ``collect_peft`` gave, from a file that rank 0 reads. Collective."""
+    trained, stored = trained_in(model), {}
+    if zero.rank() == 0:
+        with safe_open(file, "pt") as opened:
+            stored = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    for name, parameter in trained.items():
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        value = torch.empty(shape, device=accelerator.device())
+        if stored:
+            value.copy_(stored[name])
+        zero.fill_trainable(parameter, broadcast(value, 0, None))
+    for name, tensor in kept_in(model).items():
+        if isinstance(tensor, nn.Parameter):
+            zero.fill(tensor, stored.get(name))
+        else:
+            if stored:
+                tensor.copy_(stored[name])
+            broadcast(tensor, 0, None)
+
+
+def save_peft_method(
+    folder: Path,
+    plan: PeftPlan,
+    empty_model: Any,
+    tensors: Mapping[str, torch.Tensor],
+    base_model: str | None,
+) -> None:
+    """The folder that PEFT's own ``save_pretrained`` would write. Rank 0's.
+
+    Args:
+        empty_model: the base on the meta device, for PEFT's names.
+        tensors: of ``collect_peft``.
+    """
+    with _peft_said("peft:"):
+        tuned: Any = get_peft_model(empty_model, peft_config("peft:", plan.content))
+    # What layers share has a name in each of them, and one beside the base. Buffers that PEFT makes
+    # again when it loads an adapter have none.
+    named = tuned.state_dict(keep_vars=True)
+    values = {
+        id(named[f"{PREFIX}{name}"]): value
+        for name, value in tensors.items()
+        if f"{PREFIX}{name}" in named
+    }
+    state = {name: values[id(tensor)] for name, tensor in named.items() if id(tensor) in values}
+    found = get_peft_model_state_dict(tuned, state_dict=state, save_embedding_layers=False)
+    made = tuned.peft_config[ADAPTER]
+    made.inference_mode, made.base_model_name_or_path = True, base_model
+    content = {k: sorted(v) if isinstance(v, set) else v for k, v in made.to_dict().items()}
+    # A copy each: a file holds no two names of one tensor.
+    write_adapter(folder, {k: v.clone().contiguous() for k, v in found.items()}, content)

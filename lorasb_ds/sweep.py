@@ -1,0 +1,258 @@
+"""A sweep: methods x learning rates x ranks x seeds, as runs that have names. Torch-free, pure."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lorasb_ds.config import ConfigError, option_name
+from lorasb_ds.methods import METHODS, PEFT_PREFIX
+
+Number = TypeVar("Number", int, float)
+
+# What a sweep sets in its runs, and the user sets for the sweep.
+SWEPT = ("method", "lr", "r", "seed", "output_dir", "overwrite", "resume")
+# What a method may have for itself: all but rows, batches and the number of steps.
+OWN = (
+    *("lora_alpha", "gamma", "precondition", "target_modules"),
+    *("init_lr", "init_update", "init_samples", "init_data", "init_seed"),
+    *("optimizer", "weight_decay", "lr_scheduler", "warmup_ratio", "max_grad_norm"),
+)
+NAME = re.compile(r"[\w+][\w.+-]*", re.ASCII)  # of a folder, on every file system
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a sweep."""
+
+    method: str
+    lr: float
+    r: int | None  # None: a PEFT configuration's that has none
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """``lora-sb-r32-lr2e-3-s42``."""
+        r = "" if self.r is None else f"-r{self.r}"
+        return f"{label(self.method)}{r}-lr{short(self.lr)}-s{self.seed}"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As fields of RunConfig; the r of a PEFT configuration is in its file."""
+        own = {"method": self.method, "lr": self.lr, "seed": self.seed}
+        return own if is_file(self.method) else {**own, "r": self.r}
+
+
+def label(method: str) -> str:
+    """What a method is called in names of runs: PEFT's by their file."""
+    return Path(method.removeprefix(PEFT_PREFIX)).stem if is_file(method) else method
+
+
+def is_file(method: str) -> bool:
+    return method.startswith(PEFT_PREFIX)
+
+
+def short(number: float) -> str:
+    """The shortest text of a number that gives it back: 2e-3, 1.2e-2, 1e0."""
+    _, digits, exponent = Decimal(repr(number)).normalize().as_tuple()
+    assert isinstance(exponent, int)
+    first, *rest = map(str, digits)
+    point = "." if rest else ""
+    return f"{first}{point}{''.join(rest)}e{exponent + len(rest)}"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Learning rates and ranks of every method; seeds, the first of which every trial has.
+
+    Args:
+        best: so many (method, r) get the other seeds, at their best learning rate; None: all do,
+            at all of them.
+    """
+
+    lrs: Mapping[str, tuple[float, ...]]
+    ranks: Mapping[str, tuple[int | None, ...]]
+    seeds: tuple[int, ...]
+    best: int | None = None
+
+    @property
+    def contenders(self) -> list[tuple[str, int | None]]:
+        """Every (method, r): what a row of the table is about."""
+        return [(method, r) for method, ranks in self.ranks.items() for r in ranks]
+
+    def first(self) -> list[Trial]:
+        """Trials that do not depend on results."""
+        seeds = self.seeds if self.best is None else self.seeds[:1]
+        return [
+            Trial(method, lr, r, seed)
+            for method, r in self.contenders
+            for lr in self.lrs[method]
+            for seed in seeds
+        ]
+
+    def then(self, ranking: Sequence[tuple[str, int | None, float]]) -> list[Trial]:
+        """Those that do.
+
+        Args:
+            ranking: (method, r, its best learning rate), the best one first.
+        """
+        if self.best is None:
+            return []
+        return [
+            Trial(method, lr, r, seed)
+            for method, r, lr in ranking[: self.best]
+            for seed in self.seeds[1:]
+        ]
+
+    def describe(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "lrs": {method: list(lrs) for method, lrs in self.lrs.items()},
+            "ranks": {method: list(ranks) for method, ranks in self.ranks.items()},
+            "seeds": list(self.seeds),
+            "best": self.best,
+        }
+
+
+def make_sweep(
+    methods: Sequence[str],
+    lrs: Sequence[str],
+    ranks: Sequence[str],
+    seeds: Sequence[str],
+    best: int | None = None,
+    files: Mapping[str, int | None] | None = None,
+) -> Sweep:
+    """A sweep from the words of a command line.
+
+    Args:
+        lrs, ranks: lists as ``1e-3,2e-3`` for all methods, or ``METHOD=1e-4,3e-4`` for one.
+        seeds: lists.
+        files: the rank that each PEFT configuration among the methods has.
+    Raises:
+        ConfigError: if it is none, or has two runs of the same name.
+    """
+    problems = [
+        f"--method {method!r} is not known. Give one of {', '.join(METHODS)}, or "
+        f"{PEFT_PREFIX}FILE.json."
+        for method in methods
+        if method not in METHODS and not is_file(method)
+    ]
+    problems += [
+        f"--method {method}: {label(method)!r} is part of its runs' names, which are letters, "
+        "digits and '._+-'. Rename the file."
+        for method in methods
+        if is_file(method) and not NAME.fullmatch(label(method))
+    ]
+    if problems:
+        raise ConfigError(*problems)
+    ours = [method for method in methods if not is_file(method)]
+    given = _by_method("--r", ranks, ours, int)
+    sweep = Sweep(
+        lrs=_by_method("--lr", lrs, methods, float),
+        ranks={method: given.get(method, ((files or {}).get(method),)) for method in methods},
+        seeds=_numbers("--seed", seeds, int),
+        best=best,
+    )
+    missing = {"--method": methods, "--seed": sweep.seeds}
+    missing |= {f"--lr of {label(method)}": found for method, found in sweep.lrs.items()}
+    missing |= {f"--r of {label(method)}": found for method, found in sweep.ranks.items()}
+    if empty := [name for name, found in missing.items() if not found]:
+        raise ConfigError(
+            f"A sweep without runs: there is no {', no '.join(empty)}. Give at least one of each: "
+            "--method lora-sb --lr 1e-3,4e-3 --r 32 --seed 42."
+        )
+    check_names(methods, sweep)
+    return sweep
+
+
+def check_names(methods: Iterable[str], sweep: Sweep) -> None:
+    """Refuse a sweep in which two runs are called the same: they would share a folder.
+
+    Raises:
+        ConfigError: with what was given twice.
+    """
+    given = {
+        "--method": [label(method) for method in methods],
+        "--seed": list(map(str, sweep.seeds)),
+    }
+    for method, lrs in sweep.lrs.items():
+        given[f"--lr of {label(method)}"] = [short(lr) for lr in lrs]
+    for method, ranks in sweep.ranks.items():
+        given[f"--r of {label(method)}"] = list(map(str, ranks))
+    twice = [
+        f"{value} in {option}"
+        for option, values in given.items()
+        for value, count in Counter(values).items()
+        if count > 1
+    ]
+    if twice:
+        raise ConfigError(
+            f"Two runs would have the same name. Given more than once: {', '.join(twice)}. Give "
+            "each once; PEFT's files need names of their own."
+        )
+
+
+def own_options(given: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Method -> its own options, of words ``METHOD:OPTION=VALUE``.
+
+    Raises:
+        ConfigError: for a word that is none.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for word in given:
+        match = re.fullmatch(r"(.+):([\w-]+)=(.*)", word)
+        if match is None:
+            raise ConfigError(
+                f"--for {word!r} is not METHOD:OPTION=VALUE. Write it as lora-one:precondition=0.1."
+            )
+        method, field = _method(f"--for {word}", match[1], methods), match[2].replace("-", "_")
+        if field not in OWN:
+            raise ConfigError(
+                f"--for {word}: a method cannot have a {option_name(field)} of its own. It can "
+                f"have {', '.join(map(option_name, OWN))}; and --lr METHOD=…, --r METHOD=…"
+            )
+        found.setdefault(method, {})[field] = match[3]
+    return found
+
+
+def _method(what: str, name: str, methods: Sequence[str]) -> str:
+    """The one that is meant: as --method has it, or by its label."""
+    for method in methods:
+        if name in (method, label(method)):
+            return method
+    known = ", ".join(map(label, methods)) or "there is none"
+    raise ConfigError(f"{what}: {name} is no --method of this sweep ({known}). Give it, too.")
+
+
+def _by_method(
+    option: str, given: Sequence[str], methods: Sequence[str], number: Callable[[str], Number]
+) -> dict[str, tuple[Number, ...]]:
+    """Method -> its own list, or the one of all."""
+    of_all: list[Number] = []
+    own: dict[str, list[Number]] = {}
+    for word in given:
+        name, is_own, numbers = word.rpartition("=")
+        found = _numbers(option, [numbers], number)
+        if is_own:
+            own.setdefault(_method(f"{option} {word}", name, methods), []).extend(found)
+        else:
+            of_all.extend(found)
+    return {method: tuple(own.get(method, of_all)) for method in methods}
+
+
+def _numbers(
+    option: str, given: Sequence[str], number: Callable[[str], Number]
+) -> tuple[Number, ...]:
+    words = [word for text in given for word in text.split(",") if word.strip()]
+    try:
+        return tuple(map(number, words))
+    except ValueError:
+        kind = "whole numbers" if number is int else "numbers"
+        raise ConfigError(
+            f"{option} {','.join(words)} must be {kind}, separated by commas. Mend it."
+        ) from None

@@ -1,0 +1,167 @@
+"""Every method as a whole run: sharded by ZeRO-3, on a 4-bit base, and as what PEFT then loads."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from lorasb_ds.adapter import linear_layers
+from lorasb_ds.adapter_files import read_adapter
+from lorasb_ds.batches import Batch, collate
+from lorasb_ds.checkpoint import checkpoint_path
+from lorasb_ds.config import RunConfig
+from lorasb_ds.data import tokenize_rows
+from lorasb_ds.low_rank import LoraPair
+from lorasb_ds.methods import METHODS
+from lorasb_ds.rows import load_rows
+from lorasb_ds.tokenizer import load_tokenizer
+from tests.references import own_loss
+from tests.runs import REALLY_SHARDED, metrics, run_ranks, word_rows, write_jsonl
+
+R, STEPS = 4, 3
+PRECONDITIONED = "lora-one, preconditioned"
+# Learning rates at which three steps can be told from none.
+RATES = {"lora_R": 2e-2, "lora_A": 5e-3}
+
+
+def config_of(name: str, model: Path, folder: Path, **options: Any) -> dict[str, Any]:
+    method = name.partition(",")[0]
+    config = {
+        "model": str(model),
+        "data": str(folder / "rows.jsonl"),
+        "eval_data": str(folder / "held-out.jsonl"),
+        "output_dir": str(folder / name.replace(", ", "-")),
+        "method": method,
+        "r": R,
+        "lr": RATES[METHODS[method].trained[0]],
+        "dtype": "fp32",
+        "max_steps": STEPS,
+        "save_every": 2,
+        "init_samples": 16,
+        "train_batch_size": 4,
+        "micro_batch_size": 2,
+        **options,
+    }
+    return config | ({"precondition": 0.1} if name == PRECONDITIONED else {})
+
+
+@pytest.fixture(scope="module", params=[2, 1], ids=["2 ZeRO-3 ranks", "1 process"])
+def runs(request, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of every method in a folder of its name."""
+    folder = tmp_path_factory.mktemp("methods")
+    write_jsonl(folder / "rows.jsonl", word_rows(24))
+    write_jsonl(folder / "held-out.jsonl", word_rows(30)[24:])
+    world_size = request.param
+    more = {} if world_size == 2 else {"gradient_accumulation_steps": 2}
+    names = [*METHODS, PRECONDITIONED]
+    run_ranks(
+        "methods",
+        world_size,
+        runs=[config_of(name, tiny_model, folder, **more) for name in names],
+        zero_optimization={"stage": 3, **REALLY_SHARDED} if world_size == 2 else {"stage": 2},
+    )
+    return folder
+
+
+def held_out(folder: Path, model: Path) -> Batch:
+    tokenizer = load_tokenizer(str(model))
+    rows = tokenize_rows(load_rows(str(folder / "held-out.jsonl")), tokenizer, RunConfig())
+    return collate(rows.examples, tokenizer.pad_token_id)
+
+
+def losses(run: Path) -> dict[str, float]:
+    return {row["stage"]: row["eval_loss"] for row in metrics(run) if "stage" in row}
+
+
+@pytest.mark.parametrize("name", [*METHODS, PRECONDITIONED])
+def test_trains_and_exports(name: str, runs: Path, tiny_model: Path) -> None:
+    run, method = runs / name.replace(", ", "-"), METHODS[name.partition(",")[0]]
+    found = losses(run)
+    batch = held_out(runs, tiny_model)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    with torch.no_grad():
+        # The means of other batches, in fp32: to some of its roundings.
+        assert own_loss(base, batch).item() == pytest.approx(found["base"], rel=1e-5)
+        tuned = PeftModel.from_pretrained(base, run / "adapter").eval()
+        assert own_loss(tuned, batch).item() == pytest.approx(found["trained"], rel=1e-5)
+    assert abs(found["trained"] - found["init"]) > 1e-4, "nothing was trained"
+    if not method.step and name not in ("lora-one", PRECONDITIONED):
+        assert found["init"] == pytest.approx(found["base"], rel=1e-5)
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == (2 * R if method.offset else R)
+    described = json.loads((run / "run.json").read_text())
+    trained = sum(
+        p.numel() // (2 if method.offset else 1)
+        for n, p in tuned.named_parameters()
+        if "lora_" in n
+    )
+    if method.trains_r:
+        trained = 14 * R * R
+    assert described["trainable_parameters"] == trained
+
+
+@pytest.mark.parametrize("name", [*METHODS, PRECONDITIONED])
+def test_a_checkpoint_is_read_as_the_adapter(name: str, runs: Path) -> None:
+    """The last checkpoint and the adapter's folder are the same update; an earlier one is not."""
+    run = runs / name.replace(", ", "-")
+    folders = (checkpoint_path(run, STEPS), run / "adapter", checkpoint_path(run, 2))
+    last, saved, earlier = (read_adapter(str(path)) for path in folders)
+    assert last.r == saved.r
+    for layer in saved.layers:
+        a, b, c = (dense(adapter.pair(layer)) for adapter in (last, saved, earlier))
+        assert torch.linalg.norm(a - b) <= 1e-5 * torch.linalg.norm(b)
+        assert torch.linalg.norm(a - c) > 1e-4 * torch.linalg.norm(b)
+
+
+def dense(pair: LoraPair) -> torch.Tensor:
+    return pair.B @ pair.A
+
+
+def test_preconditioning_changes_the_path(runs: Path) -> None:
+    with_, without = (
+        losses(runs / name) for name in (PRECONDITIONED.replace(", ", "-"), "lora-one")
+    )
+    assert with_["init"] == without["init"]
+    assert abs(with_["trained"] - without["trained"]) > 1e-5
+
+
+@pytest.fixture(scope="module")
+def four_bit(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("four-bit")
+    write_jsonl(folder / "rows.jsonl", word_rows(24))
+    write_jsonl(folder / "held-out.jsonl", word_rows(30)[24:])
+    options = {"load_in_4bit": True, "dtype": "bf16"}
+    run_ranks(
+        "methods",
+        2,
+        runs=[config_of(name, tiny_model, folder, **options) for name in METHODS],
+        zero_optimization={"stage": 3, **REALLY_SHARDED},
+    )
+    return folder
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_on_a_4_bit_base(method: str, four_bit: Path, tiny_model: Path) -> None:
+    """Sharded 4 bits; PEFT on weights that bitsandbytes has rounded to 4 bits gives that loss."""
+    found = losses(four_bit / method)
+    batch = held_out(four_bit, tiny_model)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).eval()
+    for name in linear_layers(base):
+        weight = base.get_submodule(name).weight
+        packed = quantize_4bit(weight.data, quant_type="nf4", compress_statistics=True)
+        weight.data = dequantize_4bit(*packed)
+    with torch.no_grad():
+        tuned = PeftModel.from_pretrained(base, four_bit / method / "adapter").eval()
+        loss = own_loss(tuned, batch).item()
+    # bf16 keeps 8 bits: of a loss near ln 49152 a few thousandths.
+    assert loss == pytest.approx(found["trained"], abs=5e-3)
+    assert math.isfinite(found["trained"])
+    assert abs(found["trained"] - found["base"]) > 1e-3

@@ -1,0 +1,140 @@
+"""`lorasb compare` before the first run is started: what it says, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from launcher.cli import main
+from lorasb_ds.methods import METHODS
+
+OPTIONS = ["--method", "lora-sb", "--lr", "1e-3,4e-3", "--r", "4", "--num-procs", "1"]
+
+
+def compare(folder: Path, *arguments: str) -> Result:
+    return CliRunner().invoke(main, ["compare", "--output-dir", str(folder), *arguments])
+
+
+def dry_run(folder: Path, *arguments: str) -> list[str]:
+    result = compare(folder, *arguments, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert not folder.exists()
+    return result.output.splitlines()
+
+
+def refusal(folder: Path, *arguments: str) -> str:
+    result = compare(folder, *arguments)
+    assert result.exit_code == 2, result.output
+    return result.output
+
+
+def test_dry_run(tmp_path: Path) -> None:
+    """Its commands are such that `lorasb train` takes."""
+    lines = dry_run(
+        *(tmp_path / "out", *OPTIONS, "--method", "lora-one", "--lr", "lora-one=2e-4"),
+        *("--seed", "1,2", "--best", "1", "--for", "lora-one:precondition=0.1"),
+        *("--max-steps", "7", "--env", "A=b c", "--failure-timeout", "9"),
+    )
+    names = ["lora-sb-r4-lr1e-3-s1", "lora-sb-r4-lr4e-3-s1", "lora-one-r4-lr2e-4-s1"]
+    assert [line.partition(": ")[0] for line in lines[:-2]] == names
+    assert lines[-2:] == [
+        "# then, with seed 2: the best 1, at their best --lr",
+        "# 3 runs, 1 at a time",
+    ]
+    for line, name in zip(lines, names, strict=False):
+        program, verb, *words = shlex.split(line.partition(": ")[2])
+        assert (program, verb) == ("lorasb", "train")
+        given = dict(zip(words[::2], words[1::2], strict=True))
+        assert given["--output-dir"] == str(tmp_path / "out" / "runs" / name)
+        assert given["--max-steps"] == "7"
+        assert given["--env"] == "A=b c"
+        assert given["--failure-timeout"] == "9.0"
+        assert given["--resume"] == "auto"
+        assert given.get("--precondition") == ("0.1" if name.startswith("lora-one") else None)
+        result = CliRunner().invoke(main, [verb, *words, "--dry-run"])
+        assert result.exit_code == 0, result.output
+
+
+def test_all_methods_have_runs(tmp_path: Path) -> None:
+    words = [word for method in METHODS for word in ("--method", method)]
+    lines = dry_run(tmp_path / "out", *words, "--lr", "1e-3", "--num-procs", "1")
+    assert lines[-1] == f"# {len(METHODS)} runs, 1 at a time"
+
+
+def test_options_of_all_that_the_default_method_has_not(tmp_path: Path) -> None:
+    methods = ["--method", "lora", "--method", "lora-one", "--lr", "1e-3", "--num-procs", "1"]
+    lines = dry_run(tmp_path / "out", *methods, "--precondition", "0.1", "--lora-alpha", "32")
+    assert len(lines) == 3
+    for word in ("--precondition 0.1", "--lora-alpha 32.0"):
+        assert all(word in line for line in lines[:2])
+
+
+def test_a_configuration_of_peft(tmp_path: Path) -> None:
+    (tmp_path / "dora.json").write_text('{"peft_type": "LORA", "use_dora": true, "r": 16}')
+    (tmp_path / "ia3.json").write_text('{"peft_type": "IA3"}')
+    methods = [f"--method=peft:{tmp_path}/{name}.json" for name in ("dora", "ia3")]
+    lines = dry_run(tmp_path / "out", *methods, "--lr", "1e-3", "--r", "4", "--num-procs", "1")
+    assert [line.partition(": ")[0] for line in lines[:-1]] == [
+        "dora-r16-lr1e-3-s42",
+        "ia3-lr1e-3-s42",
+    ]
+    assert not any("--r 4" in line for line in lines)
+    assert "--method gone.json: there is no such file" in refusal(
+        tmp_path / "out", "--method", "peft:gone.json", "--lr", "1e-3"
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("--method lora-sc", "--method 'lora-sc' is not known"),
+        ("--method lora-xs --lr lora-xs=", "there is no --lr of lora-xs"),
+        ("--seed 42,42", "Given more than once: 42 in --seed"),
+        ("--lr 0", "--lr 0.0 is not allowed"),
+        ("--data rows.jsonl", "A comparison goes by the held-out loss"),
+        (
+            "--data rows.jsonl --val-set-size 8 --eval-samples 4",
+            "--eval-samples are rows of --eval-data, which is not given",
+        ),
+        ("--method lora-xs --init-lr 1e-3", "is given them by --for METHOD:OPTION=VALUE"),
+        ("--for lora-sb:init-samples=0", "--init-samples '0' is not allowed"),
+        ("--for lora-sb:gamma=2", "--gamma means nothing to --method lora-sb"),
+        ("--num-gpus 1", "--num-procs (CPU) and --num-gpus exclude each other"),
+        ("--parallel 2 --master-port 29500", "--master-port cannot be that of 2 runs at a time"),
+        ("--ds-config gone.json", "--ds-config gone.json: there is no such file"),
+    ],
+)
+def test_refusals(tmp_path: Path, given: str, said: str) -> None:
+    output = refusal(tmp_path / "out", *OPTIONS, *given.split())
+    assert said in " ".join(output.split()), output
+    assert not (tmp_path / "out").exists(), "nothing has been started"
+
+
+def test_folders_of_something_else(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert "is a file. Name a folder." in refusal(tmp_path / "file", *OPTIONS)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("all of it")
+    for given in ([], ["--overwrite"]):
+        said = refusal(other, *OPTIONS, *given)
+        assert "is not empty, and has no compare.json" in said
+    (other / "compare.json").write_text("{}")
+    assert "is not empty, and has no compare.json" in refusal(other, *OPTIONS)
+    assert (other / "thesis.tex").exists()
+
+
+def test_other_options_than_before_are_named(tmp_path: Path) -> None:
+    stored = {"max_steps": 40, "seed_of_nothing": 1, "processes": 1, "data": ["reasoning-gym:x"]}
+    content = json.dumps({"options": stored})
+    (tmp_path / "compare.json").write_text(content)
+    said = refusal(tmp_path, *OPTIONS, "--max-steps", "50", "--eval-data", "reasoning-gym:y")
+    assert "--max-steps is 50 now, and was 40" in said
+    assert "--eval-data is 'reasoning-gym:y' now, and was None" in said
+    assert "--micro-batch-size" not in said, "what was not stored was at its default"
+    assert "delete these runs by --overwrite" in said
+    assert (tmp_path / "compare.json").read_text() == content
