@@ -188,7 +188,7 @@ class RunConfig(BaseModel):
         2e-3,
         gt=0,
         description="Peak learning rate. [default: 2e-3 where R is trained, 2e-4 where A and B "
-        "are]",
+        "are, or what PEFT makes]",
     )
     lr_scheduler: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="Shape of the learning rate after the warmup."

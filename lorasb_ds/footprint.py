@@ -54,6 +54,7 @@ class Footprint:
     host_base: int  # offloaded share
     host_init: int  # offloaded gradients and hidden states
     host_rank0: int  # A and B as the basis, and as the adapter in fp32, while they are saved
+    tracks_gradient: bool  # the training goes through the gradient of the init now and then
 
     @property
     def resident(self) -> int:
@@ -78,13 +79,14 @@ class Footprint:
 
     @property
     def train_peak(self) -> int:
-        return (
+        step = (
             self.resident
             + self.gathered
             + self.dequantized
             + self.activations
             + max(self.logits, self.block_backward)
         )
+        return max(step, self.init_peak) if self.tracks_gradient else step
 
     @property
     def host(self) -> int:
@@ -155,6 +157,7 @@ def footprint(shape: ModelShape, placement: Placement, work: Workload, init: Ini
         host_base=0 if on_device else hosted,
         host_init=init.shard_bytes + init.boundary_bytes if work.init_offload else 0,
         host_rank0=both_sides * work.r * 4,
+        tracks_gradient=work.tracks_gradient,
     )
 
 

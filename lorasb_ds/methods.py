@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     Factors = dict[str, torch.Tensor]
 
 PEFT_PREFIX = "peft:"  # of a PEFT configuration: --method peft:FILE.json
+PEFT_LR = 2e-4  # where --lr is not given
 DEFAULT_METHOD = "lora-sb"
 DEFAULT_ALPHA = 16.0  # of methods that have a scaling: LoRA-GA's and LoRA-One's papers
 XS_DEVIATION = 1e-5  # of R's normal numbers (arXiv 2405.17604)

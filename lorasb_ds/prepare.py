@@ -272,6 +272,7 @@ def _workload(
         init_memory_bytes=None if budget is None else int(budget * GIB),
         init_offload=config.init_offload,
         whole_matrices=config.optimizer in MATRIX_OPTIMIZERS,
+        tracks_gradient=config.track_alignment is not None,
     )
     if method is not None:
         return replace(

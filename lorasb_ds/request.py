@@ -21,7 +21,7 @@ from lorasb_ds.config import (
     problems_of,
     read_json,
 )
-from lorasb_ds.methods import METHODS, PEFT_PREFIX
+from lorasb_ds.methods import METHODS, PEFT_LR, PEFT_PREFIX
 
 
 def load_run_config(given: Mapping[str, Any], run_json: str | None = None) -> RunConfig:
@@ -44,6 +44,8 @@ def load_run_config(given: Mapping[str, Any], run_json: str | None = None) -> Ru
     method = METHODS.get(str(values.get("method")))
     if method is not None:
         values.setdefault("lr", method.lr)
+    elif str(values.get("method")).startswith(PEFT_PREFIX):
+        values.setdefault("lr", PEFT_LR)
     try:
         config = RunConfig(**values)
     except ValidationError as error:

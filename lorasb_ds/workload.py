@@ -23,6 +23,7 @@ class Workload:
     trains_r: bool = True  # or A and B
     offset: bool = False  # of two more factors like A and B, frozen
     directions: int = 1  # of the init's SVD, times r
+    tracks_gradient: bool = False  # while it trains (--track-alignment)
     whole_matrices: bool = False  # the optimizer's (matrix_optimizer.py)
     # Numbers of every parameter that is trained, where PEFT's configuration says which there are,
     # and of all that its layers keep beside them.

@@ -20,7 +20,7 @@ COMMON=(
 
 # Per method the learning rates around the best one of shorter trials.
 lorasb compare --output-dir "$FOLDER/compare" "${COMMON[@]}" \
-  --method lora-sb --lr lora-sb=2e-3,6e-3,1.8e-2 \
+  --method lora-sb --lr lora-sb=7e-4,2e-3,6e-3 \
   --method lora-xs --lr lora-xs=2.5e-4,1e-3,4e-3 \
   --method lora-one --lr lora-one=3e-4,1e-3,3e-3 \
   --method lora --lr lora=1e-3,3e-3,9e-3 \

@@ -17,11 +17,11 @@ from lorasb_ds import peft_method
 from lorasb_ds.adapter_files import read_adapter
 from lorasb_ds.config import ConfigError
 from lorasb_ds.loading import empty_model, load_config
+from lorasb_ds.peft_file import peft_config
 from lorasb_ds.peft_method import (
     PeftPlan,
     inject_peft,
     kept_in,
-    peft_config,
     peft_off,
     plan_peft,
     save_peft_method,
@@ -114,7 +114,7 @@ def test_muon_wants_matrices(tmp_path: Path, tiny_model: Path) -> None:
 def test_an_adapter_config_of_pefts_is_a_file_for_it(tmp_path: Path) -> None:
     """As it lies beside an adapter, whose base and use it names."""
     LoraConfig(r=3, target_modules=["q_proj"], base_model_name_or_path="x").save_pretrained(
-        tmp_path
+        str(tmp_path)
     )
     content = json.loads((tmp_path / "adapter_config.json").read_text()) | {"inference_mode": True}
     made: Any = peft_config("peft:x", content)
@@ -198,7 +198,7 @@ def test_what_is_saved_is_what_peft_saves(kind: str, tmp_path: Path, tiny_model:
     there = dict(tuned.named_parameters()) | dict(tuned.named_buffers(remove_duplicate=False))
     for name, value in tensors.items():
         there[f"base_model.model.{name}"].data.copy_(value)
-    tuned.save_pretrained(tmp_path / "theirs")
+    tuned.save_pretrained(str(tmp_path / "theirs"))
     ours, theirs = (
         load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("ours", "theirs")
     )
