@@ -101,7 +101,7 @@ def test_every_field_is_an_option_with_its_default_in_the_help() -> None:
     text = CliRunner().invoke(main, ["train", "--help"]).output
     for name in RunConfig.model_fields:
         assert option_name(name) in text
-    assert "[default: 0.002]" in " ".join(text.split())
+    assert "[default: 0.03]" in " ".join(text.split())
 
 
 @pytest.mark.parametrize(

@@ -267,7 +267,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no lambda": ({"method": "lora-xs", "precondition": 1e-3}, "--precondition means nothing"),
     "no step": ({"method": "lora", "init_lr": 1e-3}, "--init-lr means nothing to --method lora"),
     "no update": ({"method": "sb-sign", "init_update": "raw"}, "--init-update means nothing"),
-    "4 bits": ({"method": "peft:x.json", "load_in_4bit": True}, "--load-in-4bit"),
 }
 
 
