@@ -27,7 +27,7 @@ from lorasb_ds.checkpoint import (
 )
 from lorasb_ds.config import DEMO_MODEL, ConfigError, demo_model_dir, read_json
 from lorasb_ds.low_rank import LoraPair
-from lorasb_ds.methods import PEFT_PREFIX, TRAIN_AB, TRAIN_R
+from lorasb_ds.methods import DEFAULT_METHOD, METHODS, PEFT_PREFIX, TRAIN_AB, TRAIN_R
 from lorasb_ds.peft_config import (
     CONFIG_FILE,
     NARROWING,
@@ -223,18 +223,21 @@ def _metadata(run: Path, key: str) -> dict[str, Any]:
 
 def _of_basis(stored: Mapping[str, StoredTensor], run: Path) -> dict[str, Factors]:
     """Of a run whose basis these are, with or without those of a checkpoint."""
-    scale = _metadata(run, "made_from").get(SCALING, 1.0)
+    made_from = _metadata(run, "made_from")
+    method = METHODS.get(str(made_from.get("--method", DEFAULT_METHOD)))
+    scale = made_from.get(SCALING, 1.0)
+    if method is None:
+        raise ConfigError(f"{run}: {BASIS_FILE} is of an unknown --method. Fetch it again.")
     if not isinstance(scale, int | float) or not math.isfinite(scale):
         raise ConfigError(f"{run}: {BASIS_FILE} has {scale!r} as its scaling. Fetch it again.")
     layers = {}
     for name in (key.removesuffix(".lora_A") for key in stored if key.endswith(".lora_A")):
-        has_r, has_offset = f"{name}.lora_R" in stored, f"{name}.offset_A" in stored
         layers[name] = Factors(
             f"{name}.lora_A",
             f"{name}.lora_B",
-            f"{name}.lora_R" if has_r or scale == 1.0 else None,
+            f"{name}.lora_R" if method.trains_r else None,
             float(scale),
-            (f"{name}.offset_A", f"{name}.offset_B") if has_offset else None,
+            (f"{name}.offset_A", f"{name}.offset_B") if method.offset else None,
         )
     return layers
 

@@ -18,7 +18,7 @@ from lorasb_ds.adapter import AdapterLinear, Shapes
 from lorasb_ds.base_files import weights_digest
 from lorasb_ds.batches import Sample
 from lorasb_ds.config import ConfigError, RunConfig
-from lorasb_ds.factors import Basis, fill_factors
+from lorasb_ds.factors import Basis, Recipe, fill_factors
 from lorasb_ds.files import SUMS_FILE, check_sums, save_tensors, write_json, write_sums
 from lorasb_ds.gradients import branches_off
 from lorasb_ds.init_report import InitReport, LayerInit, Step
@@ -45,12 +45,22 @@ def fingerprint(config: RunConfig, targets: Shapes, rows_digest: str) -> dict[st
         "--load-in-8bit": str(config.load_in_8bit),
         "--dtype": config.dtype,
         "target layers": hashlib.sha256(json.dumps(targets).encode()).hexdigest(),
+        **_sample_of(config, rows_digest),
+        "--seed": str(config.seed_of_init),
+        **_method_of(config),
+    }
+
+
+def _sample_of(config: RunConfig, rows_digest: str) -> dict[str, str]:
+    """What a basis owes to a gradient, if to any."""
+    method = METHODS.get(config.method)
+    if method is None or not method.needs_gradient:
+        return {}
+    return {
         "rows of the init sample (--data, --init-samples, --seed, --max-length, --loss-on, …)": (
             rows_digest
         ),
-        "--init-update": config.update,
-        "--seed": str(config.seed_of_init),
-        **_method_of(config),
+        "--init-update": Recipe.of(config).update,
     }
 
 
@@ -125,7 +135,8 @@ def check_basis(
             f"{option}: {BASIS_FILE} and {REPORT_FILE} are not a basis of this version. Compute it "
             "again by `lorasb init`."
         ) from error
-    differ = [what for what, value in made_from.items() if theirs.get(what) != value]
+    # What only one of the two depends on is a difference, too.
+    differ = [what for what in {**made_from, **theirs} if theirs.get(what) != made_from.get(what)]
     if differ:
         raise ConfigError(
             f"{option} was made from something else: {', '.join(differ)} differ. Give the options "
@@ -135,10 +146,13 @@ def check_basis(
         return report
     r_max = min(ranks)
     if r < r_max and not may_cut:
-        raise ConfigError(
-            f"--r {r} is not that of the run, {r_max}. To cut its basis to a smaller r, start a "
-            f"new run with --init-from {folder}."
+        way = (
+            "The factors of a method that trains A and B are not cut to a smaller r: compute them "
+            "again."
+            if option.startswith("--init-from")
+            else f"To cut its basis to a smaller r, start a new run with --init-from {folder}."
         )
+        raise ConfigError(f"--r {r} is not that of the run, {r_max}. {way}")
     if r > r_max:
         raise ConfigError(
             f"--r {r} is larger than the basis of {option}, which has r = {r_max}. A "

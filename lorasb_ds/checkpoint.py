@@ -205,8 +205,8 @@ def check_same_run(option: str, checkpoint: Checkpoint, made_from: Mapping[str, 
     """
     differ = [
         what if _is_hash(value) else f"{what} (the checkpoint has {theirs}, this run {value})"
-        for what, value in made_from.items()
-        if (theirs := checkpoint.made_from.get(what)) != value
+        for what in {**made_from, **checkpoint.made_from}
+        if (theirs := checkpoint.made_from.get(what)) != (value := made_from.get(what))
     ]
     if differ:
         raise ConfigError(

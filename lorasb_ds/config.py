@@ -159,7 +159,8 @@ class RunConfig(BaseModel):
         None,
         gt=0,
         description="Lambda of LoRA-One's preconditioned update, of methods that train A and B: "
-        "gradients go through inverses of (B'B + lambda I) and (AA' + lambda I). [default: none]",
+        "gradients go through inverses of (B'B + lambda I) and (AA' + lambda I); where A or B is 0 "
+        "they are divided by lambda. [default: none]",
     )
     max_length: int = Field(
         1024, ge=8, description="Longest row in tokens; see --truncation for what is beyond."

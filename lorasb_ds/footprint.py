@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from lorasb_ds.gathers import gathered_bytes
-from lorasb_ds.init_plan import InitPlan, block_of, plan_init
+from lorasb_ds.init_plan import InitPlan, block_of, blocks_prefix, plan_init, svd_bytes
 from lorasb_ds.model_shape import ModelShape
 from lorasb_ds.placement import Placement
 from lorasb_ds.workload import Workload
@@ -53,7 +53,8 @@ class Footprint:
     init_activations: int  # with the layers' inputs that the init needs
     host_base: int  # offloaded share
     host_init: int  # offloaded gradients and hidden states
-    host_rank0: int  # A and B as the basis, and as the adapter in fp32, while they are saved
+    host_basis: int  # A and B as the init leaves them
+    host_rank0: int  # A and B as the adapter in fp32, while they are saved
     tracks_gradient: bool  # the training goes through the gradient of the init now and then
 
     @property
@@ -97,11 +98,10 @@ class Footprint:
         """Peaks of tensors on a rank's device; with one memory, on CPUs, of rank 0's process."""
         if not one_memory:
             return {"load": self.load_peak, "init": self.init_peak, "train": self.train_peak}
-        basis = self.host_rank0 // 2  # not yet in fp32
         trained = max(self.train_peak, self.resident + self.host_rank0)
         return {
             "load": self.load_peak + self.host_base + CPU_LOAD_BYTES,
-            "init": self.init_peak + self.host + basis + CPU_RUNTIME_BYTES,
+            "init": self.init_peak + self.host + self.host_basis + CPU_RUNTIME_BYTES,
             "train": trained + self.host_base + CPU_RUNTIME_BYTES,
         }
 
@@ -156,7 +156,8 @@ def footprint(shape: ModelShape, placement: Placement, work: Workload, init: Ini
         else init_block * blocks_at_once,
         host_base=0 if on_device else hosted,
         host_init=init.shard_bytes + init.boundary_bytes if work.init_offload else 0,
-        host_rank0=both_sides * work.r * 4,
+        host_basis=both_sides * work.r * work.pairs * (d if work.trains_r else 4),
+        host_rank0=both_sides * work.r * work.pairs * 4,
         tracks_gradient=work.tracks_gradient,
     )
 
@@ -169,7 +170,25 @@ def logit_rows(num_labels: int, vocab_size: int) -> int:
 
 
 def init_plan(shape: ModelShape, work: Workload, world_size: int, dtype_bytes: int) -> InitPlan:
-    """The init's groups of layers for a workload."""
+    """The init's groups of layers for a workload.
+
+    Without a gradient there is one group, and a layer's work on each rank at the most.
+    """
+    if work.decomposes != "gradient" and not work.tracks_gradient:
+        svd = 0
+        if work.decomposes == "weight":
+            k = work.r * work.directions
+            shapes = set(work.targets.values())
+            svd = max(svd_bytes(*shape, k, world_size, "raw") for shape in shapes)
+        return InitPlan(
+            groups=(tuple(work.targets),),
+            prefix=blocks_prefix(work.targets),
+            shard_bytes=0,
+            backward_bytes=0,
+            svd_bytes=svd,
+            boundary_bytes=0,
+            budget_bytes=work.init_memory_bytes,
+        )
     rows_per_rank = min(work.init_samples, work.init_rounds(world_size) * work.micro_batch_size)
     return plan_init(
         work.targets,
@@ -221,7 +240,7 @@ def _adapter_bytes(work: Workload, dtype_bytes: int) -> Iterator[int]:
         return
     for out_features, in_features in work.targets.values():
         sides = [in_features, out_features]
-        sides = [*sides, work.r] if work.trains_r else sides * (2 if work.offset else 1)
+        sides = [*sides, work.r] if work.trains_r else sides * work.pairs
         for side in sides:
             yield work.r * side * dtype_bytes
 

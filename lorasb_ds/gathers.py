@@ -56,7 +56,7 @@ def gathers_blocks(shape: ModelShape, placement: Placement, work: Workload) -> b
 def _gathered_by_name(shape: ModelShape, placement: Placement, work: Workload) -> dict[str, int]:
     """Bytes of each linear layer, with A and B, and of all other parameters."""
     d = placement.dtype_bytes
-    factors = {name: work.r * sum(sides) * d for name, sides in work.targets.items()}
+    factors = {name: work.pairs * work.r * sum(sides) * d for name, sides in work.targets.items()}
     layers = {n: sum(placement.stored(s)) + factors.get(n, 0) for n, s in shape.layers.items()}
     return layers | {name: n * d for name, n in shape.others.items()}
 

@@ -120,7 +120,7 @@ def _by_rank(adapter: StoredAdapter | None) -> dict[int, Shapes]:
     found: dict[int, Shapes] = {}
     for name, shape in (adapter.shapes if adapter is not None else {}).items():
         assert adapter is not None
-        r = min(adapter.stored[adapter.layers[name].A].shape[0], *shape)
+        r = min(adapter.rank_of(name), *shape)
         found.setdefault(r, {})[name] = shape
     return found
 

@@ -13,6 +13,7 @@ from lorasb_ds.batches import Sample
 from lorasb_ds.factors import Basis, Recipe
 from lorasb_ds.init_report import InitReport, no_gradient_report
 from lorasb_ds.initialize import initialize
+from lorasb_ds.methods import METHODS
 from lorasb_ds.output import say
 from lorasb_ds.peft_method import collect_peft, peft_off
 from lorasb_ds.plan import GIB
@@ -92,7 +93,10 @@ def init_phase(
         f"{step.num_samples} other rows {step.loss_before:.4f} -> {step.loss_after:.4f}"
     )
     if report.not_descending:
-        say(f"warning: no descent in {', '.join(report.not_descending)}: R starts at 0 there")
+        where = ", ".join(report.not_descending)
+        method = METHODS.get(config.method)
+        told = "R starts at 0 there" if method and method.trains_r else "their gradient is 0"
+        say(f"warning: no descent in {where}: {told}")
     if report.partly_reached:
         say(f"warning: not called by every micro-batch: {', '.join(report.partly_reached)}")
     return report

@@ -63,7 +63,7 @@ def plan_init(
     """
     shapes = set(targets.values())
     backward = max(_backward_bytes(*s, world_size, tokens_per_micro_batch) for s in shapes)
-    svd = max(_svd_bytes(*s, r, world_size, update) for s in shapes)
+    svd = max(svd_bytes(*s, r, world_size, update) for s in shapes)
     workspace = max(backward, svd)
     sizes = {name: _shard_bytes(*shape, world_size) for name, shape in targets.items()}
     prefix = blocks_prefix(targets)
@@ -152,7 +152,7 @@ def _backward_bytes(out_features: int, in_features: int, world_size: int, tokens
     return tokens * (out_features + in_features) * FP32_BYTES + shard
 
 
-def _svd_bytes(out_features: int, in_features: int, r: int, world_size: int, update: str) -> int:
+def svd_bytes(out_features: int, in_features: int, r: int, world_size: int, update: str) -> int:
     """Of one layer: what ``linalg`` says, for the updates of as many layers as there are ranks."""
     shard = _shard_bytes(out_features, in_features, world_size)
     short_side, both_sides = min(out_features, in_features), out_features + in_features

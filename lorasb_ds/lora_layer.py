@@ -98,7 +98,7 @@ class _LoraFunction(torch.autograd.Function):
             y.view(-1, y.shape[-1]).T.addmm_(all_B, h.T)
         else:
             y = (h @ all_B.T).view(*x.shape[:-1], -1)
-        ctx.save_for_backward(x, h[:, : layer.r])
+        ctx.save_for_backward(x, h[:, : layer.r].contiguous())  # a view would keep the offset's
         ctx.layer, ctx.with_base = layer, with_base
         ctx.dtypes = A.dtype, B.dtype
         return y

@@ -79,9 +79,12 @@ def _lora_ga(layer: Layer) -> Factors:
 def _lora_one(layer: Layer) -> Factors:
     """``√(S / (S₁ gamma))`` in each, of the SVD of -G (arXiv 2502.01235, algorithm 1).
 
-    What comes here is that of G: the sign goes to B.
+    What comes here is that of G: the sign goes to B. Without a gradient B is 0, and A is not.
     """
-    root = (layer.S / (layer.S[:1] * layer.gamma)).nan_to_num(0.0).sqrt()
+    if layer.S[0] == 0:
+        A = layer.Vh / math.sqrt(layer.gamma)
+        return {"lora_A": A, "lora_B": layer.U * 0}
+    root = (layer.S / (layer.S[0] * layer.gamma)).sqrt()
     return {"lora_A": root[:, None] * layer.Vh, "lora_B": -layer.U * root}
 
 

@@ -281,6 +281,11 @@ def _workload(
             trains_r=method.trains_r,
             offset=method.offset,
             directions=method.directions,
+            decomposes="gradient"
+            if method.needs_gradient
+            else "weight"
+            if method.matrix == "weight"
+            else "nothing",
         )
     assert peft is not None, "a method is one of METHODS, or PEFT's"
     # As a LoRA of about as many numbers would have it: what PEFT's layers keep of activations

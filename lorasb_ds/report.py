@@ -35,7 +35,8 @@ def draw_init(path: Path, init: InitReport) -> None:
             spectra.loglog(ranks, layer.spectrum, color=color, alpha=0.4, lw=0.7, label=label)
         share = [layer.captured_energy for layer in layers]
         energies.plot(range(len(layers)), share, "o-", color=color, ms=3, lw=0.8, label=kind)
-    spectra.set(xlabel="i", ylabel="i-th singular value", title=f"{init.update} of the gradient")
+    of = "" if init.loss is None else " of the gradient"
+    spectra.set(xlabel="i", ylabel="i-th singular value", title=f"{init.update}{of}")
     energies.set(xlabel="layer", ylabel="captured energy", ylim=(0, 1.02))
     energies.legend(fontsize="small")
     for axes in (spectra, energies):
@@ -208,15 +209,16 @@ def _layers_section(init: InitReport) -> list[str]:
         "## Init, layer by layer",
         "",
         "Captured energy is the share of the update's squared Frobenius norm in the r directions "
-        "kept; slope is ⟨USVh, G⟩, the first-order fall of the loss per eta; orthonormality is the "
-        "largest entry of |BᵀB - I| and |AAᵀ - I|, in fp32 and as stored.",
+        "kept; slope is ⟨USVh, G⟩, the first-order fall of the loss per eta (without a gradient: "
+        "nothing); orthonormality is the largest entry of |UᵀU - I| and |VᵀV - I|, in fp32 and "
+        "as stored.",
         "",
         "| layer | captured energy | σ₁ | σᵣ | slope | orthonormality |",
         "|---|---:|---:|---:|---:|---:|",
         *(
             f"| {name} | {layer.captured_energy:.4f} | {layer.spectrum[0]:.4g} | "
-            f"{layer.spectrum[-1]:.4g} | {layer.slope:.2e} | {layer.orthonormality_error:.0e} / "
-            f"{layer.stored_orthonormality_error:.0e} |"
+            f"{layer.spectrum[-1]:.4g} | {'-' if init.loss is None else f'{layer.slope:.2e}'} | "
+            f"{layer.orthonormality_error:.0e} / {layer.stored_orthonormality_error:.0e} |"
             for name, layer in init.layers.items()
         ),
     ]

@@ -83,6 +83,11 @@ def _method_problems(config: RunConfig, asked: Mapping[str, Any]) -> list[str]:
         "init_update": method.matrix != "update" and f"what it decomposes is: {method.matrix}",
         "init_lr": not method.step and "it takes no step in its init",
     }
+    if not method.needs_gradient:
+        why = "its init looks at no gradient"
+        useless["init_data"] = why
+        if config.track_alignment is None:  # which does
+            useless |= dict.fromkeys(("init_memory_gib", "init_offload"), why)
     return [
         f"{option_name(field)} means nothing to --method {config.method}: {why}. Leave it out."
         for field, why in useless.items()
@@ -117,17 +122,26 @@ def _peft_problems(config: RunConfig, asked: Mapping[str, Any]) -> list[str]:
         "--init-data": config.init_data and "PEFT makes its own beginning",
         "--precondition": config.precondition and "PEFT's layers have their own gradients",
     }
-    return [
-        f"{option} cannot be had with --method {config.method}: {why}. Leave it out, or choose "
-        f"one of {', '.join(METHODS)}."
-        for option, why in refused.items()
-        if why
-    ] + [
-        f"{option_name(field)} means nothing to --method {config.method}: the file says it. Leave "
-        "it out."
-        for field in ("lora_alpha", "gamma", "init_update", "init_lr", "target_modules", "r")
-        if field in asked
-    ]
+    return (
+        [
+            f"{option} cannot be had with --method {config.method}: {why}. Leave it out, or choose "
+            f"one of {', '.join(METHODS)}."
+            for option, why in refused.items()
+            if why
+        ]
+        + [
+            f"{option_name(field)} means nothing to --method {config.method}: the file says it. "
+            "Leave it out."
+            for field in ("lora_alpha", "gamma", "init_update", "init_lr", "target_modules", "r")
+            if field in asked
+        ]
+        + [
+            f"{option_name(field)} means nothing to --method {config.method}: PEFT makes its own "
+            "beginning. Leave it out."
+            for field in ("init_memory_gib", "init_offload")
+            if field in asked
+        ]
+    )
 
 
 def _data_problems(config: RunConfig) -> list[str]:
@@ -157,6 +171,8 @@ def _replayed(run_json: str, asked: Mapping[str, Any]) -> dict[str, Any]:
         )
     # A replay is a new run: it gets a folder of its own unless one is asked for.
     dropped = {"output_dir", "overwrite", "resume"}
+    if asked.get("method", config.get("method")) != config.get("method"):
+        dropped |= {"lr", "lora_alpha", "gamma", "precondition", "init_update", "init_lr"}
     if "epochs" in asked:
         dropped.add("max_steps")
     if "gradient_accumulation_steps" in asked:

@@ -138,7 +138,7 @@ def _gathers(shape: ModelShape, placement: Placement, work: Workload, passes: in
     for name, sides in shape.layers.items():
         of_blocks.append(sum(placement.stored(sides)))
         if name in work.targets:
-            of_blocks += [work.r * side * d for side in sides]
+            of_blocks += [work.r * side * d for side in sides] * work.pairs
     total, messages = 0, 0
     for sizes, times in ((of_blocks, passes), (once, 1)):
         sizes = [n for n in sizes if n > placement.persistence_threshold * d]

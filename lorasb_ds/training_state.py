@@ -72,17 +72,17 @@ def restore_state(
     Args:
         tensors: equal on every rank.
     """
-    first = next(iter(trained)) + "."
-    keys = {key.removeprefix(first) for key in tensors if key.startswith(first)}
     optimizer = zero.torch_optimizer(engine)
     if isinstance(optimizer, MatrixOptimizer):
         for name, parameter in trained.items():
             zero.fill_trainable(parameter, tensors[name])
-            if keys:
+            # Adafactor's of a vector are others than of a matrix.
+            if keys := _state_keys(name, tensors):
                 whole = {key: tensors[f"{name}.{key}"].to(accelerator.device()) for key in keys}
                 numbers = {key: torch.tensor(value) for key, value in scalars.items()}
                 optimizer.set_state(parameter, whole | numbers)
         return
+    keys = _state_keys(next(iter(trained)), tensors)
     if keys:
         states = [fresh_state(flat, config) for flat in zero.flat_masters(engine)]
         for state in states:
@@ -94,3 +94,8 @@ def restore_state(
         zero.fill_trainable(parameter, tensors[name])
         for key in keys:
             zero.fill_optimizer_state(parameter, key, tensors[f"{name}.{key}"])
+
+
+def _state_keys(name: str, tensors: Mapping[str, torch.Tensor]) -> set[str]:
+    """Of one parameter's state."""
+    return {key.removeprefix(f"{name}.") for key in tensors if key.startswith(f"{name}.")}

@@ -24,6 +24,7 @@ class Workload:
     offset: bool = False  # of two more factors like A and B, frozen
     directions: int = 1  # of the init's SVD, times r
     tracks_gradient: bool = False  # while it trains (--track-alignment)
+    decomposes: str = "gradient"  # in the init; or "weight", or "nothing"
     whole_matrices: bool = False  # the optimizer's (matrix_optimizer.py)
     # Numbers of every parameter that is trained, where PEFT's configuration says which there are,
     # and of all that its layers keep beside them.
@@ -34,6 +35,11 @@ class Workload:
     def tokens(self) -> int:
         """Of a rank's micro-batch."""
         return self.micro_batch_size * self.max_length
+
+    @property
+    def pairs(self) -> int:
+        """Factors like A and B of a layer, by twos."""
+        return 2 if self.offset else 1
 
     @property
     def num_trainable(self) -> int:

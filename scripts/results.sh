@@ -24,11 +24,11 @@ lorasb compare --output-dir "$FOLDER/compare" "${COMMON[@]}" \
   --method lora-xs --lr lora-xs=2.5e-4,1e-3,4e-3 \
   --method lora-one --lr lora-one=3e-4,1e-3,3e-3 \
   --method lora --lr lora=1e-3,3e-3,9e-3 \
-  --method lora-ga --lr lora-ga=1e-4,4e-4,1.6e-3 \
+  --method lora-ga --lr lora-ga=2.5e-5,1e-4,4e-4 \
   --r 32 --seed 42,43,44 --best 2 \
   --parallel 2 --eval-samples "$ANSWERS" --max-new-tokens 200 --eval-batch-size 24
 
 # The same first run of LoRA-SB, watched.
 lorasb train --resume auto --output-dir "$FOLDER/alignment" "${COMMON[@]}" \
-  --method lora-sb --lr 6e-3 --r 32 --seed 42 --track-alignment 6 --save-every 1000
+  --method lora-sb --lr 2e-3 --r 32 --seed 42 --track-alignment 4 --save-every 1000
 echo "results: $FOLDER/compare/compare.md and its pictures; $FOLDER/alignment/alignment.png"

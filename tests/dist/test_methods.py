@@ -14,13 +14,16 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from lorasb_ds.adapter import linear_layers
-from lorasb_ds.adapter_files import read_adapter
+from lorasb_ds.adapter_files import read_adapter, read_init
 from lorasb_ds.batches import Batch, collate
 from lorasb_ds.checkpoint import checkpoint_path
-from lorasb_ds.config import RunConfig
+from lorasb_ds.config import ConfigError, RunConfig
 from lorasb_ds.data import tokenize_rows
+from lorasb_ds.inference import prepare_model, start_model
 from lorasb_ds.low_rank import LoraPair
 from lorasb_ds.methods import METHODS
+from lorasb_ds.prepare import prepare
+from lorasb_ds.request import load_run_config
 from lorasb_ds.rows import load_rows
 from lorasb_ds.tokenizer import load_tokenizer
 from tests.references import own_loss
@@ -131,6 +134,38 @@ def test_preconditioning_changes_the_path(runs: Path) -> None:
     )
     assert with_["init"] == without["init"]
     assert abs(with_["trained"] - without["trained"]) > 1e-5
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa", "lora-xs"])
+def test_a_basis_is_of_one_method(method: str, runs: Path, tiny_model: Path) -> None:
+    """What another method has made is taken neither up nor on."""
+    config = config_of("lora-sb", tiny_model, runs)
+    taken = {**config, "init_from": str(runs / method), "output_dir": str(runs / "new")}
+    resumed = {**config, "resume": "auto", "output_dir": str(runs / method)}
+    for given in (taken, resumed):
+        with pytest.raises(ConfigError, match="--method"):
+            prepare(load_run_config(given), 1)
+
+
+def test_a_scaling_of_1_is_no_r(runs: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """LoRA with alpha = r, read from its checkpoint and from its init."""
+    config = config_of("lora", tiny_model, runs, lora_alpha=R, output_dir=str(tmp_path / "run"))
+    run_ranks("methods", 1, runs=[config], zero_optimization={"stage": 2})
+    adapter = read_adapter(str(checkpoint_path(tmp_path / "run", STEPS)))
+    assert all(adapter.pair(layer).B.any() for layer in adapter.layers)
+    init = read_init(adapter)
+    assert init is not None
+    assert not any(init.pair(layer).B.any() for layer in init.layers)
+
+
+def test_an_offset_counts_in_evaluation(runs: Path, tiny_model: Path) -> None:
+    """A checkpoint of lora-ga, whose offset is still apart, evaluated as the run did itself."""
+    run = runs / "lora-ga"
+    given = {"model": str(tiny_model), "dtype": "fp32", "ds_config": "ds_configs/zero2.json"}
+    prepared = prepare_model(load_run_config(given), str(checkpoint_path(run, STEPS)))
+    with torch.no_grad():
+        loss = own_loss(start_model(prepared), held_out(runs, tiny_model)).item()
+    assert loss == pytest.approx(losses(run)["trained"], rel=1e-5)
 
 
 @pytest.fixture(scope="module")

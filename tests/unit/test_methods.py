@@ -221,8 +221,8 @@ def test_lora_one_s_factors_are_balanced() -> None:
     close(layer.lora_B.T @ layer.lora_B, torch.diag(S / S[0] / 10), 1e-4)
     close(update(layer), -6 / math.sqrt(R) / 10 / S[0] * best(G, R), 1e-4)
     nothing = filled("lora-one", G, torch.zeros_like(G))
-    assert not nothing.lora_A.any()
     assert not nothing.lora_B.any()
+    assert nothing.lora_A.any(), "both 0 would stay 0"
 
 
 def test_seeds_and_layers_differ_and_repeat() -> None:
