@@ -186,6 +186,35 @@ def test_a_budget_and_checkpointing_bound_what_they_should() -> None:
     assert recomputed.train_peak < free.train_peak
 
 
+def test_methods_that_train_a_and_b() -> None:
+    """Llama-7B, r = 64 in all linear layers: numbers by hand, from its shapes."""
+    placement = Placement("bf16", 2)
+    sides = sum(out + in_ for out, in_ in LLAMA_7B.layers.values())
+    sb = footprint_of(LLAMA_7B, placement)
+    r = 64
+    both = footprint_of(LLAMA_7B, placement, r=r, trains_r=False)
+    offset = footprint_of(LLAMA_7B, placement, r=r, trains_r=False, offset=True)
+    assert offset.adapters == pytest.approx(2 * both.adapters, rel=1e-3)
+    assert offset.host_rank0 == 2 * both.host_rank0 == 2 * both.host_basis == 8 * r * sides
+    # Adam's state and the masters of a rank's half of A and B, far more than those of R.
+    assert both.optimizer > 12 * r * sides // 2 > 10 * sb.optimizer
+    assert both.activations > footprint_of(LLAMA_7B, placement, r=r).activations, "inputs are kept"
+
+
+def test_an_init_without_a_gradient_takes_none() -> None:
+    placement = Placement("bf16", 2)
+    of = {
+        what: footprint_of(LLAMA_7B, placement, decomposes=what)
+        for what in ("gradient", "weight", "nothing")
+    }
+    assert of["gradient"].init.shard_bytes > 10 << 30
+    assert of["weight"].init.shard_bytes == of["nothing"].init.shard_bytes == 0
+    assert of["weight"].init.svd_bytes > 4096 * 11008 * 4 > of["nothing"].init.svd_bytes == 0
+    assert of["nothing"].init_peak <= of["weight"].init_peak < of["gradient"].init_peak
+    tracked = footprint_of(LLAMA_7B, placement, decomposes="nothing", tracks_gradient=True)
+    assert tracked.train_peak == of["gradient"].init_peak > of["nothing"].train_peak
+
+
 def test_offloaded_init_is_on_the_host() -> None:
     placement = Placement("bf16", 2, stage=2)
     free, hosted = (footprint_of(LLAMA_7B, placement, init_offload=o) for o in (False, True))

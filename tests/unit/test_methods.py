@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -266,6 +268,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no gamma": ({"method": "pissa", "gamma": 2.0}, "--gamma means nothing to --method pissa"),
     "no lambda": ({"method": "lora-xs", "precondition": 1e-3}, "--precondition means nothing"),
     "no step": ({"method": "lora", "init_lr": 1e-3}, "--init-lr means nothing to --method lora"),
+    "no gradient": ({"method": "lora", "init_data": "x.jsonl"}, "--init-data means nothing"),
+    "no memory": ({"method": "pissa", "init_memory_gib": 1.0}, "--init-memory-gib means nothing"),
     "no update": ({"method": "sb-sign", "init_update": "raw"}, "--init-update means nothing"),
 }
 
@@ -275,6 +279,19 @@ def test_refused(given: str) -> None:
     options, message = REFUSED[given]
     with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
         load_run_config(options)
+
+
+def test_a_replay_with_another_method(tmp_path: Path) -> None:
+    """What belongs to the method of the run that is replayed does not go on."""
+    options = {"method": "lora-one", "lr": 7e-4, "precondition": 0.1, "gamma": 3.0}
+    config = load_run_config(options)
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"config": config.model_dump(mode="json")}))
+    same = load_run_config({}, str(file))
+    assert (same.method, same.lr, same.precondition) == ("lora-one", 7e-4, 0.1)
+    other = load_run_config({"method": "lora-ga"}, str(file))
+    assert (other.lr, other.precondition, other.gamma) == (2e-4, None, None)
+    assert load_run_config({"method": "lora-sb"}, str(file)).lr == 2e-3
 
 
 def test_each_method_s_learning_rate() -> None:
