@@ -24,7 +24,7 @@ from lorasb_ds.compare import NOT_COMPARED
 from lorasb_ds.config import ConfigError, RunConfig, read_json
 from lorasb_ds.methods import PEFT_PREFIX
 from lorasb_ds.request import load_run_config
-from lorasb_ds.sweep import SWEPT, Trial, is_file, make_sweep, own_options
+from lorasb_ds.sweep import SWEPT, Trial, is_file, label, make_sweep, own_options
 
 POSITIVE = click.IntRange(min=1)
 # Of no consequence for what a run comes to.
@@ -133,8 +133,9 @@ def compare_command(
     On the same rows, in the same batches, for the same number of steps. The same command goes on
     where it was stopped. Takes the options of `lorasb train`.
     """
-    files = {method: _rank_in(method) for method in methods if is_file(method)}
-    sweep = make_sweep(methods, lrs, ranks, seeds, best, files)
+    files = {method: _read_file(method) for method in methods if is_file(method)}
+    sweep_ranks = {method: _rank_in(content) for method, content in files.items()}
+    sweep = make_sweep(methods, lrs, ranks, seeds, best, sweep_ranks)
     comparison = Comparison(
         folder=Path(output_dir).expanduser(),
         sweep=sweep,
@@ -147,6 +148,7 @@ def compare_command(
     )
     places = find_places(launch, parallel, has_batch=given["train_batch_size"] is not None)
     options = _check(comparison, sweep.first(), places[0])
+    options["own"] = _own_so_far(comparison, files)
     comparison = replace(comparison, options=options)
     if launch.dry_run:
         click.echo(dry_run(comparison, places))
@@ -154,13 +156,18 @@ def compare_command(
     sys.exit(run_comparison(comparison, places, overwrite))
 
 
-def _rank_in(method: str) -> int | None:
-    """The r of a PEFT configuration; None where it has none.
+def _read_file(method: str) -> dict[str, Any]:
+    """PEFT's configuration.
 
     Raises:
         ConfigError: if there is no such file.
     """
-    r = read_json(method.removeprefix(PEFT_PREFIX), "--method").get("r")
+    return read_json(method.removeprefix(PEFT_PREFIX), "--method")
+
+
+def _rank_in(content: Mapping[str, Any]) -> int | None:
+    """The r of a PEFT configuration; None where it has none."""
+    r = content.get("r")
     return r if isinstance(r, int) else None
 
 
@@ -179,7 +186,8 @@ def _check(comparison: Comparison, trials: Sequence[Trial], place: Place) -> dic
     """What can be wrong with its runs before the first of them is started.
 
     Returns:
-        The options that have to be the same whenever the command goes on.
+        The options that have to be the same whenever the command goes on, but for those that
+        single methods have for themselves.
     Raises:
         ConfigError: what is wrong.
     """
@@ -206,19 +214,31 @@ def _check(comparison: Comparison, trials: Sequence[Trial], place: Place) -> dic
     fields = {**comparison.given, "eval_data": config.eval_data, "method": config.method}
     common = load_run_config(fields).model_dump()  # without what the method has for itself
     chosen = {name: value for name, value in common.items() if name not in FREE}
-    on = {"processes": job.num_procs or job.num_gpus, "own": _own_so_far(comparison)}
+    on = {"processes": job.num_procs or job.num_gpus}
     found: dict[str, Any] = json.loads(json.dumps({**chosen, **on}))
     return found
 
 
-def _own_so_far(comparison: Comparison) -> dict[str, Mapping[str, Any]]:
-    """Own options, with those of methods that were asked for before: methods may be added."""
-    own = {method: comparison.own.get(method, {}) for method in comparison.sweep.lrs}
-    before: dict[str, Mapping[str, Any]] = {}
+def _own_so_far(
+    comparison: Comparison, files: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Own options, with those of methods that were asked for before: methods may be added.
+
+    By the methods' labels, as their runs are called.
+
+    Args:
+        files: PEFT's configurations, which are options of their methods.
+    """
+    own: dict[str, dict[str, Any]] = {}
+    for method in comparison.sweep.lrs:
+        content = {"file": files[method]} if method in files else {}
+        own[label(method)] = {**comparison.own.get(method, {}), **content}
+    before: dict[str, dict[str, Any]] = {}
     with suppress(OSError, ValueError, KeyError, TypeError):  # the folder is looked at later
         content = json.loads((comparison.folder / JSON).read_text(encoding="utf-8"))
         before = content["options"]["own"]
-    return {**before, **own}
+    found: dict[str, dict[str, Any]] = json.loads(json.dumps({**before, **own}))
+    return found
 
 
 def dry_run(comparison: Comparison, places: Sequence[Place]) -> str:

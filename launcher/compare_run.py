@@ -24,29 +24,19 @@ from launcher.sweep_runs import (
     launch_arguments,
     launch_in,
     log_of,
-    publish,
     say,
     sweep_folder,
     train_command,
 )
 from launcher.text import columns, markdown
 from launcher.verdict import EXIT_REFUSED
+from lorasb_ds.files import write_json, write_text
 from lorasb_ds.history import REPORT
 from lorasb_ds.stop import EXIT_STOPPED
-from lorasb_ds.sweep import Sweep, Trial, label
-from lorasb_ds.sweep_pictures import draw_sweep
-from lorasb_ds.sweep_results import (
-    COLUMNS,
-    EVALUATION,
-    LEGEND,
-    Result,
-    as_dict,
-    base_loss,
-    outcomes,
-    ranking,
-    read_result,
-    table,
-)
+from lorasb_ds.sweep import Sweep, Trial, is_file, label
+from lorasb_ds.sweep_pictures import PICTURES, draw_sweep
+from lorasb_ds.sweep_results import EVALUATION, Result, base_loss, read_result
+from lorasb_ds.sweep_table import COLUMNS, LEGEND, as_dict, outcomes, ranking, table
 
 COMMAND = "compare"
 JSON, MARKDOWN = f"{COMMAND}.json", f"{COMMAND}.md"
@@ -123,7 +113,8 @@ def run_comparison(comparison: Comparison, places: Sequence[Place], overwrite: b
     Raises:
         ConfigError: if the folder is not one for this comparison.
     """
-    with sweep_folder(comparison.folder, COMMAND, comparison.options, overwrite):
+    folder, options = comparison.folder, comparison.options
+    with sweep_folder(folder, COMMAND, options, overwrite, PICTURES):
         return _Work(comparison, Conductor(places)).run()
 
 
@@ -171,14 +162,14 @@ class _Work:
         refused: set[str] = set()  # methods
 
         def ended(trial: Trial, work: Work, status: int, seconds: float) -> None:
-            if status == EXIT_REFUSED:  # its adapter is no plain LoRA, as a rule
+            if status == EXIT_REFUSED and is_file(trial.method):  # no plain LoRA, as a rule
                 if trial.method not in refused:
                     told = " ".join(errors_in(work.log).split())
                     say(f"{label(trial.method)} has no accuracy: {told or f'see {work.log}'}")
                 refused.add(trial.method)
                 return
             if status == 0:
-                publish(of.run_folder(trial) / ASKED, json.dumps(of.questions) + "\n")
+                write_json(of.run_folder(trial) / ASKED, of.questions)
             accuracy = read_result(of.run_folder(trial), trial).accuracy
             came_to = "no row asks for an answer" if accuracy is None else f"accuracy {accuracy}"
             self._conductor.end(work, status, seconds, came_to)
@@ -226,14 +217,14 @@ class _Work:
         """``compare.json`` and ``compare.md``; and the pictures."""
         of, results = self._of, self._results()
         content = {"options": of.options, **as_dict(of.sweep, results)}
-        publish(of.folder / JSON, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        write_json(of.folder / JSON, content)
         rows = outcomes(of.sweep, results)
         base = base_loss(results.values())
         drawn = draw_sweep(of.folder, of.folder / RUNS, rows, base) if pictures else []
         lines = ["# Comparison", "", *markdown(COLUMNS, table(rows)), "", LEGEND, ""]
         lines += [f"{note}\n" for note in self._notes(results)]
         lines += [f"![{path.stem.replace('-', ' ')}]({path.name})\n" for path in drawn]
-        publish(of.folder / MARKDOWN, "\n".join(lines))
+        write_text(of.folder / MARKDOWN, "\n".join(lines))
 
     def _notes(self, results: Mapping[Trial, Result]) -> list[str]:
         notes = []

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launcher.ranks import free_port, shell_status
+from launcher.ranks import free_port, listen_to, shell_status
 from lorasb_ds.stop import EXIT_STOPPED, SIGNALS
 
 POLL_S = 0.1
@@ -68,8 +68,7 @@ class Pool:
 
     def listen(self) -> None:
         """From the main thread only."""
-        for signum in (*SIGNALS, signal.SIGHUP):
-            signal.signal(signum, self._pass_on)
+        listen_to((*SIGNALS, signal.SIGHUP), self._pass_on)
 
     def _pass_on(self, signum: int, _frame: object) -> None:
         self.asked.append(signum)

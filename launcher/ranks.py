@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 WORKERS = Path(__file__).resolve().parent
@@ -58,9 +58,15 @@ def run_here(command: Sequence[str], environment: dict[str, str]) -> int:
     def pass_on(signum: int, _frame: object) -> None:
         os.killpg(child.pid, signum)
 
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, pass_on)
+    listen_to((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), pass_on)
     return shell_status(child.wait())
+
+
+def listen_to(signals: Iterable[int], handler: Callable[[int, object], None]) -> None:
+    """Handle signals, but for SIGHUP where it is ignored, as under nohup: it stays so."""
+    for signum in signals:
+        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, handler)
 
 
 def free_port() -> int:

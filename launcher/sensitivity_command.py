@@ -15,8 +15,15 @@ from launcher.launch_options import LaunchOptions, launch_options
 from launcher.options import CONTEXT, field_options, reports_problems, to_arguments
 from launcher.places import find_places
 from launcher.pool import Place
-from launcher.sensitivity_run import COMMAND, Study, ask, run_study
-from launcher.sweep_runs import LORASB, Conductor, launch_in, sweep_folder, train_command
+from launcher.sensitivity_run import COMMAND, PICTURE, Study, ask, run_study
+from launcher.sweep_runs import (
+    LORASB,
+    Conductor,
+    check_folder,
+    launch_in,
+    sweep_folder,
+    train_command,
+)
 from lorasb_ds.compare import NOT_COMPARED
 from lorasb_ds.config import ConfigError, RunConfig
 from lorasb_ds.methods import METHODS
@@ -92,6 +99,8 @@ def sensitivity_command(
     )
     places = find_places(launch, parallel, has_batch=given["train_batch_size"] is not None)
     options = check(study, places[0])
+    if not launch.dry_run:  # before rows are counted, which takes a while
+        check_folder(study.folder, COMMAND, options, overwrite)
     num_rows = int(ask("rows", to_arguments(given)))
     options["rows to draw from"] = num_rows
     draws = study.draws(num_rows)
@@ -106,7 +115,7 @@ def sensitivity_command(
         raise ConfigError(
             "One sample alone cannot be compared. Give --init-seeds or --share more than one value."
         )
-    with sweep_folder(study.folder, COMMAND, options, overwrite):
+    with sweep_folder(study.folder, COMMAND, options, overwrite, [PICTURE]):
         sys.exit(run_study(study, options, num_rows, Conductor(places)))
 
 

@@ -19,8 +19,9 @@ import click
 from launcher.launch_options import LaunchOptions
 from launcher.pool import Work
 from launcher.ranks import run_here, worker_command
-from launcher.sweep_runs import RUNS, Conductor, log_of, publish, say, train_command
+from launcher.sweep_runs import RUNS, Conductor, log_of, say, train_command
 from launcher.text import columns, markdown
+from lorasb_ds.files import write_json, write_text
 from lorasb_ds.sensitivity import (
     COLUMNS,
     RUN_COLUMNS,
@@ -113,8 +114,6 @@ def run_study(study: Study, options: Mapping[str, Any], num_rows: int, conductor
         conductor.end(work, status, seconds, loss)
 
     conductor.pool.listen()
-    if not (study.folder / JSON).is_file():  # by which the folder is known as one of this command
-        _write_json(study, {"options": options})
     conductor.run([work_of(draw) for draw in due], ended)
     if conductor.stopped:
         say("stopped: the same command goes on")
@@ -137,7 +136,8 @@ def _tell(
     """Tables, numbers and the picture."""
     overlaps = ask("overlaps", [str(study.run_folder(result.draw)) for result in results])
     sizes = by_size(results, overlaps, num_rows)
-    _write_json(study, {"options": options, **as_dict(num_rows, results, sizes, overlaps)})
+    numbers = as_dict(num_rows, results, sizes, overlaps)
+    write_json(study.folder / JSON, {"options": options, **numbers})
     draw_sensitivity(study.folder / PICTURE, sizes, overlaps["chance"])
     about = legend(overlaps["chance"])
     lines = [
@@ -153,7 +153,7 @@ def _tell(
         "",
         *markdown(RUN_COLUMNS, run_table(results)),
     ]
-    publish(study.folder / MARKDOWN, "\n".join(lines) + "\n")
+    write_text(study.folder / MARKDOWN, "\n".join(lines) + "\n")
     click.echo("\n".join(["", *columns(COLUMNS, table(sizes)), "", about]))
     click.echo(f"\ntables, numbers and picture: {study.folder}")
 
@@ -167,8 +167,3 @@ def legend(chance: Sequence[float]) -> str:
         f"{chance[0]:.3f} (A) and {chance[1]:.3f} (B) for random ones. With most rows: with a "
         "basis of the largest sample, drawn by another seed if there is one."
     )
-
-
-def _write_json(study: Study, content: Mapping[str, Any]) -> None:
-    text = json.dumps(content, indent=1, ensure_ascii=False)
-    publish(study.folder / JSON, text + "\n")

@@ -35,7 +35,7 @@ from launcher.channel import (
 )
 from launcher.command import is_secret
 from launcher.console import Console
-from launcher.ranks import shell_status
+from launcher.ranks import listen_to, shell_status
 from launcher.verdict import (
     EXIT_REFUSED,
     Failure,
@@ -354,10 +354,7 @@ class Supervisor:
                         2, "lorasb: Ctrl-C again ends it at once, without a checkpoint\n"
                     )
 
-        for signum in signals:
-            # Under nohup SIGHUP is ignored, and stays so.
-            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
-                signal.signal(signum, ask)
+        listen_to(signals, ask)
 
     def _say_where(self) -> None:
         """Other hosts: which they are, and which network they meet on."""

@@ -23,6 +23,7 @@ from launcher.launch_options import OPTIONS, LaunchOptions
 from launcher.options import to_arguments
 from launcher.pool import Place, Pool, Work
 from lorasb_ds.config import ConfigError, RunConfig, option_name
+from lorasb_ds.files import write_json
 
 LORASB = (sys.executable, "-m", "launcher.cli")
 RUNS = "runs"  # in the folder of a sweep
@@ -68,14 +69,20 @@ def log_of(folder: Path, name: str) -> Path:
 
 @contextmanager
 def sweep_folder(
-    folder: Path, command: str, options: Mapping[str, Any], overwrite: bool
+    folder: Path,
+    command: str,
+    options: Mapping[str, Any],
+    overwrite: bool,
+    pictures: Sequence[str] = (),
 ) -> Iterator[None]:
     """The folder of a sweep, to this process alone.
 
     Args:
-        command: ``compare`` for `lorasb compare`, whose numbers are in ``compare.json``.
+        command: ``compare`` for `lorasb compare`, whose numbers are in ``compare.json``: from now
+            on it is there, by which the folder is known as one of this command.
         options: all that must be the same when a sweep goes on.
         overwrite: delete what is there of an earlier one.
+        pictures: names of those that the command leaves there.
     Raises:
         ConfigError: if it is not a folder for this sweep, or another process is at work there.
     """
@@ -91,7 +98,10 @@ def sweep_folder(
         ) from None
     with lock:
         if overwrite:
-            _remove(folder, command)
+            _remove(folder, [f"{command}.md", *pictures])
+        # After all else: if this is killed before, the folder can be overwritten again.
+        if overwrite or not (folder / f"{command}.json").exists():
+            write_json(folder / f"{command}.json", {"options": options})
         yield
 
 
@@ -126,20 +136,32 @@ def differing(options: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str
     """What was given otherwise than before: a line for each."""
     defaults = json.loads(RunConfig.model_validate({}).model_dump_json())
     before = {name: stored.get(name, defaults.get(name)) for name in options}
-    return [
-        f"{option_name(name) if name in defaults else name} is {value!r} now, and was "
-        f"{before[name]!r}"
-        for name, value in options.items()
-        if value != before[name]
-    ]
+    if "own" in stored:  # methods may be added
+        before["own"] = {**options.get("own", {}), **stored["own"]}
+    return _differing(options, before, defaults)
 
 
-def _remove(folder: Path, command: str) -> None:
-    for path in folder.iterdir():
-        if path.name == RUNS:
-            shutil.rmtree(path)
-        elif path.name in (f"{command}.json", f"{command}.md") or path.suffix == ".png":
-            path.unlink()
+def _differing(
+    now: Mapping[str, Any], before: Mapping[str, Any], known: Mapping[str, Any], of: str = ""
+) -> list[str]:
+    """Options of a group are named with it; ``own`` are the groups of single methods."""
+    lines = []
+    for name in dict.fromkeys([*now, *before]):
+        new, old = now.get(name), before.get(name)
+        if isinstance(new, dict) and isinstance(old, dict):
+            lines += _differing(new, old, known, of if name == "own" else f" of {name}{of}")
+        elif new != old:
+            called = option_name(name) if name in known else name
+            lines.append(f"{called}{of} is {new!r} now, and was {old!r}")
+    return lines
+
+
+def _remove(folder: Path, names: Sequence[str]) -> None:
+    """The runs, and some files."""
+    if (folder / RUNS).exists():
+        shutil.rmtree(folder / RUNS)
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
 
 
 class Conductor:
@@ -189,13 +211,6 @@ def errors_in(log: Path) -> str:
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     _, found, last = text.rpartition("lorasb: error: ")
     return last.partition("\nlorasb: ")[0].strip()[:500] if found else ""
-
-
-def publish(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
 
 
 def say(text: str) -> None:

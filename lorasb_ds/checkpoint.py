@@ -27,11 +27,11 @@ from lorasb_ds.files import (
     SUMS_FILE,
     check_sums,
     publish,
-    save_tensors,
     write_json,
     write_sums,
 )
 from lorasb_ds.request import resumed_run
+from lorasb_ds.tensor_writer import save_tensors
 
 FOLDER = "checkpoints"
 STATE_FILE, TRAINER_FILE = "state.safetensors", "trainer.json"

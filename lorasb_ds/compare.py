@@ -57,6 +57,13 @@ class Run:
         return chosen | {name: self.description.get(key) for name, key in on.items()}
 
     @property
+    def loss(self) -> float:
+        """Held out, of the adapter that a finished run has saved; nan where there is none."""
+        found, config = summarize(self.rows), self.description.get("config", {})
+        takes_best = config.get("load_best_model_at_end") or config.get("early_stopping_patience")
+        return found.best_loss if takes_best else found.last_loss
+
+    @property
     def peak_memory_bytes(self) -> int:
         """Of rank 0 in any phase; of its training rows where it did not get to the end."""
         measured = self.description.get("memory", {}).get("measured", {})
@@ -158,6 +165,11 @@ def _number(value: float, form: str) -> str:
     return "" if math.isnan(value) else format(value, form)
 
 
+def known(value: float) -> float | None:
+    """For JSON, which lacks nan and infinity."""
+    return value if math.isfinite(value) else None
+
+
 def as_dict(run: Run) -> dict[str, Any]:
     """The same in numbers; None where one is not known."""
     found = summarize(run.rows)
@@ -167,6 +179,6 @@ def as_dict(run: Run) -> dict[str, Any]:
         "problem": run.problem or None,
         "trainable_parameters": run.description.get("trainable_parameters"),
         "peak_memory_bytes": run.peak_memory_bytes or None,
-        **{name: value if math.isfinite(value) else None for name, value in numbers.items()},
+        **{name: known(value) for name, value in numbers.items()},
         "options": run.options,
     }

@@ -1,15 +1,11 @@
-"""Files that are whole or not there: written aside, fsynced and renamed."""
+"""Files that are whole or not there: written aside, fsynced and renamed. Torch-free."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from lorasb_ds.config import ConfigError
 from lorasb_ds.digest import file_digest
@@ -26,20 +22,6 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: object) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """The same for a safetensors file.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, aside, metadata=metadata)
-    except SafetensorError as error:  # no OSError, though a full disk may be the cause
-        raise OSError(f"{path.name}: {error}") from error
-    publish(aside, path)
 
 
 def check_replaceable(

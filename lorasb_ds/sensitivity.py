@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from lorasb_ds.compare import read_runs
+from lorasb_ds.compare import known, read_runs
 from lorasb_ds.config import ConfigError
 from lorasb_ds.history import REPORT, summarize
 
@@ -75,9 +75,9 @@ class Result:
             "name": self.draw.name,
             "num_rows": self.draw.num_rows,
             "seed": self.draw.seed,
-            "init_lr": _known(self.init_lr),
-            "init_loss": _known(self.init_loss),
-            "loss": _known(self.loss),
+            "init_lr": known(self.init_lr),
+            "init_loss": known(self.init_loss),
+            "loss": known(self.loss),
         }
 
 
@@ -105,10 +105,10 @@ class Size:
             "num_rows": self.num_rows,
             "share": self.share,
             "seeds": [result.draw.seed for result in self.results],
-            "init_loss": _known(statistics.fmean(init)),
-            "init_loss_std": _known(_deviation(init)),
-            "loss": _known(statistics.fmean(final)),
-            "loss_std": _known(_deviation(final)),
+            "init_loss": known(statistics.fmean(init)),
+            "init_loss_std": known(_deviation(init)),
+            "loss": known(statistics.fmean(final)),
+            "loss_std": known(_deviation(final)),
             "overlap_between_seeds": _by_side(self.between),
             "overlap_with_largest": _by_side(self.with_largest),
         }
@@ -156,15 +156,12 @@ def read_result(folder: Path, draw: Draw) -> Result | None:
     (run,) = read_runs([str(folder)])
     if run.problem:
         return None
-    found, config = summarize(run.rows), run.description["config"]
-    takes_best = config.get("load_best_model_at_end") or config.get("early_stopping_patience")
     try:
         content = json.loads((folder / INIT_REPORT).read_text(encoding="utf-8"))
         init_lr = float(content["step"]["init_lr"])
     except (OSError, ValueError, LookupError, TypeError):  # a method without a step
         init_lr = math.nan
-    loss = found.best_loss if takes_best else found.last_loss
-    return Result(draw, init_lr, found.init_loss, loss)
+    return Result(draw, init_lr, summarize(run.rows).init_loss, run.loss)
 
 
 def by_size(results: Sequence[Result], overlaps: Mapping[str, Any], all_rows: int) -> list[Size]:
@@ -264,12 +261,8 @@ def _deviation(values: Sequence[float]) -> float:
 
 
 def _by_side(pair: Pair) -> dict[str, float | None]:
-    return {side: _known(value) for side, value in zip(SIDES, pair, strict=True)}
+    return {side: known(value) for side, value in zip(SIDES, pair, strict=True)}
 
 
 def _number(value: float, form: str) -> str:
     return "-" if math.isnan(value) else format(value, form)
-
-
-def _known(value: float) -> float | None:
-    return value if math.isfinite(value) else None

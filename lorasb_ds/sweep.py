@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -153,7 +154,7 @@ def make_sweep(
     ours = [method for method in methods if not is_file(method)]
     given = _by_method("--r", ranks, ours, int)
     sweep = Sweep(
-        lrs=_by_method("--lr", lrs, methods, float),
+        lrs=_by_method("--lr", lrs, methods, _finite),
         ranks={method: given.get(method, ((files or {}).get(method),)) for method in methods},
         seeds=_numbers("--seed", seeds, int),
         best=best,
@@ -245,6 +246,13 @@ def _by_method(
     return {method: tuple(own.get(method, of_all)) for method in methods}
 
 
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not finite")
+    return number
+
+
 def _numbers(
     option: str, given: Sequence[str], number: Callable[[str], Number]
 ) -> tuple[Number, ...]:
@@ -252,7 +260,7 @@ def _numbers(
     try:
         return tuple(map(number, words))
     except ValueError:
-        kind = "whole numbers" if number is int else "numbers"
+        kind = "whole numbers" if number is int else "finite numbers"
         raise ConfigError(
             f"{option} {','.join(words)} must be {kind}, separated by commas. Mend it."
         ) from None

@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING
 from lorasb_ds.curves import draw_comparison
 from lorasb_ds.history import METRICS, read_rows
 from lorasb_ds.sweep import label, short
-from lorasb_ds.sweep_results import Outcome
+from lorasb_ds.sweep_table import Outcome
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-OVER_STEPS = "loss-over-steps.png"
-OVER_LR = "loss-over-lr.png"
-OVER_PARAMETERS = "loss-over-parameters.png"
+PICTURES = ("loss-over-steps.png", "loss-over-lr.png", "loss-over-parameters.png")
 MARKERS = "osD^vP*X"
 
 
@@ -33,7 +31,7 @@ def draw_sweep(folder: Path, runs: Path, rows: Sequence[Outcome], base_loss: flo
     known = [row for row in rows if row.best_lr is not None]
     if not known:
         return []
-    paths = [folder / name for name in (OVER_STEPS, OVER_LR, OVER_PARAMETERS)]
+    paths = [folder / name for name in PICTURES]
     chosen = {
         f"{_name(row, known)}, lr {short(row.best_lr or 0)}": read_rows(
             runs / row.results[0].trial.name / METRICS
@@ -49,9 +47,11 @@ def draw_sweep(folder: Path, runs: Path, rows: Sequence[Outcome], base_loss: flo
 def _draw_over_lr(path: Path, rows: Sequence[Outcome], base_loss: float) -> None:
     figure, axes = _new("learning rate")
     for row in rows:
-        lrs = sorted(lr for lr, loss in row.losses.items() if math.isfinite(loss))
+        most = max(rate.seeds for rate in row.rates.values())
+        # A mean over fewer seeds is none to be compared.
+        lrs = sorted(lr for lr, rate in row.rates.items() if rate.seeds == most)
         color, marker = _style(row, rows)
-        losses = [row.losses[lr] for lr in lrs]
+        losses = [row.rates[lr].loss for lr in lrs]
         axes.plot(lrs, losses, label=_name(row, rows), color=color, marker=marker)
     _save(path, figure, axes, base_loss)
 

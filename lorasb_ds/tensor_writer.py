@@ -1,4 +1,4 @@
-"""Safetensors files that are written as their tensors come, and bytes of tensors. Linux."""
+"""Safetensors files: whole or not there, or written as their tensors come. Linux."""
 
 from __future__ import annotations
 
@@ -10,8 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from lorasb_ds.files import publish
 
 ALIGNMENT = 8  # of the tensors' beginning, so that none of their numbers is cut by a boundary
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a file so that a crash leaves the old one or the new one, never a part.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, aside, metadata=metadata)
+    except SafetensorError as error:  # no OSError, though a full disk may be the cause
+        raise OSError(f"{path.name}: {error}") from error
+    publish(aside, path)
 
 
 class TensorWriter:

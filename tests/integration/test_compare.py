@@ -12,11 +12,12 @@ from typing import Any
 
 import psutil
 import pytest
+from filelock import FileLock
 
 from tests.integration.test_resume import started, wait_for_rows
 from tests.runs import metrics, run_command, word_rows, write_jsonl
 
-STEPS = 40
+STEPS = 400  # a run that is to be stopped must not come to its end before it hears of it
 FIRST, SECOND = "lora-sb-r4-lr1e-3-s42", "lora-sb-r4-lr4e-3-s42"
 LORASB = str(Path(sys.executable).parent / "lorasb")
 
@@ -66,11 +67,6 @@ def folder(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("compare") / "out"
     command = [LORASB, "compare", "--output-dir", str(folder), *options, "--lr", "1e-3,4e-3"]
     with started(*command) as child:
-        while not (folder / "compare.json").is_file():
-            assert child.poll() is None
-            time.sleep(0.05)
-        said = compare(folder, options, status=2)
-        assert "another `lorasb compare` is at work there" in said
         wait_for_rows(child, folder / "runs" / FIRST, 3)
         child.send_signal(signal.SIGTERM)
         output = child.communicate(timeout=60)[0]
@@ -120,7 +116,7 @@ def test_the_numbers_are_those_of_the_runs(folder: Path) -> None:
     best = min(last, key=lambda lr: last[lr])
     assert (row["best_lr"], row["loss"], row["loss_std"]) == (best, last[best], None)
     assert row["at_edge"] == ("lower" if best == 1e-3 else "upper")
-    assert row["sweep"] == [{"lr": lr, "loss": loss} for lr, loss in last.items()]
+    assert [(entry["lr"], entry["loss"]) for entry in row["sweep"]] == list(last.items())
     assert content["options"]["max_steps"] == STEPS
     table = (folder / "compare.md").read_text()
     assert f"| {last[best]:.4f} |" in table
@@ -138,70 +134,58 @@ def test_pictures(folder: Path) -> None:
 
 def test_other_options_are_refused(folder: Path, options: list[str]) -> None:
     before = content_of(folder), when_written(folder)
-    said = compare(folder, options, "--max-steps", "5", "--lora-alpha", "8", status=2)
-    assert "--lora-alpha means nothing to --method lora-sb" in said
-    said = compare(folder, options, "--max-steps", "5", status=2)
-    assert f"--max-steps is 5 now, and was {STEPS}" in said
-    said = compare(folder, options, "--for", "lora-sb:init-samples=8", status=2)
-    assert "own is" in said
+    given = ["--max-steps", "5", "--for", "lora-sb:init-samples=8"]
+    said = compare(folder, options, *given, status=2)
+    assert f"--max-steps is 5 now, and was {STEPS}\n" in said
+    assert "--init-samples of lora-sb is 8 now, and was None\n" in said
+    with FileLock(folder / "compare.lock"):
+        said = compare(folder, options, status=2)
+    assert "another `lorasb compare` is at work there" in said
     assert before == (content_of(folder), when_written(folder))
 
 
-def test_one_that_fails_and_answers(folder: Path, options: list[str]) -> None:
-    """A learning rate is added with which the loss is not finite; then the best one is asked."""
-    before = when_written(folder)
-    given = ["--eval-samples", "5", "--max-new-tokens", "3"]
-    output = compare(folder, options, *given, lr="1e-3,4e-3,1e30", status=1)
-    failing = "lora-sb-r4-lr1e30-s42"
-    assert "2 of 3 runs are there already" in output
-    assert f"{failing} has failed after" in output
-    assert f"lorasb: error: 1 of the runs failed: {failing}" in output
-    assert f"Not in the table: {failing} (failed)." in output
-    content = content_of(folder)
-    (row,) = content["results"]
-    assert [math.isfinite(entry["loss"] or math.nan) for entry in row["sweep"]] == [
-        True,
-        True,
-        False,
-    ]
-    problems = [run["problem"] for run in content["runs"]]
-    assert problems[:2] == [None, None]
-    assert problems[2].startswith("failed: ")
-    best = folder / "runs" / row["runs"][0]
-    (answered,) = json.loads((best / "eval" / "eval.json").read_text())["results"]
-    score = answered["scores"]["exact_match"]
-    assert row["accuracy"] == score
-    assert score["rows"] == answered["rows"] == 5
-    assert answered["max_new_tokens"] == 3
-    assert len(list(folder.glob("runs/*/eval"))) == 1, "only the best one is asked"
-    assert before.items() <= when_written(folder).items()
-
-    before = when_written(folder)
-    output = compare(folder, options, *given)
-    assert "begins" not in output, "all that is asked for is there"
-    assert f"Not asked for now, and not in the table: {failing}." in output
-    assert when_written(folder) == before
-    output = compare(folder, options, "--eval-samples", "4", "--max-new-tokens", "3")
-    assert "begins (1 of 1)" in output, "another number of rows"
-    assert content_of(folder)["results"][0]["accuracy"]["rows"] == 4
-
-
-def test_overwritten(options: list[str], folder: Path, tmp_path: Path) -> None:
-    """It starts anew. Several at a time, and other seeds for the best."""
+def test_anew_with_other_seeds_a_failure_and_answers(
+    options: list[str], folder: Path, tmp_path: Path
+) -> None:
+    """Several at a time. With one learning rate the loss is not finite; the best one is asked."""
     (tmp_path / "runs" / FIRST).mkdir(parents=True)
     (tmp_path / "runs" / FIRST / "report.md").write_text("of an earlier one")
     content = {"options": content_of(folder)["options"] | {"max_steps": 7}}
     (tmp_path / "compare.json").write_text(json.dumps(content))
-    options = [word if word != str(STEPS) else "4" for word in options]
-    given = ["--seed", "42,7", "--best", "1", "--parallel", "2", "--overwrite"]
-    output = compare(tmp_path, options, *given)
-    began = [line.split()[1] for line in output.splitlines() if " begins (" in line]
-    assert began[:2] == [FIRST, SECOND]
+    options = [*options, "--max-steps", "6", "--eval-samples", "5", "--max-new-tokens", "3"]
+    given = ["--seed", "42,7", "--best", "1", "--parallel", "2"]
+    output = compare(tmp_path, options, *given, "--overwrite", lr="4e-3,1e30", status=1)
+    assert not (tmp_path / "runs" / FIRST).exists()
+    failing, other_seed = "lora-sb-r4-lr1e30-s42", "lora-sb-r4-lr4e-3-s7"
+    answers = [f"answers of {name}" for name in (SECOND, other_seed)]
+    began = [line[9:].partition(" begins (") for line in output.splitlines()]
+    assert [name for name, found, _ in began if found] == [SECOND, failing, other_seed, *answers]
+    assert f"{failing} has failed after" in output
+    assert f"lorasb: error: 1 of the runs failed: {failing}" in output
+    assert f"Not in the table: {failing} (failed)." in output
     content = content_of(tmp_path)
+    assert [run["name"] for run in content["runs"]] == [SECOND, failing, other_seed]
+    first, failed, second = content["runs"]
+    assert (first["problem"], second["problem"]) == (None, None)
+    assert failed["problem"].startswith("failed: ")
     (row,) = content["results"]
-    best = row["runs"][0].removesuffix("-s42")
-    assert began[2:] == [f"{best}-s7"]
-    assert row["runs"] == [f"{best}-s42", f"{best}-s7"]
-    values = [run["loss"] for run in content["runs"] if run["name"] in row["runs"]]
-    assert row["loss"] == pytest.approx(sum(values) / 2)
-    assert row["loss_std"] == pytest.approx(abs(values[0] - values[1]) / math.sqrt(2))
+    assert [entry["loss"] for entry in row["sweep"]] == [first["loss"], None]
+    assert row["runs"] == [SECOND, other_seed]
+    assert row["loss"] == pytest.approx((first["loss"] + second["loss"]) / 2)
+    assert row["loss_std"] == pytest.approx(abs(first["loss"] - second["loss"]) / math.sqrt(2))
+    right = 0
+    for name in row["runs"]:
+        evaluation = tmp_path / "runs" / name / "eval" / "eval.json"
+        (answered,) = json.loads(evaluation.read_text())["results"]
+        assert answered["scores"]["exact_match"]["rows"] == answered["rows"] == 5
+        assert answered["max_new_tokens"] == 3
+        right += answered["scores"]["exact_match"]["right"]
+    assert (row["accuracy"]["right"], row["accuracy"]["rows"]) == (right, 10)
+    assert len(list(tmp_path.glob("runs/*/eval"))) == 2, "only the best one is asked"
+
+    before = when_written(tmp_path)
+    assert len(before) == 4
+    output = compare(tmp_path, options, lr="4e-3")
+    assert "begins" not in output, "all that is asked for is there"
+    assert f"Not asked for now, and not in the table: {failing}, {other_seed}." in output
+    assert when_written(tmp_path) == before

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
 from launcher.cli import main
+from launcher.compare_run import Comparison
+from launcher.launch_options import LaunchOptions
+from lorasb_ds.config import DEMO_EVAL_DATA
 from lorasb_ds.methods import METHODS
+from lorasb_ds.stop import SIGNALS
+from lorasb_ds.sweep import Trial, make_sweep
+from tests.runs import made_up_run
 
+NOT_GIVEN = dict.fromkeys(LaunchOptions.__dataclass_fields__)
 OPTIONS = ["--method", "lora-sb", "--lr", "1e-3,4e-3", "--r", "4", "--num-procs", "1"]
 
 
@@ -138,3 +148,86 @@ def test_other_options_than_before_are_named(tmp_path: Path) -> None:
     assert "--micro-batch-size" not in said, "what was not stored was at its default"
     assert "delete these runs by --overwrite" in said
     assert (tmp_path / "compare.json").read_text() == content
+
+
+# -- with runs that are there already, so that none is started
+
+
+@pytest.fixture
+def _handlers() -> Iterator[None]:
+    before = {signum: signal.getsignal(signum) for signum in (*SIGNALS, signal.SIGHUP)}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+@pytest.fixture
+def finished(tmp_path: Path, _handlers: None) -> tuple[Path, list[str]]:
+    """A comparison of LoRA and of a file of PEFT's, and its command line."""
+    dora = tmp_path / "dora.json"
+    dora.write_text('{"peft_type": "LORA", "use_dora": true, "r": 8}')
+    folder = tmp_path / "out"
+    for name in ("lora-r4-lr1e-3-s42", "dora-r8-lr1e-3-s42"):
+        made_up_run(folder / "runs" / name)
+    own = {"lora": {}, "dora": {"file": json.loads(dora.read_text())}}
+    stored = {"processes": 1, "own": own, "eval_data": DEMO_EVAL_DATA}
+    (folder / "compare.json").write_text(json.dumps({"options": stored}))
+    methods = ["--method", "lora", "--method", f"peft:{dora}"]
+    return folder, [*methods, "--lr", "1e-3", "--r", "4", "--num-procs", "1"]
+
+
+def test_a_file_that_has_changed_since(finished: tuple[Path, list[str]]) -> None:
+    folder, options = finished
+    result = compare(folder, *options)
+    assert result.exit_code == 0, result.output
+    assert "2 of 2 runs are there already" in result.output
+    dora = Path(options[3].removeprefix("peft:"))
+    dora.write_text('{"peft_type": "LORA", "r": 8, "use_dora": false}')
+    said = refusal(folder, *options)
+    assert "use_dora of file of dora is False now, and was True" in said
+    assert "r of file" not in said
+    assert "delete these runs by --overwrite" in said
+    dora.write_text('{"r": 8, "use_dora": true, "peft_type": "LORA"}')
+    elsewhere = [word.replace("peft:", "peft:/proc/self/root") for word in options]
+    assert compare(folder, *elsewhere).exit_code == 0, "the same file by another path"
+    assert compare(folder, "--method", "lora", *options[4:]).exit_code == 0
+    dora.write_text('{"peft_type": "LORA", "r": 8, "use_rslora": true}')
+    assert "use_rslora of file of dora is True now" in refusal(folder, *options), "left out between"
+
+
+def test_methods_may_be_added(finished: tuple[Path, list[str]]) -> None:
+    folder, options = finished
+    made_up_run(folder / "runs" / "lora-one-r4-lr1e-3-s42")
+    more = [*options, "--method", "lora-one", "--for", "lora-one:gamma=8"]
+    result = compare(folder, *more)
+    assert result.exit_code == 0, result.output
+    assert "3 of 3 runs are there already" in result.output
+    said = refusal(folder, *more[:-1], "lora-one:gamma=16")
+    assert "--gamma of lora-one is 16.0 now, and was 8.0\n" in said
+    assert compare(folder, *options).exit_code == 0
+    assert "--gamma of lora-one is None now, and was 8.0\n" in refusal(folder, *more[:-2])
+
+
+def test_only_a_file_may_have_no_accuracy(finished: tuple[Path, list[str]]) -> None:
+    """Evaluations are refused, as there are no adapters."""
+    folder, options = finished
+    result = compare(folder, *options, "--eval-samples", "2")
+    assert result.exit_code == 1, result.output
+    assert "\nlorasb: error: 1 of the runs failed: answers of lora-r4-lr1e-3-s42." in result.output
+    assert " dora has no accuracy: " in result.output
+
+
+def test_who_has_answered(tmp_path: Path) -> None:
+    """The same number of rows, with answers as long, and to the end."""
+    trial = Trial("lora", 1e-3, 4, 42)
+    sweep = make_sweep(["lora"], ["1e-3"], ["4"], ["42"])
+    asks = Comparison(tmp_path, sweep, LaunchOptions(**NOT_GIVEN), {}, {}, 5, 3, 16)
+    folder = asks.run_folder(trial) / "eval"
+    assert not asks.has_answered(trial)
+    folder.mkdir(parents=True)
+    (folder / "asked.json").write_text(json.dumps(asks.questions))
+    assert not asks.has_answered(trial)
+    (folder / "eval.json").write_text("{}")
+    assert asks.has_answered(trial)
+    assert not replace(asks, eval_samples=4).has_answered(trial)
+    assert not replace(asks, max_new_tokens=None).has_answered(trial)

@@ -15,6 +15,7 @@ import pytest
 from launcher.launch_options import OPTIONS, LaunchOptions
 from launcher.places import find_places
 from launcher.pool import Place, Pool, Work
+from launcher.ranks import run_here
 from lorasb_ds.config import ConfigError
 from lorasb_ds.stop import EXIT_STOPPED
 
@@ -173,3 +174,21 @@ def test_what_asks_to_stop_reaches_all(tmp_path: Path, who: str) -> None:
     stopped = "143" if who == "the pool" else str(EXIT_STOPPED)
     assert sorted(told.lines) == [f"asks {stopped}", "job-0 75", "job-1 75"]
     assert pool.stopped
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_under_nohup_a_closed_terminal_asks_nobody_to_stop(earlier: bool) -> None:
+    """Nor if another process was started before, to which signals were passed on."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    if earlier:
+        run_here(["true"], dict(os.environ))
+    pool = Pool([Place()])
+    pool.listen()
+    signal.raise_signal(signal.SIGHUP)
+    assert not pool.stopped
+    signal.raise_signal(signal.SIGTERM)
+    assert pool.asked == [signal.SIGTERM]
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    pool.listen()
+    signal.raise_signal(signal.SIGHUP)
+    assert pool.asked == [signal.SIGTERM, signal.SIGHUP]

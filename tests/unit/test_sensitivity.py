@@ -156,16 +156,26 @@ def test_refused_before_anything_starts(given: str, message: str, tmp_path: Path
     assert not folder.exists()
 
 
+def test_a_folder_of_something_else_is_refused_before_rows_are_counted(tmp_path: Path) -> None:
+    """There is no such model: whoever looked for rows would say so."""
+    (tmp_path / "thesis.tex").touch()
+    command = f"sensitivity --num-procs 1 --output-dir {tmp_path} --model nobody/nothing"
+    result = CliRunner().invoke(main, command.split())
+    assert result.exit_code == 2, result.output
+    assert "is not empty, and has no sensitivity.json" in result.output
+
+
 OPTIONS: dict[str, Any] = {"r": 4, "lr": 1e-3, "init_data": ["a.jsonl"], "processes": 2}
 
 
 def test_the_folder_of_a_sweep(tmp_path: Path) -> None:
     """Goes on with the same options, and is refused with others; --overwrite starts anew."""
     folder = tmp_path / "study"
+    pictures = ["sensitivity.png"]
     with sweep_folder(folder, "sensitivity", OPTIONS, overwrite=False):
-        (folder / "sensitivity.json").write_text(json.dumps({"options": OPTIONS}))
-        (folder / RUNS).mkdir()
-        (folder / "mine.txt").write_text("not theirs")
+        (folder / RUNS / "one").mkdir(parents=True)
+        for name in ("mine.txt", "mine.png", "sensitivity.md", *pictures):
+            (folder / name).write_text("not theirs, or theirs")
         with (
             pytest.raises(ConfigError, match="another `lorasb sensitivity` is at work there"),
             sweep_folder(folder, "sensitivity", OPTIONS, overwrite=False),
@@ -181,12 +191,31 @@ def test_the_folder_of_a_sweep(tmp_path: Path) -> None:
     assert "processes is 1 now, and was 2\n" in message
     assert "--init-data is None now, and was ['a.jsonl']\n" in message
     assert "--lr" not in message
-    with sweep_folder(folder, "sensitivity", other, overwrite=True):
-        assert {path.name for path in folder.iterdir()} == {"mine.txt", "sensitivity.lock"}
+    with sweep_folder(folder, "sensitivity", other, True, pictures):
+        left = {path.name for path in folder.iterdir()} - {"sensitivity.lock"}
+        assert left == {"mine.txt", "mine.png", "sensitivity.json"}
+    check_folder(folder, "sensitivity", other, overwrite=False)
+    (folder / "sensitivity.json").unlink()
     with pytest.raises(ConfigError, match=r"not empty, and has no sensitivity\.json"):
         check_folder(folder, "sensitivity", other, overwrite=True)
     with pytest.raises(ConfigError, match="is a file"):
         check_folder(folder / "mine.txt", "sensitivity", other, overwrite=True)
+
+
+def test_what_was_overwritten_in_part_can_be_overwritten(tmp_path: Path) -> None:
+    """The removal fails half-way, as if it was killed there."""
+    with sweep_folder(tmp_path, "sensitivity", OPTIONS, overwrite=False):
+        (tmp_path / "sensitivity.md").mkdir()  # which is no file to be removed
+        (tmp_path / RUNS).mkdir()
+    other = OPTIONS | {"r": 8}
+    with pytest.raises(OSError), sweep_folder(tmp_path, "sensitivity", other, True):  # noqa: PT011
+        pass
+    assert not (tmp_path / RUNS).exists()
+    with pytest.raises(ConfigError, match="--r is 8 now, and was 4"):
+        check_folder(tmp_path, "sensitivity", other, overwrite=False)
+    (tmp_path / "sensitivity.md").rmdir()
+    with sweep_folder(tmp_path, "sensitivity", other, overwrite=True):
+        check_folder(tmp_path, "sensitivity", other, overwrite=False)
 
 
 def test_commands_of_runs() -> None:

@@ -20,16 +20,8 @@ from lorasb_ds.config import ConfigError
 from lorasb_ds.shares import Share
 from lorasb_ds.sweep import Sweep, Trial, make_sweep, own_options, short
 from lorasb_ds.sweep_pictures import draw_sweep
-from lorasb_ds.sweep_results import (
-    COLUMNS,
-    Outcome,
-    Result,
-    as_dict,
-    outcomes,
-    ranking,
-    read_result,
-    table,
-)
+from lorasb_ds.sweep_results import Result, read_result
+from lorasb_ds.sweep_table import COLUMNS, Outcome, as_dict, outcomes, ranking, table
 from tests.runs import made_up_run
 from tests.unit.test_curves import drawn, figures
 
@@ -164,7 +156,10 @@ def test_the_best_get_the_other_seeds() -> None:
         ({"methods": ["lora", "peft:a/lora.json"]}, "lora in --method."),
         ({"methods": ["peft:a/x.json", "peft:b/x.json"]}, "x in --method."),
         ({"methods": ["peft:a/my dora.json"]}, "Rename the file"),
-        ({"lrs": ["fast"]}, "--lr fast must be numbers, separated by commas"),
+        ({"lrs": ["fast"]}, "--lr fast must be finite numbers, separated by commas"),
+        ({"lrs": ["1e-3,nan"]}, "--lr 1e-3,nan must be finite numbers"),
+        ({"lrs": ["lora-sb=inf"]}, "--lr inf must be finite numbers"),
+        ({"lrs": ["-1e999"]}, "--lr -1e999 must be finite numbers"),
         ({"ranks": ["8.5"]}, "--r 8.5 must be whole numbers"),
         ({"lrs": ["lora=1e-3"]}, "--lr lora=1e-3: lora is no --method of this sweep (lora-sb)"),
     ],
@@ -213,7 +208,7 @@ def test_the_best_learning_rate_is_that_of_the_least_mean(values: list[float]) -
         means = table_of[("lora-sb", "lora").index(row.method)]
         assert row.best_lr == (1e-3, 2e-3, 3e-3)[means.argmin()]
         assert row.loss == pytest.approx(best[row.method])
-        assert list(row.losses.values()) == pytest.approx(means)
+        assert [rate.loss for rate in row.rates.values()] == pytest.approx(means)
         assert {result.trial.lr for result in row.results} == {row.best_lr}
 
 
@@ -239,7 +234,8 @@ def test_over_the_seeds() -> None:
     for trial, share in zip([high, *more], shares, strict=True):
         results[trial] = result(trial, results[trial].loss, share)
     (row,) = outcomes(found, results)
-    assert row.losses == {1e-3: 0.9, 4e-3: 0.8}, "those of the seed that both have"
+    by_lr = {lr: rate.loss for lr, rate in row.rates.items()}
+    assert by_lr == {1e-3: 0.9, 4e-3: 0.8}, "those of the seed that both have"
     assert row.loss == pytest.approx(np.mean([0.8, 0.9, 1.3]))
     assert row.spread == pytest.approx(np.std([0.8, 0.9, 1.3], ddof=1))
     assert row.accuracy == Share(81, 263)
@@ -287,10 +283,47 @@ def test_runs_that_are_missing() -> None:
     results |= came_to({sb[0]: 0.7, sb[2]: 0.9, sb[3]: 0.5, xs: 0.6})
     rows = outcomes(found, results)
     assert [row.method for row in rows] == ["lora-xs", "lora-sb", "lora"], "the empty one last"
-    assert rows[1].losses == {1e-3: 0.7, 4e-3: 0.9}, "of seed 1, which both have"
     assert rows[2].best_lr is None
-    assert table(rows)[2][3:] == ["-"] * 6 + ["1e-3: -, 4e-3: -"]
-    assert ranking(rows) == [("lora-xs", 32, 4e-3), ("lora-sb", 32, 1e-3)]
+    assert [(*row[3:5], row[-1]) for row in table(rows)] == [
+        ("4e-3↑", "0.6000 (n = 1 of 2)", "1e-3: -, 4e-3: 0.6000 (1 of 2)"),
+        ("4e-3↑", "0.7000 ± 0.2828 (n = 2)", "1e-3: 0.7000 (1 of 2), 4e-3: 0.7000"),
+        ("-", "-", "1e-3: -, 4e-3: -"),
+    ]
+    assert table(rows)[2][3:-1] == ["-"] * 6
+    assert ranking(rows) == [("lora-xs", 32, 4e-3), ("lora-sb", 32, 4e-3)]
+
+
+@given(
+    st.lists(st.one_of(losses, st.just(math.nan)), min_size=12, max_size=12),
+    st.sampled_from([None, 1]),
+)
+def test_what_fails_on_a_seed_is_not_the_best(values: list[float], best: int | None) -> None:
+    """As long as a learning rate has all the seeds that any of them has."""
+    found = sweep("lora-sb", lr="1e-3,2e-3,3e-3,4e-3", seed="1,2,3", best=best)
+    by_seeds = np.array(values).reshape(4, 3)[:, : 3 if best is None else 1]
+    results = came_to(dict(zip(found.first(), by_seeds.ravel().tolist(), strict=True)))
+    (row,) = outcomes(found, results)
+    known = np.isfinite(by_seeds)
+    whole = [i for i in range(4) if (known[i] | ~known.any(0)).all() and known.any()]
+    if not known.any():
+        assert row.best_lr is None
+    elif whole:
+        with_all = by_seeds[whole][:, known.any(0)].mean(1)
+        assert row.loss == pytest.approx(with_all.min())
+        assert row.best_lr in [(1e-3, 2e-3, 3e-3, 4e-3)[i] for i in whole]
+        assert len(row.results) == known.any(0).sum()
+
+
+def test_a_further_seed_that_fails_is_told_and_changes_no_choice() -> None:
+    found = sweep("lora-sb", seed="1,2,3", best=1)
+    low, high = found.first()
+    results = came_to({low: 0.9, high: 0.8})
+    second, third = found.then(ranking(outcomes(found, results)))
+    results |= came_to({second: 1.2, third: math.nan})
+    (row,) = outcomes(found, results)
+    assert table([row])[0][3:5] == ["4e-3↑", "1.0000 ± 0.2828 (n = 2 of 3)"]
+    described = row.describe()
+    assert (len(described["runs"]), described["seeds_asked"]) == (2, 3)
 
 
 def test_json_has_no_nan() -> None:
@@ -303,7 +336,10 @@ def test_json_has_no_nan() -> None:
     assert [run["loss"] for run in content["runs"]] == [0.5] + [None] * 7
     best, empty = content["results"]
     assert (best["method"], best["best_lr"], best["at_edge"]) == ("lora-sb", 1e-3, "lower")
-    assert best["sweep"] == [{"lr": 1e-3, "loss": 0.5}, {"lr": 4e-3, "loss": None}]
+    assert best["sweep"] == [
+        {"lr": 1e-3, "loss": 0.5, "seeds": 1, "seeds_asked": 2},
+        {"lr": 4e-3, "loss": None, "seeds": 0, "seeds_asked": 2},
+    ]
     assert best["runs"] == [trials[0].name]
     assert best["loss_std"] is None
     assert empty["best_lr"] is empty["loss"] is empty["accuracy"] is None
