@@ -72,7 +72,8 @@ def test_equals_the_whole_svd(results: list[dict[str, torch.Tensor]], method: st
         U = torch.cat([rank[f"{key}.U"] for rank in results])
         for basis in (U.T @ U, Vh @ Vh.T):
             torch.testing.assert_close(basis, torch.eye(r), atol=1e-5, rtol=0)
-        assert (Vh.gather(1, Vh.abs().argmax(1, keepdim=True)) > 0).all()
+        # The sign was chosen in fp64: in fp32 a negative entry may come out as large, not larger.
+        assert torch.equal(Vh.amax(1), Vh.abs().amax(1))
         total = exact.S.square().sum().item()
         expected = exact.S[:r].square().sum().item() / total if total else 1.0
         energy = results[0][f"{key}.energy"].item()
