@@ -28,12 +28,13 @@ def test_a_tracked_run(tiny_model: Path, tmp_path: Path, method: str) -> None:
     options = (
         f"--model {tiny_model} --data {data} --eval-data {data} --r 4 --dtype fp32 "
         f"--method {method} --train-batch-size 4 --micro-batch-size 2 --max-steps 5 "
-        "--save-every 2 --lr 5e-3 --init-memory-gib 1e-4"  # layers in groups
+        "--save-every 2 --lr 5e-3"
     ).split()
+    tracked = ("--track-alignment", "2", "--init-memory-gib", "1e-4")  # layers in groups
     plain, folder = tmp_path / "plain", tmp_path / "tracked"
     run_worker(*options, "--output-dir", str(plain))
     assert not (plain / ALIGNMENT).exists()
-    output = run_worker(*options, "--output-dir", str(folder), "--track-alignment", "2")
+    output = run_worker(*options, "--output-dir", str(folder), *tracked)
     assert losses(folder) == losses(plain), "the same to the bit"
     rows = read_rows(folder / ALIGNMENT)
     layers = list(dict.fromkeys(row["layer"] for row in rows))
@@ -57,7 +58,6 @@ def test_a_tracked_run(tiny_model: Path, tmp_path: Path, method: str) -> None:
             if int(path.name[5:]) > last:
                 shutil.rmtree(path)
         (folder / "report.md").unlink()
-        tracked = ("--resume", "auto", "--track-alignment", "2")
-        run_worker(*options, "--output-dir", str(folder), *tracked)
+        run_worker(*options, "--output-dir", str(folder), "--resume", "auto", *tracked)
         assert bits(read_rows(folder / ALIGNMENT)) == bits(rows), last
         assert losses(folder) == losses(plain)
