@@ -14,7 +14,7 @@ import click
 from launcher.command import asked_for
 from launcher.hostfile import read_hostfile, select, write_hostfile
 from launcher.job_script import k8s_manifest, slurm_script
-from launcher.options import CONTEXT, reports_problems, run_options, to_arguments
+from launcher.options import CONTEXT, add_options, reports_problems, run_options, to_arguments
 from launcher.slurm import from_slurm
 from lorasb_ds.config import ConfigError
 from lorasb_ds.ds_config import resolve_ds_config
@@ -63,7 +63,7 @@ def launch_script() -> None:
 
 def script_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """What both schedulers are told, and the options of the run."""
-    options = (
+    return add_options(
         click.option("--verb", type=click.Choice(["train", "init"]), default="train"),
         click.option("--nodes", type=POSITIVE, default=1, show_default=True),
         click.option("--gpus-per-node", type=POSITIVE, default=8, show_default=True),
@@ -77,10 +77,7 @@ def script_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--env", multiple=True, metavar="NAME[=VALUE]", help="A variable of the job."),
         run_options,
         reports_problems,
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
+    )(command)
 
 
 @launch_script.command(context_settings=CONTEXT)

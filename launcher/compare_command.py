@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -16,20 +15,17 @@ import click
 from launcher.compare_run import JSON, Comparison, run_comparison
 from launcher.job import make_job
 from launcher.launch_options import LaunchOptions, launch_options
-from launcher.options import CONTEXT, field_options, reports_problems
+from launcher.options import CONTEXT, add_options, field_options, reports_problems
 from launcher.places import find_places
 from launcher.pool import Place
-from launcher.sweep_runs import LORASB, launch_in
-from lorasb_ds.compare import NOT_COMPARED
+from launcher.sweep_runs import OF_NO_CONSEQUENCE, PARALLEL, launch_in, shown
 from lorasb_ds.config import ConfigError, RunConfig, read_json
 from lorasb_ds.methods import PEFT_PREFIX
 from lorasb_ds.request import load_run_config
 from lorasb_ds.sweep import SWEPT, Trial, is_file, label, make_sweep, own_options
 
 POSITIVE = click.IntRange(min=1)
-# Of no consequence for what a run comes to.
-FREE = {*SWEPT, *NOT_COMPARED, "save_every", "keep_last", "on_save_error", "profile"}
-FREE |= {"dataset_num_proc", "generate_samples", "trust_remote_code"}
+FREE = {*SWEPT, *OF_NO_CONSEQUENCE, "dataset_num_proc", "generate_samples", "trust_remote_code"}
 OPTIONS = (
     click.option("--output-dir", required=True, help="Folder of the comparison."),
     click.option(
@@ -77,13 +73,7 @@ OPTIONS = (
         metavar="METHOD:OPTION=VALUE",
         help="An option of one method's runs, as lora-one:precondition=0.1.",
     ),
-    click.option(
-        "--parallel",
-        type=POSITIVE,
-        default=1,
-        show_default=True,
-        help="Runs at a time on this host.",
-    ),
+    PARALLEL,
     click.option(
         "--eval-samples",
         type=click.IntRange(min=0),
@@ -101,15 +91,9 @@ OPTIONS = (
 )
 
 
-def _sweep_options(command: Any) -> Any:
-    for option in reversed(OPTIONS):
-        command = option(command)
-    return command
-
-
 @click.command(name="compare", context_settings=CONTEXT)
 @reports_problems
-@_sweep_options
+@add_options(*OPTIONS)
 @launch_options
 @field_options(*(name for name in RunConfig.model_fields if name not in SWEPT))
 def compare_command(
@@ -247,7 +231,7 @@ def dry_run(comparison: Comparison, places: Sequence[Place]) -> str:
     lines = []
     for i, trial in enumerate(sweep.first()):
         command = comparison.train_command(trial, places[i % len(places)])
-        lines.append(f"{trial.name}: {shlex.join(['lorasb', *command[len(LORASB) :]])}")
+        lines.append(shown(trial.name, command))
     if sweep.best is not None and len(sweep.seeds) > 1:
         seeds = ", ".join(map(str, sweep.seeds[1:]))
         lines.append(f"# then, with seed {seeds}: the best {sweep.best}, at their best --lr")

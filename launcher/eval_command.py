@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from launcher.launch_options import LaunchOptions, launch_options
-from launcher.options import CONTEXT, field_options, reports_problems, to_arguments
+from launcher.options import CONTEXT, add_options, field_options, reports_problems, to_arguments
 from launcher.ranks import EVAL, run_here, worker_command
 from launcher.start import start
 from lorasb_ds.config import DEMO_EVAL_DATA, ConfigError
@@ -90,10 +90,7 @@ def eval_options(command: Callable[..., Any]) -> Callable[..., Any]:
         launch = {"launch": options.pop("launch")} if "launch" in options else {}
         return command(own=own, given=with_adapter(options, own["adapter"]), **launch)
 
-    wrapped: Callable[..., Any] = field_options(*FIELDS)(wrapper)
-    for option in reversed(OPTIONS):
-        wrapped = option(wrapped)
-    return wrapped
+    return add_options(*OPTIONS, field_options(*FIELDS))(wrapper)
 
 
 @click.command(name="eval", context_settings=CONTEXT)

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from launcher.command import BACKENDS
+from launcher.options import add_options
 from lorasb_ds.config import ConfigError
 
 POSITIVE = click.IntRange(min=1)
@@ -182,8 +183,5 @@ def launch_options(command: Callable[..., Any]) -> Callable[..., Any]:
         launch = LaunchOptions(**{name: options.pop(name) for name in names})
         return command(launch=launch, **options)
 
-    wrapped: Callable[..., Any] = wrapper
-    for name in reversed(names):
-        flag = "--" + name.replace("_", "-")
-        wrapped = click.option(flag, name, **OPTIONS[name])(wrapped)
-    return wrapped
+    flags = [click.option("--" + name.replace("_", "-"), name, **OPTIONS[name]) for name in names]
+    return add_options(*flags)(wrapper)

@@ -60,10 +60,15 @@ def run_options(command: Command) -> Command:
 
 def field_options(*names: str) -> Callable[[Command], Command]:
     """Add some fields of RunConfig as options. None means not given."""
+    return add_options(*(_option(name, RunConfig.model_fields[name]) for name in names))
+
+
+def add_options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Add options, or groups of them, which --help shows in this order."""
 
     def add(command: Command) -> Command:
-        for name in reversed(names):
-            command = _option(name, RunConfig.model_fields[name])(command)
+        for option in reversed(options):
+            command = option(command)
         return command
 
     return add

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,20 @@ import click
 
 from launcher.job import make_job
 from launcher.launch_options import LaunchOptions, launch_options
-from launcher.options import CONTEXT, field_options, reports_problems, to_arguments
+from launcher.options import CONTEXT, add_options, field_options, reports_problems, to_arguments
 from launcher.places import find_places
 from launcher.pool import Place
 from launcher.sensitivity_run import COMMAND, PICTURE, Study, ask, run_study
 from launcher.sweep_runs import (
-    LORASB,
+    OF_NO_CONSEQUENCE,
+    PARALLEL,
     Conductor,
     check_folder,
     launch_in,
+    shown,
     sweep_folder,
     train_command,
 )
-from lorasb_ds.compare import NOT_COMPARED
 from lorasb_ds.config import ConfigError, RunConfig
 from lorasb_ds.methods import METHODS
 from lorasb_ds.request import load_run_config
@@ -32,9 +32,7 @@ from lorasb_ds.sensitivity import SHARES, Draw, sample_sizes, told_sizes
 
 # Set in its runs, or without meaning there.
 OWN = ("init_samples", "init_seed", "init_from", "output_dir", "overwrite", "resume")
-# Of no consequence for what a run comes to.
-FREE = {*OWN, *NOT_COMPARED, "save_every", "keep_last", "on_save_error", "profile"}
-POSITIVE = click.IntRange(min=1)
+FREE = {*OWN, *OF_NO_CONSEQUENCE}
 OPTIONS = (
     click.option("--output-dir", required=True, help="Folder of all runs and of what they say."),
     click.option(
@@ -53,26 +51,14 @@ OPTIONS = (
         metavar="SEED,…",
         help="Seeds, each of which draws a sample of every size.",
     ),
-    click.option(
-        "--parallel",
-        type=POSITIVE,
-        default=1,
-        show_default=True,
-        help="Runs at a time on this host.",
-    ),
+    PARALLEL,
     click.option("--overwrite", is_flag=True, help="Delete what --output-dir has of earlier runs."),
 )
 
 
-def _own_options(command: Any) -> Any:
-    for option in reversed(OPTIONS):
-        command = option(command)
-    return command
-
-
 @click.command(name=COMMAND, context_settings=CONTEXT)
 @reports_problems
-@_own_options
+@add_options(*OPTIONS)
 @launch_options
 @field_options(*(name for name in RunConfig.model_fields if name not in OWN))
 def sensitivity_command(
@@ -109,7 +95,7 @@ def sensitivity_command(
     if launch.dry_run:
         for i, draw in enumerate(draws):
             command = train_command(launch, study.options_of(draw), places[i % len(places)])
-            click.echo(f"{draw.name}: {shlex.join(['lorasb', *command[len(LORASB) :]])}")
+            click.echo(shown(draw.name, command))
         return
     if len(draws) < 2:
         raise ConfigError(

@@ -6,6 +6,7 @@ Torch-free.
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 import time
@@ -22,10 +23,20 @@ from filelock import FileLock, Timeout
 from launcher.launch_options import OPTIONS, LaunchOptions
 from launcher.options import to_arguments
 from launcher.pool import Place, Pool, Work
+from lorasb_ds.compare import NOT_COMPARED
 from lorasb_ds.config import ConfigError, RunConfig, option_name
 from lorasb_ds.files import write_json
 
 LORASB = (sys.executable, "-m", "launcher.cli")
+# Options that do not change what a run comes to.
+OF_NO_CONSEQUENCE = {*NOT_COMPARED, "save_every", "keep_last", "on_save_error", "profile"}
+PARALLEL = click.option(
+    "--parallel",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Runs at a time on this host.",
+)
 RUNS = "runs"  # in the folder of a sweep
 
 
@@ -60,6 +71,11 @@ def train_command(
         *launch_arguments(launch_in(launch, place), port),
         *to_arguments(options),
     ]
+
+
+def shown(name: str, command: Sequence[str]) -> str:
+    """A run and its command, as a dry run tells them."""
+    return f"{name}: {shlex.join(['lorasb', *command[len(LORASB) :]])}"
 
 
 def log_of(folder: Path, name: str) -> Path:

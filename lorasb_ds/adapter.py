@@ -1,8 +1,8 @@
-"""Layers with an adapter: what all have, and LoRA-SB's; which layers get one, and how."""
+"""Layers with an adapter: what all have, and LoRA-SB's; how they get into a model."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
@@ -12,13 +12,13 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from lorasb_ds.config import ALL_LINEAR, ConfigError
+from lorasb_ds import zero
 from lorasb_ds.low_rank import LoraPair
 from lorasb_ds.methods import TRAIN_R
 from lorasb_ds.quantization import PackedLinear
+from lorasb_ds.targets import Shapes, layer_shape
 
 Layer = TypeVar("Layer", bound="AdapterLinear")
-Shapes = dict[str, tuple[int, int]]  # layer name -> (out, in)
 
 
 class Tap(Protocol):
@@ -31,7 +31,7 @@ class Tap(Protocol):
         """In the backward pass: the layer's input (…, in) and its output's gradient (…, out)."""
 
 
-class AdapterLinear(nn.Module):
+class AdapterLinear(nn.Module, ABC):
     """A frozen linear layer with a low-rank branch, of which some factors are trained.
 
     All factors are zero until the init phase fills them: the layer is its base.
@@ -79,17 +79,16 @@ class AdapterLinear(nn.Module):
         return parameter
 
     def factor_shape(self, name: str) -> torch.Size:
-        """Its whole shape, which ZeRO-3 keeps beside what it has sharded."""
-        parameter: Any = self.factor(name)
-        return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+        """Its whole shape."""
+        return zero.whole_shape(self.factor(name))
 
+    @abstractmethod
     def plain_lora(self, values: Mapping[str, torch.Tensor]) -> LoraPair:
         """The update that some factors make, without ``scale``; fp32.
 
         Args:
             values: of all ``trained`` and ``frozen``, whole.
         """
-        raise NotImplementedError
 
     @property
     def weight(self) -> Any:
@@ -110,13 +109,13 @@ class AdapterLinear(nn.Module):
             y = y + self.scale * self.branch(x)
         return y
 
+    @abstractmethod
     def fused(self, x: torch.Tensor) -> torch.Tensor:
         """Base and branch in one, where the base is a plain linear layer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def branch(self, x: torch.Tensor) -> torch.Tensor:
         """ΔW x, without ``scale``."""
-        raise NotImplementedError
 
     def base_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """W0 (out, in) in a dtype; dequantized anew where it has to be. Gathered, under ZeRO-3."""
@@ -218,81 +217,6 @@ class _TapFunction(torch.autograd.Function):
         return grad_y, None, None, None
 
 
-def layer_shape(layer: Any) -> tuple[int, int]:
-    """(out, in) of a linear layer of any kind."""
-    if isinstance(layer, Conv1D):
-        return layer.nf, layer.nx
-    return layer.out_features, layer.in_features
-
-
-def linear_layers(model: Any) -> Shapes:
-    """Every linear layer but the head, by name in the model's order. 4-bit layers count.
-
-    A layer that two parents share is left out: PEFT would load its adapter into one of them only.
-    (Blocks that are used several times are fine: their layers have one parent.)
-    """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    parents: defaultdict[nn.Module, set[nn.Module]] = defaultdict(set)
-    for module in model.modules():
-        for child in module.children():
-            parents[child].add(module)
-    return {
-        name: layer_shape(module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-        and module is not head
-        and len(parents[module]) == 1
-    }
-
-
-def expert_layers(model: nn.Module) -> dict[str, int]:
-    """Modules that hold the experts of an MoE block as 3-D parameters, and their elements.
-
-    They are no linear layers, so that they get no adapter and stay frozen.
-    """
-    return {
-        name: sum(p.numel() for p in experts)
-        for name, module in model.named_modules()
-        if not isinstance(module, nn.Conv1d)
-        and (experts := [p for p in module.parameters(recurse=False) if p.ndim == 3])
-    }
-
-
-def select_targets(layers: Shapes, target_modules: str, r: int, directions: int = 1) -> Shapes:
-    """The layers that get an adapter: all, or those whose name is or ends in a given one (PEFT).
-
-    All are all with more than one output: gates such as Qwen-MoE's of shared experts have one.
-
-    Args:
-        directions: times r, those of a layer that the method takes.
-
-    Raises:
-        ConfigError: if a name matches nothing, or r is larger than a matched layer allows.
-    """
-    if target_modules == ALL_LINEAR:
-        targets = {name: shape for name, shape in layers.items() if min(shape) > 1}
-        missing = [] if targets else [ALL_LINEAR]
-    else:
-        wanted = [name.strip() for name in target_modules.split(",") if name.strip()]
-        matches = {w: {n for n in layers if n == w or n.endswith("." + w)} for w in wanted}
-        missing = [w for w, names in matches.items() if not names] or ([] if wanted else ["''"])
-        targets = {n: s for n, s in layers.items() if any(n in m for m in matches.values())}
-    if missing:
-        kinds = sorted({name.rpartition(".")[2] for name in layers})
-        raise ConfigError(
-            f"--target-modules {target_modules}: no linear layer matches {', '.join(missing)}. The "
-            f"model has linear layers named {', '.join(kinds) or '(none)'}."
-        )
-    name, shape = min(targets.items(), key=lambda item: min(item[1]))
-    if r * directions > min(shape):
-        taken = "" if directions == 1 else f" times {directions}, which the method takes,"
-        raise ConfigError(
-            f"--r {r}{taken} exceeds min(out, in) = {min(shape)} of {name}; lower --r, or leave "
-            "such layers out by --target-modules."
-        )
-    return targets
-
-
 def inject(
     model: nn.Module,
     targets: Shapes,
@@ -318,13 +242,8 @@ def inject(
     return adapters
 
 
-def trained_parameters(adapters: Mapping[str, AdapterLinear]) -> dict[str, nn.Parameter]:
-    """``<layer>.<factor>`` -> the parameter, of all that is trained."""
-    return {f"{n}.{key}": a.factor(key) for n, a in adapters.items() for key in a.trained}
-
-
 def trained_in(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The same of a whole model, whatever has put it there: all that requires grad, by name."""
+    """All that is trained, whatever has put it there: ``<layer>.<factor>`` -> the parameter."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 

@@ -27,7 +27,7 @@ from lorasb_ds.checkpoint import (
 )
 from lorasb_ds.config import DEMO_MODEL, ConfigError, demo_model_dir, read_json
 from lorasb_ds.low_rank import LoraPair
-from lorasb_ds.methods import DEFAULT_METHOD, METHODS, PEFT_PREFIX, TRAIN_AB, TRAIN_R
+from lorasb_ds.methods import DEFAULT_METHOD, METHODS, PEFT_PREFIX, Method
 from lorasb_ds.peft_config import (
     CONFIG_FILE,
     NARROWING,
@@ -208,26 +208,30 @@ def trained_on(adapter: StoredAdapter) -> str | None:
     if adapter.run is None or not (adapter.run / BASIS_FILE).is_file():
         return None
     read_header(adapter.run / BASIS_FILE, str(adapter.run))
-    digest = _metadata(adapter.run, "made_from").get("model files")
+    digest = _made_from(adapter.run).get("model files")
     return digest if isinstance(digest, str) else None
 
 
-def _metadata(run: Path, key: str) -> dict[str, Any]:
-    """The object that a basis has there; {} without one."""
+def _made_from(run: Path) -> dict[str, Any]:
+    """What a basis says that it was made from; {} if nothing."""
     try:
-        found = json.loads(metadata_of(run / BASIS_FILE).get(key, "{}"))
+        found = json.loads(metadata_of(run / BASIS_FILE).get("made_from", "{}"))
     except (ValueError, TypeError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
-def _of_basis(stored: Mapping[str, StoredTensor], run: Path) -> dict[str, Factors]:
-    """Of a run whose basis these are, with or without those of a checkpoint."""
-    made_from = _metadata(run, "made_from")
-    method = METHODS.get(str(made_from.get("--method", DEFAULT_METHOD)))
-    scale = made_from.get(SCALING, 1.0)
+def _method_of(run: Path) -> Method:
+    """Of a run with one of ``METHODS``."""
+    method = METHODS.get(str(_made_from(run).get("--method", DEFAULT_METHOD)))
     if method is None:
         raise ConfigError(f"{run}: {BASIS_FILE} is of an unknown --method. Fetch it again.")
+    return method
+
+
+def _of_basis(stored: Mapping[str, StoredTensor], run: Path) -> dict[str, Factors]:
+    """Of a run whose basis these are, with or without those of a checkpoint."""
+    method, scale = _method_of(run), _made_from(run).get(SCALING, 1.0)
     if not isinstance(scale, int | float) or not math.isfinite(scale):
         raise ConfigError(f"{run}: {BASIS_FILE} has {scale!r} as its scaling. Fetch it again.")
     layers = {}
@@ -263,9 +267,8 @@ def _checkpoint(folder: Path, run: Path) -> StoredAdapter:
         )
     basis = read_header(run / BASIS_FILE, str(run))
     state = read_header(folder / STATE_FILE, str(folder))
-    trained = TRAIN_R if any(key.endswith(".lora_R") for key in basis) else TRAIN_AB
-    stored = {k: t for k, t in basis.items() if not k.endswith(tuple(f".{t}" for t in trained))}
-    stored |= state
+    trained = tuple(f".{factor}" for factor in _method_of(run).trained)
+    stored = {key: t for key, t in basis.items() if not key.endswith(trained)} | state
     layers = _of_basis(stored, run)
     _check(folder, layers, stored)
     return StoredAdapter(folder, run, _run_config(run), {}, layers, stored)

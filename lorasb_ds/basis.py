@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lorasb_ds import zero
-from lorasb_ds.adapter import AdapterLinear, Shapes
+from lorasb_ds.adapter import AdapterLinear
 from lorasb_ds.base_files import weights_digest
 from lorasb_ds.batches import Sample
 from lorasb_ds.config import ConfigError, RunConfig
@@ -25,6 +25,7 @@ from lorasb_ds.init_report import InitReport, LayerInit, Step
 from lorasb_ds.methods import DEFAULT_METHOD, METHODS, PEFT_PREFIX
 from lorasb_ds.request import read_peft_file
 from lorasb_ds.step import choose_step, measure_step
+from lorasb_ds.targets import Shapes
 from lorasb_ds.tensor_writer import save_tensors
 
 BASIS_FORMAT = "3"
@@ -105,14 +106,14 @@ def save_basis(
 
 
 def check_basis(
-    folder: Path, option: str, r: int | None, made_from: Mapping[str, Any], *, may_cut: bool
+    folder: Path, option: str, r: int | None, made_from: Mapping[str, Any], uncut: str | None
 ) -> InitReport:
     """Refuse a basis that this run's settings would not have given.
 
     Args:
         option: by which the folder was named, for messages.
         r: of the run; None where PEFT's configuration says what there is.
-        may_cut: r may be smaller than that of the basis.
+        uncut: what to do about an r that is smaller than that of the basis; None: it is cut.
     Returns:
         What the init found, cut to r.
     Raises:
@@ -146,14 +147,8 @@ def check_basis(
     if r is None:
         return report
     r_max = min(ranks)
-    if r < r_max and not may_cut:
-        way = (
-            "The factors of a method that trains A and B are not cut to a smaller r: compute them "
-            "again."
-            if option.startswith("--init-from")
-            else f"To cut its basis to a smaller r, start a new run with --init-from {folder}."
-        )
-        raise ConfigError(f"--r {r} is not that of the run, {r_max}. {way}")
+    if r < r_max and uncut is not None:
+        raise ConfigError(f"--r {r} is not that of the run, {r_max}. {uncut}")
     if r > r_max:
         raise ConfigError(
             f"--r {r} is larger than the basis of {option}, which has r = {r_max}. A "

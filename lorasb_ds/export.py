@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from lorasb_ds import zero
-from lorasb_ds.adapter import AdapterLinear, Shapes
+from lorasb_ds.adapter import AdapterLinear
 from lorasb_ds.files import publish, write_json
 from lorasb_ds.peft_config import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from lorasb_ds.targets import Shapes
 from lorasb_ds.tensor_writer import save_tensors
 
 
@@ -27,12 +28,9 @@ def collect_lora(adapters: Mapping[str, AdapterLinear]) -> dict[str, torch.Tenso
     """
     tensors: dict[str, torch.Tensor] = {}
     for name, adapter in adapters.items():
-        values = {key: zero.full_fp32(adapter.factor(key)) for key in adapter.trained}
-        for key, value in values.items():
-            if not torch.isfinite(value).all():
-                raise FloatingPointError(
-                    f"{key} of {name} is not finite: the last step overflowed."
-                )
+        values = {
+            key: trained_value(f"{key} of {name}", adapter.factor(key)) for key in adapter.trained
+        }
         frozen = {key: adapter.factor(key) for key in adapter.frozen}
         with zero.gathered(frozen.values()):
             if zero.rank() != 0:
@@ -41,6 +39,18 @@ def collect_lora(adapters: Mapping[str, AdapterLinear]) -> dict[str, torch.Tenso
             A, B = adapter.plain_lora(values)
             tensors |= peft_tensors(name, A.cpu().clone(), B.cpu().clone())
     return tensors
+
+
+def trained_value(name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The whole fp32 master of what was trained. Collective.
+
+    Raises:
+        FloatingPointError: on every rank, if it is not finite.
+    """
+    value = zero.full_fp32(parameter)
+    if not torch.isfinite(value).all():
+        raise FloatingPointError(f"{name} is not finite: the last step overflowed.")
+    return value
 
 
 def peft_tensors(name: str, A: torch.Tensor, B: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.distributed as dist
 
-from lorasb_ds import accelerator, zero
+from lorasb_ds import zero
 from lorasb_ds.adapter import AdapterLinear
 from lorasb_ds.config import RunConfig
 from lorasb_ds.gradients import is_transposed
 from lorasb_ds.linalg import TruncatedSVD
 from lorasb_ds.methods import METHODS, Layer, Method
-from lorasb_ds.sharding import Group, broadcast, gather_rows, row_range
+from lorasb_ds.sharding import Group, gather_rows, row_range
 
 if TYPE_CHECKING:
     from lorasb_ds.methods import Factors
@@ -145,11 +145,11 @@ def fill_factors(name: str, adapter: AdapterLinear, factors: Factors | None) -> 
         if value is not None:
             basis[f"{name}.{key}"] = value.to("cpu", adapter.factor(key).dtype).contiguous()
     for key in adapter.trained:
-        value = torch.empty(adapter.factor_shape(key), device=accelerator.device())
-        if factors is not None:
-            value.copy_(factors[key])
-            basis[f"{name}.{key}"] = value.cpu().contiguous()
-        zero.fill_trainable(adapter.factor(key), broadcast(value, 0, None))
+        value = None if factors is None else factors[key].float()
+        zero.fill_trainable_from(adapter.factor(key), value)
+        if value is not None:
+            # A copy: an offset is the same tensor, and a file holds no two names of one.
+            basis[f"{name}.{key}"] = value.to("cpu", copy=True).contiguous()
     return basis
 
 

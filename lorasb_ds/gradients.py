@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lorasb_ds import accelerator
-from lorasb_ds.adapter import AdapterLinear, set_scale, trained_parameters
+from lorasb_ds.adapter import AdapterLinear, set_scale, trained_in
 from lorasb_ds.batches import Batch
 from lorasb_ds.loss import token_loss_sum
 from lorasb_ds.sharding import Group, row_range
@@ -211,7 +211,7 @@ def average_gradients(
     wanted = {name: adapters[name] for name in (adapters if names is None else names)}
     shards = GradientShards(wanted, group, offload)
     loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device())
-    state = factors_fixed(adapters) if with_adapters else branches_off(adapters)
+    state = factors_fixed(model) if with_adapters else branches_off(adapters)
     with taps(wanted, shards), state, no_dropout(model):
         for batch in batches:
             loss = token_loss_sum(model, batch)
@@ -248,9 +248,9 @@ def branches_off(adapters: Mapping[str, AdapterLinear]) -> Iterator[None]:
 
 
 @contextmanager
-def factors_fixed(adapters: Mapping[str, AdapterLinear]) -> Iterator[None]:
+def factors_fixed(model: nn.Module) -> Iterator[None]:
     """No factor gets a gradient meanwhile, nor does an engine that gathers them hear of any."""
-    trained = trained_parameters(adapters).values()
+    trained = trained_in(model).values()
     for factor in trained:
         factor.requires_grad_(False)
     try:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from transformers import GenerationConfig
 
 from lorasb_ds import accelerator, zero
-from lorasb_ds.adapter import LoraSBLinear, Shapes, inject, linear_layers
+from lorasb_ds.adapter import LoraSBLinear, inject
 from lorasb_ds.adapter_files import StoredAdapter, read_adapter
 from lorasb_ds.base_files import model_folder
 from lorasb_ds.config import ConfigError, RunConfig
@@ -19,6 +19,7 @@ from lorasb_ds.evaluate import stop_tokens
 from lorasb_ds.loading import DTYPES, base_config, empty_model, load_base
 from lorasb_ds.loss import add_loss_head, check_loss_head
 from lorasb_ds.low_rank import product_svd
+from lorasb_ds.targets import Shapes, linear_layers
 from lorasb_ds.tokenizer import load_tokenizer
 
 

@@ -56,6 +56,7 @@ def init_phase(
 ) -> InitReport:
     """A, B and R by the init, or from an earlier one; on disk when it returns. Collective."""
     config, plan = run.config, run.footprint.init
+    method = METHODS.get(config.method)  # None: PEFT's
     probe = run.sample(run.probe_rows)
     if run.peft is not None:
         report, basis = as_peft_made_it(engine, probe)
@@ -65,7 +66,7 @@ def init_phase(
         )
         say(f"init taken from {config.init_from}")
     else:
-        if Recipe.of(config).method.needs_gradient:
+        if method is not None and method.needs_gradient:
             groups = f", in {len(plan.groups)} groups of layers" if len(plan.groups) > 1 else ""
             say(
                 f"init: gradients and SVD will take {plan.predicted_bytes / GIB:.2f} GiB a process"
@@ -94,7 +95,6 @@ def init_phase(
     )
     if report.not_descending:
         where = ", ".join(report.not_descending)
-        method = METHODS.get(config.method)
         told = "R starts at 0 there" if method and method.trains_r else "their gradient is 0"
         say(f"warning: no descent in {where}: {told}")
     if report.partly_reached:

@@ -14,7 +14,6 @@ from transformers.core_model_loading import build_glob_alternation
 from transformers.pytorch_utils import Conv1D
 
 from lorasb_ds import accelerator, zero
-from lorasb_ds.adapter import layer_shape, linear_layers
 from lorasb_ds.base_files import (
     StoredTensor,
     first_line,
@@ -24,6 +23,7 @@ from lorasb_ds.base_files import (
 from lorasb_ds.config import ConfigError, RunConfig
 from lorasb_ds.quantization import Kind, PackedLinear, PackedLinear4bit, PackedLinear8bit
 from lorasb_ds.streaming import TensorReader, put, stream_weights
+from lorasb_ds.targets import layer_shape, linear_layers
 from lorasb_ds.weight_map import Source, map_weights
 
 # What transformers raises for a config.json that makes no sense.

@@ -107,8 +107,15 @@ class Method:
         return {"1": 1.0, "alpha/r": alpha / r, "alpha/√r": alpha / math.sqrt(r)}[self.scaling]
 
     @property
+    def source(self) -> Literal["gradient", "weight", "nothing"]:
+        """Of the matrix that is decomposed."""
+        if self.matrix == "weight":
+            return "weight"
+        return "gradient" if self.matrix in ("update", "sign", "gradient") else "nothing"
+
+    @property
     def needs_gradient(self) -> bool:
-        return self.matrix in ("update", "sign", "gradient")
+        return self.source == "gradient"
 
     @property
     def trains_r(self) -> bool:

@@ -10,11 +10,10 @@ import torch
 
 from lorasb_ds.config import ConfigError, RunConfig
 from lorasb_ds.matrix_optimizer import MatrixOptimizer
+from lorasb_ds.updates import ADAFACTOR_EPSILON, ADAFACTOR_SIZE
+from lorasb_ds.zero import whole_shape
 
 SGD_MOMENTUM = 0.9
-# The second is its square, the paper's; torch's default, 1e-7 and 1e-14, is more than a gradient of
-# a large model. The other is what a weight counts as at least (arXiv 1804.04235, section 9).
-ADAFACTOR_EPSILON = (1e-15, 1e-3)
 
 
 def make_optimizer(
@@ -34,11 +33,11 @@ def make_optimizer(
 
         return Lion(params, **rates)
     if config.optimizer == "adafactor":
-        return MatrixOptimizer(
-            params, lambda p: torch.optim.Adafactor(p, eps=ADAFACTOR_EPSILON, **rates), rates
-        )
+        # torch squares the first, of which its default is more than a gradient of a large model.
+        eps = math.sqrt(ADAFACTOR_EPSILON), ADAFACTOR_SIZE
+        return MatrixOptimizer(params, lambda p: torch.optim.Adafactor(p, eps=eps, **rates), rates)
     if config.optimizer == "muon":
-        shapes = [tuple(getattr(p, "ds_shape", p.shape)) for p in params]  # whole, under ZeRO-3
+        shapes = [tuple(whole_shape(p)) for p in params]
         if others := [shape for shape in shapes if len(shape) != 2]:
             raise ConfigError(
                 f"--optimizer muon orthogonalizes matrices, but {len(others)} of the parameters "

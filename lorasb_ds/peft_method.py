@@ -21,14 +21,15 @@ from safetensors import safe_open
 from torch import nn
 
 from lorasb_ds import accelerator, zero
-from lorasb_ds.adapter import Shapes, layer_shape, trained_in
+from lorasb_ds.adapter import trained_in
 from lorasb_ds.config import ConfigError, RunConfig
-from lorasb_ds.export import write_adapter
+from lorasb_ds.export import trained_value, write_adapter
 from lorasb_ds.host_memory import release_freed_memory
 from lorasb_ds.peft_config import PREFIX
 from lorasb_ds.peft_file import peft_config, refusal
 from lorasb_ds.request import read_peft_file
 from lorasb_ds.sharding import broadcast
+from lorasb_ds.targets import Shapes, layer_shape
 
 ADAPTER = "default"  # PEFT's name of the one adapter
 
@@ -198,9 +199,7 @@ def collect_peft(model: nn.Module) -> dict[str, torch.Tensor]:
     """
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in trained_in(model).items():
-        value = zero.full_fp32(parameter)
-        if not torch.isfinite(value).all():
-            raise FloatingPointError(f"{name} is not finite: the last step overflowed.")
+        value = trained_value(name, parameter)
         if zero.rank() == 0:
             tensors[name] = value.cpu().clone().contiguous()
     for name, tensor in kept_in(model).items():
@@ -217,11 +216,7 @@ def fill_peft(model: nn.Module, file: Path) -> None:
         with safe_open(file, "pt") as opened:
             stored = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     for name, parameter in trained.items():
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        value = torch.empty(shape, device=accelerator.device())
-        if stored:
-            value.copy_(stored[name])
-        zero.fill_trainable(parameter, broadcast(value, 0, None))
+        zero.fill_trainable_from(parameter, stored.get(name))
     for name, tensor in kept_in(model).items():
         if isinstance(tensor, nn.Parameter):
             zero.fill(tensor, stored.get(name))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,16 +12,15 @@ from typing import Any
 import torch.distributed as dist
 
 from lorasb_ds import accelerator, zero
-from lorasb_ds.adapter import Shapes, expert_layers, select_targets
 from lorasb_ds.base_files import stored_tensors
 from lorasb_ds.basis import PEFT_FILE, check_basis, fingerprint
 from lorasb_ds.batches import Batch, Sample, share_out
 from lorasb_ds.checkpoint import Resume, find_resume
-from lorasb_ds.config import MATRIX_OPTIMIZERS, ConfigError, RunConfig, read_json
+from lorasb_ds.config import ConfigError, RunConfig, read_json
 from lorasb_ds.data import TokenizedRows
 from lorasb_ds.data_cache import load_data
+from lorasb_ds.demand import with_init_of, workload_of
 from lorasb_ds.ds_config import resolve_ds_config
-from lorasb_ds.factors import Recipe
 from lorasb_ds.footprint import Footprint, footprint, init_plan
 from lorasb_ds.forecast import Forecast, check_fits, forecast, this_cluster
 from lorasb_ds.init_report import InitReport
@@ -32,10 +30,11 @@ from lorasb_ds.model_shape import ModelShape
 from lorasb_ds.order import Order, Unit, init_sample
 from lorasb_ds.peft_method import PeftPlan, plan_peft
 from lorasb_ds.placement import Placement, placement_of
-from lorasb_ds.plan import GIB, Cluster
+from lorasb_ds.plan import Cluster
 from lorasb_ds.request import check_output_dir
 from lorasb_ds.same_run import check_resume, what_must_match, with_global_batch
 from lorasb_ds.shapes import shape_of
+from lorasb_ds.targets import Shapes, expert_layers, select_targets
 from lorasb_ds.tokenizer import choose_pad_token, read_tokenizer
 from lorasb_ds.tracking import check_tracker
 from lorasb_ds.weight_map import map_weights, unused_tensors
@@ -154,12 +153,13 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
             f"warning: {len(unused)} tensors of the checkpoint have no place in the model of "
             f"config.json, such as {', '.join(unused[:3])}"
         )
-    peft = plan_peft(config, model) if method is None else None
-    if peft is not None:
+    peft = None
+    if method is None:
+        peft = plan_peft(config, model)
         targets = peft.layers
     else:
-        times = method.directions if method is not None else 1
-        targets = select_targets(dict(shape.layers), config.target_modules, config.r, times)
+        layers, times = dict(shape.layers), method.directions
+        targets = select_targets(layers, config.target_modules, config.r, times)
     train, held_out, init_rows, data_notes = load_data(config, tokenizer)
     gradient_rows, probe_rows = init_sample(
         len(init_rows.examples), config.init_samples, config.seed_of_init
@@ -182,11 +182,13 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
     elif config.init_from is not None:
         option = f"--init-from {config.init_from}"
         folder = Path(config.init_from)
-        cuts = method is not None and method.trains_r
-        stored_init = check_basis(folder, option, config.r, made_from, may_cut=cuts)
+        uncut = None
+        if method is not None and not method.trains_r:
+            uncut = "Where A and B are trained they are not cut to a smaller r: compute them again."
+        stored_init = check_basis(folder, option, config.r, made_from, uncut)
     form = "nf4" if config.load_in_4bit else "int8" if config.load_in_8bit else config.dtype
     placement = placement_of(ds_config, form, world_size)
-    workload = _workload(config, targets, peft, train, len(gradient_rows))
+    workload = workload_of(config, targets, peft, train, len(gradient_rows))
     longest = int(init_rows.lengths[gradient_rows].max())
     init = init_plan(
         shape, replace(workload, max_length=longest), world_size, placement.dtype_bytes
@@ -194,8 +196,8 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
     memory = footprint(shape, placement, workload, init)
     if config.init_data is not None:  # whose rows may be longer, or shorter
         sample = init_rows.select([*gradient_rows, *probe_rows])
-        of_init = _workload(config, targets, peft, sample, len(gradient_rows))
-        memory = _with_init_of(memory, footprint(shape, placement, of_init, init))
+        of_init = workload_of(config, targets, peft, sample, len(gradient_rows))
+        memory = with_init_of(memory, footprint(shape, placement, of_init, init))
     cluster = this_cluster(world_size)
     has_init = config.init_from is not None or resume is not None or peft is not None
     forecasted = forecast(shape, memory, workload, cluster, has_init)
@@ -237,68 +239,6 @@ def _check_packing(config: RunConfig, model: Any) -> None:
             f"--packing: a {type(model).__name__} takes no position ids, by which packed rows are "
             "kept apart. Leave it out; rows of similar lengths are batched together as it is."
         )
-
-
-def _with_init_of(memory: Footprint, of_init: Footprint) -> Footprint:
-    """What a run holds whose init sees other rows than its training."""
-    return replace(
-        memory,
-        init_activations=of_init.init_activations,
-        logits=max(memory.logits, of_init.logits),
-    )
-
-
-def _workload(
-    config: RunConfig,
-    targets: Shapes,
-    peft: PeftPlan | None,
-    rows: TokenizedRows,
-    init_samples: int,
-) -> Workload:
-    """What the run computes with these rows, for its footprint."""
-    longest, first_label = int(rows.lengths.max()), int(rows.first_labels.min())
-    if config.packing:
-        longest, first_label = config.max_length, 0
-    budget = config.init_memory_gib
-    method = METHODS.get(config.method)
-    work = Workload(
-        targets=targets,
-        r=config.r,
-        max_length=longest,
-        num_labels=longest - max(1, first_label),
-        micro_batch_size=config.micro_batch_size,
-        gradient_checkpointing=config.gradient_checkpointing,
-        init_samples=init_samples,
-        init_memory_bytes=None if budget is None else int(budget * GIB),
-        init_offload=config.init_offload,
-        whole_matrices=config.optimizer in MATRIX_OPTIMIZERS,
-        tracks_gradient=config.track_alignment is not None,
-    )
-    if method is not None:
-        return replace(
-            work,
-            init_update=Recipe.of(config).update,
-            trains_r=method.trains_r,
-            offset=method.offset,
-            directions=method.directions,
-            decomposes="gradient"
-            if method.needs_gradient
-            else "weight"
-            if method.matrix == "weight"
-            else "nothing",
-        )
-    assert peft is not None, "a method is one of METHODS, or PEFT's"
-    # As a LoRA of about as many numbers would have it: what PEFT's layers keep of activations
-    # differs from type to type.
-    sizes = tuple(math.prod(shape) for shape in peft.trained.values())
-    both_sides = sum(out + in_ for out, in_ in targets.values())
-    return replace(
-        work,
-        r=max(1, sum(sizes) // both_sides),
-        trains_r=False,
-        trained_sizes=sizes,
-        num_kept=peft.num_kept,
-    )
 
 
 def check_ranks_agree(run: Prepared) -> None:

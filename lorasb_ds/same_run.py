@@ -61,7 +61,8 @@ def check_resume(
             "asked for (--max-steps, --epochs). To go back, name one of its checkpoints."
         )
     r = config.r if config.method in METHODS else None
-    return check_basis(resume.folder, option, r, made_from, may_cut=False)
+    uncut = f"To cut its basis to a smaller r, start a new run with --init-from {resume.folder}."
+    return check_basis(resume.folder, option, r, made_from, uncut)
 
 
 def with_global_batch(config: RunConfig, resume: Resume) -> RunConfig:

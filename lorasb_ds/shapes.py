@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorasb_ds.adapter import linear_layers
 from lorasb_ds.model_shape import ModelShape
+from lorasb_ds.targets import linear_layers
 
 
 def shape_of(name: str, model: Any) -> ModelShape:

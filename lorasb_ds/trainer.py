@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,28 +11,24 @@ import torch.distributed as dist
 
 from lorasb_ds import accelerator, zero
 from lorasb_ds.adapter import inject, trained_in
-from lorasb_ds.alignment_history import draw_alignment
-from lorasb_ds.base_files import model_path
 from lorasb_ds.basis import BASIS_FILE
 from lorasb_ds.checkpoint import Progress
 from lorasb_ds.config import DS_CONFIG_COPY, PEFT_COPY, ConfigError
-from lorasb_ds.curves import draw_loss_curve
 from lorasb_ds.evaluate import eval_mode
-from lorasb_ds.export import collect_lora, peft_target_modules, save_peft_adapter
+from lorasb_ds.export import collect_lora
 from lorasb_ds.files import write_json
 from lorasb_ds.footprint import LOGIT_BYTES
 from lorasb_ds.gathers import gathers_blocks
 from lorasb_ds.gradients import branches_off
-from lorasb_ds.history import ALIGNMENT_PICTURE, REPORT
+from lorasb_ds.history import REPORT
 from lorasb_ds.init_phase import init_phase
 from lorasb_ds.init_report import InitReport
 from lorasb_ds.job import Adapters, Job
-from lorasb_ds.loading import DTYPES, empty_model, load_base
+from lorasb_ds.loading import DTYPES, load_base
 from lorasb_ds.loop import Outcome, evaluate, train
 from lorasb_ds.lora_layer import layer_kind
 from lorasb_ds.loss import add_loss_head, check_loss_head
-from lorasb_ds.methods import METHODS
-from lorasb_ds.metrics import RunLog, provenance
+from lorasb_ds.metrics import RunLog
 from lorasb_ds.optimizer import make_optimizer, make_scheduler
 from lorasb_ds.out_of_memory import OutOfMemoryError, Phase, explain, is_out_of_memory
 from lorasb_ds.output import make_output_dir, say
@@ -43,11 +38,10 @@ from lorasb_ds.peft_method import (
     gather_peft_together,
     inject_peft,
     peft_off,
-    save_peft_method,
 )
 from lorasb_ds.plan import GIB
 from lorasb_ds.prepare import Prepared, check_ranks_agree
-from lorasb_ds.report import draw_init, write_report
+from lorasb_ds.record import announce, describe, finish
 from lorasb_ds.resume import load_best, resume
 from lorasb_ds.stop import StopRequest
 
@@ -189,48 +183,6 @@ def is_finished(run: Prepared) -> bool:
     return found.options["steps"] == run.num_steps and (run.resume.folder / REPORT).is_file()
 
 
-def describe(run: Prepared, folder: Path) -> dict[str, Any]:
-    """``run.json``: what the run is, and where it comes from."""
-    return {
-        "config": {**run.config.model_dump(), "output_dir": str(folder)},
-        "ds_config": run.ds_config,
-        "world_size": zero.world_size(),
-        "accelerator": accelerator.name(),
-        "trainable_parameters": run.workload.num_trainable,
-        "num_steps": run.num_steps,
-        "resumed_at": run.resume.step if run.resume else None,
-        "rows": {"train": dict(run.train.counts)}
-        | ({"held_out": dict(run.held_out.counts)} if run.held_out else {})
-        | ({"init": dict(run.init_rows.counts)} if run.config.init_data else {}),
-        "memory": {"predicted": run.forecast.describe()},
-        **provenance(),
-    }
-
-
-def announce(run: Prepared, folder: Path) -> None:
-    """What a user should know before the base is loaded."""
-    say(f"run folder {folder}")
-    say(f"training rows: {run.train.describe()}")
-    if run.config.init_data is not None:
-        say(f"rows for the init ({', '.join(run.config.init_data)}): {run.init_rows.describe()}")
-    for note in run.notes:
-        say(note)
-    say(str(run.forecast))
-    if run.forecast.problem:
-        say(f"warning: {run.forecast.problem}")
-    say(
-        f"{len(run.targets)} layers with an adapter ({run.config.method}), "
-        f"{run.workload.num_trainable:,} trainable parameters, {zero.world_size()} process(es) on "
-        f"{accelerator.name()}, {run.num_steps} steps of {run.config.train_batch_size} "
-        f"{'packs' if run.config.packing else 'rows'}"
-    )
-    if run.experts:
-        say(
-            f"{len(run.experts)} layers of MoE experts ({sum(run.experts.values()):,} parameters) "
-            "stay frozen without an adapter"
-        )
-
-
 def start_engine(run: Prepared) -> tuple[Any, Adapters]:
     """The base with placeholders for adapters, inside the run's one engine. Collective.
 
@@ -294,35 +246,3 @@ def check_packs(job: Job) -> None:
             f"attention {run.hf_config._attn_implementation}. Leave it out (rows of similar "
             "lengths are batched together as it is), or try another --attn-implementation."
         )
-
-
-def finish(job: Job, init: InitReport, tensors: Any, description: dict[str, Any]) -> None:
-    """Adapter, pictures and report. Rank 0."""
-    run, folder, log = job.run, job.folder, job.log
-    assert log is not None
-    write_json(folder / "run.json", description)
-    if tensors:
-        save_adapter(run, folder / "adapter", tensors)
-        draw_loss_curve(folder / "loss.png", log.rows)
-    if log.alignment:
-        draw_alignment(folder / ALIGNMENT_PICTURE, log.alignment)
-    if init.layers:
-        draw_init(folder / "init.png", init)
-    # Last: a run that has its report is finished.
-    write_report(folder / REPORT, description, log.rows, init, run.targets, run.experts)
-
-
-def save_adapter(run: Prepared, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """What was trained, as a folder of PEFT's. Rank 0."""
-    config, base_model = run.config, model_path(run.config.model)
-    if run.peft is not None:
-        empty = empty_model(run.hf_config, DTYPES[config.dtype], config.trust_remote_code)
-        save_peft_method(folder, run.peft, empty, tensors, base_model)
-        return
-    save_peft_adapter(
-        folder,
-        tensors,
-        r=config.r * (2 if METHODS[config.method].offset else 1),
-        target_modules=peft_target_modules(run.targets, dict(run.shape.layers)),
-        base_model=base_model,
-    )

@@ -222,6 +222,19 @@ def fill_trainable(param: Any, value: torch.Tensor) -> None:
         safe_set_full_fp32_param(param, value)
 
 
+def fill_trainable_from(param: Any, value: torch.Tensor | None) -> None:
+    """``fill_trainable`` from rank 0's ``value`` (others may give None). Collective."""
+    whole = torch.empty(whole_shape(param), device=accelerator.device())
+    if rank() == 0:
+        whole.copy_(_given(value))
+    fill_trainable(param, broadcast(whole, 0, None))
+
+
+def whole_shape(param: Any) -> torch.Size:
+    """Of a parameter that may be sharded: ZeRO-3 keeps it in ds_shape."""
+    return torch.Size(getattr(param, "ds_shape", param.shape))
+
+
 def _local_part(param: Any, value: torch.Tensor) -> torch.Tensor:
     """This rank's flat part of a value as ZeRO-3 shards the parameter.
 

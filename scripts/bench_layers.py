@@ -35,7 +35,8 @@ def _model(name: str, dtype: str, stack: Mapping[str, int]) -> Any:
 def _with_adapters(model: Any, way: str) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    from lorasb_ds.adapter import inject, linear_layers
+    from lorasb_ds.adapter import inject
+    from lorasb_ds.targets import linear_layers
 
     model.requires_grad_(False)
     if way in (PEFT, PEFT_BF16):
@@ -103,7 +104,7 @@ def _ways(dtype: str) -> tuple[str, ...]:
 
 
 def _target_shapes(model: Any) -> list[tuple[int, int]]:
-    from lorasb_ds.adapter import linear_layers
+    from lorasb_ds.targets import linear_layers
 
     return list(linear_layers(model).values())
 

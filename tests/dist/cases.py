@@ -196,7 +196,7 @@ def alignment(
     from dataclasses import asdict
 
     from lorasb_ds import zero
-    from lorasb_ds.adapter import trained_parameters
+    from lorasb_ds.adapter import trained_in
     from lorasb_ds.alignment import measure_alignment, trained_factors
     from lorasb_ds.loop import train_step
 
@@ -219,7 +219,7 @@ def alignment(
             rows = measure_alignment(engine, adapters, sample, [names[:5], names[5:]], before)
             found.append({name: asdict(row) for name, row in rows.items()})
             _assert_sharded(run, adapters)
-            trained = trained_parameters(adapters).values()
+            trained = trained_in(engine.module).values()
             assert all(p.requires_grad and p.grad is None for p in trained)
             with zero.gathered(trained):
                 assert all(torch.equal(p.data, zero.full_fp32(p).to(p.dtype)) for p in trained)
@@ -289,13 +289,13 @@ def steps(config: dict[str, Any], out: str, fp16: bool = False) -> None:
 def stretch(config: dict[str, Any], out: str, first: int, last: int, state: str | None) -> None:
     """Some steps of a run, from given factors or from a stored state; losses and the state then."""
     from lorasb_ds import zero
-    from lorasb_ds.adapter import trained_parameters
+    from lorasb_ds.adapter import trained_in
     from lorasb_ds.loop import train_step
     from lorasb_ds.training_state import collect_state, restore_state
 
     run, engine, adapters = _start(config, {})
     generator = torch.Generator().manual_seed(5)
-    trained = trained_parameters(adapters)
+    trained = trained_in(engine.module)
     for name, adapter in adapters.items():
         shapes = {
             "lora_A": (adapter.r, adapter.in_features),
@@ -527,10 +527,11 @@ def uneven(out: str) -> None:
     from torch import nn
 
     from lorasb_ds import zero
-    from lorasb_ds.adapter import inject, linear_layers
+    from lorasb_ds.adapter import inject
     from lorasb_ds.batches import Batch
     from lorasb_ds.gradients import average_gradients
     from lorasb_ds.sharding import gather_rows
+    from lorasb_ds.targets import linear_layers
 
     class Routed(nn.Module):
         def __init__(self) -> None:

@@ -13,7 +13,6 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from lorasb_ds.adapter import linear_layers
 from lorasb_ds.adapter_files import read_adapter, read_init
 from lorasb_ds.batches import Batch, collate
 from lorasb_ds.checkpoint import checkpoint_path
@@ -25,6 +24,7 @@ from lorasb_ds.methods import METHODS
 from lorasb_ds.prepare import prepare
 from lorasb_ds.request import load_run_config
 from lorasb_ds.rows import load_rows
+from lorasb_ds.targets import linear_layers
 from lorasb_ds.tokenizer import load_tokenizer
 from tests.references import own_loss
 from tests.runs import REALLY_SHARDED, metrics, run_ranks, word_rows, write_jsonl

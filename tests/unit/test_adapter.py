@@ -13,14 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from lorasb_ds.adapter import (
-    LoraSBLinear,
-    expert_layers,
-    inject,
-    linear_layers,
-    select_targets,
-    to_plain_lora,
-)
+from lorasb_ds.adapter import LoraSBLinear, inject, to_plain_lora
 from lorasb_ds.batches import collate
 from lorasb_ds.config import ConfigError, RunConfig
 from lorasb_ds.data import tokenize_rows
@@ -29,6 +22,7 @@ from lorasb_ds.gradients import average_gradients, no_dropout
 from lorasb_ds.loading import empty_model, load_base, load_config
 from lorasb_ds.loss import token_loss_sum
 from lorasb_ds.quantization import PackedLinear, PackedLinear4bit, PackedLinear8bit
+from lorasb_ds.targets import expert_layers, linear_layers, select_targets
 from tests.references import own_loss, true_gradients
 from tests.runs import word_rows
 

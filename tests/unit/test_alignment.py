@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lorasb_ds.adapter import AdapterLinear, LoraSBLinear, inject, linear_layers
+from lorasb_ds.adapter import AdapterLinear, LoraSBLinear, inject
 from lorasb_ds.alignment import difference, measure_layer, orthonormal_basis
 from lorasb_ds.alignment_history import describe_alignment, draw_alignment, mean_alignment
 from lorasb_ds.gradients import average_gradients
@@ -22,6 +22,7 @@ from lorasb_ds.history import ALIGNMENT, read_rows
 from lorasb_ds.lora_layer import LoraLinear
 from lorasb_ds.low_rank import LoraPair
 from lorasb_ds.metrics import RunLog
+from lorasb_ds.targets import linear_layers
 from tests.references import true_gradients
 from tests.unit.test_gradients import batch_of
 

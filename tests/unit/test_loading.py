@@ -14,11 +14,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lorasb_ds.adapter import linear_layers
 from lorasb_ds.base_files import stored_tensors, weights_digest
 from lorasb_ds.config import ConfigError, RunConfig
 from lorasb_ds.loading import empty_model, load_base, load_config
 from lorasb_ds.quantization import PackedLinear, PackedLinear4bit, PackedLinear8bit
+from lorasb_ds.targets import linear_layers
 from lorasb_ds.weight_map import map_weights, unused_tensors
 from tests.references import load_whole, nf4_config
 

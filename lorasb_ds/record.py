@@ -1,0 +1,99 @@
+"""What a run says of itself when it begins, and what it leaves behind when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorasb_ds import accelerator, zero
+from lorasb_ds.alignment_history import draw_alignment
+from lorasb_ds.base_files import model_path
+from lorasb_ds.curves import draw_loss_curve
+from lorasb_ds.export import peft_target_modules, save_peft_adapter
+from lorasb_ds.files import write_json
+from lorasb_ds.history import ALIGNMENT_PICTURE, REPORT
+from lorasb_ds.init_report import InitReport
+from lorasb_ds.job import Job
+from lorasb_ds.loading import DTYPES, empty_model
+from lorasb_ds.metrics import provenance
+from lorasb_ds.output import say
+from lorasb_ds.peft_method import save_peft_method
+from lorasb_ds.prepare import Prepared
+from lorasb_ds.report import draw_init, write_report
+
+
+def describe(run: Prepared, folder: Path) -> dict[str, Any]:
+    """``run.json``: what the run is, and where it comes from."""
+    return {
+        "config": {**run.config.model_dump(), "output_dir": str(folder)},
+        "ds_config": run.ds_config,
+        "world_size": zero.world_size(),
+        "accelerator": accelerator.name(),
+        "trainable_parameters": run.workload.num_trainable,
+        "num_steps": run.num_steps,
+        "resumed_at": run.resume.step if run.resume else None,
+        "rows": {"train": dict(run.train.counts)}
+        | ({"held_out": dict(run.held_out.counts)} if run.held_out else {})
+        | ({"init": dict(run.init_rows.counts)} if run.config.init_data else {}),
+        "memory": {"predicted": run.forecast.describe()},
+        **provenance(),
+    }
+
+
+def announce(run: Prepared, folder: Path) -> None:
+    """What a user should know before the base is loaded."""
+    say(f"run folder {folder}")
+    say(f"training rows: {run.train.describe()}")
+    if run.config.init_data is not None:
+        say(f"rows for the init ({', '.join(run.config.init_data)}): {run.init_rows.describe()}")
+    for note in run.notes:
+        say(note)
+    say(str(run.forecast))
+    if run.forecast.problem:
+        say(f"warning: {run.forecast.problem}")
+    say(
+        f"{len(run.targets)} layers with an adapter ({run.config.method}), "
+        f"{run.workload.num_trainable:,} trainable parameters, {zero.world_size()} process(es) on "
+        f"{accelerator.name()}, {run.num_steps} steps of {run.config.train_batch_size} "
+        f"{'packs' if run.config.packing else 'rows'}"
+    )
+    if run.experts:
+        say(
+            f"{len(run.experts)} layers of MoE experts ({sum(run.experts.values()):,} parameters) "
+            "stay frozen without an adapter"
+        )
+
+
+def finish(job: Job, init: InitReport, tensors: Any, description: dict[str, Any]) -> None:
+    """Adapter, pictures and report. Rank 0."""
+    run, folder, log = job.run, job.folder, job.log
+    assert log is not None
+    write_json(folder / "run.json", description)
+    if tensors:
+        save_adapter(run, folder / "adapter", tensors)
+        draw_loss_curve(folder / "loss.png", log.rows)
+    if log.alignment:
+        draw_alignment(folder / ALIGNMENT_PICTURE, log.alignment)
+    if init.layers:
+        draw_init(folder / "init.png", init)
+    # Last: a run that has its report is finished.
+    write_report(folder / REPORT, description, log.rows, init, run.targets, run.experts)
+
+
+def save_adapter(run: Prepared, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """What was trained, as a folder of PEFT's. Rank 0."""
+    config, base_model = run.config, model_path(run.config.model)
+    if run.peft is not None:
+        empty = empty_model(run.hf_config, DTYPES[config.dtype], config.trust_remote_code)
+        save_peft_method(folder, run.peft, empty, tensors, base_model)
+        return
+    save_peft_adapter(
+        folder,
+        tensors,
+        r=config.r * run.workload.pairs,
+        target_modules=peft_target_modules(run.targets, dict(run.shape.layers)),
+        base_model=base_model,
+    )

@@ -1,0 +1,88 @@
+"""Which layers of a model get an adapter."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lorasb_ds.config import ALL_LINEAR, ConfigError
+
+Shapes = dict[str, tuple[int, int]]  # layer name -> (out, in)
+
+
+def layer_shape(layer: Any) -> tuple[int, int]:
+    """(out, in) of a linear layer of any kind."""
+    if isinstance(layer, Conv1D):
+        return layer.nf, layer.nx
+    return layer.out_features, layer.in_features
+
+
+def linear_layers(model: Any) -> Shapes:
+    """Every linear layer but the head, by name in the model's order. 4-bit layers count.
+
+    A layer that two parents share is left out: PEFT would load its adapter into one of them only.
+    (Blocks that are used several times are fine: their layers have one parent.)
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    parents: defaultdict[nn.Module, set[nn.Module]] = defaultdict(set)
+    for module in model.modules():
+        for child in module.children():
+            parents[child].add(module)
+    return {
+        name: layer_shape(module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+        and module is not head
+        and len(parents[module]) == 1
+    }
+
+
+def expert_layers(model: nn.Module) -> dict[str, int]:
+    """Modules that hold the experts of an MoE block as 3-D parameters, and their elements.
+
+    They are no linear layers, so that they get no adapter and stay frozen.
+    """
+    return {
+        name: sum(p.numel() for p in experts)
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.Conv1d)
+        and (experts := [p for p in module.parameters(recurse=False) if p.ndim == 3])
+    }
+
+
+def select_targets(layers: Shapes, target_modules: str, r: int, directions: int = 1) -> Shapes:
+    """The layers that get an adapter: all, or those whose name is or ends in a given one (PEFT).
+
+    All are all with more than one output: gates such as Qwen-MoE's of shared experts have one.
+
+    Args:
+        directions: times r, those of a layer that the method takes.
+
+    Raises:
+        ConfigError: if a name matches nothing, or r is larger than a matched layer allows.
+    """
+    if target_modules == ALL_LINEAR:
+        targets = {name: shape for name, shape in layers.items() if min(shape) > 1}
+        missing = [] if targets else [ALL_LINEAR]
+    else:
+        wanted = [name.strip() for name in target_modules.split(",") if name.strip()]
+        matches = {w: {n for n in layers if n == w or n.endswith("." + w)} for w in wanted}
+        missing = [w for w, names in matches.items() if not names] or ([] if wanted else ["''"])
+        targets = {n: s for n, s in layers.items() if any(n in m for m in matches.values())}
+    if missing:
+        kinds = sorted({name.rpartition(".")[2] for name in layers})
+        raise ConfigError(
+            f"--target-modules {target_modules}: no linear layer matches {', '.join(missing)}. The "
+            f"model has linear layers named {', '.join(kinds) or '(none)'}."
+        )
+    name, shape = min(targets.items(), key=lambda item: min(item[1]))
+    if r * directions > min(shape):
+        taken = "" if directions == 1 else f" times {directions}, which the method takes,"
+        raise ConfigError(
+            f"--r {r}{taken} exceeds min(out, in) = {min(shape)} of {name}; lower --r, or leave "
+            "such layers out by --target-modules."
+        )
+    return targets
