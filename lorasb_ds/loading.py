@@ -55,7 +55,10 @@ def load_config(model: str, trust_remote_code: bool = False) -> Any:
     except (*BROKEN_CONFIG, OSError, StrictDataclassError) as error:
         remedy = "It must be a model that transformers knows."
         if "trust_remote_code" in str(error):
-            remedy = "If you trust that code, give --trust-remote-code."
+            remedy = (
+                "If you trust that code, give --trust-remote-code; --config and --resume do not "
+                "take it over from an earlier run."
+            )
         raise ConfigError(
             f"--model {model} cannot be read: {first_line(error)} {remedy}"
         ) from error

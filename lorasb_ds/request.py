@@ -169,8 +169,9 @@ def _replayed(run_json: str, asked: Mapping[str, Any]) -> dict[str, Any]:
             f"--config {run_json} has no 'config' entry. Give the run.json that an earlier run "
             "wrote into its output folder."
         )
-    # A replay is a new run: it gets a folder of its own unless one is asked for.
-    dropped = {"output_dir", "overwrite", "resume"}
+    # A replay is a new run: it gets a folder of its own unless one is asked for. The folder may be
+    # somebody else's: whether code is trusted is said on the command line, never by a file.
+    dropped = {"output_dir", "overwrite", "resume", "trust_remote_code"}
     if asked.get("method", config.get("method")) != config.get("method"):
         dropped |= {"lr", "lora_alpha", "gamma", "precondition", "init_update", "init_lr"}
     if "epochs" in asked:

@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 
+from launcher.job import make_job
+from launcher.launch_options import OPTIONS, LaunchOptions
+from launcher.start import again
 from lorasb_ds.config import DEMO_EVAL_DATA, SHIPPED_DS_CONFIGS, ConfigError, RunConfig
 from lorasb_ds.ds_config import resolve_ds_config
-from lorasb_ds.request import check_output_dir, load_run_config, replayed_processes
+from lorasb_ds.request import check_output_dir, load_run_config, replayed_processes, with_adapter
 
 ZERO3 = str(SHIPPED_DS_CONFIGS / "zero3.json")
 
@@ -98,6 +101,26 @@ def test_replay_takes_the_run_and_flags_win(tmp_path: Path) -> None:
     assert (again.r, again.lr) == (16, 1e-3)
     assert again.output_dir is None, "a replay gets a folder of its own"
     assert not again.overwrite
+
+
+def test_trust_in_code_is_not_replayed(tmp_path: Path) -> None:
+    """The run may be somebody else's: only the flag itself lets a model's code run."""
+    path = tmp_path / "run.json"
+    trusted = RunConfig(trust_remote_code=True, r=3).model_dump()
+    path.write_text(json.dumps({"config": trusted}))
+    for given, run_json in (({}, str(path)), ({"resume": str(tmp_path)}, None)):
+        config = load_run_config(given, run_json)
+        assert (config.trust_remote_code, config.r) == (False, 3)
+        given = {**given, "trust_remote_code": True}
+        assert load_run_config(given, run_json).trust_remote_code
+        given |= {} if "resume" in given else {"output_dir": str(tmp_path / "new")}
+        launch = LaunchOptions(
+            **{name: option.get("default") for name, option in OPTIONS.items()} | {"num_procs": 1}
+        )
+        job = again(make_job(launch, [], run_json, given))
+        assert job.config.trust_remote_code, "a restart has the flags of its job"
+        assert "--trust-remote-code" in job.arguments
+    assert "trust_remote_code" not in with_adapter({}, str(tmp_path))
 
 
 def test_replay_drops_what_no_longer_fits(tmp_path: Path) -> None:

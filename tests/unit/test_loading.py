@@ -436,7 +436,8 @@ def test_code_of_a_base_needs_a_flag(
     }
     config["architectures"] = ["OwnForCausalLM"]
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="If you trust that code, give --trust-remote-code"):
+    remedy = "If you trust that code, give --trust-remote-code; --config and --resume do not take"
+    with pytest.raises(ConfigError, match=remedy):
         load_config(str(folder))
     hf_config = load_config(str(folder), trust_remote_code=True)
     trusted = RunConfig(model=str(folder), trust_remote_code=True, dtype="fp32")
