@@ -22,6 +22,8 @@ from launcher.sweep_runs import OF_NO_CONSEQUENCE, PARALLEL, launch_in, shown
 from lorasb_ds.config import ConfigError, RunConfig, read_json
 from lorasb_ds.methods import PEFT_PREFIX
 from lorasb_ds.request import load_run_config
+from lorasb_ds.rows import REASONING_GYM
+from lorasb_ds.scorers import check_scorer
 from lorasb_ds.sweep import SWEPT, Trial, is_file, label, make_sweep, own_options
 
 POSITIVE = click.IntRange(min=1)
@@ -192,6 +194,9 @@ def _check(comparison: Comparison, trials: Sequence[Trial], place: Place) -> dic
             "--eval-samples are rows of --eval-data, which is not given. Give it, or leave "
             "--eval-samples out."
         )
+    if comparison.eval_samples and (config.eval_data or "").startswith(REASONING_GYM):
+        remedy = "Leave --eval-samples out, or give other rows."
+        check_scorer(str(config.eval_data), "--eval-data", remedy)  # or all runs fail at their end
     # Its folder is the run's to look at: --overwrite may be about to delete it.
     one = {**comparison.options_of(trials[0]), "resume": None, "output_dir": None}
     job = make_job(launch_in(comparison.launch, place), [], None, one)

@@ -42,14 +42,6 @@ MAX_DIGITS = 400  # also the largest exponent: longer ones take ever longer to c
 MAX_LATEX = 1000  # characters; no answer is longer, and math-verify's patterns are slow on more
 
 
-# What may be called in an answer that Python evaluates.
-FUNCTIONS = {"sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan", "sqrt"}
-FUNCTIONS |= {"sinh", "cosh", "tanh", "exp", "log", "ln", "abs", "Abs", "min", "max"}
-CALLED = re.compile(r"([A-Za-z_]\w*)\s*\(")
-ATTRIBUTE = re.compile(r"[A-Za-z_)\]\"']\s*\.\s*[A-Za-z_]")
-HUGE_POWER = re.compile(r"(\*\*|\^)\s*[-+(]*\d{4}|(\*\*|\^)[^-+*/,]{0,40}(\*\*|\^)")
-
-
 def final_answer(text: str) -> str | None:
     r"""The text behind the last mark of an answer: its first line, or a box's content.
 
@@ -118,17 +110,6 @@ def is_equal_math(text: str, reference: str) -> bool:
         return bool(verify(expected, parse(found, parsing_timeout=limit), timeout_seconds=limit))
     except (Exception, TimeoutException):  # of some dozen types: what cannot be read is not right
         return False
-
-
-def is_harmless(text: str) -> bool:
-    """Whether Python may evaluate an answer, as some scorers do: arithmetic, lists, mathematics.
-
-    Refused are names that are called (but mathematics'), attributes, dunders, and powers that no
-    memory holds.
-    """
-    if len(text) > 1000 or "__" in text or HUGE_POWER.search(text) or ATTRIBUTE.search(text):
-        return False
-    return all(len(name) == 1 or name in FUNCTIONS for name in CALLED.findall(text))
 
 
 def _behind_the_last_mark(text: str) -> tuple[str | None, bool]:

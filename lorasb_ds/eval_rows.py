@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorasb_ds.answers import SCORES, Score, is_equal_math, is_harmless
+from lorasb_ds.answers import SCORES, Score, is_equal_math
 from lorasb_ds.chat import render, render_prompt
 from lorasb_ds.config import ConfigError, RunConfig
 from lorasb_ds.data import TokenizedRows, check_tokenizer, tokenize_rows
 from lorasb_ds.examples import IGNORE_INDEX, Example
 from lorasb_ds.forms import Row, RowError, parse_row
 from lorasb_ds.questions import Choices, choices_of, find_task
-from lorasb_ds.rows import load_rows, reasoning_gym_dataset
+from lorasb_ds.rows import load_rows
+from lorasb_ds.scorers import check_scorer
 
-# Scorers that let Python evaluate the answer.
-EVALUATES = re.compile(r"\b(eval|exec|parse_expr|sympify)\(")
 LONG_ANSWERS = ("gsm8k", "metamath", "math")  # which reason before they answer
 
 
@@ -137,18 +134,16 @@ def _scorer(task: str, source: str) -> Score:
     """How an answer is judged. reasoning-gym's tasks bring their own scorer; 1.0 is right.
 
     Raises:
-        ConfigError: if a package is missing for it.
+        ConfigError: if a package is missing for it, or Python would evaluate the answers.
     """
     if task in ("metamath", "math"):
         is_equal_math("", "")  # tells before anything is loaded
     if task != "reasoning-gym":
         return SCORES.get(task, SCORES["exact"])
-    dataset = reasoning_gym_dataset(source)
-    evaluates = EVALUATES.search(inspect.getsource(type(dataset))) is not None
+    remedy = "Give --task exact, which counts answers that are the row's own text, or other rows."
+    dataset = check_scorer(source, "--data", remedy)
 
     def score(text: str, row: Row, _: str) -> bool:
-        if evaluates and not is_harmless(text):
-            return False
         try:
             return bool(dataset.score_answer(text, row) >= 1.0)
         except Exception:  # a hundred scorers, and whatever a model may write: it is not right

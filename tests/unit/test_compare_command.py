@@ -231,3 +231,12 @@ def test_who_has_answered(tmp_path: Path) -> None:
     assert asks.has_answered(trial)
     assert not replace(asks, eval_samples=4).has_answered(trial)
     assert not replace(asks, max_new_tokens=None).has_answered(trial)
+
+
+def test_answers_that_cannot_be_judged(tmp_path: Path) -> None:
+    """Before any run is trained."""
+    rows = ("--eval-data", "reasoning-gym:countdown?size=2")
+    said = refusal(tmp_path / "out", *OPTIONS, *rows, "--eval-samples", "2")
+    assert "--eval-data reasoning-gym:countdown" in said
+    assert "Leave --eval-samples out" in said
+    assert dry_run(tmp_path / "out", *OPTIONS, *rows)

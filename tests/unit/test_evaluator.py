@@ -12,15 +12,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import lorasb_ds
-from lorasb_ds.answers import is_harmless
 from lorasb_ds.batches import collate
 from lorasb_ds.chat import render
 from lorasb_ds.config import ConfigError
-from lorasb_ds.eval_rows import _scorer, load_eval_rows
+from lorasb_ds.eval_rows import load_eval_rows
 from lorasb_ds.evaluator import EvalResult, evaluate, evaluate_model, write_results
 from lorasb_ds.inference import prepare_model, start_model
 from lorasb_ds.request import load_run_config
-from lorasb_ds.rows import load_rows
 from tests.references import own_loss, write_random_lora
 from tests.runs import ROOT, word_rows, write_jsonl
 
@@ -171,21 +169,21 @@ def test_more_than_the_model_has_positions(
         evaluate_model(str(tiny_model), data=data, max_new_tokens=2040)
 
 
-HOSTILE = ["__import__('os').system('x')", "open('x').read()", "9**9**9", "2**100000", "(1).real"]
-HARMLESS = ["(3 + 4) * 2 - 1", "x**2 + 3*x*sin(x) - exp(-x)/2", "[[1, 2], [3, 4]]", "3(x + 1)"]
-
-
-def test_no_answer_is_run(tmp_path: Path) -> None:
-    """Countdown's scorer lets sympy evaluate what the model wrote."""
-    assert not any(map(is_harmless, HOSTILE))
-    assert all(map(is_harmless, HARMLESS))
-    score = _scorer("reasoning-gym", "reasoning-gym:countdown?size=1&seed=1")
-    (row,) = load_rows("reasoning-gym:countdown?size=1&seed=1")
-    made = tmp_path / "made"
-    assert score(row["metadata"]["expression"], row, "")
-    assert not score(f"open('{made}', 'w')", row, "")
-    assert not made.exists()
-    assert not score("1 +", row, "")
+def test_tasks_that_evaluate_answers_are_refused(
+    tiny_model: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the model is loaded; what the rows are otherwise used for is as ever."""
+    source = "reasoning-gym:countdown?size=2&seed=1"
+    monkeypatch.setattr("lorasb_ds.evaluator.start_model", lambda run: pytest.fail("loaded"))
+    message = r"--data reasoning-gym:countdown\?.* uses sympy, .* Give --task exact"
+    with pytest.raises(ConfigError, match=message):
+        evaluate_model(str(tiny_model), data=source)
+    config = load_run_config({"model": str(tiny_model), "data": source})
+    rows = load_eval_rows(source, config, tokenizer, task="exact")
+    assert rows.examples is not None
+    assert len(rows.examples.examples) == 2
+    assert rows.score(rows.questions[0].expected, rows.questions[0].content, "") is False
+    assert rows.score("a", rows.questions[0].content, "a")
 
 
 def test_ranks_that_differ_and_exceed_a_layer(

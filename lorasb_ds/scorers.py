@@ -1,0 +1,120 @@
+"""Which of reasoning-gym's scorers may judge what a model said. Torch-free.
+
+Some have Python evaluate the answer, and with it whatever a model wrote there. Looking at the text
+first does not help: ``(exec)("…")`` and names in full-width letters are evaluated, too.
+"""
+
+from __future__ import annotations
+
+import builtins
+import dis
+import inspect
+from collections.abc import Iterator
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+from lorasb_ds.config import ConfigError
+from lorasb_ds.rows import reasoning_gym_dataset
+
+PACKAGE = "reasoning_gym"
+EVALUATES = ("eval", "exec", "__import__")
+# What a scorer may use beside its own package, having been looked at: none of it evaluates a text.
+# sympy does, in more functions than its parsers.
+HARMLESS = {"abc", "calendar", "collections", "copy", "dataclasses", "datetime", "decimal", "enum"}
+HARMLESS |= {"fractions", "functools", "itertools", "json", "magiccube", "math", "numpy", "random"}
+HARMLESS |= {"re", "string", "typing", "zss"}
+
+
+def check_scorer(source: str, option: str, remedy: str) -> Any:
+    """The task ``reasoning-gym:NAME?…``, whose scorer evaluates no answers.
+
+    Args:
+        remedy: what can be done about a scorer that does, for the message.
+    Raises:
+        ConfigError: if it may, or if there is no such task.
+    """
+    dataset = reasoning_gym_dataset(source, option)
+    if found := what_evaluates(type(dataset)):
+        raise ConfigError(
+            f"{option} {source}: answers to this task are not judged. Its scorer uses {found}, by "
+            f"which Python may run what the model wrote. {remedy}"
+        )
+    return dataset
+
+
+def what_evaluates(task: type) -> str | None:
+    """What a task's scorer uses, itself or in what it calls, that may evaluate a text.
+
+    Every name in its code is followed, so that the scorers of another version are known, too; what
+    is not known to be harmless counts.
+
+    Returns:
+        Its name; None if there is nothing of that kind.
+    """
+    todo: list[Any] = _of_class(task, "score_answer")
+    seen: set[int] = set()
+    while todo:
+        used = _unwrapped(todo.pop())
+        if id(used) in seen or used is task:  # of whose methods only those that are named count
+            continue
+        seen.add(id(used))
+        if any(used is getattr(builtins, name) for name in EVALUATES):
+            return str(used.__name__)
+        if not isinstance(used, FunctionType | ModuleType | type):
+            used = used if getattr(used, "__module__", None) else type(used)
+        module = used.__name__ if isinstance(used, ModuleType) else used.__module__
+        root = module.partition(".")[0]
+        if root != PACKAGE:
+            if root not in {"builtins", *HARMLESS} or used is builtins:
+                return str(root)
+        elif isinstance(used, FunctionType):
+            imported, names = _names(used.__code__)
+            if unknown := imported - HARMLESS:
+                return f"an import of {min(unknown) or 'its own package'}"
+            todo += [part for name in names for part in _meant(name, used, names, task)]
+        elif not isinstance(used, ModuleType):
+            owner = used if isinstance(used, type) else type(used)
+            todo += [part for base in owner.__mro__ for part in vars(base).values()]
+    return None
+
+
+def _meant(name: str, function: FunctionType, names: set[str], task: type) -> Iterator[Any]:
+    """All that a name in a function's code may stand for: a global, or an attribute."""
+    scope = {**vars(builtins), **function.__globals__}
+    if name in scope:
+        yield scope[name]
+    if name in EVALUATES:  # of whatever object
+        yield vars(builtins)[name]
+    yield from _of_class(task, name)
+    for module in (scope.get(other) for other in names):
+        if isinstance(module, ModuleType) and module.__name__.startswith(PACKAGE):
+            yield vars(module).get(name)
+
+
+def _of_class(task: type, name: str) -> list[Any]:
+    """An attribute, and those of the same name that it hides: super() calls them."""
+    return [vars(base)[name] for base in task.__mro__ if name in vars(base)]
+
+
+def _unwrapped(thing: Any) -> Any:
+    """The function of a method, a property, or a decorated one."""
+    if isinstance(thing, ModuleType | type):
+        return thing
+    for attribute in ("__func__", "fget", "func"):
+        thing = getattr(thing, attribute, thing)
+    return inspect.unwrap(thing) if callable(thing) else thing
+
+
+def _names(code: CodeType) -> tuple[set[str], set[str]]:
+    """The packages that code imports, and all other names in it and in what is defined in it."""
+    imported = {
+        str(step.argval).partition(".")[0]
+        for step in dis.get_instructions(code)
+        if step.opname == "IMPORT_NAME"
+    }
+    names = set(code.co_names)
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            more = _names(inner)
+            imported, names = imported | more[0], names | more[1]
+    return imported, names
