@@ -36,7 +36,8 @@ class GradientShards:
 
     Attributes:
         shards: layer -> (rows here, short side), fp32: rows of G (out, in) where out >= in, else
-            rows of Gᵀ. Row ranges are those of ``linalg.row_range``.
+            rows of Gᵀ. Row ranges are those of ``linalg.row_range``. Sums over label tokens; means
+            after ``finish``.
         reached: layer -> micro-batches with a label, of all ranks, that called it; complete after
             ``finish``.
         loss: of the whole sample, per label token, at the base; set by ``finish``.
@@ -126,9 +127,19 @@ class GradientShards:
         self._uneven.clear()
         self._calls.clear()
 
-    def finish(self, loss: float) -> None:
-        """Sum up ``reached`` over the ranks. Collective."""
-        self.loss = loss
+    def finish(self, loss_sum: float, num_label_tokens: int) -> None:
+        """Make means of the sums over label tokens, and sum up ``reached`` over ranks. Collective.
+
+        Only here are gradients divided, in fp32: of a loss that is divided before, by a large
+        sample's tokens, many an entry would be 0 in fp16.
+
+        Args:
+            loss_sum: of the whole sample.
+            num_label_tokens: of the whole sample.
+        """
+        self.loss = loss_sum / num_label_tokens
+        for shard in self.shards.values():
+            shard /= num_label_tokens
         counts = torch.tensor(
             [self.reached[name] for name in self.shards], device=accelerator.device()
         )
@@ -217,11 +228,11 @@ def average_gradients(
             loss = token_loss_sum(model, batch)
             shards.after_forward(batch.num_label_tokens > 0)
             if loss.requires_grad:  # else no layer of this group was reached here
-                (loss / num_label_tokens).backward()
+                loss.backward()  # of the sum: see GradientShards.finish
             shards.after_backward()
             loss_sum += loss.detach().double()
     dist.all_reduce(loss_sum, group=group)
-    shards.finish(loss_sum.item() / num_label_tokens)
+    shards.finish(loss_sum.item(), num_label_tokens)
     return shards
 
 

@@ -101,10 +101,8 @@ def gradients_by_segment(
     keep = torch.device("cpu") if offload else accelerator.device()
     with branches_off(adapters), no_dropout(model):
         starts = {segment.first for segment in segments if segment.first > 0}
-        inputs, output_grads, widths, loss = _first_pass(
-            model, blocks, starts, batches, num_label_tokens, keep
-        )
-        dist.all_reduce(loss, group=group)
+        inputs, output_grads, widths, loss_sum = _first_pass(model, blocks, starts, batches, keep)
+        dist.all_reduce(loss_sum, group=group)
         for i, segment in enumerate(segments):
             wanted = {name: adapters[name] for name in segment.names}
             shards = GradientShards(wanted, group, offload)
@@ -116,7 +114,7 @@ def gradients_by_segment(
                     )
                     for number, batch in enumerate(batches)
                 ]
-            shards.finish(loss.item())
+            shards.finish(loss_sum.item(), num_label_tokens)
             if i + 1 < len(segments) and segments[i + 1].last != segment.last:
                 output_grads = [grad for grad in input_grads if grad is not None]
                 del inputs[segment.last + 1]  # was kept to compare with
@@ -176,11 +174,10 @@ def _first_pass(
     blocks: nn.ModuleList,
     starts: set[int],
     batches: Sequence[Batch],
-    num_label_tokens: int,
     keep: torch.device,
 ) -> tuple[dict[int, list[torch.Tensor]], list[torch.Tensor], list[int | None], torch.Tensor]:
-    """What enters the blocks ``starts``, and the gradient of the loss at the last block's output,
-    both for every batch; how blocks return their output; and this rank's part of the loss."""
+    """What enters the blocks ``starts``, and the gradient of the summed loss at the last block's
+    output, both for every batch; how blocks return their output; and this rank's loss, summed."""
     inputs: dict[int, list[torch.Tensor]] = {start: [] for start in starts}
     output_grads, ends = [], []
     loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device())
@@ -205,8 +202,8 @@ def _first_pass(
                 raise SegmentError("its blocks are not called once each")
             for stage in stages:
                 stage.runs = 0
-            (loss / num_label_tokens).backward()
-            loss_sum += loss.detach().double() / num_label_tokens
+            loss.backward()  # of the sum: see GradientShards.finish
+            loss_sum += loss.detach().double()
             grad = ends.pop().grad
             assert grad is not None
             output_grads.append(grad.to(keep))

@@ -85,6 +85,33 @@ def test_the_same_bits_as_one_pass(config: Any, checkpointing: bool | None) -> N
     assert all(adapter.scale == 1 for adapter in adapters.values())
 
 
+def test_fp16_keeps_the_signs_of_a_large_sample() -> None:
+    """Of one pass and of segments. fp16 rounds more finely than bf16, but has no numbers below
+    6e-8: a loss that is divided by so many tokens first has gradients of that size.
+    """
+    num_label_tokens = 400_000
+    names = [
+        f"model.layers.{i}.{layer}"
+        for i in range(4)
+        for layer in ("self_attn.q_proj", "mlp.up_proj")
+    ]
+    signs, of_segments = {}, {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        model, adapters = model_of(LLAMA, dtype)
+        whole = average_gradients(model, adapters, BATCHES, num_label_tokens, names=names)
+        signs[dtype] = torch.cat([whole.shards[name].sign().flatten() for name in names])
+        groups, found = [names[:4], names[4:]], {}
+        for shards in gradients_by_segment(
+            model, adapters, groups, "model.layers.", BATCHES, num_label_tokens
+        ):
+            found |= shards.shards
+            assert shards.loss == pytest.approx(whole.loss, rel=1e-12)
+        of_segments[dtype] = torch.cat([found[name].sign().flatten() for name in names])
+    for found in (signs, of_segments):
+        agree = {dtype: (signs[torch.float32] == M).float().mean() for dtype, M in found.items()}
+        assert agree[torch.float16] >= agree[torch.bfloat16] > 0.95, agree
+
+
 def test_blocks_without_a_wanted_layer() -> None:
     """Below, between and above those that have one."""
     model, adapters = model_of(LLAMA)
