@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from launcher.options import CONTEXT, check_picture, reports_problems
 from launcher.quiet import quiet_libraries
 from launcher.text import columns
 from lorasb_ds.config import ConfigError
+from lorasb_ds.peft_config import peft_warning
 
 if TYPE_CHECKING:
     from lorasb_ds.inspection import LayerUpdate
@@ -81,6 +82,7 @@ def export(
     kept = measure_energy(adapter)
     rank = kept.smallest_r(energy) if energy is not None else r or adapter.r
     size = export_adapter(adapter, out, r=rank, dtype=dtype, overwrite=overwrite)
+    warn_of_peft(adapter.model_type, adapter.layers, adapter.base_model)
     if as_json:
         click.echo(json.dumps({"r": rank, "out": str(out), "energy_kept": asdict(kept)}))
         return
@@ -94,6 +96,12 @@ def export(
         if allowed
         else f"vLLM has no --max-lora-rank for rank {rank}: its largest is 512"
     )
+
+
+def warn_of_peft(model_type: str | None, layers: Iterable[str], base: str | None) -> None:
+    """Say so if PEFT would not read the folder that was written; beside the output, not in it."""
+    if warning := peft_warning(model_type, layers, base):
+        click.echo(f"lorasb: warning: {warning}", err=True)
 
 
 def energy_table(kept: EnergyKept, rank: int) -> list[str]:
@@ -237,6 +245,8 @@ def combine(
     if len(bases) > 1:
         click.echo(f"lorasb: warning: the adapters name different bases: {', '.join(bases)}")
     found = combine_adapters(adapters, numbers, out, r=r, dtype=dtype, overwrite=overwrite)
+    names = dict.fromkeys(name for adapter in adapters for name in adapter.layers)
+    warn_of_peft(adapters[0].model_type, names, adapters[0].base_model)
     how = "one basis, summed in it" if found.one_basis else "different bases, stacked"
     click.echo(f"adapter of rank {found.r} ({how}; energy kept {found.energy_kept:.4f}): {out}")
 

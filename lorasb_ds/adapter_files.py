@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lorasb_ds.base_files import StoredTensor, read_header
+from lorasb_ds.base_files import StoredTensor, model_type_of, read_header
 from lorasb_ds.basis import BASIS_FILE, SCALING
 from lorasb_ds.checkpoint import (
     STATE_FILE,
@@ -95,6 +95,15 @@ class StoredAdapter:
         named = self.peft_config.get("base_model_name_or_path") or self.base_model
         named = str(demo_model_dir()) if named == DEMO_MODEL else named
         return named if isinstance(named, str) else None
+
+    @property
+    def model_type(self) -> str | None:
+        """Of the base: as the run says, or else its config.json; None where neither is here."""
+        if self.run is not None:
+            named = read_json(str(self.run / "run.json"), "RUN").get("model_type")
+            if isinstance(named, str):
+                return named
+        return next(filter(None, map(model_type_of, (self.base_model, self.base_path))), None)
 
     @property
     def target_modules(self) -> list[str]:

@@ -62,6 +62,25 @@ def model_path(model: str) -> str:
     return str(folder)
 
 
+def model_type_of(model: str | None) -> str | None:
+    """That of a base's config.json, in its folder or the hub's cache; None if it is not there."""
+    if model is None:
+        return None
+    try:
+        path = model_path(model)
+        file: Any = Path(path) / "config.json"
+        if not file.is_file():
+            from huggingface_hub import try_to_load_from_cache
+
+            file = try_to_load_from_cache(path, "config.json")  # does not ask the hub
+        if not isinstance(file, str | Path):  # None, or a mark that the hub has none
+            return None
+        found = read_json(str(file), "--model").get("model_type")
+    except (ConfigError, OSError, RuntimeError, ValueError):  # also of names that are none
+        return None
+    return found if isinstance(found, str) else None
+
+
 @cache  # or the hub would be asked for every use
 def model_folder(model: str, trust_remote_code: bool = False) -> Path:
     """The folder with a base's files; a hub name is looked up in the cache, or fetched into it.

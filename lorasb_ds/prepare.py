@@ -28,6 +28,7 @@ from lorasb_ds.loading import DTYPES, base_config, empty_model
 from lorasb_ds.methods import METHODS
 from lorasb_ds.model_shape import ModelShape
 from lorasb_ds.order import Order, Unit, init_sample
+from lorasb_ds.peft_config import peft_warning
 from lorasb_ds.peft_method import PeftPlan, plan_peft
 from lorasb_ds.placement import Placement, placement_of
 from lorasb_ds.plan import Cluster
@@ -50,7 +51,9 @@ class Prepared:
     ds_config_file: dict[str, Any]  # as it was read, before "auto" was filled
     hf_config: Any
     tokenizer: Any
-    notes: list[str]  # what the user should know of the base's files and the data
+    model_type: str  # of the model that is made: of a composite configuration a part may be used
+    notes: list[str]  # what the user should know of the base's files, the data and the adapter
+    peft_warning: str | None  # where PEFT would not read the adapter as it is written
     shape: ModelShape
     targets: Shapes
     experts: dict[str, int]  # MoE modules that stay frozen, and their elements
@@ -160,6 +163,9 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
     else:
         layers, times = dict(shape.layers), method.directions
         targets = select_targets(layers, config.target_modules, config.r, times)
+    model_type, warning = model.config.model_type, None
+    if method is not None and (warning := peft_warning(model_type, targets, config.model)):
+        notes.append(f"warning: {warning}")
     train, held_out, init_rows, data_notes = load_data(config, tokenizer)
     gradient_rows, probe_rows = init_sample(
         len(init_rows.examples), config.init_samples, config.seed_of_init
@@ -208,6 +214,8 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
         ds_config_file=ds_config_file,
         hf_config=hf_config,
         tokenizer=tokenizer,
+        model_type=model_type,
+        peft_warning=warning,
         notes=[note for note in [*notes, *data_notes] if note],
         shape=shape,
         targets=targets,

@@ -32,6 +32,8 @@ def describe(run: Prepared, folder: Path) -> dict[str, Any]:
         "ds_config": run.ds_config,
         "world_size": zero.world_size(),
         "accelerator": accelerator.name(),
+        "model_type": run.model_type,
+        "peft_warning": run.peft_warning,
         "trainable_parameters": run.workload.num_trainable,
         "num_steps": run.num_steps,
         "resumed_at": run.resume.step if run.resume else None,
@@ -97,3 +99,5 @@ def save_adapter(run: Prepared, folder: Path, tensors: Mapping[str, torch.Tensor
         target_modules=peft_target_modules(run.targets, dict(run.shape.layers)),
         base_model=base_model,
     )
+    if run.peft_warning:
+        say(f"warning: {run.peft_warning}")

@@ -76,6 +76,8 @@ def write_report(
         times = f"{num_lora / num_trained:.1f} times more"
         lines.append(f"| LoRA, r = {r}, same layers | {num_lora:,} ({times}) |")
     lines.append("")
+    if run.get("peft_warning"):
+        lines += [f"**Not for PEFT**: {run['peft_warning']}", ""]
     lines += _init_section(init, run["config"]["init_from"], experts)
     lines += _training_section(rows)
     lines += _held_out_section(rows)

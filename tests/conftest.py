@@ -79,6 +79,37 @@ def tiny_moe(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return _saved(Qwen2MoeForCausalLM, config, folder, demo_model)
 
 
+@pytest.fixture(scope="session")
+def tiny_deepseek(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer DeepSeek-V3: a dense block, and one with experts."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    config = DeepseekV3Config(
+        vocab_size=49152,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=24,
+        num_hidden_layers=2,
+        first_k_dense_replace=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        bos_token_id=2,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-deepseek"
+    return _saved(DeepseekV3ForCausalLM, config, folder, demo_model)
+
+
 def _saved(kind: Any, config: Any, folder: Path, demo_model: Path) -> Path:
     """A random model with the demo's tokenizer."""
     with torch.random.fork_rng():

@@ -207,6 +207,25 @@ def test_a_run_is_replayed_and_overwritten(tiny_model: Path, tmp_path: Path) -> 
     assert all(row["grad_norm"] > 0 for row in unclipped)
 
 
+def test_an_adapter_that_peft_would_not_read_is_told(tiny_deepseek: Path, tmp_path: Path) -> None:
+    """Before it is trained, when it is saved, in the report, and at an export without the base."""
+    data = write_jsonl(tmp_path / "rows.jsonl", word_rows(12))
+    model = shutil.copytree(tiny_deepseek, tmp_path / "model")
+    run = tmp_path / "run"
+    train = (
+        f"lorasb train --num-procs 1 --model {model} --data {data} --r 4 --max-steps 1 "
+        f"--init-samples 8 --dtype fp32 --micro-batch-size 4 --overwrite --output-dir {run}"
+    ).split()
+    said = run_command(*train)
+    what = "PEFT will not read 6 of 16 layers, such as model.layers.0.mlp.gate_proj"
+    before, _, after = said.partition("trainable parameters")
+    assert f"warning: {what}" in before
+    assert f"warning: {what}" in after
+    assert f"**Not for PEFT**: {what}" in (run / "report.md").read_text()
+    shutil.rmtree(model)
+    assert "PEFT will not read 6 of 16 layers" in run_command("lorasb", "export", str(run))
+
+
 def test_a_chosen_pad_token_is_named(tiny_model: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     says = json.loads((model / "tokenizer_config.json").read_text())

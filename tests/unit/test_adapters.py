@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from click.testing import CliRunner
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.adapters import main
 from lorasb_ds.adapter_files import WEIGHTS_FILE, StoredAdapter, read_adapter
@@ -21,8 +24,10 @@ from lorasb_ds.base_files import stored_tensors
 from lorasb_ds.basis import BASIS_FILE
 from lorasb_ds.combine import combine_adapters
 from lorasb_ds.config import ConfigError, demo_model_dir
-from lorasb_ds.export import peft_tensors, save_peft_adapter
+from lorasb_ds.export import peft_target_modules, peft_tensors, save_peft_adapter
 from lorasb_ds.inspection import LayerUpdate, draw_updates, inspect_adapter
+from lorasb_ds.peft_config import misread_by_peft
+from lorasb_ds.targets import linear_layers, select_targets
 from lorasb_ds.truncate import EnergyKept, export_adapter, max_lora_rank, measure_energy
 from tests.references import nf4_config
 from tests.unit.test_adapter_files import (
@@ -728,3 +733,125 @@ def test_a_target_module_that_is_no_name(folders: list[Path], tmp_path: Path) ->
     written_config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert written_config["target_modules"] == list(adapter.layers)
     assert written_config["base_model_name_or_path"] is None
+
+
+MOE = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "v_head_dim": 8, "n_group": 1, "topk_group": 1}
+LATENT |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "num_key_value_heads": 4}
+DENSE_AND_SHARED = "gate_proj,up_proj,down_proj"
+# A model_type, its options, target modules, and how many layers PEFT leaves out.
+BASES: dict[str, tuple[str, dict[str, Any], str, int]] = {
+    "DeepSeek-V3": ("deepseek_v3", MOE | LATENT, "all-linear", 9),
+    "its dense layer": (
+        "deepseek_v3",
+        MOE | LATENT,
+        ",".join(f"model.layers.0.mlp.{name}" for name in DENSE_AND_SHARED.split(",")) + ",o_proj",
+        3,
+    ),
+    "its attention": ("deepseek_v3", MOE | LATENT, "o_proj,kv_b_proj", 0),
+    "GLM-4-MoE": ("glm4_moe", MOE | {"head_dim": 8}, "all-linear", 9),
+    # Gates in its attention have a name of the experts', too; and its routers are linear layers.
+    "AFMoE": (
+        "afmoe",
+        MOE | {"num_experts": 4, "num_dense_layers": 1, "head_dim": 8, "num_shared_experts": 1},
+        "all-linear",
+        12,
+    ),
+    "Qwen2-MoE": (
+        "qwen2_moe",
+        MOE | {"num_experts": 4, "shared_expert_intermediate_size": 20},
+        "all-linear",
+        0,
+    ),
+    "Mixtral": ("mixtral", MOE | {"num_local_experts": 4}, "all-linear", 0),
+    "Llama": ("llama", MOE, "all-linear", 0),
+}
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_layers_that_peft_leaves_out_are_named(kind: str, tmp_path: Path) -> None:
+    """Precisely those whose factors are not in the model that PEFT and transformers make."""
+    model_type, options, modules, count = BASES[kind]
+    known = AutoConfig.for_model(model_type)
+    config = AutoConfig.for_model(
+        model_type, **{name: value for name, value in options.items() if hasattr(known, name)}
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    base = load(tmp_path / "base")
+    layers = linear_layers(base)
+    targets = select_targets(layers, modules, 2)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        key: tensor
+        for name, (out, in_) in targets.items()
+        for key, tensor in peft_tensors(
+            name,
+            torch.randn(2, in_, generator=generator),
+            torch.randn(out, 2, generator=generator),
+        ).items()
+    }
+    save_peft_adapter(
+        tmp_path / "adapter",
+        tensors,
+        r=2,
+        target_modules=peft_target_modules(targets, layers),
+        base_model=str(tmp_path / "base"),
+    )
+    text = run("export", tmp_path / "adapter", "--out", tmp_path / "out")
+    stored = load_file(tmp_path / "out" / WEIGHTS_FILE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, of what it leaves out
+        by_peft = PeftModel.from_pretrained(base, tmp_path / "out").get_base_model()
+        by_transformers = load(tmp_path / "base")
+        by_transformers.load_adapter(str(tmp_path / "out"))
+    for loaded in (by_peft, by_transformers):
+        found = dict(loaded.named_parameters())
+        left_out = [
+            name
+            for name in targets
+            if not all(
+                (value := found.get(f"{name}.lora_{factor}.default.weight")) is not None
+                and torch.equal(value, stored[f"base_model.model.{name}.lora_{factor}.weight"])
+                for factor in "AB"
+            )
+        ]
+        assert misread_by_peft(model_type, targets) == left_out
+        assert len(left_out) == count
+    if count == 0:
+        assert "PEFT" not in text
+        return
+    some = ", ".join(sorted(left_out)[:3])  # as a file has them
+    what = f"PEFT will not read {count} of {len(targets)} layers, such as {some}: in a {model_type}"
+    assert f"lorasb: warning: {what} it takes their names" in text
+    assert "lorasb merge" in text
+    half = ("--weights", "0.5,0.5", "--out", tmp_path / "sum")
+    assert f"PEFT will not read {count} of" in run("combine", *[tmp_path / "out"] * 2, *half)
+    shutil.rmtree(tmp_path / "base")
+    text = run("export", tmp_path / "adapter", "--out", tmp_path / "out", "--overwrite")
+    assert f"PEFT may not read {count} of {len(targets)} layers" in text
+    assert f"config.json of {tmp_path / 'base'} is not here" in text
+
+
+def test_a_run_knows_what_its_base_was(tmp_path: Path) -> None:
+    """Its base need not be there; an earlier run's has to be."""
+    make_run(tmp_path / "run")
+    make_checkpoint(tmp_path / "run", 3)
+    file = tmp_path / "run" / "run.json"
+    content = json.loads(file.read_text())
+    assert read_adapter(str(tmp_path / "run")).model_type is None
+    file.write_text(json.dumps(content | {"model_type": "deepseek_v3"}))
+    assert read_adapter(str(tmp_path / "run")).model_type == "deepseek_v3"
