@@ -22,8 +22,8 @@ from launcher.sensitivity_command import sensitivity_command
 from launcher.start import start
 from lorasb_ds import __version__
 from lorasb_ds.compare import read_runs
-from lorasb_ds.config import ConfigError
 from lorasb_ds.curves import draw_comparison
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.plan import plan as make_plan
 
 POSITIVE = click.FloatRange(min=0, min_open=True)

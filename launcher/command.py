@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.ranks import WORKERS
-from lorasb_ds.config import ConfigError
+from lorasb_ds.errors import ConfigError
 
 # Tells the workers that the CPU, which DeepSpeed falls back to, is not what was asked for.
 GPUS_ASKED_FOR = "LORASB_NUM_GPUS"

@@ -13,7 +13,7 @@ from launcher.command import deepspeed_env
 from launcher.job import Job, job_environment_of, make_job, question_of, variables_of_hosts
 from launcher.launch_options import LaunchOptions
 from launcher.preflight import Findings, examine
-from lorasb_ds.config import ConfigError
+from lorasb_ds.errors import ConfigError
 
 
 def doctor(launch: LaunchOptions, given: dict[str, object], timeout: float, as_json: bool) -> int:

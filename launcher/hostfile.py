@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from lorasb_ds.config import ConfigError
+from lorasb_ds.errors import ConfigError
 
 MAX_SLOTS = 1024
 MAX_HOSTS = 65536

@@ -17,8 +17,9 @@ from launcher.launch_options import LaunchOptions
 from launcher.options import to_arguments
 from launcher.ranks import free_port
 from lorasb_ds.base_files import model_path
-from lorasb_ds.config import ConfigError, RunConfig, read_json
+from lorasb_ds.config import RunConfig, read_json
 from lorasb_ds.ds_config import resolve_ds_config
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.request import (
     check_output_dir,
     default_output_dir,

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from launcher.command import VARIABLE, is_secret
-from lorasb_ds.config import ConfigError
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.stop import EXIT_STOPPED
 
 SECONDS_TO_SAVE = 120  # between the signal that asks a run to end and its end

@@ -11,7 +11,7 @@ import click
 
 from launcher.command import BACKENDS
 from launcher.options import add_options
-from lorasb_ds.config import ConfigError
+from lorasb_ds.errors import ConfigError
 
 POSITIVE = click.IntRange(min=1)
 PORT = click.IntRange(1, 65534)  # with --no-ssh the next one is used, too

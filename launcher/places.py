@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from launcher.hostfile import read_hostfile, select
 from launcher.launch_options import LaunchOptions
 from launcher.pool import Place
-from lorasb_ds.config import ConfigError
+from lorasb_ds.errors import ConfigError
 
 
 def find_places(launch: LaunchOptions, parallel: int, has_batch: bool) -> list[Place]:

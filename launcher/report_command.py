@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from launcher.text import columns, markdown
 from lorasb_ds.compare import COLUMNS, Run, as_dict, differing_options, table
-from lorasb_ds.config import RunConfig, option_name
+from lorasb_ds.config import RunConfig
+from lorasb_ds.errors import option_name
 
 LEGEND = (
     "loss: mean over the last tenth of the training steps. Held-out loss: base > after the init > "

@@ -25,7 +25,8 @@ from launcher.sweep_runs import (
     sweep_folder,
     train_command,
 )
-from lorasb_ds.config import ConfigError, RunConfig
+from lorasb_ds.config import RunConfig
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.methods import METHODS
 from lorasb_ds.request import load_run_config
 from lorasb_ds.sensitivity import SHARES, Draw, sample_sizes, told_sizes

@@ -8,7 +8,7 @@ from itertools import product
 from math import prod
 
 from launcher.hostfile import MAX_HOSTS, MAX_SLOTS, NAMES, bad_name, short
-from lorasb_ds.config import ConfigError
+from lorasb_ds.errors import ConfigError
 
 
 def expand_hostlist(text: str) -> list[str]:

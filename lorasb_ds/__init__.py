@@ -10,7 +10,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ConfigError": "config",
+    "ConfigError": "errors",
     "combine_adapters": "combine",
     "draw_updates": "inspection",
     "evaluate_model": "evaluator",

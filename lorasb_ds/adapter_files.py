@@ -25,7 +25,8 @@ from lorasb_ds.checkpoint import (
     list_checkpoints,
     read_checkpoint,
 )
-from lorasb_ds.config import DEMO_MODEL, ConfigError, demo_model_dir, read_json
+from lorasb_ds.config import DEMO_MODEL, demo_model_dir, read_json
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.low_rank import LoraPair
 from lorasb_ds.methods import DEFAULT_METHOD, METHODS, PEFT_PREFIX, Method
 from lorasb_ds.peft_config import (

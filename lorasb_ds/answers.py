@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 
-from lorasb_ds.config import ConfigError
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.forms import Row
 
 Score = Callable[[str, Row, str], bool]  # (generated, row, response) -> right

@@ -13,7 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lorasb_ds.config import DEMO_MODEL, ConfigError, demo_model_dir, read_json
+from lorasb_ds.config import DEMO_MODEL, demo_model_dir, read_json
+from lorasb_ds.errors import ConfigError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What a base needs beside its weights; a repository may hold those in other forms, too.

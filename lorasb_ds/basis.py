@@ -17,7 +17,8 @@ from lorasb_ds import zero
 from lorasb_ds.adapter import AdapterLinear
 from lorasb_ds.base_files import weights_digest
 from lorasb_ds.batches import Sample
-from lorasb_ds.config import ConfigError, RunConfig
+from lorasb_ds.config import RunConfig
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.factors import Basis, Recipe, fill_factors
 from lorasb_ds.files import SUMS_FILE, check_sums, write_json, write_sums
 from lorasb_ds.gradients import branches_off

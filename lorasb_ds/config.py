@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from lorasb_ds.errors import ConfigError, option_name
 from lorasb_ds.methods import DEFAULT_ALPHA, DEFAULT_METHOD, METHODS, PEFT_PREFIX
 
 DEMO_MODEL = "demo"
@@ -29,19 +30,6 @@ FIRST_STEPS = {
 }
 MATRIX_OPTIMIZERS = ("adafactor", "muon")  # by matrices: all others go by elements
 SHIPPED_DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
-
-
-class ConfigError(Exception):
-    """What a user asked for cannot be done. One paragraph per problem; the command ends with 2."""
-
-    def __init__(self, *problems: str) -> None:
-        super().__init__("\n\n".join(problems))
-        self.problems = problems
-
-
-def option_name(field: str) -> str:
-    """The command line's name of a field: ``init_lr`` -> ``--init-lr``."""
-    return "--" + field.replace("_", "-")
 
 
 class RunConfig(BaseModel):

@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock
 
 from lorasb_ds.chat import chat_template
-from lorasb_ds.config import ConfigError, RunConfig, cache_dir
+from lorasb_ds.config import RunConfig, cache_dir
 from lorasb_ds.data import (
     COLUMNS,
     TokenizedRows,
@@ -29,6 +29,7 @@ from lorasb_ds.data import (
     features,
     nothing_left,
 )
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.files import fsync, publish, write_json
 from lorasb_ds.rows import identity, load_rows
 

@@ -13,14 +13,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lorasb_ds.config import (
-    SHIPPED_DS_CONFIGS,
-    ConfigError,
-    RunConfig,
-    option_name,
-    problems_of,
-    read_json,
-)
+from lorasb_ds.config import SHIPPED_DS_CONFIGS, RunConfig, problems_of, read_json
+from lorasb_ds.errors import ConfigError, option_name
 
 # Where DeepSpeed keeps what an option says. A missing key is filled like "auto": DeepSpeed's own
 # defaults would speak otherwise (gradient_clipping is 1.0 when it is not set).

@@ -8,8 +8,9 @@ from typing import Any
 
 from lorasb_ds.answers import SCORES, Score, is_equal_math
 from lorasb_ds.chat import render, render_prompt
-from lorasb_ds.config import ConfigError, RunConfig
+from lorasb_ds.config import RunConfig
 from lorasb_ds.data import TokenizedRows, check_tokenizer, tokenize_rows
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.examples import IGNORE_INDEX, Example
 from lorasb_ds.forms import Row, RowError, parse_row
 from lorasb_ds.questions import Choices, choices_of, find_task

@@ -7,8 +7,8 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lorasb_ds.config import ConfigError
 from lorasb_ds.digest import file_digest
+from lorasb_ds.errors import ConfigError
 
 SUMS_FILE = "SHA256SUMS"
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lorasb_ds import accelerator
-from lorasb_ds.config import ConfigError
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.footprint import Footprint
 from lorasb_ds.host_memory import available_bytes, ranks_of_host
 from lorasb_ds.model_shape import ModelShape

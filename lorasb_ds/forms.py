@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from lorasb_ds.config import ConfigError
+from lorasb_ds.errors import ConfigError
 
 Row = Mapping[str, Any]
 Messages = list[dict[str, str]]  # turns: role and content; weight "0" where it is not learned

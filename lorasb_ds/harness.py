@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lorasb_ds.config import ConfigError
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.evaluator import RESULT_FILE, describe_run
 from lorasb_ds.files import write_json
 from lorasb_ds.inference import PreparedModel, start_model

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorasb_ds.config import ConfigError
+from lorasb_ds.errors import ConfigError
 
 # In the output folder. The report is written last: a run that has it is finished.
 METRICS, SAMPLES, REPORT = "metrics.jsonl", "samples.jsonl", "report.md"

@@ -14,7 +14,7 @@ import torch
 
 from lorasb_ds.adapter_files import StoredAdapter, read_init
 from lorasb_ds.base_files import StoredTensor
-from lorasb_ds.config import ConfigError
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.low_rank import effective_rank, orthonormality_error, product_svd, weighted_sum
 from lorasb_ds.streaming import TensorReader
 

@@ -18,8 +18,8 @@ import torch
 
 from lorasb_ds.adapter_files import StoredAdapter, trained_on
 from lorasb_ds.base_files import model_folder, weights_digest
-from lorasb_ds.config import ConfigError
 from lorasb_ds.digest import file_digest
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.files import check_replaceable, write_json
 from lorasb_ds.merge_file import (
     FileJob,

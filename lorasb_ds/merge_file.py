@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from lorasb_ds.base_files import ITEM_BYTES, StoredTensor, read_header
-from lorasb_ds.config import ConfigError
 from lorasb_ds.digest import file_digest
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.files import publish
 from lorasb_ds.placement import bytes_4bit
 from lorasb_ds.tensor_writer import ALIGNMENT, TensorWriter, bytes_of, fill, header_of, metadata_of

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lorasb_ds.base_files import DOWNLOADED, INDEX, WEIGHTS, read_header
-from lorasb_ds.config import ConfigError
 from lorasb_ds.digest import file_digest
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.files import SUMS_FILE, fsync, publish, write_json, write_text
 from lorasb_ds.merge_file import FileJob, Written
 

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorasb_ds.adapter_files import StoredAdapter
 from lorasb_ds.base_files import StoredTensor, model_folder, stored_tensors
-from lorasb_ds.config import ConfigError
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.loading import empty_model, load_config, stored_quantization
 from lorasb_ds.merge_file import FLOATS, FileJob, Update
 from lorasb_ds.targets import layer_shape, linear_layers

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorasb_ds.config import ConfigError
+from lorasb_ds.errors import ConfigError
 
 
 @dataclass(frozen=True)

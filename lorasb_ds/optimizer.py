@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from lorasb_ds.config import ConfigError, RunConfig
+from lorasb_ds.config import RunConfig
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.matrix_optimizer import MatrixOptimizer
 from lorasb_ds.updates import ADAFACTOR_EPSILON, ADAFACTOR_SIZE
 from lorasb_ds.zero import whole_shape

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from lorasb_ds import zero
-from lorasb_ds.config import DS_CONFIG_COPY, PEFT_COPY, ConfigError, RunConfig
+from lorasb_ds.config import DS_CONFIG_COPY, PEFT_COPY, RunConfig
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.files import SUMS_FILE
 from lorasb_ds.history import (
     ALIGNMENT,

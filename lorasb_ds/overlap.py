@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lorasb_ds.basis import BASIS_FILE
-from lorasb_ds.config import ConfigError
+from lorasb_ds.errors import ConfigError
 
 SIDES = ("lora_A", "lora_B")
 

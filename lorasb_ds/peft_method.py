@@ -22,7 +22,8 @@ from torch import nn
 
 from lorasb_ds import accelerator, zero
 from lorasb_ds.adapter import trained_in
-from lorasb_ds.config import ConfigError, RunConfig
+from lorasb_ds.config import RunConfig
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.export import trained_value, write_adapter
 from lorasb_ds.host_memory import release_freed_memory
 from lorasb_ds.peft_config import PREFIX

@@ -16,11 +16,12 @@ from lorasb_ds.base_files import stored_tensors
 from lorasb_ds.basis import PEFT_FILE, check_basis, fingerprint
 from lorasb_ds.batches import Batch, Sample, share_out
 from lorasb_ds.checkpoint import Resume, find_resume
-from lorasb_ds.config import ConfigError, RunConfig, read_json
+from lorasb_ds.config import RunConfig, read_json
 from lorasb_ds.data import TokenizedRows
 from lorasb_ds.data_cache import load_data
 from lorasb_ds.demand import with_init_of, workload_of
 from lorasb_ds.ds_config import resolve_ds_config
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.footprint import Footprint, footprint, init_plan
 from lorasb_ds.forecast import Forecast, check_fits, forecast, this_cluster
 from lorasb_ds.init_report import InitReport

@@ -15,12 +15,11 @@ from lorasb_ds.config import (
     LAUNCH,
     LOGS,
     PEFT_COPY,
-    ConfigError,
     RunConfig,
-    option_name,
     problems_of,
     read_json,
 )
+from lorasb_ds.errors import ConfigError, option_name
 from lorasb_ds.methods import METHODS, PEFT_LR, PEFT_PREFIX
 
 

@@ -21,7 +21,7 @@ from lorasb_ds.checkpoint import (
     tidy,
     write_checkpoint,
 )
-from lorasb_ds.config import option_name
+from lorasb_ds.errors import option_name
 from lorasb_ds.init_report import InitReport
 from lorasb_ds.job import Job
 from lorasb_ds.optimizer import set_scheduler

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from lorasb_ds.config import ConfigError
 from lorasb_ds.digest import file_digest
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.json_rows import JsonRows
 
 FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet")

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-from lorasb_ds.config import ConfigError
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.rows import reasoning_gym_dataset
 
 PACKAGE = "reasoning_gym"

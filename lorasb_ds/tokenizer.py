@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasb_ds.base_files import first_line, model_folder
-from lorasb_ds.config import ConfigError
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.loading import load_config
 
 # Which of transformers' classes reads a bare tokenizer.model. All of these begin a text with the

@@ -13,7 +13,8 @@ from lorasb_ds import accelerator, zero
 from lorasb_ds.adapter import inject, trained_in
 from lorasb_ds.basis import BASIS_FILE
 from lorasb_ds.checkpoint import Progress
-from lorasb_ds.config import DS_CONFIG_COPY, PEFT_COPY, ConfigError
+from lorasb_ds.config import DS_CONFIG_COPY, PEFT_COPY
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.evaluate import eval_mode
 from lorasb_ds.export import collect_lora
 from lorasb_ds.files import write_json

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from lorasb_ds.adapter_files import StoredAdapter
-from lorasb_ds.config import ConfigError
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.export import peft_tensors, save_peft_adapter
 from lorasb_ds.files import check_replaceable
 from lorasb_ds.loading import DTYPES

@@ -20,7 +20,7 @@ from transformers.core_model_loading import (
 )
 
 from lorasb_ds.base_files import StoredTensor
-from lorasb_ds.config import ConfigError
+from lorasb_ds.errors import ConfigError
 
 # What bitsandbytes keeps beside a quantized weight, in 4 bits and in 8.
 STATE_4BIT = re.compile(

@@ -26,7 +26,7 @@ from deepspeed.utils import (
 from pydantic import ValidationError
 
 from lorasb_ds import accelerator
-from lorasb_ds.config import ConfigError
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.host_memory import ranks_of_host
 from lorasb_ds.masters import flat_masters, parts_of_masters
 from lorasb_ds.matrix_optimizer import MatrixOptimizer

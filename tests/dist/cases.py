@@ -455,7 +455,7 @@ def _bytes_read() -> int:
 def load_broken(config: dict[str, Any], message: str) -> None:
     """A base that one rank cannot read ends all of them, with the same words."""
     from lorasb_ds import zero
-    from lorasb_ds.config import ConfigError
+    from lorasb_ds.errors import ConfigError
     from lorasb_ds.loading import load_base, load_config
     from lorasb_ds.request import load_run_config
 
@@ -506,7 +506,7 @@ def watched(folder: str) -> None:
 def disagree(config: dict[str, Any]) -> None:
     """Ranks that hold different rows refuse to train, all of them."""
     from lorasb_ds import zero
-    from lorasb_ds.config import ConfigError
+    from lorasb_ds.errors import ConfigError
     from lorasb_ds.prepare import check_ranks_agree, prepare
     from lorasb_ds.request import load_run_config
 

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 from lorasb_ds.adapter_files import read_adapter, read_init
 from lorasb_ds.batches import Batch, collate
 from lorasb_ds.checkpoint import checkpoint_path
-from lorasb_ds.config import ConfigError, RunConfig
+from lorasb_ds.config import RunConfig
 from lorasb_ds.data import tokenize_rows
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.inference import prepare_model, start_model
 from lorasb_ds.low_rank import LoraPair
 from lorasb_ds.methods import METHODS

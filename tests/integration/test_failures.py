@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from lorasb_ds.config import ConfigError
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.prepare import prepare
 from lorasb_ds.request import load_run_config
 from lorasb_ds.stop import EXIT_STOPPED

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorasb_ds.config import ConfigError
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.prepare import prepare
 from lorasb_ds.request import load_run_config
 from tests.runs import metrics, run_command, word_rows, write_jsonl

@@ -29,7 +29,8 @@ from lorasb_ds.adapter_files import (
 from lorasb_ds.base_files import read_header, stored_tensors
 from lorasb_ds.basis import BASIS_FILE
 from lorasb_ds.checkpoint import STATE_FILE, TRAINER_FILE, Progress, write_checkpoint
-from lorasb_ds.config import ConfigError, RunConfig
+from lorasb_ds.config import RunConfig
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.files import SUMS_FILE, write_sums
 from lorasb_ds.tensor_writer import save_tensors
 from tests.runs import made_up_run

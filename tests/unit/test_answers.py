@@ -19,7 +19,7 @@ from lorasb_ds.answers import (
     is_equal_math,
     is_equal_number,
 )
-from lorasb_ds.config import ConfigError
+from lorasb_ds.errors import ConfigError
 
 HALF = Fraction(1, 2)
 

@@ -27,7 +27,8 @@ from lorasb_ds.checkpoint import (
     tidy,
     write_checkpoint,
 )
-from lorasb_ds.config import ConfigError, RunConfig
+from lorasb_ds.config import RunConfig
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.files import SUMS_FILE
 from lorasb_ds.request import check_output_dir, load_run_config
 

@@ -30,7 +30,7 @@ from launcher.command import (
     read_deepspeed_env,
 )
 from launcher.ranks import rank_variables
-from lorasb_ds.config import ConfigError
+from lorasb_ds.errors import ConfigError
 
 SLOTS = {"gpu1": [0, 1], "gpu2": [0, 1]}
 AGENT = str(Path(__file__).resolve().parents[2] / "launcher" / "agent.py")

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from launcher.cli import main
 from lorasb_ds.compare import COLUMNS, differing_options, read_runs, table
-from lorasb_ds.config import ConfigError
+from lorasb_ds.errors import ConfigError
 from tests.runs import ROOT, made_up_run
 
 GIB = 1 << 30

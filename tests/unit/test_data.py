@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorasb_ds.batches import collate
-from lorasb_ds.config import ConfigError, RunConfig
+from lorasb_ds.config import RunConfig
 from lorasb_ds.data import columns_of, tokenize_rows
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.examples import IGNORE_INDEX, Example, encode
 from lorasb_ds.json_rows import JsonRows
 from lorasb_ds.rows import identity, load_rows

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import lorasb_ds
 from lorasb_ds.batches import collate
 from lorasb_ds.chat import render
-from lorasb_ds.config import ConfigError
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.eval_rows import load_eval_rows
 from lorasb_ds.evaluator import EvalResult, evaluate, evaluate_model, write_results
 from lorasb_ds.inference import prepare_model, start_model

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lorasb_ds.config import ConfigError
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.forms import RowError, check_columns, find_columns, no_columns, parse_row
 
 USER = {"role": "user", "content": "Hi"}

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from launcher.hostfile import read_hostfile, select, write_hostfile
 from launcher.slurm import expand_hostlist, from_slurm, slurm_slots
-from lorasb_ds.config import ConfigError
+from lorasb_ds.errors import ConfigError
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "hostfiles"
 HOSTS = {"node-1": 4, "node-2": 2, "10.0.0.3": 4}

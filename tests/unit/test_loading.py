@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lorasb_ds.base_files import stored_tensors, weights_digest
-from lorasb_ds.config import ConfigError, RunConfig
+from lorasb_ds.config import RunConfig
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.loading import empty_model, load_base, load_config
 from lorasb_ds.quantization import PackedLinear, PackedLinear4bit, PackedLinear8bit
 from lorasb_ds.targets import linear_layers

@@ -26,7 +26,7 @@ from lorasb_ds import merge as merging
 from lorasb_ds import merge_file
 from lorasb_ds.adapter_files import read_adapter
 from lorasb_ds.base_files import stored_tensors, weights_digest
-from lorasb_ds.config import ConfigError
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.merge import merge_adapter
 from lorasb_ds.merge_plan import weights_of
 from tests.references import load_whole

@@ -20,7 +20,8 @@ from torch import nn
 
 from lorasb_ds import zero
 from lorasb_ds.adapter import AdapterLinear, LoraSBLinear
-from lorasb_ds.config import ConfigError, RunConfig
+from lorasb_ds.config import RunConfig
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.factors import Recipe, fill_layer, own_directions, weight_rows, whole_directions
 from lorasb_ds.initialize import decompose
 from lorasb_ds.linalg import truncated_svd

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lorasb_ds.config import ConfigError
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.metrics import RunLog
 from lorasb_ds.progress import Progress, describe, time_left
 from tests.runs import ROOT, metrics

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from lorasb_ds.config import ConfigError
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.loading import empty_model
 from lorasb_ds.model_shape import BUILT_IN, shape_from_config
 from lorasb_ds.shapes import shape_of

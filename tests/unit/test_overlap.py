@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from scipy.linalg import subspace_angles
 
-from lorasb_ds.config import ConfigError
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.overlap import basis_overlaps, subspace_overlaps
 
 R, LAYERS = 4, {"one": (24, 10), "two": (7, 30)}

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from lorasb_ds import peft_method
 from lorasb_ds.adapter_files import read_adapter
-from lorasb_ds.config import ConfigError
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.loading import empty_model, load_config
 from lorasb_ds.peft_file import peft_config
 from lorasb_ds.peft_method import (

@@ -19,7 +19,7 @@ from deepspeed.launcher.runner import fetch_hostfile
 from launcher.cli import main
 from launcher.hostfile import read_hostfile
 from launcher.plan_command import find_workload
-from lorasb_ds.config import ConfigError
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.forecast import check_fits, forecast
 from lorasb_ds.host_memory import available_bytes
 from lorasb_ds.model_shape import BUILT_IN, shape_from_config

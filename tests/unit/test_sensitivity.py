@@ -15,7 +15,7 @@ from launcher.launch_options import LaunchOptions
 from launcher.pool import Place
 from launcher.sensitivity_command import numbers
 from launcher.sweep_runs import RUNS, check_folder, errors_in, sweep_folder, train_command
-from lorasb_ds.config import ConfigError
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.sensitivity import (
     Draw,
     Result,

@@ -12,7 +12,8 @@ import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from lorasb_ds.config import ConfigError, RunConfig
+from lorasb_ds.config import RunConfig
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.examples import encode
 from lorasb_ds.loading import load_config
 from lorasb_ds.tokenizer import choose_pad_token, load_tokenizer, read_tokenizer
