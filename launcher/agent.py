@@ -35,7 +35,7 @@ from launcher import channel as names
 from launcher.channel import STOPPED, Channel, beat_interval, readable
 from launcher.host import extensions_folder, interface_of, old_build_locks, route_from
 from launcher.ranks import EVAL, rank_variables, remove_shared_memory, shell_status, worker_command
-from lorasb_ds.stop import EXIT_STOPPED
+from lorasb_ds.system.signals import EXIT_STOPPED
 
 TAIL_LINES, TAIL_WIDTH = 40, 1000
 LONGEST_LINE = 1 << 16

@@ -30,13 +30,13 @@ from launcher.sweep_runs import (
 )
 from launcher.text import columns, markdown
 from launcher.verdict import EXIT_REFUSED
-from lorasb_ds.files import write_json, write_text
 from lorasb_ds.history import REPORT
-from lorasb_ds.stop import EXIT_STOPPED
 from lorasb_ds.sweep import Sweep, Trial, is_file, label
 from lorasb_ds.sweep_pictures import PICTURES, draw_sweep
 from lorasb_ds.sweep_results import EVALUATION, Result, base_loss, read_result
 from lorasb_ds.sweep_table import COLUMNS, LEGEND, as_dict, outcomes, ranking, table
+from lorasb_ds.system.files import write_json, write_text
+from lorasb_ds.system.signals import EXIT_STOPPED
 
 COMMAND = "compare"
 JSON, MARKDOWN = f"{COMMAND}.json", f"{COMMAND}.md"

@@ -13,8 +13,8 @@ from launcher.options import CONTEXT, reports_problems
 from launcher.quiet import quiet_libraries
 from launcher.worker import answer_agent, check_device, end, end_when_asked, join, refuse
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.host_memory import ranks_of_host
 from lorasb_ds.request import check_output_dir, load_run_config
+from lorasb_ds.system.host_memory import ranks_of_host
 
 if TYPE_CHECKING:
     from lorasb_ds.eval_rows import EvalRows

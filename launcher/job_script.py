@@ -12,7 +12,7 @@ import yaml
 
 from launcher.command import VARIABLE, is_secret
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.stop import EXIT_STOPPED
+from lorasb_ds.system.signals import EXIT_STOPPED
 
 SECONDS_TO_SAVE = 120  # between the signal that asks a run to end and its end
 

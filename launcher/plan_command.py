@@ -14,9 +14,10 @@ from launcher.text import columns
 from lorasb_ds.base_files import model_path
 from lorasb_ds.config import read_json
 from lorasb_ds.errors import ConfigError, option_name
-from lorasb_ds.host_memory import available_bytes
 from lorasb_ds.model_shape import BUILT_IN, ModelShape, shape_from_config
-from lorasb_ds.plan import GIB, Cluster, Outcome, command, cpu_cluster, plan, recommended
+from lorasb_ds.plan import Cluster, Outcome, command, cpu_cluster, plan, recommended
+from lorasb_ds.system.host_memory import available_bytes
+from lorasb_ds.system.units import GIB
 from lorasb_ds.workload import Workload
 
 TABLE_MODELS = ("llama-7b", "llama-13b", "qwen2.5-32b", "llama-3-70b", "llama-3-405b")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launcher.ranks import free_port, listen_to, shell_status
-from lorasb_ds.stop import EXIT_STOPPED, SIGNALS
+from lorasb_ds.system.signals import EXIT_STOPPED, SIGNALS
 
 POLL_S = 0.1
 PR_SET_PDEATHSIG = 1

@@ -21,7 +21,6 @@ from launcher.pool import Work
 from launcher.ranks import run_here, worker_command
 from launcher.sweep_runs import RUNS, Conductor, log_of, say, train_command
 from launcher.text import columns, markdown
-from lorasb_ds.files import write_json, write_text
 from lorasb_ds.sensitivity import (
     COLUMNS,
     RUN_COLUMNS,
@@ -36,7 +35,8 @@ from lorasb_ds.sensitivity import (
     told_sizes,
 )
 from lorasb_ds.sensitivity_picture import draw_sensitivity
-from lorasb_ds.stop import EXIT_STOPPED
+from lorasb_ds.system.files import write_json, write_text
+from lorasb_ds.system.signals import EXIT_STOPPED
 
 COMMAND = "sensitivity"
 JSON, MARKDOWN, PICTURE = (f"{COMMAND}.{suffix}" for suffix in ("json", "md", "png"))

@@ -41,7 +41,7 @@ from launcher.verdict import EXIT_REFUSED
 from lorasb_ds.config import LAUNCH, LOGS
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.request import launcher_files, load_run_config
-from lorasb_ds.stop import EXIT_INTERRUPTED, EXIT_STOPPED
+from lorasb_ds.system.signals import EXIT_INTERRUPTED, EXIT_STOPPED
 
 
 def start(

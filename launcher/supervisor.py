@@ -45,7 +45,7 @@ from launcher.verdict import (
     launcher_gone,
     lost_rank,
 )
-from lorasb_ds.stop import EXIT_INTERRUPTED, EXIT_STOPPED
+from lorasb_ds.system.signals import EXIT_INTERRUPTED, EXIT_STOPPED
 
 POLL_S = 0.1
 SETTLE_S = 3.0  # between the end of DeepSpeed's launcher and the last word of an agent

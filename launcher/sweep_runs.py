@@ -26,7 +26,7 @@ from launcher.pool import Place, Pool, Work
 from lorasb_ds.compare import NOT_COMPARED
 from lorasb_ds.config import RunConfig
 from lorasb_ds.errors import ConfigError, option_name
-from lorasb_ds.files import write_json
+from lorasb_ds.system.files import write_json
 
 LORASB = (sys.executable, "-m", "launcher.cli")
 # Options that do not change what a run comes to.

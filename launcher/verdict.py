@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from launcher.channel import Channel
 from launcher.ranks import shell_status
-from lorasb_ds.stop import EXIT_STOPPED
+from lorasb_ds.system.signals import EXIT_STOPPED
 
 EXIT_FAILED, EXIT_REFUSED = 1, 2
 

@@ -15,7 +15,7 @@ import click
 from launcher.channel import tell_agent
 from launcher.command import GPUS_ASKED_FOR
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.stop import EXIT_STOPPED
+from lorasb_ds.system.signals import EXIT_STOPPED
 
 GRACE_S = 10.0
 

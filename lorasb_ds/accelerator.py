@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from lorasb_ds.host_memory import process_bytes, release_freed_memory
+from lorasb_ds.system.host_memory import process_bytes, release_freed_memory
 
 
 def device() -> torch.device:

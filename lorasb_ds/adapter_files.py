@@ -38,7 +38,7 @@ from lorasb_ds.peft_config import (
     scale_of,
 )
 from lorasb_ds.streaming import TensorReader
-from lorasb_ds.tensor_writer import metadata_of
+from lorasb_ds.system.safetensors_writer import metadata_of
 
 CONFIG_BYTES = 1 << 20
 FLOATS = ("F32", "F16", "BF16")

@@ -20,14 +20,14 @@ from lorasb_ds.batches import Sample
 from lorasb_ds.config import RunConfig
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.factors import Basis, Recipe, fill_factors
-from lorasb_ds.files import SUMS_FILE, check_sums, write_json, write_sums
 from lorasb_ds.gradients import branches_off
 from lorasb_ds.init_report import InitReport, LayerInit, Step
 from lorasb_ds.methods import DEFAULT_METHOD, METHODS, PEFT_PREFIX
 from lorasb_ds.request import read_peft_file
 from lorasb_ds.step import choose_step, measure_step
+from lorasb_ds.system.files import SUMS_FILE, check_sums, write_json, write_sums
+from lorasb_ds.system.safetensors_writer import save_tensors
 from lorasb_ds.targets import Shapes
-from lorasb_ds.tensor_writer import save_tensors
 
 BASIS_FORMAT = "3"
 SCALING = "scaling (--lora-alpha, --r)"

@@ -24,15 +24,9 @@ from safetensors.torch import load_file
 
 from lorasb_ds.config import RunConfig
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.files import (
-    SUMS_FILE,
-    check_sums,
-    publish,
-    write_json,
-    write_sums,
-)
 from lorasb_ds.request import resumed_run
-from lorasb_ds.tensor_writer import save_tensors
+from lorasb_ds.system.files import SUMS_FILE, check_sums, publish, write_json, write_sums
+from lorasb_ds.system.safetensors_writer import save_tensors
 
 FOLDER = "checkpoints"
 STATE_FILE, TRAINER_FILE = "state.safetensors", "trainer.json"

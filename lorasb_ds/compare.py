@@ -13,7 +13,7 @@ from typing import Any
 from lorasb_ds.config import RunConfig
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.history import METRICS, REPORT, Row, Summary, read_rows, summarize
-from lorasb_ds.plan import GIB
+from lorasb_ds.system.units import GIB
 
 # Of no interest beside another run's: where it was written, and how.
 NOT_COMPARED = {"output_dir", "overwrite", "force", "report_to"}

@@ -30,8 +30,8 @@ from lorasb_ds.data import (
     nothing_left,
 )
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.files import fsync, publish, write_json
 from lorasb_ds.rows import identity, load_rows
+from lorasb_ds.system.files import fsync, publish, write_json
 
 FORMAT = 2  # of the tables; raise it whenever the same rows would give other tables
 META = "lorasb.json"  # beside the table: its key, size and counts

@@ -11,7 +11,7 @@ from lorasb_ds.factors import Recipe
 from lorasb_ds.footprint import Footprint
 from lorasb_ds.methods import METHODS
 from lorasb_ds.peft_method import PeftPlan
-from lorasb_ds.plan import GIB
+from lorasb_ds.system.units import GIB
 from lorasb_ds.targets import Shapes
 from lorasb_ds.workload import Workload
 

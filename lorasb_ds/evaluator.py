@@ -26,12 +26,12 @@ from lorasb_ds.evaluate import (
     log_likelihoods,
     rounds,
 )
-from lorasb_ds.files import write_json, write_text
 from lorasb_ds.inference import PreparedModel, prepare_model, start_model
 from lorasb_ds.metrics import provenance
 from lorasb_ds.request import load_run_config, with_adapter
 from lorasb_ds.sharding import rank_and_size
 from lorasb_ds.shares import Share
+from lorasb_ds.system.files import write_json, write_text
 
 RESULT_FILE, ANSWERS_FILE = "eval.json", "answers.jsonl"
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.evaluator import RESULT_FILE, describe_run
-from lorasb_ds.files import write_json
 from lorasb_ds.inference import PreparedModel, start_model
+from lorasb_ds.system.files import write_json
 
 
 def evaluate_by_harness(run: PreparedModel, tasks: str, num_samples: int | None = None) -> str:

@@ -16,9 +16,9 @@ from lorasb_ds.initialize import initialize
 from lorasb_ds.methods import METHODS
 from lorasb_ds.output import say
 from lorasb_ds.peft_method import collect_peft, peft_off
-from lorasb_ds.plan import GIB
 from lorasb_ds.prepare import Prepared
 from lorasb_ds.step import measure_step
+from lorasb_ds.system.units import GIB
 
 
 def initialize_by(

@@ -12,7 +12,7 @@ from lorasb_ds.adapter import AdapterLinear, trained_in
 from lorasb_ds.checkpoint import Progress
 from lorasb_ds.metrics import RunLog
 from lorasb_ds.prepare import Prepared
-from lorasb_ds.stop import StopRequest
+from lorasb_ds.system.signals import StopRequest
 
 Adapters = dict[str, AdapterLinear]
 

@@ -16,11 +16,17 @@ from typing import Any
 import torch
 
 from lorasb_ds.base_files import ITEM_BYTES, StoredTensor, read_header
-from lorasb_ds.digest import file_digest
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.files import publish
 from lorasb_ds.placement import bytes_4bit
-from lorasb_ds.tensor_writer import ALIGNMENT, TensorWriter, bytes_of, fill, header_of, metadata_of
+from lorasb_ds.system.files import file_digest, publish
+from lorasb_ds.system.safetensors_writer import (
+    ALIGNMENT,
+    TensorWriter,
+    bytes_of,
+    fill,
+    header_of,
+    metadata_of,
+)
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in FLOATS.items()} | {torch.uint8: "U8"}

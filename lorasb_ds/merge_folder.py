@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lorasb_ds.base_files import DOWNLOADED, INDEX, WEIGHTS, read_header
-from lorasb_ds.digest import file_digest
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.files import SUMS_FILE, fsync, publish, write_json, write_text
 from lorasb_ds.merge_file import FileJob, Written
+from lorasb_ds.system.files import SUMS_FILE, file_digest, fsync, publish, write_json, write_text
 
 RECORD, LOCK = "merge.json", "merge.lock"
 # Of the base's folder: what a model needs beside its weights, and what must go with it.

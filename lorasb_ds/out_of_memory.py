@@ -13,7 +13,8 @@ from lorasb_ds.config import SHIPPED_DS_CONFIGS, RunConfig, read_json
 from lorasb_ds.footprint import CPU_LOAD_BYTES, CPU_RUNTIME_BYTES, Footprint, footprint, init_plan
 from lorasb_ds.model_shape import ModelShape
 from lorasb_ds.placement import Placement, placement_of
-from lorasb_ds.plan import BUDGETS_GIB, GIB, Cluster
+from lorasb_ds.plan import BUDGETS_GIB, Cluster
+from lorasb_ds.system.units import GIB
 from lorasb_ds.traffic import step_seconds, step_traffic
 from lorasb_ds.workload import Workload
 

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from lorasb_ds import zero
 from lorasb_ds.config import DS_CONFIG_COPY, PEFT_COPY, RunConfig
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.files import SUMS_FILE
 from lorasb_ds.history import (
     ALIGNMENT,
     ALIGNMENT_PICTURE,
@@ -22,6 +21,7 @@ from lorasb_ds.history import (
     SAMPLES,
 )
 from lorasb_ds.request import default_output_dir
+from lorasb_ds.system.files import SUMS_FILE
 
 # All that a run writes into its folder, and --overwrite removes.
 OUTPUTS = (

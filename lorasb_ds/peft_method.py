@@ -25,11 +25,11 @@ from lorasb_ds.adapter import trained_in
 from lorasb_ds.config import RunConfig
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export import trained_value, write_adapter
-from lorasb_ds.host_memory import release_freed_memory
 from lorasb_ds.peft_config import PREFIX
 from lorasb_ds.peft_file import peft_config, refusal
 from lorasb_ds.request import read_peft_file
 from lorasb_ds.sharding import broadcast
+from lorasb_ds.system.host_memory import release_freed_memory
 from lorasb_ds.targets import Shapes, layer_shape
 
 ADAPTER = "default"  # PEFT's name of the one adapter

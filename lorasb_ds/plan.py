@@ -9,6 +9,7 @@ from lorasb_ds.config import SHIPPED_DS_CONFIGS, read_json
 from lorasb_ds.footprint import Footprint, footprint, init_plan
 from lorasb_ds.model_shape import ModelShape
 from lorasb_ds.placement import Form, Placement, placement_of
+from lorasb_ds.system.units import GIB
 from lorasb_ds.traffic import (
     CPU_SPEEDS,
     GPU_SPEEDS,
@@ -20,7 +21,6 @@ from lorasb_ds.traffic import (
 )
 from lorasb_ds.workload import Workload
 
-GIB = 1 << 30
 # The driver's context, NCCL's buffers, what torch's allocator keeps back. Assumed.
 GPU_RUNTIME_BYTES = 3 << 29
 # What --init-memory-gib may be where the gradients of all layers do not fit.

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
-from lorasb_ds.plan import GIB
+from lorasb_ds.system.units import GIB
 
 LINE_EVERY_S = 5.0  # where there is no terminal
 ETA_STEPS = 100  # whose times tell how long a step takes

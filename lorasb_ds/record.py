@@ -13,7 +13,6 @@ from lorasb_ds.alignment_history import draw_alignment
 from lorasb_ds.base_files import model_path
 from lorasb_ds.curves import draw_loss_curve
 from lorasb_ds.export import peft_target_modules, save_peft_adapter
-from lorasb_ds.files import write_json
 from lorasb_ds.history import ALIGNMENT_PICTURE, REPORT
 from lorasb_ds.init_report import InitReport
 from lorasb_ds.job import Job
@@ -23,6 +22,7 @@ from lorasb_ds.output import say
 from lorasb_ds.peft_method import save_peft_method
 from lorasb_ds.prepare import Prepared
 from lorasb_ds.report import draw_init, write_report
+from lorasb_ds.system.files import write_json
 
 
 def describe(run: Prepared, folder: Path) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from datetime import timedelta
 from typing import Any
 
 from lorasb_ds.compare import known
-from lorasb_ds.plan import GIB
 from lorasb_ds.shares import Share
 from lorasb_ds.sweep import Sweep, Trial, label, short
 from lorasb_ds.sweep_results import Result, base_loss, describe_share
+from lorasb_ds.system.units import GIB
 
 COLUMNS = (
     "method",

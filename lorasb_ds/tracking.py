@@ -12,7 +12,7 @@ from typing import Any
 
 from lorasb_ds.config import RunConfig
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.files import write_json
+from lorasb_ds.system.files import write_json
 
 PROJECT = "lorasb-ds"
 TRACKING = "tracking.json"  # in the output folder: what the tracker knows the run by

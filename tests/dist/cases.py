@@ -82,7 +82,7 @@ def methods(runs: list[dict[str, Any]], zero_optimization: dict[str, Any]) -> No
     from lorasb_ds import zero
     from lorasb_ds.prepare import prepare
     from lorasb_ds.request import load_run_config
-    from lorasb_ds.stop import StopRequest
+    from lorasb_ds.system.signals import StopRequest
     from lorasb_ds.trainer import run_training
 
     zero.init_process_group()

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.prepare import prepare
 from lorasb_ds.request import load_run_config
-from lorasb_ds.stop import EXIT_STOPPED
+from lorasb_ds.system.signals import EXIT_STOPPED
 from tests.runs import ROOT, run_command, word_rows, write_jsonl
 
 

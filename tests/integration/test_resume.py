@@ -22,7 +22,7 @@ from lorasb_ds.checkpoint import checkpoint_path, list_checkpoints, read_checkpo
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.prepare import prepare
 from lorasb_ds.request import load_run_config
-from lorasb_ds.stop import EXIT_STOPPED
+from lorasb_ds.system.signals import EXIT_STOPPED
 from tests.runs import ROOT, metrics, run_command, word_rows, write_jsonl
 
 STEPS = 24

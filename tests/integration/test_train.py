@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from lorasb_ds.stop import EXIT_STOPPED
+from lorasb_ds.system.signals import EXIT_STOPPED
 from tests.runs import ROOT, metrics, run_command, word_rows, write_jsonl
 
 TASK = "reasoning-gym:word_sequence_reversal?max_words=4"

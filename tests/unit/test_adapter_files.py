@@ -31,8 +31,8 @@ from lorasb_ds.basis import BASIS_FILE
 from lorasb_ds.checkpoint import STATE_FILE, TRAINER_FILE, Progress, write_checkpoint
 from lorasb_ds.config import RunConfig
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.files import SUMS_FILE, write_sums
-from lorasb_ds.tensor_writer import save_tensors
+from lorasb_ds.system.files import SUMS_FILE, write_sums
+from lorasb_ds.system.safetensors_writer import save_tensors
 from tests.runs import made_up_run
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]

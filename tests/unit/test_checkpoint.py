@@ -29,8 +29,8 @@ from lorasb_ds.checkpoint import (
 )
 from lorasb_ds.config import RunConfig
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.files import SUMS_FILE
 from lorasb_ds.request import check_output_dir, load_run_config
+from lorasb_ds.system.files import SUMS_FILE
 
 MADE_FROM = {"--r": 8, "training rows": "a" * 64}
 

@@ -17,8 +17,8 @@ from launcher.compare_run import Comparison
 from launcher.launch_options import LaunchOptions
 from lorasb_ds.config import DEMO_EVAL_DATA
 from lorasb_ds.methods import METHODS
-from lorasb_ds.stop import SIGNALS
 from lorasb_ds.sweep import Trial, make_sweep
+from lorasb_ds.system.signals import SIGNALS
 from tests.runs import made_up_run
 
 NOT_GIVEN = dict.fromkeys(LaunchOptions.__dataclass_fields__)

@@ -22,8 +22,8 @@ from lorasb_ds.evaluate import (
 )
 from lorasb_ds.examples import IGNORE_INDEX, Example
 from lorasb_ds.export import peft_target_modules, peft_tensors, save_peft_adapter
-from lorasb_ds.files import write_text
 from lorasb_ds.shares import Share, wilson_interval
+from lorasb_ds.system.files import write_text
 
 
 def test_wilson_interval() -> None:

@@ -26,7 +26,8 @@ from lorasb_ds.out_of_memory import (
     remedies,
 )
 from lorasb_ds.placement import Placement
-from lorasb_ds.plan import GIB, Cluster, cpu_cluster
+from lorasb_ds.plan import Cluster, cpu_cluster
+from lorasb_ds.system.units import GIB
 from lorasb_ds.workload import Workload
 from tests.runs import ROOT
 from tests.unit.test_footprint import LLAMA_7B, footprint_of, work_of

@@ -17,7 +17,7 @@ from launcher.places import find_places
 from launcher.pool import Place, Pool, Work
 from launcher.ranks import run_here
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.stop import EXIT_STOPPED
+from lorasb_ds.system.signals import EXIT_STOPPED
 
 NOT_GIVEN = LaunchOptions(**{name: option.get("default") for name, option in OPTIONS.items()})
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from lorasb_ds.files import publish
+from lorasb_ds.system.files import publish
 
 ALIGNMENT = 8  # of the tensors' beginning, so that none of their numbers is cut by a boundary
 

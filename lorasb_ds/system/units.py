@@ -1,0 +1,5 @@
+"""Units that messages and options use."""
+
+from __future__ import annotations
+
+GIB = 1 << 30
