@@ -19,10 +19,11 @@ from launcher.options import CONTEXT, add_options, field_options, reports_proble
 from launcher.places import find_places
 from launcher.pool import Place
 from launcher.sweep_runs import OF_NO_CONSEQUENCE, PARALLEL, launch_in, shown
-from lorasb_ds.config import RunConfig, read_json
+from lorasb_ds.config.methods import PEFT_PREFIX
+from lorasb_ds.config.paths import read_json
+from lorasb_ds.config.resolve import load_run_config
+from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.methods import PEFT_PREFIX
-from lorasb_ds.request import load_run_config
 from lorasb_ds.rows import REASONING_GYM
 from lorasb_ds.scorers import check_scorer
 from lorasb_ds.sweep import SWEPT, Trial, is_file, label, make_sweep, own_options

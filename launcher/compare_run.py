@@ -30,7 +30,7 @@ from launcher.sweep_runs import (
 )
 from launcher.text import columns, markdown
 from launcher.verdict import EXIT_REFUSED
-from lorasb_ds.history import REPORT
+from lorasb_ds.config.run_layout import REPORT
 from lorasb_ds.sweep import Sweep, Trial, is_file, label
 from lorasb_ds.sweep_pictures import PICTURES, draw_sweep
 from lorasb_ds.sweep_results import EVALUATION, Result, base_loss, read_result

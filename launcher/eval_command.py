@@ -15,10 +15,11 @@ from launcher.launch_options import LaunchOptions, launch_options
 from launcher.options import CONTEXT, add_options, field_options, reports_problems, to_arguments
 from launcher.ranks import EVAL, run_here, worker_command
 from launcher.start import start
-from lorasb_ds.config import DEMO_EVAL_DATA
+from lorasb_ds.config.resolve import load_run_config, with_adapter
+from lorasb_ds.config.run_config import DEMO_EVAL_DATA
+from lorasb_ds.config.run_layout import default_output_dir
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.questions import TASKS
-from lorasb_ds.request import default_output_dir, load_run_config, with_adapter
 
 FIELDS = (
     "prompt_column",

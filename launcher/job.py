@@ -17,16 +17,12 @@ from launcher.launch_options import LaunchOptions
 from launcher.options import to_arguments
 from launcher.ranks import free_port
 from lorasb_ds.base_files import model_path
-from lorasb_ds.config import RunConfig, read_json
-from lorasb_ds.ds_config import resolve_ds_config
+from lorasb_ds.config.ds_config import resolve_ds_config
+from lorasb_ds.config.paths import read_json
+from lorasb_ds.config.resolve import load_run_config, replayed_processes
+from lorasb_ds.config.run_config import RunConfig
+from lorasb_ds.config.run_layout import check_output_dir, default_output_dir, resumed_run
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.request import (
-    check_output_dir,
-    default_output_dir,
-    load_run_config,
-    replayed_processes,
-    resumed_run,
-)
 from lorasb_ds.rows import names_a_path
 
 # Programs of this host that start the others.

@@ -11,9 +11,9 @@ import click
 
 from launcher.options import CONTEXT, field_options
 from launcher.quiet import quiet_libraries
-from lorasb_ds.config import RunConfig
+from lorasb_ds.config.resolve import load_run_config
+from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.request import load_run_config
 
 if TYPE_CHECKING:
     from lorasb_ds.data import TokenizedRows

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from launcher.text import columns, markdown
 from lorasb_ds.compare import COLUMNS, Run, as_dict, differing_options, table
-from lorasb_ds.config import RunConfig
+from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.errors import option_name
 
 LEGEND = (

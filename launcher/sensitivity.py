@@ -12,8 +12,8 @@ import click
 
 from launcher.options import CONTEXT, field_options, reports_problems
 from launcher.quiet import quiet_libraries
-from lorasb_ds.config import RunConfig
-from lorasb_ds.request import load_run_config
+from lorasb_ds.config.resolve import load_run_config
+from lorasb_ds.config.run_config import RunConfig
 
 OUT = click.option("--out", type=click.Path(path_type=Path), required=True, help="A JSON file.")
 

@@ -25,10 +25,10 @@ from launcher.sweep_runs import (
     sweep_folder,
     train_command,
 )
-from lorasb_ds.config import RunConfig
+from lorasb_ds.config.methods import METHODS
+from lorasb_ds.config.resolve import load_run_config
+from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.methods import METHODS
-from lorasb_ds.request import load_run_config
 from lorasb_ds.sensitivity import SHARES, Draw, sample_sizes, told_sizes
 
 # Set in its runs, or without meaning there.

@@ -38,9 +38,9 @@ from launcher.preflight import Findings, examine
 from launcher.ranks import free_port, remove_shared_memory
 from launcher.supervisor import Supervisor, listen_for_agents
 from launcher.verdict import EXIT_REFUSED
-from lorasb_ds.config import LAUNCH, LOGS
+from lorasb_ds.config.resolve import load_run_config
+from lorasb_ds.config.run_layout import LAUNCH, LOGS, launcher_files
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.request import launcher_files, load_run_config
 from lorasb_ds.system.signals import EXIT_INTERRUPTED, EXIT_STOPPED
 
 

@@ -10,8 +10,8 @@ import click
 from launcher.options import CONTEXT, run_options
 from launcher.quiet import quiet_libraries
 from launcher.worker import answer_agent, check_device, end, join, refuse
+from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.request import load_run_config
 from lorasb_ds.system.host_memory import ranks_of_host
 from lorasb_ds.system.signals import EXIT_STOPPED, StopRequest
 

@@ -17,18 +17,13 @@ from typing import Any
 import torch
 
 from lorasb_ds.base_files import StoredTensor, model_type_of, read_header
-from lorasb_ds.basis import BASIS_FILE, SCALING
-from lorasb_ds.checkpoint import (
-    STATE_FILE,
-    TRAINER_FILE,
-    Checkpoint,
-    list_checkpoints,
-    read_checkpoint,
-)
-from lorasb_ds.config import DEMO_MODEL, demo_model_dir, read_json
+from lorasb_ds.basis import SCALING
+from lorasb_ds.checkpoint import Checkpoint, list_checkpoints, read_checkpoint
+from lorasb_ds.config.methods import DEFAULT_METHOD, METHODS, PEFT_PREFIX, Method
+from lorasb_ds.config.paths import DEMO_MODEL, demo_model_dir, read_json
+from lorasb_ds.config.run_layout import BASIS_FILE, STATE_FILE, TRAINER_FILE
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.low_rank import LoraPair
-from lorasb_ds.methods import DEFAULT_METHOD, METHODS, PEFT_PREFIX, Method
 from lorasb_ds.peft_config import (
     CONFIG_FILE,
     NARROWING,

@@ -17,13 +17,14 @@ from lorasb_ds import zero
 from lorasb_ds.adapter import AdapterLinear
 from lorasb_ds.base_files import weights_digest
 from lorasb_ds.batches import Sample
-from lorasb_ds.config import RunConfig
+from lorasb_ds.config.methods import DEFAULT_METHOD, METHODS, PEFT_PREFIX
+from lorasb_ds.config.resolve import read_peft_file
+from lorasb_ds.config.run_config import RunConfig
+from lorasb_ds.config.run_layout import BASIS_FILE, REPORT_FILE
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.factors import Basis, Recipe, fill_factors
 from lorasb_ds.gradients import branches_off
 from lorasb_ds.init_report import InitReport, LayerInit, Step
-from lorasb_ds.methods import DEFAULT_METHOD, METHODS, PEFT_PREFIX
-from lorasb_ds.request import read_peft_file
 from lorasb_ds.step import choose_step, measure_step
 from lorasb_ds.system.files import SUMS_FILE, check_sums, write_json, write_sums
 from lorasb_ds.system.safetensors_writer import save_tensors
@@ -32,7 +33,6 @@ from lorasb_ds.targets import Shapes
 BASIS_FORMAT = "3"
 SCALING = "scaling (--lora-alpha, --r)"
 PEFT_FILE = "--method peft: (its file)"
-BASIS_FILE, REPORT_FILE = "basis.safetensors", "init.json"
 
 
 def fingerprint(config: RunConfig, targets: Shapes, rows_digest: str) -> dict[str, Any]:

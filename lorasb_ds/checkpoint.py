@@ -22,15 +22,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from lorasb_ds.config import RunConfig
+from lorasb_ds.config.run_config import RunConfig
+from lorasb_ds.config.run_layout import FILES, FOLDER, STATE_FILE, TRAINER_FILE, resumed_run
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.request import resumed_run
 from lorasb_ds.system.files import SUMS_FILE, check_sums, publish, write_json, write_sums
 from lorasb_ds.system.safetensors_writer import save_tensors
 
-FOLDER = "checkpoints"
-STATE_FILE, TRAINER_FILE = "state.safetensors", "trainer.json"
-FILES = (STATE_FILE, TRAINER_FILE)
 FORMAT = 1
 
 

@@ -10,9 +10,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from lorasb_ds.config import RunConfig
+from lorasb_ds.config.run_config import RunConfig
+from lorasb_ds.config.run_layout import METRICS, REPORT
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.history import METRICS, REPORT, Row, Summary, read_rows, summarize
+from lorasb_ds.history import Row, Summary, read_rows, summarize
 from lorasb_ds.system.units import GIB
 
 # Of no interest beside another run's: where it was written, and how.

@@ -13,7 +13,7 @@ from typing import Any, overload
 import numpy as np
 import pyarrow.compute as pc
 
-from lorasb_ds.config import RunConfig
+from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.examples import IGNORE_INDEX, Example, encode
 from lorasb_ds.forms import NO_COLUMNS, RowError, check_columns, no_columns, parse_row

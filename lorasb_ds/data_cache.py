@@ -19,7 +19,8 @@ import torch
 from filelock import FileLock
 
 from lorasb_ds.chat import chat_template
-from lorasb_ds.config import RunConfig, cache_dir
+from lorasb_ds.config.paths import cache_dir
+from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.data import (
     COLUMNS,
     TokenizedRows,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from lorasb_ds.config import MATRIX_OPTIMIZERS, RunConfig
+from lorasb_ds.config.methods import METHODS
+from lorasb_ds.config.run_config import MATRIX_OPTIMIZERS, RunConfig
 from lorasb_ds.data import TokenizedRows
 from lorasb_ds.factors import Recipe
 from lorasb_ds.footprint import Footprint
-from lorasb_ds.methods import METHODS
 from lorasb_ds.peft_method import PeftPlan
 from lorasb_ds.system.units import GIB
 from lorasb_ds.targets import Shapes

@@ -8,7 +8,7 @@ from typing import Any
 
 from lorasb_ds.answers import SCORES, Score, is_equal_math
 from lorasb_ds.chat import render, render_prompt
-from lorasb_ds.config import RunConfig
+from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.data import TokenizedRows, check_tokenizer, tokenize_rows
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.examples import IGNORE_INDEX, Example

@@ -11,14 +11,14 @@ import torch.distributed as dist
 
 from lorasb_ds import zero
 from lorasb_ds.adapter import AdapterLinear
-from lorasb_ds.config import RunConfig
+from lorasb_ds.config.methods import METHODS, Layer, Method
+from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.gradients import is_transposed
 from lorasb_ds.linalg import TruncatedSVD
-from lorasb_ds.methods import METHODS, Layer, Method
 from lorasb_ds.sharding import Group, gather_rows, row_range
 
 if TYPE_CHECKING:
-    from lorasb_ds.methods import Factors
+    from lorasb_ds.config.methods import Factors
 
 # On rank 0: "<layer>.lora_A" and every other factor, as the run starts from it.
 Basis = dict[str, torch.Tensor]

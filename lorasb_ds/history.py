@@ -11,10 +11,6 @@ from typing import Any
 
 from lorasb_ds.errors import ConfigError
 
-# In the output folder. The report is written last: a run that has it is finished.
-METRICS, SAMPLES, REPORT = "metrics.jsonl", "samples.jsonl", "report.md"
-ALIGNMENT, ALIGNMENT_PICTURE = "alignment.jsonl", "alignment.png"
-PROFILE, PROFILE_ASIDE = "profile.json.gz", "profile.tmp.json.gz"
 MAX_EXPONENT = 709.0  # of a double
 Row = dict[str, Any]
 

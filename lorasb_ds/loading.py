@@ -20,7 +20,7 @@ from lorasb_ds.base_files import (
     model_folder,
     stored_tensors,
 )
-from lorasb_ds.config import RunConfig
+from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.quantization import Kind, PackedLinear, PackedLinear4bit, PackedLinear8bit
 from lorasb_ds.streaming import TensorReader, put, stream_weights

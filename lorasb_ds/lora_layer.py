@@ -11,9 +11,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from lorasb_ds.adapter import AdapterLinear, LoraSBLinear
-from lorasb_ds.config import RunConfig
+from lorasb_ds.config.methods import METHODS, TRAIN_AB
+from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.low_rank import LoraPair
-from lorasb_ds.methods import METHODS, TRAIN_AB
 
 
 class LoraLinear(AdapterLinear):

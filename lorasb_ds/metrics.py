@@ -13,7 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lorasb_ds.history import ALIGNMENT, METRICS, SAMPLES, Row, read_rows, to_line
+from lorasb_ds.config.run_layout import ALIGNMENT, METRICS, SAMPLES
+from lorasb_ds.history import Row, read_rows, to_line
 from lorasb_ds.progress import Progress
 from lorasb_ds.system.files import write_text
 from lorasb_ds.tracking import Tracker

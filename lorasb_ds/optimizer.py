@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lorasb_ds.config import RunConfig
+from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.matrix_optimizer import MatrixOptimizer
 from lorasb_ds.updates import ADAFACTOR_EPSILON, ADAFACTOR_SIZE

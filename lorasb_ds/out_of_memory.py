@@ -9,7 +9,8 @@ from typing import Literal
 
 import torch
 
-from lorasb_ds.config import SHIPPED_DS_CONFIGS, RunConfig, read_json
+from lorasb_ds.config.paths import SHIPPED_DS_CONFIGS, read_json
+from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.footprint import CPU_LOAD_BYTES, CPU_RUNTIME_BYTES, Footprint, footprint, init_plan
 from lorasb_ds.model_shape import ModelShape
 from lorasb_ds.placement import Placement, placement_of

@@ -9,18 +9,20 @@ from pathlib import Path
 import torch.distributed as dist
 
 from lorasb_ds import zero
-from lorasb_ds.config import DS_CONFIG_COPY, PEFT_COPY, RunConfig
-from lorasb_ds.errors import ConfigError
-from lorasb_ds.history import (
+from lorasb_ds.config.run_config import RunConfig
+from lorasb_ds.config.run_layout import (
     ALIGNMENT,
     ALIGNMENT_PICTURE,
+    DS_CONFIG_COPY,
     METRICS,
+    PEFT_COPY,
     PROFILE,
     PROFILE_ASIDE,
     REPORT,
     SAMPLES,
+    default_output_dir,
 )
-from lorasb_ds.request import default_output_dir
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.system.files import SUMS_FILE
 
 # All that a run writes into its folder, and --overwrite removes.

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lorasb_ds.basis import BASIS_FILE
+from lorasb_ds.config.run_layout import BASIS_FILE
 from lorasb_ds.errors import ConfigError
 
 SIDES = ("lora_A", "lora_B")

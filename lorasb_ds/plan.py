@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lorasb_ds.config import SHIPPED_DS_CONFIGS, read_json
+from lorasb_ds.config.paths import SHIPPED_DS_CONFIGS, read_json
 from lorasb_ds.footprint import Footprint, footprint, init_plan
 from lorasb_ds.model_shape import ModelShape
 from lorasb_ds.placement import Form, Placement, placement_of

@@ -16,24 +16,25 @@ from lorasb_ds.base_files import stored_tensors
 from lorasb_ds.basis import PEFT_FILE, check_basis, fingerprint
 from lorasb_ds.batches import Batch, Sample, share_out
 from lorasb_ds.checkpoint import Resume, find_resume
-from lorasb_ds.config import RunConfig, read_json
+from lorasb_ds.config.ds_config import resolve_ds_config
+from lorasb_ds.config.methods import METHODS
+from lorasb_ds.config.paths import read_json
+from lorasb_ds.config.run_config import RunConfig
+from lorasb_ds.config.run_layout import check_output_dir
 from lorasb_ds.data import TokenizedRows
 from lorasb_ds.data_cache import load_data
 from lorasb_ds.demand import with_init_of, workload_of
-from lorasb_ds.ds_config import resolve_ds_config
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.footprint import Footprint, footprint, init_plan
 from lorasb_ds.forecast import Forecast, check_fits, forecast, this_cluster
 from lorasb_ds.init_report import InitReport
 from lorasb_ds.loading import DTYPES, base_config, empty_model
-from lorasb_ds.methods import METHODS
 from lorasb_ds.model_shape import ModelShape
 from lorasb_ds.order import Order, Unit, init_sample
 from lorasb_ds.peft_config import peft_warning
 from lorasb_ds.peft_method import PeftPlan, plan_peft
 from lorasb_ds.placement import Placement, placement_of
 from lorasb_ds.plan import Cluster
-from lorasb_ds.request import check_output_dir
 from lorasb_ds.same_run import check_resume, what_must_match, with_global_batch
 from lorasb_ds.shapes import shape_of
 from lorasb_ds.targets import Shapes, expert_layers, select_targets

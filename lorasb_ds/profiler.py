@@ -10,7 +10,7 @@ from typing import Any
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from lorasb_ds import accelerator
-from lorasb_ds.history import PROFILE, PROFILE_ASIDE
+from lorasb_ds.config.run_layout import PROFILE, PROFILE_ASIDE
 from lorasb_ds.output import say
 from lorasb_ds.system.files import publish
 

@@ -11,8 +11,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lorasb_ds.config.methods import METHODS, PEFT_PREFIX
 from lorasb_ds.errors import ConfigError, option_name
-from lorasb_ds.methods import METHODS, PEFT_PREFIX
 
 Number = TypeVar("Number", int, float)
 

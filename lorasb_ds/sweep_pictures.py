@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorasb_ds.config.run_layout import METRICS
 from lorasb_ds.curves import draw_comparison
-from lorasb_ds.history import METRICS, read_rows
+from lorasb_ds.history import read_rows
 from lorasb_ds.sweep import label, short
 from lorasb_ds.sweep_table import Outcome
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lorasb_ds.config import ALL_LINEAR
+from lorasb_ds.config.run_config import ALL_LINEAR
 from lorasb_ds.errors import ConfigError
 
 Shapes = dict[str, tuple[int, int]]  # layer name -> (out, in)

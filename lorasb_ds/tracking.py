@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lorasb_ds.config import RunConfig
+from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.system.files import write_json
 

@@ -11,16 +11,14 @@ import torch.distributed as dist
 
 from lorasb_ds import accelerator, zero
 from lorasb_ds.adapter import inject, trained_in
-from lorasb_ds.basis import BASIS_FILE
 from lorasb_ds.checkpoint import Progress
-from lorasb_ds.config import DS_CONFIG_COPY, PEFT_COPY
+from lorasb_ds.config.run_layout import BASIS_FILE, DS_CONFIG_COPY, PEFT_COPY, REPORT
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.evaluate import eval_mode
 from lorasb_ds.export import collect_lora
 from lorasb_ds.footprint import LOGIT_BYTES
 from lorasb_ds.gathers import gathers_blocks
 from lorasb_ds.gradients import branches_off
-from lorasb_ds.history import REPORT
 from lorasb_ds.init_phase import init_phase
 from lorasb_ds.init_report import InitReport
 from lorasb_ds.job import Adapters, Job

@@ -16,7 +16,7 @@ import torch
 from bench_common import ROOT, machine, measure, medians, row, run_as_rank, write_json
 from bench_model import write_llama
 
-from lorasb_ds.config import demo_model_dir
+from lorasb_ds.config.paths import demo_model_dir
 
 MIB = 1 << 20
 TASK = "reasoning-gym:word_sequence_reversal"
@@ -120,8 +120,8 @@ def ours(config: dict[str, Any], out: str) -> None:
 
 def _prepare(config: dict[str, Any], world_size: int) -> Any:
     from launcher.quiet import quiet_libraries
+    from lorasb_ds.config.resolve import load_run_config
     from lorasb_ds.prepare import prepare
-    from lorasb_ds.request import load_run_config
 
     quiet_libraries()
     return prepare(load_run_config(config), world_size)

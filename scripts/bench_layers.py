@@ -23,7 +23,7 @@ def _model(name: str, dtype: str, stack: Mapping[str, int]) -> Any:
     """The demo model with its head, or the stack: decoder blocks alone."""
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel
 
-    from lorasb_ds.config import demo_model_dir
+    from lorasb_ds.config.paths import demo_model_dir
 
     kind = getattr(torch, dtype)
     if name == "demo":

@@ -86,9 +86,9 @@ def _loaded(model: str, way: str, bits: int, stage: int) -> Any:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.integrations import HfDeepSpeedConfig
 
-    from lorasb_ds.ds_config import resolve_ds_config
+    from lorasb_ds.config.ds_config import resolve_ds_config
+    from lorasb_ds.config.resolve import load_run_config
     from lorasb_ds.loading import load_base, load_config
-    from lorasb_ds.request import load_run_config
 
     given: dict[str, Any] = {
         "model": model,

@@ -25,7 +25,7 @@ def write_llama(folder: Path, shape: Mapping[str, Any]) -> None:
     """
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from lorasb_ds.config import demo_model_dir
+    from lorasb_ds.config.paths import demo_model_dir
 
     demo = demo_model_dir()
     demo_config = LlamaConfig.from_pretrained(demo)

@@ -35,7 +35,7 @@ QUICK |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 @click.option("--quick", is_flag=True, help="Tiny models, few cases, once: whether it runs.")
 def main(repeats: int, only: str | None, out: Path, quick: bool) -> None:
     """Adapters against the frozen base and PEFT, whole steps against TRL, ZeRO-3's traffic."""
-    from lorasb_ds.config import demo_model_dir
+    from lorasb_ds.config.paths import demo_model_dir
 
     found: dict[str, Any] = {"machine": machine(), "quick": quick}
     with tempfile.TemporaryDirectory() as folder:

@@ -172,7 +172,7 @@ def demo_model() -> Iterator[Case]:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import AutoModelForCausalLM
 
-    from lorasb_ds.config import demo_model_dir
+    from lorasb_ds.config.paths import demo_model_dir
     from lorasb_ds.tokenizer import load_tokenizer
 
     folder = demo_model_dir()

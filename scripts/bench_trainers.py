@@ -75,9 +75,9 @@ def _trl(settings: Mapping[str, Any]) -> dict[str, Any]:
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
+    from lorasb_ds.config.resolve import load_run_config
     from lorasb_ds.examples import IGNORE_INDEX
     from lorasb_ds.prepare import prepare
-    from lorasb_ds.request import load_run_config
 
     # The same rows, tokenized by the same template.
     run = prepare(load_run_config(_run_config(settings)), 1)

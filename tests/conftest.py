@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lorasb_ds.config import demo_model_dir
+from lorasb_ds.config.paths import demo_model_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.ranks import free_port, rank_environment, remove_shared_memory
-from lorasb_ds.config import RunConfig
+from lorasb_ds.config.run_config import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 

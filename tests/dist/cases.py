@@ -67,8 +67,8 @@ def updates(gradient: str, out: str) -> None:
 def _start(config: dict[str, Any], zero_optimization: dict[str, Any]) -> Any:
     """A run up to its engine, with other ZeRO settings than its ds_config's."""
     from lorasb_ds import zero
+    from lorasb_ds.config.resolve import load_run_config
     from lorasb_ds.prepare import prepare
-    from lorasb_ds.request import load_run_config
     from lorasb_ds.trainer import start_engine
 
     run = prepare(load_run_config(config), int(os.environ["WORLD_SIZE"]))
@@ -80,8 +80,8 @@ def _start(config: dict[str, Any], zero_optimization: dict[str, Any]) -> Any:
 def methods(runs: list[dict[str, Any]], zero_optimization: dict[str, Any]) -> None:
     """Whole runs, one after the other, in one process group."""
     from lorasb_ds import zero
+    from lorasb_ds.config.resolve import load_run_config
     from lorasb_ds.prepare import prepare
-    from lorasb_ds.request import load_run_config
     from lorasb_ds.system.signals import StopRequest
     from lorasb_ds.trainer import run_training
 
@@ -417,8 +417,8 @@ def four_bit(config: dict[str, Any], out: str, zero_optimization: dict[str, Any]
 def load(config: dict[str, Any], out: str, zero_optimization: dict[str, Any]) -> None:
     """The base as it is loaded; rank 0 writes its whole parameters and what all ranks read."""
     from lorasb_ds import zero
+    from lorasb_ds.config.resolve import load_run_config
     from lorasb_ds.loading import empty_model, load_base, load_config
-    from lorasb_ds.request import load_run_config
 
     zero.init_process_group()
     run = load_run_config(config)
@@ -455,9 +455,9 @@ def _bytes_read() -> int:
 def load_broken(config: dict[str, Any], message: str) -> None:
     """A base that one rank cannot read ends all of them, with the same words."""
     from lorasb_ds import zero
+    from lorasb_ds.config.resolve import load_run_config
     from lorasb_ds.errors import ConfigError
     from lorasb_ds.loading import load_base, load_config
-    from lorasb_ds.request import load_run_config
 
     zero.init_process_group()
     run = load_run_config(config)
@@ -506,9 +506,9 @@ def watched(folder: str) -> None:
 def disagree(config: dict[str, Any]) -> None:
     """Ranks that hold different rows refuse to train, all of them."""
     from lorasb_ds import zero
+    from lorasb_ds.config.resolve import load_run_config
     from lorasb_ds.errors import ConfigError
     from lorasb_ds.prepare import check_ranks_agree, prepare
-    from lorasb_ds.request import load_run_config
 
     run = prepare(load_run_config(config), 2)
     zero.init_process_group()
@@ -591,10 +591,10 @@ def not_finite(config: dict[str, Any]) -> None:
 def evaluation(given: dict[str, Any], adapter: str, out: str, zero_optimization: Any) -> None:
     """Rank 0 writes what `lorasb eval` would."""
     from lorasb_ds import zero
+    from lorasb_ds.config.resolve import load_run_config
     from lorasb_ds.eval_rows import load_eval_rows
     from lorasb_ds.evaluator import evaluate, write_results
     from lorasb_ds.inference import prepare_model, start_model
-    from lorasb_ds.request import load_run_config
 
     config = load_run_config(given)
     run = prepare_model(config, adapter, int(os.environ["WORLD_SIZE"]))

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lorasb_ds.batches import collate
-from lorasb_ds.config import RunConfig
+from lorasb_ds.config.resolve import load_run_config
+from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.data import tokenize_rows
-from lorasb_ds.request import load_run_config
 from lorasb_ds.rows import load_rows
 from lorasb_ds.tokenizer import load_tokenizer
 from tests.references import own_loss, true_gradients

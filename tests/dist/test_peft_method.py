@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from lorasb_ds.batches import Batch, collate
 from lorasb_ds.checkpoint import checkpoint_path
-from lorasb_ds.config import RunConfig
+from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.data import tokenize_rows
 from lorasb_ds.rows import load_rows
 from lorasb_ds.tokenizer import load_tokenizer

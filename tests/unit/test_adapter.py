@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorasb_ds.adapter import LoraSBLinear, inject, to_plain_lora
 from lorasb_ds.batches import collate
-from lorasb_ds.config import RunConfig
+from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.data import tokenize_rows
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export import peft_target_modules

@@ -21,9 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from launcher.adapters import main
 from lorasb_ds.adapter_files import WEIGHTS_FILE, StoredAdapter, read_adapter
 from lorasb_ds.base_files import stored_tensors
-from lorasb_ds.basis import BASIS_FILE
 from lorasb_ds.combine import combine_adapters
-from lorasb_ds.config import demo_model_dir
+from lorasb_ds.config.paths import demo_model_dir
+from lorasb_ds.config.run_layout import BASIS_FILE
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export import peft_target_modules, peft_tensors, save_peft_adapter
 from lorasb_ds.inspection import LayerUpdate, draw_updates, inspect_adapter

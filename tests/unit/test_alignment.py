@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from lorasb_ds.adapter import AdapterLinear, LoraSBLinear, inject
 from lorasb_ds.alignment import difference, measure_layer, orthonormal_basis
 from lorasb_ds.alignment_history import describe_alignment, draw_alignment, mean_alignment
+from lorasb_ds.config.run_layout import ALIGNMENT
 from lorasb_ds.gradients import average_gradients
-from lorasb_ds.history import ALIGNMENT, read_rows
+from lorasb_ds.history import read_rows
 from lorasb_ds.lora_layer import LoraLinear
 from lorasb_ds.low_rank import LoraPair
 from lorasb_ds.metrics import RunLog

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorasb_ds.chat import render_conversation, render_prompt
-from lorasb_ds.config import RunConfig
+from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.examples import IGNORE_INDEX, Example, _overlaps, encode
 from lorasb_ds.forms import Messages, RowError, parse_row
 

@@ -15,8 +15,8 @@ from click.testing import CliRunner, Result
 from launcher.cli import main
 from launcher.compare_run import Comparison
 from launcher.launch_options import LaunchOptions
-from lorasb_ds.config import DEMO_EVAL_DATA
-from lorasb_ds.methods import METHODS
+from lorasb_ds.config.methods import METHODS
+from lorasb_ds.config.run_config import DEMO_EVAL_DATA
 from lorasb_ds.sweep import Trial, make_sweep
 from lorasb_ds.system.signals import SIGNALS
 from tests.runs import made_up_run

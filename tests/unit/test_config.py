@@ -13,10 +13,12 @@ import pytest
 from launcher.job import make_job
 from launcher.launch_options import OPTIONS, LaunchOptions
 from launcher.start import again
-from lorasb_ds.config import DEMO_EVAL_DATA, SHIPPED_DS_CONFIGS, RunConfig
-from lorasb_ds.ds_config import resolve_ds_config
+from lorasb_ds.config.ds_config import resolve_ds_config
+from lorasb_ds.config.paths import SHIPPED_DS_CONFIGS
+from lorasb_ds.config.resolve import load_run_config, replayed_processes, with_adapter
+from lorasb_ds.config.run_config import DEMO_EVAL_DATA, RunConfig
+from lorasb_ds.config.run_layout import check_output_dir
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.request import check_output_dir, load_run_config, replayed_processes, with_adapter
 
 ZERO3 = str(SHIPPED_DS_CONFIGS / "zero3.json")
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorasb_ds.batches import collate
-from lorasb_ds.config import RunConfig
+from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.data import columns_of, tokenize_rows
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.examples import IGNORE_INDEX, Example, encode

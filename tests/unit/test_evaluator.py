@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM
 import lorasb_ds
 from lorasb_ds.batches import collate
 from lorasb_ds.chat import render
+from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.eval_rows import load_eval_rows
 from lorasb_ds.evaluator import EvalResult, evaluate, evaluate_model, write_results
 from lorasb_ds.inference import prepare_model, start_model
-from lorasb_ds.request import load_run_config
 from tests.references import own_loss, write_random_lora
 from tests.runs import ROOT, word_rows, write_jsonl
 

@@ -12,9 +12,9 @@ from deepspeed.launcher.runner import fetch_hostfile
 from launcher.cli import main
 from launcher.command import job_environment, local_command, visible_gpus
 from launcher.options import to_arguments
-from lorasb_ds.config import DEMO_DATA, RunConfig
+from lorasb_ds.config.run_config import DEMO_DATA, RunConfig
+from lorasb_ds.config.run_layout import check_output_dir, launcher_files
 from lorasb_ds.errors import ConfigError, option_name
-from lorasb_ds.request import check_output_dir, launcher_files
 
 
 def test_local_command() -> None:

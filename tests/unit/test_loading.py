@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lorasb_ds.base_files import stored_tensors, weights_digest
-from lorasb_ds.config import RunConfig
+from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.loading import empty_model, load_base, load_config
 from lorasb_ds.quantization import PackedLinear, PackedLinear4bit, PackedLinear8bit

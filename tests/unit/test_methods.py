@@ -20,14 +20,14 @@ from torch import nn
 
 from lorasb_ds import zero
 from lorasb_ds.adapter import AdapterLinear, LoraSBLinear
-from lorasb_ds.config import RunConfig
+from lorasb_ds.config.methods import DEFAULT_ALPHA, METHODS
+from lorasb_ds.config.resolve import load_run_config
+from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.factors import Recipe, fill_layer, own_directions, weight_rows, whole_directions
 from lorasb_ds.initialize import decompose
 from lorasb_ds.linalg import truncated_svd
 from lorasb_ds.lora_layer import layer_kind
-from lorasb_ds.methods import DEFAULT_ALPHA, METHODS
-from lorasb_ds.request import load_run_config
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 
 from launcher.cli import main
-from lorasb_ds.config import RunConfig
+from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.footprint import Footprint
 from lorasb_ds.out_of_memory import (
     NUM_REMEDIES,

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from lorasb_ds import peft_method
 from lorasb_ds.adapter_files import read_adapter
+from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.loading import empty_model, load_config
 from lorasb_ds.peft_file import peft_config
@@ -26,7 +27,6 @@ from lorasb_ds.peft_method import (
     plan_peft,
     save_peft_method,
 )
-from lorasb_ds.request import load_run_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorasb_ds.history import PROFILE
+from lorasb_ds.config.run_layout import PROFILE
 from lorasb_ds.profiler import profiled
 
 pytestmark = pytest.mark.usefixtures("one_process")

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from lorasb_ds.config import RunConfig
+from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.metrics import RunLog
 from lorasb_ds.tracking import check_tracker

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorasb_ds.config import FIRST_STEPS, RunConfig
+from lorasb_ds.config.run_config import FIRST_STEPS, RunConfig
 from lorasb_ds.initialize import decompose
 from lorasb_ds.updates import UPDATES, step_scale
 from tests.runs import run_ranks

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     Factors = dict[str, torch.Tensor]
 
+
 PEFT_PREFIX = "peft:"  # of a PEFT configuration: --method peft:FILE.json
 PEFT_LR = 2e-4  # where --lr is not given
 DEFAULT_METHOD = "lora-sb"

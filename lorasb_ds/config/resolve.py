@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from lorasb_ds.config import (
-    DEMO_EVAL_DATA,
-    DS_CONFIG_COPY,
-    LAUNCH,
-    LOGS,
-    PEFT_COPY,
-    RunConfig,
-    problems_of,
-    read_json,
-)
+from lorasb_ds.config.methods import METHODS, PEFT_LR, PEFT_PREFIX
+from lorasb_ds.config.paths import read_json
+from lorasb_ds.config.run_config import DEMO_EVAL_DATA, RunConfig, problems_of
+from lorasb_ds.config.run_layout import DS_CONFIG_COPY, PEFT_COPY, resumed_run
 from lorasb_ds.errors import ConfigError, option_name
-from lorasb_ds.methods import METHODS, PEFT_LR, PEFT_PREFIX
 
 
 def load_run_config(given: Mapping[str, Any], run_json: str | None = None) -> RunConfig:
@@ -192,22 +184,6 @@ def _replayed(run_json: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     return replayed
 
 
-def resumed_run(resume: str) -> Path:
-    """The run's folder of ``--resume PATH``, which names it or one of its checkpoints.
-
-    Raises:
-        ConfigError: if it is neither.
-    """
-    path = Path(resume).expanduser()
-    for folder in (path, path.parent.parent):
-        if (folder / "run.json").is_file():
-            return folder
-    raise ConfigError(
-        f"--resume {resume}: neither a run's folder (with a run.json) nor a checkpoint in one. "
-        "Name such a folder, or give --resume auto and --output-dir."
-    )
-
-
 def with_adapter(given: Mapping[str, Any], adapter: str | None) -> dict[str, Any]:
     """Options about a base, completed by what an adapter says of the one that it is for.
 
@@ -241,47 +217,3 @@ def replayed_processes(run_json: str) -> tuple[int | None, int | None]:
     if not isinstance(count, int):
         return None, None
     return (count, None) if accelerator == "cpu" else (None, count)
-
-
-def default_output_dir(config: RunConfig, kind: str = "") -> Path:
-    """A folder of this moment for a run that names none.
-
-    Args:
-        kind: what else than a training run it is of, before the name.
-    """
-    return Path("runs") / f"{kind}{Path(config.model).name}-{datetime.now():%Y%m%d-%H%M%S}"
-
-
-def launcher_files(folder: Path) -> list[Path]:
-    """What a launcher has written into a run's folder: its own files, and the ranks' logs."""
-    names = (f"{LOGS}/rank-*.log", *(f"{LAUNCH}/{name}*" for name in ("deepspeed", "hostfile")))
-    return [path for name in names for path in folder.glob(name)]
-
-
-def check_output_dir(config: RunConfig) -> None:
-    """Refuse to write into a folder that holds something, unless --overwrite is given."""
-    if config.resume is not None and config.output_dir is None:
-        raise ConfigError("--resume auto goes on in --output-dir. Name the run's folder by it.")
-    if config.resume is not None and config.overwrite:
-        raise ConfigError("--resume and --overwrite exclude each other. Give one of them.")
-    if config.output_dir is None:
-        return
-    folder = Path(config.output_dir)
-    if config.init_from is not None and folder.resolve() == Path(config.init_from).resolve():
-        raise ConfigError(
-            f"--output-dir {folder} is the folder of --init-from, and would be overwritten. Name "
-            "another one."
-        )
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--output-dir {folder} is a file. Name a folder.")
-    if config.overwrite or (config.resume is not None and (folder / "run.json").is_file()):
-        return
-    # A run that was killed early has left a file that it was writing, and the launcher's own.
-    own = launcher_files(folder)
-    early = [folder / name for name in (LAUNCH, LOGS) if {*(folder / name).glob("*")} <= {*own}]
-    if folder.is_dir() and any(
-        path.suffix != ".tmp" and path not in early for path in folder.iterdir()
-    ):
-        raise ConfigError(
-            f"--output-dir {folder} is not empty. Name another folder, or give --overwrite."
-        )

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from lorasb_ds.errors import ConfigError, option_name
-from lorasb_ds.methods import DEFAULT_ALPHA, DEFAULT_METHOD, METHODS, PEFT_PREFIX
+from lorasb_ds.config.methods import DEFAULT_ALPHA, DEFAULT_METHOD, METHODS, PEFT_PREFIX
+from lorasb_ds.config.paths import DEMO_MODEL, SHIPPED_DS_CONFIGS
+from lorasb_ds.errors import option_name
 
-DEMO_MODEL = "demo"
 DEMO_DATA = "reasoning-gym:word_sequence_reversal?max_words=6&size=1000&seed=1"
 DEMO_EVAL_DATA = "reasoning-gym:word_sequence_reversal?max_words=6&size=64&seed=2"
 ALL_LINEAR = "all-linear"
-JSON_BYTES = 1 << 26  # of a file that is read whole
-DS_CONFIG_COPY = "ds_config.json"  # in the output folder
-PEFT_COPY = "peft.json"  # there, too: the file of --method peft:FILE.json
-LAUNCH, LOGS = "launch", "logs"  # what the launcher writes there
 # What an optimizer does to the gradient in its first step, as --init-update has it.
 FIRST_STEPS = {
     "adamw": "sign",
@@ -29,7 +23,6 @@ FIRST_STEPS = {
     "muon": "muon",
 }
 MATRIX_OPTIMIZERS = ("adafactor", "muon")  # by matrices: all others go by elements
-SHIPPED_DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 
 
 class RunConfig(BaseModel):
@@ -369,36 +362,3 @@ def _problem(field: str, errors: list[dict[str, Any]]) -> str:
     # A field of several types has a message for each of them.
     messages = " or ".join(e["msg"][0].lower() + e["msg"][1:] for e in errors)
     return f"{option_name(field)} {errors[0]['input']!r} is not allowed: {messages}."
-
-
-def read_json(path: str, option: str) -> dict[str, Any]:
-    """The object in a JSON file that a user named by ``option``; ConfigError if there is none."""
-    file = Path(path).expanduser()
-    if not file.is_file():
-        shipped = ", ".join(sorted(f"ds_configs/{f.name}" for f in SHIPPED_DS_CONFIGS.glob("*")))
-        hint = f" Shipped configurations: {shipped}." if option == "--ds-config" else ""
-        raise ConfigError(f"{option} {path}: there is no such file.{hint}")
-    if file.stat().st_size > JSON_BYTES:
-        raise ConfigError(
-            f"{option} {path} has more than {JSON_BYTES >> 20} MiB. Name another file."
-        )
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{option} {path} is not valid JSON: {error}. Mend the file.") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{option} {path} must hold a JSON object, not {type(content).__name__}.")
-    return content
-
-
-def cache_dir() -> Path:
-    """For the demo model and tokenized rows: ``$LORASB_CACHE``, else the user's cache folder."""
-    if path := os.environ.get("LORASB_CACHE"):
-        return Path(path)
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "lorasb-ds"
-
-
-def demo_model_dir() -> Path:
-    """The folder that ``--model demo`` stands for; scripts/fetch_demo.py fills it."""
-    return cache_dir() / "SmolLM2-135M-Instruct"

@@ -13,7 +13,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lorasb_ds.config import SHIPPED_DS_CONFIGS, RunConfig, problems_of, read_json
+from lorasb_ds.config.paths import SHIPPED_DS_CONFIGS, read_json
+from lorasb_ds.config.run_config import RunConfig, problems_of
 from lorasb_ds.errors import ConfigError, option_name
 
 # Where DeepSpeed keeps what an option says. A missing key is filled like "auto": DeepSpeed's own

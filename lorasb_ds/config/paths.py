@@ -1,0 +1,47 @@
+"""Where the demo model, caches and shipped ds_configs are, and JSON files that users name."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from lorasb_ds.errors import ConfigError
+
+DEMO_MODEL = "demo"
+JSON_BYTES = 1 << 26  # of a file that is read whole
+SHIPPED_DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+
+
+def read_json(path: str, option: str) -> dict[str, Any]:
+    """The object in a JSON file that a user named by ``option``; ConfigError if there is none."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        shipped = ", ".join(sorted(f"ds_configs/{f.name}" for f in SHIPPED_DS_CONFIGS.glob("*")))
+        hint = f" Shipped configurations: {shipped}." if option == "--ds-config" else ""
+        raise ConfigError(f"{option} {path}: there is no such file.{hint}")
+    if file.stat().st_size > JSON_BYTES:
+        raise ConfigError(
+            f"{option} {path} has more than {JSON_BYTES >> 20} MiB. Name another file."
+        )
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{option} {path} is not valid JSON: {error}. Mend the file.") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{option} {path} must hold a JSON object, not {type(content).__name__}.")
+    return content
+
+
+def cache_dir() -> Path:
+    """For the demo model and tokenized rows: ``$LORASB_CACHE``, else the user's cache folder."""
+    if path := os.environ.get("LORASB_CACHE"):
+        return Path(path)
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "lorasb-ds"
+
+
+def demo_model_dir() -> Path:
+    """The folder that ``--model demo`` stands for; scripts/fetch_demo.py fills it."""
+    return cache_dir() / "SmolLM2-135M-Instruct"
