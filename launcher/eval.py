@@ -47,7 +47,7 @@ def main(own: dict[str, Any], given: dict[str, Any]) -> None:
 
             click.echo(evaluate_by_harness(run, own["lm_eval"], own["num_samples"]))
             end()
-        from lorasb_ds import zero
+        from lorasb_ds.distributed import zero
         from lorasb_ds.eval_rows import load_eval_rows
         from lorasb_ds.evaluator import evaluate, write_results
         from lorasb_ds.inference import start_model

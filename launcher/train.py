@@ -44,7 +44,7 @@ def main(local_rank: int | None, init_only: bool, run_json: str | None, **given:
     except ConfigError as error:
         refuse(error)
 
-    from lorasb_ds import zero
+    from lorasb_ds.distributed import zero
     from lorasb_ds.trainer import run_training
 
     join()

@@ -37,7 +37,7 @@ def check_device() -> None:
     Raises:
         ConfigError: if not.
     """
-    from lorasb_ds import accelerator
+    from lorasb_ds.distributed import accelerator
 
     asked, local_rank = os.environ.get(GPUS_ASKED_FOR), int(os.environ.get("LOCAL_RANK", 0))
     if asked is not None and accelerator.name() == "cpu":
@@ -54,7 +54,7 @@ def check_device() -> None:
 
 def join() -> None:
     """Join the job's process group, and tell the agent. Collective."""
-    from lorasb_ds import zero
+    from lorasb_ds.distributed import zero
 
     tell_agent("joining")
     zero.init_process_group()

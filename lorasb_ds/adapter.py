@@ -12,8 +12,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from lorasb_ds import zero
 from lorasb_ds.config.methods import TRAIN_R
+from lorasb_ds.distributed import zero
 from lorasb_ds.low_rank import LoraPair
 from lorasb_ds.quantization import PackedLinear
 from lorasb_ds.targets import Shapes, layer_shape

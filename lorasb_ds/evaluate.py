@@ -13,9 +13,9 @@ from torch import nn
 
 from lorasb_ds.batches import Batch, deal
 from lorasb_ds.chat import NEXT_QUESTION, end_of_turn
+from lorasb_ds.distributed.collectives import rank_and_size
 from lorasb_ds.forms import RowError
 from lorasb_ds.loss import label_losses, token_loss_sum
-from lorasb_ds.sharding import rank_and_size
 
 T = TypeVar("T")
 

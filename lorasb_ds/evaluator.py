@@ -13,11 +13,12 @@ from typing import Any
 from rich.progress import track
 from torch import nn
 
-from lorasb_ds import accelerator
 from lorasb_ds.batches import collate, share_out
 from lorasb_ds.config.resolve import load_run_config, with_adapter
 from lorasb_ds.config.run_config import DEMO_EVAL_DATA
 from lorasb_ds.config.run_layout import ANSWERS_FILE, RESULT_FILE
+from lorasb_ds.distributed import accelerator
+from lorasb_ds.distributed.collectives import rank_and_size
 from lorasb_ds.eval_rows import EvalRows, load_eval_rows
 from lorasb_ds.evaluate import (
     Generated,
@@ -30,7 +31,6 @@ from lorasb_ds.evaluate import (
 )
 from lorasb_ds.inference import PreparedModel, prepare_model, start_model
 from lorasb_ds.metrics import provenance
-from lorasb_ds.sharding import rank_and_size
 from lorasb_ds.shares import Share
 from lorasb_ds.system.files import write_json, write_text
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from lorasb_ds import zero
 from lorasb_ds.adapter import AdapterLinear
+from lorasb_ds.distributed import zero
 from lorasb_ds.peft_config import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from lorasb_ds.system.files import publish, write_json
 from lorasb_ds.system.safetensors_writer import save_tensors

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.distributed as dist
 
-from lorasb_ds import zero
 from lorasb_ds.adapter import AdapterLinear
 from lorasb_ds.config.methods import METHODS, Layer, Method
 from lorasb_ds.config.run_config import RunConfig
+from lorasb_ds.distributed import zero
+from lorasb_ds.distributed.collectives import Group, gather_rows, row_range
 from lorasb_ds.gradients import is_transposed
 from lorasb_ds.linalg import TruncatedSVD
-from lorasb_ds.sharding import Group, gather_rows, row_range
 
 if TYPE_CHECKING:
     from lorasb_ds.config.methods import Factors

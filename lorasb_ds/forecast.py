@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lorasb_ds import accelerator
+from lorasb_ds.distributed import accelerator
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.footprint import Footprint
 from lorasb_ds.model_shape import ModelShape

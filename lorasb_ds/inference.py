@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from transformers import GenerationConfig
 
-from lorasb_ds import accelerator, zero
 from lorasb_ds.adapter import LoraSBLinear, inject
 from lorasb_ds.adapter_files import StoredAdapter, read_adapter
 from lorasb_ds.base_files import model_folder
 from lorasb_ds.config.ds_config import resolve_ds_config
 from lorasb_ds.config.run_config import RunConfig
+from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.evaluate import stop_tokens
 from lorasb_ds.loading import DTYPES, base_config, empty_model, load_base

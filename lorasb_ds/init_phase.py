@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorasb_ds import zero
 from lorasb_ds.adapter import AdapterLinear
 from lorasb_ds.basis import save_basis, take_up
 from lorasb_ds.batches import Sample
 from lorasb_ds.config.methods import METHODS
+from lorasb_ds.distributed import zero
 from lorasb_ds.factors import Basis, Recipe
 from lorasb_ds.init_report import InitReport, no_gradient_report
 from lorasb_ds.initialize import initialize

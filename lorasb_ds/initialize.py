@@ -15,9 +15,10 @@ from typing import Any, Literal, TypeAlias
 import torch
 import torch.distributed as dist
 
-from lorasb_ds import accelerator, zero
 from lorasb_ds.adapter import AdapterLinear
 from lorasb_ds.batches import Sample
+from lorasb_ds.distributed import accelerator, zero
+from lorasb_ds.distributed.collectives import Group
 from lorasb_ds.factors import (
     Basis,
     Directions,
@@ -32,7 +33,6 @@ from lorasb_ds.init_plan import InitPlan
 from lorasb_ds.init_report import InitReport, LayerInit
 from lorasb_ds.linalg import TruncatedSVD, truncated_svds
 from lorasb_ds.segments import SegmentError, gradients_by_segment
-from lorasb_ds.sharding import Group
 from lorasb_ds.step import choose_step, measure_step
 from lorasb_ds.updates import UPDATES, finished, step_scale
 

@@ -13,7 +13,6 @@ from torch import nn
 from transformers.core_model_loading import build_glob_alternation
 from transformers.pytorch_utils import Conv1D
 
-from lorasb_ds import accelerator, zero
 from lorasb_ds.base_files import (
     StoredTensor,
     first_line,
@@ -21,6 +20,7 @@ from lorasb_ds.base_files import (
     stored_tensors,
 )
 from lorasb_ds.config.run_config import RunConfig
+from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.quantization import Kind, PackedLinear, PackedLinear4bit, PackedLinear8bit
 from lorasb_ds.streaming import TensorReader, put, stream_weights

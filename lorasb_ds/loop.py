@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from lorasb_ds import accelerator, zero
 from lorasb_ds.alignment import trained_factors
 from lorasb_ds.alignment_phase import track_alignment
 from lorasb_ds.batches import Batch
+from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.evaluate import eval_mode, generate, held_out_loss, stop_tokens
 from lorasb_ds.history import perplexity
 from lorasb_ds.job import Job

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from lorasb_ds import zero
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.config.run_layout import (
     ALIGNMENT,
@@ -22,6 +21,7 @@ from lorasb_ds.config.run_layout import (
     SAMPLES,
     default_output_dir,
 )
+from lorasb_ds.distributed import zero
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.system.files import SUMS_FILE
 

@@ -20,15 +20,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import nn
 
-from lorasb_ds import accelerator, zero
 from lorasb_ds.adapter import trained_in
 from lorasb_ds.config.resolve import read_peft_file
 from lorasb_ds.config.run_config import RunConfig
+from lorasb_ds.distributed import accelerator, zero
+from lorasb_ds.distributed.collectives import broadcast
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export import trained_value, write_adapter
 from lorasb_ds.peft_config import PREFIX
 from lorasb_ds.peft_file import peft_config, refusal
-from lorasb_ds.sharding import broadcast
 from lorasb_ds.system.host_memory import release_freed_memory
 from lorasb_ds.targets import Shapes, layer_shape
 

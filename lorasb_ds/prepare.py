@@ -11,7 +11,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lorasb_ds import accelerator, zero
 from lorasb_ds.base_files import stored_tensors
 from lorasb_ds.basis import PEFT_FILE, check_basis, fingerprint
 from lorasb_ds.batches import Batch, Sample, share_out
@@ -24,6 +23,7 @@ from lorasb_ds.config.run_layout import check_output_dir
 from lorasb_ds.data import TokenizedRows
 from lorasb_ds.data_cache import load_data
 from lorasb_ds.demand import with_init_of, workload_of
+from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.footprint import Footprint, footprint, init_plan
 from lorasb_ds.forecast import Forecast, check_fits, forecast, this_cluster

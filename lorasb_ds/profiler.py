@@ -9,8 +9,8 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from lorasb_ds import accelerator
 from lorasb_ds.config.run_layout import PROFILE, PROFILE_ASIDE
+from lorasb_ds.distributed import accelerator
 from lorasb_ds.output import say
 from lorasb_ds.system.files import publish
 

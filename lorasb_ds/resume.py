@@ -9,7 +9,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lorasb_ds import accelerator, zero
 from lorasb_ds.basis import put_back, stored_digest
 from lorasb_ds.checkpoint import (
     Checkpoint,
@@ -22,6 +21,7 @@ from lorasb_ds.checkpoint import (
     write_checkpoint,
 )
 from lorasb_ds.config.run_layout import BASIS_FILE
+from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.errors import option_name
 from lorasb_ds.init_report import InitReport
 from lorasb_ds.job import Job

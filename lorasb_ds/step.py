@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lorasb_ds import accelerator, zero
 from lorasb_ds.adapter import AdapterLinear, set_scale
 from lorasb_ds.batches import Sample
+from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.evaluate import held_out_loss
 from lorasb_ds.gradients import branches_off
 from lorasb_ds.init_report import LayerInit, Step

@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lorasb_ds import accelerator
 from lorasb_ds.base_files import StoredTensor
+from lorasb_ds.distributed import accelerator
+from lorasb_ds.distributed.collectives import Group, all_reduce, broadcast, rank_and_size
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.quantization import ROW_MULTIPLE, PackedLinear
-from lorasb_ds.sharding import Group, all_reduce, broadcast, rank_and_size
 from lorasb_ds.system.host_memory import release_freed_memory
 from lorasb_ds.weight_map import Source
 

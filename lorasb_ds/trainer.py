@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lorasb_ds import accelerator, zero
 from lorasb_ds.adapter import inject, trained_in
 from lorasb_ds.checkpoint import Progress
 from lorasb_ds.config.run_layout import BASIS_FILE, DS_CONFIG_COPY, PEFT_COPY, REPORT
+from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.evaluate import eval_mode
 from lorasb_ds.export import collect_lora

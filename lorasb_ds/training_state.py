@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorasb_ds import accelerator, zero
 from lorasb_ds.config.run_config import RunConfig
-from lorasb_ds.matrix_optimizer import MatrixOptimizer
+from lorasb_ds.distributed import accelerator, zero
+from lorasb_ds.distributed.matrix_optimizer import MatrixOptimizer
 from lorasb_ds.optimizer import fresh_state
 
 

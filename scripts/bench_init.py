@@ -37,8 +37,8 @@ def paper(config: dict[str, Any], out: str) -> None:
     """
     from transformers import AutoModelForCausalLM
 
-    from lorasb_ds import accelerator, zero
     from lorasb_ds.base_files import model_path
+    from lorasb_ds.distributed import accelerator, zero
     from lorasb_ds.loading import DTYPES
 
     run = _prepare(config, 1)
@@ -82,7 +82,7 @@ def ours(config: dict[str, Any], out: str) -> None:
     """`initialize` as a run does it; memory is that of the rank with most."""
     import torch.distributed as dist
 
-    from lorasb_ds import zero
+    from lorasb_ds.distributed import zero
     from lorasb_ds.gradients import GradientShards
     from lorasb_ds.init_phase import initialize_by
     from lorasb_ds.trainer import start_engine
@@ -134,7 +134,7 @@ def _warm_up(model: Any, batch: Any) -> None:
 
 
 def _start_measuring() -> int:
-    from lorasb_ds import accelerator
+    from lorasb_ds.distributed import accelerator
 
     accelerator.reset_peak_memory()
     return accelerator.memory_bytes()

@@ -67,7 +67,8 @@ def load(settings: dict[str, Any], out: str) -> None:
     import transformers.integrations.deepspeed
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    from lorasb_ds import loading, zero  # noqa: F401
+    from lorasb_ds import loading  # noqa: F401
+    from lorasb_ds.distributed import zero
 
     zero.init_process_group()
     dist.barrier()

@@ -34,7 +34,7 @@ def watched(work: Callable[[], T]) -> tuple[T, dict[str, float]]:
     """
     import torch.distributed as dist
 
-    from lorasb_ds import accelerator
+    from lorasb_ds.distributed import accelerator
     from lorasb_ds.system.host_memory import release_freed_memory
 
     gc.collect()

@@ -47,8 +47,8 @@ def run(config: dict[str, Any], out: str) -> None:
     import torch.distributed as dist
 
     from launcher.quiet import quiet_libraries
-    from lorasb_ds import accelerator, zero
     from lorasb_ds.config.resolve import load_run_config
+    from lorasb_ds.distributed import accelerator, zero
     from lorasb_ds.init_phase import initialize_by
     from lorasb_ds.loop import train_step
     from lorasb_ds.prepare import prepare

@@ -21,8 +21,8 @@ def started(config: Mapping[str, Any], zero_optimization: Mapping[str, Any] = {}
     from launcher.quiet import quiet_libraries
 
     quiet_libraries()
-    from lorasb_ds import zero
     from lorasb_ds.config.resolve import load_run_config
+    from lorasb_ds.distributed import zero
     from lorasb_ds.prepare import prepare
     from lorasb_ds.trainer import start_engine
 
@@ -37,7 +37,7 @@ def started(config: Mapping[str, Any], zero_optimization: Mapping[str, Any] = {}
 
 def _fill(adapters: Mapping[str, Any]) -> None:
     """Orthonormal A and B, and a small R: what they hold does not change what a step takes."""
-    from lorasb_ds import zero
+    from lorasb_ds.distributed import zero
 
     for adapter in adapters.values():
         for factor in (adapter.lora_A, adapter.lora_B):

@@ -23,7 +23,7 @@ def zero3(settings: dict[str, Any], out: str) -> None:
     import torch.distributed as dist
     from deepspeed.comm.comm import comms_logger
 
-    from lorasb_ds import zero
+    from lorasb_ds.distributed import zero
     from lorasb_ds.loop import train_step
 
     run, engine, adapters = started(settings["config"], settings["zero"])
@@ -57,7 +57,7 @@ def zero3(settings: dict[str, Any], out: str) -> None:
 
 def quantized(settings: dict[str, Any], out: str) -> None:
     """Dequantizations of a weight in a step, and their share of its time."""
-    from lorasb_ds import zero
+    from lorasb_ds.distributed import zero
     from lorasb_ds.loop import train_step
     from lorasb_ds.quantization import PackedLinear
 

@@ -47,7 +47,7 @@ def _run_config(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _ours(settings: Mapping[str, Any]) -> dict[str, Any]:
-    from lorasb_ds import zero
+    from lorasb_ds.distributed import zero
     from lorasb_ds.loop import train_step
 
     run, engine, _ = started(_run_config(settings))

@@ -55,8 +55,8 @@ def wide(config: dict[str, Any], out: str) -> None:
     quiet_libraries()
     import torch.distributed as dist
 
-    from lorasb_ds import zero
     from lorasb_ds.config.resolve import load_run_config
+    from lorasb_ds.distributed import zero
     from lorasb_ds.init_phase import initialize_by
     from lorasb_ds.loop import train_step
     from lorasb_ds.prepare import prepare

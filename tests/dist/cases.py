@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 def svd(matrices: str, out: str, r: dict[str, int], methods: list[Method]) -> None:
     """Truncated SVD of every matrix of a file, in every way; each rank writes what it has."""
+    from lorasb_ds.distributed.collectives import row_range
     from lorasb_ds.linalg import truncated_svd, truncated_svds
-    from lorasb_ds.sharding import row_range
 
     dist.init_process_group("gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -48,8 +48,8 @@ def svd(matrices: str, out: str, r: dict[str, int], methods: list[Method]) -> No
 
 def updates(gradient: str, out: str) -> None:
     """The SVD of every update of a gradient whose rows are sharded; each rank writes its part."""
+    from lorasb_ds.distributed.collectives import row_range
     from lorasb_ds.initialize import decompose
-    from lorasb_ds.sharding import row_range
     from lorasb_ds.updates import UPDATES
 
     dist.init_process_group("gloo")
@@ -66,8 +66,8 @@ def updates(gradient: str, out: str) -> None:
 
 def _start(config: dict[str, Any], zero_optimization: dict[str, Any]) -> Any:
     """A run up to its engine, with other ZeRO settings than its ds_config's."""
-    from lorasb_ds import zero
     from lorasb_ds.config.resolve import load_run_config
+    from lorasb_ds.distributed import zero
     from lorasb_ds.prepare import prepare
     from lorasb_ds.trainer import start_engine
 
@@ -79,8 +79,8 @@ def _start(config: dict[str, Any], zero_optimization: dict[str, Any]) -> Any:
 
 def methods(runs: list[dict[str, Any]], zero_optimization: dict[str, Any]) -> None:
     """Whole runs, one after the other, in one process group."""
-    from lorasb_ds import zero
     from lorasb_ds.config.resolve import load_run_config
+    from lorasb_ds.distributed import zero
     from lorasb_ds.prepare import prepare
     from lorasb_ds.system.signals import StopRequest
     from lorasb_ds.trainer import run_training
@@ -93,7 +93,7 @@ def methods(runs: list[dict[str, Any]], zero_optimization: dict[str, Any]) -> No
 
 
 def _assert_sharded(run: Any, adapters: dict[str, Any]) -> None:
-    from lorasb_ds import zero
+    from lorasb_ds.distributed import zero
 
     if run.ds_config["zero_optimization"]["stage"] == 3 and zero.world_size() > 1:
         for adapter in adapters.values():
@@ -103,9 +103,9 @@ def _assert_sharded(run: Any, adapters: dict[str, Any]) -> None:
 
 def gradients(config: dict[str, Any], out: str, zero_optimization: dict[str, Any]) -> None:
     """The average gradient of all training rows, gathered whole on rank 0."""
-    from lorasb_ds import zero
+    from lorasb_ds.distributed import zero
+    from lorasb_ds.distributed.collectives import gather_rows
     from lorasb_ds.gradients import average_gradients, is_transposed
-    from lorasb_ds.sharding import gather_rows
 
     run, engine, adapters = _start(config, zero_optimization)
     sample = run.sample(range(len(run.train.examples)))
@@ -126,7 +126,7 @@ def gradients(config: dict[str, Any], out: str, zero_optimization: dict[str, Any
 
 def export(config: dict[str, Any], basis: str, out: str, zero_optimization: dict[str, Any]) -> None:
     """Fill given factors, take one optimizer step, and write logits and the PEFT folder."""
-    from lorasb_ds import zero
+    from lorasb_ds.distributed import zero
     from lorasb_ds.export import collect_lora, peft_target_modules, save_peft_adapter
     from lorasb_ds.loop import train_step
 
@@ -167,8 +167,8 @@ def export(config: dict[str, Any], basis: str, out: str, zero_optimization: dict
 
 def initialize(config: dict[str, Any], out: str, zero_optimization: dict[str, Any]) -> None:
     """The init on all training rows; what then lies in the layers, and what was reported."""
-    from lorasb_ds import zero
     from lorasb_ds.basis import save_basis
+    from lorasb_ds.distributed import zero
     from lorasb_ds.init_phase import initialize_by
 
     run, engine, adapters = _start(config, zero_optimization)
@@ -195,9 +195,9 @@ def alignment(
     """Three steps from random factors, and before and after each what `--track-alignment` finds."""
     from dataclasses import asdict
 
-    from lorasb_ds import zero
     from lorasb_ds.adapter import trained_in
     from lorasb_ds.alignment import measure_alignment, trained_factors
+    from lorasb_ds.distributed import zero
     from lorasb_ds.loop import train_step
 
     run, engine, adapters = _start(config, zero_optimization)
@@ -244,7 +244,7 @@ def alignment(
 
 def _fill(adapters: dict[str, Any], scale: float = 0.3) -> None:
     """Factors that are the same for any number of ranks."""
-    from lorasb_ds import zero
+    from lorasb_ds.distributed import zero
 
     generator = torch.Generator().manual_seed(5)
     for adapter in adapters.values():
@@ -258,7 +258,7 @@ def _fill(adapters: dict[str, Any], scale: float = 0.3) -> None:
 
 def steps(config: dict[str, Any], out: str, fp16: bool = False) -> None:
     """All steps of a run from given factors: what each of them reports, and R at the end."""
-    from lorasb_ds import zero
+    from lorasb_ds.distributed import zero
     from lorasb_ds.loop import train_step
 
     if fp16:
@@ -288,8 +288,8 @@ def steps(config: dict[str, Any], out: str, fp16: bool = False) -> None:
 
 def stretch(config: dict[str, Any], out: str, first: int, last: int, state: str | None) -> None:
     """Some steps of a run, from given factors or from a stored state; losses and the state then."""
-    from lorasb_ds import zero
     from lorasb_ds.adapter import trained_in
+    from lorasb_ds.distributed import zero
     from lorasb_ds.loop import train_step
     from lorasb_ds.training_state import collect_state, restore_state
 
@@ -329,8 +329,8 @@ def not_finite_step(config: dict[str, Any], zero_optimization: dict[str, Any], w
     """One rank's loss or gradient is not finite: no rank steps, and the next step is clean."""
     import copy
 
-    from lorasb_ds import zero
     from lorasb_ds.adapter import trained_in
+    from lorasb_ds.distributed import zero
     from lorasb_ds.loop import train_step
     from lorasb_ds.training_state import collect_state
 
@@ -378,7 +378,7 @@ def not_finite_step(config: dict[str, Any], zero_optimization: dict[str, Any], w
 
 def four_bit(config: dict[str, Any], out: str, zero_optimization: dict[str, Any]) -> None:
     """Held-out loss, init, some steps and export on a 4-bit base of which each rank has a share."""
-    from lorasb_ds import accelerator, zero
+    from lorasb_ds.distributed import accelerator, zero
     from lorasb_ds.evaluate import held_out_loss
     from lorasb_ds.export import collect_lora
     from lorasb_ds.init_phase import initialize_by
@@ -416,8 +416,8 @@ def four_bit(config: dict[str, Any], out: str, zero_optimization: dict[str, Any]
 
 def load(config: dict[str, Any], out: str, zero_optimization: dict[str, Any]) -> None:
     """The base as it is loaded; rank 0 writes its whole parameters and what all ranks read."""
-    from lorasb_ds import zero
     from lorasb_ds.config.resolve import load_run_config
+    from lorasb_ds.distributed import zero
     from lorasb_ds.loading import empty_model, load_base, load_config
 
     zero.init_process_group()
@@ -454,8 +454,8 @@ def _bytes_read() -> int:
 
 def load_broken(config: dict[str, Any], message: str) -> None:
     """A base that one rank cannot read ends all of them, with the same words."""
-    from lorasb_ds import zero
     from lorasb_ds.config.resolve import load_run_config
+    from lorasb_ds.distributed import zero
     from lorasb_ds.errors import ConfigError
     from lorasb_ds.loading import load_base, load_config
 
@@ -471,7 +471,7 @@ def watched(folder: str) -> None:
     import mmap
     import time
 
-    from lorasb_ds import zero
+    from lorasb_ds.distributed import zero
 
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
     from bench_memory import watched
@@ -505,8 +505,8 @@ def watched(folder: str) -> None:
 
 def disagree(config: dict[str, Any]) -> None:
     """Ranks that hold different rows refuse to train, all of them."""
-    from lorasb_ds import zero
     from lorasb_ds.config.resolve import load_run_config
+    from lorasb_ds.distributed import zero
     from lorasb_ds.errors import ConfigError
     from lorasb_ds.prepare import check_ranks_agree, prepare
 
@@ -526,11 +526,11 @@ def uneven(out: str) -> None:
 
     from torch import nn
 
-    from lorasb_ds import zero
     from lorasb_ds.adapter import inject
     from lorasb_ds.batches import Batch
+    from lorasb_ds.distributed import zero
+    from lorasb_ds.distributed.collectives import gather_rows
     from lorasb_ds.gradients import average_gradients
-    from lorasb_ds.sharding import gather_rows
     from lorasb_ds.targets import linear_layers
 
     class Routed(nn.Module):
@@ -577,7 +577,7 @@ def uneven(out: str) -> None:
 
 def not_finite(config: dict[str, Any]) -> None:
     """A gradient that is not finite on one rank is an error on every rank."""
-    from lorasb_ds import zero
+    from lorasb_ds.distributed import zero
     from lorasb_ds.initialize import decompose
 
     zero.init_process_group()
@@ -590,8 +590,8 @@ def not_finite(config: dict[str, Any]) -> None:
 
 def evaluation(given: dict[str, Any], adapter: str, out: str, zero_optimization: Any) -> None:
     """Rank 0 writes what `lorasb eval` would."""
-    from lorasb_ds import zero
     from lorasb_ds.config.resolve import load_run_config
+    from lorasb_ds.distributed import zero
     from lorasb_ds.eval_rows import load_eval_rows
     from lorasb_ds.evaluator import evaluate, write_results
     from lorasb_ds.inference import prepare_model, start_model

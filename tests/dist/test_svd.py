@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lorasb_ds.distributed.collectives import row_range
 from lorasb_ds.linalg import truncated_svd
-from lorasb_ds.sharding import row_range
 from tests.runs import run_ranks
 
 RANKS = {

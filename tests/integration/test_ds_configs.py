@@ -12,10 +12,10 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 from safetensors.torch import load_file
 
-from lorasb_ds import zero
 from lorasb_ds.config.ds_config import resolve_ds_config
 from lorasb_ds.config.paths import SHIPPED_DS_CONFIGS
 from lorasb_ds.config.resolve import load_run_config
+from lorasb_ds.distributed import zero
 from lorasb_ds.errors import ConfigError
 from tests.runs import REALLY_SHARDED, metrics, run_command, word_rows, write_jsonl
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorasb_ds import linalg
+from lorasb_ds.distributed.collectives import row_range
 from lorasb_ds.linalg import Method, truncated_svd
-from lorasb_ds.sharding import row_range
 
 METHODS = ("gram", "krylov")
 

@@ -18,11 +18,11 @@ from peft.tuners.lora.config import LoraGAConfig
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 
-from lorasb_ds import zero
 from lorasb_ds.adapter import AdapterLinear, LoraSBLinear
 from lorasb_ds.config.methods import DEFAULT_ALPHA, METHODS
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.config.run_config import RunConfig
+from lorasb_ds.distributed import zero
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.factors import Recipe, fill_layer, own_directions, weight_rows, whole_directions
 from lorasb_ds.initialize import decompose

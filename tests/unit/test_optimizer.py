@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lorasb_ds.config.run_config import RunConfig
+from lorasb_ds.distributed.matrix_optimizer import MatrixOptimizer, Part
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.matrix_optimizer import MatrixOptimizer, Part
 from lorasb_ds.optimizer import fresh_state, make_optimizer, make_scheduler, set_scheduler
 
 

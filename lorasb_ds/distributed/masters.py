@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from lorasb_ds.matrix_optimizer import Part
+from lorasb_ds.distributed.matrix_optimizer import Part
 
 
 def flat_masters(engine: Any) -> list[torch.Tensor]:

@@ -25,11 +25,11 @@ from deepspeed.utils import (
 )
 from pydantic import ValidationError
 
-from lorasb_ds import accelerator
+from lorasb_ds.distributed import accelerator
+from lorasb_ds.distributed.collectives import broadcast, rank_and_size
+from lorasb_ds.distributed.masters import flat_masters, parts_of_masters
+from lorasb_ds.distributed.matrix_optimizer import MatrixOptimizer
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.masters import flat_masters, parts_of_masters
-from lorasb_ds.matrix_optimizer import MatrixOptimizer
-from lorasb_ds.sharding import broadcast, rank_and_size
 from lorasb_ds.system.host_memory import ranks_of_host
 
 VERSION = deepspeed.__version__

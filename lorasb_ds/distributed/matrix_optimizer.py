@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lorasb_ds.sharding import all_reduce
+from lorasb_ds.distributed.collectives import all_reduce
 
 
 class Part(NamedTuple):
