@@ -24,7 +24,7 @@ from lorasb_ds import __version__
 from lorasb_ds.compare import read_runs
 from lorasb_ds.curves import draw_comparison
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.plan import plan as make_plan
+from lorasb_ds.planner.strategies import plan as make_plan
 
 POSITIVE = click.FloatRange(min=0, min_open=True)
 CLUSTER_OPTIONS = [

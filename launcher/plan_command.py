@@ -14,11 +14,11 @@ from launcher.text import columns
 from lorasb_ds.base_files import model_path
 from lorasb_ds.config.paths import read_json
 from lorasb_ds.errors import ConfigError, option_name
-from lorasb_ds.model_shape import BUILT_IN, ModelShape, shape_from_config
-from lorasb_ds.plan import Cluster, Outcome, command, cpu_cluster, plan, recommended
+from lorasb_ds.planner.model_shape import BUILT_IN, ModelShape, shape_from_config
+from lorasb_ds.planner.strategies import Cluster, Outcome, command, cpu_cluster, plan, recommended
+from lorasb_ds.planner.workload import Workload
 from lorasb_ds.system.host_memory import available_bytes
 from lorasb_ds.system.units import GIB
-from lorasb_ds.workload import Workload
 
 TABLE_MODELS = ("llama-7b", "llama-13b", "qwen2.5-32b", "llama-3-70b", "llama-3-405b")
 TABLE_GPUS = (1, 2, 4, 8, 16, 32, 64, 128)

@@ -7,13 +7,13 @@ from typing import Any
 
 from lorasb_ds.distributed import accelerator
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.footprint import Footprint
-from lorasb_ds.model_shape import ModelShape
-from lorasb_ds.plan import Cluster, needed, plan, recommended
+from lorasb_ds.planner.footprint import Footprint
+from lorasb_ds.planner.model_shape import ModelShape
+from lorasb_ds.planner.strategies import Cluster, needed, plan, recommended
+from lorasb_ds.planner.traffic import CPU_SPEEDS, GPU_SPEEDS
+from lorasb_ds.planner.workload import Workload
 from lorasb_ds.system.host_memory import available_bytes, ranks_of_host
 from lorasb_ds.system.units import GIB
-from lorasb_ds.traffic import CPU_SPEEDS, GPU_SPEEDS
-from lorasb_ds.workload import Workload
 
 
 @dataclass(frozen=True)

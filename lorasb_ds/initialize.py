@@ -29,9 +29,9 @@ from lorasb_ds.factors import (
     whole_directions,
 )
 from lorasb_ds.gradients import GradientShards, average_gradients, branches_off
-from lorasb_ds.init_plan import InitPlan
 from lorasb_ds.init_report import InitReport, LayerInit
 from lorasb_ds.linalg import TruncatedSVD, truncated_svds
+from lorasb_ds.planner.init_plan import InitPlan
 from lorasb_ds.segments import SegmentError, gradients_by_segment
 from lorasb_ds.step import choose_step, measure_step
 from lorasb_ds.updates import UPDATES, finished, step_scale

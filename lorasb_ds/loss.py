@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from lorasb_ds.batches import Batch
 from lorasb_ds.examples import IGNORE_INDEX
-from lorasb_ds.footprint import logit_rows
+from lorasb_ds.planner.footprint import logit_rows
 
 # By how many roundings of the largest logit the same head may differ, in products of other shapes.
 ROUNDINGS = 4

@@ -17,7 +17,7 @@ import torch
 
 from lorasb_ds.base_files import ITEM_BYTES, StoredTensor, read_header
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.placement import bytes_4bit
+from lorasb_ds.planner.placement import bytes_4bit
 from lorasb_ds.system.files import file_digest, publish
 from lorasb_ds.system.safetensors_writer import (
     ALIGNMENT,

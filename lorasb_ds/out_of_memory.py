@@ -11,13 +11,19 @@ import torch
 
 from lorasb_ds.config.paths import SHIPPED_DS_CONFIGS, read_json
 from lorasb_ds.config.run_config import RunConfig
-from lorasb_ds.footprint import CPU_LOAD_BYTES, CPU_RUNTIME_BYTES, Footprint, footprint, init_plan
-from lorasb_ds.model_shape import ModelShape
-from lorasb_ds.placement import Placement, placement_of
-from lorasb_ds.plan import BUDGETS_GIB, Cluster
+from lorasb_ds.planner.footprint import (
+    CPU_LOAD_BYTES,
+    CPU_RUNTIME_BYTES,
+    Footprint,
+    footprint,
+    init_plan,
+)
+from lorasb_ds.planner.model_shape import ModelShape
+from lorasb_ds.planner.placement import Placement, placement_of
+from lorasb_ds.planner.strategies import BUDGETS_GIB, Cluster
+from lorasb_ds.planner.traffic import step_seconds, step_traffic
+from lorasb_ds.planner.workload import Workload
 from lorasb_ds.system.units import GIB
-from lorasb_ds.traffic import step_seconds, step_traffic
-from lorasb_ds.workload import Workload
 
 Phase = Literal["load", "init", "train", "evaluation", "save"]
 

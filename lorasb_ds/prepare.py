@@ -25,23 +25,23 @@ from lorasb_ds.data_cache import load_data
 from lorasb_ds.demand import with_init_of, workload_of
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.footprint import Footprint, footprint, init_plan
 from lorasb_ds.forecast import Forecast, check_fits, forecast, this_cluster
 from lorasb_ds.init_report import InitReport
 from lorasb_ds.loading import DTYPES, base_config, empty_model
-from lorasb_ds.model_shape import ModelShape
 from lorasb_ds.order import Order, Unit, init_sample
 from lorasb_ds.peft_config import peft_warning
 from lorasb_ds.peft_method import PeftPlan, plan_peft
-from lorasb_ds.placement import Placement, placement_of
-from lorasb_ds.plan import Cluster
+from lorasb_ds.planner.footprint import Footprint, footprint, init_plan
+from lorasb_ds.planner.model_shape import ModelShape
+from lorasb_ds.planner.placement import Placement, placement_of
+from lorasb_ds.planner.strategies import Cluster
+from lorasb_ds.planner.workload import Workload
 from lorasb_ds.same_run import check_resume, what_must_match, with_global_batch
 from lorasb_ds.shapes import shape_of
 from lorasb_ds.targets import Shapes, expert_layers, select_targets
 from lorasb_ds.tokenizer import choose_pad_token, read_tokenizer
 from lorasb_ds.tracking import check_tracker
 from lorasb_ds.weight_map import map_weights, unused_tensors
-from lorasb_ds.workload import Workload
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lorasb_ds.placement import BLOCKSIZE, NESTED_BLOCKSIZE, bytes_4bit, bytes_8bit
+from lorasb_ds.planner.placement import BLOCKSIZE, NESTED_BLOCKSIZE, bytes_4bit, bytes_8bit
 
 Kind = Literal["4bit", "8bit"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorasb_ds.model_shape import ModelShape
+from lorasb_ds.planner.model_shape import ModelShape
 from lorasb_ds.targets import linear_layers
 
 

@@ -16,8 +16,6 @@ from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.evaluate import eval_mode
 from lorasb_ds.export import collect_lora
-from lorasb_ds.footprint import LOGIT_BYTES
-from lorasb_ds.gathers import gathers_blocks
 from lorasb_ds.gradients import branches_off
 from lorasb_ds.init_phase import init_phase
 from lorasb_ds.init_report import InitReport
@@ -37,6 +35,8 @@ from lorasb_ds.peft_method import (
     inject_peft,
     peft_off,
 )
+from lorasb_ds.planner.footprint import LOGIT_BYTES
+from lorasb_ds.planner.gathers import gathers_blocks
 from lorasb_ds.prepare import Prepared, check_ranks_agree
 from lorasb_ds.record import announce, describe, finish
 from lorasb_ds.resume import load_best, resume

@@ -16,9 +16,9 @@ from bench_common import ROOT, machine, measure, row, run_as_rank, write_json
 from bench_memory import held_bytes, watched
 from bench_model import read_once, write_llama
 
-from lorasb_ds.model_shape import BUILT_IN, shape_from_config
-from lorasb_ds.plan import Cluster, plan
-from lorasb_ds.workload import Workload
+from lorasb_ds.planner.model_shape import BUILT_IN, shape_from_config
+from lorasb_ds.planner.strategies import Cluster, plan
+from lorasb_ds.planner.workload import Workload
 
 GB = 1e9
 RANKS, LAYERS, VOCABULARY = 2, 80, 128256  # the last two are Llama-70B's

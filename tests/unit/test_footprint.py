@@ -12,19 +12,19 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 from lorasb_ds.adapter import inject, set_scale
 from lorasb_ds.batches import Batch
 from lorasb_ds.examples import IGNORE_INDEX
-from lorasb_ds.footprint import (
+from lorasb_ds.gradients import taps
+from lorasb_ds.loss import token_loss_sum
+from lorasb_ds.planner.footprint import (
     Footprint,
     _in_flight_bytes,
     block_activation_bytes,
     footprint,
     init_plan,
 )
-from lorasb_ds.gradients import taps
-from lorasb_ds.loss import token_loss_sum
-from lorasb_ds.model_shape import BUILT_IN, shape_from_config
-from lorasb_ds.placement import Placement, placement_of
+from lorasb_ds.planner.model_shape import BUILT_IN, shape_from_config
+from lorasb_ds.planner.placement import Placement, placement_of
+from lorasb_ds.planner.workload import Workload
 from lorasb_ds.shapes import shape_of
-from lorasb_ds.workload import Workload
 
 LLAMA_7B = shape_from_config("llama-7b", BUILT_IN["llama-7b"])
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorasb_ds.distributed.collectives import row_range
-from lorasb_ds.init_plan import block_of, blocks_prefix, plan_init
+from lorasb_ds.planner.init_plan import block_of, blocks_prefix, plan_init
 
 SIDES = st.integers(1, 300)
 COMMON: dict[str, Any] = {"r": 1, "world_size": 1, "update": "sign", "tokens_per_micro_batch": 1}

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 from lorasb_ds import loss as loss_module
 from lorasb_ds.batches import Batch
 from lorasb_ds.examples import IGNORE_INDEX
-from lorasb_ds.footprint import logit_rows
 from lorasb_ds.loss import (
     LossHead,
     _GivenGradient,
@@ -23,6 +22,7 @@ from lorasb_ds.loss import (
     check_loss_head,
     token_loss_sum,
 )
+from lorasb_ds.planner.footprint import logit_rows
 
 VOCABULARY = 300
 SIZES = {

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaCon
 from lorasb_ds.adapter import LoraSBLinear, inject
 from lorasb_ds.batches import Batch, Sample
 from lorasb_ds.gradients import average_gradients
-from lorasb_ds.init_plan import plan_init
 from lorasb_ds.initialize import gradients_by_group
+from lorasb_ds.planner.init_plan import plan_init
 from lorasb_ds.segments import Segment, SegmentError, cut, gradients_by_segment
 from lorasb_ds.targets import linear_layers
 from tests.unit.test_gradients import batch_of

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lorasb_ds.footprint import Footprint
-from lorasb_ds.gathers import gathers_blocks
-from lorasb_ds.init_plan import KRYLOV_BLOCK, blocks_prefix, takes_gram_way
-from lorasb_ds.model_shape import ModelShape
-from lorasb_ds.placement import Placement
-from lorasb_ds.workload import Workload
+from lorasb_ds.planner.footprint import Footprint
+from lorasb_ds.planner.gathers import gathers_blocks
+from lorasb_ds.planner.init_plan import KRYLOV_BLOCK, blocks_prefix, takes_gram_way
+from lorasb_ds.planner.model_shape import ModelShape
+from lorasb_ds.planner.placement import Placement
+from lorasb_ds.planner.workload import Workload
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lorasb_ds.config.paths import SHIPPED_DS_CONFIGS, read_json
-from lorasb_ds.footprint import Footprint, footprint, init_plan
-from lorasb_ds.model_shape import ModelShape
-from lorasb_ds.placement import Form, Placement, placement_of
-from lorasb_ds.system.units import GIB
-from lorasb_ds.traffic import (
+from lorasb_ds.planner.footprint import Footprint, footprint, init_plan
+from lorasb_ds.planner.model_shape import ModelShape
+from lorasb_ds.planner.placement import Form, Placement, placement_of
+from lorasb_ds.planner.traffic import (
     CPU_SPEEDS,
     GPU_SPEEDS,
     Speeds,
@@ -19,7 +18,8 @@ from lorasb_ds.traffic import (
     step_seconds,
     step_traffic,
 )
-from lorasb_ds.workload import Workload
+from lorasb_ds.planner.workload import Workload
+from lorasb_ds.system.units import GIB
 
 # The driver's context, NCCL's buffers, what torch's allocator keeps back. Assumed.
 GPU_RUNTIME_BYTES = 3 << 29

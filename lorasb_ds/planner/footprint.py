@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from lorasb_ds.gathers import gathered_bytes
-from lorasb_ds.init_plan import InitPlan, block_of, blocks_prefix, plan_init, svd_bytes
-from lorasb_ds.model_shape import ModelShape
-from lorasb_ds.placement import Placement
-from lorasb_ds.workload import Workload
+from lorasb_ds.planner.gathers import gathered_bytes
+from lorasb_ds.planner.init_plan import InitPlan, block_of, blocks_prefix, plan_init, svd_bytes
+from lorasb_ds.planner.model_shape import ModelShape
+from lorasb_ds.planner.placement import Placement
+from lorasb_ds.planner.workload import Workload
 
 # AdamW's fp32 master and two moments; and the fp32 sum of gradients, which ZeRO-3 keeps for good.
 OPTIMIZER_BYTES, GRADIENT_BYTES = 12, 4

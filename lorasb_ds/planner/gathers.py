@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from lorasb_ds.init_plan import block_of, blocks_prefix
-from lorasb_ds.model_shape import ModelShape
-from lorasb_ds.placement import Placement
-from lorasb_ds.workload import Workload
+from lorasb_ds.planner.init_plan import block_of, blocks_prefix
+from lorasb_ds.planner.model_shape import ModelShape
+from lorasb_ds.planner.placement import Placement
+from lorasb_ds.planner.workload import Workload
 
 
 def gathered_bytes(shape: ModelShape, placement: Placement, work: Workload) -> int:
