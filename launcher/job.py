@@ -22,8 +22,8 @@ from lorasb_ds.config.paths import read_json
 from lorasb_ds.config.resolve import load_run_config, replayed_processes
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.config.run_layout import check_output_dir, default_output_dir, resumed_run
+from lorasb_ds.data.sources import names_a_path
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.rows import names_a_path
 
 # Programs of this host that start the others.
 NEEDED = {

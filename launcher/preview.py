@@ -16,8 +16,8 @@ from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lorasb_ds.data import TokenizedRows
-    from lorasb_ds.examples import Example
+    from lorasb_ds.data.dataset import TokenizedRows
+    from lorasb_ds.data.tokenization import Example
 
 FIELDS = (
     "model",
@@ -56,7 +56,7 @@ def main(num_rows: int, row: int | None, color: bool | None, **given: Any) -> No
 def preview(config: RunConfig, num_rows: int, row: int | None, color: bool) -> Iterator[str]:
     import numpy as np
 
-    from lorasb_ds.data_cache import tokenize_sources
+    from lorasb_ds.data.cache import tokenize_sources
     from lorasb_ds.loading import load_config
     from lorasb_ds.tokenizer import read_tokenizer
 
@@ -83,8 +83,8 @@ def preview(config: RunConfig, num_rows: int, row: int | None, color: bool) -> I
 
 def why_skipped(config: RunConfig, tokenizer: Any, row: int) -> Iterator[str]:
     """What became of a row of each source, where it was not kept."""
-    from lorasb_ds.data import KEPT, columns_of
-    from lorasb_ds.rows import load_rows
+    from lorasb_ds.data.dataset import KEPT, columns_of
+    from lorasb_ds.data.sources import load_rows
 
     for source in config.data:
         rows = load_rows(source)

@@ -30,7 +30,7 @@ def main() -> None:
 @reports_problems
 def rows(out: Path, **given: Any) -> None:
     """Count the rows that the init's sample of such a run would be drawn from."""
-    from lorasb_ds.data_cache import load_data
+    from lorasb_ds.data.cache import load_data
     from lorasb_ds.loading import load_config
     from lorasb_ds.tokenizer import read_tokenizer
 

@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 
 from lorasb_ds.adapter import AdapterLinear
-from lorasb_ds.batches import Sample
 from lorasb_ds.config.methods import TRAIN_R
+from lorasb_ds.data.batch import Sample
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.distributed.collectives import Group, all_reduce, rank_and_size, row_range
 from lorasb_ds.gradients import average_gradients, is_transposed

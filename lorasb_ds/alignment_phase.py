@@ -7,9 +7,9 @@ from dataclasses import asdict, replace
 
 from lorasb_ds.alignment import Values, measure_alignment
 from lorasb_ds.alignment_history import describe_alignment
-from lorasb_ds.batches import Sample
+from lorasb_ds.data.batch import Sample
+from lorasb_ds.data.sampler import init_sample
 from lorasb_ds.job import Job
-from lorasb_ds.order import init_sample
 from lorasb_ds.prepare import Prepared
 
 

@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 
+from lorasb_ds.data.formats import Row
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.forms import Row
 
 Score = Callable[[str, Row, str], bool]  # (generated, row, response) -> right
 

@@ -15,11 +15,11 @@ from safetensors import SafetensorError, safe_open
 
 from lorasb_ds.adapter import AdapterLinear
 from lorasb_ds.base_files import weights_digest
-from lorasb_ds.batches import Sample
 from lorasb_ds.config.methods import DEFAULT_METHOD, METHODS, PEFT_PREFIX
 from lorasb_ds.config.resolve import read_peft_file
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.config.run_layout import BASIS_FILE, REPORT_FILE
+from lorasb_ds.data.batch import Sample
 from lorasb_ds.distributed import zero
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.factors import Basis, Recipe, fill_factors

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from lorasb_ds.config.methods import METHODS
 from lorasb_ds.config.run_config import MATRIX_OPTIMIZERS, RunConfig
-from lorasb_ds.data import TokenizedRows
+from lorasb_ds.data.dataset import TokenizedRows
 from lorasb_ds.factors import Recipe
 from lorasb_ds.peft_method import PeftPlan
 from lorasb_ds.planner.footprint import Footprint

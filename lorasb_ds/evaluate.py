@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lorasb_ds.batches import Batch, deal
-from lorasb_ds.chat import NEXT_QUESTION, end_of_turn
+from lorasb_ds.data.batch import Batch, deal
+from lorasb_ds.data.chat import NEXT_QUESTION, end_of_turn
+from lorasb_ds.data.formats import RowError
 from lorasb_ds.distributed.collectives import rank_and_size
-from lorasb_ds.forms import RowError
 from lorasb_ds.loss import label_losses, token_loss_sum
 
 T = TypeVar("T")

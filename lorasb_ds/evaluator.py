@@ -13,10 +13,10 @@ from typing import Any
 from rich.progress import track
 from torch import nn
 
-from lorasb_ds.batches import collate, share_out
 from lorasb_ds.config.resolve import load_run_config, with_adapter
 from lorasb_ds.config.run_config import DEMO_EVAL_DATA
 from lorasb_ds.config.run_layout import ANSWERS_FILE, RESULT_FILE
+from lorasb_ds.data.batch import collate, share_out
 from lorasb_ds.distributed import accelerator
 from lorasb_ds.distributed.collectives import rank_and_size
 from lorasb_ds.eval_rows import EvalRows, load_eval_rows

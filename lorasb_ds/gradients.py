@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lorasb_ds.adapter import AdapterLinear, set_scale, trained_in
-from lorasb_ds.batches import Batch
+from lorasb_ds.data.batch import Batch
 from lorasb_ds.distributed import accelerator
 from lorasb_ds.distributed.collectives import Group, row_range
 from lorasb_ds.loss import token_loss_sum

@@ -8,8 +8,8 @@ from typing import Any
 
 from lorasb_ds.adapter import AdapterLinear
 from lorasb_ds.basis import save_basis, take_up
-from lorasb_ds.batches import Sample
 from lorasb_ds.config.methods import METHODS
+from lorasb_ds.data.batch import Sample
 from lorasb_ds.distributed import zero
 from lorasb_ds.factors import Basis, Recipe
 from lorasb_ds.init_report import InitReport, no_gradient_report

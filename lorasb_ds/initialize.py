@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from lorasb_ds.adapter import AdapterLinear
-from lorasb_ds.batches import Sample
+from lorasb_ds.data.batch import Sample
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.distributed.collectives import Group
 from lorasb_ds.factors import (

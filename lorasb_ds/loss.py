@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from lorasb_ds.batches import Batch
-from lorasb_ds.examples import IGNORE_INDEX
+from lorasb_ds.data.batch import Batch
+from lorasb_ds.data.tokenization import IGNORE_INDEX
 from lorasb_ds.planner.footprint import logit_rows
 
 # By how many roundings of the largest logit the same head may differ, in products of other shapes.

@@ -13,22 +13,22 @@ import torch.distributed as dist
 
 from lorasb_ds.base_files import stored_tensors
 from lorasb_ds.basis import PEFT_FILE, check_basis, fingerprint
-from lorasb_ds.batches import Batch, Sample, share_out
 from lorasb_ds.checkpoint import Resume, find_resume
 from lorasb_ds.config.ds_config import resolve_ds_config
 from lorasb_ds.config.methods import METHODS
 from lorasb_ds.config.paths import read_json
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.config.run_layout import check_output_dir
-from lorasb_ds.data import TokenizedRows
-from lorasb_ds.data_cache import load_data
+from lorasb_ds.data.batch import Batch, Sample, share_out
+from lorasb_ds.data.cache import load_data
+from lorasb_ds.data.dataset import TokenizedRows
+from lorasb_ds.data.sampler import Order, Unit, init_sample
 from lorasb_ds.demand import with_init_of, workload_of
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.forecast import Forecast, check_fits, forecast, this_cluster
 from lorasb_ds.init_report import InitReport
 from lorasb_ds.loading import DTYPES, base_config, empty_model
-from lorasb_ds.order import Order, Unit, init_sample
 from lorasb_ds.peft_config import peft_warning
 from lorasb_ds.peft_method import PeftPlan, plan_peft
 from lorasb_ds.planner.footprint import Footprint, footprint, init_plan

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from lorasb_ds.forms import RESPONSE_COLUMNS, Row, is_list
-from lorasb_ds.rows import REASONING_GYM
+from lorasb_ds.data.formats import RESPONSE_COLUMNS, Row, is_list
+from lorasb_ds.data.sources import REASONING_GYM
 
 TASKS = ("auto", "exact", "gsm8k", "metamath", "math", "multiple-choice", "reasoning-gym")
 # What the responses of each task have in common. MetaMathQA's have GSM8K's mark, too.

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+from lorasb_ds.data.sources import reasoning_gym_dataset
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.rows import reasoning_gym_dataset
 
 PACKAGE = "reasoning_gym"
 EVALUATES = ("eval", "exec", "__import__")

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lorasb_ds.adapter import AdapterLinear
-from lorasb_ds.batches import Batch
+from lorasb_ds.data.batch import Batch
 from lorasb_ds.distributed import accelerator
 from lorasb_ds.distributed.collectives import Group
 from lorasb_ds.gradients import GradientShards, branches_off, no_dropout, taps

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lorasb_ds.adapter import AdapterLinear, set_scale
-from lorasb_ds.batches import Sample
+from lorasb_ds.data.batch import Sample
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.evaluate import held_out_loss
 from lorasb_ds.gradients import branches_off

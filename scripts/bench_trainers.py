@@ -76,7 +76,7 @@ def _trl(settings: Mapping[str, Any]) -> dict[str, Any]:
     from trl import SFTConfig, SFTTrainer
 
     from lorasb_ds.config.resolve import load_run_config
-    from lorasb_ds.examples import IGNORE_INDEX
+    from lorasb_ds.data.tokenization import IGNORE_INDEX
     from lorasb_ds.prepare import prepare
 
     # The same rows, tokenized by the same template.

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from lorasb_ds.batches import Batch
 from lorasb_ds.config.ds_config import resolve_ds_config
 from lorasb_ds.config.resolve import load_run_config
+from lorasb_ds.data.batch import Batch
 from lorasb_ds.loading import load_base, load_config
 from lorasb_ds.targets import linear_layers
 

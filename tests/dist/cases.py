@@ -527,7 +527,7 @@ def uneven(out: str) -> None:
     from torch import nn
 
     from lorasb_ds.adapter import inject
-    from lorasb_ds.batches import Batch
+    from lorasb_ds.data.batch import Batch
     from lorasb_ds.distributed import zero
     from lorasb_ds.distributed.collectives import gather_rows
     from lorasb_ds.gradients import average_gradients

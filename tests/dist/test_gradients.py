@@ -14,13 +14,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lorasb_ds.adapter import inject
-from lorasb_ds.batches import Batch, collate, deal
 from lorasb_ds.config.resolve import load_run_config
-from lorasb_ds.data import tokenize_rows
+from lorasb_ds.data.batch import Batch, collate, deal
+from lorasb_ds.data.dataset import tokenize_rows
+from lorasb_ds.data.sources import load_rows
 from lorasb_ds.gradients import average_gradients
 from lorasb_ds.linalg import truncated_svd
 from lorasb_ds.loss import add_loss_head
-from lorasb_ds.rows import load_rows
 from lorasb_ds.targets import linear_layers
 from tests.references import nf4_config, true_gradients
 from tests.runs import REALLY_SHARDED, run_ranks, word_rows, write_jsonl

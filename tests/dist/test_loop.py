@@ -11,14 +11,14 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lorasb_ds.batches import collate
 from lorasb_ds.config.resolve import load_run_config
-from lorasb_ds.data import tokenize_rows
-from lorasb_ds.order import epoch_order
+from lorasb_ds.data.batch import collate
+from lorasb_ds.data.dataset import tokenize_rows
+from lorasb_ds.data.sampler import epoch_order
+from lorasb_ds.data.sources import load_rows
 from lorasb_ds.planner.placement import placement_of
 from lorasb_ds.planner.traffic import step_traffic
 from lorasb_ds.prepare import prepare
-from lorasb_ds.rows import load_rows
 from lorasb_ds.targets import linear_layers
 from lorasb_ds.tokenizer import load_tokenizer
 from tests.dist.test_training import PlainFormula, put_plain

@@ -14,17 +14,17 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from lorasb_ds.adapter_files import read_adapter, read_init
-from lorasb_ds.batches import Batch, collate
 from lorasb_ds.checkpoint import checkpoint_path
 from lorasb_ds.config.methods import METHODS
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.config.run_config import RunConfig
-from lorasb_ds.data import tokenize_rows
+from lorasb_ds.data.batch import Batch, collate
+from lorasb_ds.data.dataset import tokenize_rows
+from lorasb_ds.data.sources import load_rows
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.inference import prepare_model, start_model
 from lorasb_ds.low_rank import LoraPair
 from lorasb_ds.prepare import prepare
-from lorasb_ds.rows import load_rows
 from lorasb_ds.targets import linear_layers
 from lorasb_ds.tokenizer import load_tokenizer
 from tests.references import own_loss

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lorasb_ds.adapter import LoraSBLinear, inject, to_plain_lora
-from lorasb_ds.batches import collate
 from lorasb_ds.config.run_config import RunConfig
-from lorasb_ds.data import tokenize_rows
+from lorasb_ds.data.batch import collate
+from lorasb_ds.data.dataset import tokenize_rows
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export import peft_target_modules
 from lorasb_ds.gradients import average_gradients, no_dropout

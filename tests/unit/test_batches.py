@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
-from lorasb_ds.batches import collate, collate_packed, deal
-from lorasb_ds.examples import IGNORE_INDEX, Example
+from lorasb_ds.data.batch import collate, collate_packed, deal
+from lorasb_ds.data.tokenization import IGNORE_INDEX, Example
 from lorasb_ds.loss import token_loss_sum
 from lorasb_ds.packing import keeps_packs_apart
 

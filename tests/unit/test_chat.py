@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorasb_ds.chat import render_conversation, render_prompt
 from lorasb_ds.config.run_config import RunConfig
-from lorasb_ds.examples import IGNORE_INDEX, Example, _overlaps, encode
-from lorasb_ds.forms import Messages, RowError, parse_row
+from lorasb_ds.data.chat import render_conversation, render_prompt
+from lorasb_ds.data.formats import Messages, RowError, parse_row
+from lorasb_ds.data.tokenization import IGNORE_INDEX, Example, _overlaps, encode
 
 # As Qwen 3: thoughts of earlier turns are dropped, and the last one gets an empty thought.
 THINKING = """

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorasb_ds.batches import collate
 from lorasb_ds.config.run_config import RunConfig
-from lorasb_ds.data import columns_of, tokenize_rows
+from lorasb_ds.data.batch import collate
+from lorasb_ds.data.dataset import columns_of, tokenize_rows
+from lorasb_ds.data.json_rows import JsonRows
+from lorasb_ds.data.sources import identity, load_rows
+from lorasb_ds.data.tokenization import IGNORE_INDEX, Example, encode
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.examples import IGNORE_INDEX, Example, encode
-from lorasb_ds.json_rows import JsonRows
-from lorasb_ds.rows import identity, load_rows
 from tests.runs import word_rows, write_jsonl
 
 ROWS = word_rows(5)

@@ -18,11 +18,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasb_ds import data_cache
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.config.run_config import RunConfig
-from lorasb_ds.data import TokenizedRows, tokenize_rows
-from lorasb_ds.data_cache import load_data, split_rows, tokenize_sources
+from lorasb_ds.data import cache as data_cache
+from lorasb_ds.data.cache import load_data, split_rows, tokenize_sources
+from lorasb_ds.data.dataset import TokenizedRows, tokenize_rows
 from lorasb_ds.errors import ConfigError
 from tests.runs import ROOT, word_rows, write_jsonl
 

@@ -12,9 +12,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import lorasb_ds
-from lorasb_ds.batches import collate
-from lorasb_ds.chat import render
 from lorasb_ds.config.resolve import load_run_config
+from lorasb_ds.data.batch import collate
+from lorasb_ds.data.chat import render
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.eval_rows import load_eval_rows
 from lorasb_ds.evaluator import EvalResult, evaluate, evaluate_model, write_results

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from lorasb_ds.adapter import inject, set_scale
-from lorasb_ds.batches import Batch
-from lorasb_ds.examples import IGNORE_INDEX
+from lorasb_ds.data.batch import Batch
+from lorasb_ds.data.tokenization import IGNORE_INDEX
 from lorasb_ds.gradients import taps
 from lorasb_ds.loss import token_loss_sum
 from lorasb_ds.planner.footprint import (

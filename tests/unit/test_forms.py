@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from lorasb_ds.data.formats import RowError, check_columns, find_columns, no_columns, parse_row
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.forms import RowError, check_columns, find_columns, no_columns, parse_row
 
 USER = {"role": "user", "content": "Hi"}
 BOT = {"role": "assistant", "content": "Hello"}

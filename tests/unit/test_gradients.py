@@ -10,8 +10,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen2MoeConfig
 
 from lorasb_ds.adapter import LoraSBLinear, inject
-from lorasb_ds.batches import Batch
-from lorasb_ds.examples import IGNORE_INDEX
+from lorasb_ds.data.batch import Batch
+from lorasb_ds.data.tokenization import IGNORE_INDEX
 from lorasb_ds.gradients import GradientShards, average_gradients
 from lorasb_ds.targets import expert_layers, linear_layers, select_targets
 from tests.references import own_loss

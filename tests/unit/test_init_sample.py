@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lorasb_ds.config.resolve import load_run_config
-from lorasb_ds.order import epoch_order, init_sample
+from lorasb_ds.data.sampler import epoch_order, init_sample
 from lorasb_ds.prepare import Prepared, prepare
 from tests.runs import word_rows, write_jsonl
 

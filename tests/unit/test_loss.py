@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from lorasb_ds import loss as loss_module
-from lorasb_ds.batches import Batch
-from lorasb_ds.examples import IGNORE_INDEX
+from lorasb_ds.data.batch import Batch
+from lorasb_ds.data.tokenization import IGNORE_INDEX
 from lorasb_ds.loss import (
     LossHead,
     _GivenGradient,

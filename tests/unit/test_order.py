@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasb_ds.order import Order, best_fit_decreasing, epoch_order, init_sample
+from lorasb_ds.data.sampler import Order, best_fit_decreasing, epoch_order, init_sample
 
 LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=60)
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig
 
 from lorasb_ds.adapter import LoraSBLinear, inject
-from lorasb_ds.batches import Batch, Sample
+from lorasb_ds.data.batch import Batch, Sample
 from lorasb_ds.gradients import average_gradients
 from lorasb_ds.initialize import gradients_by_group
 from lorasb_ds.planner.init_plan import plan_init

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorasb_ds.chat import Rendered, bos_text, render_conversation
 from lorasb_ds.config.run_config import RunConfig
-from lorasb_ds.forms import Messages, RowError
+from lorasb_ds.data.chat import Rendered, bos_text, render_conversation
+from lorasb_ds.data.formats import Messages, RowError
 
 IGNORE_INDEX = -100  # torch's cross-entropy skips these labels
 

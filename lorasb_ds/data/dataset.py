@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow.compute as pc
 
 from lorasb_ds.config.run_config import RunConfig
+from lorasb_ds.data.formats import NO_COLUMNS, RowError, check_columns, no_columns, parse_row
+from lorasb_ds.data.json_rows import JsonRows
+from lorasb_ds.data.tokenization import IGNORE_INDEX, Example, encode
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.examples import IGNORE_INDEX, Example, encode
-from lorasb_ds.forms import NO_COLUMNS, RowError, check_columns, no_columns, parse_row
-from lorasb_ds.json_rows import JsonRows
 
 KEPT = "kept"
 NOT_JSON = "skipped: not a JSON object"

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from filelock import FileLock
 
-from lorasb_ds.chat import chat_template
 from lorasb_ds.config.paths import cache_dir
 from lorasb_ds.config.run_config import RunConfig
-from lorasb_ds.data import (
+from lorasb_ds.data.chat import chat_template
+from lorasb_ds.data.dataset import (
     COLUMNS,
     TokenizedRows,
     check_tokenizer,
@@ -30,8 +30,8 @@ from lorasb_ds.data import (
     features,
     nothing_left,
 )
+from lorasb_ds.data.sources import identity, load_rows
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.rows import identity, load_rows
 from lorasb_ds.system.files import fsync, publish, write_json
 
 FORMAT = 2  # of the tables; raise it whenever the same rows would give other tables

@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from lorasb_ds.forms import Messages, RowError
+from lorasb_ds.data.formats import Messages, RowError
 
 # For tokenizers without a chat template. System turns and the like stand there as they are.
 DEFAULT_CHAT_TEMPLATE = (

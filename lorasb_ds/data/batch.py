@@ -12,8 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lorasb_ds.examples import IGNORE_INDEX, Example
-from lorasb_ds.order import Unit
+from lorasb_ds.data.sampler import Unit
+from lorasb_ds.data.tokenization import IGNORE_INDEX, Example
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
+from lorasb_ds.data.json_rows import JsonRows
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.json_rows import JsonRows
 from lorasb_ds.system.files import file_digest
 
 FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet")
