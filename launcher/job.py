@@ -16,7 +16,6 @@ from launcher.hostfile import read_hostfile, select
 from launcher.launch_options import LaunchOptions
 from launcher.options import to_arguments
 from launcher.ranks import free_port
-from lorasb_ds.base_files import model_path
 from lorasb_ds.config.ds_config import resolve_ds_config
 from lorasb_ds.config.paths import read_json
 from lorasb_ds.config.resolve import load_run_config, replayed_processes
@@ -24,6 +23,7 @@ from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.config.run_layout import check_output_dir, default_output_dir, resumed_run
 from lorasb_ds.data.sources import names_a_path
 from lorasb_ds.errors import ConfigError
+from lorasb_ds.models.checkpoint_files import model_path
 
 # Programs of this host that start the others.
 NEEDED = {

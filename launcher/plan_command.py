@@ -11,9 +11,9 @@ from typing import Any
 
 from launcher.hostfile import read_hostfile
 from launcher.text import columns
-from lorasb_ds.base_files import model_path
 from lorasb_ds.config.paths import read_json
 from lorasb_ds.errors import ConfigError, option_name
+from lorasb_ds.models.checkpoint_files import model_path
 from lorasb_ds.planner.model_shape import BUILT_IN, ModelShape, shape_from_config
 from lorasb_ds.planner.strategies import Cluster, Outcome, command, cpu_cluster, plan, recommended
 from lorasb_ds.planner.workload import Workload

@@ -31,8 +31,8 @@ def main() -> None:
 def rows(out: Path, **given: Any) -> None:
     """Count the rows that the init's sample of such a run would be drawn from."""
     from lorasb_ds.data.cache import load_data
-    from lorasb_ds.loading import load_config
-    from lorasb_ds.tokenizer import read_tokenizer
+    from lorasb_ds.models.loading import load_config
+    from lorasb_ds.models.tokenizer import read_tokenizer
 
     config = load_run_config(given)
     hf_config = load_config(config.model, config.trust_remote_code)

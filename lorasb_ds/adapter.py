@@ -15,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from lorasb_ds.config.methods import TRAIN_R
 from lorasb_ds.distributed import zero
 from lorasb_ds.low_rank import LoraPair
-from lorasb_ds.quantization import PackedLinear
-from lorasb_ds.targets import Shapes, layer_shape
+from lorasb_ds.models.linear_layers import Shapes, layer_shape
+from lorasb_ds.models.quantization import PackedLinear
 
 Layer = TypeVar("Layer", bound="AdapterLinear")
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from lorasb_ds.base_files import StoredTensor, model_type_of, read_header
 from lorasb_ds.basis import SCALING
 from lorasb_ds.checkpoint import Checkpoint, list_checkpoints, read_checkpoint
 from lorasb_ds.config.methods import DEFAULT_METHOD, METHODS, PEFT_PREFIX, Method
@@ -24,6 +23,8 @@ from lorasb_ds.config.paths import DEMO_MODEL, demo_model_dir, read_json
 from lorasb_ds.config.run_layout import BASIS_FILE, STATE_FILE, TRAINER_FILE
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.low_rank import LoraPair
+from lorasb_ds.models.checkpoint_files import StoredTensor, model_type_of, read_header
+from lorasb_ds.models.streaming import TensorReader
 from lorasb_ds.peft_config import (
     CONFIG_FILE,
     NARROWING,
@@ -32,7 +33,6 @@ from lorasb_ds.peft_config import (
     check_plain,
     scale_of,
 )
-from lorasb_ds.streaming import TensorReader
 from lorasb_ds.system.safetensors_writer import metadata_of
 
 CONFIG_BYTES = 1 << 20

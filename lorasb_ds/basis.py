@@ -14,7 +14,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lorasb_ds.adapter import AdapterLinear
-from lorasb_ds.base_files import weights_digest
 from lorasb_ds.config.methods import DEFAULT_METHOD, METHODS, PEFT_PREFIX
 from lorasb_ds.config.resolve import read_peft_file
 from lorasb_ds.config.run_config import RunConfig
@@ -25,10 +24,11 @@ from lorasb_ds.errors import ConfigError
 from lorasb_ds.factors import Basis, Recipe, fill_factors
 from lorasb_ds.gradients import branches_off
 from lorasb_ds.init_report import InitReport, LayerInit, Step
+from lorasb_ds.models.checkpoint_files import weights_digest
+from lorasb_ds.models.linear_layers import Shapes
 from lorasb_ds.step import choose_step, measure_step
 from lorasb_ds.system.files import SUMS_FILE, check_sums, write_json, write_sums
 from lorasb_ds.system.safetensors_writer import save_tensors
-from lorasb_ds.targets import Shapes
 
 BASIS_FORMAT = "3"
 SCALING = "scaling (--lora-alpha, --r)"

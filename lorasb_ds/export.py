@@ -11,10 +11,10 @@ import torch
 
 from lorasb_ds.adapter import AdapterLinear
 from lorasb_ds.distributed import zero
+from lorasb_ds.models.linear_layers import Shapes
 from lorasb_ds.peft_config import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from lorasb_ds.system.files import publish, write_json
 from lorasb_ds.system.safetensors_writer import save_tensors
-from lorasb_ds.targets import Shapes
 
 
 def collect_lora(adapters: Mapping[str, AdapterLinear]) -> dict[str, torch.Tensor]:

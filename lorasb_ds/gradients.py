@@ -20,7 +20,7 @@ from lorasb_ds.adapter import AdapterLinear, set_scale, trained_in
 from lorasb_ds.data.batch import Batch
 from lorasb_ds.distributed import accelerator
 from lorasb_ds.distributed.collectives import Group, row_range
-from lorasb_ds.loss import token_loss_sum
+from lorasb_ds.models.loss import token_loss_sum
 
 
 def is_transposed(out_features: int, in_features: int) -> bool:

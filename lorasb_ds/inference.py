@@ -11,17 +11,17 @@ from transformers import GenerationConfig
 
 from lorasb_ds.adapter import LoraSBLinear, inject
 from lorasb_ds.adapter_files import StoredAdapter, read_adapter
-from lorasb_ds.base_files import model_folder
 from lorasb_ds.config.ds_config import resolve_ds_config
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.evaluate import stop_tokens
-from lorasb_ds.loading import DTYPES, base_config, empty_model, load_base
-from lorasb_ds.loss import add_loss_head, check_loss_head
 from lorasb_ds.low_rank import product_svd
-from lorasb_ds.targets import Shapes, linear_layers
-from lorasb_ds.tokenizer import load_tokenizer
+from lorasb_ds.models.checkpoint_files import model_folder
+from lorasb_ds.models.generation import stop_tokens
+from lorasb_ds.models.linear_layers import Shapes, linear_layers
+from lorasb_ds.models.loading import DTYPES, base_config, empty_model, load_base
+from lorasb_ds.models.loss import add_loss_head, check_loss_head
+from lorasb_ds.models.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)

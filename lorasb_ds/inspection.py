@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from lorasb_ds.adapter_files import StoredAdapter, read_init
-from lorasb_ds.base_files import StoredTensor
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.low_rank import effective_rank, orthonormality_error, product_svd, weighted_sum
-from lorasb_ds.streaming import TensorReader
+from lorasb_ds.models.checkpoint_files import StoredTensor
+from lorasb_ds.models.streaming import TensorReader
 
 BLOCK = re.compile(r"(.*?)\.?([0-9]{1,6})\.(.+)")  # before a block, its number, and within it
 

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from lorasb_ds.adapter_files import StoredAdapter, trained_on
-from lorasb_ds.base_files import model_folder, weights_digest
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.merge_file import (
     FileJob,
@@ -40,6 +39,7 @@ from lorasb_ds.merge_folder import (
     write_index,
 )
 from lorasb_ds.merge_plan import plan_merge
+from lorasb_ds.models.checkpoint_files import model_folder, weights_digest
 from lorasb_ds.system.files import check_replaceable, file_digest, write_json
 
 GIB = 1 << 30

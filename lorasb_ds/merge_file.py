@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from lorasb_ds.base_files import ITEM_BYTES, StoredTensor, read_header
 from lorasb_ds.errors import ConfigError
+from lorasb_ds.models.checkpoint_files import ITEM_BYTES, StoredTensor, read_header
 from lorasb_ds.planner.placement import bytes_4bit
 from lorasb_ds.system.files import file_digest, publish
 from lorasb_ds.system.safetensors_writer import (
@@ -241,7 +241,7 @@ def _quantized(
     job: FileJob, name: str, tensor: StoredTensor, descriptor: int
 ) -> dict[str, torch.Tensor]:
     """A merged weight in 4 bits: stored name -> tensor."""
-    from lorasb_ds.quantization import stored_4bit
+    from lorasb_ds.models.quantization import stored_4bit
 
     W = torch.empty(tensor.shape, dtype=FLOATS[tensor.dtype])
     first = 0

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lorasb_ds.base_files import DOWNLOADED, INDEX, WEIGHTS, read_header
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.merge_file import FileJob, Written
+from lorasb_ds.models.checkpoint_files import DOWNLOADED, INDEX, WEIGHTS, read_header
 from lorasb_ds.system.files import SUMS_FILE, file_digest, fsync, publish, write_json, write_text
 
 RECORD, LOCK = "merge.json", "merge.lock"

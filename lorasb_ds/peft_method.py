@@ -27,10 +27,10 @@ from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.distributed.collectives import broadcast
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export import trained_value, write_adapter
+from lorasb_ds.models.linear_layers import Shapes, layer_shape
 from lorasb_ds.peft_config import PREFIX
 from lorasb_ds.peft_file import peft_config, refusal
 from lorasb_ds.system.host_memory import release_freed_memory
-from lorasb_ds.targets import Shapes, layer_shape
 
 ADAPTER = "default"  # PEFT's name of the one adapter
 

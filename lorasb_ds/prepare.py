@@ -11,7 +11,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lorasb_ds.base_files import stored_tensors
 from lorasb_ds.basis import PEFT_FILE, check_basis, fingerprint
 from lorasb_ds.checkpoint import Resume, find_resume
 from lorasb_ds.config.ds_config import resolve_ds_config
@@ -28,7 +27,11 @@ from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.forecast import Forecast, check_fits, forecast, this_cluster
 from lorasb_ds.init_report import InitReport
-from lorasb_ds.loading import DTYPES, base_config, empty_model
+from lorasb_ds.models.checkpoint_files import stored_tensors
+from lorasb_ds.models.linear_layers import Shapes, expert_layers, select_targets, shape_of
+from lorasb_ds.models.loading import DTYPES, base_config, empty_model
+from lorasb_ds.models.tokenizer import choose_pad_token, read_tokenizer
+from lorasb_ds.models.weight_map import map_weights, unused_tensors
 from lorasb_ds.peft_config import peft_warning
 from lorasb_ds.peft_method import PeftPlan, plan_peft
 from lorasb_ds.planner.footprint import Footprint, footprint, init_plan
@@ -37,11 +40,7 @@ from lorasb_ds.planner.placement import Placement, placement_of
 from lorasb_ds.planner.strategies import Cluster
 from lorasb_ds.planner.workload import Workload
 from lorasb_ds.same_run import check_resume, what_must_match, with_global_batch
-from lorasb_ds.shapes import shape_of
-from lorasb_ds.targets import Shapes, expert_layers, select_targets
-from lorasb_ds.tokenizer import choose_pad_token, read_tokenizer
 from lorasb_ds.tracking import check_tracker
-from lorasb_ds.weight_map import map_weights, unused_tensors
 
 
 @dataclass(frozen=True)

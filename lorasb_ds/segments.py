@@ -26,7 +26,7 @@ from lorasb_ds.data.batch import Batch
 from lorasb_ds.distributed import accelerator
 from lorasb_ds.distributed.collectives import Group
 from lorasb_ds.gradients import GradientShards, branches_off, no_dropout, taps
-from lorasb_ds.loss import token_loss_sum
+from lorasb_ds.models.loss import token_loss_sum
 from lorasb_ds.planner.init_plan import block_of
 
 # What a segment gives on its second run may differ from the first by this share: some kernels of

@@ -15,10 +15,10 @@ from torch import nn
 from lorasb_ds.adapter import AdapterLinear, set_scale
 from lorasb_ds.data.batch import Sample
 from lorasb_ds.distributed import accelerator, zero
-from lorasb_ds.evaluate import held_out_loss
 from lorasb_ds.gradients import branches_off
 from lorasb_ds.init_report import LayerInit, Step
 from lorasb_ds.line_search import search_init_lr
+from lorasb_ds.models.loss import held_out_loss
 
 
 def measure_step(engine: Any, base: AbstractContextManager[None], probe: Sample) -> Step:

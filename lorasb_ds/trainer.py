@@ -14,21 +14,20 @@ from lorasb_ds.checkpoint import Progress
 from lorasb_ds.config.run_layout import BASIS_FILE, DS_CONFIG_COPY, PEFT_COPY, REPORT
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.evaluate import eval_mode
 from lorasb_ds.export import collect_lora
 from lorasb_ds.gradients import branches_off
 from lorasb_ds.init_phase import init_phase
 from lorasb_ds.init_report import InitReport
 from lorasb_ds.job import Adapters, Job
-from lorasb_ds.loading import DTYPES, load_base
 from lorasb_ds.loop import Outcome, evaluate, train
 from lorasb_ds.lora_layer import layer_kind
-from lorasb_ds.loss import add_loss_head, check_loss_head
 from lorasb_ds.metrics import RunLog
+from lorasb_ds.models.loading import DTYPES, load_base
+from lorasb_ds.models.loss import add_loss_head, check_loss_head, eval_mode
+from lorasb_ds.models.packing import keeps_packs_apart
 from lorasb_ds.optimizer import make_optimizer, make_scheduler
 from lorasb_ds.out_of_memory import OutOfMemoryError, Phase, explain, is_out_of_memory
 from lorasb_ds.output import make_output_dir, say
-from lorasb_ds.packing import keeps_packs_apart
 from lorasb_ds.peft_method import (
     collect_peft,
     gather_peft_together,

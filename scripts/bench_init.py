@@ -37,9 +37,9 @@ def paper(config: dict[str, Any], out: str) -> None:
     """
     from transformers import AutoModelForCausalLM
 
-    from lorasb_ds.base_files import model_path
     from lorasb_ds.distributed import accelerator, zero
-    from lorasb_ds.loading import DTYPES
+    from lorasb_ds.models.checkpoint_files import model_path
+    from lorasb_ds.models.loading import DTYPES
 
     run = _prepare(config, 1)
     zero.init_process_group()

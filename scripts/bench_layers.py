@@ -36,7 +36,7 @@ def _with_adapters(model: Any, way: str) -> Any:
     from peft import LoraConfig, get_peft_model
 
     from lorasb_ds.adapter import inject
-    from lorasb_ds.targets import linear_layers
+    from lorasb_ds.models.linear_layers import linear_layers
 
     model.requires_grad_(False)
     if way in (PEFT, PEFT_BF16):
@@ -104,7 +104,7 @@ def _ways(dtype: str) -> tuple[str, ...]:
 
 
 def _target_shapes(model: Any) -> list[tuple[int, int]]:
-    from lorasb_ds.targets import linear_layers
+    from lorasb_ds.models.linear_layers import linear_layers
 
     return list(linear_layers(model).values())
 

@@ -67,8 +67,8 @@ def load(settings: dict[str, Any], out: str) -> None:
     import transformers.integrations.deepspeed
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    from lorasb_ds import loading  # noqa: F401
     from lorasb_ds.distributed import zero
+    from lorasb_ds.models import loading  # noqa: F401
 
     zero.init_process_group()
     dist.barrier()
@@ -89,7 +89,7 @@ def _loaded(model: str, way: str, bits: int, stage: int) -> Any:
 
     from lorasb_ds.config.ds_config import resolve_ds_config
     from lorasb_ds.config.resolve import load_run_config
-    from lorasb_ds.loading import load_base, load_config
+    from lorasb_ds.models.loading import load_base, load_config
 
     given: dict[str, Any] = {
         "model": model,

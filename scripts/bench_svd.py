@@ -173,7 +173,7 @@ def demo_model() -> Iterator[Case]:
     from transformers import AutoModelForCausalLM
 
     from lorasb_ds.config.paths import demo_model_dir
-    from lorasb_ds.tokenizer import load_tokenizer
+    from lorasb_ds.models.tokenizer import load_tokenizer
 
     folder = demo_model_dir()
     if not (folder / "config.json").is_file():

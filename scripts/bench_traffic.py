@@ -59,7 +59,7 @@ def quantized(settings: dict[str, Any], out: str) -> None:
     """Dequantizations of a weight in a step, and their share of its time."""
     from lorasb_ds.distributed import zero
     from lorasb_ds.loop import train_step
-    from lorasb_ds.quantization import PackedLinear
+    from lorasb_ds.models.quantization import PackedLinear
 
     run, engine, _ = started(settings["config"])
     spent: list[float] = []

@@ -123,7 +123,7 @@ def _saved(kind: Any, config: Any, folder: Path, demo_model: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(demo_model: Path):
-    from lorasb_ds.tokenizer import load_tokenizer
+    from lorasb_ds.models.tokenizer import load_tokenizer
 
     return load_tokenizer(str(demo_model))
 

@@ -10,8 +10,8 @@ import torch
 from lorasb_ds.config.ds_config import resolve_ds_config
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.data.batch import Batch
-from lorasb_ds.loading import load_base, load_config
-from lorasb_ds.targets import linear_layers
+from lorasb_ds.models.linear_layers import linear_layers
+from lorasb_ds.models.loading import load_base, load_config
 
 
 def own_loss(model: Any, batch: Batch) -> torch.Tensor:

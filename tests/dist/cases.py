@@ -379,11 +379,11 @@ def not_finite_step(config: dict[str, Any], zero_optimization: dict[str, Any], w
 def four_bit(config: dict[str, Any], out: str, zero_optimization: dict[str, Any]) -> None:
     """Held-out loss, init, some steps and export on a 4-bit base of which each rank has a share."""
     from lorasb_ds.distributed import accelerator, zero
-    from lorasb_ds.evaluate import held_out_loss
     from lorasb_ds.export import collect_lora
     from lorasb_ds.init_phase import initialize_by
     from lorasb_ds.loop import train_step
-    from lorasb_ds.quantization import PackedLinear4bit
+    from lorasb_ds.models.loss import held_out_loss
+    from lorasb_ds.models.quantization import PackedLinear4bit
 
     run, engine, adapters = _start(config, zero_optimization)
     bases = [adapter.base_layer for adapter in adapters.values()]
@@ -418,7 +418,7 @@ def load(config: dict[str, Any], out: str, zero_optimization: dict[str, Any]) ->
     """The base as it is loaded; rank 0 writes its whole parameters and what all ranks read."""
     from lorasb_ds.config.resolve import load_run_config
     from lorasb_ds.distributed import zero
-    from lorasb_ds.loading import empty_model, load_base, load_config
+    from lorasb_ds.models.loading import empty_model, load_base, load_config
 
     zero.init_process_group()
     run = load_run_config(config)
@@ -457,7 +457,7 @@ def load_broken(config: dict[str, Any], message: str) -> None:
     from lorasb_ds.config.resolve import load_run_config
     from lorasb_ds.distributed import zero
     from lorasb_ds.errors import ConfigError
-    from lorasb_ds.loading import load_base, load_config
+    from lorasb_ds.models.loading import load_base, load_config
 
     zero.init_process_group()
     run = load_run_config(config)
@@ -531,7 +531,7 @@ def uneven(out: str) -> None:
     from lorasb_ds.distributed import zero
     from lorasb_ds.distributed.collectives import gather_rows
     from lorasb_ds.gradients import average_gradients
-    from lorasb_ds.targets import linear_layers
+    from lorasb_ds.models.linear_layers import linear_layers
 
     class Routed(nn.Module):
         def __init__(self) -> None:

@@ -17,7 +17,7 @@ from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.data.batch import collate
 from lorasb_ds.data.dataset import tokenize_rows
 from lorasb_ds.data.sources import load_rows
-from lorasb_ds.tokenizer import load_tokenizer
+from lorasb_ds.models.tokenizer import load_tokenizer
 from tests.references import true_gradients
 from tests.runs import REALLY_SHARDED, run_ranks, word_rows, write_jsonl
 

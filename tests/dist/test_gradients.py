@@ -20,8 +20,8 @@ from lorasb_ds.data.dataset import tokenize_rows
 from lorasb_ds.data.sources import load_rows
 from lorasb_ds.gradients import average_gradients
 from lorasb_ds.linalg import truncated_svd
-from lorasb_ds.loss import add_loss_head
-from lorasb_ds.targets import linear_layers
+from lorasb_ds.models.linear_layers import linear_layers
+from lorasb_ds.models.loss import add_loss_head
 from tests.references import nf4_config, true_gradients
 from tests.runs import REALLY_SHARDED, run_ranks, word_rows, write_jsonl
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import dot_natural_key
 
 from lorasb_ds.config.run_config import RunConfig
-from lorasb_ds.loading import load_base, load_config
+from lorasb_ds.models.loading import load_base, load_config
 from tests.runs import REALLY_SHARDED, run_ranks
 
 STAGE_3: dict[str, Any] = {"stage": 3} | REALLY_SHARDED

@@ -24,9 +24,9 @@ from lorasb_ds.data.sources import load_rows
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.inference import prepare_model, start_model
 from lorasb_ds.low_rank import LoraPair
+from lorasb_ds.models.linear_layers import linear_layers
+from lorasb_ds.models.tokenizer import load_tokenizer
 from lorasb_ds.prepare import prepare
-from lorasb_ds.targets import linear_layers
-from lorasb_ds.tokenizer import load_tokenizer
 from tests.references import own_loss
 from tests.runs import REALLY_SHARDED, metrics, run_ranks, word_rows, write_jsonl
 

@@ -18,8 +18,8 @@ from lorasb_ds.data.batch import collate
 from lorasb_ds.data.dataset import tokenize_rows
 from lorasb_ds.data.sampler import epoch_order
 from lorasb_ds.data.sources import load_rows
-from lorasb_ds.targets import linear_layers
-from lorasb_ds.tokenizer import load_tokenizer
+from lorasb_ds.models.linear_layers import linear_layers
+from lorasb_ds.models.tokenizer import load_tokenizer
 from tests.dist.test_initialize import initialized
 from tests.dist.test_initialize import setting as init_setting
 from tests.dist.test_loop import GLOBAL_BATCH, ROWS, config_of

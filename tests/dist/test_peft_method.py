@@ -19,7 +19,7 @@ from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.data.batch import Batch, collate
 from lorasb_ds.data.dataset import tokenize_rows
 from lorasb_ds.data.sources import load_rows
-from lorasb_ds.tokenizer import load_tokenizer
+from lorasb_ds.models.tokenizer import load_tokenizer
 from tests.references import own_loss
 from tests.runs import REALLY_SHARDED, metrics, run_ranks, word_rows, write_jsonl
 

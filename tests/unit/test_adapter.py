@@ -20,10 +20,10 @@ from lorasb_ds.data.dataset import tokenize_rows
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export import peft_target_modules
 from lorasb_ds.gradients import average_gradients, no_dropout
-from lorasb_ds.loading import empty_model, load_base, load_config
-from lorasb_ds.loss import token_loss_sum
-from lorasb_ds.quantization import PackedLinear, PackedLinear4bit, PackedLinear8bit
-from lorasb_ds.targets import expert_layers, linear_layers, select_targets
+from lorasb_ds.models.linear_layers import expert_layers, linear_layers, select_targets
+from lorasb_ds.models.loading import empty_model, load_base, load_config
+from lorasb_ds.models.loss import token_loss_sum
+from lorasb_ds.models.quantization import PackedLinear, PackedLinear4bit, PackedLinear8bit
 from tests.references import own_loss, true_gradients
 from tests.runs import word_rows
 

@@ -20,15 +20,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.adapters import main
 from lorasb_ds.adapter_files import WEIGHTS_FILE, StoredAdapter, read_adapter
-from lorasb_ds.base_files import stored_tensors
 from lorasb_ds.combine import combine_adapters
 from lorasb_ds.config.paths import demo_model_dir
 from lorasb_ds.config.run_layout import BASIS_FILE
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export import peft_target_modules, peft_tensors, save_peft_adapter
 from lorasb_ds.inspection import LayerUpdate, draw_updates, inspect_adapter
+from lorasb_ds.models.checkpoint_files import stored_tensors
+from lorasb_ds.models.linear_layers import linear_layers, select_targets
 from lorasb_ds.peft_config import misread_by_peft
-from lorasb_ds.targets import linear_layers, select_targets
 from lorasb_ds.truncate import EnergyKept, export_adapter, max_lora_rank, measure_energy
 from tests.references import nf4_config
 from tests.unit.test_adapter_files import (
@@ -358,7 +358,7 @@ def test_a_small_step_from_the_init_is_seen(tmp_path: Path) -> None:
         name: basis[f"{name}.lora_R"] + torch.full((4, 4), 1e-8) for name in LAYERS
     }  # the init has R of size 4e-3
     save_file({f"{n}.lora_R": R for n, R in moved.items()}, tmp_path / "r.safetensors")
-    from lorasb_ds.base_files import read_header
+    from lorasb_ds.models.checkpoint_files import read_header
 
     adapter = replace(
         adapter, stored={**adapter.stored, **read_header(tmp_path / "r.safetensors", "x")}

@@ -23,7 +23,7 @@ from lorasb_ds.history import read_rows
 from lorasb_ds.lora_layer import LoraLinear
 from lorasb_ds.low_rank import LoraPair
 from lorasb_ds.metrics import RunLog
-from lorasb_ds.targets import linear_layers
+from lorasb_ds.models.linear_layers import linear_layers
 from tests.references import true_gradients
 from tests.unit.test_gradients import batch_of
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
 from lorasb_ds.data.batch import collate, collate_packed, deal
 from lorasb_ds.data.tokenization import IGNORE_INDEX, Example
-from lorasb_ds.loss import token_loss_sum
-from lorasb_ds.packing import keeps_packs_apart
+from lorasb_ds.models.loss import token_loss_sum
+from lorasb_ds.models.packing import keeps_packs_apart
 
 
 def examples_of(*lengths: int, vocab_size: int = 1000) -> list[Example]:

@@ -12,16 +12,12 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
-from lorasb_ds import evaluate
 from lorasb_ds.data.batch import collate
 from lorasb_ds.data.tokenization import IGNORE_INDEX, Example
-from lorasb_ds.evaluate import (
-    generate,
-    log_likelihoods,
-    rounds,
-    stop_tokens,
-)
 from lorasb_ds.export import peft_target_modules, peft_tensors, save_peft_adapter
+from lorasb_ds.models import generation as evaluate
+from lorasb_ds.models.generation import generate, rounds, stop_tokens
+from lorasb_ds.models.loss import log_likelihoods
 from lorasb_ds.shares import Share, wilson_interval
 from lorasb_ds.system.files import write_text
 

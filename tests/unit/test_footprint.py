@@ -13,7 +13,8 @@ from lorasb_ds.adapter import inject, set_scale
 from lorasb_ds.data.batch import Batch
 from lorasb_ds.data.tokenization import IGNORE_INDEX
 from lorasb_ds.gradients import taps
-from lorasb_ds.loss import token_loss_sum
+from lorasb_ds.models.linear_layers import shape_of
+from lorasb_ds.models.loss import token_loss_sum
 from lorasb_ds.planner.footprint import (
     Footprint,
     _in_flight_bytes,
@@ -24,7 +25,6 @@ from lorasb_ds.planner.footprint import (
 from lorasb_ds.planner.model_shape import BUILT_IN, shape_from_config
 from lorasb_ds.planner.placement import Placement, placement_of
 from lorasb_ds.planner.workload import Workload
-from lorasb_ds.shapes import shape_of
 
 LLAMA_7B = shape_from_config("llama-7b", BUILT_IN["llama-7b"])
 

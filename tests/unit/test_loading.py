@@ -14,13 +14,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lorasb_ds.base_files import stored_tensors, weights_digest
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.loading import empty_model, load_base, load_config
-from lorasb_ds.quantization import PackedLinear, PackedLinear4bit, PackedLinear8bit
-from lorasb_ds.targets import linear_layers
-from lorasb_ds.weight_map import map_weights, unused_tensors
+from lorasb_ds.models.checkpoint_files import stored_tensors, weights_digest
+from lorasb_ds.models.linear_layers import linear_layers
+from lorasb_ds.models.loading import empty_model, load_base, load_config
+from lorasb_ds.models.quantization import PackedLinear, PackedLinear4bit, PackedLinear8bit
+from lorasb_ds.models.weight_map import map_weights, unused_tensors
 from tests.references import load_whole, nf4_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

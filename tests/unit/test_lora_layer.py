@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from lorasb_ds.lora_layer import LoraLinear, preconditioned
-from lorasb_ds.quantization import PackedLinear, PackedLinear4bit, PackedLinear8bit
+from lorasb_ds.models.quantization import PackedLinear, PackedLinear4bit, PackedLinear8bit
 
 
 def filled(base: nn.Module, dtype: torch.dtype, **options: Any) -> LoraLinear:

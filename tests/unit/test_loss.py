@@ -12,10 +12,10 @@ import transformers as hf
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from lorasb_ds import loss as loss_module
 from lorasb_ds.data.batch import Batch
 from lorasb_ds.data.tokenization import IGNORE_INDEX
-from lorasb_ds.loss import (
+from lorasb_ds.models import loss as loss_module
+from lorasb_ds.models.loss import (
     LossHead,
     _GivenGradient,
     add_loss_head,

@@ -25,10 +25,10 @@ from launcher import adapters
 from lorasb_ds import merge as merging
 from lorasb_ds import merge_file
 from lorasb_ds.adapter_files import read_adapter
-from lorasb_ds.base_files import stored_tensors, weights_digest
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.merge import merge_adapter
 from lorasb_ds.merge_plan import weights_of
+from lorasb_ds.models.checkpoint_files import stored_tensors, weights_digest
 from tests.references import load_whole
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -232,7 +232,7 @@ def test_run_with_its_r(tiny_model: Path, tmp_path: Path) -> None:
     found = read_adapter(str(stored))
     save_file({"A": A, "B": B, "R": R}, run / "factors.safetensors")
     from lorasb_ds.adapter_files import Factors, StoredAdapter
-    from lorasb_ds.base_files import read_header
+    from lorasb_ds.models.checkpoint_files import read_header
 
     header = read_header(run / "factors.safetensors", "test")
     layers = {name: Factors("A", "B", "R", 0.5)}

@@ -10,9 +10,9 @@ import torch
 from transformers import AutoConfig
 
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.loading import empty_model
+from lorasb_ds.models.linear_layers import shape_of
+from lorasb_ds.models.loading import empty_model
 from lorasb_ds.planner.model_shape import BUILT_IN, shape_from_config
-from lorasb_ds.shapes import shape_of
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 99}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}

@@ -17,7 +17,7 @@ from lorasb_ds import peft_method
 from lorasb_ds.adapter_files import read_adapter
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.loading import empty_model, load_config
+from lorasb_ds.models.loading import empty_model, load_config
 from lorasb_ds.peft_file import peft_config
 from lorasb_ds.peft_method import (
     PeftPlan,

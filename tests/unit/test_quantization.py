@@ -12,7 +12,7 @@ from bitsandbytes.nn import Int8Params, Linear4bit
 from torch import nn
 
 from lorasb_ds.adapter import LoraSBLinear
-from lorasb_ds.quantization import PackedLinear, PackedLinear4bit, PackedLinear8bit
+from lorasb_ds.models.quantization import PackedLinear, PackedLinear4bit, PackedLinear8bit
 
 BF16 = torch.bfloat16
 

@@ -15,9 +15,9 @@ from lorasb_ds.adapter import LoraSBLinear, inject
 from lorasb_ds.data.batch import Batch, Sample
 from lorasb_ds.gradients import average_gradients
 from lorasb_ds.initialize import gradients_by_group
+from lorasb_ds.models.linear_layers import linear_layers
 from lorasb_ds.planner.init_plan import plan_init
 from lorasb_ds.segments import Segment, SegmentError, cut, gradients_by_segment
-from lorasb_ds.targets import linear_layers
 from tests.unit.test_gradients import batch_of
 
 pytestmark = pytest.mark.usefixtures("one_process")

@@ -15,8 +15,8 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.data.tokenization import encode
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.loading import load_config
-from lorasb_ds.tokenizer import choose_pad_token, load_tokenizer, read_tokenizer
+from lorasb_ds.models.loading import load_config
+from lorasb_ds.models.tokenizer import choose_pad_token, load_tokenizer, read_tokenizer
 from tests.runs import ROOT
 
 VOCAB_SIZE = 600

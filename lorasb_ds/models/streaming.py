@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lorasb_ds.base_files import StoredTensor
 from lorasb_ds.distributed import accelerator
 from lorasb_ds.distributed.collectives import Group, all_reduce, broadcast, rank_and_size
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.quantization import ROW_MULTIPLE, PackedLinear
+from lorasb_ds.models.checkpoint_files import StoredTensor
+from lorasb_ds.models.quantization import ROW_MULTIPLE, PackedLinear
+from lorasb_ds.models.weight_map import Source
 from lorasb_ds.system.host_memory import release_freed_memory
-from lorasb_ds.weight_map import Source
 
 DTYPES = {
     "BF16": torch.bfloat16,

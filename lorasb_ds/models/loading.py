@@ -13,19 +13,14 @@ from torch import nn
 from transformers.core_model_loading import build_glob_alternation
 from transformers.pytorch_utils import Conv1D
 
-from lorasb_ds.base_files import (
-    StoredTensor,
-    first_line,
-    model_folder,
-    stored_tensors,
-)
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.quantization import Kind, PackedLinear, PackedLinear4bit, PackedLinear8bit
-from lorasb_ds.streaming import TensorReader, put, stream_weights
-from lorasb_ds.targets import layer_shape, linear_layers
-from lorasb_ds.weight_map import Source, map_weights
+from lorasb_ds.models.checkpoint_files import StoredTensor, first_line, model_folder, stored_tensors
+from lorasb_ds.models.linear_layers import layer_shape, linear_layers
+from lorasb_ds.models.quantization import Kind, PackedLinear, PackedLinear4bit, PackedLinear8bit
+from lorasb_ds.models.streaming import TensorReader, put, stream_weights
+from lorasb_ds.models.weight_map import Source, map_weights
 
 # What transformers raises for a config.json that makes no sense.
 BROKEN_CONFIG = (

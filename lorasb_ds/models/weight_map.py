@@ -19,8 +19,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from lorasb_ds.base_files import StoredTensor
 from lorasb_ds.errors import ConfigError
+from lorasb_ds.models.checkpoint_files import StoredTensor
 
 # What bitsandbytes keeps beside a quantized weight, in 4 bits and in 8.
 STATE_4BIT = re.compile(

@@ -9,7 +9,7 @@ import torch
 
 from lorasb_ds.data.batch import Batch, collate, collate_packed
 from lorasb_ds.data.tokenization import Example
-from lorasb_ds.evaluate import eval_mode
+from lorasb_ds.models.loss import eval_mode
 
 PROBE_TOKENS = 32
 # Of what seeing another row does. Kernels for other lengths differ by far less, in bf16, too.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lorasb_ds.base_files import first_line, model_folder
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.loading import load_config
+from lorasb_ds.models.checkpoint_files import first_line, model_folder
+from lorasb_ds.models.loading import load_config
 
 # Which of transformers' classes reads a bare tokenizer.model. All of these begin a text with the
 # beginning-of-sequence token.

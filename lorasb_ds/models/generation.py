@@ -3,53 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
-from lorasb_ds.data.batch import Batch, deal
+from lorasb_ds.data.batch import deal
 from lorasb_ds.data.chat import NEXT_QUESTION, end_of_turn
 from lorasb_ds.data.formats import RowError
 from lorasb_ds.distributed.collectives import rank_and_size
-from lorasb_ds.loss import label_losses, token_loss_sum
 
 T = TypeVar("T")
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, and afterwards what there was before."""
-    was_training = model.training
-    model.eval()
-    yield
-    model.train(was_training)
-
-
-@torch.no_grad()
-def held_out_loss(model: nn.Module, batches: Sequence[Batch], device: torch.device) -> float:
-    """Mean cross-entropy over label tokens, in eval mode. Collective if a job is running.
-
-    Args:
-        batches: this rank's, as many as on every other rank.
-    """
-    totals = torch.zeros(2, dtype=torch.float64, device=device)  # Σ loss, label tokens
-    with eval_mode(model):
-        for batch in batches:
-            totals[0] += token_loss_sum(model, batch.to(device)).double()
-            totals[1] += batch.num_label_tokens
-    if dist.is_initialized():
-        dist.all_reduce(totals)
-    return (totals[0] / totals[1]).item()
-
-
-@torch.no_grad()
-def log_likelihoods(model: nn.Module, batch: Batch) -> list[float]:
-    """Σ log p of the label tokens of each row, in fp32. Collective under ZeRO-3."""
-    return (-label_losses(model, batch).sum(1)).tolist()
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from types import MethodType
 from typing import Any
@@ -222,3 +224,35 @@ def _forward_with_loss(forward: Any) -> Any:
         return loss if grad is None else _GivenGradient.apply(hidden, loss, grad)
 
     return with_loss
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, and afterwards what there was before."""
+    was_training = model.training
+    model.eval()
+    yield
+    model.train(was_training)
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, batches: Sequence[Batch], device: torch.device) -> float:
+    """Mean cross-entropy over label tokens, in eval mode. Collective if a job is running.
+
+    Args:
+        batches: this rank's, as many as on every other rank.
+    """
+    totals = torch.zeros(2, dtype=torch.float64, device=device)  # Σ loss, label tokens
+    with eval_mode(model):
+        for batch in batches:
+            totals[0] += token_loss_sum(model, batch.to(device)).double()
+            totals[1] += batch.num_label_tokens
+    if dist.is_initialized():
+        dist.all_reduce(totals)
+    return (totals[0] / totals[1]).item()
+
+
+@torch.no_grad()
+def log_likelihoods(model: nn.Module, batch: Batch) -> list[float]:
+    """Σ log p of the label tokens of each row, in fp32. Collective under ZeRO-3."""
+    return (-label_losses(model, batch).sum(1)).tolist()

@@ -1,4 +1,4 @@
-"""Which layers of a model get an adapter."""
+"""Which layers of a model get an adapter, and the sizes of all its parameters."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorasb_ds.config.run_config import ALL_LINEAR
 from lorasb_ds.errors import ConfigError
+from lorasb_ds.planner.model_shape import ModelShape
 
 Shapes = dict[str, tuple[int, int]]  # layer name -> (out, in)
 
@@ -87,3 +88,40 @@ def select_targets(layers: Shapes, target_modules: str, r: int, directions: int 
             "such layers out by --target-modules."
         )
     return targets
+
+
+def shape_of(name: str, model: Any) -> ModelShape:
+    """The shape of any causal language model as transformers built it."""
+    layers = linear_layers(model)
+    weights = {f"{layer}.weight" for layer in layers}
+    # Tied parameters come once.
+    others = {n: p.numel() for n, p in model.named_parameters() if n not in weights}
+    config = model.config.get_text_config()
+
+    def size(*keys: str, default: int) -> int:
+        """What some model types' configurations say, and others leave to what is usual."""
+        return next((n for key in keys if (n := getattr(config, key, None))), default)
+
+    blocks = size("num_hidden_layers", default=1)
+    heads = size("num_attention_heads", default=1)
+    head_dim = size("head_dim", default=config.hidden_size // heads)
+    kv_heads = size("num_key_value_heads", default=heads)
+    per_token = size("num_experts_per_tok", default=1)
+    widths = {"q_norm": heads * head_dim, "k_norm": kv_heads * head_dim}
+    norms = [n.split(".")[-2] for n in others if "norm" in n and n.endswith(".weight")]
+    normed = sum(widths.get(norm, config.hidden_size) for norm in norms[:-1])
+    return ModelShape(
+        name=name,
+        layers=layers,
+        others=others,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=size("intermediate_size", default=4 * config.hidden_size) * per_token,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        num_blocks=blocks,
+        normed_width=normed // blocks,  # the model's last norm is in no block
+        num_experts=size("num_local_experts", "num_experts", default=1),
+        experts_per_token=per_token,
+    )
