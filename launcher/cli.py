@@ -21,10 +21,10 @@ from launcher.ranks import run_here, worker_command
 from launcher.sensitivity_command import sensitivity_command
 from launcher.start import start
 from lorasb_ds import __version__
-from lorasb_ds.compare import read_runs
-from lorasb_ds.curves import draw_comparison
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.planner.strategies import plan as make_plan
+from lorasb_ds.runs.compare import read_runs
+from lorasb_ds.runs.plots import draw_comparison
 
 POSITIVE = click.FloatRange(min=0, min_open=True)
 CLUSTER_OPTIONS = [

@@ -83,7 +83,7 @@ def main(own: dict[str, Any], given: dict[str, Any]) -> None:
 
 
 def render(rows: EvalRows, result: EvalResult, named: bool) -> str:
-    from lorasb_ds.history import perplexity
+    from lorasb_ds.runs.history import perplexity
 
     scores = "".join(f"   {name.replace('_', ' ')} {s}" for name, s in result.scores.items())
     lines = [rows.source] if named else []

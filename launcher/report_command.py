@@ -6,9 +6,9 @@ import json
 from collections.abc import Sequence
 
 from launcher.text import columns, markdown
-from lorasb_ds.compare import COLUMNS, Run, as_dict, differing_options, table
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.errors import option_name
+from lorasb_ds.runs.compare import COLUMNS, Run, as_dict, differing_options, table
 
 LEGEND = (
     "loss: mean over the last tenth of the training steps. Held-out loss: base > after the init > "

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from lorasb_ds.basis import SCALING
-from lorasb_ds.checkpoint import Checkpoint, list_checkpoints, read_checkpoint
 from lorasb_ds.config.methods import DEFAULT_METHOD, METHODS, PEFT_PREFIX, Method
 from lorasb_ds.config.paths import DEMO_MODEL, demo_model_dir, read_json
 from lorasb_ds.config.run_layout import BASIS_FILE, STATE_FILE, TRAINER_FILE
@@ -33,6 +32,7 @@ from lorasb_ds.peft_config import (
     check_plain,
     scale_of,
 )
+from lorasb_ds.runs.checkpoint import Checkpoint, list_checkpoints, read_checkpoint
 from lorasb_ds.system.safetensors_writer import metadata_of
 
 CONFIG_BYTES = 1 << 20

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 
 from lorasb_ds.alignment import Values, measure_alignment
-from lorasb_ds.alignment_history import describe_alignment
 from lorasb_ds.data.batch import Sample
 from lorasb_ds.data.sampler import init_sample
 from lorasb_ds.job import Job
 from lorasb_ds.prepare import Prepared
+from lorasb_ds.runs.plots import describe_alignment
 
 
 def track_alignment(job: Job, before: Mapping[str, Values] | None) -> None:

@@ -14,9 +14,9 @@ from lorasb_ds.distributed import zero
 from lorasb_ds.factors import Basis, Recipe
 from lorasb_ds.init_report import InitReport, no_gradient_report
 from lorasb_ds.initialize import initialize
-from lorasb_ds.output import say
 from lorasb_ds.peft_method import collect_peft, peft_off
 from lorasb_ds.prepare import Prepared
+from lorasb_ds.runs.output_dir import say
 from lorasb_ds.step import measure_step
 from lorasb_ds.system.units import GIB
 

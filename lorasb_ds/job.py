@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from lorasb_ds.adapter import AdapterLinear, trained_in
-from lorasb_ds.checkpoint import Progress
-from lorasb_ds.metrics import RunLog
 from lorasb_ds.prepare import Prepared
+from lorasb_ds.runs.checkpoint import Progress
+from lorasb_ds.runs.run_log import RunLog
 from lorasb_ds.system.signals import StopRequest
 
 Adapters = dict[str, AdapterLinear]

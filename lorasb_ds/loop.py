@@ -16,13 +16,13 @@ from lorasb_ds.alignment_phase import track_alignment
 from lorasb_ds.data.batch import Batch
 from lorasb_ds.data.sampler import Unit
 from lorasb_ds.distributed import accelerator, zero
-from lorasb_ds.history import perplexity
 from lorasb_ds.job import Job
 from lorasb_ds.models.generation import generate, stop_tokens
 from lorasb_ds.models.loss import eval_mode, held_out_loss, token_loss_sum
-from lorasb_ds.output import say
-from lorasb_ds.profiler import profiled
 from lorasb_ds.resume import save
+from lorasb_ds.runs.history import perplexity
+from lorasb_ds.runs.output_dir import say
+from lorasb_ds.runs.profiler import profiled
 
 Outcome = Literal["finished", "stopped"]
 Stage = Literal["base", "init", "step", "trained"]

@@ -12,7 +12,6 @@ from typing import Any
 import torch.distributed as dist
 
 from lorasb_ds.basis import PEFT_FILE, check_basis, fingerprint
-from lorasb_ds.checkpoint import Resume, find_resume
 from lorasb_ds.config.ds_config import resolve_ds_config
 from lorasb_ds.config.methods import METHODS
 from lorasb_ds.config.paths import read_json
@@ -39,8 +38,9 @@ from lorasb_ds.planner.model_shape import ModelShape
 from lorasb_ds.planner.placement import Placement, placement_of
 from lorasb_ds.planner.strategies import Cluster
 from lorasb_ds.planner.workload import Workload
+from lorasb_ds.runs.checkpoint import Resume, find_resume
+from lorasb_ds.runs.tracking import check_tracker
 from lorasb_ds.same_run import check_resume, what_must_match, with_global_batch
-from lorasb_ds.tracking import check_tracker
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,16 @@ from typing import Any
 import torch.distributed as dist
 
 from lorasb_ds.basis import put_back, stored_digest
-from lorasb_ds.checkpoint import (
+from lorasb_ds.config.run_layout import BASIS_FILE
+from lorasb_ds.distributed import accelerator, zero
+from lorasb_ds.errors import option_name
+from lorasb_ds.init_report import InitReport
+from lorasb_ds.job import Job
+from lorasb_ds.optimizer import set_scheduler
+from lorasb_ds.peft_method import fill_peft
+from lorasb_ds.prepare import Prepared
+from lorasb_ds.rng import rng_states, set_rng_states
+from lorasb_ds.runs.checkpoint import (
     Checkpoint,
     Resume,
     changed_options,
@@ -20,16 +29,7 @@ from lorasb_ds.checkpoint import (
     tidy,
     write_checkpoint,
 )
-from lorasb_ds.config.run_layout import BASIS_FILE
-from lorasb_ds.distributed import accelerator, zero
-from lorasb_ds.errors import option_name
-from lorasb_ds.init_report import InitReport
-from lorasb_ds.job import Job
-from lorasb_ds.optimizer import set_scheduler
-from lorasb_ds.output import say
-from lorasb_ds.peft_method import fill_peft
-from lorasb_ds.prepare import Prepared
-from lorasb_ds.rng import rng_states, set_rng_states
+from lorasb_ds.runs.output_dir import say
 from lorasb_ds.training_state import collect_state, restore_state
 
 HELD_OUT = "held-out rows"

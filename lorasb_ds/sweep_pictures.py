@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasb_ds.config.run_layout import METRICS
-from lorasb_ds.curves import draw_comparison
-from lorasb_ds.history import read_rows
+from lorasb_ds.runs.history import read_rows
+from lorasb_ds.runs.plots import draw_comparison
 from lorasb_ds.sweep import label, short
 from lorasb_ds.sweep_table import Outcome
 

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 
 from lorasb_ds.adapter import inject, trained_in
-from lorasb_ds.checkpoint import Progress
 from lorasb_ds.config.run_layout import BASIS_FILE, DS_CONFIG_COPY, PEFT_COPY, REPORT
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.errors import ConfigError
@@ -21,13 +20,11 @@ from lorasb_ds.init_report import InitReport
 from lorasb_ds.job import Adapters, Job
 from lorasb_ds.loop import Outcome, evaluate, train
 from lorasb_ds.lora_layer import layer_kind
-from lorasb_ds.metrics import RunLog
 from lorasb_ds.models.loading import DTYPES, load_base
 from lorasb_ds.models.loss import add_loss_head, check_loss_head, eval_mode
 from lorasb_ds.models.packing import keeps_packs_apart
 from lorasb_ds.optimizer import make_optimizer, make_scheduler
 from lorasb_ds.out_of_memory import OutOfMemoryError, Phase, explain, is_out_of_memory
-from lorasb_ds.output import make_output_dir, say
 from lorasb_ds.peft_method import (
     collect_peft,
     gather_peft_together,
@@ -39,6 +36,9 @@ from lorasb_ds.planner.gathers import gathers_blocks
 from lorasb_ds.prepare import Prepared, check_ranks_agree
 from lorasb_ds.record import announce, describe, finish
 from lorasb_ds.resume import load_best, resume
+from lorasb_ds.runs.checkpoint import Progress
+from lorasb_ds.runs.output_dir import make_output_dir, say
+from lorasb_ds.runs.run_log import RunLog
 from lorasb_ds.system.files import write_json
 from lorasb_ds.system.signals import StopRequest
 from lorasb_ds.system.units import GIB

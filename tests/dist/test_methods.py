@@ -14,7 +14,6 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from lorasb_ds.adapter_files import read_adapter, read_init
-from lorasb_ds.checkpoint import checkpoint_path
 from lorasb_ds.config.methods import METHODS
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.config.run_config import RunConfig
@@ -27,6 +26,7 @@ from lorasb_ds.low_rank import LoraPair
 from lorasb_ds.models.linear_layers import linear_layers
 from lorasb_ds.models.tokenizer import load_tokenizer
 from lorasb_ds.prepare import prepare
+from lorasb_ds.runs.checkpoint import checkpoint_path
 from tests.references import own_loss
 from tests.runs import REALLY_SHARDED, metrics, run_ranks, word_rows, write_jsonl
 

@@ -14,12 +14,12 @@ from peft.mapping import get_peft_config
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lorasb_ds.checkpoint import checkpoint_path
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.data.batch import Batch, collate
 from lorasb_ds.data.dataset import tokenize_rows
 from lorasb_ds.data.sources import load_rows
 from lorasb_ds.models.tokenizer import load_tokenizer
+from lorasb_ds.runs.checkpoint import checkpoint_path
 from tests.references import own_loss
 from tests.runs import REALLY_SHARDED, metrics, run_ranks, word_rows, write_jsonl
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lorasb_ds.config.run_layout import ALIGNMENT, ALIGNMENT_PICTURE
-from lorasb_ds.history import Row, read_rows
+from lorasb_ds.runs.history import Row, read_rows
 from tests.integration.test_resume import run_worker
 from tests.runs import metrics, word_rows, write_jsonl
 

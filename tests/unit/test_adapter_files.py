@@ -26,11 +26,11 @@ from lorasb_ds.adapter_files import (
     StoredAdapter,
     read_adapter,
 )
-from lorasb_ds.checkpoint import Progress, write_checkpoint
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.config.run_layout import BASIS_FILE, STATE_FILE, TRAINER_FILE
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.models.checkpoint_files import read_header, stored_tensors
+from lorasb_ds.runs.checkpoint import Progress, write_checkpoint
 from lorasb_ds.system.files import SUMS_FILE, write_sums
 from lorasb_ds.system.safetensors_writer import save_tensors
 from tests.runs import made_up_run

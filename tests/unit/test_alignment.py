@@ -16,14 +16,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lorasb_ds.adapter import AdapterLinear, LoraSBLinear, inject
 from lorasb_ds.alignment import difference, measure_layer, orthonormal_basis
-from lorasb_ds.alignment_history import describe_alignment, draw_alignment, mean_alignment
 from lorasb_ds.config.run_layout import ALIGNMENT
 from lorasb_ds.gradients import average_gradients
-from lorasb_ds.history import read_rows
 from lorasb_ds.lora_layer import LoraLinear
 from lorasb_ds.low_rank import LoraPair
-from lorasb_ds.metrics import RunLog
 from lorasb_ds.models.linear_layers import linear_layers
+from lorasb_ds.runs.history import read_rows
+from lorasb_ds.runs.plots import describe_alignment, draw_alignment, mean_alignment
+from lorasb_ds.runs.run_log import RunLog
 from tests.references import true_gradients
 from tests.unit.test_gradients import batch_of
 

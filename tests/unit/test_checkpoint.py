@@ -13,7 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from lorasb_ds.checkpoint import (
+from lorasb_ds.config.resolve import load_run_config
+from lorasb_ds.config.run_config import RunConfig
+from lorasb_ds.config.run_layout import FILES, check_output_dir
+from lorasb_ds.errors import ConfigError
+from lorasb_ds.runs.checkpoint import (
     Checkpoint,
     Progress,
     changed_options,
@@ -26,10 +30,6 @@ from lorasb_ds.checkpoint import (
     tidy,
     write_checkpoint,
 )
-from lorasb_ds.config.resolve import load_run_config
-from lorasb_ds.config.run_config import RunConfig
-from lorasb_ds.config.run_layout import FILES, check_output_dir
-from lorasb_ds.errors import ConfigError
 from lorasb_ds.system.files import SUMS_FILE
 
 MADE_FROM = {"--r": 8, "training rows": "a" * 64}

@@ -12,8 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 from launcher.cli import main
-from lorasb_ds.compare import COLUMNS, differing_options, read_runs, table
 from lorasb_ds.errors import ConfigError
+from lorasb_ds.runs.compare import COLUMNS, differing_options, read_runs, table
 from tests.runs import ROOT, made_up_run
 
 GIB = 1 << 30

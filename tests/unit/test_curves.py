@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from lorasb_ds.curves import draw_comparison, draw_loss_curve, running_mean
+from lorasb_ds.runs.plots import draw_comparison, draw_loss_curve, running_mean
 from tests.unit.test_history import training_row
 
 EVALUATIONS = [

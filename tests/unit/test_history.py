@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.history import perplexity, read_rows, summarize, to_line
+from lorasb_ds.runs.history import perplexity, read_rows, summarize, to_line
 
 
 def training_row(step: int, loss: float, **more: Any) -> dict[str, Any]:

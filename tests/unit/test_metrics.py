@@ -16,8 +16,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.metrics import RunLog
-from lorasb_ds.progress import Progress, describe, time_left
+from lorasb_ds.runs.progress import Progress, describe, time_left
+from lorasb_ds.runs.run_log import RunLog
 from tests.runs import ROOT, metrics
 from tests.unit.test_history import training_row
 

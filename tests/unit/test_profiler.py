@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lorasb_ds.config.run_layout import PROFILE
-from lorasb_ds.profiler import profiled
+from lorasb_ds.runs.profiler import profiled
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

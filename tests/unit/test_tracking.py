@@ -16,8 +16,8 @@ import pytest
 
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.metrics import RunLog
-from lorasb_ds.tracking import check_tracker
+from lorasb_ds.runs.run_log import RunLog
+from lorasb_ds.runs.tracking import check_tracker
 from tests.runs import ROOT, metrics
 from tests.unit.test_history import training_row
 

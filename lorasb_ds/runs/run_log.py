@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib import metadata
+from lorasb_ds.config.run_layout import ALIGNMENT
+from lorasb_ds.config.run_layout import METRICS
+from lorasb_ds.config.run_layout import SAMPLES
+from lorasb_ds.runs.history import Row
+from lorasb_ds.runs.history import read_rows
+from lorasb_ds.runs.history import to_line
+from lorasb_ds.runs.progress import Progress
+from lorasb_ds.system.files import write_text
+from lorasb_ds.runs.tracking import Tracker
+from pathlib import Path
+from typing import Any
 import os
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from importlib import metadata
-from pathlib import Path
-from typing import Any
 
-from lorasb_ds.config.run_layout import ALIGNMENT, METRICS, SAMPLES
-from lorasb_ds.history import Row, read_rows, to_line
-from lorasb_ds.progress import Progress
-from lorasb_ds.system.files import write_text
-from lorasb_ds.tracking import Tracker
+
+
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "bitsandbytes", "peft", "safetensors")
 
@@ -128,7 +135,7 @@ def _kept(path: Path, last_step: int) -> list[Row]:
 
 def provenance() -> dict[str, Any]:
     """What else a run depends on: versions, commit, command, machine. No environment variables."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     commit = None
     if (root / ".git").exists():
         describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
