@@ -14,8 +14,8 @@ import click
 from launcher.options import CONTEXT, check_picture, reports_problems
 from launcher.quiet import quiet_libraries
 from launcher.text import columns
+from lorasb_ds.adapters.peft_config import peft_warning
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.peft_config import peft_warning
 
 if TYPE_CHECKING:
     from lorasb_ds.inspection import LayerUpdate

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lorasb_ds.adapter import AdapterLinear
+from lorasb_ds.adapters.layer import AdapterLinear
+from lorasb_ds.adapters.low_rank import LoraPair
 from lorasb_ds.config.methods import TRAIN_R
 from lorasb_ds.data.batch import Sample
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.distributed.collectives import Group, all_reduce, rank_and_size, row_range
 from lorasb_ds.gradients import average_gradients, is_transposed
-from lorasb_ds.low_rank import LoraPair
 from lorasb_ds.rng import rng_states, set_rng_states
 
 Values = dict[str, torch.Tensor]  # factor -> its whole value

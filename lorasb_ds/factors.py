@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.distributed as dist
 
-from lorasb_ds.adapter import AdapterLinear
+from lorasb_ds.adapters.layer import AdapterLinear
 from lorasb_ds.config.methods import METHODS, Layer, Method
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.distributed import zero

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lorasb_ds.adapter import AdapterLinear, set_scale, trained_in
+from lorasb_ds.adapters.inject import set_scale, trained_in
+from lorasb_ds.adapters.layer import AdapterLinear
 from lorasb_ds.data.batch import Batch
 from lorasb_ds.distributed import accelerator
 from lorasb_ds.distributed.collectives import Group, row_range

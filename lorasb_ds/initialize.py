@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 import torch.distributed as dist
 
-from lorasb_ds.adapter import AdapterLinear
+from lorasb_ds.adapters.layer import AdapterLinear
 from lorasb_ds.data.batch import Sample
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.distributed.collectives import Group

@@ -13,8 +13,13 @@ from typing import Any
 import torch
 
 from lorasb_ds.adapter_files import StoredAdapter, read_init
+from lorasb_ds.adapters.low_rank import (
+    effective_rank,
+    orthonormality_error,
+    product_svd,
+    weighted_sum,
+)
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.low_rank import effective_rank, orthonormality_error, product_svd, weighted_sum
 from lorasb_ds.models.checkpoint_files import StoredTensor
 from lorasb_ds.models.streaming import TensorReader
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from lorasb_ds.adapter import AdapterLinear, trained_in
+from lorasb_ds.adapters.inject import trained_in
+from lorasb_ds.adapters.layer import AdapterLinear
 from lorasb_ds.prepare import Prepared
 from lorasb_ds.runs.checkpoint import Progress
 from lorasb_ds.runs.run_log import RunLog

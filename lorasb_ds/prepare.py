@@ -11,6 +11,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from lorasb_ds.adapters.peft_config import peft_warning
+from lorasb_ds.adapters.peft_methods import PeftPlan, plan_peft
 from lorasb_ds.basis import PEFT_FILE, check_basis, fingerprint
 from lorasb_ds.config.ds_config import resolve_ds_config
 from lorasb_ds.config.methods import METHODS
@@ -31,8 +33,6 @@ from lorasb_ds.models.linear_layers import Shapes, expert_layers, select_targets
 from lorasb_ds.models.loading import DTYPES, base_config, empty_model
 from lorasb_ds.models.tokenizer import choose_pad_token, read_tokenizer
 from lorasb_ds.models.weight_map import map_weights, unused_tensors
-from lorasb_ds.peft_config import peft_warning
-from lorasb_ds.peft_method import PeftPlan, plan_peft
 from lorasb_ds.planner.footprint import Footprint, footprint, init_plan
 from lorasb_ds.planner.model_shape import ModelShape
 from lorasb_ds.planner.placement import Placement, placement_of

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
+from lorasb_ds.adapters.peft_methods import save_peft_method
+from lorasb_ds.adapters.peft_writer import peft_target_modules, save_peft_adapter
 from lorasb_ds.config.run_layout import ALIGNMENT_PICTURE, REPORT
 from lorasb_ds.distributed import accelerator, zero
-from lorasb_ds.export import peft_target_modules, save_peft_adapter
 from lorasb_ds.init_report import InitReport
 from lorasb_ds.job import Job
 from lorasb_ds.models.checkpoint_files import model_path
 from lorasb_ds.models.loading import DTYPES, empty_model
-from lorasb_ds.peft_method import save_peft_method
 from lorasb_ds.prepare import Prepared
 from lorasb_ds.report import draw_init, write_report
 from lorasb_ds.runs.output_dir import say

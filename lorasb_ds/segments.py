@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
-from lorasb_ds.adapter import AdapterLinear
+from lorasb_ds.adapters.layer import AdapterLinear
 from lorasb_ds.data.batch import Batch
 from lorasb_ds.distributed import accelerator
 from lorasb_ds.distributed.collectives import Group

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lorasb_ds.adapter import AdapterLinear, set_scale
+from lorasb_ds.adapters.inject import set_scale
+from lorasb_ds.adapters.layer import AdapterLinear
 from lorasb_ds.data.batch import Sample
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.gradients import branches_off

@@ -35,7 +35,7 @@ def _model(name: str, dtype: str, stack: Mapping[str, int]) -> Any:
 def _with_adapters(model: Any, way: str) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    from lorasb_ds.adapter import inject
+    from lorasb_ds.adapters.inject import inject
     from lorasb_ds.models.linear_layers import linear_layers
 
     model.requires_grad_(False)

@@ -135,7 +135,7 @@ def write_adapter(folder: Path, model: Path) -> None:
     from peft import LoraConfig
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from lorasb_ds.export import peft_tensors
+    from lorasb_ds.adapters.peft_writer import peft_tensors
 
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))

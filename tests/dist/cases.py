@@ -126,8 +126,8 @@ def gradients(config: dict[str, Any], out: str, zero_optimization: dict[str, Any
 
 def export(config: dict[str, Any], basis: str, out: str, zero_optimization: dict[str, Any]) -> None:
     """Fill given factors, take one optimizer step, and write logits and the PEFT folder."""
+    from lorasb_ds.adapters.peft_writer import collect_lora, peft_target_modules, save_peft_adapter
     from lorasb_ds.distributed import zero
-    from lorasb_ds.export import collect_lora, peft_target_modules, save_peft_adapter
     from lorasb_ds.loop import train_step
 
     run, engine, adapters = _start(config, zero_optimization)
@@ -195,7 +195,7 @@ def alignment(
     """Three steps from random factors, and before and after each what `--track-alignment` finds."""
     from dataclasses import asdict
 
-    from lorasb_ds.adapter import trained_in
+    from lorasb_ds.adapters.inject import trained_in
     from lorasb_ds.alignment import measure_alignment, trained_factors
     from lorasb_ds.distributed import zero
     from lorasb_ds.loop import train_step
@@ -288,7 +288,7 @@ def steps(config: dict[str, Any], out: str, fp16: bool = False) -> None:
 
 def stretch(config: dict[str, Any], out: str, first: int, last: int, state: str | None) -> None:
     """Some steps of a run, from given factors or from a stored state; losses and the state then."""
-    from lorasb_ds.adapter import trained_in
+    from lorasb_ds.adapters.inject import trained_in
     from lorasb_ds.distributed import zero
     from lorasb_ds.loop import train_step
     from lorasb_ds.training_state import collect_state, restore_state
@@ -329,7 +329,7 @@ def not_finite_step(config: dict[str, Any], zero_optimization: dict[str, Any], w
     """One rank's loss or gradient is not finite: no rank steps, and the next step is clean."""
     import copy
 
-    from lorasb_ds.adapter import trained_in
+    from lorasb_ds.adapters.inject import trained_in
     from lorasb_ds.distributed import zero
     from lorasb_ds.loop import train_step
     from lorasb_ds.training_state import collect_state
@@ -378,8 +378,8 @@ def not_finite_step(config: dict[str, Any], zero_optimization: dict[str, Any], w
 
 def four_bit(config: dict[str, Any], out: str, zero_optimization: dict[str, Any]) -> None:
     """Held-out loss, init, some steps and export on a 4-bit base of which each rank has a share."""
+    from lorasb_ds.adapters.peft_writer import collect_lora
     from lorasb_ds.distributed import accelerator, zero
-    from lorasb_ds.export import collect_lora
     from lorasb_ds.init_phase import initialize_by
     from lorasb_ds.loop import train_step
     from lorasb_ds.models.loss import held_out_loss
@@ -526,7 +526,7 @@ def uneven(out: str) -> None:
 
     from torch import nn
 
-    from lorasb_ds.adapter import inject
+    from lorasb_ds.adapters.inject import inject
     from lorasb_ds.data.batch import Batch
     from lorasb_ds.distributed import zero
     from lorasb_ds.distributed.collectives import gather_rows

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lorasb_ds.adapter import inject
+from lorasb_ds.adapters.inject import inject
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.data.batch import Batch, collate, deal
 from lorasb_ds.data.dataset import tokenize_rows

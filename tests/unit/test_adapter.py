@@ -13,12 +13,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from lorasb_ds.adapter import LoraSBLinear, inject, to_plain_lora
+from lorasb_ds.adapters.inject import inject
+from lorasb_ds.adapters.lora_sb import LoraSBLinear, to_plain_lora
+from lorasb_ds.adapters.peft_writer import peft_target_modules
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.data.batch import collate
 from lorasb_ds.data.dataset import tokenize_rows
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.export import peft_target_modules
 from lorasb_ds.gradients import average_gradients, no_dropout
 from lorasb_ds.models.linear_layers import expert_layers, linear_layers, select_targets
 from lorasb_ds.models.loading import empty_model, load_base, load_config

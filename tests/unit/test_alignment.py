@@ -14,12 +14,14 @@ import torch
 from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lorasb_ds.adapter import AdapterLinear, LoraSBLinear, inject
+from lorasb_ds.adapters.inject import inject
+from lorasb_ds.adapters.layer import AdapterLinear
+from lorasb_ds.adapters.lora import LoraLinear
+from lorasb_ds.adapters.lora_sb import LoraSBLinear
+from lorasb_ds.adapters.low_rank import LoraPair
 from lorasb_ds.alignment import difference, measure_layer, orthonormal_basis
 from lorasb_ds.config.run_layout import ALIGNMENT
 from lorasb_ds.gradients import average_gradients
-from lorasb_ds.lora_layer import LoraLinear
-from lorasb_ds.low_rank import LoraPair
 from lorasb_ds.models.linear_layers import linear_layers
 from lorasb_ds.runs.history import read_rows
 from lorasb_ds.runs.plots import describe_alignment, draw_alignment, mean_alignment

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from lorasb_ds.adapter import inject, set_scale
+from lorasb_ds.adapters.inject import inject, set_scale
 from lorasb_ds.data.batch import Batch
 from lorasb_ds.data.tokenization import IGNORE_INDEX
 from lorasb_ds.gradients import taps

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen2MoeConfig
 
-from lorasb_ds.adapter import LoraSBLinear, inject
+from lorasb_ds.adapters.inject import inject
+from lorasb_ds.adapters.lora_sb import LoraSBLinear
 from lorasb_ds.data.batch import Batch
 from lorasb_ds.data.tokenization import IGNORE_INDEX
 from lorasb_ds.gradients import GradientShards, average_gradients

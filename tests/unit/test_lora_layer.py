@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from lorasb_ds.lora_layer import LoraLinear, preconditioned
+from lorasb_ds.adapters.lora import LoraLinear, preconditioned
 from lorasb_ds.models.quantization import PackedLinear, PackedLinear4bit, PackedLinear8bit
 
 

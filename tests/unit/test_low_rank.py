@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasb_ds.low_rank import (
+from lorasb_ds.adapters.low_rank import (
     LoraPair,
     effective_rank,
     energy_kept,

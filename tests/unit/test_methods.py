@@ -18,7 +18,9 @@ from peft.tuners.lora.config import LoraGAConfig
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 
-from lorasb_ds.adapter import AdapterLinear, LoraSBLinear
+from lorasb_ds.adapters.inject import layer_kind
+from lorasb_ds.adapters.layer import AdapterLinear
+from lorasb_ds.adapters.lora_sb import LoraSBLinear
 from lorasb_ds.config.methods import DEFAULT_ALPHA, METHODS
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.config.run_config import RunConfig
@@ -27,7 +29,6 @@ from lorasb_ds.errors import ConfigError
 from lorasb_ds.factors import Recipe, fill_layer, own_directions, weight_rows, whole_directions
 from lorasb_ds.initialize import decompose
 from lorasb_ds.linalg import truncated_svd
-from lorasb_ds.lora_layer import layer_kind
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

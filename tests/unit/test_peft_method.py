@@ -13,13 +13,10 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lorasb_ds import peft_method
 from lorasb_ds.adapter_files import read_adapter
-from lorasb_ds.config.resolve import load_run_config
-from lorasb_ds.errors import ConfigError
-from lorasb_ds.models.loading import empty_model, load_config
-from lorasb_ds.peft_file import peft_config
-from lorasb_ds.peft_method import (
+from lorasb_ds.adapters import peft_methods as peft_method
+from lorasb_ds.adapters.peft_file import peft_config
+from lorasb_ds.adapters.peft_methods import (
     PeftPlan,
     inject_peft,
     kept_in,
@@ -27,6 +24,9 @@ from lorasb_ds.peft_method import (
     plan_peft,
     save_peft_method,
 )
+from lorasb_ds.config.resolve import load_run_config
+from lorasb_ds.errors import ConfigError
+from lorasb_ds.models.loading import empty_model, load_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")
 

@@ -11,7 +11,7 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Int8Params, Linear4bit
 from torch import nn
 
-from lorasb_ds.adapter import LoraSBLinear
+from lorasb_ds.adapters.lora_sb import LoraSBLinear
 from lorasb_ds.models.quantization import PackedLinear, PackedLinear4bit, PackedLinear8bit
 
 BF16 = torch.bfloat16

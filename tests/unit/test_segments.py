@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig
 
-from lorasb_ds.adapter import LoraSBLinear, inject
+from lorasb_ds.adapters.inject import inject
+from lorasb_ds.adapters.lora_sb import LoraSBLinear
 from lorasb_ds.data.batch import Batch, Sample
 from lorasb_ds.gradients import average_gradients
 from lorasb_ds.initialize import gradients_by_group

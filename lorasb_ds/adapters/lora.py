@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from lorasb_ds.adapter import AdapterLinear, LoraSBLinear
-from lorasb_ds.config.methods import METHODS, TRAIN_AB
-from lorasb_ds.config.run_config import RunConfig
-from lorasb_ds.low_rank import LoraPair
+from lorasb_ds.adapters.layer import AdapterLinear
+from lorasb_ds.adapters.low_rank import LoraPair
+from lorasb_ds.config.methods import TRAIN_AB
 
 
 class LoraLinear(AdapterLinear):
@@ -143,17 +141,4 @@ def preconditioned(
     return (
         torch.linalg.solve(B.T @ B + identity, grad_A.float()),
         torch.linalg.solve(A @ A.T + identity, grad_B.float(), left=False),
-    )
-
-
-def layer_kind(config: RunConfig) -> Callable[[nn.Module, int, torch.dtype], AdapterLinear]:
-    """What ``inject`` puts around the layers of a run with one of ``METHODS``."""
-    method = METHODS[config.method]
-    if method.trains_r:
-        return LoraSBLinear
-    return partial(
-        LoraLinear,
-        scaling=method.scale(config.r, config.lora_alpha),
-        offset=method.offset,
-        precondition=config.precondition,
     )

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from lorasb_ds.adapter import AdapterLinear
+from lorasb_ds.adapters.layer import AdapterLinear
+from lorasb_ds.adapters.peft_config import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from lorasb_ds.distributed import zero
 from lorasb_ds.models.linear_layers import Shapes
-from lorasb_ds.peft_config import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from lorasb_ds.system.files import publish, write_json
 from lorasb_ds.system.safetensors_writer import save_tensors
 

@@ -20,16 +20,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import nn
 
-from lorasb_ds.adapter import trained_in
+from lorasb_ds.adapters.inject import trained_in
+from lorasb_ds.adapters.peft_config import PREFIX
+from lorasb_ds.adapters.peft_file import peft_config, refusal
+from lorasb_ds.adapters.peft_writer import trained_value, write_adapter
 from lorasb_ds.config.resolve import read_peft_file
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.distributed.collectives import broadcast
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.export import trained_value, write_adapter
 from lorasb_ds.models.linear_layers import Shapes, layer_shape
-from lorasb_ds.peft_config import PREFIX
-from lorasb_ds.peft_file import peft_config, refusal
 from lorasb_ds.system.host_memory import release_freed_memory
 
 ADAPTER = "default"  # PEFT's name of the one adapter
