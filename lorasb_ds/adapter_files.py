@@ -25,11 +25,11 @@ from lorasb_ds.adapters.peft_config import (
     check_plain,
     scale_of,
 )
-from lorasb_ds.basis import SCALING
 from lorasb_ds.config.methods import DEFAULT_METHOD, METHODS, PEFT_PREFIX, Method
 from lorasb_ds.config.paths import DEMO_MODEL, demo_model_dir, read_json
 from lorasb_ds.config.run_layout import BASIS_FILE, STATE_FILE, TRAINER_FILE
 from lorasb_ds.errors import ConfigError
+from lorasb_ds.init.basis import SCALING
 from lorasb_ds.models.checkpoint_files import StoredTensor, model_type_of, read_header
 from lorasb_ds.models.streaming import TensorReader
 from lorasb_ds.runs.checkpoint import Checkpoint, list_checkpoints, read_checkpoint

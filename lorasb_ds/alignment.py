@@ -27,7 +27,7 @@ from lorasb_ds.config.methods import TRAIN_R
 from lorasb_ds.data.batch import Sample
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.distributed.collectives import Group, all_reduce, rank_and_size, row_range
-from lorasb_ds.gradients import average_gradients, is_transposed
+from lorasb_ds.init.gradients import average_gradients, is_transposed
 from lorasb_ds.rng import rng_states, set_rng_states
 
 Values = dict[str, torch.Tensor]  # factor -> its whole value

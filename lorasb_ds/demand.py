@@ -9,7 +9,7 @@ from lorasb_ds.adapters.peft_methods import PeftPlan
 from lorasb_ds.config.methods import METHODS
 from lorasb_ds.config.run_config import MATRIX_OPTIMIZERS, RunConfig
 from lorasb_ds.data.dataset import TokenizedRows
-from lorasb_ds.factors import Recipe
+from lorasb_ds.init.factors import Recipe
 from lorasb_ds.models.linear_layers import Shapes
 from lorasb_ds.planner.footprint import Footprint
 from lorasb_ds.planner.workload import Workload

@@ -8,16 +8,16 @@ from typing import Any
 
 from lorasb_ds.adapters.layer import AdapterLinear
 from lorasb_ds.adapters.peft_methods import collect_peft, peft_off
-from lorasb_ds.basis import save_basis, take_up
 from lorasb_ds.config.methods import METHODS
 from lorasb_ds.data.batch import Sample
 from lorasb_ds.distributed import zero
-from lorasb_ds.factors import Basis, Recipe
-from lorasb_ds.init_report import InitReport, no_gradient_report
-from lorasb_ds.initialize import initialize
+from lorasb_ds.init.basis import save_basis, take_up
+from lorasb_ds.init.factors import Basis, Recipe
+from lorasb_ds.init.init_report import InitReport, no_gradient_report
+from lorasb_ds.init.initialize import initialize
+from lorasb_ds.init.step_size import measure_step
 from lorasb_ds.prepare import Prepared
 from lorasb_ds.runs.output_dir import say
-from lorasb_ds.step import measure_step
 from lorasb_ds.system.units import GIB
 
 

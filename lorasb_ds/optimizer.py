@@ -12,7 +12,7 @@ from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.distributed.matrix_optimizer import MatrixOptimizer
 from lorasb_ds.distributed.zero import whole_shape
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.updates import ADAFACTOR_EPSILON, ADAFACTOR_SIZE
+from lorasb_ds.init.update_rules import ADAFACTOR_EPSILON, ADAFACTOR_SIZE
 
 SGD_MOMENTUM = 0.9
 

@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from lorasb_ds.adapters.peft_config import peft_warning
 from lorasb_ds.adapters.peft_methods import PeftPlan, plan_peft
-from lorasb_ds.basis import PEFT_FILE, check_basis, fingerprint
 from lorasb_ds.config.ds_config import resolve_ds_config
 from lorasb_ds.config.methods import METHODS
 from lorasb_ds.config.paths import read_json
@@ -27,7 +26,8 @@ from lorasb_ds.demand import with_init_of, workload_of
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.forecast import Forecast, check_fits, forecast, this_cluster
-from lorasb_ds.init_report import InitReport
+from lorasb_ds.init.basis import PEFT_FILE, check_basis, fingerprint
+from lorasb_ds.init.init_report import InitReport
 from lorasb_ds.models.checkpoint_files import stored_tensors
 from lorasb_ds.models.linear_layers import Shapes, expert_layers, select_targets, shape_of
 from lorasb_ds.models.loading import DTYPES, base_config, empty_model

@@ -12,7 +12,7 @@ from lorasb_ds.adapters.peft_methods import save_peft_method
 from lorasb_ds.adapters.peft_writer import peft_target_modules, save_peft_adapter
 from lorasb_ds.config.run_layout import ALIGNMENT_PICTURE, REPORT
 from lorasb_ds.distributed import accelerator, zero
-from lorasb_ds.init_report import InitReport
+from lorasb_ds.init.init_report import InitReport
 from lorasb_ds.job import Job
 from lorasb_ds.models.checkpoint_files import model_path
 from lorasb_ds.models.loading import DTYPES, empty_model

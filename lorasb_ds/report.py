@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasb_ds.config.methods import METHODS
-from lorasb_ds.init_report import InitReport, LayerInit
+from lorasb_ds.init.init_report import InitReport, LayerInit
 from lorasb_ds.models.linear_layers import Shapes
 from lorasb_ds.runs.history import evaluations, perplexity, summarize, training_rows
 from lorasb_ds.system.files import write_text

@@ -10,11 +10,11 @@ from typing import Any
 import torch.distributed as dist
 
 from lorasb_ds.adapters.peft_methods import fill_peft
-from lorasb_ds.basis import put_back, stored_digest
 from lorasb_ds.config.run_layout import BASIS_FILE
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.errors import option_name
-from lorasb_ds.init_report import InitReport
+from lorasb_ds.init.basis import put_back, stored_digest
+from lorasb_ds.init.init_report import InitReport
 from lorasb_ds.job import Job
 from lorasb_ds.optimizer import set_scheduler
 from lorasb_ds.prepare import Prepared

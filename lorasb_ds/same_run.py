@@ -6,12 +6,12 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from lorasb_ds.basis import check_basis, damage, stored_digest
 from lorasb_ds.config.methods import METHODS
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.data.dataset import TokenizedRows
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.init_report import InitReport
+from lorasb_ds.init.basis import check_basis, damage, stored_digest
+from lorasb_ds.init.init_report import InitReport
 from lorasb_ds.runs.checkpoint import Resume, check_same_run
 
 

@@ -20,9 +20,9 @@ from lorasb_ds.adapters.peft_writer import collect_lora
 from lorasb_ds.config.run_layout import BASIS_FILE, DS_CONFIG_COPY, PEFT_COPY, REPORT
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.gradients import branches_off
+from lorasb_ds.init.gradients import branches_off
+from lorasb_ds.init.init_report import InitReport
 from lorasb_ds.init_phase import init_phase
-from lorasb_ds.init_report import InitReport
 from lorasb_ds.job import Adapters, Job
 from lorasb_ds.loop import Outcome, evaluate, train
 from lorasb_ds.models.loading import DTYPES, load_base

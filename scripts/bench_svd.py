@@ -12,8 +12,8 @@ import click
 import torch
 from bench_common import interleaved_medians, machine, write_json
 
-from lorasb_ds import lanczos
-from lorasb_ds.linalg import truncated_svd
+from lorasb_ds.init import lanczos
+from lorasb_ds.init.sharded_svd import truncated_svd
 
 ROOT = Path(__file__).resolve().parent.parent
 WANTED_ENERGY = 0.9999  # of the optimum, in no more time than svd_lowrank's

@@ -15,13 +15,13 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 if TYPE_CHECKING:
-    from lorasb_ds.linalg import Method
+    from lorasb_ds.init.sharded_svd import Method
 
 
 def svd(matrices: str, out: str, r: dict[str, int], methods: list[Method]) -> None:
     """Truncated SVD of every matrix of a file, in every way; each rank writes what it has."""
     from lorasb_ds.distributed.collectives import row_range
-    from lorasb_ds.linalg import truncated_svd, truncated_svds
+    from lorasb_ds.init.sharded_svd import truncated_svd, truncated_svds
 
     dist.init_process_group("gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -49,8 +49,8 @@ def svd(matrices: str, out: str, r: dict[str, int], methods: list[Method]) -> No
 def updates(gradient: str, out: str) -> None:
     """The SVD of every update of a gradient whose rows are sharded; each rank writes its part."""
     from lorasb_ds.distributed.collectives import row_range
-    from lorasb_ds.initialize import decompose
-    from lorasb_ds.updates import UPDATES
+    from lorasb_ds.init.initialize import decompose
+    from lorasb_ds.init.update_rules import UPDATES
 
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -105,7 +105,7 @@ def gradients(config: dict[str, Any], out: str, zero_optimization: dict[str, Any
     """The average gradient of all training rows, gathered whole on rank 0."""
     from lorasb_ds.distributed import zero
     from lorasb_ds.distributed.collectives import gather_rows
-    from lorasb_ds.gradients import average_gradients, is_transposed
+    from lorasb_ds.init.gradients import average_gradients, is_transposed
 
     run, engine, adapters = _start(config, zero_optimization)
     sample = run.sample(range(len(run.train.examples)))
@@ -167,8 +167,8 @@ def export(config: dict[str, Any], basis: str, out: str, zero_optimization: dict
 
 def initialize(config: dict[str, Any], out: str, zero_optimization: dict[str, Any]) -> None:
     """The init on all training rows; what then lies in the layers, and what was reported."""
-    from lorasb_ds.basis import save_basis
     from lorasb_ds.distributed import zero
+    from lorasb_ds.init.basis import save_basis
     from lorasb_ds.init_phase import initialize_by
 
     run, engine, adapters = _start(config, zero_optimization)
@@ -530,7 +530,7 @@ def uneven(out: str) -> None:
     from lorasb_ds.data.batch import Batch
     from lorasb_ds.distributed import zero
     from lorasb_ds.distributed.collectives import gather_rows
-    from lorasb_ds.gradients import average_gradients
+    from lorasb_ds.init.gradients import average_gradients
     from lorasb_ds.models.linear_layers import linear_layers
 
     class Routed(nn.Module):
@@ -578,7 +578,7 @@ def uneven(out: str) -> None:
 def not_finite(config: dict[str, Any]) -> None:
     """A gradient that is not finite on one rank is an error on every rank."""
     from lorasb_ds.distributed import zero
-    from lorasb_ds.initialize import decompose
+    from lorasb_ds.init.initialize import decompose
 
     zero.init_process_group()
     G = torch.ones(3, 2)

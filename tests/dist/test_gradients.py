@@ -18,8 +18,8 @@ from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.data.batch import Batch, collate, deal
 from lorasb_ds.data.dataset import tokenize_rows
 from lorasb_ds.data.sources import load_rows
-from lorasb_ds.gradients import average_gradients
-from lorasb_ds.linalg import truncated_svd
+from lorasb_ds.init.gradients import average_gradients
+from lorasb_ds.init.sharded_svd import truncated_svd
 from lorasb_ds.models.linear_layers import linear_layers
 from lorasb_ds.models.loss import add_loss_head
 from tests.references import nf4_config, true_gradients

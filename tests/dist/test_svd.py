@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorasb_ds.distributed.collectives import row_range
-from lorasb_ds.linalg import truncated_svd
+from lorasb_ds.init.sharded_svd import truncated_svd
 from tests.runs import run_ranks
 
 RANKS = {

@@ -20,7 +20,7 @@ from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.data.batch import collate
 from lorasb_ds.data.dataset import tokenize_rows
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.gradients import average_gradients, no_dropout
+from lorasb_ds.init.gradients import average_gradients, no_dropout
 from lorasb_ds.models.linear_layers import expert_layers, linear_layers, select_targets
 from lorasb_ds.models.loading import empty_model, load_base, load_config
 from lorasb_ds.models.loss import token_loss_sum

@@ -21,7 +21,7 @@ from lorasb_ds.adapters.lora_sb import LoraSBLinear
 from lorasb_ds.adapters.low_rank import LoraPair
 from lorasb_ds.alignment import difference, measure_layer, orthonormal_basis
 from lorasb_ds.config.run_layout import ALIGNMENT
-from lorasb_ds.gradients import average_gradients
+from lorasb_ds.init.gradients import average_gradients
 from lorasb_ds.models.linear_layers import linear_layers
 from lorasb_ds.runs.history import read_rows
 from lorasb_ds.runs.plots import describe_alignment, draw_alignment, mean_alignment

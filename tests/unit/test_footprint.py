@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 from lorasb_ds.adapters.inject import inject, set_scale
 from lorasb_ds.data.batch import Batch
 from lorasb_ds.data.tokenization import IGNORE_INDEX
-from lorasb_ds.gradients import taps
+from lorasb_ds.init.gradients import taps
 from lorasb_ds.models.linear_layers import shape_of
 from lorasb_ds.models.loss import token_loss_sum
 from lorasb_ds.planner.footprint import (

@@ -13,7 +13,7 @@ from lorasb_ds.adapters.inject import inject
 from lorasb_ds.adapters.lora_sb import LoraSBLinear
 from lorasb_ds.data.batch import Batch
 from lorasb_ds.data.tokenization import IGNORE_INDEX
-from lorasb_ds.gradients import GradientShards, average_gradients
+from lorasb_ds.init.gradients import GradientShards, average_gradients
 from lorasb_ds.models.linear_layers import expert_layers, linear_layers, select_targets
 from tests.references import own_loss
 

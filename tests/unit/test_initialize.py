@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorasb_ds.init_report import LayerInit
-from lorasb_ds.initialize import decompose, describe
+from lorasb_ds.init.init_report import LayerInit
+from lorasb_ds.init.initialize import decompose, describe
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

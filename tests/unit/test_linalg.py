@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorasb_ds import linalg
 from lorasb_ds.distributed.collectives import row_range
-from lorasb_ds.linalg import Method, truncated_svd
+from lorasb_ds.init import sharded_svd as linalg
+from lorasb_ds.init.sharded_svd import Method, truncated_svd
 
 METHODS = ("gram", "krylov")
 

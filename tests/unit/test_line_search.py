@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from lorasb_ds.line_search import MAX_EVALUATIONS, search_init_lr
+from lorasb_ds.init.step_size import MAX_EVALUATIONS, search_init_lr
 
 
 def curve(best: float):

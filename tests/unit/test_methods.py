@@ -26,9 +26,9 @@ from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.distributed import zero
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.factors import Recipe, fill_layer, own_directions, weight_rows, whole_directions
-from lorasb_ds.initialize import decompose
-from lorasb_ds.linalg import truncated_svd
+from lorasb_ds.init.factors import Recipe, fill_layer, own_directions, weight_rows, whole_directions
+from lorasb_ds.init.initialize import decompose
+from lorasb_ds.init.sharded_svd import truncated_svd
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

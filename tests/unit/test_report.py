@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lorasb_ds.config.run_config import RunConfig
-from lorasb_ds.init_report import InitReport, LayerInit, Step
+from lorasb_ds.init.init_report import InitReport, LayerInit, Step
 from lorasb_ds.report import write_report
 from tests.unit.test_history import training_row
 

@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaCon
 from lorasb_ds.adapters.inject import inject
 from lorasb_ds.adapters.lora_sb import LoraSBLinear
 from lorasb_ds.data.batch import Batch, Sample
-from lorasb_ds.gradients import average_gradients
-from lorasb_ds.initialize import gradients_by_group
+from lorasb_ds.init.gradients import average_gradients
+from lorasb_ds.init.initialize import gradients_by_group
+from lorasb_ds.init.segments import Segment, SegmentError, cut, gradients_by_segment
 from lorasb_ds.models.linear_layers import linear_layers
 from lorasb_ds.planner.init_plan import plan_init
-from lorasb_ds.segments import Segment, SegmentError, cut, gradients_by_segment
 from tests.unit.test_gradients import batch_of
 
 pytestmark = pytest.mark.usefixtures("one_process")

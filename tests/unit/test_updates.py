@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorasb_ds.config.run_config import FIRST_STEPS, RunConfig
-from lorasb_ds.initialize import decompose
-from lorasb_ds.updates import UPDATES, step_scale
+from lorasb_ds.init.initialize import decompose
+from lorasb_ds.init.update_rules import UPDATES, step_scale
 from tests.runs import run_ranks
 
 pytestmark = pytest.mark.usefixtures("one_process")

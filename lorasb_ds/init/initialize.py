@@ -19,7 +19,7 @@ from lorasb_ds.adapters.layer import AdapterLinear
 from lorasb_ds.data.batch import Sample
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.distributed.collectives import Group
-from lorasb_ds.factors import (
+from lorasb_ds.init.factors import (
     Basis,
     Directions,
     Recipe,
@@ -28,13 +28,13 @@ from lorasb_ds.factors import (
     weight_rows,
     whole_directions,
 )
-from lorasb_ds.gradients import GradientShards, average_gradients, branches_off
-from lorasb_ds.init_report import InitReport, LayerInit
-from lorasb_ds.linalg import TruncatedSVD, truncated_svds
+from lorasb_ds.init.gradients import GradientShards, average_gradients, branches_off
+from lorasb_ds.init.init_report import InitReport, LayerInit
+from lorasb_ds.init.segments import SegmentError, gradients_by_segment
+from lorasb_ds.init.sharded_svd import TruncatedSVD, truncated_svds
+from lorasb_ds.init.step_size import choose_step, measure_step
+from lorasb_ds.init.update_rules import UPDATES, finished, step_scale
 from lorasb_ds.planner.init_plan import InitPlan
-from lorasb_ds.segments import SegmentError, gradients_by_segment
-from lorasb_ds.step import choose_step, measure_step
-from lorasb_ds.updates import UPDATES, finished, step_scale
 
 # A layer's name, what rank 0 fills it with, and what is told of it.
 Found: TypeAlias = tuple[str, Directions | None, LayerInit | None]

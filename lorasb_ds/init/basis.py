@@ -21,12 +21,12 @@ from lorasb_ds.config.run_layout import BASIS_FILE, REPORT_FILE
 from lorasb_ds.data.batch import Sample
 from lorasb_ds.distributed import zero
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.factors import Basis, Recipe, fill_factors
-from lorasb_ds.gradients import branches_off
-from lorasb_ds.init_report import InitReport, LayerInit, Step
+from lorasb_ds.init.factors import Basis, Recipe, fill_factors
+from lorasb_ds.init.gradients import branches_off
+from lorasb_ds.init.init_report import InitReport, LayerInit, Step
+from lorasb_ds.init.step_size import choose_step, measure_step
 from lorasb_ds.models.checkpoint_files import weights_digest
 from lorasb_ds.models.linear_layers import Shapes
-from lorasb_ds.step import choose_step, measure_step
 from lorasb_ds.system.files import SUMS_FILE, check_sums, write_json, write_sums
 from lorasb_ds.system.safetensors_writer import save_tensors
 

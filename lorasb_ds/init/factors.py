@@ -14,11 +14,12 @@ from lorasb_ds.config.methods import METHODS, Layer, Method
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.distributed import zero
 from lorasb_ds.distributed.collectives import Group, gather_rows, row_range
-from lorasb_ds.gradients import is_transposed
-from lorasb_ds.linalg import TruncatedSVD
+from lorasb_ds.init.gradients import is_transposed
+from lorasb_ds.init.sharded_svd import TruncatedSVD
 
 if TYPE_CHECKING:
     from lorasb_ds.config.methods import Factors
+
 
 # On rank 0: "<layer>.lora_A" and every other factor, as the run starts from it.
 Basis = dict[str, torch.Tensor]

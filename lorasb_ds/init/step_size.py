@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -16,10 +16,12 @@ from lorasb_ds.adapters.inject import set_scale
 from lorasb_ds.adapters.layer import AdapterLinear
 from lorasb_ds.data.batch import Sample
 from lorasb_ds.distributed import accelerator, zero
-from lorasb_ds.gradients import branches_off
-from lorasb_ds.init_report import LayerInit, Step
-from lorasb_ds.line_search import search_init_lr
+from lorasb_ds.init.gradients import branches_off
+from lorasb_ds.init.init_report import LayerInit, Step
 from lorasb_ds.models.loss import held_out_loss
+
+FIRST_EXPONENT = -13  # 1.2e-4: the best one is within a factor of 4 as a rule
+MAX_EVALUATIONS = 9
 
 
 def measure_step(engine: Any, base: AbstractContextManager[None], probe: Sample) -> Step:
@@ -107,3 +109,44 @@ def _measure_losses(
         return search_init_lr(loss_at, unit)
     finally:
         set_scale(adapters, 1.0)
+
+
+def search_init_lr(loss_at: Callable[[float], float], unit: float = 1.0) -> dict[float, float]:
+    """Losses at a handful of eta, 0 among them; the best is the one to take.
+
+    Steps of 4 until the best one lies between two worse ones, then its neighbours at a factor of 2.
+    All are powers of two: multiplying by them is exact, so that the loss that was measured with
+    a scaled branch is, bit for bit, that of the filled adapter.
+
+    Args:
+        loss_at: the loss with the update multiplied by its argument; infinite or nan is bad.
+        unit: what eta is counted in, rounded to a power of two; 1 for a sign matrix.
+    """
+    unit = 2.0 ** round(math.log2(unit))
+    losses: dict[int | None, float] = {}
+
+    def measure(exponent: int | None) -> None:
+        if exponent not in losses and len(losses) < MAX_EVALUATIONS:
+            loss = loss_at(0.0 if exponent is None else unit * 2.0**exponent)
+            losses[exponent] = loss if math.isfinite(loss) else math.inf
+
+    def best() -> int:
+        return min((e for e in losses if e is not None), key=lambda e: losses[e])
+
+    measure(None)
+    for exponent in (FIRST_EXPONENT, FIRST_EXPONENT + 2, FIRST_EXPONENT - 2):
+        measure(exponent)
+    low, high = FIRST_EXPONENT - 2, FIRST_EXPONENT + 2
+    while len(losses) < MAX_EVALUATIONS - 2:
+        if best() == high:
+            high += 2
+            measure(high)
+        elif best() == low:
+            low -= 2
+            measure(low)
+        else:
+            break
+    centre = best()
+    measure(centre + 1)
+    measure(centre - 1)
+    return {0.0 if e is None else unit * 2.0**e: loss for e, loss in losses.items()}

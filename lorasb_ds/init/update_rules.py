@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from lorasb_ds.distributed.collectives import Group, all_reduce
-from lorasb_ds.linalg import TruncatedSVD
+from lorasb_ds.init.sharded_svd import TruncatedSVD
 
 ADAM_EPSILON = 1e-8
 # Adafactor's on squares and on the size of a weight, and what clips its update (arXiv 1804.04235,

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from lorasb_ds.distributed.collectives import Group, all_reduce, broadcast, rank_and_size, reduce
-from lorasb_ds.lanczos import leading_ritz_vectors, random_matrix, rank_tolerance
+from lorasb_ds.init.lanczos import leading_ritz_vectors, random_matrix, rank_tolerance
 from lorasb_ds.planner.init_plan import GRAM_SHARE, GRAM_SIDE_SHARED
 
 Method = Literal["auto", "gram", "krylov"]

@@ -25,7 +25,7 @@ from lorasb_ds.adapters.layer import AdapterLinear
 from lorasb_ds.data.batch import Batch
 from lorasb_ds.distributed import accelerator
 from lorasb_ds.distributed.collectives import Group
-from lorasb_ds.gradients import GradientShards, branches_off, no_dropout, taps
+from lorasb_ds.init.gradients import GradientShards, branches_off, no_dropout, taps
 from lorasb_ds.models.loss import token_loss_sum
 from lorasb_ds.planner.init_plan import block_of
 
