@@ -18,8 +18,8 @@ from lorasb_ds.adapters.peft_config import peft_warning
 from lorasb_ds.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lorasb_ds.inspection import LayerUpdate
-    from lorasb_ds.truncate import EnergyKept
+    from lorasb_ds.export.inspection import LayerUpdate
+    from lorasb_ds.export.to_peft import EnergyKept
 
 POSITIVE = click.IntRange(min=1)
 DTYPE = click.Choice(["fp32", "bf16", "fp16"])
@@ -70,8 +70,8 @@ def export(
         raise ConfigError("--r and --energy both choose the rank. Give one of them.")
     if energy is not None and math.isnan(energy):
         raise ConfigError("--energy must be a share above 0, at most 1.")
-    from lorasb_ds.adapter_files import read_adapter
-    from lorasb_ds.truncate import check_folder, export_adapter, max_lora_rank, measure_energy
+    from lorasb_ds.export.adapter_reader import read_adapter
+    from lorasb_ds.export.to_peft import check_folder, export_adapter, max_lora_rank, measure_energy
 
     adapter = read_adapter(run)
     if out is None:
@@ -129,8 +129,8 @@ def merge(run: str, out: Path, model: str | None, **options: Any) -> None:
     Streams over the base's files: a few rows are in memory at a time, whatever the model's size. A
     merge that was killed goes on when it is called again.
     """
-    from lorasb_ds.adapter_files import read_adapter
-    from lorasb_ds.merge import merge_adapter
+    from lorasb_ds.export.adapter_reader import read_adapter
+    from lorasb_ds.export.merge import merge_adapter
 
     adapter = read_adapter(run)
     model = model or adapter.base_model
@@ -177,8 +177,8 @@ def inspect(
 ) -> None:
     """What an adapter has learned, layer by layer: its rank, its size, and what training added."""
     check_picture(output)
-    from lorasb_ds.adapter_files import read_adapter
-    from lorasb_ds.inspection import draw_updates, inspect_adapter
+    from lorasb_ds.export.adapter_reader import read_adapter
+    from lorasb_ds.export.inspection import draw_updates, inspect_adapter
 
     adapter = read_adapter(run)
     model = model or adapter.base_model
@@ -186,7 +186,7 @@ def inspect(
     if not no_base:
         if model is None:
             raise ConfigError(f"{run} does not name its base. Give --model or --no-base.")
-        from lorasb_ds.merge_plan import weights_of
+        from lorasb_ds.export.merge_plan import weights_of
 
         base = weights_of(adapter, model, trust_remote_code)
     layers = inspect_adapter(adapter, base)
@@ -237,8 +237,8 @@ def combine(
         numbers = [float(weight) for weight in weights.split(",")]
     except ValueError:
         raise ConfigError(f"--weights {weights} must be numbers, separated by commas.") from None
-    from lorasb_ds.adapter_files import read_adapter
-    from lorasb_ds.combine import combine_adapters
+    from lorasb_ds.export.adapter_reader import read_adapter
+    from lorasb_ds.export.combine import combine_adapters
 
     adapters = [read_adapter(run) for run in runs]
     bases = dict.fromkeys(str(adapter.base_path) for adapter in adapters)

@@ -46,7 +46,7 @@ def rows(out: Path, **given: Any) -> None:
 @reports_problems
 def overlaps(out: Path, folders: Sequence[Path]) -> None:
     """Compare the bases in some runs' folders."""
-    from lorasb_ds.overlap import basis_overlaps
+    from lorasb_ds.export.inspection import basis_overlaps
 
     out.write_text(json.dumps(asdict(basis_overlaps(folders))))
 

@@ -11,15 +11,15 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ConfigError": "errors",
-    "combine_adapters": "combine",
-    "draw_updates": "inspection",
+    "combine_adapters": "export.combine",
+    "draw_updates": "export.inspection",
     "evaluate_model": "evaluator",
-    "export_adapter": "truncate",
-    "inspect_adapter": "inspection",
-    "measure_energy": "truncate",
-    "merge_adapter": "merge",
-    "read_adapter": "adapter_files",
-    "weights_of": "merge_plan",
+    "export_adapter": "export.to_peft",
+    "inspect_adapter": "export.inspection",
+    "measure_energy": "export.to_peft",
+    "merge_adapter": "export.merge",
+    "read_adapter": "export.adapter_reader",
+    "weights_of": "export.merge_plan",
 }
 __all__ = [*_HOMES]
 

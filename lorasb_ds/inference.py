@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from transformers import GenerationConfig
 
-from lorasb_ds.adapter_files import StoredAdapter, read_adapter
 from lorasb_ds.adapters.inject import inject
 from lorasb_ds.adapters.lora_sb import LoraSBLinear
 from lorasb_ds.adapters.low_rank import product_svd
@@ -17,6 +16,7 @@ from lorasb_ds.config.ds_config import resolve_ds_config
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.errors import ConfigError
+from lorasb_ds.export.adapter_reader import StoredAdapter, read_adapter
 from lorasb_ds.models.checkpoint_files import model_folder
 from lorasb_ds.models.generation import stop_tokens
 from lorasb_ds.models.linear_layers import Shapes, linear_layers

@@ -50,8 +50,8 @@ def merged(settings: dict[str, Any], out: str) -> None:
 
     quiet_libraries()
     if settings["way"] == OURS.way:
-        from lorasb_ds.adapter_files import read_adapter
-        from lorasb_ds.merge import merge_adapter
+        from lorasb_ds.export.adapter_reader import read_adapter
+        from lorasb_ds.export.merge import merge_adapter
     else:
         import transformers.models.llama.modeling_llama
         from peft import PeftModel

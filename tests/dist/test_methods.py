@@ -13,7 +13,6 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from lorasb_ds.adapter_files import read_adapter, read_init
 from lorasb_ds.adapters.low_rank import LoraPair
 from lorasb_ds.config.methods import METHODS
 from lorasb_ds.config.resolve import load_run_config
@@ -22,6 +21,7 @@ from lorasb_ds.data.batch import Batch, collate
 from lorasb_ds.data.dataset import tokenize_rows
 from lorasb_ds.data.sources import load_rows
 from lorasb_ds.errors import ConfigError
+from lorasb_ds.export.adapter_reader import read_adapter, read_init
 from lorasb_ds.inference import prepare_model, start_model
 from lorasb_ds.models.linear_layers import linear_layers
 from lorasb_ds.models.tokenizer import load_tokenizer

@@ -19,16 +19,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from lorasb_ds.adapter_files import (
+from lorasb_ds.config.run_config import RunConfig
+from lorasb_ds.config.run_layout import BASIS_FILE, STATE_FILE, TRAINER_FILE
+from lorasb_ds.errors import ConfigError
+from lorasb_ds.export.adapter_reader import (
     CONFIG_BYTES,
     CONFIG_FILE,
     WEIGHTS_FILE,
     StoredAdapter,
     read_adapter,
 )
-from lorasb_ds.config.run_config import RunConfig
-from lorasb_ds.config.run_layout import BASIS_FILE, STATE_FILE, TRAINER_FILE
-from lorasb_ds.errors import ConfigError
 from lorasb_ds.models.checkpoint_files import read_header, stored_tensors
 from lorasb_ds.runs.checkpoint import Progress, write_checkpoint
 from lorasb_ds.system.files import SUMS_FILE, write_sums

@@ -19,17 +19,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.adapters import main
-from lorasb_ds.adapter_files import WEIGHTS_FILE, StoredAdapter, read_adapter
 from lorasb_ds.adapters.peft_config import misread_by_peft
 from lorasb_ds.adapters.peft_writer import peft_target_modules, peft_tensors, save_peft_adapter
-from lorasb_ds.combine import combine_adapters
 from lorasb_ds.config.paths import demo_model_dir
 from lorasb_ds.config.run_layout import BASIS_FILE
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.inspection import LayerUpdate, draw_updates, inspect_adapter
+from lorasb_ds.export.adapter_reader import WEIGHTS_FILE, StoredAdapter, read_adapter
+from lorasb_ds.export.combine import combine_adapters
+from lorasb_ds.export.inspection import LayerUpdate, draw_updates, inspect_adapter
+from lorasb_ds.export.to_peft import EnergyKept, export_adapter, max_lora_rank, measure_energy
 from lorasb_ds.models.checkpoint_files import stored_tensors
 from lorasb_ds.models.linear_layers import linear_layers, select_targets
-from lorasb_ds.truncate import EnergyKept, export_adapter, max_lora_rank, measure_energy
 from tests.references import nf4_config
 from tests.unit.test_adapter_files import (
     LAYERS,

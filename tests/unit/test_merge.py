@@ -22,12 +22,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from launcher import adapters
-from lorasb_ds import merge as merging
-from lorasb_ds import merge_file
-from lorasb_ds.adapter_files import read_adapter
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.merge import merge_adapter
-from lorasb_ds.merge_plan import weights_of
+from lorasb_ds.export import merge as merging
+from lorasb_ds.export import merge_file
+from lorasb_ds.export.adapter_reader import read_adapter
+from lorasb_ds.export.merge import merge_adapter
+from lorasb_ds.export.merge_plan import weights_of
 from lorasb_ds.models.checkpoint_files import stored_tensors, weights_digest
 from tests.references import load_whole
 
@@ -231,7 +231,7 @@ def test_run_with_its_r(tiny_model: Path, tmp_path: Path) -> None:
     stored = write_adapter(tiny_model, run / "adapter", ["k_proj"])
     found = read_adapter(str(stored))
     save_file({"A": A, "B": B, "R": R}, run / "factors.safetensors")
-    from lorasb_ds.adapter_files import Factors, StoredAdapter
+    from lorasb_ds.export.adapter_reader import Factors, StoredAdapter
     from lorasb_ds.models.checkpoint_files import read_header
 
     header = read_header(run / "factors.safetensors", "test")
@@ -418,7 +418,7 @@ def test_refused_bases(tiny_model: Path, gpt2: Path, adapter: Path, tmp_path: Pa
 
 
 def test_refused_fusion(tiny_model: Path, adapter: Path, tmp_path: Path, monkeypatch) -> None:
-    from lorasb_ds import merge_plan
+    from lorasb_ds.export import merge_plan
 
     def fused(*arguments: Any) -> Any:
         sources = map_weights(*arguments)

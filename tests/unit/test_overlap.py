@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from scipy.linalg import subspace_angles
 
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.overlap import basis_overlaps, subspace_overlaps
+from lorasb_ds.export.inspection import basis_overlaps, subspace_overlaps
 
 R, LAYERS = 4, {"one": (24, 10), "two": (7, 30)}
 

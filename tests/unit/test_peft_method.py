@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lorasb_ds.adapter_files import read_adapter
 from lorasb_ds.adapters import peft_methods as peft_method
 from lorasb_ds.adapters.peft_file import peft_config
 from lorasb_ds.adapters.peft_methods import (
@@ -26,6 +25,7 @@ from lorasb_ds.adapters.peft_methods import (
 )
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.errors import ConfigError
+from lorasb_ds.export.adapter_reader import read_adapter
 from lorasb_ds.models.loading import empty_model, load_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")

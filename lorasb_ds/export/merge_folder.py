@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.merge_file import FileJob, Written
+from lorasb_ds.export.merge_file import FileJob, Written
 from lorasb_ds.models.checkpoint_files import DOWNLOADED, INDEX, WEIGHTS, read_header
 from lorasb_ds.system.files import SUMS_FILE, file_digest, fsync, publish, write_json, write_text
 

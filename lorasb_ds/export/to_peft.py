@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from lorasb_ds.adapter_files import StoredAdapter
 from lorasb_ds.adapters.low_rank import LoraPair, energy_kept, padded, product_svd
 from lorasb_ds.adapters.peft_config import CONFIG_FILE, WEIGHTS_FILE
 from lorasb_ds.adapters.peft_writer import peft_tensors, save_peft_adapter
 from lorasb_ds.errors import ConfigError
+from lorasb_ds.export.adapter_reader import StoredAdapter
 from lorasb_ds.models.loading import DTYPES
 from lorasb_ds.system.files import check_replaceable
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lorasb_ds.adapter_files import StoredAdapter
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.merge_file import FLOATS, FileJob, Update
+from lorasb_ds.export.adapter_reader import StoredAdapter
+from lorasb_ds.export.merge_file import FLOATS, FileJob, Update
 from lorasb_ds.models.checkpoint_files import StoredTensor, model_folder, stored_tensors
 from lorasb_ds.models.linear_layers import layer_shape, linear_layers
 from lorasb_ds.models.loading import empty_model, load_config, stored_quantization

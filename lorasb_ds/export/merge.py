@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from lorasb_ds.adapter_files import StoredAdapter, trained_on
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.merge_file import (
+from lorasb_ds.export.adapter_reader import StoredAdapter, trained_on
+from lorasb_ds.export.merge_file import (
     FileJob,
     Written,
     finish_file,
@@ -27,7 +27,7 @@ from lorasb_ds.merge_file import (
     use_threads,
     write_aside,
 )
-from lorasb_ds.merge_folder import (
+from lorasb_ds.export.merge_folder import (
     RECORD,
     copy_rest,
     finished_files,
@@ -38,7 +38,7 @@ from lorasb_ds.merge_folder import (
     write_all_sums,
     write_index,
 )
-from lorasb_ds.merge_plan import plan_merge
+from lorasb_ds.export.merge_plan import plan_merge
 from lorasb_ds.models.checkpoint_files import model_folder, weights_digest
 from lorasb_ds.system.files import check_replaceable, file_digest, write_json
 

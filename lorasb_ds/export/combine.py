@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from lorasb_ds.adapter_files import StoredAdapter
 from lorasb_ds.adapters.low_rank import padded, product_svd, weighted_sum
 from lorasb_ds.adapters.peft_writer import peft_tensors
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.truncate import check_folder, rounded, write_adapter
+from lorasb_ds.export.adapter_reader import StoredAdapter
+from lorasb_ds.export.to_peft import check_folder, rounded, write_adapter
 
 
 @dataclass(frozen=True)
