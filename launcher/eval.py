@@ -72,7 +72,7 @@ def main(own: dict[str, Any], given: dict[str, Any]) -> None:
     except ConfigError as error:
         refuse(error)
     except Exception as error:
-        from lorasb_ds.out_of_memory import is_out_of_memory
+        from lorasb_ds.training.out_of_memory import is_out_of_memory
 
         if is_out_of_memory(error):
             refuse(MemoryError(f"Out of memory: {error}\nLower --batch-size."), status=1)

@@ -36,7 +36,7 @@ def main(local_rank: int | None, init_only: bool, run_json: str | None, **given:
     try:
         config = load_run_config(given, run_json)
         # Imported only now: the options above are wrong or right without torch.
-        from lorasb_ds.prepare import prepare
+        from lorasb_ds.training.prepare import prepare
 
         check_device()
         world_size = int(os.environ["WORLD_SIZE"])
@@ -45,7 +45,7 @@ def main(local_rank: int | None, init_only: bool, run_json: str | None, **given:
         refuse(error)
 
     from lorasb_ds.distributed import zero
-    from lorasb_ds.trainer import run_training
+    from lorasb_ds.training.trainer import run_training
 
     join()
     try:

@@ -84,8 +84,8 @@ def ours(config: dict[str, Any], out: str) -> None:
 
     from lorasb_ds.distributed import zero
     from lorasb_ds.init.gradients import GradientShards
-    from lorasb_ds.init_phase import initialize_by
-    from lorasb_ds.trainer import start_engine
+    from lorasb_ds.training.init_phase import initialize_by
+    from lorasb_ds.training.trainer import start_engine
 
     run = _prepare(config, int(os.environ["WORLD_SIZE"]))
     zero.init_process_group()
@@ -121,7 +121,7 @@ def ours(config: dict[str, Any], out: str) -> None:
 def _prepare(config: dict[str, Any], world_size: int) -> Any:
     from launcher.quiet import quiet_libraries
     from lorasb_ds.config.resolve import load_run_config
-    from lorasb_ds.prepare import prepare
+    from lorasb_ds.training.prepare import prepare
 
     quiet_libraries()
     return prepare(load_run_config(config), world_size)

@@ -49,10 +49,10 @@ def run(config: dict[str, Any], out: str) -> None:
     from launcher.quiet import quiet_libraries
     from lorasb_ds.config.resolve import load_run_config
     from lorasb_ds.distributed import accelerator, zero
-    from lorasb_ds.init_phase import initialize_by
-    from lorasb_ds.loop import train_step
-    from lorasb_ds.prepare import prepare
-    from lorasb_ds.trainer import start_engine
+    from lorasb_ds.training.init_phase import initialize_by
+    from lorasb_ds.training.loop import train_step
+    from lorasb_ds.training.prepare import prepare
+    from lorasb_ds.training.trainer import start_engine
 
     quiet_libraries()
     prepared = prepare(load_run_config(config), int(os.environ["WORLD_SIZE"]))

@@ -23,8 +23,8 @@ def started(config: Mapping[str, Any], zero_optimization: Mapping[str, Any] = {}
     quiet_libraries()
     from lorasb_ds.config.resolve import load_run_config
     from lorasb_ds.distributed import zero
-    from lorasb_ds.prepare import prepare
-    from lorasb_ds.trainer import start_engine
+    from lorasb_ds.training.prepare import prepare
+    from lorasb_ds.training.trainer import start_engine
 
     run = prepare(load_run_config(dict(config)), int(os.environ["WORLD_SIZE"]))
     run.ds_config["zero_optimization"] |= zero_optimization

@@ -24,7 +24,7 @@ def zero3(settings: dict[str, Any], out: str) -> None:
     from deepspeed.comm.comm import comms_logger
 
     from lorasb_ds.distributed import zero
-    from lorasb_ds.loop import train_step
+    from lorasb_ds.training.loop import train_step
 
     run, engine, adapters = started(settings["config"], settings["zero"])
     batches = run.step_batches(run.order.units(0))
@@ -58,8 +58,8 @@ def zero3(settings: dict[str, Any], out: str) -> None:
 def quantized(settings: dict[str, Any], out: str) -> None:
     """Dequantizations of a weight in a step, and their share of its time."""
     from lorasb_ds.distributed import zero
-    from lorasb_ds.loop import train_step
     from lorasb_ds.models.quantization import PackedLinear
+    from lorasb_ds.training.loop import train_step
 
     run, engine, _ = started(settings["config"])
     spent: list[float] = []

@@ -48,7 +48,7 @@ def _run_config(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _ours(settings: Mapping[str, Any]) -> dict[str, Any]:
     from lorasb_ds.distributed import zero
-    from lorasb_ds.loop import train_step
+    from lorasb_ds.training.loop import train_step
 
     run, engine, _ = started(_run_config(settings))
     seconds, tokens, places = [], [], []
@@ -77,7 +77,7 @@ def _trl(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     from lorasb_ds.config.resolve import load_run_config
     from lorasb_ds.data.tokenization import IGNORE_INDEX
-    from lorasb_ds.prepare import prepare
+    from lorasb_ds.training.prepare import prepare
 
     # The same rows, tokenized by the same template.
     run = prepare(load_run_config(_run_config(settings)), 1)

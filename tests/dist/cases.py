@@ -68,8 +68,8 @@ def _start(config: dict[str, Any], zero_optimization: dict[str, Any]) -> Any:
     """A run up to its engine, with other ZeRO settings than its ds_config's."""
     from lorasb_ds.config.resolve import load_run_config
     from lorasb_ds.distributed import zero
-    from lorasb_ds.prepare import prepare
-    from lorasb_ds.trainer import start_engine
+    from lorasb_ds.training.prepare import prepare
+    from lorasb_ds.training.trainer import start_engine
 
     run = prepare(load_run_config(config), int(os.environ["WORLD_SIZE"]))
     zero.init_process_group()
@@ -81,9 +81,9 @@ def methods(runs: list[dict[str, Any]], zero_optimization: dict[str, Any]) -> No
     """Whole runs, one after the other, in one process group."""
     from lorasb_ds.config.resolve import load_run_config
     from lorasb_ds.distributed import zero
-    from lorasb_ds.prepare import prepare
     from lorasb_ds.system.signals import StopRequest
-    from lorasb_ds.trainer import run_training
+    from lorasb_ds.training.prepare import prepare
+    from lorasb_ds.training.trainer import run_training
 
     zero.init_process_group()
     for config in runs:
@@ -128,7 +128,7 @@ def export(config: dict[str, Any], basis: str, out: str, zero_optimization: dict
     """Fill given factors, take one optimizer step, and write logits and the PEFT folder."""
     from lorasb_ds.adapters.peft_writer import collect_lora, peft_target_modules, save_peft_adapter
     from lorasb_ds.distributed import zero
-    from lorasb_ds.loop import train_step
+    from lorasb_ds.training.loop import train_step
 
     run, engine, adapters = _start(config, zero_optimization)
     given = load_file(basis)
@@ -169,7 +169,7 @@ def initialize(config: dict[str, Any], out: str, zero_optimization: dict[str, An
     """The init on all training rows; what then lies in the layers, and what was reported."""
     from lorasb_ds.distributed import zero
     from lorasb_ds.init.basis import save_basis
-    from lorasb_ds.init_phase import initialize_by
+    from lorasb_ds.training.init_phase import initialize_by
 
     run, engine, adapters = _start(config, zero_optimization)
     sample = run.sample(range(len(run.train.examples)))
@@ -196,9 +196,9 @@ def alignment(
     from dataclasses import asdict
 
     from lorasb_ds.adapters.inject import trained_in
-    from lorasb_ds.alignment import measure_alignment, trained_factors
     from lorasb_ds.distributed import zero
-    from lorasb_ds.loop import train_step
+    from lorasb_ds.training.alignment import measure_alignment, trained_factors
+    from lorasb_ds.training.loop import train_step
 
     run, engine, adapters = _start(config, zero_optimization)
     generator = torch.Generator().manual_seed(6)
@@ -259,7 +259,7 @@ def _fill(adapters: dict[str, Any], scale: float = 0.3) -> None:
 def steps(config: dict[str, Any], out: str, fp16: bool = False) -> None:
     """All steps of a run from given factors: what each of them reports, and R at the end."""
     from lorasb_ds.distributed import zero
-    from lorasb_ds.loop import train_step
+    from lorasb_ds.training.loop import train_step
 
     if fp16:
         # DeepSpeed asks for hardware; torch computes in fp16 on any CPU, slowly.
@@ -290,8 +290,8 @@ def stretch(config: dict[str, Any], out: str, first: int, last: int, state: str 
     """Some steps of a run, from given factors or from a stored state; losses and the state then."""
     from lorasb_ds.adapters.inject import trained_in
     from lorasb_ds.distributed import zero
-    from lorasb_ds.loop import train_step
-    from lorasb_ds.training_state import collect_state, restore_state
+    from lorasb_ds.training.loop import train_step
+    from lorasb_ds.training.training_state import collect_state, restore_state
 
     run, engine, adapters = _start(config, {})
     generator = torch.Generator().manual_seed(5)
@@ -331,8 +331,8 @@ def not_finite_step(config: dict[str, Any], zero_optimization: dict[str, Any], w
 
     from lorasb_ds.adapters.inject import trained_in
     from lorasb_ds.distributed import zero
-    from lorasb_ds.loop import train_step
-    from lorasb_ds.training_state import collect_state
+    from lorasb_ds.training.loop import train_step
+    from lorasb_ds.training.training_state import collect_state
 
     run, engine, adapters = _start(config, zero_optimization)
     _fill(adapters)
@@ -380,10 +380,10 @@ def four_bit(config: dict[str, Any], out: str, zero_optimization: dict[str, Any]
     """Held-out loss, init, some steps and export on a 4-bit base of which each rank has a share."""
     from lorasb_ds.adapters.peft_writer import collect_lora
     from lorasb_ds.distributed import accelerator, zero
-    from lorasb_ds.init_phase import initialize_by
-    from lorasb_ds.loop import train_step
     from lorasb_ds.models.loss import held_out_loss
     from lorasb_ds.models.quantization import PackedLinear4bit
+    from lorasb_ds.training.init_phase import initialize_by
+    from lorasb_ds.training.loop import train_step
 
     run, engine, adapters = _start(config, zero_optimization)
     bases = [adapter.base_layer for adapter in adapters.values()]
@@ -508,7 +508,7 @@ def disagree(config: dict[str, Any]) -> None:
     from lorasb_ds.config.resolve import load_run_config
     from lorasb_ds.distributed import zero
     from lorasb_ds.errors import ConfigError
-    from lorasb_ds.prepare import check_ranks_agree, prepare
+    from lorasb_ds.training.prepare import check_ranks_agree, prepare
 
     run = prepare(load_run_config(config), 2)
     zero.init_process_group()

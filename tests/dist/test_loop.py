@@ -20,7 +20,7 @@ from lorasb_ds.models.linear_layers import linear_layers
 from lorasb_ds.models.tokenizer import load_tokenizer
 from lorasb_ds.planner.placement import placement_of
 from lorasb_ds.planner.traffic import step_traffic
-from lorasb_ds.prepare import prepare
+from lorasb_ds.training.prepare import prepare
 from tests.dist.test_training import PlainFormula, put_plain
 from tests.references import own_loss
 from tests.runs import benchmark, run_ranks, word_rows, write_jsonl

@@ -25,8 +25,8 @@ from lorasb_ds.export.adapter_reader import read_adapter, read_init
 from lorasb_ds.inference import prepare_model, start_model
 from lorasb_ds.models.linear_layers import linear_layers
 from lorasb_ds.models.tokenizer import load_tokenizer
-from lorasb_ds.prepare import prepare
 from lorasb_ds.runs.checkpoint import checkpoint_path
+from lorasb_ds.training.prepare import prepare
 from tests.references import own_loss
 from tests.runs import REALLY_SHARDED, metrics, run_ranks, word_rows, write_jsonl
 

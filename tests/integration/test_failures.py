@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.prepare import prepare
 from lorasb_ds.system.signals import EXIT_STOPPED
+from lorasb_ds.training.prepare import prepare
 from tests.runs import ROOT, run_command, word_rows, write_jsonl
 
 

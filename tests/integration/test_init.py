@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.prepare import prepare
+from lorasb_ds.training.prepare import prepare
 from tests.runs import metrics, run_command, word_rows, write_jsonl
 
 COMMON = {"dtype": "fp32", "r": 12, "init_samples": 4}

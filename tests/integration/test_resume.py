@@ -20,9 +20,9 @@ import pytest
 from launcher.ranks import free_port, rank_environment
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.prepare import prepare
 from lorasb_ds.runs.checkpoint import checkpoint_path, list_checkpoints, read_checkpoint
 from lorasb_ds.system.signals import EXIT_STOPPED
+from lorasb_ds.training.prepare import prepare
 from tests.runs import ROOT, metrics, run_command, word_rows, write_jsonl
 
 STEPS = 24

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from scipy.linalg import subspace_angles
 
 from lorasb_ds.config.resolve import load_run_config
-from lorasb_ds.prepare import prepare
+from lorasb_ds.training.prepare import prepare
 from tests.runs import metrics, run_command, word_rows, write_jsonl
 
 SUMS = [{"problem": f"What is {i} + {i}?", "solution": str(2 * i)} for i in range(30)]

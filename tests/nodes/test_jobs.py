@@ -286,10 +286,10 @@ def test_a_worker_that_fails(start: Callable[..., Job], tmp_path: Path) -> None:
         "if os.environ.get('RANK') == '1' and any('train.py' in word for word in sys.orig_argv):\n"
         "    import threading, time\n"
         "    def fail():\n"
-        "        while 'lorasb_ds.loop' not in sys.modules: time.sleep(0.05)\n"
+        "        while 'lorasb_ds.training.loop' not in sys.modules: time.sleep(0.05)\n"
         "        time.sleep(1)\n"
-        "        sys.modules['lorasb_ds.loop'].__dict__['train_step'] = None\n"
-        "        sys.modules['lorasb_ds.loop'].__dict__['train'].__globals__['train_step'] = None\n"
+        "        loop = sys.modules['lorasb_ds.training.loop']\n"
+        "        loop.train_step = loop.train.__globals__['train_step'] = None\n"
         "    threading.Thread(target=fail, daemon=True).start()\n"
     )
     (tmp_path / "sitecustomize.py").write_text(fail)

@@ -19,13 +19,13 @@ from lorasb_ds.adapters.layer import AdapterLinear
 from lorasb_ds.adapters.lora import LoraLinear
 from lorasb_ds.adapters.lora_sb import LoraSBLinear
 from lorasb_ds.adapters.low_rank import LoraPair
-from lorasb_ds.alignment import difference, measure_layer, orthonormal_basis
 from lorasb_ds.config.run_layout import ALIGNMENT
 from lorasb_ds.init.gradients import average_gradients
 from lorasb_ds.models.linear_layers import linear_layers
 from lorasb_ds.runs.history import read_rows
 from lorasb_ds.runs.plots import describe_alignment, draw_alignment, mean_alignment
 from lorasb_ds.runs.run_log import RunLog
+from lorasb_ds.training.alignment import difference, measure_layer, orthonormal_basis
 from tests.references import true_gradients
 from tests.unit.test_gradients import batch_of
 

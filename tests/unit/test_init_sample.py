@@ -9,7 +9,7 @@ import pytest
 
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.data.sampler import epoch_order, init_sample
-from lorasb_ds.prepare import Prepared, prepare
+from lorasb_ds.training.prepare import Prepared, prepare
 from tests.runs import word_rows, write_jsonl
 
 OPTIONS: dict[str, Any] = {"dtype": "fp32", "r": 4, "init_samples": 9, "eval_data": None}

@@ -11,7 +11,7 @@ import torch
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.distributed.matrix_optimizer import MatrixOptimizer, Part
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.optimizer import fresh_state, make_optimizer, make_scheduler, set_scheduler
+from lorasb_ds.training.optimizer import fresh_state, make_optimizer, make_scheduler, set_scheduler
 
 
 def rates(shape: Any, num_steps: int = 20) -> list[float]:

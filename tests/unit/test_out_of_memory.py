@@ -15,7 +15,12 @@ from click.testing import CliRunner
 
 from launcher.cli import main
 from lorasb_ds.config.run_config import RunConfig
-from lorasb_ds.out_of_memory import (
+from lorasb_ds.planner.footprint import Footprint
+from lorasb_ds.planner.placement import Placement
+from lorasb_ds.planner.strategies import Cluster, cpu_cluster
+from lorasb_ds.planner.workload import Workload
+from lorasb_ds.system.units import GIB
+from lorasb_ds.training.out_of_memory import (
     NUM_REMEDIES,
     Phase,
     Remedy,
@@ -24,11 +29,6 @@ from lorasb_ds.out_of_memory import (
     parts,
     remedies,
 )
-from lorasb_ds.planner.footprint import Footprint
-from lorasb_ds.planner.placement import Placement
-from lorasb_ds.planner.strategies import Cluster, cpu_cluster
-from lorasb_ds.planner.workload import Workload
-from lorasb_ds.system.units import GIB
 from tests.runs import ROOT
 from tests.unit.test_footprint import LLAMA_7B, footprint_of, work_of
 

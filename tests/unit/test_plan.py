@@ -20,7 +20,6 @@ from launcher.cli import main
 from launcher.hostfile import read_hostfile
 from launcher.plan_command import find_workload
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.forecast import check_fits, forecast
 from lorasb_ds.planner.model_shape import BUILT_IN, shape_from_config
 from lorasb_ds.planner.placement import Placement
 from lorasb_ds.planner.strategies import Cluster, cpu_cluster, plan, recommended
@@ -28,6 +27,7 @@ from lorasb_ds.planner.traffic import CPU_SPEEDS, GPU_SPEEDS, step_seconds, step
 from lorasb_ds.planner.workload import Workload
 from lorasb_ds.system.host_memory import available_bytes
 from lorasb_ds.system.units import GIB
+from lorasb_ds.training.memory import check_fits, forecast
 from tests.runs import ROOT
 
 OPTIONS: dict[str, Any] = {"r": 64, "max_length": 1024, "micro_batch_size": 4, "init_samples": 64}

@@ -10,7 +10,7 @@ import pytest
 
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.init.init_report import InitReport, LayerInit, Step
-from lorasb_ds.report import write_report
+from lorasb_ds.training.report import write_report
 from tests.unit.test_history import training_row
 
 TARGETS = {"model.layers.0.q_proj": (64, 48), "model.layers.0.v_proj": (16, 48)}

@@ -10,10 +10,10 @@ from torch import nn
 
 from lorasb_ds.adapters.inject import trained_in
 from lorasb_ds.adapters.layer import AdapterLinear
-from lorasb_ds.prepare import Prepared
 from lorasb_ds.runs.checkpoint import Progress
 from lorasb_ds.runs.run_log import RunLog
 from lorasb_ds.system.signals import StopRequest
+from lorasb_ds.training.prepare import Prepared
 
 Adapters = dict[str, AdapterLinear]
 

@@ -15,10 +15,6 @@ from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.errors import option_name
 from lorasb_ds.init.basis import put_back, stored_digest
 from lorasb_ds.init.init_report import InitReport
-from lorasb_ds.job import Job
-from lorasb_ds.optimizer import set_scheduler
-from lorasb_ds.prepare import Prepared
-from lorasb_ds.rng import rng_states, set_rng_states
 from lorasb_ds.runs.checkpoint import (
     Checkpoint,
     Resume,
@@ -30,7 +26,15 @@ from lorasb_ds.runs.checkpoint import (
     write_checkpoint,
 )
 from lorasb_ds.runs.output_dir import say
-from lorasb_ds.training_state import collect_state, restore_state
+from lorasb_ds.training.optimizer import set_scheduler
+from lorasb_ds.training.prepare import Prepared
+from lorasb_ds.training.run_state import Job
+from lorasb_ds.training.training_state import (
+    collect_state,
+    restore_state,
+    rng_states,
+    set_rng_states,
+)
 
 HELD_OUT = "held-out rows"
 

@@ -22,25 +22,25 @@ from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.init.gradients import branches_off
 from lorasb_ds.init.init_report import InitReport
-from lorasb_ds.init_phase import init_phase
-from lorasb_ds.job import Adapters, Job
-from lorasb_ds.loop import Outcome, evaluate, train
 from lorasb_ds.models.loading import DTYPES, load_base
 from lorasb_ds.models.loss import add_loss_head, check_loss_head, eval_mode
 from lorasb_ds.models.packing import keeps_packs_apart
-from lorasb_ds.optimizer import make_optimizer, make_scheduler
-from lorasb_ds.out_of_memory import OutOfMemoryError, Phase, explain, is_out_of_memory
 from lorasb_ds.planner.footprint import LOGIT_BYTES
 from lorasb_ds.planner.gathers import gathers_blocks
-from lorasb_ds.prepare import Prepared, check_ranks_agree
-from lorasb_ds.record import announce, describe, finish
-from lorasb_ds.resume import load_best, resume
 from lorasb_ds.runs.checkpoint import Progress
 from lorasb_ds.runs.output_dir import make_output_dir, say
 from lorasb_ds.runs.run_log import RunLog
 from lorasb_ds.system.files import write_json
 from lorasb_ds.system.signals import StopRequest
 from lorasb_ds.system.units import GIB
+from lorasb_ds.training.artifacts import announce, describe, finish
+from lorasb_ds.training.init_phase import init_phase
+from lorasb_ds.training.loop import Outcome, evaluate, train
+from lorasb_ds.training.optimizer import make_optimizer, make_scheduler
+from lorasb_ds.training.out_of_memory import OutOfMemoryError, Phase, explain, is_out_of_memory
+from lorasb_ds.training.prepare import Prepared, check_ranks_agree
+from lorasb_ds.training.resume import load_best, resume
+from lorasb_ds.training.run_state import Adapters, Job
 
 
 def run_training(run: Prepared, stop: StopRequest, init_only: bool = False) -> Outcome:

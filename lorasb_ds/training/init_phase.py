@@ -16,9 +16,9 @@ from lorasb_ds.init.factors import Basis, Recipe
 from lorasb_ds.init.init_report import InitReport, no_gradient_report
 from lorasb_ds.init.initialize import initialize
 from lorasb_ds.init.step_size import measure_step
-from lorasb_ds.prepare import Prepared
 from lorasb_ds.runs.output_dir import say
 from lorasb_ds.system.units import GIB
+from lorasb_ds.training.prepare import Prepared
 
 
 def initialize_by(

@@ -13,15 +13,15 @@ from lorasb_ds.adapters.peft_writer import peft_target_modules, save_peft_adapte
 from lorasb_ds.config.run_layout import ALIGNMENT_PICTURE, REPORT
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.init.init_report import InitReport
-from lorasb_ds.job import Job
 from lorasb_ds.models.checkpoint_files import model_path
 from lorasb_ds.models.loading import DTYPES, empty_model
-from lorasb_ds.prepare import Prepared
-from lorasb_ds.report import draw_init, write_report
 from lorasb_ds.runs.output_dir import say
 from lorasb_ds.runs.plots import draw_alignment, draw_loss_curve
 from lorasb_ds.runs.run_log import provenance
 from lorasb_ds.system.files import write_json
+from lorasb_ds.training.prepare import Prepared
+from lorasb_ds.training.report import draw_init, write_report
+from lorasb_ds.training.run_state import Job
 
 
 def describe(run: Prepared, folder: Path) -> dict[str, Any]:

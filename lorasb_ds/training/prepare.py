@@ -22,10 +22,8 @@ from lorasb_ds.data.batch import Batch, Sample, share_out
 from lorasb_ds.data.cache import load_data
 from lorasb_ds.data.dataset import TokenizedRows
 from lorasb_ds.data.sampler import Order, Unit, init_sample
-from lorasb_ds.demand import with_init_of, workload_of
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.forecast import Forecast, check_fits, forecast, this_cluster
 from lorasb_ds.init.basis import PEFT_FILE, check_basis, fingerprint
 from lorasb_ds.init.init_report import InitReport
 from lorasb_ds.models.checkpoint_files import stored_tensors
@@ -40,7 +38,15 @@ from lorasb_ds.planner.strategies import Cluster
 from lorasb_ds.planner.workload import Workload
 from lorasb_ds.runs.checkpoint import Resume, find_resume
 from lorasb_ds.runs.tracking import check_tracker
-from lorasb_ds.same_run import check_resume, what_must_match, with_global_batch
+from lorasb_ds.training.memory import (
+    Forecast,
+    check_fits,
+    forecast,
+    this_cluster,
+    with_init_of,
+    workload_of,
+)
+from lorasb_ds.training.resume_check import check_resume, what_must_match, with_global_batch
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.distributed.matrix_optimizer import MatrixOptimizer
-from lorasb_ds.optimizer import fresh_state
+from lorasb_ds.training.optimizer import fresh_state
 
 
 def collect_state(
@@ -99,3 +101,26 @@ def restore_state(
 def _state_keys(name: str, tensors: Mapping[str, torch.Tensor]) -> set[str]:
     """Of one parameter's state."""
     return {key.removeprefix(f"{name}.") for key in tensors if key.startswith(f"{name}.")}
+
+
+def rng_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """Torch's generators on the host and on the device, Python's and numpy's."""
+    numpy_state: Any = np.random.get_state(legacy=True)
+    states = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor(random.getstate()[1], dtype=torch.int64),
+        "numpy": torch.tensor([*numpy_state[1].tolist(), numpy_state[2]], dtype=torch.int64),
+    }
+    if device.type != "cpu":
+        states["device"] = torch.get_device_module(device).get_rng_state(device)
+    return states
+
+
+def set_rng_states(states: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    """Go on from there; a device's generator is left alone where the states have none."""
+    torch.set_rng_state(states["torch"])
+    random.setstate((3, tuple(states["python"].tolist()), None))
+    *key, position = states["numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(key, np.uint32), position, 0, 0.0))
+    if device.type != "cpu" and "device" in states:
+        torch.get_device_module(device).set_rng_state(states["device"], device)

@@ -11,18 +11,17 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from lorasb_ds.alignment import trained_factors
-from lorasb_ds.alignment_phase import track_alignment
 from lorasb_ds.data.batch import Batch
 from lorasb_ds.data.sampler import Unit
 from lorasb_ds.distributed import accelerator, zero
-from lorasb_ds.job import Job
 from lorasb_ds.models.generation import generate, stop_tokens
 from lorasb_ds.models.loss import eval_mode, held_out_loss, token_loss_sum
-from lorasb_ds.resume import save
 from lorasb_ds.runs.history import perplexity
 from lorasb_ds.runs.output_dir import say
 from lorasb_ds.runs.profiler import profiled
+from lorasb_ds.training.alignment import track_alignment, trained_factors
+from lorasb_ds.training.resume import save
+from lorasb_ds.training.run_state import Job
 
 Outcome = Literal["finished", "stopped"]
 Stage = Literal["base", "init", "step", "trained"]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -25,10 +25,14 @@ from lorasb_ds.adapters.layer import AdapterLinear
 from lorasb_ds.adapters.low_rank import LoraPair
 from lorasb_ds.config.methods import TRAIN_R
 from lorasb_ds.data.batch import Sample
+from lorasb_ds.data.sampler import init_sample
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.distributed.collectives import Group, all_reduce, rank_and_size, row_range
 from lorasb_ds.init.gradients import average_gradients, is_transposed
-from lorasb_ds.rng import rng_states, set_rng_states
+from lorasb_ds.runs.plots import describe_alignment
+from lorasb_ds.training.prepare import Prepared
+from lorasb_ds.training.run_state import Job
+from lorasb_ds.training.training_state import rng_states, set_rng_states
 
 Values = dict[str, torch.Tensor]  # factor -> its whole value
 
@@ -245,3 +249,33 @@ def _same_random_numbers() -> Iterator[None]:
         yield
     finally:
         set_rng_states(states, accelerator.device())
+
+
+def track_alignment(job: Job, before: Mapping[str, Values] | None) -> None:
+    """Measure how well the last step has followed the full gradient; write and say it. Collective.
+
+    Args:
+        before: ``trained_factors`` before that step; None after the init.
+    """
+    run, step = job.run, job.progress.step
+    found = measure_alignment(
+        job.engine,
+        job.adapters,
+        probe_of(run),
+        run.footprint.init.groups,
+        before,
+        offload=run.config.init_offload,
+    )
+    if job.log:
+        layers = {name: asdict(layer) for name, layer in found.items()}
+        job.log.write_alignment([{"step": step, "layer": n} | row for n, row in layers.items()])
+        job.log.say(describe_alignment(job.log.alignment))
+
+
+def probe_of(run: Prepared) -> Sample:
+    """Training rows, the same every time, that the init's gradient is not of: those on which the
+    init measures its losses, or as many where it has rows of its own (--init-data)."""
+    if run.config.init_data is None:
+        return run.sample(run.probe_rows)
+    _, rows = init_sample(len(run.train.examples), run.config.init_samples, run.config.seed)
+    return replace(run, init_rows=run.train).sample(rows)
