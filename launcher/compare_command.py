@@ -25,7 +25,7 @@ from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.data.sources import REASONING_GYM
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.scorers import check_scorer
+from lorasb_ds.evaluation.scorers import check_scorer
 from lorasb_ds.sweep import SWEPT, Trial, is_file, label, make_sweep, own_options
 
 POSITIVE = click.IntRange(min=1)

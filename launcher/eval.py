@@ -18,8 +18,8 @@ from lorasb_ds.errors import ConfigError
 from lorasb_ds.system.host_memory import ranks_of_host
 
 if TYPE_CHECKING:
-    from lorasb_ds.eval_rows import EvalRows
-    from lorasb_ds.evaluator import EvalResult
+    from lorasb_ds.evaluation.evaluator import EvalResult
+    from lorasb_ds.evaluation.rows import EvalRows
 
 
 @click.command(context_settings=CONTEXT)
@@ -34,7 +34,7 @@ def main(own: dict[str, Any], given: dict[str, Any]) -> None:
     try:
         config = load_run_config(given)
         check_output_dir(config)
-        from lorasb_ds.inference import prepare_model
+        from lorasb_ds.evaluation.model import prepare_model
 
         if in_job:
             answer_agent()
@@ -43,14 +43,14 @@ def main(own: dict[str, Any], given: dict[str, Any]) -> None:
         local_size = ranks_of_host(default=world_size) if in_job else 1
         run = prepare_model(config, own["adapter"], world_size, local_size)
         if own["lm_eval"] is not None:
-            from lorasb_ds.harness import evaluate_by_harness
+            from lorasb_ds.evaluation.lm_eval import evaluate_by_harness
 
             click.echo(evaluate_by_harness(run, own["lm_eval"], own["num_samples"]))
             end()
         from lorasb_ds.distributed import zero
-        from lorasb_ds.eval_rows import load_eval_rows
-        from lorasb_ds.evaluator import evaluate, write_results
-        from lorasb_ds.inference import start_model
+        from lorasb_ds.evaluation.evaluator import evaluate, write_results
+        from lorasb_ds.evaluation.model import start_model
+        from lorasb_ds.evaluation.rows import load_eval_rows
 
         chosen = {name: own[name] for name in ("task", "num_samples", "max_new_tokens")}
         chosen["max_positions"] = run.max_positions

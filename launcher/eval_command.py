@@ -19,7 +19,7 @@ from lorasb_ds.config.resolve import load_run_config, with_adapter
 from lorasb_ds.config.run_config import DEMO_EVAL_DATA
 from lorasb_ds.config.run_layout import default_output_dir
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.questions import TASKS
+from lorasb_ds.evaluation.tasks import TASKS
 
 FIELDS = (
     "prompt_column",

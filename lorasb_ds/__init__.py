@@ -13,7 +13,7 @@ _HOMES = {
     "ConfigError": "errors",
     "combine_adapters": "export.combine",
     "draw_updates": "export.inspection",
-    "evaluate_model": "evaluator",
+    "evaluate_model": "evaluation.evaluator",
     "export_adapter": "export.to_peft",
     "inspect_adapter": "export.inspection",
     "measure_energy": "export.to_peft",

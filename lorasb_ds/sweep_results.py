@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lorasb_ds.evaluation.proportions import Share
 from lorasb_ds.runs.compare import Run, known, read_runs
 from lorasb_ds.runs.history import summarize
-from lorasb_ds.shares import Share
 from lorasb_ds.sweep import Trial
 
 EVALUATION = Path("eval", "eval.json")  # in a run's folder

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from lorasb_ds.evaluation.proportions import Share
 from lorasb_ds.runs.compare import known
-from lorasb_ds.shares import Share
 from lorasb_ds.sweep import Sweep, Trial, label, short
 from lorasb_ds.sweep_results import Result, base_loss, describe_share
 from lorasb_ds.system.units import GIB

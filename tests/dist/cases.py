@@ -592,9 +592,9 @@ def evaluation(given: dict[str, Any], adapter: str, out: str, zero_optimization:
     """Rank 0 writes what `lorasb eval` would."""
     from lorasb_ds.config.resolve import load_run_config
     from lorasb_ds.distributed import zero
-    from lorasb_ds.eval_rows import load_eval_rows
-    from lorasb_ds.evaluator import evaluate, write_results
-    from lorasb_ds.inference import prepare_model, start_model
+    from lorasb_ds.evaluation.evaluator import evaluate, write_results
+    from lorasb_ds.evaluation.model import prepare_model, start_model
+    from lorasb_ds.evaluation.rows import load_eval_rows
 
     config = load_run_config(given)
     run = prepare_model(config, adapter, int(os.environ["WORLD_SIZE"]))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lorasb_ds.evaluator import EvalResult, evaluate_model
+from lorasb_ds.evaluation.evaluator import EvalResult, evaluate_model
 from tests.references import write_random_lora
 from tests.runs import REALLY_SHARDED, ROOT, run_ranks, word_rows, write_jsonl
 

@@ -21,8 +21,8 @@ from lorasb_ds.data.batch import Batch, collate
 from lorasb_ds.data.dataset import tokenize_rows
 from lorasb_ds.data.sources import load_rows
 from lorasb_ds.errors import ConfigError
+from lorasb_ds.evaluation.model import prepare_model, start_model
 from lorasb_ds.export.adapter_reader import read_adapter, read_init
-from lorasb_ds.inference import prepare_model, start_model
 from lorasb_ds.models.linear_layers import linear_layers
 from lorasb_ds.models.tokenizer import load_tokenizer
 from lorasb_ds.runs.checkpoint import checkpoint_path

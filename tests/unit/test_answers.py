@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasb_ds.answers import (
+from lorasb_ds.errors import ConfigError
+from lorasb_ds.evaluation.scoring import (
     SCORES,
     extract_number,
     final_answer,
     is_equal_math,
     is_equal_number,
 )
-from lorasb_ds.errors import ConfigError
 
 HALF = Fraction(1, 2)
 

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 from lorasb_ds.adapters.peft_writer import peft_target_modules, peft_tensors, save_peft_adapter
 from lorasb_ds.data.batch import collate
 from lorasb_ds.data.tokenization import IGNORE_INDEX, Example
+from lorasb_ds.evaluation.proportions import Share, wilson_interval
 from lorasb_ds.models import generation as evaluate
 from lorasb_ds.models.generation import generate, rounds, stop_tokens
 from lorasb_ds.models.loss import log_likelihoods
-from lorasb_ds.shares import Share, wilson_interval
 from lorasb_ds.system.files import write_text
 
 

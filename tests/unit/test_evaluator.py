@@ -16,9 +16,9 @@ from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.data.batch import collate
 from lorasb_ds.data.chat import render
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.eval_rows import load_eval_rows
-from lorasb_ds.evaluator import EvalResult, evaluate, evaluate_model, write_results
-from lorasb_ds.inference import prepare_model, start_model
+from lorasb_ds.evaluation.evaluator import EvalResult, evaluate, evaluate_model, write_results
+from lorasb_ds.evaluation.model import prepare_model, start_model
+from lorasb_ds.evaluation.rows import load_eval_rows
 from tests.references import own_loss, write_random_lora
 from tests.runs import ROOT, word_rows, write_jsonl
 

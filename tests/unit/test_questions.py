@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lorasb_ds.questions import TASKS, Choices, choices_of, find_task
+from lorasb_ds.evaluation.tasks import TASKS, Choices, choices_of, find_task
 
 FOUR = "answer1/answer2/answer3/answer4"
 BOWL = {"question": "What holds soup?", "choices": ["a fork", "a bowl"]}

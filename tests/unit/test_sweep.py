@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.shares import Share
+from lorasb_ds.evaluation.proportions import Share
 from lorasb_ds.sweep import Sweep, Trial, make_sweep, own_options, short
 from lorasb_ds.sweep_pictures import draw_sweep
 from lorasb_ds.sweep_results import Result, read_result

@@ -19,12 +19,12 @@ from lorasb_ds.config.run_layout import ANSWERS_FILE, RESULT_FILE
 from lorasb_ds.data.batch import collate, share_out
 from lorasb_ds.distributed import accelerator
 from lorasb_ds.distributed.collectives import rank_and_size
-from lorasb_ds.eval_rows import EvalRows, load_eval_rows
-from lorasb_ds.inference import PreparedModel, prepare_model, start_model
+from lorasb_ds.evaluation.model import PreparedModel, prepare_model, start_model
+from lorasb_ds.evaluation.proportions import Share
+from lorasb_ds.evaluation.rows import EvalRows, load_eval_rows
 from lorasb_ds.models.generation import Generated, from_all_ranks, generate, rounds
 from lorasb_ds.models.loss import eval_mode, held_out_loss, log_likelihoods
 from lorasb_ds.runs.run_log import provenance
-from lorasb_ds.shares import Share
 from lorasb_ds.system.files import write_json, write_text
 
 

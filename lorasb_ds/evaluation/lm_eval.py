@@ -7,8 +7,8 @@ from typing import Any
 
 from lorasb_ds.config.run_layout import RESULT_FILE
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.evaluator import describe_run
-from lorasb_ds.inference import PreparedModel, start_model
+from lorasb_ds.evaluation.evaluator import describe_run
+from lorasb_ds.evaluation.model import PreparedModel, start_model
 from lorasb_ds.system.files import write_json
 
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorasb_ds.answers import SCORES, Score, is_equal_math
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.data.chat import render, render_prompt
 from lorasb_ds.data.dataset import TokenizedRows, check_tokenizer, tokenize_rows
@@ -14,8 +13,9 @@ from lorasb_ds.data.formats import Row, RowError, parse_row
 from lorasb_ds.data.sources import load_rows
 from lorasb_ds.data.tokenization import IGNORE_INDEX, Example
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.questions import Choices, choices_of, find_task
-from lorasb_ds.scorers import check_scorer
+from lorasb_ds.evaluation.scorers import check_scorer
+from lorasb_ds.evaluation.scoring import SCORES, Score, is_equal_math
+from lorasb_ds.evaluation.tasks import Choices, choices_of, find_task
 
 LONG_ANSWERS = ("gsm8k", "metamath", "math")  # which reason before they answer
 
