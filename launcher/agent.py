@@ -32,8 +32,9 @@ from typing import Any, NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # DeepSpeed starts it as a script
 
 from launcher import channel as names
-from launcher.channel import STOPPED, Channel, beat_interval, readable
-from launcher.host import extensions_folder, interface_of, old_build_locks, route_from
+from launcher.channel import STOPPED, Channel, beat_interval
+from launcher.hosts.host import extensions_folder, interface_of, old_build_locks, route_from
+from launcher.hosts.polling import readable
 from launcher.ranks import EVAL, rank_variables, remove_shared_memory, shell_status, worker_command
 from lorasb_ds.system.signals import EXIT_STOPPED
 

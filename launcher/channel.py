@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import socket
-from collections.abc import Iterable
 from typing import Any
 
 # Told to the agents through the environment of the job.
@@ -35,14 +33,6 @@ def tell_agent(word: str) -> None:
     """A worker's word to its agent, where it has one."""
     if REPORT_TO in os.environ:
         os.write(int(os.environ[REPORT_TO]), f"{word}\n".encode())
-
-
-def readable(fds: Iterable[int], seconds: float) -> set[int]:
-    """Those that have something to read, as soon as one has; ``select`` stops at 1024."""
-    waiting = select.poll()
-    for fd in fds:
-        waiting.register(fd, select.POLLIN)
-    return {fd for fd, _ in waiting.poll(1000 * seconds)}
 
 
 class Channel:

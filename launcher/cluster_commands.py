@@ -11,11 +11,11 @@ from typing import Any
 
 import click
 
-from launcher.command import asked_for
-from launcher.hostfile import read_hostfile, select, write_hostfile
-from launcher.job_script import k8s_manifest, slurm_script
+from launcher.hosts.environment import asked_for
+from launcher.hosts.hostfile import read_hostfile, select, write_hostfile
+from launcher.hosts.job_script import k8s_manifest, slurm_script
+from launcher.hosts.slurm import from_slurm
 from launcher.options import CONTEXT, add_options, reports_problems, run_options, to_arguments
-from launcher.slurm import from_slurm
 from lorasb_ds.config.ds_config import resolve_ds_config
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.errors import ConfigError

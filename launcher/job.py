@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.checks import Question
-from launcher.command import asked_for, exported, job_environment, read_deepspeed_env
-from launcher.host import interfaces, resolve
-from launcher.hostfile import read_hostfile, select
+from launcher.command import job_environment
+from launcher.hosts.checks import Question
+from launcher.hosts.environment import asked_for, exported, read_deepspeed_env
+from launcher.hosts.host import interfaces, resolve
+from launcher.hosts.hostfile import read_hostfile, select
 from launcher.launch_options import LaunchOptions
 from launcher.options import to_arguments
 from launcher.ranks import free_port

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from launcher.hostfile import read_hostfile, select
+from launcher.hosts.hostfile import read_hostfile, select
 from launcher.launch_options import LaunchOptions
 from launcher.pool import Place
 from lorasb_ds.errors import ConfigError

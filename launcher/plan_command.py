@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from launcher.hostfile import read_hostfile
+from launcher.hosts.hostfile import read_hostfile
 from launcher.text import columns
 from lorasb_ds.config.paths import read_json
 from lorasb_ds.errors import ConfigError, option_name

@@ -10,7 +10,8 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-WORKERS = Path(__file__).resolve().parent
+from launcher.paths import WORKERS
+
 EVAL = "--worker=eval"  # told to the agents: the worker is eval.py, not train.py
 
 # RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_SIZE as MPI's and Slurm's launchers name them. DeepSpeed's

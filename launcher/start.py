@@ -15,16 +15,12 @@ from typing import Any
 import click
 
 from launcher import channel
-from launcher.checks import report
-from launcher.command import (
-    Hosts,
-    deepspeed_env,
-    hosts_command,
-    hosts_environment,
-    local_command,
-)
-from launcher.host import resolve, route_from
-from launcher.hostfile import write_hostfile
+from launcher.command import Hosts, hosts_command, local_command
+from launcher.hosts.checks import report
+from launcher.hosts.environment import deepspeed_env, hosts_environment
+from launcher.hosts.host import resolve, route_from
+from launcher.hosts.hostfile import write_hostfile
+from launcher.hosts.preflight import Findings, examine
 from launcher.job import (
     Job,
     job_environment_of,
@@ -34,7 +30,6 @@ from launcher.job import (
     variables_of_hosts,
 )
 from launcher.launch_options import LaunchOptions
-from launcher.preflight import Findings, examine
 from launcher.ranks import free_port, remove_shared_memory
 from launcher.supervisor import Supervisor, listen_for_agents
 from launcher.verdict import EXIT_REFUSED

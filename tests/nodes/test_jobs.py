@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from launcher.job_script import inner_command
+from launcher.hosts.job_script import inner_command
 from lorasb_ds.system.signals import EXIT_STOPPED
 from tests.nodes.hosts import Command, Host, Hosts, wait_until
 from tests.runs import metrics, run_command, word_rows, write_jsonl

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch.utils.file_baton import FileBaton
 
 from launcher.agent import LONGEST_LINE, Log, build_locks, process_state
-from launcher.channel import LONGEST_GREETING, Channel, readable
-from launcher.host import old_build_locks
+from launcher.channel import LONGEST_GREETING, Channel
+from launcher.hosts.host import old_build_locks
+from launcher.hosts.polling import readable
 
 
 @pytest.fixture

@@ -17,16 +17,13 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from launcher.cli import main
-from launcher.command import (
-    BACKENDS,
-    Hosts,
+from launcher.command import BACKENDS, Hosts, hosts_command, job_environment
+from launcher.hosts.environment import (
     asked_for,
     deepspeed_env,
     exported,
-    hosts_command,
     hosts_environment,
     is_secret,
-    job_environment,
     read_deepspeed_env,
 )
 from launcher.ranks import rank_variables

@@ -17,8 +17,8 @@ from deepspeed.launcher.runner import (
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from launcher.hostfile import read_hostfile, select, write_hostfile
-from launcher.slurm import expand_hostlist, from_slurm, slurm_slots
+from launcher.hosts.hostfile import read_hostfile, select, write_hostfile
+from launcher.hosts.slurm import expand_hostlist, from_slurm, slurm_slots
 from lorasb_ds.errors import ConfigError
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "hostfiles"

@@ -17,7 +17,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.job_script import _literal, inner_command, k8s_manifest, slurm_script
+from launcher.hosts.job_script import _literal, inner_command, k8s_manifest, slurm_script
 from lorasb_ds.errors import ConfigError
 
 HOSTILE = ["--model", "a b", "--data", 'it\'s $HOME `x` "q" \\', "--eval-data", "*\n$(touch no)\n"]

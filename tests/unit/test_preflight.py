@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from launcher import host as this_host
-from launcher.checks import Answer, Question, check_answer, choose_master_addr, report
-from launcher.preflight import PROGRAM, examine, remote_command, twins
+from launcher.hosts import host as this_host
+from launcher.hosts.checks import Answer, Question, check_answer, choose_master_addr, report
+from launcher.hosts.preflight import PROGRAM, examine, remote_command, twins
 
 INTERFACES = {"lo": "127.0.0.1", "eth0": "10.0.0.1", "ib0": "10.1.0.1"}
 QUESTION = Question(slots={"gpu1": 8, "gpu2": 8}, paths=["/data/train.jsonl"], disk=["/runs"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from launcher.ranks import WORKERS
+from launcher.paths import WORKERS
 
 PACKAGES = (
     *("torch", "deepspeed", "transformers", "datasets", "safetensors", "numpy", "lorasb-ds"),

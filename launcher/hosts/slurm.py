@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from itertools import product
 from math import prod
 
-from launcher.hostfile import MAX_HOSTS, MAX_SLOTS, NAMES, bad_name, short
+from launcher.hosts.hostfile import MAX_HOSTS, MAX_SLOTS, NAMES, bad_name, short
 from lorasb_ds.errors import ConfigError
 
 

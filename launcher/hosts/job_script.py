@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from launcher.command import VARIABLE, is_secret
+from launcher.hosts.environment import VARIABLE, is_secret
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.system.signals import EXIT_STOPPED
 

@@ -21,9 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher import host as this_host
-from launcher.channel import readable
-from launcher.checks import (
+from launcher.hosts import host as this_host
+from launcher.hosts.checks import (
     PACKAGES,
     ROOT,
     Answer,
@@ -34,7 +33,8 @@ from launcher.checks import (
     choose_master_addr,
     judged,
 )
-from launcher.command import SSH_OPTIONS
+from launcher.hosts.environment import SSH_OPTIONS
+from launcher.hosts.polling import readable
 
 PROGRAM = Path(this_host.__file__).read_text(encoding="utf-8")
 REACH_S = 4.0

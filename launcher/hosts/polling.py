@@ -1,0 +1,14 @@
+"""Waiting for several file descriptors at once."""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Iterable
+
+
+def readable(fds: Iterable[int], seconds: float) -> set[int]:
+    """Those that have something to read, as soon as one has; ``select`` stops at 1024."""
+    waiting = select.poll()
+    for fd in fds:
+        waiting.register(fd, select.POLLIN)
+    return {fd for fd, _ in waiting.poll(1000 * seconds)}
