@@ -13,8 +13,8 @@ from typing import Any
 import click
 
 from launcher.compare_run import JSON, Comparison, run_comparison
-from launcher.job import make_job
-from launcher.launch_options import LaunchOptions, launch_options
+from launcher.jobs.job import make_job
+from launcher.jobs.launch_options import LaunchOptions, launch_options
 from launcher.options import CONTEXT, add_options, field_options, reports_problems
 from launcher.places import find_places
 from launcher.pool import Place

@@ -13,7 +13,8 @@ from typing import Any
 import click
 
 from launcher.eval_command import FIELDS as EVAL_FIELDS
-from launcher.launch_options import LaunchOptions
+from launcher.jobs.launch_options import LaunchOptions
+from launcher.jobs.verdict import EXIT_REFUSED
 from launcher.options import to_arguments
 from launcher.pool import Place, Work
 from launcher.sweep_runs import (
@@ -29,7 +30,6 @@ from launcher.sweep_runs import (
     train_command,
 )
 from launcher.text import columns, markdown
-from launcher.verdict import EXIT_REFUSED
 from lorasb_ds.config.run_layout import REPORT
 from lorasb_ds.sweep import Sweep, Trial, is_file, label
 from lorasb_ds.sweep_pictures import PICTURES, draw_sweep

@@ -11,8 +11,8 @@ import click
 from launcher.hosts.checks import Check, report
 from launcher.hosts.environment import deepspeed_env
 from launcher.hosts.preflight import Findings, examine
-from launcher.job import Job, job_environment_of, make_job, question_of, variables_of_hosts
-from launcher.launch_options import LaunchOptions
+from launcher.jobs.job import Job, job_environment_of, make_job, question_of, variables_of_hosts
+from launcher.jobs.launch_options import LaunchOptions
 from lorasb_ds.errors import ConfigError
 
 

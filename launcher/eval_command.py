@@ -11,10 +11,10 @@ from typing import Any
 
 import click
 
-from launcher.launch_options import LaunchOptions, launch_options
+from launcher.jobs.launch_options import LaunchOptions, launch_options
+from launcher.jobs.ranks import EVAL, run_here, worker_command
+from launcher.jobs.start import start
 from launcher.options import CONTEXT, add_options, field_options, reports_problems, to_arguments
-from launcher.ranks import EVAL, run_here, worker_command
-from launcher.start import start
 from lorasb_ds.config.resolve import load_run_config, with_adapter
 from lorasb_ds.config.run_config import DEMO_EVAL_DATA
 from lorasb_ds.config.run_layout import default_output_dir

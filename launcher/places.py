@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 
 from launcher.hosts.hostfile import read_hostfile, select
-from launcher.launch_options import LaunchOptions
+from launcher.jobs.launch_options import LaunchOptions
 from launcher.pool import Place
 from lorasb_ds.errors import ConfigError
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launcher.ranks import free_port, listen_to, shell_status
+from launcher.jobs.ranks import free_port, listen_to, shell_status
 from lorasb_ds.system.signals import EXIT_STOPPED, SIGNALS
 
 POLL_S = 0.1

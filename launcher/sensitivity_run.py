@@ -16,9 +16,9 @@ from typing import Any
 
 import click
 
-from launcher.launch_options import LaunchOptions
+from launcher.jobs.launch_options import LaunchOptions
+from launcher.jobs.ranks import run_here, worker_command
 from launcher.pool import Work
-from launcher.ranks import run_here, worker_command
 from launcher.sweep_runs import RUNS, Conductor, log_of, say, train_command
 from launcher.text import columns, markdown
 from lorasb_ds.sensitivity import (

@@ -20,7 +20,7 @@ from typing import Any
 import click
 from filelock import FileLock, Timeout
 
-from launcher.launch_options import OPTIONS, LaunchOptions
+from launcher.jobs.launch_options import OPTIONS, LaunchOptions
 from launcher.options import to_arguments
 from launcher.pool import Place, Pool, Work
 from lorasb_ds.config.run_config import RunConfig

@@ -12,8 +12,8 @@ from typing import NoReturn
 
 import click
 
-from launcher.channel import tell_agent
-from launcher.command import GPUS_ASKED_FOR
+from launcher.jobs.channel import tell_agent
+from launcher.jobs.command import GPUS_ASKED_FOR
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.system.signals import EXIT_STOPPED
 

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from launcher.ranks import free_port, rank_environment, remove_shared_memory
+from launcher.jobs.ranks import free_port, rank_environment, remove_shared_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("deepspeed", "transformers", "peft", "bitsandbytes", "trl")

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from launcher.ranks import free_port, rank_environment, remove_shared_memory
+from launcher.jobs.ranks import free_port, rank_environment, remove_shared_memory
 from lorasb_ds.config.run_config import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from launcher.ranks import free_port, rank_environment
+from launcher.jobs.ranks import free_port, rank_environment
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.runs.checkpoint import checkpoint_path, list_checkpoints, read_checkpoint

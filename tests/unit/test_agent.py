@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.file_baton import FileBaton
 
-from launcher.agent import LONGEST_LINE, Log, build_locks, process_state
-from launcher.channel import LONGEST_GREETING, Channel
 from launcher.hosts.host import old_build_locks
 from launcher.hosts.polling import readable
+from launcher.jobs.agent import LONGEST_LINE, Log, build_locks, process_state
+from launcher.jobs.channel import LONGEST_GREETING, Channel
 
 
 @pytest.fixture

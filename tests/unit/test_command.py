@@ -17,7 +17,6 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from launcher.cli import main
-from launcher.command import BACKENDS, Hosts, hosts_command, job_environment
 from launcher.hosts.environment import (
     asked_for,
     deepspeed_env,
@@ -26,7 +25,8 @@ from launcher.hosts.environment import (
     is_secret,
     read_deepspeed_env,
 )
-from launcher.ranks import rank_variables
+from launcher.jobs.command import BACKENDS, Hosts, hosts_command, job_environment
+from launcher.jobs.ranks import rank_variables
 from lorasb_ds.errors import ConfigError
 
 SLOTS = {"gpu1": [0, 1], "gpu2": [0, 1]}

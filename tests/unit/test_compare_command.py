@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 from launcher.cli import main
 from launcher.compare_run import Comparison
-from launcher.launch_options import LaunchOptions
+from launcher.jobs.launch_options import LaunchOptions
 from lorasb_ds.config.methods import METHODS
 from lorasb_ds.config.run_config import DEMO_EVAL_DATA
 from lorasb_ds.sweep import Trial, make_sweep

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from launcher.job import make_job
-from launcher.launch_options import OPTIONS, LaunchOptions
-from launcher.start import again
+from launcher.jobs.job import make_job
+from launcher.jobs.launch_options import OPTIONS, LaunchOptions
+from launcher.jobs.start import again
 from lorasb_ds.config.ds_config import resolve_ds_config
 from lorasb_ds.config.paths import SHIPPED_DS_CONFIGS
 from lorasb_ds.config.resolve import load_run_config, replayed_processes, with_adapter

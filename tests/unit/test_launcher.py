@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from deepspeed.launcher.runner import fetch_hostfile
 
 from launcher.cli import main
-from launcher.command import job_environment, local_command, visible_gpus
+from launcher.jobs.command import job_environment, local_command, visible_gpus
 from launcher.options import to_arguments
 from lorasb_ds.config.run_config import DEMO_DATA, RunConfig
 from lorasb_ds.config.run_layout import check_output_dir, launcher_files

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher.launch_options import OPTIONS, LaunchOptions
+from launcher.jobs.launch_options import OPTIONS, LaunchOptions
+from launcher.jobs.ranks import run_here
 from launcher.places import find_places
 from launcher.pool import Place, Pool, Work
-from launcher.ranks import run_here
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.system.signals import EXIT_STOPPED
 

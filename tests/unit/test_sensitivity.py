@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from launcher.cli import main
-from launcher.launch_options import LaunchOptions
+from launcher.jobs.launch_options import LaunchOptions
 from launcher.pool import Place
 from launcher.sensitivity_command import numbers
 from launcher.sweep_runs import RUNS, check_folder, errors_in, sweep_folder, train_command

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from launcher.channel import Channel
-from launcher.verdict import Member, failed_rank, late_rank, launcher_gone, lost_rank
+from launcher.jobs.channel import Channel
+from launcher.jobs.verdict import Member, failed_rank, late_rank, launcher_gone, lost_rank
 
 NOW, LIMIT = 1000.0, 60.0
 

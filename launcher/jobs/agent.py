@@ -29,13 +29,19 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # DeepSpeed starts it as a script
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # DeepSpeed starts it as a script
 
-from launcher import channel as names
-from launcher.channel import STOPPED, Channel, beat_interval
 from launcher.hosts.host import extensions_folder, interface_of, old_build_locks, route_from
 from launcher.hosts.polling import readable
-from launcher.ranks import EVAL, rank_variables, remove_shared_memory, shell_status, worker_command
+from launcher.jobs import channel as names
+from launcher.jobs.channel import STOPPED, Channel, beat_interval
+from launcher.jobs.ranks import (
+    EVAL,
+    rank_variables,
+    remove_shared_memory,
+    shell_status,
+    worker_command,
+)
 from lorasb_ds.system.signals import EXIT_STOPPED
 
 TAIL_LINES, TAIL_WIDTH = 40, 1000

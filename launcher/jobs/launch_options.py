@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from launcher.command import BACKENDS
+from launcher.jobs.command import BACKENDS
 from launcher.options import add_options
 from lorasb_ds.errors import ConfigError
 

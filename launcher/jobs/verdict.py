@@ -6,8 +6,8 @@ import signal
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from launcher.channel import Channel
-from launcher.ranks import shell_status
+from launcher.jobs.channel import Channel
+from launcher.jobs.ranks import shell_status
 from lorasb_ds.system.signals import EXIT_STOPPED
 
 EXIT_FAILED, EXIT_REFUSED = 1, 2

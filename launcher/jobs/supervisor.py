@@ -25,12 +25,12 @@ from typing import Any
 import click
 import psutil
 
-from launcher.channel import LONGEST_GREETING, LONGEST_MESSAGE, STOPPED, Channel, beat_interval
-from launcher.console import Console
 from launcher.hosts.environment import is_secret
 from launcher.hosts.polling import readable
-from launcher.ranks import listen_to, shell_status
-from launcher.verdict import (
+from launcher.jobs.channel import LONGEST_GREETING, LONGEST_MESSAGE, STOPPED, Channel, beat_interval
+from launcher.jobs.console import Console
+from launcher.jobs.ranks import listen_to, shell_status
+from launcher.jobs.verdict import (
     EXIT_REFUSED,
     Failure,
     Member,

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.command import job_environment
 from launcher.hosts.checks import Question
 from launcher.hosts.environment import asked_for, exported, read_deepspeed_env
 from launcher.hosts.host import interfaces, resolve
 from launcher.hosts.hostfile import read_hostfile, select
-from launcher.launch_options import LaunchOptions
+from launcher.jobs.command import job_environment
+from launcher.jobs.launch_options import LaunchOptions
+from launcher.jobs.ranks import free_port
 from launcher.options import to_arguments
-from launcher.ranks import free_port
 from lorasb_ds.config.ds_config import resolve_ds_config
 from lorasb_ds.config.paths import read_json
 from lorasb_ds.config.resolve import load_run_config, replayed_processes

@@ -134,7 +134,7 @@ def _runner(python: str) -> list[str]:
 
 
 def _agent() -> str:
-    return str(WORKERS / "agent.py")
+    return str(WORKERS / "jobs" / "agent.py")
 
 
 def visible_gpus(environment: Mapping[str, str], num_gpus: int | None) -> str | None:

@@ -14,14 +14,14 @@ from typing import Any
 
 import click
 
-from launcher import channel
-from launcher.command import Hosts, hosts_command, local_command
 from launcher.hosts.checks import report
 from launcher.hosts.environment import deepspeed_env, hosts_environment
 from launcher.hosts.host import resolve, route_from
 from launcher.hosts.hostfile import write_hostfile
 from launcher.hosts.preflight import Findings, examine
-from launcher.job import (
+from launcher.jobs import channel
+from launcher.jobs.command import Hosts, hosts_command, local_command
+from launcher.jobs.job import (
     Job,
     job_environment_of,
     make_job,
@@ -29,10 +29,10 @@ from launcher.job import (
     resolved_on,
     variables_of_hosts,
 )
-from launcher.launch_options import LaunchOptions
-from launcher.ranks import free_port, remove_shared_memory
-from launcher.supervisor import Supervisor, listen_for_agents
-from launcher.verdict import EXIT_REFUSED
+from launcher.jobs.launch_options import LaunchOptions
+from launcher.jobs.ranks import free_port, remove_shared_memory
+from launcher.jobs.supervisor import Supervisor, listen_for_agents
+from launcher.jobs.verdict import EXIT_REFUSED
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.config.run_layout import LAUNCH, LOGS, launcher_files
 from lorasb_ds.errors import ConfigError
