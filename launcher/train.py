@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from launcher.options import CONTEXT, run_options
-from launcher.quiet import quiet_libraries
-from launcher.worker import answer_agent, check_device, end, join, refuse
+from launcher.workers.common import answer_agent, check_device, end, join, refuse
+from launcher.workers.quiet import quiet_libraries
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.system.host_memory import ranks_of_host

@@ -119,7 +119,7 @@ def ours(config: dict[str, Any], out: str) -> None:
 
 
 def _prepare(config: dict[str, Any], world_size: int) -> Any:
-    from launcher.quiet import quiet_libraries
+    from launcher.workers.quiet import quiet_libraries
     from lorasb_ds.config.resolve import load_run_config
     from lorasb_ds.training.prepare import prepare
 

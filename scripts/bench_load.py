@@ -58,7 +58,7 @@ QUICK_CASES += [Case(ORDINARY, 16, 2, 1)]
 
 def load(settings: dict[str, Any], out: str) -> None:
     """One rank: load the model in one way; the first writes what each of them found."""
-    from launcher.quiet import quiet_libraries
+    from launcher.workers.quiet import quiet_libraries
 
     quiet_libraries()
     # What a way would import only while it loads is no memory of its weights.

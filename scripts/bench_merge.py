@@ -46,7 +46,7 @@ CASES = [OURS, PEFT, Case("lorasb", bits=4), Case("lorasb", num_procs=2)]
 
 def merged(settings: dict[str, Any], out: str) -> None:
     """A process of its own: merge in one way; seconds and memory of its work and of its imports."""
-    from launcher.quiet import quiet_libraries
+    from launcher.workers.quiet import quiet_libraries
 
     quiet_libraries()
     if settings["way"] == OURS.way:

@@ -46,7 +46,7 @@ def run(config: dict[str, Any], out: str) -> None:
     """A run as `lorasb train` makes it; of every number that of the rank with most."""
     import torch.distributed as dist
 
-    from launcher.quiet import quiet_libraries
+    from launcher.workers.quiet import quiet_libraries
     from lorasb_ds.config.resolve import load_run_config
     from lorasb_ds.distributed import accelerator, zero
     from lorasb_ds.training.init_phase import initialize_by

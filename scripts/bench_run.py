@@ -18,7 +18,7 @@ def started(config: Mapping[str, Any], zero_optimization: Mapping[str, Any] = {}
     Args:
         zero_optimization: what its ds_config has otherwise.
     """
-    from launcher.quiet import quiet_libraries
+    from launcher.workers.quiet import quiet_libraries
 
     quiet_libraries()
     from lorasb_ds.config.resolve import load_run_config

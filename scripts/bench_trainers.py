@@ -24,7 +24,7 @@ TRAINERS = (LORASB, LORASB_CHECKPOINTED, TRL, TRL_BF16, TRL_PLAIN)
 
 def trainer(settings: dict[str, Any], out: str) -> None:
     """Seconds and label-bearing rows' real tokens of optimizer steps, and their peak memory."""
-    from launcher.quiet import quiet_libraries
+    from launcher.workers.quiet import quiet_libraries
 
     quiet_libraries()
     ours = settings["way"] in (LORASB, LORASB_CHECKPOINTED)

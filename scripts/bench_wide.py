@@ -50,7 +50,7 @@ PARTS = ("load", "init", "gradients", "communication", "SVD", "eta", "step")
 
 def wide(config: dict[str, Any], out: str) -> None:
     """One rank of a run; the first writes what was found, of the rank with most."""
-    from launcher.quiet import quiet_libraries
+    from launcher.workers.quiet import quiet_libraries
 
     quiet_libraries()
     import torch.distributed as dist

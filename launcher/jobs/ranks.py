@@ -34,7 +34,8 @@ def worker_command(
     worker: str, worker_arguments: Sequence[str], python: str = sys.executable
 ) -> list[str]:
     """The argument list of a worker: ``train``, ``eval`` or ``preview``."""
-    return [python, str(WORKERS / f"{worker}.py"), *worker_arguments]
+    folder = WORKERS if worker == "train" else WORKERS / "workers"
+    return [python, str(folder / f"{worker}.py"), *worker_arguments]
 
 
 def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from launcher import adapters as adapters_worker
-from launcher import preview as preview_worker
 from launcher.cli import main
 from launcher.eval_command import eval_command
+from launcher.workers import adapters as adapters_worker
+from launcher.workers import preview as preview_worker
 from tests.runs import ROOT, made_up_run, metrics, run_command, word_rows, write_jsonl
 
 README = (ROOT / "README.md").read_text()

@@ -18,7 +18,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from launcher.adapters import main
+from launcher.workers.adapters import main
 from lorasb_ds.adapters.peft_config import misread_by_peft
 from lorasb_ds.adapters.peft_writer import peft_target_modules, peft_tensors, save_peft_adapter
 from lorasb_ds.config.paths import demo_model_dir

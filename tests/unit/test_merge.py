@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
-from launcher import adapters
+from launcher.workers import adapters
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export import merge as merging
 from lorasb_ds.export import merge_file

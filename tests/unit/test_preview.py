@@ -9,7 +9,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from launcher.preview import main
+from launcher.workers.preview import main
 from tests.runs import run_command, word_rows, write_jsonl
 
 TURNS = [

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from launcher.options import CONTEXT, field_options, reports_problems
-from launcher.quiet import quiet_libraries
+from launcher.workers.quiet import quiet_libraries
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.config.run_config import RunConfig
 

@@ -10,8 +10,8 @@ import click
 
 from launcher.eval_command import eval_options
 from launcher.options import CONTEXT, reports_problems
-from launcher.quiet import quiet_libraries
-from launcher.worker import answer_agent, check_device, end, end_when_asked, join, refuse
+from launcher.workers.common import answer_agent, check_device, end, end_when_asked, join, refuse
+from launcher.workers.quiet import quiet_libraries
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.config.run_layout import check_output_dir
 from lorasb_ds.errors import ConfigError

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from launcher.options import CONTEXT, check_picture, reports_problems
-from launcher.quiet import quiet_libraries
 from launcher.text import columns
+from launcher.workers.quiet import quiet_libraries
 from lorasb_ds.adapters.peft_config import peft_warning
 from lorasb_ds.errors import ConfigError
 
 if TYPE_CHECKING:
     from lorasb_ds.export.inspection import LayerUpdate
     from lorasb_ds.export.to_peft import EnergyKept
+
 
 POSITIVE = click.IntRange(min=1)
 DTYPE = click.Choice(["fp32", "bf16", "fp16"])

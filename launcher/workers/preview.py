@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from launcher.options import CONTEXT, field_options
-from launcher.quiet import quiet_libraries
+from launcher.workers.quiet import quiet_libraries
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.errors import ConfigError
@@ -18,6 +18,7 @@ from lorasb_ds.errors import ConfigError
 if TYPE_CHECKING:
     from lorasb_ds.data.dataset import TokenizedRows
     from lorasb_ds.data.tokenization import Example
+
 
 FIELDS = (
     "model",
