@@ -12,13 +12,14 @@ from typing import Any
 
 import click
 
-from launcher.compare_run import JSON, Comparison, run_comparison
 from launcher.jobs.job import make_job
 from launcher.jobs.launch_options import LaunchOptions, launch_options
 from launcher.options import CONTEXT, add_options, field_options, reports_problems
-from launcher.places import find_places
-from launcher.pool import Place
-from launcher.sweep_runs import OF_NO_CONSEQUENCE, PARALLEL, launch_in, shown
+from launcher.sweeps.compare_run import JSON, Comparison, run_comparison
+from launcher.sweeps.grid import SWEPT, Trial, is_file, label, make_sweep, own_options
+from launcher.sweeps.places import find_places
+from launcher.sweeps.pool import Place
+from launcher.sweeps.runs import OF_NO_CONSEQUENCE, PARALLEL, launch_in, shown
 from lorasb_ds.config.methods import PEFT_PREFIX
 from lorasb_ds.config.paths import read_json
 from lorasb_ds.config.resolve import load_run_config
@@ -26,7 +27,6 @@ from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.data.sources import REASONING_GYM
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.evaluation.scorers import check_scorer
-from lorasb_ds.sweep import SWEPT, Trial, is_file, label, make_sweep, own_options
 
 POSITIVE = click.IntRange(min=1)
 FREE = {*SWEPT, *OF_NO_CONSEQUENCE, "dataset_num_proc", "generate_samples", "trust_remote_code"}

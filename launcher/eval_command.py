@@ -14,25 +14,20 @@ import click
 from launcher.jobs.launch_options import LaunchOptions, launch_options
 from launcher.jobs.ranks import EVAL, run_here, worker_command
 from launcher.jobs.start import start
-from launcher.options import CONTEXT, add_options, field_options, reports_problems, to_arguments
+from launcher.options import (
+    CONTEXT,
+    FIELDS,
+    add_options,
+    field_options,
+    reports_problems,
+    to_arguments,
+)
 from lorasb_ds.config.resolve import load_run_config, with_adapter
 from lorasb_ds.config.run_config import DEMO_EVAL_DATA
 from lorasb_ds.config.run_layout import default_output_dir
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.evaluation.tasks import TASKS
 
-FIELDS = (
-    "prompt_column",
-    "response_column",
-    "max_length",
-    "dtype",
-    "load_in_4bit",
-    "load_in_8bit",
-    "ds_config",
-    "attn_implementation",
-    "trust_remote_code",
-    "overwrite",
-)
 # What an evaluation has and a run has not.
 OWN = ("adapter", "task", "num_samples", "max_new_tokens", "lm_eval")
 OPTIONS = (

@@ -15,6 +15,20 @@ from pydantic.fields import FieldInfo
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.errors import ConfigError, option_name
 
+FIELDS = (
+    "prompt_column",
+    "response_column",
+    "max_length",
+    "dtype",
+    "load_in_4bit",
+    "load_in_8bit",
+    "ds_config",
+    "attn_implementation",
+    "trust_remote_code",
+    "overwrite",
+)
+
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 # DeepSpeed's users write underscores: --ds_config is --ds-config, and so for every option.

@@ -12,10 +12,9 @@ import click
 from launcher.jobs.job import make_job
 from launcher.jobs.launch_options import LaunchOptions, launch_options
 from launcher.options import CONTEXT, add_options, field_options, reports_problems, to_arguments
-from launcher.places import find_places
-from launcher.pool import Place
-from launcher.sensitivity_run import COMMAND, PICTURE, Study, ask, run_study
-from launcher.sweep_runs import (
+from launcher.sweeps.places import find_places
+from launcher.sweeps.pool import Place
+from launcher.sweeps.runs import (
     OF_NO_CONSEQUENCE,
     PARALLEL,
     Conductor,
@@ -25,11 +24,12 @@ from launcher.sweep_runs import (
     sweep_folder,
     train_command,
 )
+from launcher.sweeps.sensitivity import SHARES, Draw, sample_sizes, told_sizes
+from launcher.sweeps.sensitivity_run import COMMAND, PICTURE, Study, ask, run_study
 from lorasb_ds.config.methods import METHODS
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.sensitivity import SHARES, Draw, sample_sizes, told_sizes
 
 # Set in its runs, or without meaning there.
 OWN = ("init_samples", "init_seed", "init_from", "output_dir", "overwrite", "resume")

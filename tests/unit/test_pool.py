@@ -14,8 +14,8 @@ import pytest
 
 from launcher.jobs.launch_options import OPTIONS, LaunchOptions
 from launcher.jobs.ranks import run_here
-from launcher.places import find_places
-from launcher.pool import Place, Pool, Work
+from launcher.sweeps.places import find_places
+from launcher.sweeps.pool import Place, Pool, Work
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.system.signals import EXIT_STOPPED
 

@@ -12,11 +12,11 @@ from click.testing import CliRunner
 
 from launcher.cli import main
 from launcher.jobs.launch_options import LaunchOptions
-from launcher.pool import Place
 from launcher.sensitivity_command import numbers
-from launcher.sweep_runs import RUNS, check_folder, errors_in, sweep_folder, train_command
-from lorasb_ds.errors import ConfigError
-from lorasb_ds.sensitivity import (
+from launcher.sweeps.plots import draw_sensitivity
+from launcher.sweeps.pool import Place
+from launcher.sweeps.runs import RUNS, check_folder, errors_in, sweep_folder, train_command
+from launcher.sweeps.sensitivity import (
     Draw,
     Result,
     as_dict,
@@ -27,7 +27,7 @@ from lorasb_ds.sensitivity import (
     table,
     told_sizes,
 )
-from lorasb_ds.sensitivity_picture import draw_sensitivity
+from lorasb_ds.errors import ConfigError
 from tests.runs import made_up_run
 
 NAN = math.nan

@@ -16,12 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
+from launcher.sweeps.grid import Sweep, Trial, make_sweep, own_options, short
+from launcher.sweeps.plots import draw_sweep
+from launcher.sweeps.results import Result, read_result
+from launcher.sweeps.table import COLUMNS, Outcome, as_dict, outcomes, ranking, table
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.evaluation.proportions import Share
-from lorasb_ds.sweep import Sweep, Trial, make_sweep, own_options, short
-from lorasb_ds.sweep_pictures import draw_sweep
-from lorasb_ds.sweep_results import Result, read_result
-from lorasb_ds.sweep_table import COLUMNS, Outcome, as_dict, outcomes, ranking, table
 from tests.runs import made_up_run
 from tests.unit.test_curves import drawn, figures
 

@@ -12,12 +12,15 @@ from typing import Any
 
 import click
 
-from launcher.eval_command import FIELDS as EVAL_FIELDS
 from launcher.jobs.launch_options import LaunchOptions
 from launcher.jobs.verdict import EXIT_REFUSED
+from launcher.options import FIELDS as EVAL_FIELDS
 from launcher.options import to_arguments
-from launcher.pool import Place, Work
-from launcher.sweep_runs import (
+from launcher.sweeps.grid import Sweep, Trial, is_file, label
+from launcher.sweeps.plots import PICTURES, draw_sweep
+from launcher.sweeps.pool import Place, Work
+from launcher.sweeps.results import EVALUATION, Result, base_loss, read_result
+from launcher.sweeps.runs import (
     LORASB,
     RUNS,
     Conductor,
@@ -29,12 +32,9 @@ from launcher.sweep_runs import (
     sweep_folder,
     train_command,
 )
+from launcher.sweeps.table import COLUMNS, LEGEND, as_dict, outcomes, ranking, table
 from launcher.text import columns, markdown
 from lorasb_ds.config.run_layout import REPORT
-from lorasb_ds.sweep import Sweep, Trial, is_file, label
-from lorasb_ds.sweep_pictures import PICTURES, draw_sweep
-from lorasb_ds.sweep_results import EVALUATION, Result, base_loss, read_result
-from lorasb_ds.sweep_table import COLUMNS, LEGEND, as_dict, outcomes, ranking, table
 from lorasb_ds.system.files import write_json, write_text
 from lorasb_ds.system.signals import EXIT_STOPPED
 

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.sweeps.grid import Trial
 from lorasb_ds.evaluation.proportions import Share
 from lorasb_ds.runs.compare import Run, known, read_runs
 from lorasb_ds.runs.history import summarize
-from lorasb_ds.sweep import Trial
 
 EVALUATION = Path("eval", "eval.json")  # in a run's folder
 

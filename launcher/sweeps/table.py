@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from launcher.sweeps.grid import Sweep, Trial, label, short
+from launcher.sweeps.results import Result, base_loss, describe_share
 from lorasb_ds.evaluation.proportions import Share
 from lorasb_ds.runs.compare import known
-from lorasb_ds.sweep import Sweep, Trial, label, short
-from lorasb_ds.sweep_results import Result, base_loss, describe_share
 from lorasb_ds.system.units import GIB
 
 COLUMNS = (

@@ -18,10 +18,10 @@ import click
 
 from launcher.jobs.launch_options import LaunchOptions
 from launcher.jobs.ranks import run_here, worker_command
-from launcher.pool import Work
-from launcher.sweep_runs import RUNS, Conductor, log_of, say, train_command
-from launcher.text import columns, markdown
-from lorasb_ds.sensitivity import (
+from launcher.sweeps.plots import draw_sensitivity
+from launcher.sweeps.pool import Work
+from launcher.sweeps.runs import RUNS, Conductor, log_of, say, train_command
+from launcher.sweeps.sensitivity import (
     COLUMNS,
     RUN_COLUMNS,
     Draw,
@@ -34,7 +34,7 @@ from lorasb_ds.sensitivity import (
     table,
     told_sizes,
 )
-from lorasb_ds.sensitivity_picture import draw_sensitivity
+from launcher.text import columns, markdown
 from lorasb_ds.system.files import write_json, write_text
 from lorasb_ds.system.signals import EXIT_STOPPED
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from launcher.hosts.hostfile import read_hostfile, select
 from launcher.jobs.launch_options import LaunchOptions
-from launcher.pool import Place
+from launcher.sweeps.pool import Place
 from lorasb_ds.errors import ConfigError
 
 

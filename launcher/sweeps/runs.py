@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from launcher.jobs.launch_options import OPTIONS, LaunchOptions
 from launcher.options import to_arguments
-from launcher.pool import Place, Pool, Work
+from launcher.sweeps.pool import Place, Pool, Work
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.errors import ConfigError, option_name
 from lorasb_ds.runs.compare import NOT_COMPARED
