@@ -10,16 +10,17 @@ from typing import Any
 
 import click
 
-from launcher import plan_command, report_command
-from launcher.cluster_commands import hostfile, launch_script
-from launcher.compare_command import compare_command
-from launcher.doctor import doctor
-from launcher.eval_command import eval_command
+from launcher.commands import plan as plan_command
+from launcher.commands import report as report_command
+from launcher.commands.cluster import hostfile, launch_script
+from launcher.commands.compare import compare_command
+from launcher.commands.doctor import doctor
+from launcher.commands.eval import eval_command
+from launcher.commands.sensitivity import sensitivity_command
 from launcher.jobs.launch_options import LaunchOptions, launch_options
 from launcher.jobs.ranks import run_here, worker_command
 from launcher.jobs.start import start
 from launcher.options import CONTEXT, check_picture, reports_problems, run_options
-from launcher.sensitivity_command import sensitivity_command
 from lorasb_ds import __version__
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.planner.strategies import plan as make_plan

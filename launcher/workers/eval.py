@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from launcher.eval_command import eval_options
+from launcher.commands.eval import eval_options
 from launcher.options import CONTEXT, reports_problems
 from launcher.workers.common import answer_agent, check_device, end, end_when_asked, join, refuse
 from launcher.workers.quiet import quiet_libraries

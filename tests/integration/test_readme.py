@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from launcher.cli import main
-from launcher.eval_command import eval_command
+from launcher.commands.eval import eval_command
 from launcher.workers import adapters as adapters_worker
 from launcher.workers import preview as preview_worker
 from tests.runs import ROOT, made_up_run, metrics, run_command, word_rows, write_jsonl

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from launcher.cli import main
-from launcher.eval_command import eval_command
+from launcher.commands.eval import eval_command
 from tests.runs import ROOT, run_command
 
 RECIPES = ROOT / "scripts/recipes"

@@ -17,8 +17,8 @@ from click.testing import CliRunner
 from deepspeed.launcher.runner import fetch_hostfile
 
 from launcher.cli import main
+from launcher.commands.plan import find_workload
 from launcher.hosts.hostfile import read_hostfile
-from launcher.plan_command import find_workload
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.planner.model_shape import BUILT_IN, shape_from_config
 from lorasb_ds.planner.placement import Placement

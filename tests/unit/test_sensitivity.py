@@ -11,8 +11,8 @@ import pytest
 from click.testing import CliRunner
 
 from launcher.cli import main
+from launcher.commands.sensitivity import numbers
 from launcher.jobs.launch_options import LaunchOptions
-from launcher.sensitivity_command import numbers
 from launcher.sweeps.plots import draw_sensitivity
 from launcher.sweeps.pool import Place
 from launcher.sweeps.runs import RUNS, check_folder, errors_in, sweep_folder, train_command
