@@ -85,7 +85,7 @@ main.add_command(sensitivity_command)
 
 
 def adapter_command(name: str, help_text: str) -> None:
-    """Add a verb about a trained adapter, which launcher/adapters.py does."""
+    """Add a verb about a trained adapter, which launcher/workers/adapters.py does."""
 
     @main.command(
         name=name,

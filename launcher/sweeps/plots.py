@@ -132,12 +132,12 @@ def draw_sensitivity(path: Path, sizes: Sequence[Size], chance: Pair) -> None:
         overlap.plot(numbers, largest, "s--", color=f"C{i}", label=f"{side}, with most rows")
         overlap.axhline(chance[i], color=f"C{i}", ls=":", lw=1, label=f"{side}, by chance")
     overlap.set(ylim=(0, 1.02), ylabel="overlap of subspaces (1: the same)")
-    for i, (name, label) in enumerate((("init_loss", "after the init"), ("loss", "at the end"))):
+    for i, (name, when) in enumerate((("init_loss", "after the init"), ("loss", "at the end"))):
         for size in sizes:
             found = [getattr(result, name) for result in size.results]
             loss.plot([size.num_rows] * len(found), found, ".", color=f"C{i}", alpha=0.5)
         means = [statistics.fmean(getattr(r, name) for r in size.results) for size in sizes]
-        loss.plot(numbers, means, "o-", color=f"C{i}", label=f"{label}, mean")
+        loss.plot(numbers, means, "o-", color=f"C{i}", label=f"{when}, mean")
     loss.set(ylabel="held-out loss")
     for axes in (overlap, loss):
         _finish(axes, numbers)

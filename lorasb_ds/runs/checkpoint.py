@@ -12,31 +12,21 @@ A checkpoint is written aside, fsynced and renamed: it is whole or not there. A 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from dataclasses import field
-from lorasb_ds.config.run_config import RunConfig
-from lorasb_ds.config.run_layout import FILES
-from lorasb_ds.config.run_layout import FOLDER
-from lorasb_ds.config.run_layout import STATE_FILE
-from lorasb_ds.config.run_layout import TRAINER_FILE
-from lorasb_ds.config.run_layout import resumed_run
-from lorasb_ds.errors import ConfigError
-from lorasb_ds.system.files import SUMS_FILE
-from lorasb_ds.system.files import check_sums
-from lorasb_ds.system.files import publish
-from lorasb_ds.system.files import write_json
-from lorasb_ds.system.files import write_sums
-from lorasb_ds.system.safetensors_writer import save_tensors
-from pathlib import Path
-from safetensors.torch import load_file
-from typing import Any
 import json
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
 import torch
+from safetensors.torch import load_file
 
-
-
+from lorasb_ds.config.run_config import RunConfig
+from lorasb_ds.config.run_layout import FILES, FOLDER, STATE_FILE, TRAINER_FILE, resumed_run
+from lorasb_ds.errors import ConfigError
+from lorasb_ds.system.files import SUMS_FILE, check_sums, publish, write_json, write_sums
+from lorasb_ds.system.safetensors_writer import save_tensors
 
 FORMAT = 1
 

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import timedelta
-from lorasb_ds.config.run_config import RunConfig
-from lorasb_ds.config.run_layout import METRICS
-from lorasb_ds.config.run_layout import REPORT
-from lorasb_ds.errors import ConfigError
-from lorasb_ds.runs.history import Row
-from lorasb_ds.runs.history import Summary
-from lorasb_ds.runs.history import read_rows
-from lorasb_ds.runs.history import summarize
-from lorasb_ds.system.units import GIB
-from pathlib import Path
-from typing import Any
 import json
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
-
-
+from lorasb_ds.config.run_config import RunConfig
+from lorasb_ds.config.run_layout import METRICS, REPORT
+from lorasb_ds.errors import ConfigError
+from lorasb_ds.runs.history import Row, Summary, read_rows, summarize
+from lorasb_ds.system.units import GIB
 
 # Of no interest beside another run's: where it was written, and how.
 NOT_COMPARED = {"output_dir", "overwrite", "force", "report_to"}

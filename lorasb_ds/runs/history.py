@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from lorasb_ds.errors import ConfigError
-from pathlib import Path
-from typing import Any
 import json
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-
-
+from lorasb_ds.errors import ConfigError
 
 MAX_EXPONENT = 709.0  # of a double
 Row = dict[str, Any]

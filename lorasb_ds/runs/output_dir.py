@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import suppress
+from pathlib import Path
+
+import torch.distributed as dist
+
 from lorasb_ds.config.run_config import RunConfig
-from lorasb_ds.config.run_layout import ALIGNMENT
-from lorasb_ds.config.run_layout import ALIGNMENT_PICTURE
-from lorasb_ds.config.run_layout import DS_CONFIG_COPY
-from lorasb_ds.config.run_layout import METRICS
-from lorasb_ds.config.run_layout import PEFT_COPY
-from lorasb_ds.config.run_layout import PROFILE
-from lorasb_ds.config.run_layout import PROFILE_ASIDE
-from lorasb_ds.config.run_layout import REPORT
-from lorasb_ds.config.run_layout import SAMPLES
-from lorasb_ds.config.run_layout import default_output_dir
+from lorasb_ds.config.run_layout import (
+    ALIGNMENT,
+    ALIGNMENT_PICTURE,
+    DS_CONFIG_COPY,
+    METRICS,
+    PEFT_COPY,
+    PROFILE,
+    PROFILE_ASIDE,
+    REPORT,
+    SAMPLES,
+    default_output_dir,
+)
 from lorasb_ds.distributed import zero
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.system.files import SUMS_FILE
-from pathlib import Path
-import shutil
-import torch.distributed as dist
-
-
-
 
 # All that a run writes into its folder, and --overwrite removes.
 OUTPUTS = (

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence
-from itertools import accumulate
-from itertools import chain
-from lorasb_ds.runs.history import evaluations
-from lorasb_ds.runs.history import training_rows
-from pathlib import Path
-from typing import Any
 import math
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from typing import TYPE_CHECKING
+from lorasb_ds.runs.history import evaluations, training_rows
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -23,9 +20,6 @@ PANELS = {
     "update_cosine": "step made and full AdamW's,\ncosine of ΔW and -sign(G)",
 }
 TICKS = 8  # that name steps, at most
-
-
-
 
 
 def draw_loss_curve(path: Path, rows: Rows) -> None:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from lorasb_ds.config.run_layout import PROFILE
-from lorasb_ds.config.run_layout import PROFILE_ASIDE
+from pathlib import Path
+from typing import Any
+
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from lorasb_ds.config.run_layout import PROFILE, PROFILE_ASIDE
 from lorasb_ds.distributed import accelerator
 from lorasb_ds.runs.output_dir import say
 from lorasb_ds.system.files import publish
-from pathlib import Path
-from torch.profiler import ProfilerActivity
-from torch.profiler import profile
-from torch.profiler import schedule
-from typing import Any
-
-
-
 
 ROWS = 10
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections import deque
 from collections.abc import Mapping
 from datetime import timedelta
-from lorasb_ds.system.units import GIB
 from typing import Any
-import sys
-import time
 
-
-
+from lorasb_ds.system.units import GIB
 
 LINE_EVERY_S = 5.0  # where there is no terminal
 ETA_STEPS = 100  # whose times tell how long a step takes

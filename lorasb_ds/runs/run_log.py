@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Mapping
-from contextlib import suppress
-from importlib import metadata
-from lorasb_ds.config.run_layout import ALIGNMENT
-from lorasb_ds.config.run_layout import METRICS
-from lorasb_ds.config.run_layout import SAMPLES
-from lorasb_ds.runs.history import Row
-from lorasb_ds.runs.history import read_rows
-from lorasb_ds.runs.history import to_line
-from lorasb_ds.runs.progress import Progress
-from lorasb_ds.system.files import write_text
-from lorasb_ds.runs.tracking import Tracker
-from pathlib import Path
-from typing import Any
 import os
 import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
 
-
-
+from lorasb_ds.config.run_layout import ALIGNMENT, METRICS, SAMPLES
+from lorasb_ds.runs.history import Row, read_rows, to_line
+from lorasb_ds.runs.progress import Progress
+from lorasb_ds.runs.tracking import Tracker
+from lorasb_ds.system.files import write_text
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "bitsandbytes", "peft", "safetensors")
 

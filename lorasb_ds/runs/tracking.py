@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from importlib.util import find_spec
-from lorasb_ds.config.run_config import RunConfig
-from lorasb_ds.errors import ConfigError
-from lorasb_ds.system.files import write_json
-from pathlib import Path
-from typing import Any
 import importlib
 import json
 import os
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
-
-
+from lorasb_ds.config.run_config import RunConfig
+from lorasb_ds.errors import ConfigError
+from lorasb_ds.system.files import write_json
 
 PROJECT = "lorasb-ds"
 TRACKING = "tracking.json"  # in the output folder: what the tracker knows the run by

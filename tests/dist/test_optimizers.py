@@ -186,7 +186,7 @@ def test_the_init_takes_the_optimizer_s_first_step(
             before = W.detach().clone()
             OPTIMIZERS["adafactor"]([W], lr=eta, weight_decay=0.0).step()
             U, S, Vh = torch.linalg.svd(W.detach() - before, full_matrices=False)
-        else:  # torch's is in bf16 (tests/unit/test_updates.py): here what it converges to
+        else:  # torch's is in bf16 (test_update_rules.py): here what it converges to
             U, S, Vh = torch.linalg.svd(-G, full_matrices=False)
             S = torch.full_like(S, eta * math.sqrt(max(1.0, len(G) / G.shape[1])))
         expected = (U[:, :r] * S[:r]) @ Vh[:r]

@@ -229,7 +229,7 @@ def test_a_killed_worker_ends_the_run(running: tuple[subprocess.Popen[bytes], st
 def test_sigterm_ends_every_process(running: tuple[subprocess.Popen[bytes], str]) -> None:
     child, folder = running
     assert len(workers(folder)) == 2
-    assert len(workers(folder, "launcher/agent.py")) >= 2
+    assert len(workers(folder, "launcher/jobs/agent.py")) >= 2
     child.send_signal(signal.SIGTERM)
     assert child.wait(timeout=60) == EXIT_STOPPED
     log = (Path(folder).parent / "log").read_text()

@@ -16,7 +16,7 @@ from lorasb_ds.adapters.peft_writer import peft_target_modules, peft_tensors, sa
 from lorasb_ds.data.batch import collate
 from lorasb_ds.data.tokenization import IGNORE_INDEX, Example
 from lorasb_ds.evaluation.proportions import Share, wilson_interval
-from lorasb_ds.models import generation as evaluate
+from lorasb_ds.models import generation
 from lorasb_ds.models.generation import generate, rounds, stop_tokens
 from lorasb_ds.models.loss import log_likelihoods
 from lorasb_ds.system.files import write_text
@@ -82,7 +82,7 @@ def test_an_invented_question_is_no_answer(tiny_model: Path, tokenizer: Any) -> 
     forward = model.forward
     model.forward = say_it
     (answer,) = generate(model, plain, [[5, 6]], len(ids), torch.device("cpu"), stop=[2])
-    assert answer == evaluate.Generated("It is 7.", cut_off=False)
+    assert answer == generation.Generated("It is 7.", cut_off=False)
     assert len(list(said)) > 3, "it has stopped there"
 
 
@@ -110,7 +110,7 @@ def test_ranks_share_all_rows(
     lengths = [(7 * i) % 11 + 1 for i in range(num_rows)]
     of_ranks = []
     for rank in range(world_size):
-        monkeypatch.setattr(evaluate, "rank_and_size", lambda _, r=rank: (r, world_size))
+        monkeypatch.setattr(generation, "rank_and_size", lambda _, r=rank: (r, world_size))
         of_ranks.append(list(rounds(lengths, 4)))
     assert len({len(found) for found in of_ranks}) == 1, "every rank takes part in every round"
     counted = [i for found in of_ranks for batch, counts in found if counts for i in batch]

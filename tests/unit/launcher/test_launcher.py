@@ -22,7 +22,7 @@ def test_local_command() -> None:
     assert command[:3] == ["/env/bin/python", "-m", "deepspeed.launcher.runner"]
     assert command[command.index("--num_accelerators") + 1] == "2"
     assert command[command.index("--master_port") + 1] == "1234"
-    script = next(i for i, word in enumerate(command) if word.endswith("launcher/agent.py"))
+    script = next(i for i, word in enumerate(command) if word.endswith("launcher/jobs/agent.py"))
     assert command[script + 1 :] == ["--r", "8"]
 
 

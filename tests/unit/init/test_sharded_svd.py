@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorasb_ds.distributed.collectives import row_range
-from lorasb_ds.init import sharded_svd as linalg
+from lorasb_ds.init import sharded_svd
 from lorasb_ds.init.sharded_svd import Method, truncated_svd
 
 METHODS = ("gram", "krylov")
@@ -24,18 +24,18 @@ def noisy_signs(m: int, n: int, directions: int, noise: float) -> torch.Tensor:
     return (signal + noise * torch.randn(m, n, generator=generator)).sign().to(torch.int8)
 
 
-def assert_orthonormal(found: linalg.TruncatedSVD) -> None:
+def assert_orthonormal(found: sharded_svd.TruncatedSVD) -> None:
     identity = torch.eye(len(found.S))
     torch.testing.assert_close(found.U_local.T @ found.U_local, identity, atol=1e-5, rtol=0)
     torch.testing.assert_close(found.Vh @ found.Vh.T, identity, atol=1e-5, rtol=0)
 
 
-def kept_energy(found: linalg.TruncatedSVD, M: torch.Tensor) -> float:
+def kept_energy(found: sharded_svd.TruncatedSVD, M: torch.Tensor) -> float:
     """Of M in the span of the bases, whatever S claims."""
     return (found.U_local.T.double() @ M.double() @ found.Vh.T.double()).square().sum().item()
 
 
-def assert_optimal(found: linalg.TruncatedSVD, M: torch.Tensor) -> None:
+def assert_optimal(found: sharded_svd.TruncatedSVD, M: torch.Tensor) -> None:
     """At least 0.9999 of the energy that as many directions can hold, and S says so."""
     exact = torch.linalg.svdvals(M.double()).square()
     best = exact[: len(found.S)].sum().item()
@@ -199,7 +199,7 @@ def test_gram_of_signs_is_exact(
         monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     generator = torch.Generator().manual_seed(shape[0])
     M = torch.randint(-1, 2, shape, generator=generator, dtype=torch.int8)
-    assert torch.equal(linalg._gram(M).double(), M.double().T @ M.double())
+    assert torch.equal(sharded_svd._gram(M).double(), M.double().T @ M.double())
 
 
 def test_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:

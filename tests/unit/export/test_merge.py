@@ -31,7 +31,7 @@ from lorasb_ds.export.merge_plan import weights_of
 from lorasb_ds.models.checkpoint_files import stored_tensors, weights_digest
 from tests.references import load_whole
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 LAYERS = ["q_proj", "v_proj", "down_proj"]
 TOKENS = torch.arange(5, 29).view(2, 12)
 
@@ -249,8 +249,8 @@ def test_killed_merge_goes_on(sharded: Path, adapter: Path, tmp_path: Path) -> N
     script = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from lorasb_ds.adapter_files import read_adapter\n"
-        "from lorasb_ds.merge import merge_adapter\n"
+        "from lorasb_ds.export.adapter_reader import read_adapter\n"
+        "from lorasb_ds.export.merge import merge_adapter\n"
         "merge_adapter(read_adapter(sys.argv[1]), sys.argv[2], Path(sys.argv[3]),\n"
         "      say=lambda _: time.sleep(0.5))\n"
     )

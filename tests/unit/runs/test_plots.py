@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from lorasb_ds.runs.plots import draw_comparison, draw_loss_curve, running_mean
-from tests.unit.test_history import training_row
+from tests.unit.runs.test_history import training_row
 
 EVALUATIONS = [
     {"step": 0, "stage": "base", "eval_loss": 3.0},

@@ -19,7 +19,7 @@ from lorasb_ds.init.initialize import gradients_by_group
 from lorasb_ds.init.segments import Segment, SegmentError, cut, gradients_by_segment
 from lorasb_ds.models.linear_layers import linear_layers
 from lorasb_ds.planner.init_plan import plan_init
-from tests.unit.test_gradients import batch_of
+from tests.unit.init.test_gradients import batch_of
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

@@ -19,7 +19,7 @@ from lorasb_ds.errors import ConfigError
 from lorasb_ds.runs.progress import Progress, describe, time_left
 from lorasb_ds.runs.run_log import RunLog
 from tests.runs import ROOT, metrics
-from tests.unit.test_history import training_row
+from tests.unit.runs.test_history import training_row
 
 
 def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
@@ -110,7 +110,7 @@ def test_a_skipped_step_is_marked() -> None:
 
 
 SCRIPT = """
-from lorasb_ds.progress import Progress
+from lorasb_ds.runs.progress import Progress
 progress = Progress()
 row = {"loss": 2.0, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_s": 15.0, "step_time_s": 2.0}
 for step in (1, 2, 3):

@@ -31,7 +31,7 @@ from lorasb_ds.export.to_peft import EnergyKept, export_adapter, max_lora_rank, 
 from lorasb_ds.models.checkpoint_files import stored_tensors
 from lorasb_ds.models.linear_layers import linear_layers, select_targets
 from tests.references import nf4_config
-from tests.unit.test_adapter_files import (
+from tests.unit.export.test_adapter_reader import (
     LAYERS,
     edit_config,
     load,

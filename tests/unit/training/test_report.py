@@ -11,7 +11,7 @@ import pytest
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.init.init_report import InitReport, LayerInit, Step
 from lorasb_ds.training.report import write_report
-from tests.unit.test_history import training_row
+from tests.unit.runs.test_history import training_row
 
 TARGETS = {"model.layers.0.q_proj": (64, 48), "model.layers.0.v_proj": (16, 48)}
 LAYER = LayerInit(0.5, (4.0, 3.0), 1e-7, 1e-3, (2.0, 1.0), 8)

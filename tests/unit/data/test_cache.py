@@ -234,9 +234,9 @@ def test_a_full_disk_leaves_nothing_behind(
 
 RACE = """
 import sys, time
-from lorasb_ds import data_cache
+from lorasb_ds.data import cache as data_cache
 from lorasb_ds.config import RunConfig
-from lorasb_ds.tokenizer import load_tokenizer
+from lorasb_ds.models.tokenizer import load_tokenizer
 
 make = data_cache._make
 def slowly(folder, **more):
@@ -403,8 +403,8 @@ def test_rows_for_the_init(tokenizer: Any, tmp_path: Path, cache: Path) -> None:
 MEMORY = """
 import sys, threading
 from lorasb_ds.config import RunConfig
-from lorasb_ds.data_cache import tokenize_sources
-from lorasb_ds.tokenizer import load_tokenizer
+from lorasb_ds.data.cache import tokenize_sources
+from lorasb_ds.models.tokenizer import load_tokenizer
 
 def anonymous_mib():
     # Not what is mapped from files, which the system takes back when it wants to.

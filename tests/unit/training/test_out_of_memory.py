@@ -30,7 +30,7 @@ from lorasb_ds.training.out_of_memory import (
     remedies,
 )
 from tests.runs import ROOT
-from tests.unit.test_footprint import LLAMA_7B, footprint_of, work_of
+from tests.unit.planner.test_footprint import LLAMA_7B, footprint_of, work_of
 
 PHASES: tuple[Phase, ...] = ("load", "init", "train", "evaluation", "save")
 GPUS, CPUS = Cluster(1, 4, 80 * GIB), cpu_cluster(2, 64 * GIB)

@@ -21,7 +21,7 @@ from launcher.hosts.hostfile import read_hostfile, select, write_hostfile
 from launcher.hosts.slurm import expand_hostlist, from_slurm, slurm_slots
 from lorasb_ds.errors import ConfigError
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "hostfiles"
+EXAMPLES = Path(__file__).resolve().parents[3] / "hostfiles"
 HOSTS = {"node-1": 4, "node-2": 2, "10.0.0.3": 4}
 
 

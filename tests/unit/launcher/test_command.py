@@ -30,7 +30,7 @@ from launcher.jobs.ranks import rank_variables
 from lorasb_ds.errors import ConfigError
 
 SLOTS = {"gpu1": [0, 1], "gpu2": [0, 1]}
-AGENT = str(Path(__file__).resolve().parents[2] / "launcher" / "agent.py")
+AGENT = str(Path(__file__).resolve().parents[3] / "launcher" / "jobs" / "agent.py")
 
 
 def hosts(**changes: Any) -> Hosts:

@@ -19,7 +19,7 @@ from lorasb_ds.errors import ConfigError
 from lorasb_ds.runs.run_log import RunLog
 from lorasb_ds.runs.tracking import check_tracker
 from tests.runs import ROOT, metrics
-from tests.unit.test_history import training_row
+from tests.unit.runs.test_history import training_row
 
 # Notes every call in a file; `log` fails when it is told to.
 FAKE = """
@@ -159,7 +159,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from lorasb_ds.config import RunConfig
-from lorasb_ds.metrics import RunLog
+from lorasb_ds.runs.run_log import RunLog
 package, folder = sys.argv[1:]
 config = RunConfig(report_to=package, lr=0.125).model_dump()
 for first in (0, 2):

@@ -435,7 +435,7 @@ def test_output_dir(tmp_path: Path) -> None:
 
 def test_the_command_line_does_not_import_torch() -> None:
     code = (
-        "import sys, launcher.cli; from lorasb_ds import ds_config; "
+        "import sys, launcher.cli; from lorasb_ds.config import ds_config; "
         "print({'torch', 'deepspeed', 'transformers'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -27,7 +27,7 @@ from lorasb_ds.runs.plots import describe_alignment, draw_alignment, mean_alignm
 from lorasb_ds.runs.run_log import RunLog
 from lorasb_ds.training.alignment import difference, measure_layer, orthonormal_basis
 from tests.references import true_gradients
-from tests.unit.test_gradients import batch_of
+from tests.unit.init.test_gradients import batch_of
 
 LONG, SHORT, R = 9, 6, 2
 FIELDS = ("gradient_cosine", "sign_cosine", "update_cosine", "gradient_norm")

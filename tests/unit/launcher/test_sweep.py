@@ -23,7 +23,7 @@ from launcher.sweeps.table import COLUMNS, Outcome, as_dict, outcomes, ranking, 
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.evaluation.proportions import Share
 from tests.runs import made_up_run
-from tests.unit.test_curves import drawn, figures
+from tests.unit.runs.test_plots import drawn, figures
 
 __all__ = ["figures"]  # a fixture
 
@@ -247,7 +247,7 @@ def test_over_the_seeds() -> None:
         "trainable": "32,000",
         "best lr": "4e-3↑",
         "held-out loss": "1.0000 ± 0.2646 (n = 3)",
-        "accuracy (95 %)": "30.8% (25.5% to 36.6%)",  # tests/unit/test_evaluate.py
+        "accuracy (95 %)": "30.8% (25.5% to 36.6%)",  # tests/unit/models/test_generation.py
         "time": "0:01:02",
         "init": "2.0 s",
         "GiB": "3.00",
