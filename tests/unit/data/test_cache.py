@@ -235,7 +235,7 @@ def test_a_full_disk_leaves_nothing_behind(
 RACE = """
 import sys, time
 from lorasb_ds.data import cache as data_cache
-from lorasb_ds.config import RunConfig
+from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.models.tokenizer import load_tokenizer
 
 make = data_cache._make
@@ -402,7 +402,7 @@ def test_rows_for_the_init(tokenizer: Any, tmp_path: Path, cache: Path) -> None:
 
 MEMORY = """
 import sys, threading
-from lorasb_ds.config import RunConfig
+from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.data.cache import tokenize_sources
 from lorasb_ds.models.tokenizer import load_tokenizer
 
