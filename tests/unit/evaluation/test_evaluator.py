@@ -174,7 +174,7 @@ def test_tasks_that_evaluate_answers_are_refused(
 ) -> None:
     """Before the model is loaded; what the rows are otherwise used for is as ever."""
     source = "reasoning-gym:countdown?size=2&seed=1"
-    monkeypatch.setattr("lorasb_ds.evaluator.start_model", lambda run: pytest.fail("loaded"))
+    monkeypatch.setattr("lorasb_ds.evaluation.evaluator.start_model", lambda run: pytest.fail("loaded"))
     message = r"--data reasoning-gym:countdown\?.* uses sympy, .* Give --task exact"
     with pytest.raises(ConfigError, match=message):
         evaluate_model(str(tiny_model), data=source)

@@ -158,7 +158,7 @@ def test_a_missing_package_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
 SCRIPT = """
 import sys
 from pathlib import Path
-from lorasb_ds.config import RunConfig
+from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.runs.run_log import RunLog
 package, folder = sys.argv[1:]
 config = RunConfig(report_to=package, lr=0.125).model_dump()
