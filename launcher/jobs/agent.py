@@ -42,6 +42,7 @@ from launcher.jobs.ranks import (
     shell_status,
     worker_command,
 )
+from lorasb_ds.config.run_layout import RANK_LOG
 from lorasb_ds.system.signals import EXIT_STOPPED
 
 TAIL_LINES, TAIL_WIDTH = 40, 1000
@@ -95,7 +96,7 @@ class Agent:
         self.command = command
         self.rank = int(environment["RANK"])
         self.failure_timeout = float(environment[names.FAILURE_TIMEOUT])
-        self.log = Log(Path(environment[names.LOGS]) / f"rank-{self.rank}.log")
+        self.log = Log(Path(environment[names.LOGS]) / RANK_LOG.format(self.rank))
         self.asked_to_stop = False
         self.killed: str | None = None  # why
         self.stage = ""  # the last word of the worker

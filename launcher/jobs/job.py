@@ -21,7 +21,7 @@ from lorasb_ds.config.ds_config import resolve_ds_config
 from lorasb_ds.config.paths import read_json
 from lorasb_ds.config.resolve import load_run_config, replayed_processes
 from lorasb_ds.config.run_config import RunConfig
-from lorasb_ds.config.run_layout import check_output_dir, default_output_dir, resumed_run
+from lorasb_ds.config.run_layout import RUN_JSON, check_output_dir, default_output_dir, resumed_run
 from lorasb_ds.data.sources import names_a_path
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.models.checkpoint_files import model_path
@@ -72,7 +72,7 @@ def make_job(
     given = dict(given)
     if given.get("resume") not in (None, "auto"):
         # A restart goes on in the folder, and with the options that it has.
-        run_json = run_json or str(resumed_run(given["resume"]) / "run.json")
+        run_json = run_json or str(resumed_run(given["resume"]) / RUN_JSON)
     num_procs, num_gpus, slots = launch.num_procs, launch.num_gpus, _slots(launch)
     if slots is not None:
         on_cpu = num_procs is not None or os.environ.get("DS_ACCELERATOR") == "cpu"

@@ -34,7 +34,7 @@ from launcher.jobs.ranks import free_port, remove_shared_memory
 from launcher.jobs.supervisor import Supervisor, listen_for_agents
 from launcher.jobs.verdict import EXIT_REFUSED
 from lorasb_ds.config.resolve import load_run_config
-from lorasb_ds.config.run_layout import LAUNCH, LOGS, launcher_files
+from lorasb_ds.config.run_layout import DEEPSPEED_FILES, HOSTFILE, LAUNCH, LOGS, launcher_files
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.system.signals import EXIT_INTERRUPTED, EXIT_STOPPED
 
@@ -168,7 +168,7 @@ def _run_once(job: Job, asked: list[int]) -> int:
         session=environment[channel.SESSION],
         failure_timeout=launch.failure_timeout,
         start_timeout=launch.start_timeout,
-        launcher_log=launch_folder / f"deepspeed{launch.node_rank or ''}.log",
+        launcher_log=launch_folder / f"{DEEPSPEED_FILES}{launch.node_rank or ''}.log",
         hosts=names if launch.launcher == "pdsh" else None,
         by_hand=launch.no_ssh,
         asked=asked,
@@ -196,7 +196,7 @@ def _hosts(job: Job, master_addr: str) -> Hosts:
     launch = job.launch
     return Hosts(
         slots=job.slots,
-        hostfile=str((job.folder / LAUNCH / "hostfile").absolute()),
+        hostfile=str((job.folder / LAUNCH / HOSTFILE).absolute()),
         master_addr=master_addr,
         launcher=launch.launcher,
         launcher_args=launch.launcher_args,
@@ -227,7 +227,7 @@ def _several(
     hostfile = Path(hosts.hostfile)
     if launch.no_ssh:
         # Nothing was agreed on beforehand but the options: they are the word, and the next port.
-        hostfile = hostfile.with_name(f"hostfile-{launch.node_rank}")
+        hostfile = hostfile.with_name(f"{HOSTFILE}-{launch.node_rank}")
         hosts = replace(hosts, hostfile=str(hostfile))
         hostfile.write_text(_hostfile(job))
         meaning = [*job.arguments, master_addr, str(port), *job.slots]
@@ -252,7 +252,7 @@ def _several(
     variables = variables_of_hosts(job, environment)
     if launch.launcher != "pdsh":
         variables |= {"MASTER_ADDR": master_addr, "MASTER_PORT": str(port)}
-    env_file = hostfile.with_name("deepspeed_env")
+    env_file = hostfile.with_name(f"{DEEPSPEED_FILES}_env")
     env_file.unlink(missing_ok=True)
     env_file.touch(mode=0o600)  # before anything is in it
     env_file.write_text(deepspeed_env(variables, launch.launcher))

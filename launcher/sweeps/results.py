@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from launcher.sweeps.grid import Trial
+from lorasb_ds.config.run_layout import EVAL_RESULT, INIT_REPORT, RUN_JSON
 from lorasb_ds.evaluation.proportions import Share
 from lorasb_ds.runs.compare import Run, known, read_runs
 from lorasb_ds.runs.history import summarize
 
-EVALUATION = Path("eval", "eval.json")  # in a run's folder
+EVALUATION = Path("eval", EVAL_RESULT)  # in a run's folder
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Result:
 def read_result(folder: Path, trial: Trial) -> Result:
     """What the folder of a trial's run says, whatever state it is in."""
     run = Run(trial.name, {}, (), "")
-    if (folder / "run.json").is_file():
+    if (folder / RUN_JSON).is_file():
         (run,) = read_runs([str(folder)])
     found = summarize(run.rows)
     finished = bool(run.rows) and not run.problem
@@ -81,7 +82,7 @@ def base_loss(results: Iterable[Result]) -> float:
 
 def _init_seconds(folder: Path) -> float:
     try:
-        return float(json.loads((folder / "init.json").read_text(encoding="utf-8"))["total_s"])
+        return float(json.loads((folder / INIT_REPORT).read_text(encoding="utf-8"))["total_s"])
     except (OSError, ValueError, KeyError, TypeError):  # not there yet, or a method without
         return math.nan
 

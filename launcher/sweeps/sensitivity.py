@@ -14,14 +14,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from lorasb_ds.config.run_layout import REPORT
+from lorasb_ds.config.run_layout import INIT_REPORT, REPORT
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.runs.compare import known, read_runs
 from lorasb_ds.runs.history import summarize
 
 SHARES = "0.0001,0.001,0.005,0.01"  # of the rows: 0.01 %, 0.1 %, 0.5 %, 1 %
 MIN_ROWS = 2  # of a sample: one for the gradient, one to measure eta on
-INIT_REPORT = "init.json"
 SIDES = ("A", "B")
 Pair = tuple[float, float]  # of a number for A, and one for B
 COLUMNS = (

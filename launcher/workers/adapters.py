@@ -15,6 +15,7 @@ from launcher.options import CONTEXT, check_picture, reports_problems
 from launcher.text import columns
 from launcher.workers.quiet import quiet_libraries
 from lorasb_ds.adapters.peft_config import peft_warning
+from lorasb_ds.config.run_layout import EXPORTED
 from lorasb_ds.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def export(
     if out is None:
         if adapter.run is None:
             raise ConfigError(f"{run} is in no run's folder: name a new one by --out.")
-        out = adapter.run / "exported"
+        out = adapter.run / EXPORTED
     check_folder(out, [adapter], overwrite)
     kept = measure_energy(adapter)
     rank = kept.smallest_r(energy) if energy is not None else r or adapter.r

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lorasb_ds.config.run_layout import ADAPTER_CONFIG
 from lorasb_ds.errors import ConfigError
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of layers' names
 # What a LoRA's update does not depend on, once its factors are there. Whatever else is set in an
 # adapter_config.json makes another update than s B A, and is refused.
@@ -60,7 +60,8 @@ def check_plain(folder: Path, config: Mapping[str, Any]) -> None:
     if other:
         raise ConfigError(
             f"{folder}: {', '.join(f'{name} = {config[name]!r}'[:80] for name in other)} in "
-            f"{CONFIG_FILE} makes something else than a plain LoRA. Merge such an adapter by PEFT."
+            f"{ADAPTER_CONFIG} makes something else than a plain LoRA. Merge such an adapter by "
+            "PEFT."
         )
 
 
@@ -70,12 +71,12 @@ def scale_of(folder: Path, config: Mapping[str, Any], layer: str, r: int) -> flo
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict) or any(set(p) & set("\\^$*+?()[]{}|") for p in patterns):
         raise ConfigError(
-            f"{folder}: alpha_pattern in {CONFIG_FILE} must name layers; patterns are not read."
+            f"{folder}: alpha_pattern in {ADAPTER_CONFIG} must name layers; patterns are not read."
         )
     named = [p for p in patterns if layer == p or layer.endswith(f".{p}")]
     alpha = patterns[named[0]] if named else alpha
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e9:
-        raise ConfigError(f"{folder}: lora_alpha {alpha!r} in {CONFIG_FILE} is no number.")
+        raise ConfigError(f"{folder}: lora_alpha {alpha!r} in {ADAPTER_CONFIG} is no number.")
     return float(alpha / max(1, r) ** (0.5 if config.get("use_rslora") else 1))
 
 

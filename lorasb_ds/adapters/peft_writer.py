@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from lorasb_ds.adapters.layer import AdapterLinear
-from lorasb_ds.adapters.peft_config import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from lorasb_ds.adapters.peft_config import PREFIX
+from lorasb_ds.config.run_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lorasb_ds.distributed import zero
 from lorasb_ds.models.linear_layers import Shapes
 from lorasb_ds.system.files import publish, write_json
@@ -102,8 +103,8 @@ def write_adapter(
     if aside.exists():
         shutil.rmtree(aside)
     aside.mkdir(parents=True)
-    save_tensors(aside / WEIGHTS_FILE, tensors, {"format": "pt"})
-    write_json(aside / CONFIG_FILE, config)
+    save_tensors(aside / ADAPTER_WEIGHTS, tensors, {"format": "pt"})
+    write_json(aside / ADAPTER_CONFIG, config)
     if folder.exists():
         shutil.rmtree(folder)
     publish(aside, folder)

@@ -11,7 +11,13 @@ from pydantic import ValidationError
 from lorasb_ds.config.methods import METHODS, PEFT_LR, PEFT_PREFIX
 from lorasb_ds.config.paths import read_json
 from lorasb_ds.config.run_config import DEMO_EVAL_DATA, RunConfig, problems_of
-from lorasb_ds.config.run_layout import DS_CONFIG_COPY, PEFT_COPY, resumed_run
+from lorasb_ds.config.run_layout import (
+    ADAPTER_CONFIG,
+    DS_CONFIG_COPY,
+    PEFT_COPY,
+    RUN_JSON,
+    resumed_run,
+)
 from lorasb_ds.errors import ConfigError, option_name
 
 
@@ -27,7 +33,7 @@ def load_run_config(given: Mapping[str, Any], run_json: str | None = None) -> Ru
     asked = {name: value for name, value in given.items() if value is not None}
     if asked.get("resume", "auto") != "auto":
         folder = resumed_run(asked["resume"])
-        run_json = run_json or str(folder / "run.json")
+        run_json = run_json or str(folder / RUN_JSON)
         asked.setdefault("output_dir", str(folder))
     values = {**(_replayed(run_json, asked) if run_json is not None else {}), **asked}
     if not {"data", "eval_data", "val_set_size"} & set(values):
@@ -197,14 +203,14 @@ def with_adapter(given: Mapping[str, Any], adapter: str | None) -> dict[str, Any
         return asked
     folder = Path(adapter).expanduser().resolve()
     for run in (folder, folder.parent, folder.parent.parent):
-        if (run / "run.json").is_file():
-            config = read_json(str(run / "run.json"), "--adapter").get("config")
+        if (run / RUN_JSON).is_file():
+            config = read_json(str(run / RUN_JSON), "--adapter").get("config")
             trained = config if isinstance(config, dict) else {}
             names = [name for name in ("model", "dtype") if name not in asked]
             if not {"load_in_4bit", "load_in_8bit"} & set(asked):
                 names += ["load_in_4bit", "load_in_8bit"]
             return {name: trained[name] for name in names if trained.get(name)} | asked
-    file = folder / "adapter_config.json"
+    file = folder / ADAPTER_CONFIG
     config = read_json(str(file), "--adapter") if file.is_file() else {}
     base = config.get("base_model_name_or_path")
     return {"model": base, **asked} if isinstance(base, str) else asked

@@ -1,25 +1,46 @@
-"""The files of a run's folder, by name, and which folder a run gets."""
+"""The names of the files in a run's folder, and which folder a run gets.
+
+Standard library only at run time: the agent beside every rank imports it.
+"""
 
 from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.errors import ConfigError
 
-BASIS_FILE, REPORT_FILE = "basis.safetensors", "init.json"
-FOLDER = "checkpoints"
-STATE_FILE, TRAINER_FILE = "state.safetensors", "trainer.json"
-FILES = (STATE_FILE, TRAINER_FILE)
-DS_CONFIG_COPY = "ds_config.json"  # in the output folder
-PEFT_COPY = "peft.json"  # there, too: the file of --method peft:FILE.json
-LAUNCH, LOGS = "launch", "logs"  # what the launcher writes there
-RESULT_FILE, ANSWERS_FILE = "eval.json", "answers.jsonl"
-# In the output folder. The report is written last: a run that has it is finished.
-METRICS, SAMPLES, REPORT = "metrics.jsonl", "samples.jsonl", "report.md"
+if TYPE_CHECKING:
+    from lorasb_ds.config.run_config import RunConfig
+
+RUN_JSON = "run.json"  # configuration and provenance: the mark of a run's folder
+REPORT = "report.md"  # written last: a run that has it is finished
+DS_CONFIG_COPY = "ds_config.json"  # DeepSpeed's configuration, as the run was given it
+PEFT_COPY = "peft.json"  # the file of --method peft:FILE.json
+
+METRICS, SAMPLES, LOSS_PICTURE = "metrics.jsonl", "samples.jsonl", "loss.png"
 ALIGNMENT, ALIGNMENT_PICTURE = "alignment.jsonl", "alignment.png"
 PROFILE, PROFILE_ASIDE = "profile.json.gz", "profile.tmp.json.gz"
+TENSORBOARD = "tensorboard"
+TRACKING = "tracking.json"  # the name and id of the run at its experiment tracker
+WANDB = "wandb"  # what wandb stores beside it
+
+BASIS_FILE, INIT_REPORT, INIT_PICTURE = "basis.safetensors", "init.json", "init.png"
+
+# checkpoints/step-00000100/ of two files, and their checksums.
+CHECKPOINTS, CHECKPOINT_PREFIX, CHECKPOINT_INDEX = "checkpoints", "step-", "index.json"
+STATE_FILE, TRAINER_FILE = "state.safetensors", "trainer.json"
+CHECKPOINT_FILES = (STATE_FILE, TRAINER_FILE)
+
+ADAPTER = "adapter"  # a folder in PEFT's format: the two files
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+EXPORTED = "exported"  # where `lorasb export` writes by default, in the same format
+
+LAUNCH, LOGS = "launch", "logs"  # folders of the launcher
+HOSTFILE, DEEPSPEED_FILES = "hostfile", "deepspeed"  # in launch/: beginnings of names
+RANK_LOG = "rank-{}.log"  # in logs/
+EVAL_RESULT, EVAL_ANSWERS = "eval.json", "answers.jsonl"  # of `lorasb eval --output-dir`
 
 
 def resumed_run(resume: str) -> Path:
@@ -30,7 +51,7 @@ def resumed_run(resume: str) -> Path:
     """
     path = Path(resume).expanduser()
     for folder in (path, path.parent.parent):
-        if (folder / "run.json").is_file():
+        if (folder / RUN_JSON).is_file():
             return folder
     raise ConfigError(
         f"--resume {resume}: neither a run's folder (with a run.json) nor a checkpoint in one. "
@@ -49,7 +70,11 @@ def default_output_dir(config: RunConfig, kind: str = "") -> Path:
 
 def launcher_files(folder: Path) -> list[Path]:
     """What a launcher has written into a run's folder: its own files, and the ranks' logs."""
-    names = (f"{LOGS}/rank-*.log", *(f"{LAUNCH}/{name}*" for name in ("deepspeed", "hostfile")))
+    names = (
+        f"{LOGS}/{RANK_LOG.format('*')}",
+        f"{LAUNCH}/{DEEPSPEED_FILES}*",
+        f"{LAUNCH}/{HOSTFILE}*",
+    )
     return [path for name in names for path in folder.glob(name)]
 
 
@@ -69,7 +94,7 @@ def check_output_dir(config: RunConfig) -> None:
         )
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--output-dir {folder} is a file. Name a folder.")
-    if config.overwrite or (config.resume is not None and (folder / "run.json").is_file()):
+    if config.overwrite or (config.resume is not None and (folder / RUN_JSON).is_file()):
         return
     # A run that was killed early has left a file that it was writing, and the launcher's own.
     own = launcher_files(folder)

@@ -15,7 +15,7 @@ from torch import nn
 
 from lorasb_ds.config.resolve import load_run_config, with_adapter
 from lorasb_ds.config.run_config import DEMO_EVAL_DATA
-from lorasb_ds.config.run_layout import ANSWERS_FILE, RESULT_FILE
+from lorasb_ds.config.run_layout import EVAL_ANSWERS, EVAL_RESULT
 from lorasb_ds.data.batch import collate, share_out
 from lorasb_ds.distributed import accelerator
 from lorasb_ds.distributed.collectives import rank_and_size
@@ -243,9 +243,9 @@ def write_results(
     folder.mkdir(parents=True, exist_ok=True)
     answers = [{"data": rows.source, **a} for rows, result in results for a in result.answers]
     lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
-    write_text(folder / ANSWERS_FILE, "".join(lines))
+    write_text(folder / EVAL_ANSWERS, "".join(lines))
     described = [_describe(rows, result) for rows, result in results]
-    write_json(folder / RESULT_FILE, {"results": described, **describe_run(run)})
+    write_json(folder / EVAL_RESULT, {"results": described, **describe_run(run)})
 
 
 def _describe(rows: EvalRows, result: EvalResult) -> dict[str, Any]:

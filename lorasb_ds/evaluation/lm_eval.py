@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lorasb_ds.config.run_layout import RESULT_FILE
+from lorasb_ds.config.run_layout import EVAL_RESULT
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.evaluation.evaluator import describe_run
 from lorasb_ds.evaluation.model import PreparedModel, start_model
@@ -55,5 +55,5 @@ def evaluate_by_harness(run: PreparedModel, tasks: str, num_samples: int | None 
     if run.config.output_dir is not None:
         folder = Path(run.config.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / RESULT_FILE, {**describe_run(run), "lm_eval": found["results"]})
+        write_json(folder / EVAL_RESULT, {**describe_run(run), "lm_eval": found["results"]})
     return str(utils.make_table(found))

@@ -18,16 +18,22 @@ import torch
 
 from lorasb_ds.adapters.low_rank import LoraPair
 from lorasb_ds.adapters.peft_config import (
-    CONFIG_FILE,
     NARROWING,
     PREFIX,
-    WEIGHTS_FILE,
     check_plain,
     scale_of,
 )
 from lorasb_ds.config.methods import DEFAULT_METHOD, METHODS, PEFT_PREFIX, Method
 from lorasb_ds.config.paths import DEMO_MODEL, demo_model_dir, read_json
-from lorasb_ds.config.run_layout import BASIS_FILE, STATE_FILE, TRAINER_FILE
+from lorasb_ds.config.run_layout import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    BASIS_FILE,
+    RUN_JSON,
+    STATE_FILE,
+    TRAINER_FILE,
+)
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.init.basis import SCALING
 from lorasb_ds.models.checkpoint_files import StoredTensor, model_type_of, read_header
@@ -96,7 +102,7 @@ class StoredAdapter:
     def model_type(self) -> str | None:
         """Of the base: as the run says, or else its config.json; None where neither is here."""
         if self.run is not None:
-            named = read_json(str(self.run / "run.json"), "RUN").get("model_type")
+            named = read_json(str(self.run / RUN_JSON), "RUN").get("model_type")
             if isinstance(named, str):
                 return named
         return next(filter(None, map(model_type_of, (self.base_model, self.base_path))), None)
@@ -169,20 +175,20 @@ def read_adapter(path: str) -> StoredAdapter:
     if found is None:
         raise ConfigError(
             f"{path} is no adapter. Name the folder of a run, a checkpoint of one, or a PEFT LoRA "
-            f"folder with {CONFIG_FILE} and {WEIGHTS_FILE}."
+            f"folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}."
         )
     return found
 
 
 def _read(folder: Path) -> StoredAdapter | None:
-    if (folder / CONFIG_FILE).is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         return _peft_folder(folder)
     if (folder / TRAINER_FILE).is_file():
         return _checkpoint(folder, folder.parent.parent)
-    if not (folder / "run.json").is_file():
+    if not (folder / RUN_JSON).is_file():
         return None
-    if (folder / "adapter" / CONFIG_FILE).is_file():
-        return _peft_folder(folder / "adapter")
+    if (folder / ADAPTER / ADAPTER_CONFIG).is_file():
+        return _peft_folder(folder / ADAPTER)
     for found in reversed(list_checkpoints(folder)):
         if isinstance(read_checkpoint(found), Checkpoint):
             return _checkpoint(found, folder)
@@ -256,7 +262,7 @@ def _is_pefts(run_config: Mapping[str, Any]) -> bool:
 
 
 def _run_config(run: Path) -> dict[str, Any]:
-    config = read_json(str(run / "run.json"), "RUN").get("config")
+    config = read_json(str(run / RUN_JSON), "RUN").get("config")
     return config if isinstance(config, dict) else {}
 
 
@@ -280,21 +286,21 @@ def _checkpoint(folder: Path, run: Path) -> StoredAdapter:
 
 
 def _peft_folder(folder: Path) -> StoredAdapter:
-    if (folder / CONFIG_FILE).stat().st_size > CONFIG_BYTES:
-        raise ConfigError(f"{folder}: {CONFIG_FILE} has more than 1 MiB. Is it a PEFT folder?")
-    config = read_json(str(folder / CONFIG_FILE), "ADAPTER")
+    if (folder / ADAPTER_CONFIG).stat().st_size > CONFIG_BYTES:
+        raise ConfigError(f"{folder}: {ADAPTER_CONFIG} has more than 1 MiB. Is it a PEFT folder?")
+    config = read_json(str(folder / ADAPTER_CONFIG), "ADAPTER")
     check_plain(folder, config)
-    if not (folder / WEIGHTS_FILE).is_file():
+    if not (folder / ADAPTER_WEIGHTS).is_file():
         pickled = " adapter_model.bin is a pickle, which can run code, and is not read."
         has = pickled if (folder / "adapter_model.bin").exists() else ""
-        raise ConfigError(f"{folder}: the folder has no {WEIGHTS_FILE}.{has}")
-    stored = read_header(folder / WEIGHTS_FILE, str(folder))
+        raise ConfigError(f"{folder}: the folder has no {ADAPTER_WEIGHTS}.{has}")
+    stored = read_header(folder / ADAPTER_WEIGHTS, str(folder))
     layers = {}
     for key in stored:
         name, _, leaf = key.rpartition(".lora_")
         if leaf not in ("A.weight", "B.weight") or not name.startswith(PREFIX):
             raise ConfigError(
-                f"{folder}: {key} in {WEIGHTS_FILE} is no factor of a LoRA "
+                f"{folder}: {key} in {ADAPTER_WEIGHTS} is no factor of a LoRA "
                 f"({PREFIX}LAYER.lora_A.weight). Merge such an adapter by PEFT."
             )
         layer = name.removeprefix(PREFIX)
@@ -302,7 +308,7 @@ def _peft_folder(folder: Path) -> StoredAdapter:
         r = stored[keys[0]].shape[0] if keys[0] in stored and stored[keys[0]].shape else 1
         layers[layer] = Factors(*keys, scale=scale_of(folder, config, layer, r))
     _check(folder, layers, stored)
-    in_run = folder.name == "adapter" and (folder.parent / "run.json").is_file()
+    in_run = folder.name == ADAPTER and (folder.parent / RUN_JSON).is_file()
     run = folder.parent if in_run else None
     run_config = _run_config(run) if run is not None else {}
     return StoredAdapter(folder, run, run_config, config, layers, stored)

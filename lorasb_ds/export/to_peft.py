@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 
 from lorasb_ds.adapters.low_rank import LoraPair, energy_kept, padded, product_svd
-from lorasb_ds.adapters.peft_config import CONFIG_FILE, WEIGHTS_FILE
 from lorasb_ds.adapters.peft_writer import peft_tensors, save_peft_adapter
+from lorasb_ds.config.run_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export.adapter_reader import StoredAdapter
 from lorasb_ds.models.loading import DTYPES
 from lorasb_ds.system.files import check_replaceable
 
-ADAPTER_FILES = {CONFIG_FILE, WEIGHTS_FILE}
+ADAPTER_FILES = {ADAPTER_CONFIG, ADAPTER_WEIGHTS}
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 

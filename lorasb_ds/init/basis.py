@@ -17,7 +17,7 @@ from lorasb_ds.adapters.layer import AdapterLinear
 from lorasb_ds.config.methods import DEFAULT_METHOD, METHODS, PEFT_PREFIX
 from lorasb_ds.config.resolve import read_peft_file
 from lorasb_ds.config.run_config import RunConfig
-from lorasb_ds.config.run_layout import BASIS_FILE, REPORT_FILE
+from lorasb_ds.config.run_layout import BASIS_FILE, INIT_REPORT
 from lorasb_ds.data.batch import Sample
 from lorasb_ds.distributed import zero
 from lorasb_ds.errors import ConfigError
@@ -100,10 +100,10 @@ def save_basis(
             tensors[f"{name}.lora_R"] = report.layers[name].R(report.step.init_lr)
         tensors[f"{name}.S"] = torch.tensor(layer.pop("spectrum"))
         tensors[f"{name}.slopes"] = torch.tensor(layer.pop("slopes"))
-    write_json(folder / REPORT_FILE, content)
+    write_json(folder / INIT_REPORT, content)
     metadata = {"format": "pt", "made_from": json.dumps(dict(made_from), sort_keys=True)}
     save_tensors(folder / BASIS_FILE, tensors, metadata)
-    write_sums(folder, (BASIS_FILE, REPORT_FILE))
+    write_sums(folder, (BASIS_FILE, INIT_REPORT))
 
 
 def check_basis(
@@ -120,7 +120,7 @@ def check_basis(
     Raises:
         ConfigError: what is missing or differs.
     """
-    for file in (BASIS_FILE, REPORT_FILE):
+    for file in (BASIS_FILE, INIT_REPORT):
         if not (folder / file).is_file():
             raise ConfigError(
                 f"{option}: there is no {file} in it. Name the output folder of a `lorasb init` or "
@@ -135,7 +135,7 @@ def check_basis(
         report = _read_report(folder, r, min(ranks) if r is not None else None)
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise ConfigError(
-            f"{option}: {BASIS_FILE} and {REPORT_FILE} are not a basis of this version. Compute it "
+            f"{option}: {BASIS_FILE} and {INIT_REPORT} are not a basis of this version. Compute it "
             "again by `lorasb init`."
         ) from error
     # What only one of the two depends on is a difference, too.
@@ -161,7 +161,7 @@ def check_basis(
 def _read_report(folder: Path, r: int | None, r_max: int | None) -> InitReport:
     """What a stored init found, cut to the first r of r_max directions, which is exact."""
     cut = r if r is not None and r_max is not None and r < r_max else None
-    content = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+    content = json.loads((folder / INIT_REPORT).read_text(encoding="utf-8"))
     with safe_open(folder / BASIS_FILE, "pt") as file:
         layers = {
             name: _cut(
@@ -177,7 +177,7 @@ def _read_report(folder: Path, r: int | None, r_max: int | None) -> InitReport:
 
 def damage(folder: Path) -> str | None:
     """What is wrong with the files of a finished init; None if they are as they were written."""
-    return check_sums(folder, (BASIS_FILE, REPORT_FILE))
+    return check_sums(folder, (BASIS_FILE, INIT_REPORT))
 
 
 def stored_digest(folder: Path) -> str:

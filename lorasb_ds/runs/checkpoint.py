@@ -23,7 +23,16 @@ import torch
 from safetensors.torch import load_file
 
 from lorasb_ds.config.run_config import RunConfig
-from lorasb_ds.config.run_layout import FILES, FOLDER, STATE_FILE, TRAINER_FILE, resumed_run
+from lorasb_ds.config.run_layout import (
+    ADAPTER,
+    CHECKPOINT_FILES,
+    CHECKPOINT_INDEX,
+    CHECKPOINT_PREFIX,
+    CHECKPOINTS,
+    STATE_FILE,
+    TRAINER_FILE,
+    resumed_run,
+)
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.system.files import SUMS_FILE, check_sums, publish, write_json, write_sums
 from lorasb_ds.system.safetensors_writer import save_tensors
@@ -89,7 +98,7 @@ def write_checkpoint(
         aside.mkdir(parents=True)
         save_tensors(aside / STATE_FILE, tensors, {"format": "pt"})
         write_json(aside / TRAINER_FILE, {"format": FORMAT, **content})
-        write_sums(aside, FILES)
+        write_sums(aside, CHECKPOINT_FILES)
         size = sum(file.stat().st_size for file in aside.iterdir())
         old = path.with_name(path.name + ".old")
         if path.exists():  # of the same step: a finished run that goes on
@@ -103,18 +112,18 @@ def write_checkpoint(
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    return folder / FOLDER / f"step-{step:08d}"
+    return folder / CHECKPOINTS / f"{CHECKPOINT_PREFIX}{step:08d}"
 
 
 def step_of(path: Path) -> int:
     """The reverse of ``checkpoint_path``."""
-    return int(path.name.removeprefix("step-"))
+    return int(path.name.removeprefix(CHECKPOINT_PREFIX))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Oldest first; whole ones and others that bear a checkpoint's name."""
-    found = (folder / FOLDER).glob("step-*")
-    named = [path for path in found if path.name.removeprefix("step-").isdecimal()]
+    found = (folder / CHECKPOINTS).glob(f"{CHECKPOINT_PREFIX}*")
+    named = [path for path in found if path.name.removeprefix(CHECKPOINT_PREFIX).isdecimal()]
     return sorted(named, key=step_of)
 
 
@@ -127,17 +136,19 @@ def tidy(folder: Path, keep_last: int, best_step: int | None) -> None:
     for path in paths:
         if path not in keep:
             shutil.rmtree(path, ignore_errors=True)
-    for path in (folder / FOLDER).glob("*"):
+    for path in (folder / CHECKPOINTS).glob("*"):
         if path.is_dir() and path.suffix in (".tmp", ".old"):
             shutil.rmtree(path, ignore_errors=True)
     kept = [path for path in paths if path in keep]
     listed = [{"step": step_of(path), "folder": path.name} for path in kept]
-    write_json(folder / FOLDER / "index.json", {"checkpoints": listed, "best_step": best_step})
+    write_json(
+        folder / CHECKPOINTS / CHECKPOINT_INDEX, {"checkpoints": listed, "best_step": best_step}
+    )
 
 
 def read_checkpoint(path: Path) -> Checkpoint | str:
     """What a folder holds, or what is wrong with it."""
-    problem = check_sums(path, FILES)
+    problem = check_sums(path, CHECKPOINT_FILES)
     if problem is not None:
         return problem
     try:
@@ -181,7 +192,7 @@ def find_resume(config: RunConfig) -> Resume | None:
         warnings.append(f"checkpoint {path.name} is passed over: {found}")
     if (folder / SUMS_FILE).is_file():  # written when the init is done
         return Resume(folder, None, warnings)
-    if config.resume != "auto" or candidates or (folder / "adapter").exists():
+    if config.resume != "auto" or candidates or (folder / ADAPTER).exists():
         raise ConfigError(
             f"{option}: the run has no whole checkpoint and no finished init to go on from. Start "
             f"it anew, with --overwrite --output-dir {folder}."

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasb_ds.config.run_config import RunConfig
-from lorasb_ds.config.run_layout import METRICS, REPORT
+from lorasb_ds.config.run_layout import METRICS, REPORT, RUN_JSON
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.runs.history import Row, Summary, read_rows, summarize
 from lorasb_ds.system.units import GIB
@@ -78,7 +78,7 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
     Raises:
         ConfigError: for a folder that is none of a run.
     """
-    missing = [folder for folder in folders if not (Path(folder) / "run.json").is_file()]
+    missing = [folder for folder in folders if not (Path(folder) / RUN_JSON).is_file()]
     if missing:
         raise ConfigError(
             *(
@@ -95,7 +95,7 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
 
 def _read(name: str, folder: Path) -> Run:
     try:
-        description = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        description = json.loads((folder / RUN_JSON).read_text(encoding="utf-8"))
         if not isinstance(description.get("config"), dict):
             raise ValueError("no config in it")
     except (ValueError, AttributeError) as error:  # not JSON, not an object

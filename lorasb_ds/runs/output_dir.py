@@ -10,15 +10,26 @@ import torch.distributed as dist
 
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.config.run_layout import (
+    ADAPTER,
     ALIGNMENT,
     ALIGNMENT_PICTURE,
+    BASIS_FILE,
+    CHECKPOINTS,
     DS_CONFIG_COPY,
+    EXPORTED,
+    INIT_PICTURE,
+    INIT_REPORT,
+    LOSS_PICTURE,
     METRICS,
     PEFT_COPY,
     PROFILE,
     PROFILE_ASIDE,
     REPORT,
+    RUN_JSON,
     SAMPLES,
+    TENSORBOARD,
+    TRACKING,
+    WANDB,
     default_output_dir,
 )
 from lorasb_ds.distributed import zero
@@ -33,22 +44,22 @@ OUTPUTS = (
     SAMPLES,
     ALIGNMENT,
     ALIGNMENT_PICTURE,
-    "checkpoints",
+    CHECKPOINTS,
     SUMS_FILE,
-    "tensorboard",
-    "tracking.json",
-    "wandb",
-    "basis.safetensors",
-    "init.json",
-    "init.png",
-    "adapter",
-    "adapter.tmp",
-    "exported",
-    "loss.png",
+    TENSORBOARD,
+    TRACKING,
+    WANDB,
+    BASIS_FILE,
+    INIT_REPORT,
+    INIT_PICTURE,
+    ADAPTER,
+    f"{ADAPTER}.tmp",
+    EXPORTED,
+    LOSS_PICTURE,
     PROFILE,
     PROFILE_ASIDE,
     REPORT,
-    "run.json",  # last: what bears it is a run's folder
+    RUN_JSON,  # last: what bears it is a run's folder
 )
 
 

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lorasb_ds.config.run_layout import ALIGNMENT, METRICS, SAMPLES
+from lorasb_ds.config.run_layout import ALIGNMENT, METRICS, SAMPLES, TENSORBOARD
 from lorasb_ds.runs.history import Row, read_rows, to_line
 from lorasb_ds.runs.progress import Progress
 from lorasb_ds.runs.tracking import Tracker
@@ -55,7 +55,7 @@ class RunLog:
             write_text(folder / ALIGNMENT, "".join(map(to_line, self.alignment)))
         self._file = path.open("a", encoding="utf-8")
         purge_step = first_step + 1 if resumed else None
-        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
+        self._tensorboard = SummaryWriter(str(folder / TENSORBOARD), purge_step=purge_step)
         self._progress = Progress()
         self._tracker: Tracker | None = None
         if config is not None and (package := config["report_to"]) != "none":

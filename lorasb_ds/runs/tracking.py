@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from lorasb_ds.config.run_config import RunConfig
+from lorasb_ds.config.run_layout import TRACKING
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.system.files import write_json
 
 PROJECT = "lorasb-ds"
-TRACKING = "tracking.json"  # in the output folder: what the tracker knows the run by
 
 
 def check_tracker(config: RunConfig) -> None:

@@ -10,7 +10,14 @@ import torch
 
 from lorasb_ds.adapters.peft_methods import save_peft_method
 from lorasb_ds.adapters.peft_writer import peft_target_modules, save_peft_adapter
-from lorasb_ds.config.run_layout import ALIGNMENT_PICTURE, REPORT
+from lorasb_ds.config.run_layout import (
+    ADAPTER,
+    ALIGNMENT_PICTURE,
+    INIT_PICTURE,
+    LOSS_PICTURE,
+    REPORT,
+    RUN_JSON,
+)
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.init.init_report import InitReport
 from lorasb_ds.models.checkpoint_files import model_path
@@ -72,14 +79,14 @@ def finish(job: Job, init: InitReport, tensors: Any, description: dict[str, Any]
     """Adapter, pictures and report. Rank 0."""
     run, folder, log = job.run, job.folder, job.log
     assert log is not None
-    write_json(folder / "run.json", description)
+    write_json(folder / RUN_JSON, description)
     if tensors:
-        save_adapter(run, folder / "adapter", tensors)
-        draw_loss_curve(folder / "loss.png", log.rows)
+        save_adapter(run, folder / ADAPTER, tensors)
+        draw_loss_curve(folder / LOSS_PICTURE, log.rows)
     if log.alignment:
         draw_alignment(folder / ALIGNMENT_PICTURE, log.alignment)
     if init.layers:
-        draw_init(folder / "init.png", init)
+        draw_init(folder / INIT_PICTURE, init)
     # Last: a run that has its report is finished.
     write_report(folder / REPORT, description, log.rows, init, run.targets, run.experts)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasb_ds.config.methods import METHODS
+from lorasb_ds.config.run_layout import INIT_PICTURE, LOSS_PICTURE
 from lorasb_ds.init.init_report import InitReport, LayerInit
 from lorasb_ds.models.linear_layers import Shapes
 from lorasb_ds.runs.history import evaluations, perplexity, summarize, training_rows
@@ -146,7 +147,7 @@ def _init_section(init: InitReport, taken: str | None, experts: Mapping[str, int
             " frozen without an adapter.",
             "",
         ]
-    return [*lines, "![spectra and captured energy](init.png)", ""] if init.layers else lines
+    return [*lines, f"![spectra and captured energy]({INIT_PICTURE})", ""] if init.layers else lines
 
 
 def _training_section(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -156,7 +157,7 @@ def _training_section(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [
         "## Training",
         "",
-        "![loss](loss.png)",
+        f"![loss]({LOSS_PICTURE})",
         "",
         "| | |",
         "|---|---:|",

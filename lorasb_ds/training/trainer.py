@@ -17,7 +17,14 @@ from lorasb_ds.adapters.peft_methods import (
     peft_off,
 )
 from lorasb_ds.adapters.peft_writer import collect_lora
-from lorasb_ds.config.run_layout import BASIS_FILE, DS_CONFIG_COPY, PEFT_COPY, REPORT
+from lorasb_ds.config.run_layout import (
+    ADAPTER,
+    BASIS_FILE,
+    DS_CONFIG_COPY,
+    PEFT_COPY,
+    REPORT,
+    RUN_JSON,
+)
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.init.gradients import branches_off
@@ -69,7 +76,7 @@ def run_training(run: Prepared, stop: StopRequest, init_only: bool = False) -> O
     description = describe(run, folder)
     log = None
     if zero.rank() == 0:
-        write_json(folder / "run.json", description)
+        write_json(folder / RUN_JSON, description)
         # A replay reads this copy: the file it came from may change.
         write_json(folder / DS_CONFIG_COPY, run.ds_config_file)
         if run.peft is not None:
@@ -113,7 +120,7 @@ def run_training(run: Prepared, stop: StopRequest, init_only: bool = False) -> O
     finally:
         if log is not None:
             log.close()  # also of what is buffered: events, a tracker's rows
-    saved = folder / (BASIS_FILE if init_only else "adapter")
+    saved = folder / (BASIS_FILE if init_only else ADAPTER)
     say(f"{'basis' if init_only else 'adapter'} saved: {saved}   report: {folder / REPORT}")
     return "finished"
 

@@ -23,9 +23,9 @@ from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.config.run_layout import BASIS_FILE, STATE_FILE, TRAINER_FILE
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export.adapter_reader import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     CONFIG_BYTES,
-    CONFIG_FILE,
-    WEIGHTS_FILE,
     StoredAdapter,
     read_adapter,
 )
@@ -131,14 +131,14 @@ def copy(lora: Path, tmp_path: Path) -> Path:
 
 
 def edit_config(folder: Path, **change: Any) -> None:
-    path = folder / CONFIG_FILE
+    path = folder / ADAPTER_CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
 
 
 def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    tensors = load_file(folder / WEIGHTS_FILE)
+    tensors = load_file(folder / ADAPTER_WEIGHTS)
     change(tensors)
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -149,8 +149,8 @@ def set_tensor(folder: Path, leaf: str, tensor: torch.Tensor) -> None:
 
 
 def to_pickle(folder: Path) -> None:
-    torch.save(load_file(folder / WEIGHTS_FILE), folder / "adapter_model.bin")
-    (folder / WEIGHTS_FILE).unlink()
+    torch.save(load_file(folder / ADAPTER_WEIGHTS), folder / "adapter_model.bin")
+    (folder / ADAPTER_WEIGHTS).unlink()
 
 
 def config_faults() -> dict[str, tuple[Callable[[Path], object], str]]:
@@ -203,21 +203,24 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = config_faults() | {
     ),
     "pickle": (to_pickle, r"no adapter_model\.safetensors\. .* is a pickle, which can run code"),
     "no weights": (
-        lambda f: (f / WEIGHTS_FILE).unlink(),
+        lambda f: (f / ADAPTER_WEIGHTS).unlink(),
         r"has no adapter_model\.safetensors\.$",
     ),
-    "no configuration": (lambda f: (f / CONFIG_FILE).unlink(), "is no adapter. Name the folder"),
+    "no configuration": (lambda f: (f / ADAPTER_CONFIG).unlink(), "is no adapter. Name the folder"),
     "configuration is a list": (
-        lambda f: (f / CONFIG_FILE).write_text("[]"),
+        lambda f: (f / ADAPTER_CONFIG).write_text("[]"),
         "must hold a JSON object, not list",
     ),
-    "no JSON": (lambda f: (f / CONFIG_FILE).write_text("{"), "is not valid JSON"),
-    "no text": (lambda f: (f / CONFIG_FILE).write_bytes(b"\xff\xfe\xfa"), "is not valid JSON"),
+    "no JSON": (lambda f: (f / ADAPTER_CONFIG).write_text("{"), "is not valid JSON"),
+    "no text": (lambda f: (f / ADAPTER_CONFIG).write_bytes(b"\xff\xfe\xfa"), "is not valid JSON"),
     "a long number": (
-        lambda f: (f / CONFIG_FILE).write_text('{"lora_alpha": ' + "1" * 5000 + "}"),
+        lambda f: (f / ADAPTER_CONFIG).write_text('{"lora_alpha": ' + "1" * 5000 + "}"),
         "is not valid JSON",
     ),
-    "deep JSON": (lambda f: (f / CONFIG_FILE).write_text('{"r": ' + "[" * 200_000), "valid JSON"),
+    "deep JSON": (
+        lambda f: (f / ADAPTER_CONFIG).write_text('{"r": ' + "[" * 200_000),
+        "valid JSON",
+    ),
     "a huge configuration": (
         lambda f: edit_config(f, revision="x" * CONFIG_BYTES),
         "more than 1 MiB",
@@ -549,8 +552,8 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_small(folder: Path, content: bytes = SMALL, config: Any = SMALL_CONFIG) -> None:
-    (folder / WEIGHTS_FILE).write_bytes(content)
-    (folder / CONFIG_FILE).write_text(json.dumps(config))
+    (folder / ADAPTER_WEIGHTS).write_bytes(content)
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config))
 
 
 def with_header(header: bytes, data: bytes = b"", length: int | None = None) -> bytes:
@@ -713,7 +716,7 @@ def test_the_small_header_is_read(fuzzed: Path) -> None:
     """So that what the cases above refuse is what they change."""
     write_small(fuzzed, with_header(entry("dtype", '"F32"').encode(), b"\0" * 40))
     assert works_or_refuses(fuzzed) is None
-    (fuzzed / WEIGHTS_FILE).write_bytes(b"")
+    (fuzzed / ADAPTER_WEIGHTS).write_bytes(b"")
     assert "ends within its header" in (works_or_refuses(fuzzed) or "")
 
 
@@ -746,7 +749,7 @@ def test_any_json_for_a_configuration(fuzzed: Path, config: Any) -> None:
 @given(st.binary(max_size=60))
 def test_any_bytes_for_a_configuration(fuzzed: Path, content: bytes) -> None:
     write_small(fuzzed)
-    (fuzzed / CONFIG_FILE).write_bytes(content)
+    (fuzzed / ADAPTER_CONFIG).write_bytes(content)
     assert works_or_refuses(fuzzed) is not None
 
 

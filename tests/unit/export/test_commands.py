@@ -24,7 +24,7 @@ from lorasb_ds.adapters.peft_writer import peft_target_modules, peft_tensors, sa
 from lorasb_ds.config.paths import demo_model_dir
 from lorasb_ds.config.run_layout import BASIS_FILE
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.export.adapter_reader import WEIGHTS_FILE, StoredAdapter, read_adapter
+from lorasb_ds.export.adapter_reader import ADAPTER_WEIGHTS, StoredAdapter, read_adapter
 from lorasb_ds.export.combine import combine_adapters
 from lorasb_ds.export.inspection import LayerUpdate, draw_updates, inspect_adapter
 from lorasb_ds.export.to_peft import EnergyKept, export_adapter, max_lora_rank, measure_energy
@@ -106,7 +106,7 @@ def test_a_cut_is_the_best_one(folders: list[Path], tmp_path: Path, r: int) -> N
     adapter = read_adapter(str(folders[0]))
     size = export_adapter(adapter, tmp_path / "out", r=r)
     found = read_adapter(str(tmp_path / "out"))
-    tensors = load_file(tmp_path / "out" / WEIGHTS_FILE)
+    tensors = load_file(tmp_path / "out" / ADAPTER_WEIGHTS)
     assert size == sum(tensor.nbytes for tensor in tensors.values())
     assert (found.r, found.peft_config["r"], found.peft_config["lora_alpha"]) == (r, r, r)
     assert found.layers.keys() == adapter.layers.keys()
@@ -136,7 +136,7 @@ def test_half_precision(folders: list[Path], tmp_path: Path, dtype: str, digits:
     adapter = read_adapter(str(folders[0]))
     export_adapter(adapter, tmp_path / "out", r=2, dtype=dtype)
     found = read_adapter(str(tmp_path / "out"))
-    kinds = {tensor.dtype for tensor in load_file(tmp_path / "out" / WEIGHTS_FILE).values()}
+    kinds = {tensor.dtype for tensor in load_file(tmp_path / "out" / ADAPTER_WEIGHTS).values()}
     assert kinds == {{"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]}
     for name, W in deltas(adapter).items():
         # Both factors are rounded, by half a unit of so many binary digits.
@@ -657,7 +657,7 @@ def test_odd_places(
 def test_a_name_that_is_no_text(tmp_path: Path) -> None:
     """JSON may hold half of a character; it is written on, or refused in words."""
     adapter = random_adapter(tmp_path / "a", 1, names=("a",))
-    path = adapter.path / WEIGHTS_FILE
+    path = adapter.path / ADAPTER_WEIGHTS
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = content[8 : 8 + length].replace(b"model.a.lora", b"model.\\ud800.lora")
@@ -813,7 +813,7 @@ def test_layers_that_peft_leaves_out_are_named(kind: str, tmp_path: Path) -> Non
         base_model=str(tmp_path / "base"),
     )
     text = run("export", tmp_path / "adapter", "--out", tmp_path / "out")
-    stored = load_file(tmp_path / "out" / WEIGHTS_FILE)
+    stored = load_file(tmp_path / "out" / ADAPTER_WEIGHTS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's, of what it leaves out
         by_peft = PeftModel.from_pretrained(base, tmp_path / "out").get_base_model()

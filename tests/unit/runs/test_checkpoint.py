@@ -15,7 +15,7 @@ import torch
 
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.config.run_config import RunConfig
-from lorasb_ds.config.run_layout import FILES, check_output_dir
+from lorasb_ds.config.run_layout import CHECKPOINT_FILES, check_output_dir
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.runs.checkpoint import (
     Checkpoint,
@@ -78,7 +78,7 @@ def test_sha256sum_reads_the_sums(run: Path) -> None:
     subprocess.run(check, cwd=checkpoint_path(run, 6), check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("name", [*FILES, SUMS_FILE])
+@pytest.mark.parametrize("name", [*CHECKPOINT_FILES, SUMS_FILE])
 def test_any_flipped_byte_or_cut_is_found(run: Path, name: str) -> None:
     """Every byte of the small files, many of the tensors'; any file cut anywhere, or missing."""
     path = checkpoint_path(run, 6) / name
@@ -130,7 +130,7 @@ def test_a_full_disk_leaves_no_part(tmp_path: Path, num_floats: int) -> None:
 
 
 def test_the_newest_whole_one_is_taken(run: Path) -> None:
-    (checkpoint_path(run, 6) / FILES[0]).write_bytes(b"")
+    (checkpoint_path(run, 6) / CHECKPOINT_FILES[0]).write_bytes(b"")
     shutil.rmtree(checkpoint_path(run, 4))
     checkpoint_path(run, 4).mkdir()
     checkpoint_path(run, 8).with_suffix(".tmp").mkdir()
@@ -158,7 +158,7 @@ def test_without_a_checkpoint(tmp_path: Path) -> None:
 def test_a_named_checkpoint(run: Path) -> None:
     assert resumed(run, str(checkpoint_path(run, 4))).step == 4
     assert resumed(run, str(run)).step == 6
-    (checkpoint_path(run, 4) / FILES[1]).write_text("{}")
+    (checkpoint_path(run, 4) / CHECKPOINT_FILES[1]).write_text("{}")
     with pytest.raises(ConfigError, match=r"trainer\.json is not what was written"):
         resumed(run, str(checkpoint_path(run, 4)))
     with pytest.raises(ConfigError, match=r"neither a run's folder"):
