@@ -89,7 +89,8 @@ def _loaded(model: str, way: str, bits: int, stage: int) -> Any:
 
     from lorasb_ds.config.ds_config import resolve_ds_config
     from lorasb_ds.config.resolve import load_run_config
-    from lorasb_ds.models.loading import load_base, load_config
+    from lorasb_ds.models.base import Base
+    from lorasb_ds.models.loading import load_base
 
     given: dict[str, Any] = {
         "model": model,
@@ -99,7 +100,7 @@ def _loaded(model: str, way: str, bits: int, stage: int) -> Any:
         given[f"load_in_{bits}bit"] = True
     ds_config, config = resolve_ds_config(load_run_config(given), dist.get_world_size())
     if way == OURS:
-        loaded = load_base(config, load_config(model), ds_config)
+        loaded = load_base(Base(config.model), config, ds_config)
     else:
         alive = HfDeepSpeedConfig(ds_config) if way == SHARDED else None
         options: dict[str, Any] = {"dtype": torch.bfloat16}

@@ -173,12 +173,12 @@ def demo_model() -> Iterator[Case]:
     from transformers import AutoModelForCausalLM
 
     from lorasb_ds.config.paths import demo_model_dir
-    from lorasb_ds.models.tokenizer import load_tokenizer
+    from lorasb_ds.models.base import Base
 
     folder = demo_model_dir()
     if not (folder / "config.json").is_file():
         raise click.ClickException(f"{folder} is missing: run scripts/setup.sh, or give --quick")
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = Base(str(folder)).tokenizer
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for i in range(16):
         total = 17 + 5 * i

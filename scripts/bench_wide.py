@@ -79,6 +79,7 @@ def wide(config: dict[str, Any], out: str) -> None:
         steps.append(found)
     step = min(steps, key=lambda found: found["seconds"])
     blocks = [w for name, w in engine.module.named_parameters() if ".layers." in name]
+    hf_config = run.base.hf_config
     tokens = run.config.micro_batch_size * run.config.max_length
     result = {f"{name}_s": part["seconds"] for name, part in (("load", load), ("init", init))}
     result |= {
@@ -88,11 +89,11 @@ def wide(config: dict[str, Any], out: str) -> None:
         "eta_s": report.step.seconds,
         "step_s": step["seconds"],
         "held_bytes": held_bytes(engine.module.parameters()),
-        "block_bytes": held_bytes(blocks) / run.hf_config.num_hidden_layers,
-        "basis_bytes": basis_bytes / run.hf_config.num_hidden_layers,
+        "block_bytes": held_bytes(blocks) / hf_config.num_hidden_layers,
+        "basis_bytes": basis_bytes / hf_config.num_hidden_layers,
         # In bf16, the input of a block; R's fp32 master, moments and gradient.
-        "activation_bytes": 2 * tokens * run.hf_config.hidden_size,
-        "optimizer_bytes": 16 * run.config.r**2 * len(adapters) / run.hf_config.num_hidden_layers,
+        "activation_bytes": 2 * tokens * hf_config.hidden_size,
+        "optimizer_bytes": 16 * run.config.r**2 * len(adapters) / hf_config.num_hidden_layers,
         "groups": report.num_groups,
     }
     # On CPUs the process of rank 0, which holds the basis, too.

@@ -123,9 +123,9 @@ def _saved(kind: Any, config: Any, folder: Path, demo_model: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(demo_model: Path):
-    from lorasb_ds.models.tokenizer import load_tokenizer
+    from lorasb_ds.models.base import Base
 
-    return load_tokenizer(str(demo_model))
+    return Base(str(demo_model)).tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,9 @@ import torch
 from lorasb_ds.config.ds_config import resolve_ds_config
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.data.batch import Batch
+from lorasb_ds.models.base import Base
 from lorasb_ds.models.linear_layers import linear_layers
-from lorasb_ds.models.loading import load_base, load_config
+from lorasb_ds.models.loading import load_base
 
 
 def own_loss(model: Any, batch: Batch) -> torch.Tensor:
@@ -47,7 +48,7 @@ def load_whole(folder: str, dtype: str) -> Any:
     """A base as this project loads it: plain, in one process."""
     config = load_run_config({"model": folder, "dtype": dtype})
     ds_config, config = resolve_ds_config(config, 1)
-    return load_base(config, load_config(folder), ds_config).eval()
+    return load_base(Base(config.model), config, ds_config).eval()
 
 
 def write_random_lora(base: Path, folder: Path, **options: Any) -> Any:

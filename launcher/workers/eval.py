@@ -54,7 +54,7 @@ def main(own: dict[str, Any], given: dict[str, Any]) -> None:
 
         chosen = {name: own[name] for name in ("task", "num_samples", "max_new_tokens")}
         chosen["max_positions"] = run.max_positions
-        sources = [load_eval_rows(s, run.config, run.tokenizer, **chosen) for s in config.data]
+        sources = [load_eval_rows(s, run.config, run.base.tokenizer, **chosen) for s in config.data]
         if in_job:
             join()
         model = start_model(run)

@@ -58,11 +58,9 @@ def preview(config: RunConfig, num_rows: int, row: int | None, color: bool) -> I
     import numpy as np
 
     from lorasb_ds.data.cache import tokenize_sources
-    from lorasb_ds.models.loading import load_config
-    from lorasb_ds.models.tokenizer import read_tokenizer
+    from lorasb_ds.models.base import Base
 
-    hf_config = load_config(config.model, config.trust_remote_code)
-    tokenizer = read_tokenizer(config.model, hf_config, config.trust_remote_code)
+    tokenizer = Base(config.model, config.trust_remote_code).tokenizer
     rows, notes = tokenize_sources(config.data, tokenizer, config)
     yield from notes
     if row is None:

@@ -31,12 +31,10 @@ def main() -> None:
 def rows(out: Path, **given: Any) -> None:
     """Count the rows that the init's sample of such a run would be drawn from."""
     from lorasb_ds.data.cache import load_data
-    from lorasb_ds.models.loading import load_config
-    from lorasb_ds.models.tokenizer import read_tokenizer
+    from lorasb_ds.models.base import Base
 
     config = load_run_config(given)
-    hf_config = load_config(config.model, config.trust_remote_code)
-    tokenizer = read_tokenizer(config.model, hf_config, config.trust_remote_code)
+    tokenizer = Base(config.model, config.trust_remote_code).tokenizer
     out.write_text(json.dumps(len(load_data(config, tokenizer).init.examples)))
 
 

@@ -75,7 +75,7 @@ def evaluate_model(
     rows = load_eval_rows(
         source,
         run.config,
-        run.tokenizer,
+        run.base.tokenizer,
         task=task,
         num_samples=num_samples,
         max_new_tokens=max_new_tokens,
@@ -116,7 +116,7 @@ def _loss(run: PreparedModel, rows: EvalRows, model: nn.Module) -> float:
         rows.examples.lengths,
         [[i] for i in range(len(rows.examples.examples))],
         micro_batch_size=run.config.micro_batch_size,
-        pad_token_id=run.tokenizer.pad_token_id,
+        pad_token_id=run.base.tokenizer.pad_token_id,
         rank=rank,
         world_size=world_size,
     )
@@ -133,7 +133,7 @@ def _answer(
         prompts = [rows.questions[i].ids for i in batch]
         texts = generate(
             model,
-            run.tokenizer,
+            run.base.tokenizer,
             prompts,
             rows.max_new_tokens,
             accelerator.device(),
@@ -171,7 +171,7 @@ def _choose(
     lengths = [len(example.input_ids) for example in examples]
     found: dict[int, float] = {}
     for batch, counts in _shown(lengths, run.config.micro_batch_size):
-        collated = collate([examples[i] for i in batch], run.tokenizer.pad_token_id)
+        collated = collate([examples[i] for i in batch], run.base.tokenizer.pad_token_id)
         values = log_likelihoods(model, collated.to(accelerator.device()))
         if counts:
             found |= dict(zip(batch, values, strict=True))

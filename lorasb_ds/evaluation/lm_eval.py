@@ -46,11 +46,11 @@ def evaluate_by_harness(run: PreparedModel, tasks: str, num_samples: int | None 
     model = start_model(run)
     batch_size = run.config.micro_batch_size
     found = simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=run.tokenizer, batch_size=batch_size),
+        model=HFLM(pretrained=model, tokenizer=run.base.tokenizer, batch_size=batch_size),
         tasks=names,
         limit=num_samples,
         task_manager=known,
-        apply_chat_template=run.tokenizer.chat_template is not None,  # as it was trained
+        apply_chat_template=run.base.tokenizer.chat_template is not None,  # as it was trained
     )
     if run.config.output_dir is not None:
         folder = Path(run.config.output_dir)

@@ -17,12 +17,11 @@ from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export.adapter_reader import StoredAdapter, read_adapter
-from lorasb_ds.models.checkpoint_files import model_folder
+from lorasb_ds.models.base import Base, open_base
 from lorasb_ds.models.generation import stop_tokens
-from lorasb_ds.models.linear_layers import Shapes, linear_layers
-from lorasb_ds.models.loading import DTYPES, base_config, empty_model, load_base
+from lorasb_ds.models.linear_layers import Shapes
+from lorasb_ds.models.loading import DTYPES, load_base
 from lorasb_ds.models.loss import add_loss_head, check_loss_head
-from lorasb_ds.models.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -31,15 +30,14 @@ class PreparedModel:
 
     config: RunConfig
     ds_config: dict[str, Any]
-    hf_config: Any
-    tokenizer: Any
+    base: Base
     adapter: StoredAdapter | None
     stop: list[int]  # tokens that end an answer
 
     @property
     def max_positions(self) -> int | None:
         """Of the model's configuration."""
-        return getattr(self.hf_config.get_text_config(), "max_position_embeddings", None)
+        return getattr(self.base.hf_config.get_text_config(), "max_position_embeddings", None)
 
     @property
     def is_sharded(self) -> bool:
@@ -57,22 +55,19 @@ def prepare_model(
     Raises:
         ConfigError: what is wrong and what to do about it.
     """
-    hf_config, config, _ = base_config(config)
+    base, config = open_base(config)
     ds_config, config = resolve_ds_config(config, world_size, local_size)
     zero.check_ds_config(ds_config, config.ds_config)
     stored_adapter = read_adapter(adapter) if adapter is not None else None
     if stored_adapter is not None:
-        empty = empty_model(hf_config, DTYPES[config.dtype], config.trust_remote_code)
-        _check_fits(stored_adapter, linear_layers(empty), config.model)
-    tokenizer = load_tokenizer(config.model)
-    folder, others = model_folder(config.model), None
-    if (folder / "generation_config.json").is_file():
-        others = GenerationConfig.from_pretrained(folder).eos_token_id
+        _check_fits(stored_adapter, dict(base.shape.layers), config.model)
+    tokenizer, others = base.tokenizer, None
+    if (base.folder / "generation_config.json").is_file():
+        others = GenerationConfig.from_pretrained(base.folder).eos_token_id
     return PreparedModel(
         config=config,
         ds_config=ds_config,
-        hf_config=hf_config,
-        tokenizer=tokenizer,
+        base=base,
         adapter=stored_adapter,
         stop=stop_tokens(tokenizer, others),
     )
@@ -93,7 +88,7 @@ def start_model(run: PreparedModel) -> Any:
             f"--ds-config {config.ds_config} shards the base over the processes of a job, and this "
             "is one process. Give --num-procs or --num-gpus, or leave it out."
         )
-    model = load_base(config, run.hf_config, run.ds_config)
+    model = load_base(run.base, config, run.ds_config)
     # The base's own may ask for beams, or punish repetitions: greedy is greedy.
     model.generation_config = GenerationConfig()
     adapters: dict[str, LoraSBLinear] = {}

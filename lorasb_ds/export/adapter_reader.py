@@ -215,7 +215,7 @@ def read_init(adapter: StoredAdapter) -> StoredAdapter | None:
 
 
 def trained_on(adapter: StoredAdapter) -> str | None:
-    """``weights_digest`` of the base that a run was trained on; None where no basis says it."""
+    """``Base.digest`` of the base that a run was trained on; None where no basis says it."""
     if adapter.run is None or not (adapter.run / BASIS_FILE).is_file():
         return None
     read_header(adapter.run / BASIS_FILE, str(adapter.run))

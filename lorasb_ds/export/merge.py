@@ -39,7 +39,7 @@ from lorasb_ds.export.merge_folder import (
     write_index,
 )
 from lorasb_ds.export.merge_plan import plan_merge
-from lorasb_ds.models.checkpoint_files import model_folder, weights_digest
+from lorasb_ds.models.base import Base
 from lorasb_ds.system.files import check_replaceable, file_digest, write_json
 
 GIB = 1 << 30
@@ -87,11 +87,11 @@ def merge_adapter(
             the disk is too small; later if it fills up or a merged number is not finite.
     """
     start = time.perf_counter()
-    base, out = model_folder(model, trust_remote_code), out.expanduser().resolve()
-    _check_out(out, base, adapter.path, overwrite)
+    base, out = Base(model, trust_remote_code), out.expanduser().resolve()
+    _check_out(out, base.folder, adapter.path, overwrite)
     partial = out.with_name(out.name + ".partial")
-    jobs, config = plan_merge(adapter, model, partial, load_in_4bit, trust_remote_code)
-    record = _record(adapter, model, load_in_4bit)
+    jobs, config = plan_merge(adapter, base, partial, load_in_4bit)
+    record = _record(adapter, base, load_in_4bit)
     if trained_on(adapter) not in (None, record["made_of"]["base"]):
         say(
             f"warning: --model {model} has other files than the base that the run was trained on: "
@@ -114,8 +114,8 @@ def merge_adapter(
             write_json(partial / RECORD, record | {"files": files})
             say(f"{name}: {len(job.updates)} layers ({len(finished)} of {len(jobs)} files)")
         try:
-            copy_rest(base, partial, config)
-            write_index(base, partial, jobs, load_in_4bit)
+            copy_rest(base.folder, partial, config)
+            write_index(base.folder, partial, jobs, load_in_4bit)
             write_all_sums(partial, finished)
             put_in_place(partial, out)
         except OSError as error:
@@ -148,16 +148,16 @@ def _is_model(folder: Path) -> bool:
     return has_model and not Path.cwd().is_relative_to(folder)
 
 
-def _record(adapter: StoredAdapter, model: str, load_in_4bit: bool) -> dict[str, Any]:
+def _record(adapter: StoredAdapter, base: Base, load_in_4bit: bool) -> dict[str, Any]:
     """What is merged: two merges that are made of the same write the same files."""
     files = sorted({tensor.file for tensor in adapter.stored.values()})
     made_of = {
-        "base": weights_digest(model),
+        "base": base.digest,
         "adapter": {file.name: file_digest(file) for file in files},
         "scales": {name: factors.scale for name, factors in sorted(adapter.layers.items())},
         "load_in_4bit": load_in_4bit,
     }
-    return {"base": model, "adapter": str(adapter.path), "made_of": made_of}
+    return {"base": base.name, "adapter": str(adapter.path), "made_of": made_of}
 
 
 def _check_disk(partial: Path, bounds: Mapping[FileJob, int], finished: Mapping[str, Any]) -> None:

@@ -13,14 +13,14 @@ from transformers.pytorch_utils import Conv1D
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export.adapter_reader import StoredAdapter
 from lorasb_ds.export.merge_file import FLOATS, FileJob, Update
-from lorasb_ds.models.checkpoint_files import StoredTensor, model_folder, stored_tensors
+from lorasb_ds.models.base import Base
+from lorasb_ds.models.checkpoint_files import StoredTensor
 from lorasb_ds.models.linear_layers import layer_shape, linear_layers
-from lorasb_ds.models.loading import empty_model, load_config, stored_quantization
-from lorasb_ds.models.weight_map import Source, map_weights
+from lorasb_ds.models.weight_map import Source
 
 
 def plan_merge(
-    adapter: StoredAdapter, name: str, partial: Path, load_in_4bit: bool, trust_remote_code: bool
+    adapter: StoredAdapter, base: Base, partial: Path, load_in_4bit: bool
 ) -> tuple[list[FileJob], dict[str, Any] | None]:
     """A job for every file of the base; and what is set in config.json, or None.
 
@@ -29,7 +29,7 @@ def plan_merge(
     Raises:
         ConfigError: if the adapter does not go with the base.
     """
-    model, stored, sources = _base(name, trust_remote_code)
+    name, model, stored, sources = base.name, base.model, base.stored, _sources(base)
     updates: dict[str, Update] = {}
     for layer, factors in adapter.layers.items():
         key = _changed(model, layer, adapter.shapes[layer], sources, stored, name)
@@ -48,14 +48,13 @@ def plan_merge(
         layers = _layers_in_4bit(model, name)
         quantized = {_stored_weight(layer, sources, stored, name) for layer in layers}
         config = {"quantization_config": _quantization_config(model, layers)}
-    folder = model_folder(name, trust_remote_code)
     jobs = []
     for file in sorted({tensor.file for tensor in stored.values()}):
         mine = {key for key, tensor in stored.items() if tensor.file == file}
         jobs.append(
             FileJob(
                 file,
-                partial / file.relative_to(folder),
+                partial / file.relative_to(base.folder),
                 {key: updates[key] for key in sorted(updates.keys() & mine)},
                 frozenset(quantized & mine),
             )
@@ -67,24 +66,19 @@ def weights_of(
     adapter: StoredAdapter, model: str, trust_remote_code: bool = False
 ) -> dict[str, StoredTensor]:
     """Layer of the adapter -> its weight in the base's files. Raises as ``plan_merge``."""
-    empty, stored, sources = _base(model, trust_remote_code)
+    base = Base(model, trust_remote_code)
+    sources = _sources(base)
     return {
-        layer: stored[_changed(empty, layer, shape, sources, stored, model)]
+        layer: base.stored[_changed(base.model, layer, shape, sources, base.stored, model)]
         for layer, shape in adapter.shapes.items()
     }
 
 
-def _base(
-    name: str, trust_remote_code: bool
-) -> tuple[Any, dict[str, StoredTensor], dict[str, Source]]:
-    """The empty model; its stored tensors; parameter -> where it comes from."""
-    hf_config = load_config(name, trust_remote_code)
-    if stored_quantization(hf_config, name):
-        raise _quantized_base(name, "its config.json says so")
-    model = empty_model(hf_config, torch.bfloat16, trust_remote_code)
-    stored = stored_tensors(name)
-    sources = map_weights(model, stored, name)
-    return model, stored, {target: source for source in sources for target in source.targets}
+def _sources(base: Base) -> dict[str, Source]:
+    """Parameter of the base -> where it comes from. Raises ConfigError for a quantized base."""
+    if base.quantization is not None:
+        raise _quantized_base(base.name, "its config.json says so")
+    return {target: source for source in base.sources for target in source.targets}
 
 
 def _changed(

@@ -25,7 +25,6 @@ from lorasb_ds.init.factors import Basis, Recipe, fill_factors
 from lorasb_ds.init.gradients import branches_off
 from lorasb_ds.init.init_report import InitReport, LayerInit, Step
 from lorasb_ds.init.step_size import choose_step, measure_step
-from lorasb_ds.models.checkpoint_files import weights_digest
 from lorasb_ds.models.linear_layers import Shapes
 from lorasb_ds.system.files import SUMS_FILE, check_sums, write_json, write_sums
 from lorasb_ds.system.safetensors_writer import save_tensors
@@ -35,15 +34,18 @@ SCALING = "scaling (--lora-alpha, --r)"
 PEFT_FILE = "--method peft: (its file)"
 
 
-def fingerprint(config: RunConfig, targets: Shapes, rows_digest: str) -> dict[str, Any]:
+def fingerprint(
+    config: RunConfig, base_digest: str, targets: Shapes, rows_digest: str
+) -> dict[str, Any]:
     """All that a basis depends on but its rank, by the name under which a difference is told.
 
     Args:
+        base_digest: ``Base.digest``.
         rows_digest: of the tokenized rows that the gradient is taken of.
     """
     return {
         "basis format": BASIS_FORMAT,
-        "model files": weights_digest(config.model),
+        "model files": base_digest,
         "--load-in-4bit": str(config.load_in_4bit),
         "--load-in-8bit": str(config.load_in_8bit),
         "--dtype": config.dtype,

@@ -9,7 +9,6 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +81,6 @@ def model_type_of(model: str | None) -> str | None:
     return found if isinstance(found, str) else None
 
 
-@cache  # or the hub would be asked for every use
 def model_folder(model: str, trust_remote_code: bool = False) -> Path:
     """The folder with a base's files; a hub name is looked up in the cache, or fetched into it.
 
@@ -115,14 +113,16 @@ def model_folder(model: str, trust_remote_code: bool = False) -> Path:
         ) from error
 
 
-def stored_tensors(model: str) -> dict[str, StoredTensor]:
-    """Every tensor of a base's checkpoint, from the files' headers alone.
+def stored_tensors(model: str, folder: Path) -> dict[str, StoredTensor]:
+    """Read every tensor's place in a base's checkpoint, from the files' headers alone.
 
+    Args:
+        model: as --model gives it, for messages.
+        folder: of ``model_folder``.
     Raises:
         ConfigError: naming the file, and the tensor if there is one, where the files are not
             whole or not safetensors.
     """
-    folder = model_folder(model)
     index_file = folder / INDEX
     if (folder / WEIGHTS).is_file():
         return read_header(folder / WEIGHTS, f"--model {model}")
@@ -132,7 +132,7 @@ def stored_tensors(model: str) -> dict[str, StoredTensor]:
         found = ", ".join(others) or "none"
         if legacy:
             found = f"only {', '.join(legacy)}, which are pickles and can run code"
-        elif not others and _is_hub_name(model):
+        elif not others and is_hub_name(model):
             found = "none (pickles, which can run code, are not fetched)"
         raise ConfigError(
             f"--model {model}: the weights must be {WEIGHTS}, or several files with {INDEX}; "
@@ -166,7 +166,8 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _is_hub_name(model: str) -> bool:
+def is_hub_name(model: str) -> bool:
+    """Return whether --model names a repository on the hub, and no folder."""
     return not Path(model_path(model)).is_dir()
 
 
@@ -245,21 +246,19 @@ def _stored_tensor(path: Path, name: str, entry: Any, data: int) -> StoredTensor
     return StoredTensor(path, dtype, shape, data + begin, data + end)
 
 
-def weights_digest(model: str) -> str:
-    """Tells one model's weights from another's: the hub's commit, or of every file in a folder its
-    name, header, and 4 KiB from the beginning, middle and end of every tensor.
+def weights_digest(folder: Path, stored: Mapping[str, StoredTensor]) -> str:
+    """Identify the weights in a folder by a SHA-256 of samples.
 
-    Training, merging or quantizing changes those; an edit of a few rows may not.
+    It is of config.json and, for every file, its name, its header, and 4 KiB from the beginning,
+    middle and end of every tensor. Training, merging or quantizing changes those; an edit of a few
+    rows may not.
 
-    Raises:
-        ConfigError: if a file is broken.
+    Args:
+        stored: of ``stored_tensors``, in its order.
     """
-    folder = model_folder(model)
-    if _is_hub_name(model):
-        return f"{model}@{folder.name}"  # a snapshot's folder in the cache is named by its commit
     result = hashlib.sha256((folder / "config.json").read_bytes())
     by_file: dict[Path, dict[str, StoredTensor]] = {}
-    for name, tensor in stored_tensors(model).items():
+    for name, tensor in stored.items():
         by_file.setdefault(tensor.file, {})[name] = tensor
     for path, tensors in sorted(by_file.items()):
         result.update(path.name.encode())

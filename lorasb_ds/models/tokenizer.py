@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.models.checkpoint_files import first_line, model_folder
-from lorasb_ds.models.loading import load_config
+from lorasb_ds.models.checkpoint_files import first_line
 
 # Which of transformers' classes reads a bare tokenizer.model. All of these begin a text with the
 # beginning-of-sequence token.
@@ -29,26 +28,15 @@ PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endof
 PROBE = "  Say 12345:\n\n\tx = f(y)   # größer, 漢字, 🙂 ﬁn² "
 
 
-def load_tokenizer(model: str) -> Any:
-    """The base's tokenizer, padding on the right, with a pad token (see ``choose_pad_token``).
-
-    Raises:
-        ConfigError: if it cannot be read or does not fit the model.
-    """
-    hf_config = load_config(model)
-    tokenizer = read_tokenizer(model, hf_config)
-    choose_pad_token(tokenizer, hf_config.get_text_config().vocab_size)
-    return tokenizer
-
-
-def read_tokenizer(model: str, hf_config: Any, trust_remote_code: bool = False) -> Any:
+def read_tokenizer(
+    model: str, folder: Path, hf_config: Any, trust_remote_code: bool = False
+) -> Any:
     """The base's tokenizer as its files have it, padding on the right.
 
     Raises:
         ConfigError: if it cannot be read, has no end-of-sequence token, or one that the model
             does not know.
     """
-    folder = model_folder(model)
     only_sentencepiece = (folder / "tokenizer.model").is_file() and not (
         folder / "tokenizer.json"
     ).is_file()

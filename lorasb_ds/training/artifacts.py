@@ -21,7 +21,7 @@ from lorasb_ds.config.run_layout import (
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.init.init_report import InitReport
 from lorasb_ds.models.checkpoint_files import model_path
-from lorasb_ds.models.loading import DTYPES, empty_model
+from lorasb_ds.models.loading import DTYPES
 from lorasb_ds.runs.output_dir import say
 from lorasb_ds.runs.plots import draw_alignment, draw_loss_curve
 from lorasb_ds.runs.run_log import provenance
@@ -38,7 +38,7 @@ def describe(run: Prepared, folder: Path) -> dict[str, Any]:
         "ds_config": run.ds_config,
         "world_size": zero.world_size(),
         "accelerator": accelerator.name(),
-        "model_type": run.model_type,
+        "model_type": run.base.model_type,
         "peft_warning": run.peft_warning,
         "trainable_parameters": run.workload.num_trainable,
         "num_steps": run.num_steps,
@@ -68,10 +68,10 @@ def announce(run: Prepared, folder: Path) -> None:
         f"{accelerator.name()}, {run.num_steps} steps of {run.config.train_batch_size} "
         f"{'packs' if run.config.packing else 'rows'}"
     )
-    if run.experts:
+    if experts := run.base.experts:
         say(
-            f"{len(run.experts)} layers of MoE experts ({sum(run.experts.values()):,} parameters) "
-            "stay frozen without an adapter"
+            f"{len(experts)} layers of MoE experts ({sum(experts.values()):,} parameters) stay "
+            "frozen without an adapter"
         )
 
 
@@ -88,21 +88,21 @@ def finish(job: Job, init: InitReport, tensors: Any, description: dict[str, Any]
     if init.layers:
         draw_init(folder / INIT_PICTURE, init)
     # Last: a run that has its report is finished.
-    write_report(folder / REPORT, description, log.rows, init, run.targets, run.experts)
+    write_report(folder / REPORT, description, log.rows, init, run.targets, run.base.experts)
 
 
 def save_adapter(run: Prepared, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """What was trained, as a folder of PEFT's. Rank 0."""
     config, base_model = run.config, model_path(run.config.model)
     if run.peft is not None:
-        empty = empty_model(run.hf_config, DTYPES[config.dtype], config.trust_remote_code)
+        empty = run.base.empty_model(DTYPES[config.dtype])
         save_peft_method(folder, run.peft, empty, tensors, base_model)
         return
     save_peft_adapter(
         folder,
         tensors,
         r=config.r * run.workload.pairs,
-        target_modules=peft_target_modules(run.targets, dict(run.shape.layers)),
+        target_modules=peft_target_modules(run.targets, dict(run.base.shape.layers)),
         base_model=base_model,
     )
     if run.peft_warning:

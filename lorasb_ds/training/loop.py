@@ -246,11 +246,11 @@ def write_samples(job: Job, stage: Stage) -> None:
     with eval_mode(model):
         answers = generate(
             model,
-            run.tokenizer,
+            run.base.tokenizer,
             prompts,
             SAMPLE_TOKENS,
             accelerator.device(),
-            stop=stop_tokens(run.tokenizer),
+            stop=stop_tokens(run.base.tokenizer),
         )
     if job.log:
         for i, (example, prompt, answer) in enumerate(zip(examples, prompts, answers, strict=True)):
@@ -259,8 +259,8 @@ def write_samples(job: Job, stage: Stage) -> None:
                     "step": job.progress.step,
                     "stage": stage,
                     "row": run.held_out.row_id(i),
-                    "prompt": run.tokenizer.decode(prompt),
-                    "expected": run.tokenizer.decode(example.input_ids[len(prompt) :]),
+                    "prompt": run.base.tokenizer.decode(prompt),
+                    "expected": run.base.tokenizer.decode(example.input_ids[len(prompt) :]),
                     "generated": answer.text,
                 }
             )

@@ -26,13 +26,10 @@ from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.init.basis import PEFT_FILE, check_basis, fingerprint
 from lorasb_ds.init.init_report import InitReport
-from lorasb_ds.models.checkpoint_files import stored_tensors
-from lorasb_ds.models.linear_layers import Shapes, expert_layers, select_targets, shape_of
-from lorasb_ds.models.loading import DTYPES, base_config, empty_model
-from lorasb_ds.models.tokenizer import choose_pad_token, read_tokenizer
-from lorasb_ds.models.weight_map import map_weights, unused_tensors
+from lorasb_ds.models.base import Base, open_base
+from lorasb_ds.models.linear_layers import Shapes, select_targets
+from lorasb_ds.models.loading import DTYPES
 from lorasb_ds.planner.footprint import Footprint, footprint, init_plan
-from lorasb_ds.planner.model_shape import ModelShape
 from lorasb_ds.planner.placement import Placement, placement_of
 from lorasb_ds.planner.strategies import Cluster
 from lorasb_ds.planner.workload import Workload
@@ -56,14 +53,10 @@ class Prepared:
     config: RunConfig
     ds_config: dict[str, Any]
     ds_config_file: dict[str, Any]  # as it was read, before "auto" was filled
-    hf_config: Any
-    tokenizer: Any
-    model_type: str  # of the model that is made: of a composite configuration a part may be used
+    base: Base
     notes: list[str]  # what the user should know of the base's files, the data and the adapter
     peft_warning: str | None  # where PEFT would not read the adapter as it is written
-    shape: ModelShape
     targets: Shapes
-    experts: dict[str, int]  # MoE modules that stay frozen, and their elements
     train: TokenizedRows
     held_out: TokenizedRows | None
     init_rows: TokenizedRows  # of which the init's sample is drawn; the training rows as a rule
@@ -99,7 +92,7 @@ class Prepared:
             rows.lengths,
             units,
             micro_batch_size=self.config.micro_batch_size,
-            pad_token_id=self.tokenizer.pad_token_id,
+            pad_token_id=self.base.tokenizer.pad_token_id,
             rank=zero.rank(),
             world_size=zero.world_size(),
             rounds=rounds,
@@ -109,7 +102,7 @@ class Prepared:
     @property
     def one_row(self) -> bool:
         """Variable-length kernels take a packed batch as one row."""
-        return "flash" in (self.hf_config._attn_implementation or "")
+        return "flash" in (self.base.hf_config._attn_implementation or "")
 
     def sample(self, indices: Sequence[int]) -> Sample:
         """Some of ``init_rows``, on this rank's device."""
@@ -129,7 +122,7 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
     Raises:
         ConfigError: what is wrong and what to do about it.
     """
-    hf_config, config, quantization = base_config(config)
+    base, config = open_base(config)
     check_output_dir(config)
     check_tracker(config)
     resume = find_resume(config)
@@ -138,46 +131,32 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
     ds_config, config = resolve_ds_config(config, world_size, local_size)
     zero.check_ds_config(ds_config, config.ds_config)
     ds_config_file = read_json(config.ds_config, "--ds-config")
-    model = empty_model(hf_config, DTYPES[config.dtype], config.trust_remote_code)
-    stored = stored_tensors(config.model)
-    sources = map_weights(model, stored, config.model)
-    if any(source.beside for source in sources) != (quantization is not None):
-        raise ConfigError(
-            f"--model {config.model}: config.json and the weights do not agree on whether they "
-            "are quantized (quantization_config). Fetch the files again."
-        )
+    base.check_files()
     if config.packing:
-        _check_packing(config, model)
-    shape, experts = shape_of(config.model, model), expert_layers(model)
-    if experts and ds_config["zero_optimization"]["stage"] == 3:
+        _check_packing(base.model)
+    if base.experts and ds_config["zero_optimization"]["stage"] == 3:
         # Gathered at once and not part by part ("leaf modules"): ranks whose tokens go elsewhere
         # would wait for each other. DeepSpeed's own list names whole MoE blocks, of which it would
         # reduce the trainable parameters at every backward pass, the init's too.
-        leaves = {"classes": [], "names": list(experts)}
+        leaves = {"classes": [], "names": list(base.experts)}
         ds_config["zero_optimization"].setdefault("leaf_module", leaves)
     method = METHODS.get(config.method)
-    tokenizer = read_tokenizer(config.model, hf_config, config.trust_remote_code)
-    notes = [choose_pad_token(tokenizer, hf_config.get_text_config().vocab_size)]
-    if unused := unused_tensors(model, sources, stored):
-        notes.append(
-            f"warning: {len(unused)} tensors of the checkpoint have no place in the model of "
-            f"config.json, such as {', '.join(unused[:3])}"
-        )
+    notes = base.notes()
     peft = None
     if method is None:
-        peft = plan_peft(config, model)
+        peft = plan_peft(config, base.empty_model(DTYPES[config.dtype]))
         targets = peft.layers
     else:
-        layers, times = dict(shape.layers), method.directions
+        layers, times = dict(base.shape.layers), method.directions
         targets = select_targets(layers, config.target_modules, config.r, times)
-    model_type, warning = model.config.model_type, None
-    if method is not None and (warning := peft_warning(model_type, targets, config.model)):
+    warning = None
+    if method and (warning := peft_warning(base.model_type, targets, config.model)):
         notes.append(f"warning: {warning}")
-    train, held_out, init_rows, data_notes = load_data(config, tokenizer)
+    train, held_out, init_rows, data_notes = load_data(config, base.tokenizer)
     gradient_rows, probe_rows = init_sample(
         len(init_rows.examples), config.init_samples, config.seed_of_init
     )
-    made_from = fingerprint(config, targets, init_rows.select(gradient_rows).digest)
+    made_from = fingerprint(config, base.digest, targets, init_rows.select(gradient_rows).digest)
     order = Order(
         train.lengths,
         config.train_batch_size or 1,
@@ -204,29 +183,25 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
     workload = workload_of(config, targets, peft, train, len(gradient_rows))
     longest = int(init_rows.lengths[gradient_rows].max())
     init = init_plan(
-        shape, replace(workload, max_length=longest), world_size, placement.dtype_bytes
+        base.shape, replace(workload, max_length=longest), world_size, placement.dtype_bytes
     )
-    memory = footprint(shape, placement, workload, init)
+    memory = footprint(base.shape, placement, workload, init)
     if config.init_data is not None:  # whose rows may be longer, or shorter
         sample = init_rows.select([*gradient_rows, *probe_rows])
         of_init = workload_of(config, targets, peft, sample, len(gradient_rows))
-        memory = with_init_of(memory, footprint(shape, placement, of_init, init))
+        memory = with_init_of(memory, footprint(base.shape, placement, of_init, init))
     cluster = this_cluster(world_size)
     has_init = config.init_from is not None or resume is not None or peft is not None
-    forecasted = forecast(shape, memory, workload, cluster, has_init)
+    forecasted = forecast(base.shape, memory, workload, cluster, has_init)
     check_fits(forecasted, config.force)
     return Prepared(
         config=config,
         ds_config=ds_config,
         ds_config_file=ds_config_file,
-        hf_config=hf_config,
-        tokenizer=tokenizer,
-        model_type=model_type,
+        base=base,
         peft_warning=warning,
-        notes=[note for note in [*notes, *data_notes] if note],
-        shape=shape,
+        notes=[*notes, *data_notes],
         targets=targets,
-        experts=experts,
         train=train,
         held_out=held_out,
         init_rows=init_rows,
@@ -247,7 +222,7 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
     )
 
 
-def _check_packing(config: RunConfig, model: Any) -> None:
+def _check_packing(model: Any) -> None:
     """Refuse a model that has no place for position ids; the engine is tried before training."""
     if "position_ids" not in inspect.signature(type(model).forward).parameters:
         raise ConfigError(
@@ -266,7 +241,7 @@ def check_ranks_agree(run: Prepared) -> None:
         # ds_config is a path, which may differ between hosts; its content comes next.
         "the options": run.config.model_dump_json(exclude={"ds_config"}),
         "the ds_config": json.dumps(run.ds_config, sort_keys=True),
-        "the model's layers": json.dumps(run.shape.layers),
+        "the model's layers": json.dumps(run.base.shape.layers),
         "the training rows": run.train.digest,
         "the held-out rows": run.held_out.digest if run.held_out else "",
         "the rows for the init": run.init_rows.digest,

@@ -169,7 +169,7 @@ def phase(run: Prepared, name: Phase) -> Iterator[None]:
             accelerator.memory_bytes(),
             run.forecast.free_bytes,
             config=run.config,
-            shape=run.shape,
+            shape=run.base.shape,
             placement=run.placement,
             work=run.workload,
             memory=run.footprint,
@@ -193,7 +193,7 @@ def start_engine(run: Prepared) -> tuple[Any, Adapters]:
     Where PEFT makes the layers, they are as it fills them, and there are no adapters of ours.
     """
     config, adapters = run.config, Adapters()
-    model = load_base(config, run.hf_config, run.ds_config)
+    model = load_base(run.base, config, run.ds_config)
     if run.peft is not None:
         inject_peft(model, run.peft, config, DTYPES[config.dtype])
     else:
@@ -208,7 +208,7 @@ def start_engine(run: Prepared) -> tuple[Any, Adapters]:
         few = torch.tensor([run.train.examples[0].input_ids[:16]], device=accelerator.device())
         if not check_loss_head(model, few):
             labels = run.workload.micro_batch_size * run.workload.num_labels
-            gib = labels * run.shape.vocab_size * LOGIT_BYTES / GIB
+            gib = labels * run.base.shape.vocab_size * LOGIT_BYTES / GIB
             say(
                 f"the loss of a {type(model).__name__} is made of all its logits at once, up to "
                 f"{gib:.2f} GiB in training: its head does more than is known here"
@@ -227,7 +227,7 @@ def gather_together(run: Prepared, model: Any, adapters: Adapters) -> None:
         zero.gather_together(adapter, adapter.base_layer.parameters())
     gather_peft_together(model)
     prefix = run.footprint.init.prefix
-    if prefix is not None and gathers_blocks(run.shape, run.placement, run.workload):
+    if prefix is not None and gathers_blocks(run.base.shape, run.placement, run.workload):
         for block in model.get_submodule(prefix.rstrip(".")):
             zero.gather_together(block, (p for p in block.parameters() if not p.requires_grad))
 
@@ -247,6 +247,6 @@ def check_packs(job: Job) -> None:
     if not keeps_packs_apart(model, examples, accelerator.device(), one_row=run.one_row):
         raise ConfigError(
             f"--packing: rows of one pack see each other in a {type(model).__name__} with "
-            f"attention {run.hf_config._attn_implementation}. Leave it out (rows of similar "
+            f"attention {run.base.hf_config._attn_implementation}. Leave it out (rows of similar "
             "lengths are batched together as it is), or try another --attn-implementation."
         )

@@ -160,7 +160,7 @@ def export(config: dict[str, Any], basis: str, out: str, zero_optimization: dict
             Path(out) / "adapter",
             tensors,
             r=run.config.r,
-            target_modules=peft_target_modules(run.targets, dict(run.shape.layers)),
+            target_modules=peft_target_modules(run.targets, dict(run.base.shape.layers)),
             base_model=run.config.model,
         )
 
@@ -418,18 +418,19 @@ def load(config: dict[str, Any], out: str, zero_optimization: dict[str, Any]) ->
     """The base as it is loaded; rank 0 writes its whole parameters and what all ranks read."""
     from lorasb_ds.config.resolve import load_run_config
     from lorasb_ds.distributed import zero
-    from lorasb_ds.models.loading import empty_model, load_base, load_config
+    from lorasb_ds.models.base import Base
+    from lorasb_ds.models.loading import load_base
 
     zero.init_process_group()
     run = load_run_config(config)
     ds_config = {"train_batch_size": zero.world_size(), "zero_optimization": zero_optimization}
-    hf_config = load_config(run.model)
+    base = Base(run.model)
     # What Python reads to import them is no part of what is measured.
     import bitsandbytes  # noqa: F401
 
-    empty_model(hf_config, torch.bfloat16)
+    base.empty_model(torch.bfloat16)
     before = _bytes_read()
-    model = load_base(run, hf_config, ds_config)
+    model = load_base(base, run, ds_config)
     read = torch.tensor(_bytes_read() - before)
     dist.all_reduce(read)
     result = {"bytes_read": read}
@@ -457,13 +458,14 @@ def load_broken(config: dict[str, Any], message: str) -> None:
     from lorasb_ds.config.resolve import load_run_config
     from lorasb_ds.distributed import zero
     from lorasb_ds.errors import ConfigError
-    from lorasb_ds.models.loading import load_base, load_config
+    from lorasb_ds.models.base import Base
+    from lorasb_ds.models.loading import load_base
 
     zero.init_process_group()
     run = load_run_config(config)
     ds_config = {"train_batch_size": zero.world_size(), "zero_optimization": {"stage": 3}}
     with pytest.raises(ConfigError, match=message):
-        load_base(run, load_config(run.model), ds_config)
+        load_base(Base(run.model), run, ds_config)
 
 
 def watched(folder: str) -> None:
@@ -599,7 +601,7 @@ def evaluation(given: dict[str, Any], adapter: str, out: str, zero_optimization:
     config = load_run_config(given)
     run = prepare_model(config, adapter, int(os.environ["WORLD_SIZE"]))
     run.ds_config["zero_optimization"] |= zero_optimization
-    rows = load_eval_rows(config.data[0], run.config, run.tokenizer, max_new_tokens=12)
+    rows = load_eval_rows(config.data[0], run.config, run.base.tokenizer, max_new_tokens=12)
     zero.init_process_group()
     result = evaluate(run, rows, start_model(run))
     if zero.rank() == 0:

@@ -17,7 +17,7 @@ from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.data.batch import collate
 from lorasb_ds.data.dataset import tokenize_rows
 from lorasb_ds.data.sources import load_rows
-from lorasb_ds.models.tokenizer import load_tokenizer
+from lorasb_ds.models.base import Base
 from tests.references import true_gradients
 from tests.runs import REALLY_SHARDED, run_ranks, word_rows, write_jsonl
 
@@ -88,7 +88,7 @@ def test_alignment_is_that_of_dense_matrices(
     config = config_of(tiny_model, tmp_path, method)
     found, factors = tracked(config, tmp_path, world_size)
     run = load_run_config(config)
-    tokenizer = load_tokenizer(str(tiny_model))
+    tokenizer = Base(str(tiny_model)).tokenizer
     examples = tokenize_rows(load_rows(config["data"]), tokenizer, run).examples
     batch = collate(examples, tokenizer.pad_token_id)
     scaling = {"lora-sb": 1.0, "lora": 16 / R, "lora-ga": 16 / math.sqrt(R)}[method]

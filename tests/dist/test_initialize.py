@@ -16,7 +16,7 @@ from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.data.batch import collate
 from lorasb_ds.data.dataset import tokenize_rows
 from lorasb_ds.data.sources import load_rows
-from lorasb_ds.models.tokenizer import load_tokenizer
+from lorasb_ds.models.base import Base
 from tests.references import own_loss, true_gradients
 from tests.runs import REALLY_SHARDED, run_ranks, word_rows, write_jsonl
 
@@ -131,7 +131,7 @@ def test_the_gradient_itself_with_its_own_scale_of_eta(tiny_model: Path, tmp_pat
     assert step["loss_after"] < step["losses"]["0"]
     assert step["init_lr"] > 1e-3, "entries of a gradient are much smaller than 1"
     examples = tokenize_rows(
-        load_rows(config["data"]), load_tokenizer(str(tiny_model)), RunConfig()
+        load_rows(config["data"]), Base(str(tiny_model)).tokenizer, RunConfig()
     )
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     expected = true_gradients(model, collate(examples.examples, 2))

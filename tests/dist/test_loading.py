@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import dot_natural_key
 
 from lorasb_ds.config.run_config import RunConfig
-from lorasb_ds.models.loading import load_base, load_config
+from lorasb_ds.models.base import Base
+from lorasb_ds.models.loading import load_base
 from tests.runs import REALLY_SHARDED, run_ranks
 
 STAGE_3: dict[str, Any] = {"stage": 3} | REALLY_SHARDED
@@ -47,7 +48,7 @@ def test_ranks_hold_what_one_process_does(
     if quantization:
         config = RunConfig(**options)
         ds_config = {"zero_optimization": {"stage": 2}}
-        model = load_base(config, load_config(str(demo_model)), ds_config)
+        model = load_base(Base(config.model), config, ds_config)
     else:
         model = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.bfloat16)
     assert_same(found, model)

@@ -16,8 +16,8 @@ from lorasb_ds.data.batch import collate
 from lorasb_ds.data.dataset import tokenize_rows
 from lorasb_ds.data.sampler import epoch_order
 from lorasb_ds.data.sources import load_rows
+from lorasb_ds.models.base import Base
 from lorasb_ds.models.linear_layers import linear_layers
-from lorasb_ds.models.tokenizer import load_tokenizer
 from lorasb_ds.planner.placement import placement_of
 from lorasb_ds.planner.traffic import step_traffic
 from lorasb_ds.training.prepare import prepare
@@ -54,7 +54,7 @@ def plain_steps(config: dict[str, Any]) -> tuple[list[float], dict[str, torch.Te
         factors[name] = tuple(0.3 * torch.randn(shape, generator=generator) for shape in shapes)
     layers: list[PlainFormula] = put_plain(model, factors)
     optimizer = torch.optim.SGD([layer.R for layer in layers], lr=run.lr, momentum=0.9)
-    tokenizer = load_tokenizer(config["model"])
+    tokenizer = Base(config["model"]).tokenizer
     examples = tokenize_rows(load_rows(config["data"]), tokenizer, run).examples
     losses = []
     for epoch in range(2):
@@ -141,7 +141,7 @@ def test_zero3_gathers_once_a_layer_and_direction(
     of_r = num_trained * (4 + 4) // 2
     run = prepare(load_run_config(config), 2)
     run.ds_config["zero_optimization"] |= sharded
-    planned = step_traffic(run.shape, placement_of(run.ds_config, "fp32", 2), run.workload)
+    planned = step_traffic(run.base.shape, placement_of(run.ds_config, "fp32", 2), run.workload)
     assert bytes_gathered == pytest.approx(micro_batches * (planned.bytes - of_r), rel=1e-3)
     ((size, count),) = found["reduce_scatter_tensor"]
     assert (size, count) == (num_trained * 4, micro_batches)

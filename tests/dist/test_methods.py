@@ -23,8 +23,8 @@ from lorasb_ds.data.sources import load_rows
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.evaluation.model import prepare_model, start_model
 from lorasb_ds.export.adapter_reader import read_adapter, read_init
+from lorasb_ds.models.base import Base
 from lorasb_ds.models.linear_layers import linear_layers
-from lorasb_ds.models.tokenizer import load_tokenizer
 from lorasb_ds.runs.checkpoint import checkpoint_path
 from lorasb_ds.training.prepare import prepare
 from tests.references import own_loss
@@ -76,7 +76,7 @@ def runs(request, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def held_out(folder: Path, model: Path) -> Batch:
-    tokenizer = load_tokenizer(str(model))
+    tokenizer = Base(str(model)).tokenizer
     rows = tokenize_rows(load_rows(str(folder / "held-out.jsonl")), tokenizer, RunConfig())
     return collate(rows.examples, tokenizer.pad_token_id)
 

@@ -18,8 +18,8 @@ from lorasb_ds.data.batch import collate
 from lorasb_ds.data.dataset import tokenize_rows
 from lorasb_ds.data.sampler import epoch_order
 from lorasb_ds.data.sources import load_rows
+from lorasb_ds.models.base import Base
 from lorasb_ds.models.linear_layers import linear_layers
-from lorasb_ds.models.tokenizer import load_tokenizer
 from tests.dist.test_initialize import initialized
 from tests.dist.test_initialize import setting as init_setting
 from tests.dist.test_loop import GLOBAL_BATCH, ROWS, config_of
@@ -85,7 +85,7 @@ def reference(config: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str
     start = {name: parameter.detach().clone() for name, parameter in trained.items()}
     parameters = list(trained.values())
     optimizer = OPTIMIZERS[run.optimizer](parameters, lr=run.lr, weight_decay=run.weight_decay)
-    tokenizer = load_tokenizer(config["model"])
+    tokenizer = Base(config["model"]).tokenizer
     examples = tokenize_rows(load_rows(config["data"]), tokenizer, run).examples
     batches = [
         [examples[i] for i in epoch_order(ROWS, run.seed, epoch)[first : first + GLOBAL_BATCH]]

@@ -18,7 +18,7 @@ from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.data.batch import Batch, collate
 from lorasb_ds.data.dataset import tokenize_rows
 from lorasb_ds.data.sources import load_rows
-from lorasb_ds.models.tokenizer import load_tokenizer
+from lorasb_ds.models.base import Base
 from lorasb_ds.runs.checkpoint import checkpoint_path
 from tests.references import own_loss
 from tests.runs import REALLY_SHARDED, metrics, run_ranks, word_rows, write_jsonl
@@ -81,7 +81,7 @@ def runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def batch_of(file: Path, model: Path) -> Batch:
-    tokenizer = load_tokenizer(str(model))
+    tokenizer = Base(str(model)).tokenizer
     rows = tokenize_rows(load_rows(str(file)), tokenizer, RunConfig())
     return collate(rows.examples, tokenizer.pad_token_id)
 

@@ -19,8 +19,8 @@ from lorasb_ds.data.batch import collate
 from lorasb_ds.data.dataset import tokenize_rows
 from lorasb_ds.data.sampler import epoch_order
 from lorasb_ds.data.sources import load_rows
+from lorasb_ds.models.base import Base
 from lorasb_ds.models.linear_layers import linear_layers
-from lorasb_ds.models.tokenizer import load_tokenizer
 from tests.references import own_loss
 from tests.runs import REALLY_SHARDED, ROOT, metrics, run_command, run_ranks, word_rows, write_jsonl
 
@@ -191,7 +191,7 @@ def test_peft_loads_what_was_in_memory(
         expected = given[f"{name}.lora_B"].to(compute).float() @ stepped
         torch.testing.assert_close(exported, expected, atol=1e-6, rtol=1e-5)
     examples = tokenize_rows(
-        load_rows(config["data"]), load_tokenizer(str(tiny_model)), load_run_config(config)
+        load_rows(config["data"]), Base(str(tiny_model)).tokenizer, load_run_config(config)
     ).examples
     input_ids = torch.tensor([examples[0].input_ids])
     base = base.to(compute)

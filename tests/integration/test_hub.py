@@ -89,10 +89,7 @@ def test_a_hub_name_is_fetched_once(tiny_model: Path, tmp_path: Path) -> None:
     again = run_command(*command.split(), HF_HUB_OFFLINE="1", **settings)
     losses = [re.findall(r"held-out loss \S+", output) for output in (first, again)]
     assert losses[0] == losses[1] != []
-    code = (
-        "from lorasb_ds.models.checkpoint_files import weights_digest; "
-        "print(weights_digest('someone/tiny'))"
-    )
+    code = "from lorasb_ds.models.base import Base; print(Base('someone/tiny').digest)"
     assert run_command(sys.executable, "-c", code, HF_HUB_OFFLINE="1", **settings).strip() == (
         f"someone/tiny@{COMMIT}"
     )

@@ -21,8 +21,9 @@ from lorasb_ds.data.batch import collate
 from lorasb_ds.data.dataset import tokenize_rows
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.init.gradients import average_gradients, no_dropout
+from lorasb_ds.models.base import Base
 from lorasb_ds.models.linear_layers import expert_layers, linear_layers, select_targets
-from lorasb_ds.models.loading import empty_model, load_base, load_config
+from lorasb_ds.models.loading import load_base
 from lorasb_ds.models.loss import token_loss_sum
 from lorasb_ds.models.quantization import PackedLinear, PackedLinear4bit, PackedLinear8bit
 from tests.references import own_loss, true_gradients
@@ -210,7 +211,7 @@ def test_peft_target_modules() -> None:
 
 
 def test_shapes_without_weights_and_trainable_parameters(demo_model: Path) -> None:
-    empty = empty_model(load_config(str(demo_model)), torch.bfloat16)
+    empty = Base(str(demo_model)).empty_model(torch.bfloat16)
     layers = linear_layers(empty)
     assert expert_layers(empty) == {}
     assert len(layers) == 210
@@ -295,5 +296,5 @@ def test_backward_stops_at_the_lowest_target(tiny: tuple[Any, Any], one_process:
 def test_load_base_is_frozen(tiny_model: Path) -> None:
     config = RunConfig(model=str(tiny_model), dtype="fp32")
     ds_config = {"zero_optimization": {"stage": 2}}
-    model = load_base(config, load_config(str(tiny_model)), ds_config)
+    model = load_base(Base(config.model), config, ds_config)
     assert not any(p.requires_grad for p in model.parameters())

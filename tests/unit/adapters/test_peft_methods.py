@@ -26,7 +26,7 @@ from lorasb_ds.adapters.peft_methods import (
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export.adapter_reader import read_adapter
-from lorasb_ds.models.loading import empty_model, load_config
+from lorasb_ds.models.base import Base
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")
 
@@ -100,7 +100,7 @@ def test_configurations_that_are_refused(
 ) -> None:
     config = load_run_config(options(tmp_path, content, model=str(tiny_model)))
     with pytest.raises(ConfigError, match=problem) as error:
-        plan_peft(config, empty_model(load_config(str(tiny_model)), torch.float32))
+        plan_peft(config, Base(str(tiny_model)).empty_model(torch.float32))
     assert "method.json" in str(error.value)
 
 
@@ -108,7 +108,7 @@ def test_muon_wants_matrices(tmp_path: Path, tiny_model: Path) -> None:
     given = options(tmp_path, {"peft_type": "LORA", "use_dora": True}, model=str(tiny_model))
     config = load_run_config({**given, "optimizer": "muon"})
     with pytest.raises(ConfigError, match=r"muon is for matrices.*magnitude"):
-        plan_peft(config, empty_model(load_config(str(tiny_model)), torch.float32))
+        plan_peft(config, Base(str(tiny_model)).empty_model(torch.float32))
 
 
 def test_an_adapter_config_of_pefts_is_a_file_for_it(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_an_adapter_config_of_pefts_is_a_file_for_it(tmp_path: Path) -> None:
 
 def plan_of(folder: Path, model: Path, content: dict[str, Any]) -> tuple[Any, PeftPlan]:
     config = load_run_config(options(folder, content, model=str(model), dtype="fp32"))
-    return config, plan_peft(config, empty_model(load_config(str(model)), torch.float32))
+    return config, plan_peft(config, Base(str(model)).empty_model(torch.float32))
 
 
 def test_what_a_configuration_comes_to(tmp_path: Path, tiny_model: Path) -> None:
@@ -191,7 +191,7 @@ def test_what_is_saved_is_what_peft_saves(kind: str, tmp_path: Path, tiny_model:
     for parameter in trained.values():
         parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     tensors = {n: t.data.clone() for n, t in {**trained, **kept_in(model)}.items()}
-    empty = empty_model(load_config(str(tiny_model)), torch.float32)
+    empty = Base(str(tiny_model)).empty_model(torch.float32)
     save_peft_method(tmp_path / "ours", plan, empty, tensors, str(tiny_model))
     base: Any = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
     tuned = get_peft_model(base, peft_config("peft:x", plan.content)).eval()

@@ -236,7 +236,7 @@ RACE = """
 import sys, time
 from lorasb_ds.data import cache as data_cache
 from lorasb_ds.config.run_config import RunConfig
-from lorasb_ds.models.tokenizer import load_tokenizer
+from lorasb_ds.models.base import Base
 
 make = data_cache._make
 def slowly(folder, **more):
@@ -244,7 +244,7 @@ def slowly(folder, **more):
     time.sleep(2)
     make(folder, **more)
 data_cache._make = slowly
-tokenizer = load_tokenizer(sys.argv[1])
+tokenizer = Base(sys.argv[1]).tokenizer
 print("ready", flush=True)
 sys.stdin.readline()
 rows, notes = data_cache.tokenize_sources((sys.argv[2],), tokenizer, RunConfig())
@@ -404,7 +404,7 @@ MEMORY = """
 import sys, threading
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.data.cache import tokenize_sources
-from lorasb_ds.models.tokenizer import load_tokenizer
+from lorasb_ds.models.base import Base
 
 def anonymous_mib():
     # Not what is mapped from files, which the system takes back when it wants to.
@@ -418,7 +418,7 @@ def watch():
     while not done.wait(0.01):
         peak = max(peak, anonymous_mib())
 
-tokenizer = load_tokenizer(sys.argv[1])
+tokenizer = Base(sys.argv[1]).tokenizer
 config = RunConfig(dataset_num_proc=1)
 tokenize_sources((sys.argv[2],), tokenizer, config)  # what the libraries take once
 start = anonymous_mib()

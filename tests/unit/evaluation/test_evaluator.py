@@ -174,7 +174,9 @@ def test_tasks_that_evaluate_answers_are_refused(
 ) -> None:
     """Before the model is loaded; what the rows are otherwise used for is as ever."""
     source = "reasoning-gym:countdown?size=2&seed=1"
-    monkeypatch.setattr("lorasb_ds.evaluation.evaluator.start_model", lambda run: pytest.fail("loaded"))
+    monkeypatch.setattr(
+        "lorasb_ds.evaluation.evaluator.start_model", lambda run: pytest.fail("loaded")
+    )
     message = r"--data reasoning-gym:countdown\?.* uses sympy, .* Give --task exact"
     with pytest.raises(ConfigError, match=message):
         evaluate_model(str(tiny_model), data=source)
@@ -219,7 +221,7 @@ def test_results_on_disk(tiny_model: Path, adapter: Path, tmp_path: Path) -> Non
     data = write_jsonl(tmp_path / "rows.jsonl", word_rows(3))
     config = load_run_config({"model": str(tiny_model), "data": data})
     run = prepare_model(config, str(adapter))
-    rows = load_eval_rows(data, run.config, run.tokenizer, max_new_tokens=2)
+    rows = load_eval_rows(data, run.config, run.base.tokenizer, max_new_tokens=2)
     result = evaluate(run, rows, start_model(run))
     assert isinstance(result, EvalResult)
     write_results(tmp_path / "out", run, [(rows, result)])

@@ -29,7 +29,8 @@ from lorasb_ds.export.adapter_reader import (
     StoredAdapter,
     read_adapter,
 )
-from lorasb_ds.models.checkpoint_files import read_header, stored_tensors
+from lorasb_ds.models.base import Base
+from lorasb_ds.models.checkpoint_files import read_header
 from lorasb_ds.runs.checkpoint import Progress, write_checkpoint
 from lorasb_ds.system.files import SUMS_FILE, write_sums
 from lorasb_ds.system.safetensors_writer import save_tensors
@@ -783,10 +784,10 @@ def test_an_index_that_names_other_files(tmp_path: Path, name: Any) -> None:
         save_file({"w": torch.ones(2)}, file)
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"w": "part.safetensors"}}))
-    assert stored_tensors(str(folder))["w"].file == folder / "part.safetensors"
+    assert Base(str(folder)).stored["w"].file == folder / "part.safetensors"
     index.write_text(json.dumps({"weight_map": {"w": name}}))
     with pytest.raises(ConfigError):
-        stored_tensors(str(folder))
+        _ = Base(str(folder)).stored
 
 
 @FUZZ
@@ -797,14 +798,14 @@ def test_an_index_of_any_json(fuzzed: Path, content: Any) -> None:
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors.index.json").write_text(json.dumps(content))
     with pytest.raises(ConfigError):
-        stored_tensors(str(folder))
+        _ = Base(str(folder)).stored
 
 
 def test_a_header_of_a_base_is_checked_alike(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(with_header(b"{}", length=2**63))
     with pytest.raises(ConfigError, match=r"--model .*: model\.safetensors is no whole"):
-        stored_tensors(str(tmp_path))
+        _ = Base(str(tmp_path)).stored
     (tmp_path / "model.safetensors").write_bytes(SMALL)
     found = read_header(tmp_path / "model.safetensors", "x")
     assert {name: tensor.shape for name, tensor in found.items()} == {A_KEY: (2, 3), B_KEY: (4, 2)}

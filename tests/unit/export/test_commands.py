@@ -28,7 +28,7 @@ from lorasb_ds.export.adapter_reader import ADAPTER_WEIGHTS, StoredAdapter, read
 from lorasb_ds.export.combine import combine_adapters
 from lorasb_ds.export.inspection import LayerUpdate, draw_updates, inspect_adapter
 from lorasb_ds.export.to_peft import EnergyKept, export_adapter, max_lora_rank, measure_energy
-from lorasb_ds.models.checkpoint_files import stored_tensors
+from lorasb_ds.models.base import Base
 from lorasb_ds.models.linear_layers import linear_layers, select_targets
 from tests.references import nf4_config
 from tests.unit.export.test_adapter_reader import (
@@ -325,7 +325,7 @@ def test_what_was_learned_is_what_dense_matrices_say(tmp_path: Path) -> None:
     weights = {name: torch.randn(shape).bfloat16() for name, shape in LAYERS.items()}
     save_file(weights, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
-    found = inspect_adapter(read_adapter(str(tmp_path / "run")), stored_tensors(str(tmp_path)))
+    found = inspect_adapter(read_adapter(str(tmp_path / "run")), Base(str(tmp_path)).stored)
     assert list(found) == list(LAYERS)
     for name, layer in found.items():
         A, B, R = (basis[f"{name}.lora_{leaf}"].double() for leaf in "ABR")

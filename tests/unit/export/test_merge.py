@@ -28,7 +28,8 @@ from lorasb_ds.export import merge_file
 from lorasb_ds.export.adapter_reader import read_adapter
 from lorasb_ds.export.merge import merge_adapter
 from lorasb_ds.export.merge_plan import weights_of
-from lorasb_ds.models.checkpoint_files import stored_tensors, weights_digest
+from lorasb_ds.models.base import Base
+from lorasb_ds.models.weight_map import map_weights
 from tests.references import load_whole
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -192,7 +193,7 @@ def test_rounded_once(sharded: Path, adapter: Path, tmp_path: Path) -> None:
     before, found = tensors(sharded), tensors(tmp_path / "out")
     stored, pairs = read_adapter(str(adapter)), {}
     for layer, weight in weights_of(stored, str(sharded)).items():
-        assert weight == stored_tensors(str(sharded))[f"{layer}.weight"]
+        assert weight == Base(str(sharded)).stored[f"{layer}.weight"]
         pairs[f"{layer}.weight"] = stored.pair(layer)
     for name, tensor in found.items():
         assert tensor.dtype == torch.bfloat16
@@ -418,8 +419,6 @@ def test_refused_bases(tiny_model: Path, gpt2: Path, adapter: Path, tmp_path: Pa
 
 
 def test_refused_fusion(tiny_model: Path, adapter: Path, tmp_path: Path, monkeypatch) -> None:
-    from lorasb_ds.export import merge_plan
-
     def fused(*arguments: Any) -> Any:
         sources = map_weights(*arguments)
         for source in sources:
@@ -427,8 +426,7 @@ def test_refused_fusion(tiny_model: Path, adapter: Path, tmp_path: Path, monkeyp
                 source.converter = object()
         return sources
 
-    map_weights = merge_plan.map_weights
-    monkeypatch.setattr(merge_plan, "map_weights", fused)
+    monkeypatch.setattr("lorasb_ds.models.base.map_weights", fused)
     with pytest.raises(ConfigError, match=r"1.mlp.down_proj.weight from .*merge_and_unload"):
         merged(adapter, tiny_model, tmp_path / "out")
 
@@ -510,7 +508,7 @@ def made_up_run(model: Path, folder: Path, digest: str, **options: Any) -> Path:
 
 
 def test_what_the_command_says_of_the_base(tiny_model: Path, tmp_path: Path) -> None:
-    same = weights_digest(str(tiny_model))
+    same = Base(str(tiny_model)).digest
     plain = made_up_run(tiny_model, tmp_path / "plain", same)
     in_4bit = made_up_run(tiny_model, tmp_path / "4bit", same, load_in_4bit=True)
     of_another = made_up_run(tiny_model, tmp_path / "another", "0" * 64)

@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.models.checkpoint_files import stored_tensors, weights_digest
+from lorasb_ds.models.base import Base, open_base
 from lorasb_ds.models.linear_layers import linear_layers
-from lorasb_ds.models.loading import empty_model, load_base, load_config
+from lorasb_ds.models.loading import load_base
 from lorasb_ds.models.quantization import PackedLinear, PackedLinear4bit, PackedLinear8bit
-from lorasb_ds.models.weight_map import map_weights, unused_tensors
+from lorasb_ds.models.weight_map import unused_tensors
 from tests.references import load_whole, nf4_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -114,7 +114,7 @@ def test_a_head_stored_under_the_other_name(llama: Path, tmp_path: Path) -> None
 
 def base(folder: Path, **options: Any) -> Any:
     config = RunConfig(model=str(folder), **options)
-    return load_base(config, load_config(str(folder)), {"zero_optimization": {"stage": 2}})
+    return load_base(Base(config.model), config, {"zero_optimization": {"stage": 2}})
 
 
 @pytest.mark.parametrize("architecture", ["Llama", "Qwen2", "GPT2", "Mixtral"])
@@ -197,7 +197,7 @@ def edit_tensor(folder: Path, name: str, change: Callable[[torch.Tensor], torch.
 
 
 def edit_header(folder: Path, name: str, dtype: str) -> None:
-    path = stored_tensors(str(folder))[name].file
+    path = Base(str(folder)).stored[name].file
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
@@ -216,7 +216,7 @@ def with_nan(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def truncate(folder: Path) -> None:
-    path = folder / stored_tensors(str(folder))[UP].file.name
+    path = folder / Base(str(folder)).stored[UP].file.name
     path.write_bytes(path.read_bytes()[:-100])
 
 
@@ -240,24 +240,20 @@ def test_a_head_that_is_tied_but_differs(llama: Path, tmp_path: Path) -> None:
 def test_tensors_without_a_place_are_told(tmp_path: Path, change: str) -> None:
     folder = make("Llama", tmp_path)
     edit_tensor(folder, UP, lambda t: t)
-    model = empty_model(load_config(str(folder)), torch.bfloat16)
-    stored = stored_tensors(str(folder))
-    assert unused_tensors(model, map_weights(model, stored, "m"), stored) == []
+    whole = Base(str(folder))
+    assert unused_tensors(whole.model, whole.sources, whole.stored) == []
     config = json.loads((folder / "config.json").read_text())
     if change == "num_hidden_layers":
         (folder / "config.json").write_text(json.dumps(config | {change: 1}))
-        expected = [name for name in stored if ".layers.1." in name]
+        expected = [name for name in whole.stored if ".layers.1." in name]
     else:
         index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
         path = folder / index[UP]
         bias = {"model.layers.1.self_attn.q_proj.bias": torch.ones(32)}
         save_file(load_file(path) | bias, path, metadata={"format": "pt"})
         expected = list(bias)
-    model, stored = (
-        empty_model(load_config(str(folder)), torch.bfloat16),
-        stored_tensors(str(folder)),
-    )
-    unused = unused_tensors(model, map_weights(model, stored, "m"), stored)
+    edited = Base(str(folder))
+    unused = unused_tensors(edited.model, edited.sources, edited.stored)
     assert sorted(unused) == sorted(expected)
 
 
@@ -341,13 +337,13 @@ def test_a_configuration_that_makes_no_sense(llama: Path, tmp_path: Path, change
 
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing file": (
-        lambda f: stored_tensors(str(f))[UP].file.unlink(),
+        lambda f: Base(str(f)).stored[UP].file.unlink(),
         r"model-0000\d-of-0000\d\.safetensors is missing, which model\.safetensors\.index\.json "
         r"names for \d+ tensors such as model\.layers\.",
     ),
     "truncated file": (truncate, r"ends at byte [\d,]+, within model\.layers\.1\.\S+, which ends"),
     "empty file": (
-        lambda f: stored_tensors(str(f))[UP].file.write_bytes(b""),
+        lambda f: Base(str(f)).stored[UP].file.write_bytes(b""),
         "is no whole safetensors file: it ends within its header",
     ),
     "tensor that is not there": (
@@ -403,12 +399,12 @@ def test_broken_files(fault: str, llama: Path, tmp_path: Path) -> None:
 def test_the_digest_sees_every_tensor(llama: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(llama, folder)
-    digests = {weights_digest(str(folder))}
-    assert digests == {weights_digest(str(llama))}
-    names = list(stored_tensors(str(folder)))
+    digests = {Base(str(folder)).digest}
+    assert digests == {Base(str(llama)).digest}
+    names = list(Base(str(folder)).stored)
     for name in names:
         edit_tensor(folder, name, lambda t: t * 1.01)
-        digests.add(weights_digest(str(folder)))
+        digests.add(Base(str(folder)).digest)
     assert len(digests) == 1 + len(names)
 
 
@@ -439,10 +435,9 @@ def test_code_of_a_base_needs_a_flag(
     (folder / "config.json").write_text(json.dumps(config))
     remedy = "If you trust that code, give --trust-remote-code; --config and --resume do not take"
     with pytest.raises(ConfigError, match=remedy):
-        load_config(str(folder))
-    hf_config = load_config(str(folder), trust_remote_code=True)
+        _ = Base(str(folder)).hf_config
     trusted = RunConfig(model=str(folder), trust_remote_code=True, dtype="fp32")
-    found = load_base(trusted, hf_config, {"zero_optimization": {"stage": 2}})
+    found = load_base(open_base(trusted)[0], trusted, {"zero_optimization": {"stage": 2}})
     assert type(found).__name__ == "OwnForCausalLM"
     expected = AutoModelForCausalLM.from_pretrained(llama)
     input_ids = torch.arange(1, 9).view(1, 8)

@@ -15,8 +15,8 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.data.tokenization import encode
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.models.loading import load_config
-from lorasb_ds.models.tokenizer import choose_pad_token, load_tokenizer, read_tokenizer
+from lorasb_ds.models.base import Base
+from lorasb_ds.models.tokenizer import choose_pad_token, read_tokenizer
 from tests.runs import ROOT
 
 VOCAB_SIZE = 600
@@ -95,7 +95,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_a_bare_tokenizer_model_gives_sentencepieces_tokens(
     folders: dict[str, Path], family: str
 ) -> None:
-    tokenizer = load_tokenizer(str(folders[family]))
+    tokenizer = Base(str(folders[family])).tokenizer
     reference = SentencePieceProcessor(model_file=str(folders[family] / "tokenizer.model"))
     assert len(tokenizer) == VOCAB_SIZE, "no token is added"
     assert tokenizer.padding_side == "right"
@@ -110,7 +110,7 @@ def test_a_bare_tokenizer_model_gives_sentencepieces_tokens(
 
 @pytest.mark.parametrize(("family", "pad"), [("llama", "<unk>"), ("gemma", "<pad>")])
 def test_rows_of_a_bare_tokenizer_model(folders: dict[str, Path], family: str, pad: str) -> None:
-    tokenizer = load_tokenizer(str(folders[family]))
+    tokenizer = Base(str(folders[family])).tokenizer
     assert tokenizer.pad_token == pad
     turns = [{"role": "user", "content": "Say red"}, {"role": "assistant", "content": "red"}]
     example = encode(tokenizer, turns, RunConfig())
@@ -125,7 +125,7 @@ def test_what_is_learned_of_sentencepiece_s_tokens(
     folders: dict[str, Path], family: str, template: str | None
 ) -> None:
     """Spaces, bytes and digits are tokens with odd ends; decoded, they are what was said."""
-    tokenizer = load_tokenizer(str(folders[family]))
+    tokenizer = Base(str(folders[family])).tokenizer
     tokenizer.chat_template = template
     mark = f" {tokenizer.eos_token}" if template else tokenizer.eos_token
     answers = ["red", "12 345", "🙂👍🏽, ünïcode, 漢字", "a  b\n\n\tc", "s"]
@@ -150,7 +150,7 @@ def test_what_tokenizer_config_says_holds(folders: dict[str, Path], tmp_path: Pa
     turns = "{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"
     says = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, "chat_template": turns}
     (folder / "tokenizer_config.json").write_text(json.dumps(says))
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = Base(str(folder)).tokenizer
     reference = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     assert tokenizer("Hello world")["input_ids"] == reference.encode("Hello world")
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
@@ -164,17 +164,17 @@ def test_a_class_that_is_not_known(folders: dict[str, Path], tmp_path: Path) -> 
     folder = Path(shutil.copytree(folders["llama"], tmp_path / "model"))
     write_config(folder, "qwen2")
     with pytest.raises(ConfigError, match=r"how a qwen2 model uses tokenizer\.model is not known"):
-        load_tokenizer(str(folder))
+        _ = Base(str(folder)).tokenizer
 
 
 def test_a_tokenizer_model_of_another_kind(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(folders["llama"], tmp_path / "model"))
     (folder / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")  # tiktoken's form
     with pytest.raises(ConfigError, match=r"is no sentencepiece model.*tokenizer\.json"):
-        load_tokenizer(str(folder))
+        _ = Base(str(folder)).tokenizer
     (folder / "tokenizer.model").unlink()
     with pytest.raises(ConfigError, match="its tokenizer cannot be read"):
-        load_tokenizer(str(folder))
+        _ = Base(str(folder)).tokenizer
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_other_tokens_than_sentencepieces_are_refused(
 ) -> None:
     folder = sentencepiece_folder(tmp_path / "model", "llama", **LLAMA, **other)
     with pytest.raises(ConfigError, match=r"does not give the tokens that sentencepiece gives"):
-        load_tokenizer(str(folder))
+        _ = Base(str(folder)).tokenizer
 
 
 def words(*tokens: str, **special: str) -> Any:
@@ -235,8 +235,8 @@ def test_a_tokenizer_of_another_model(folders: dict[str, Path], tmp_path: Path) 
     folder = tmp_path / "model"
     words("x", "y", "</s>", eos_token="</s>").save_pretrained(folder)  # noqa: S106
     write_config(folder, "llama")
-    config = load_config(str(folder))
-    assert read_tokenizer(str(folder), config).eos_token_id == 4
+    config = Base(str(folder)).hf_config
+    assert read_tokenizer(str(folder), folder, config).eos_token_id == 4
     config.vocab_size = 4
     with pytest.raises(ConfigError, match=r"number 4.*has 4 tokens"):
-        read_tokenizer(str(folder), config)
+        read_tokenizer(str(folder), folder, config)

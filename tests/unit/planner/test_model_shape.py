@@ -10,8 +10,8 @@ import torch
 from transformers import AutoConfig
 
 from lorasb_ds.errors import ConfigError
+from lorasb_ds.models.base import empty_model
 from lorasb_ds.models.linear_layers import shape_of
-from lorasb_ds.models.loading import empty_model
 from lorasb_ds.planner.model_shape import BUILT_IN, shape_from_config
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 99}

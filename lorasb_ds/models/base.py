@@ -1,0 +1,254 @@
+"""The base model on disk: its configuration, tensors, tokenizer and digest, each read once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers.core_model_loading import build_glob_alternation
+
+from lorasb_ds.config.run_config import RunConfig
+from lorasb_ds.errors import ConfigError
+from lorasb_ds.models.checkpoint_files import (
+    StoredTensor,
+    first_line,
+    is_hub_name,
+    model_folder,
+    stored_tensors,
+    weights_digest,
+)
+from lorasb_ds.models.linear_layers import expert_layers, shape_of
+from lorasb_ds.models.quantization import Kind
+from lorasb_ds.models.streaming import put
+from lorasb_ds.models.tokenizer import choose_pad_token, read_tokenizer
+from lorasb_ds.models.weight_map import Source, map_weights, unused_tensors
+from lorasb_ds.planner.model_shape import ModelShape
+
+# What transformers raises for a config.json that makes no sense.
+BROKEN_CONFIG = (
+    AssertionError,
+    AttributeError,
+    ImportError,
+    KeyError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model's files. Each property is read or computed at its first use, and then kept.
+
+    All properties raise ConfigError, naming the file, if the files are missing, broken, or do not
+    belong together. None is collective.
+
+    Args:
+        name: a folder, a hub name or "demo".
+        trust_remote_code: run Python code that comes with the files.
+        attn_implementation: of transformers; None: the model's own.
+    """
+
+    name: str
+    trust_remote_code: bool = False
+    attn_implementation: str | None = None
+
+    @cached_property
+    def folder(self) -> Path:
+        """The folder with the files, downloaded if need be."""
+        return model_folder(self.name, self.trust_remote_code)
+
+    @cached_property
+    def hf_config(self) -> Any:
+        """The transformers configuration of a causal language model."""
+        hf_config = _load_config(self.name, self.folder, self.trust_remote_code)
+        if self.attn_implementation is not None:
+            hf_config._attn_implementation = self.attn_implementation
+        return hf_config
+
+    @property
+    def quantization(self) -> Kind | None:
+        """How bitsandbytes has quantized the files; None if they are not quantized."""
+        return _stored_quantization(self.hf_config, self.name)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer, padding on the right with a token that the model has an embedding for."""
+        return self._tokenizer_and_note[0]
+
+    @cached_property
+    def _tokenizer_and_note(self) -> tuple[Any, str | None]:
+        tokenizer = read_tokenizer(self.name, self.folder, self.hf_config, self.trust_remote_code)
+        return tokenizer, choose_pad_token(tokenizer, self.hf_config.get_text_config().vocab_size)
+
+    @cached_property
+    def model(self) -> Any:
+        """The model without weights, in bf16, to look at. Do not change it: see ``empty_model``."""
+        return self.empty_model(torch.bfloat16)
+
+    def empty_model(self, dtype: torch.dtype) -> Any:
+        """Make a new model without weights: see the function ``empty_model``."""
+        return empty_model(self.hf_config, dtype, self.trust_remote_code)
+
+    @property
+    def model_type(self) -> str:
+        """The model's own: it may be a part of a composite configuration."""
+        return self.model.config.model_type
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """The sizes of the model's layers, for the planner."""
+        return shape_of(self.name, self.model)
+
+    @cached_property
+    def experts(self) -> dict[str, int]:
+        """MoE modules with 3-D parameters, which get no adapter -> their number of elements."""
+        return expert_layers(self.model)
+
+    @cached_property
+    def stored(self) -> dict[str, StoredTensor]:
+        """Every tensor of the checkpoint, from the files' headers."""
+        return stored_tensors(self.name, self.folder)
+
+    @cached_property
+    def sources(self) -> list[Source]:
+        """Every parameter and stored buffer of the model, and the stored tensors that make it."""
+        return map_weights(self.model, self.stored, self.name)
+
+    @cached_property
+    def digest(self) -> str:
+        """What identifies these weights: the hub's commit, or ``weights_digest`` of a folder."""
+        if is_hub_name(self.name):
+            # A snapshot's folder in the cache is named by its commit.
+            return f"{self.name}@{self.folder.name}"
+        return weights_digest(self.folder, self.stored)
+
+    def check_files(self) -> None:
+        """Refuse files that do not make the model of config.json; headers are read, not tensors.
+
+        Raises:
+            ConfigError: naming the tensor, or the contradiction.
+        """
+        if any(source.beside for source in self.sources) != (self.quantization is not None):
+            raise ConfigError(
+                f"--model {self.name}: config.json and the weights do not agree on whether they "
+                "are quantized (quantization_config). Fetch the files again."
+            )
+
+    def notes(self) -> list[str]:
+        """Return what the user should know: the pad token chosen, stored tensors not used."""
+        notes = [note] if (note := self._tokenizer_and_note[1]) is not None else []
+        if unused := unused_tensors(self.model, self.sources, self.stored):
+            notes.append(
+                f"warning: {len(unused)} tensors of the checkpoint have no place in the model of "
+                f"config.json, such as {', '.join(unused[:3])}"
+            )
+        return notes
+
+
+def open_base(config: RunConfig) -> tuple[Base, RunConfig]:
+    """Open the base that the options name.
+
+    Returns:
+        The base; and the options, with ``load_in_4bit`` or ``load_in_8bit`` set if its files are
+        quantized.
+    Raises:
+        ConfigError: if its config.json cannot be used, or the options ask for another quantization
+            than that of the files.
+    """
+    base = Base(config.model, config.trust_remote_code, config.attn_implementation)
+    if base.quantization is None:
+        return base, config
+    asked = {"load_in_4bit": config.load_in_4bit, "load_in_8bit": config.load_in_8bit}
+    if any(given for name, given in asked.items() if name != f"load_in_{base.quantization}"):
+        raise ConfigError(
+            f"--model {config.model} is quantized already, to {base.quantization[0]} bits. Leave "
+            "out --load-in-4bit and --load-in-8bit, or give the base it was made from."
+        )
+    return base, config.model_copy(update={f"load_in_{base.quantization}": True})
+
+
+def empty_model(hf_config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
+    """Make a model without weights: parameters on the meta device, buffers real.
+
+    Args:
+        dtype: of all floating-point parameters except those that the model keeps in fp32.
+    Raises:
+        ConfigError: if transformers cannot make it.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: Any = AutoModelForCausalLM.from_config(
+                hf_config, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+    except BROKEN_CONFIG as error:
+        raise ConfigError(
+            f"transformers cannot make the model of {hf_config.name_or_path}: "
+            f"{type(error).__name__}: {first_line(error)} Look at its config.json."
+        ) from error
+    model.tie_weights()  # the context above has given tied parameters one object each
+    if fp32 := list(model._get_dtype_plan(dtype)):
+        pattern, *_ = build_glob_alternation(fp32)
+        for name, value in model.state_dict().items():
+            if pattern.search(name):
+                put(model, name, value.float())
+    return model
+
+
+def _load_config(model: str, folder: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    try:
+        # Without an answer transformers would ask on the console.
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (*BROKEN_CONFIG, OSError, StrictDataclassError) as error:
+        remedy = "It must be a model that transformers knows."
+        if "trust_remote_code" in str(error):
+            remedy = (
+                "If you trust that code, give --trust-remote-code; --config and --resume do not "
+                "take it over from an earlier run."
+            )
+        raise ConfigError(
+            f"--model {model} cannot be read: {first_line(error)} {remedy}"
+        ) from error
+    _stored_quantization(config, model)
+    architectures = config.architectures or []
+    causal = all(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures)
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or (own_code and trust_remote_code)
+    if not (known and causal):
+        raise ConfigError(
+            f"--model {model} is a {', '.join(architectures) or type(config).__name__}, not a "
+            "causal language model (…ForCausalLM). Only those can be trained so far."
+        )
+    return config
+
+
+def _stored_quantization(hf_config: Any, model: str) -> Kind | None:
+    """Return how the files are quantized; None if they are not.
+
+    Raises:
+        ConfigError: if another library than bitsandbytes has quantized them.
+    """
+    found = getattr(hf_config, "quantization_config", None)
+    if not found:
+        return None
+    if not isinstance(found, dict):
+        found = found.to_dict() if hasattr(found, "to_dict") else {"quant_method": found}
+    if found.get("load_in_4bit"):
+        return "4bit"
+    if found.get("load_in_8bit"):
+        return "8bit"
+    raise ConfigError(
+        f"--model {model} is quantized by {found.get('quant_method')}; of quantized bases only "
+        "those of bitsandbytes can be trained. Give the base it was made from; --load-in-4bit "
+        "quantizes it."
+    )
