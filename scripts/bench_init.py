@@ -43,7 +43,7 @@ def paper(config: dict[str, Any], out: str) -> None:
 
     run = _prepare(config, 1)
     zero.init_process_group()
-    batches = run.batches(run.init_rows, run.gradient_rows)
+    batches = run.batches(run.data.init, run.gradient_rows)
     dtype = DTYPES[run.config.dtype]
     model = AutoModelForCausalLM.from_pretrained(model_path(run.config.model), dtype=dtype)
     model.train()
@@ -62,7 +62,7 @@ def paper(config: dict[str, Any], out: str) -> None:
             parameter.grad = None
     after_gradients = time.perf_counter()
     factors = {}
-    for name in run.targets:
+    for name in run.adapter.targets:
         step = gradients[f"{name}.weight"].float().sign()
         U, S, V = torch.svd_lowrank(step, q=run.config.r, niter=10)
         R = torch.diag(-run.config.init_lr * S)

@@ -76,8 +76,11 @@ def run(config: dict[str, Any], out: str) -> None:
     tensors = _tensor_bytes(engine, there)
     found: list[Any] = [None] * zero.world_size()
     dist.all_gather_object(found, (tensors, peaks))
-    memory, forecast = prepared.footprint, prepared.forecast
-    predicted = forecast.phases | {"adapters": memory.adapters, "optimizer": memory.optimizer}
+    memory = prepared.memory.footprint
+    predicted = prepared.memory.phases | {
+        "adapters": memory.adapters,
+        "optimizer": memory.optimizer,
+    }
     predicted["base"] = memory.base + memory.quantization
     parts = {k: v for k, v in vars(memory).items() if k != "init"} | {
         f"init {k}": v for k, v in vars(memory.init).items() if k.endswith("_bytes")

@@ -81,9 +81,10 @@ def _trl(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     # The same rows, tokenized by the same template.
     run = prepare(load_run_config(_run_config(settings)), 1)
+    examples = run.data.train.examples
     rows = {
-        "input_ids": [list(e.input_ids) for e in run.train.examples],
-        "completion_mask": [[int(t != IGNORE_INDEX) for t in e.labels] for e in run.train.examples],
+        "input_ids": [list(e.input_ids) for e in examples],
+        "completion_mask": [[int(t != IGNORE_INDEX) for t in e.labels] for e in examples],
     }
     seconds, tokens, places = [], [], []
 

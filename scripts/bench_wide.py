@@ -97,7 +97,7 @@ def wide(config: dict[str, Any], out: str) -> None:
         "groups": report.num_groups,
     }
     # On CPUs the process of rank 0, which holds the basis, too.
-    phases = run.footprint.phases(one_memory=True)
+    phases = run.memory.footprint.phases(one_memory=True)
     result |= {
         f"{part}_predicted_bytes": phases[phase]
         for part, phase in (("load", "load"), ("init", "init"), ("step", "train"))
@@ -109,7 +109,7 @@ def wide(config: dict[str, Any], out: str) -> None:
     dist.all_gather_object(of_all, result)
     largest = {key: max(rank[key] for rank in of_all) for key in result}
     if zero.rank() == 0:
-        work = asdict(run.workload) | {"targets": None}
+        work = asdict(run.memory.workload) | {"targets": None}
         Path(out).write_text(json.dumps(largest | {"losses": losses, "workload": work}))
     zero.close_process_group()
 

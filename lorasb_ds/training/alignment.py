@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -262,7 +262,7 @@ def track_alignment(job: Job, before: Mapping[str, Values] | None) -> None:
         job.engine,
         job.adapters,
         probe_of(run),
-        run.footprint.init.groups,
+        run.memory.footprint.init.groups,
         before,
         offload=run.config.init_offload,
     )
@@ -277,5 +277,5 @@ def probe_of(run: Prepared) -> Sample:
     init measures its losses, or as many where it has rows of its own (--init-data)."""
     if run.config.init_data is None:
         return run.sample(run.probe_rows)
-    _, rows = init_sample(len(run.train.examples), run.config.init_samples, run.config.seed)
-    return replace(run, init_rows=run.train).sample(rows)
+    _, rows = init_sample(len(run.data.train.examples), run.config.init_samples, run.config.seed)
+    return run.sample(rows, run.data.train)

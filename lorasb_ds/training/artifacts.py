@@ -39,14 +39,14 @@ def describe(run: Prepared, folder: Path) -> dict[str, Any]:
         "world_size": zero.world_size(),
         "accelerator": accelerator.name(),
         "model_type": run.base.model_type,
-        "peft_warning": run.peft_warning,
-        "trainable_parameters": run.workload.num_trainable,
+        "peft_warning": run.adapter.peft_warning,
+        "trainable_parameters": run.memory.workload.num_trainable,
         "num_steps": run.num_steps,
         "resumed_at": run.resume.step if run.resume else None,
-        "rows": {"train": dict(run.train.counts)}
-        | ({"held_out": dict(run.held_out.counts)} if run.held_out else {})
-        | ({"init": dict(run.init_rows.counts)} if run.config.init_data else {}),
-        "memory": {"predicted": run.forecast.describe()},
+        "rows": {"train": dict(run.data.train.counts)}
+        | ({"held_out": dict(run.data.held_out.counts)} if run.data.held_out else {})
+        | ({"init": dict(run.data.init.counts)} if run.config.init_data else {}),
+        "memory": {"predicted": run.memory.describe()},
         **provenance(),
     }
 
@@ -54,19 +54,19 @@ def describe(run: Prepared, folder: Path) -> dict[str, Any]:
 def announce(run: Prepared, folder: Path) -> None:
     """What a user should know before the base is loaded."""
     say(f"run folder {folder}")
-    say(f"training rows: {run.train.describe()}")
+    say(f"training rows: {run.data.train.describe()}")
     if run.config.init_data is not None:
-        say(f"rows for the init ({', '.join(run.config.init_data)}): {run.init_rows.describe()}")
+        say(f"rows for the init ({', '.join(run.config.init_data)}): {run.data.init.describe()}")
     for note in run.notes:
         say(note)
-    say(str(run.forecast))
-    if run.forecast.problem:
-        say(f"warning: {run.forecast.problem}")
+    say(str(run.memory))
+    if run.memory.problem:
+        say(f"warning: {run.memory.problem}")
     say(
-        f"{len(run.targets)} layers with an adapter ({run.config.method}), "
-        f"{run.workload.num_trainable:,} trainable parameters, {zero.world_size()} process(es) on "
-        f"{accelerator.name()}, {run.num_steps} steps of {run.config.train_batch_size} "
-        f"{'packs' if run.config.packing else 'rows'}"
+        f"{len(run.adapter.targets)} layers with an adapter ({run.config.method}), "
+        f"{run.memory.workload.num_trainable:,} trainable parameters, {zero.world_size()} "
+        f"process(es) on {accelerator.name()}, {run.num_steps} steps of "
+        f"{run.config.train_batch_size} {'packs' if run.config.packing else 'rows'}"
     )
     if experts := run.base.experts:
         say(
@@ -88,22 +88,23 @@ def finish(job: Job, init: InitReport, tensors: Any, description: dict[str, Any]
     if init.layers:
         draw_init(folder / INIT_PICTURE, init)
     # Last: a run that has its report is finished.
-    write_report(folder / REPORT, description, log.rows, init, run.targets, run.base.experts)
+    targets, experts = run.adapter.targets, run.base.experts
+    write_report(folder / REPORT, description, log.rows, init, targets, experts)
 
 
 def save_adapter(run: Prepared, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """What was trained, as a folder of PEFT's. Rank 0."""
     config, base_model = run.config, model_path(run.config.model)
-    if run.peft is not None:
+    if run.adapter.peft is not None:
         empty = run.base.empty_model(DTYPES[config.dtype])
-        save_peft_method(folder, run.peft, empty, tensors, base_model)
+        save_peft_method(folder, run.adapter.peft, empty, tensors, base_model)
         return
     save_peft_adapter(
         folder,
         tensors,
-        r=config.r * run.workload.pairs,
-        target_modules=peft_target_modules(run.targets, dict(run.base.shape.layers)),
+        r=config.r * run.memory.workload.pairs,
+        target_modules=peft_target_modules(run.adapter.targets, dict(run.base.shape.layers)),
         base_model=base_model,
     )
-    if run.peft_warning:
-        say(f"warning: {run.peft_warning}")
+    if run.adapter.peft_warning:
+        say(f"warning: {run.adapter.peft_warning}")

@@ -30,7 +30,7 @@ def initialize_by(
         adapters,
         sample,
         probe,
-        run.footprint.init,
+        run.memory.footprint.init,
         Recipe.of(run.config),
         init_lr=_init_lr(run, engine) or "auto",
         offload=run.config.init_offload,
@@ -55,10 +55,10 @@ def init_phase(
     run: Prepared, engine: Any, adapters: Mapping[str, AdapterLinear], folder: Path
 ) -> InitReport:
     """A, B and R by the init, or from an earlier one; on disk when it returns. Collective."""
-    config, plan = run.config, run.footprint.init
+    config, plan = run.config, run.memory.footprint.init
     method = METHODS.get(config.method)  # None: PEFT's
     probe = run.sample(run.probe_rows)
-    if run.peft is not None:
+    if run.adapter.peft is not None:
         report, basis = as_peft_made_it(engine, probe)
     elif config.init_from is not None and run.stored_init is not None:
         report, basis = take_up(
@@ -90,7 +90,7 @@ def init_phase(
     )
     eta = "" if step.init_lr is None else f"eta {step.init_lr:.3g}, "
     say(
-        f"init: {took if run.stored_init is None and run.peft is None else ''}{eta}loss of "
+        f"init: {took if run.stored_init is None and run.adapter.peft is None else ''}{eta}loss of "
         f"{step.num_samples} other rows {step.loss_before:.4f} -> {step.loss_after:.4f}"
     )
     if report.not_descending:

@@ -189,7 +189,7 @@ def count_skips(job: Job, result: StepResult, units: list[Unit]) -> None:
     if dynamic_scale and math.isfinite(result.loss):
         return  # fp16's loss scale finds its size; DeepSpeed ends the run where there is none
     progress.skipped_in_a_row += 1
-    rows = [job.run.train.row_id(row) for unit in units for row in unit]
+    rows = [job.run.data.train.row_id(row) for unit in units for row in unit]
     what = f"step {progress.step} has loss {result.loss} and gradient norm {result.grad_norm}"
     if progress.skipped_in_a_row <= job.run.config.max_skipped_steps:
         say(f"warning: {what}: left out ({_some(rows)})")
@@ -212,9 +212,9 @@ def evaluate(job: Job, stage: Stage) -> bool:
     """
     run, progress = job.run, job.progress
     progress.evaluated_at = progress.step
-    if run.held_out is None:
+    if run.data.held_out is None:
         return False
-    batches = run.batches(run.held_out, range(len(run.held_out.examples)))
+    batches = run.batches(run.data.held_out, range(len(run.data.held_out.examples)))
     loss = held_out_loss(job.engine.module, batches, accelerator.device())
     ppl = perplexity(loss)
     say(f"step {progress.step}: held-out loss {loss:.4f}, perplexity {ppl:.2f} ({stage})")
@@ -240,8 +240,8 @@ def write_samples(job: Job, stage: Stage) -> None:
     Every rank generates the same, so that all take part in ZeRO-3's gathers equally often.
     """
     run, model = job.run, job.engine.module
-    assert run.held_out is not None
-    examples = run.held_out.examples[: run.config.generate_samples]
+    assert run.data.held_out is not None
+    examples = run.data.held_out.examples[: run.config.generate_samples]
     prompts = [example.input_ids[: max(1, example.first_label)] for example in examples]
     with eval_mode(model):
         answers = generate(
@@ -258,7 +258,7 @@ def write_samples(job: Job, stage: Stage) -> None:
                 {
                     "step": job.progress.step,
                     "stage": stage,
-                    "row": run.held_out.row_id(i),
+                    "row": run.data.held_out.row_id(i),
                     "prompt": run.base.tokenizer.decode(prompt),
                     "expected": run.base.tokenizer.decode(example.input_ids[len(prompt) :]),
                     "generated": answer.text,

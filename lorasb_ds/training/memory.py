@@ -1,52 +1,178 @@
-"""What a run will compute, as its options and rows have it: for its footprint."""
+"""The memory of a run: what its options and rows will take, compared with what is free."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
-from lorasb_ds.adapters.peft_methods import PeftPlan
 from lorasb_ds.config.methods import METHODS
 from lorasb_ds.config.run_config import MATRIX_OPTIMIZERS, RunConfig
+from lorasb_ds.data.cache import Data
 from lorasb_ds.data.dataset import TokenizedRows
 from lorasb_ds.distributed import accelerator
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.init.factors import Recipe
-from lorasb_ds.models.linear_layers import Shapes
-from lorasb_ds.planner.footprint import Footprint
+from lorasb_ds.planner.footprint import Footprint, footprint, init_plan
 from lorasb_ds.planner.model_shape import ModelShape
+from lorasb_ds.planner.placement import Form, Placement, placement_of
 from lorasb_ds.planner.strategies import Cluster, needed, plan, recommended
 from lorasb_ds.planner.traffic import CPU_SPEEDS, GPU_SPEEDS
 from lorasb_ds.planner.workload import Workload
 from lorasb_ds.system.host_memory import available_bytes, ranks_of_host
 from lorasb_ds.system.units import GIB
+from lorasb_ds.training.adapter_plan import AdapterPlan
 
 
-def with_init_of(memory: Footprint, of_init: Footprint) -> Footprint:
-    """What a run holds whose init sees other rows than its training."""
-    return replace(
-        memory,
-        init_activations=of_init.init_activations,
-        logits=max(memory.logits, of_init.logits),
-    )
+@dataclass(frozen=True)
+class RunMemory:
+    """What a run holds at its peaks, planned before anything is loaded, and what is free.
+
+    Peaks are those of tensors on a rank's device; on CPUs those of rank 0's process, above what it
+    holds when it joins.
+
+    Attributes:
+        shape: of the base.
+        placement: where the base is kept, and in which form.
+        workload: what the run computes with its rows.
+        footprint: bytes of a process, by what they are of.
+        cluster: the hosts, with the memory that was free before the run began.
+        computes_init: whether the run computes its init; it takes no memory if it is loaded.
+    """
+
+    shape: ModelShape
+    placement: Placement
+    workload: Workload
+    footprint: Footprint
+    cluster: Cluster
+    computes_init: bool = True
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """Phase ("load", "init", "train") -> bytes of a process at its peak."""
+        phases = self.footprint.phases(self.cluster.cpu)
+        return {k: peak for k, peak in phases.items() if k != "init" or self.computes_init}
+
+    @property
+    def needed_bytes(self) -> int:
+        """Bytes of a process at its highest peak, with what a GPU holds beside tensors."""
+        return max(self.phases.values()) + self.cluster.runtime_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes that were free for each process before the run began."""
+        return self.cluster.memory_bytes
+
+    @cached_property
+    def problem(self) -> str | None:
+        """Why the run does not fit, and what would; None if it fits."""
+        cluster, (_, host) = self.cluster, needed(self.footprint, self.cluster)
+        problems = []
+        if self.needed_bytes > self.free_bytes:
+            problems.append(
+                f"It needs {self.needed_bytes / GIB:.2f} GiB a process, and "
+                f"{self.free_bytes / GIB:.2f} are free"
+            )
+        if cluster.host_memory_bytes is not None and host > cluster.host_memory_bytes:
+            problems.append(
+                f"It needs {host / GIB:.2f} GiB of host memory, and "
+                f"{cluster.host_memory_bytes / GIB:.2f} are free"
+            )
+        if not problems:
+            return None
+        best = recommended(plan(self.shape, cluster, self.workload))
+        remedy = (
+            f"What would fit: {' '.join(best.options)}."
+            if best is not None
+            else f"Nothing fits on {cluster.world_size} of them: use more, or see `lorasb plan`."
+        )
+        peaks = ", ".join(f"{name} {peak / GIB:.2f}" for name, peak in self.phases.items())
+        return (
+            f"The run does not fit. {'. '.join(problems)} ({peaks}). {remedy} --force starts it "
+            "all the same."
+        )
+
+    def check_fits(self) -> None:
+        """Refuse a run that cannot fit.
+
+        Raises:
+            ConfigError: what is needed, what is free, and what would fit.
+        """
+        if self.problem is not None:
+            raise ConfigError(self.problem)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what run.json holds of the prediction."""
+        return {
+            "phases": self.phases,
+            "runtime_bytes": self.cluster.runtime_bytes,
+            "needed_bytes": self.needed_bytes,
+            "free_bytes": self.free_bytes,
+        }
+
+    def __str__(self) -> str:
+        phase = max(self.phases, key=lambda name: self.phases[name])
+        return (
+            f"predicted peak {self.needed_bytes / GIB:.2f} GiB a process ({phase}), of "
+            f"{self.free_bytes / GIB:.2f} free"
+        )
+
+
+def plan_memory(
+    config: RunConfig,
+    ds_config: Mapping[str, Any],
+    shape: ModelShape,
+    adapter: AdapterPlan,
+    data: Data,
+    gradient_rows: Sequence[int],
+    probe_rows: Sequence[int],
+    *,
+    world_size: int,
+    computes_init: bool,
+) -> RunMemory:
+    """Plan a run's memory. Not collective.
+
+    Args:
+        gradient_rows: rows of ``data.init`` that the init's gradient is of.
+        probe_rows: those that its losses are measured on.
+    """
+    form: Form = "nf4" if config.load_in_4bit else "int8" if config.load_in_8bit else config.dtype
+    placement = placement_of(ds_config, form, world_size)
+    workload = workload_of(config, adapter, data.train, len(gradient_rows))
+    longest = int(data.init.lengths[gradient_rows].max())
+    of_sample = replace(workload, max_length=longest)
+    init = init_plan(shape, of_sample, world_size, placement.dtype_bytes)
+    planned = footprint(shape, placement, workload, init)
+    if config.init_data is not None:  # whose rows may be longer, or shorter
+        sample = data.init.select([*gradient_rows, *probe_rows])
+        work = workload_of(config, adapter, sample, len(gradient_rows))
+        of_init = footprint(shape, placement, work, init)
+        planned = replace(
+            planned,
+            init_activations=of_init.init_activations,
+            logits=max(planned.logits, of_init.logits),
+        )
+    cluster = this_cluster(world_size)
+    return RunMemory(shape, placement, workload, planned, cluster, computes_init)
 
 
 def workload_of(
-    config: RunConfig,
-    targets: Shapes,
-    peft: PeftPlan | None,
-    rows: TokenizedRows,
-    init_samples: int,
+    config: RunConfig, adapter: AdapterPlan, rows: TokenizedRows, init_samples: int
 ) -> Workload:
-    """What the run computes with these rows, for its footprint."""
+    """Describe what a run computes with some rows, for the planner.
+
+    Args:
+        init_samples: number of rows that the init's gradient is of.
+    """
     longest, first_label = int(rows.lengths.max()), int(rows.first_labels.min())
     if config.packing:
         longest, first_label = config.max_length, 0
     budget = config.init_memory_gib
     method = METHODS.get(config.method)
     work = Workload(
-        targets=targets,
+        targets=adapter.targets,
         r=config.r,
         max_length=longest,
         num_labels=longest - max(1, first_label),
@@ -67,11 +193,12 @@ def workload_of(
             directions=method.directions,
             decomposes=method.source,
         )
+    peft = adapter.peft
     assert peft is not None, "a method is one of METHODS, or PEFT's"
     # As a LoRA of about as many numbers would have it: what PEFT's layers keep of activations
     # differs from type to type.
     sizes = tuple(math.prod(shape) for shape in peft.trained.values())
-    both_sides = sum(out + in_ for out, in_ in targets.values())
+    both_sides = sum(out + in_ for out, in_ in adapter.targets.values())
     return replace(
         work,
         r=max(1, sum(sizes) // both_sides),
@@ -81,29 +208,8 @@ def workload_of(
     )
 
 
-@dataclass(frozen=True)
-class Forecast:
-    """Peaks of a rank's device; on CPUs of rank 0's process, above what it holds when it joins."""
-
-    phases: dict[str, int]
-    runtime_bytes: int  # of GPUs, beside tensors; in none of the phases
-    needed_bytes: int
-    free_bytes: int
-    problem: str | None  # why it does not fit, and what would
-
-    def describe(self) -> dict[str, Any]:
-        return {k: v for k, v in asdict(self).items() if k != "problem"}
-
-    def __str__(self) -> str:
-        phase = max(self.phases, key=lambda name: self.phases[name])
-        return (
-            f"predicted peak {self.needed_bytes / GIB:.2f} GiB a process ({phase}), of "
-            f"{self.free_bytes / GIB:.2f} free"
-        )
-
-
 def this_cluster(world_size: int) -> Cluster:
-    """The hosts of this job, all like this one, with the memory that is free now."""
+    """Describe this job's hosts, all like this one, with the memory that is free now."""
     local_ranks = min(ranks_of_host(), world_size)
     cpu, host = accelerator.name() == "cpu", available_bytes()
     return Cluster(
@@ -114,53 +220,3 @@ def this_cluster(world_size: int) -> Cluster:
         cpu=cpu,
         speeds=CPU_SPEEDS if cpu else GPU_SPEEDS,
     )
-
-
-def forecast(
-    shape: ModelShape, memory: Footprint, work: Workload, cluster: Cluster, init_is_given: bool
-) -> Forecast:
-    """A run's footprint against a cluster's free memory; where it is too large, what would fit.
-
-    Args:
-        init_is_given: by --init-from, so that its memory is not taken.
-    """
-    phases = memory.phases(cluster.cpu)
-    if init_is_given:
-        del phases["init"]
-    device = max(phases.values()) + cluster.runtime_bytes
-    _, host = needed(memory, cluster)
-    problems = []
-    if device > cluster.memory_bytes:
-        problems.append(
-            f"It needs {device / GIB:.2f} GiB a process, and {cluster.memory_bytes / GIB:.2f} are "
-            "free"
-        )
-    if cluster.host_memory_bytes is not None and host > cluster.host_memory_bytes:
-        problems.append(
-            f"It needs {host / GIB:.2f} GiB of host memory, and "
-            f"{cluster.host_memory_bytes / GIB:.2f} are free"
-        )
-    problem = None
-    if problems:
-        best = recommended(plan(shape, cluster, work))
-        remedy = (
-            f"What would fit: {' '.join(best.options)}."
-            if best is not None
-            else f"Nothing fits on {cluster.world_size} of them: use more, or see `lorasb plan`."
-        )
-        problem = (
-            f"The run does not fit. {'. '.join(problems)} ("
-            + ", ".join(f"{name} {peak / GIB:.2f}" for name, peak in phases.items())
-            + f"). {remedy} --force starts it all the same."
-        )
-    return Forecast(phases, cluster.runtime_bytes, device, cluster.memory_bytes, problem)
-
-
-def check_fits(found: Forecast, force: bool) -> None:
-    """Refuse a run that cannot fit.
-
-    Raises:
-        ConfigError: what is needed, what is free, and what would fit.
-    """
-    if found.problem is not None and not force:
-        raise ConfigError(found.problem)

@@ -18,12 +18,12 @@ from lorasb_ds.planner.footprint import (
     footprint,
     init_plan,
 )
-from lorasb_ds.planner.model_shape import ModelShape
 from lorasb_ds.planner.placement import Placement, placement_of
-from lorasb_ds.planner.strategies import BUDGETS_GIB, Cluster
+from lorasb_ds.planner.strategies import BUDGETS_GIB
 from lorasb_ds.planner.traffic import step_seconds, step_traffic
 from lorasb_ds.planner.workload import Workload
 from lorasb_ds.system.units import GIB
+from lorasb_ds.training.memory import RunMemory
 
 Phase = Literal["load", "init", "train", "evaluation", "save"]
 
@@ -67,41 +67,29 @@ class Remedy:
 
 
 def explain(
-    phase: Phase,
-    error: BaseException,
-    in_use_bytes: int,
-    free_bytes: int,
-    *,
-    config: RunConfig,
-    shape: ModelShape,
-    placement: Placement,
-    work: Workload,
-    memory: Footprint,
-    cluster: Cluster,
+    phase: Phase, error: BaseException, in_use_bytes: int, memory: RunMemory, config: RunConfig
 ) -> str:
-    """What to tell the user of a process that ran out of memory.
+    """Return the message for a process that ran out of memory: what was planned, what needs less.
 
     Args:
         in_use_bytes: of this process, as measured now.
-        free_bytes: for each process, as measured before the run began.
-        memory: as the run was planned.
     """
     if phase == "init" and config.init_from is not None:
-        phase = "evaluation"  # what is taken up is only measured
-    held = parts(memory, phase, cluster.cpu)
-    if cluster.runtime_bytes:
-        held["runtime"] = cluster.runtime_bytes
+        phase = "evaluation"  # a loaded init is only measured
+    held = parts(memory.footprint, phase, memory.cluster.cpu)
+    if memory.cluster.runtime_bytes:
+        held["runtime"] = memory.cluster.runtime_bytes
     largest_first = sorted(held.items(), key=lambda part: -part[1])
     lines = [
         f"Out of memory ({phase}). Planned were {_gib(sum(held.values()))} GiB a process in this "
-        f"phase; {_gib(free_bytes)} were free before the run began, and {_gib(in_use_bytes)} are "
-        "in use now.",
+        f"phase; {_gib(memory.free_bytes)} were free before the run began, and "
+        f"{_gib(in_use_bytes)} are in use now.",
         "",
         "Planned, in GiB of a process:",
         *(f"  {_gib(size):>8}  {name}" for name, size in largest_first if size >= SHOWN_BYTES),
         "",
     ]
-    found = remedies(phase, config, shape, placement, work, cluster)[:NUM_REMEDIES]
+    found = remedies(phase, memory, config)[:NUM_REMEDIES]
     if found:
         lines.append("What needs less in this phase, cheapest first:")
         lines += [f"  {remedy.options}: {_describe(remedy)}" for remedy in found]
@@ -162,28 +150,22 @@ def parts(memory: Footprint, phase: Phase, one_memory: bool) -> dict[str, int]:
     return held
 
 
-def remedies(
-    phase: Phase,
-    config: RunConfig,
-    shape: ModelShape,
-    placement: Placement,
-    work: Workload,
-    cluster: Cluster,
-) -> list[Remedy]:
-    """Changes that make a phase smaller: by the time of a step, then those that cost more."""
+def remedies(phase: Phase, memory: RunMemory, config: RunConfig) -> list[Remedy]:
+    """Return the changes that make a phase smaller: free ones by a step's time, then the others."""
+    shape, cluster = memory.shape, memory.cluster
 
     def bytes_of(placement: Placement, work: Workload) -> int:
         init = init_plan(shape, work, placement.world_size, placement.dtype_bytes)
-        memory = footprint(shape, placement, work, init)
-        return sum(parts(memory, phase, cluster.cpu).values())
+        return sum(parts(footprint(shape, placement, work, init), phase, cluster.cpu).values())
 
     def seconds_of(placement: Placement, work: Workload) -> float:
         traffic = step_traffic(shape, placement, work)
         return step_seconds(shape, placement, work, traffic, cluster.speeds, cluster.nodes)
 
-    before, step_s = bytes_of(placement, work), seconds_of(placement, work)
+    before = bytes_of(memory.placement, memory.workload)
+    step_s = seconds_of(memory.placement, memory.workload)
     found = []
-    for change in _changes(phase, config, shape, placement, work, cluster):
+    for change in _changes(phase, memory, config):
         saved = before - bytes_of(change.placement, change.work)
         if saved >= SHOWN_BYTES:
             step_time = change.micro_batches * seconds_of(change.placement, change.work) / step_s
@@ -202,21 +184,15 @@ class _Change:
     price: str = ""
 
 
-def _changes(
-    phase: Phase,
-    config: RunConfig,
-    shape: ModelShape,
-    placement: Placement,
-    work: Workload,
-    cluster: Cluster,
-) -> Iterator[_Change]:
-    """Every option that may help and is not on already; of equal times, the first is to be taken.
+def _changes(phase: Phase, memory: RunMemory, config: RunConfig) -> Iterator[_Change]:
+    """Yield every option that may help and is not on already; of equal times, the best first.
 
-    Those with a price come in the order of it.
+    Those with a price come last, the lowest price first.
     """
+    placement, work, cluster = memory.placement, memory.workload, memory.cluster
     if phase == "init":
         if work.init_memory_bytes is None:
-            whole = init_plan(shape, work, placement.world_size, placement.dtype_bytes)
+            whole = init_plan(memory.shape, work, placement.world_size, placement.dtype_bytes)
             half = [g for g in BUDGETS_GIB if g * GIB <= whole.predicted_bytes / 2]
             if half:
                 bounded = replace(work, init_memory_bytes=int(half[0] * GIB))

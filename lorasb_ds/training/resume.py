@@ -99,7 +99,7 @@ def may_change(run: Prepared) -> dict[str, Any]:
 
 def held_out_digest(run: Prepared) -> str:
     """What evaluations are of."""
-    return run.held_out.digest if run.held_out else "none"
+    return run.data.held_out.digest if run.data.held_out else "none"
 
 
 def resume(job: Job, found: Resume) -> InitReport:
@@ -108,7 +108,7 @@ def resume(job: Job, found: Resume) -> InitReport:
     for warning in found.warnings:
         say(f"warning: {warning}")
     assert run.stored_init is not None, "prepare has read it"
-    if run.peft is not None:
+    if run.adapter.peft is not None:
         fill_peft(job.engine.module, job.folder / BASIS_FILE)
     else:
         put_back(job.folder, job.adapters)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lorasb_ds.config.methods import METHODS
@@ -12,7 +13,7 @@ from lorasb_ds.data.dataset import TokenizedRows
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.init.basis import check_basis, damage, stored_digest
 from lorasb_ds.init.init_report import InitReport
-from lorasb_ds.runs.checkpoint import Resume, check_same_run
+from lorasb_ds.runs.checkpoint import Checkpoint, Resume, check_same_run
 
 
 def what_must_match(config: RunConfig, train: TokenizedRows) -> dict[str, Any]:
@@ -66,10 +67,24 @@ def check_resume(
     return check_basis(resume.folder, option, r, made_from, uncut)
 
 
-def with_global_batch(config: RunConfig, resume: Resume) -> RunConfig:
-    """The checkpoint's rows per step, unless others were asked for: the order goes by them."""
-    assert resume.checkpoint is not None
+def check_init_from(config: RunConfig, made_from: Mapping[str, str]) -> InitReport:
+    """Refuse an earlier init (--init-from) that this run's options would not have given.
+
+    Returns:
+        Its report, cut to the run's r.
+    Raises:
+        ConfigError: what is missing or differs.
+    """
+    assert config.init_from is not None
+    option, method, uncut = f"--init-from {config.init_from}", METHODS.get(config.method), None
+    if method is not None and not method.trains_r:
+        uncut = "Where A and B are trained they are not cut to a smaller r: compute them again."
+    return check_basis(Path(config.init_from), option, config.r, made_from, uncut)
+
+
+def with_global_batch(config: RunConfig, checkpoint: Checkpoint) -> RunConfig:
+    """Take over the checkpoint's rows per step, which the order depends on, if none are given."""
     if "train_batch_size" in config.model_fields_set:
         return config
-    rows = resume.checkpoint.made_from.get("--train-batch-size")
+    rows = checkpoint.made_from.get("--train-batch-size")
     return config.model_copy(update={"train_batch_size": rows})

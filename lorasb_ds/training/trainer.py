@@ -79,8 +79,8 @@ def run_training(run: Prepared, stop: StopRequest, init_only: bool = False) -> O
         write_json(folder / RUN_JSON, description)
         # A replay reads this copy: the file it came from may change.
         write_json(folder / DS_CONFIG_COPY, run.ds_config_file)
-        if run.peft is not None:
-            write_json(folder / PEFT_COPY, run.peft.content)
+        if run.adapter.peft is not None:
+            write_json(folder / PEFT_COPY, run.adapter.peft.content)
         first_step = run.resume.step if run.resume else 0
         log = RunLog(folder, first_step, description["config"])
     announce(run, folder)
@@ -98,7 +98,7 @@ def run_training(run: Prepared, stop: StopRequest, init_only: bool = False) -> O
         )
         peaks = {"load": accelerator.peak_memory_bytes() - idle_bytes}
         init = initialize_or_resume(job)
-        if run.resume is None and "init" in run.forecast.phases:
+        if run.resume is None and "init" in run.memory.phases:
             peaks["init"] = accelerator.peak_memory_bytes() - idle_bytes
         tensors = {}
         if not init_only:
@@ -110,7 +110,7 @@ def run_training(run: Prepared, stop: StopRequest, init_only: bool = False) -> O
             if run.config.load_best_model_at_end or run.config.early_stopping_patience:
                 load_best(job)
             with phase(run, "save"):
-                peft = run.peft is not None
+                peft = run.adapter.peft is not None
                 tensors = collect_peft(engine.module) if peft else collect_lora(adapters)
             peaks["train"] = accelerator.peak_memory_bytes() - idle_bytes
         if zero.rank() == 0:
@@ -146,7 +146,7 @@ def initialize_or_resume(job: Job) -> InitReport:
 
 def base_alone(job: Job) -> AbstractContextManager[None]:
     """In it the model is its base."""
-    if job.run.peft is not None:
+    if job.run.adapter.peft is not None:
         return peft_off(job.engine.module)
     return branches_off(job.adapters)
 
@@ -163,18 +163,7 @@ def phase(run: Prepared, name: Phase) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        explanation = explain(
-            name,
-            error,
-            accelerator.memory_bytes(),
-            run.forecast.free_bytes,
-            config=run.config,
-            shape=run.base.shape,
-            placement=run.placement,
-            work=run.workload,
-            memory=run.footprint,
-            cluster=run.cluster,
-        )
+        explanation = explain(name, error, accelerator.memory_bytes(), run.memory, run.config)
         raise OutOfMemoryError(explanation) from error
 
 
@@ -192,12 +181,12 @@ def start_engine(run: Prepared) -> tuple[Any, Adapters]:
 
     Where PEFT makes the layers, they are as it fills them, and there are no adapters of ours.
     """
-    config, adapters = run.config, Adapters()
+    config, dtype, adapters = run.config, DTYPES[run.config.dtype], Adapters()
     model = load_base(run.base, config, run.ds_config)
-    if run.peft is not None:
-        inject_peft(model, run.peft, config, DTYPES[config.dtype])
+    if run.adapter.peft is not None:
+        inject_peft(model, run.adapter.peft, config, dtype)
     else:
-        adapters = inject(model, run.targets, config.r, DTYPES[config.dtype], layer_kind(config))
+        adapters = inject(model, run.adapter.targets, config.r, dtype, layer_kind(config))
     add_loss_head(model)
     trained = list(trained_in(model).values())
     optimizer = make_optimizer(trained, config)
@@ -205,10 +194,16 @@ def start_engine(run: Prepared) -> tuple[Any, Adapters]:
     engine = zero.make_engine(model, trained, optimizer, scheduler, run.ds_config)
     gather_together(run, model, adapters)
     with eval_mode(model):
-        few = torch.tensor([run.train.examples[0].input_ids[:16]], device=accelerator.device())
+        few = torch.tensor([run.data.train.examples[0].input_ids[:16]], device=accelerator.device())
         if not check_loss_head(model, few):
-            labels = run.workload.micro_batch_size * run.workload.num_labels
-            gib = labels * run.base.shape.vocab_size * LOGIT_BYTES / GIB
+            work = run.memory.workload
+            gib = (
+                work.micro_batch_size
+                * work.num_labels
+                * run.base.shape.vocab_size
+                * LOGIT_BYTES
+                / GIB
+            )
             say(
                 f"the loss of a {type(model).__name__} is made of all its logits at once, up to "
                 f"{gib:.2f} GiB in training: its head does more than is known here"
@@ -226,8 +221,8 @@ def gather_together(run: Prepared, model: Any, adapters: Adapters) -> None:
     for adapter in adapters.values():
         zero.gather_together(adapter, adapter.base_layer.parameters())
     gather_peft_together(model)
-    prefix = run.footprint.init.prefix
-    if prefix is not None and gathers_blocks(run.base.shape, run.placement, run.workload):
+    memory, prefix = run.memory, run.memory.footprint.init.prefix
+    if prefix is not None and gathers_blocks(memory.shape, memory.placement, memory.workload):
         for block in model.get_submodule(prefix.rstrip(".")):
             zero.gather_together(block, (p for p in block.parameters() if not p.requires_grad))
 
@@ -242,7 +237,7 @@ def has_row(job: Job, stage: str) -> bool:
 def check_packs(job: Job) -> None:
     """Refuse to train on rows that would see each other. Collective."""
     run = job.run
-    examples = run.train.examples[:8]
+    examples = run.data.train.examples[:8]
     model = job.engine.module
     if not keeps_packs_apart(model, examples, accelerator.device(), one_row=run.one_row):
         raise ConfigError(

@@ -108,7 +108,7 @@ def gradients(config: dict[str, Any], out: str, zero_optimization: dict[str, Any
     from lorasb_ds.init.gradients import average_gradients, is_transposed
 
     run, engine, adapters = _start(config, zero_optimization)
-    sample = run.sample(range(len(run.train.examples)))
+    sample = run.sample(range(len(run.data.train.examples)))
     shards = average_gradients(engine.module, adapters, sample.batches, sample.num_label_tokens)
     zero.release(engine)
     _assert_sharded(run, adapters)
@@ -142,8 +142,8 @@ def export(config: dict[str, Any], basis: str, out: str, zero_optimization: dict
     for name, adapter in adapters.items():
         result[f"filled.{name}"] = zero.full_fp32(adapter.lora_R).clone()
     engine.train()
-    train_step(engine, run.batches(run.train, range(4)))
-    input_ids = torch.tensor([run.train.examples[0].input_ids])
+    train_step(engine, run.batches(run.data.train, range(4)))
+    input_ids = torch.tensor([run.data.train.examples[0].input_ids])
     with torch.no_grad():
         logits = engine.module.eval()(input_ids=input_ids, use_cache=False).logits
     result["logits"] = logits.float()
@@ -160,7 +160,7 @@ def export(config: dict[str, Any], basis: str, out: str, zero_optimization: dict
             Path(out) / "adapter",
             tensors,
             r=run.config.r,
-            target_modules=peft_target_modules(run.targets, dict(run.base.shape.layers)),
+            target_modules=peft_target_modules(run.adapter.targets, dict(run.base.shape.layers)),
             base_model=run.config.model,
         )
 
@@ -172,7 +172,7 @@ def initialize(config: dict[str, Any], out: str, zero_optimization: dict[str, An
     from lorasb_ds.training.init_phase import initialize_by
 
     run, engine, adapters = _start(config, zero_optimization)
-    sample = run.sample(range(len(run.train.examples)))
+    sample = run.sample(range(len(run.data.train.examples)))
     # Losses are measured on the same rows.
     report, basis = initialize_by(run, engine, adapters, sample, sample)
     _assert_sharded(run, adapters)
@@ -209,7 +209,7 @@ def alignment(
             fill = zero.fill_trainable if key in adapter.trained else zero.fill
             fill(adapter.factor(key), value)
             start[f"{name}.{key}"] = value
-    sample = run.sample(range(len(run.train.examples)))
+    sample = run.sample(range(len(run.data.train.examples)))
     names = list(adapters)
     engine.train()
     found = []
@@ -398,7 +398,7 @@ def four_bit(config: dict[str, Any], out: str, zero_optimization: dict[str, Any]
             assert all(parameter.numel() == 0 for parameter in engine.module.parameters())
 
     assert_released()
-    sample = run.sample(range(len(run.train.examples)))
+    sample = run.sample(range(len(run.data.train.examples)))
     losses = [held_out_loss(engine.module, sample.batches, accelerator.device()) for _ in range(2)]
     assert losses[0] == losses[1], "the weights were not those of the first time"
     assert_released()
@@ -515,9 +515,10 @@ def disagree(config: dict[str, Any]) -> None:
     run = prepare(load_run_config(config), 2)
     zero.init_process_group()
     check_ranks_agree(run)
-    backwards = run.train.select(range(len(run.train.examples))[::-1])
-    for field, what in (("train", "training rows"), ("init_rows", "rows for the init")):
-        other = replace(run, **{field: backwards}) if zero.rank() == 1 else run
+    backwards = run.data.train.select(range(len(run.data.train.examples))[::-1])
+    for field, what in (("train", "training rows"), ("init", "rows for the init")):
+        data = run.data._replace(**{field: backwards})
+        other = replace(run, data=data) if zero.rank() == 1 else run
         with pytest.raises(ConfigError, match=rf"Rank 1 and rank 0 do not agree on the {what}\."):
             check_ranks_agree(other)
 

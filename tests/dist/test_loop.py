@@ -141,7 +141,9 @@ def test_zero3_gathers_once_a_layer_and_direction(
     of_r = num_trained * (4 + 4) // 2
     run = prepare(load_run_config(config), 2)
     run.ds_config["zero_optimization"] |= sharded
-    planned = step_traffic(run.base.shape, placement_of(run.ds_config, "fp32", 2), run.workload)
+    planned = step_traffic(
+        run.base.shape, placement_of(run.ds_config, "fp32", 2), run.memory.workload
+    )
     assert bytes_gathered == pytest.approx(micro_batches * (planned.bytes - of_r), rel=1e-3)
     ((size, count),) = found["reduce_scatter_tensor"]
     assert (size, count) == (num_trained * 4, micro_batches)

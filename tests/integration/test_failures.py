@@ -115,10 +115,10 @@ def test_what_cannot_fit(tiny_model: Path, rows: str, tmp_path: Path) -> None:
     assert "free" in message
     assert "--force" in message
     forced = prepare(load_run_config(given | {"force": True}), 1)
-    assert "--force" in str(forced.forecast.problem)
+    assert "--force" in str(forced.memory.problem)
     small = prepare(load_run_config(given | {"micro_batch_size": 1}), 1)
-    assert small.forecast.problem is None
-    assert 0 < small.forecast.needed_bytes < small.forecast.free_bytes
+    assert small.memory.problem is None
+    assert 0 < small.memory.needed_bytes < small.memory.free_bytes
 
 
 def test_eval_data_is_named(tiny_model: Path, rows: str, tmp_path: Path) -> None:

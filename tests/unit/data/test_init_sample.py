@@ -39,12 +39,12 @@ def rows_of_steps(run: Prepared) -> list[Any]:
 def test_without_them_it_is_what_it_was(given: dict[str, Any]) -> None:
     """The first rows of the order before the first epoch's, by the run's seed."""
     run = prepared(given, seed=5)
-    assert run.init_rows is run.train
+    assert run.data.init is run.data.train
     sample = epoch_order(60, 5, -1)[:9]
     assert (run.probe_rows, run.gradient_rows) == (sample[:1], sample[1:])
     assert run.made_from["--seed"] == run.same_run["--seed"] == "5"
     (rows,) = (value for name, value in run.made_from.items() if name.startswith("rows of"))
-    assert rows == run.train.select(sample[1:]).digest
+    assert rows == run.data.train.select(sample[1:]).digest
 
 
 def test_the_seed_of_the_init_changes_its_sample_and_nothing_else(given: dict[str, Any]) -> None:
@@ -52,7 +52,7 @@ def test_the_seed_of_the_init_changes_its_sample_and_nothing_else(given: dict[st
     assert (other.gradient_rows, other.probe_rows) == init_sample(60, 9, 7)
     assert other.gradient_rows != run.gradient_rows
     assert rows_of_steps(other) == rows_of_steps(run)
-    assert other.train.digest == run.train.digest
+    assert other.data.train.digest == run.data.train.digest
     differ = {name for name in run.made_from if run.made_from[name] != other.made_from[name]}
     assert {name.partition(" (")[0] for name in differ} == {"rows of the init sample", "--seed"}
     # A checkpoint goes by the seed of the rows' order, and by its basis.
@@ -68,19 +68,20 @@ def test_the_seed_of_the_init_changes_its_sample_and_nothing_else(given: dict[st
 def test_the_init_of_other_rows(given: dict[str, Any], one_process: None) -> None:
     """Gradient and eta are of them, and so is what the init takes; training is as it was."""
     run, other = prepared(given), prepared(given, init_data=given["other"])
-    assert other.init_rows.digest != run.train.digest == other.train.digest
+    assert other.data.init.digest != run.data.train.digest == other.data.train.digest
     assert (other.gradient_rows, other.probe_rows) == init_sample(40, 9, 42)
     assert rows_of_steps(other) == rows_of_steps(run)
     sample = other.sample(other.probe_rows)
     (batch,) = sample.batches
-    example = other.init_rows.examples[other.probe_rows[0]]
+    example = other.data.init.examples[other.probe_rows[0]]
     assert batch.input_ids[0].tolist() == example.input_ids
     assert sample.num_label_tokens == example.num_label_tokens
-    assert other.workload == run.workload
-    assert other.footprint.train_peak == pytest.approx(run.footprint.train_peak, rel=0.02)
+    assert other.memory.workload == run.memory.workload
+    theirs, ours = other.memory.footprint, run.memory.footprint
+    assert theirs.train_peak == pytest.approx(ours.train_peak, rel=0.02)
     # Its longest row has more than three times as many tokens.
-    assert other.init_rows.lengths.max() > 3 * run.train.lengths.max()
-    assert other.footprint.init_activations > 3 * run.footprint.init_activations
+    assert other.data.init.lengths.max() > 3 * run.data.train.lengths.max()
+    assert theirs.init_activations > 3 * ours.init_activations
     # An init of them serves a run on any rows.
     elsewhere = prepared(given, data=given["other"], init_data=given["other"])
     assert elsewhere.made_from == other.made_from

@@ -27,7 +27,7 @@ from lorasb_ds.planner.traffic import CPU_SPEEDS, GPU_SPEEDS, step_seconds, step
 from lorasb_ds.planner.workload import Workload
 from lorasb_ds.system.host_memory import available_bytes
 from lorasb_ds.system.units import GIB
-from lorasb_ds.training.memory import check_fits, forecast
+from lorasb_ds.training.memory import RunMemory
 from tests.runs import ROOT
 
 OPTIONS: dict[str, Any] = {"r": 64, "max_length": 1024, "micro_batch_size": 4, "init_samples": 64}
@@ -216,15 +216,14 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would() -> None:
     outcomes = {o.strategy.name: o for o in plan(LLAMA_7B, roomy, work_of())}
     whole = outcomes["bf16 on every rank"]
     cluster = Cluster(1, 2, 24 * GIB, host_memory_bytes=64 * GIB)
-    found = forecast(LLAMA_7B, whole.memory, work_of(), cluster, init_is_given=False)
+    found = RunMemory(LLAMA_7B, whole.placement, work_of(), whole.memory, cluster)
     with pytest.raises(ConfigError, match=r"24.00 are free.*What would fit: --ds-config .*--force"):
-        check_fits(found, force=False)
-    check_fits(found, force=True)
+        found.check_fits()
     assert found.needed_bytes > found.free_bytes == 24 * GIB
-    assert forecast(LLAMA_7B, whole.memory, work_of(), roomy, False).problem is None
-    given = forecast(LLAMA_7B, whole.memory, work_of(), cluster, init_is_given=True)
-    assert set(given.phases) == {"load", "train"}
-    tiny = forecast(LLAMA_7B, whole.memory, work_of(), Cluster(1, 2, GIB), False)
+    assert replace(found, cluster=roomy).problem is None
+    loaded = replace(found, computes_init=False)
+    assert set(loaded.phases) == {"load", "train"}
+    tiny = replace(found, cluster=Cluster(1, 2, GIB))
     assert tiny.problem is not None
     assert "Nothing fits on 2 of them" in tiny.problem
 

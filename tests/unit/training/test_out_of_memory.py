@@ -20,6 +20,7 @@ from lorasb_ds.planner.placement import Placement
 from lorasb_ds.planner.strategies import Cluster, cpu_cluster
 from lorasb_ds.planner.workload import Workload
 from lorasb_ds.system.units import GIB
+from lorasb_ds.training.memory import RunMemory
 from lorasb_ds.training.out_of_memory import (
     NUM_REMEDIES,
     Phase,
@@ -49,14 +50,16 @@ def found(
 ) -> dict[str, Remedy]:
     """Options -> what they do."""
     config = RunConfig(**options)
-    return {
-        remedy.options: remedy
-        for remedy in remedies(phase, config, LLAMA_7B, placement, work, cluster)
-    }
+    memory = memory_of(placement, cluster, work)
+    return {remedy.options: remedy for remedy in remedies(phase, memory, config)}
 
 
-def memory_of(placement: Placement, work: Workload) -> Footprint:
+def planned(placement: Placement, work: Workload) -> Footprint:
     return footprint_of(LLAMA_7B, placement, **vars(work))
+
+
+def memory_of(placement: Placement, cluster: Cluster, work: Workload) -> RunMemory:
+    return RunMemory(LLAMA_7B, placement, work, planned(placement, work), cluster)
 
 
 @pytest.mark.parametrize(
@@ -112,20 +115,20 @@ def test_parts_are_the_planner_s(form: Any, offload: Any, one_memory: bool) -> N
             init_offload=hosted,
             gradient_checkpointing=checkpointed,
         )
-        memory = memory_of(placement, work)
+        memory = planned(placement, work)
         peaks = {phase: sum(parts(memory, phase, one_memory).values()) for phase in PHASES}
-        planned = memory.phases(one_memory)
-        assert peaks["load"] == planned["load"]
-        assert peaks["init"] == planned["init"]
-        assert max(peaks["train"], peaks["save"]) == planned["train"]
+        phases = memory.phases(one_memory)
+        assert peaks["load"] == phases["load"]
+        assert peaks["init"] == phases["init"]
+        assert max(peaks["train"], peaks["save"]) == phases["train"]
         assert peaks["evaluation"] < peaks["train"]
 
 
 def test_what_is_saved_is_the_difference_of_two_plans() -> None:
     checkpointed = replace(WORK, gradient_checkpointing=True)
     for phase in ("init", "train"):
-        before = memory_of(SHARDED, WORK).phases(False)[phase]
-        after = memory_of(SHARDED, checkpointed).phases(False)[phase]
+        before = planned(SHARDED, WORK).phases(False)[phase]
+        after = planned(SHARDED, checkpointed).phases(False)[phase]
         assert found(phase)["--gradient-checkpointing"].saved_bytes == before - after
     # Loading does not depend on it: the shard of a weight and half of one.
     rounded = found("load")["--load-in-8bit"].saved_bytes
@@ -226,21 +229,16 @@ def test_the_text(phase: Phase, placement: Placement, cluster: Cluster) -> None:
         phase,
         torch.OutOfMemoryError("Tried to allocate 20 GiB.\nTraceback of C++"),
         in_use_bytes=3 * GIB,
-        free_bytes=7 * GIB,
+        memory=memory_of(placement, replace(cluster, memory_bytes=7 * GIB), WORK),
         config=RunConfig(),
-        shape=LLAMA_7B,
-        placement=placement,
-        work=WORK,
-        memory=memory_of(placement, WORK),
-        cluster=cluster,
     )
     held = re.findall(r"^ +(\d+\.\d\d)  (.+)$", text, re.MULTILINE)
     sizes = [float(size) for size, _ in held]
     assert sizes == sorted(sizes, reverse=True)
     assert "base" in {name for _, name in held}
-    planned = re.search(r"Planned were (\d+\.\d\d) GiB", text)
-    assert planned
-    assert float(planned[1]) == pytest.approx(sum(sizes), abs=0.05), "but for what is too small"
+    peak = re.search(r"Planned were (\d+\.\d\d) GiB", text)
+    assert peak
+    assert float(peak[1]) == pytest.approx(sum(sizes), abs=0.05), "but for what is too small"
     assert f"Out of memory ({phase})." in text
     assert "7.00 were free" in text
     assert "3.00 are in use" in text
@@ -253,13 +251,8 @@ def test_an_init_that_is_taken_up_has_no_gradients() -> None:
         "init",
         MemoryError(),
         in_use_bytes=GIB,
-        free_bytes=GIB,
+        memory=memory_of(WHOLE, CPUS, WORK),
         config=RunConfig(init_from="runs/earlier"),
-        shape=LLAMA_7B,
-        placement=WHOLE,
-        work=WORK,
-        memory=memory_of(WHOLE, WORK),
-        cluster=CPUS,
     )
     assert "gradients" not in text
     assert "--init-" not in text
