@@ -61,7 +61,7 @@ def _ours(settings: Mapping[str, Any]) -> dict[str, Any]:
             seconds.append(time.perf_counter() - start)
             assert done is not None
             tokens.append(done.num_tokens)
-            places.append(done.num_places)
+            places.append(done.num_positions)
 
     _, memory = watched(steps)
     zero.close_process_group()

@@ -16,7 +16,7 @@ from lorasb_ds.export.merge_file import FLOATS, FileJob, Update
 from lorasb_ds.models.base import Base
 from lorasb_ds.models.checkpoint_files import StoredTensor
 from lorasb_ds.models.linear_layers import layer_shape, linear_layers
-from lorasb_ds.models.weight_map import Source
+from lorasb_ds.models.weight_map import WeightSource
 
 
 def plan_merge(
@@ -74,7 +74,7 @@ def weights_of(
     }
 
 
-def _sources(base: Base) -> dict[str, Source]:
+def _sources(base: Base) -> dict[str, WeightSource]:
     """Parameter of the base -> where it comes from. Raises ConfigError for a quantized base."""
     if base.quantization is not None:
         raise _quantized_base(base.name, "its config.json says so")
@@ -85,7 +85,7 @@ def _changed(
     model: Any,
     layer: str,
     shape: tuple[int, int],
-    sources: Mapping[str, Source],
+    sources: Mapping[str, WeightSource],
     stored: Mapping[str, StoredTensor],
     name: str,
 ) -> str:
@@ -122,7 +122,7 @@ def _check_layer(model: Any, layer: str, shape: tuple[int, int], name: str) -> N
 
 def _stored_weight(
     layer: str,
-    sources: Mapping[str, Source],
+    sources: Mapping[str, WeightSource],
     stored: Mapping[str, StoredTensor],
     name: str,
 ) -> str:

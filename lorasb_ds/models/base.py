@@ -25,7 +25,7 @@ from lorasb_ds.models.linear_layers import expert_layers, shape_of
 from lorasb_ds.models.quantization import Kind
 from lorasb_ds.models.streaming import put
 from lorasb_ds.models.tokenizer import choose_pad_token, read_tokenizer
-from lorasb_ds.models.weight_map import Source, map_weights, unused_tensors
+from lorasb_ds.models.weight_map import WeightSource, map_weights, unused_tensors
 from lorasb_ds.planner.model_shape import ModelShape
 
 # What transformers raises for a config.json that makes no sense.
@@ -115,7 +115,7 @@ class Base:
         return stored_tensors(self.name, self.folder)
 
     @cached_property
-    def sources(self) -> list[Source]:
+    def sources(self) -> list[WeightSource]:
         """Every parameter and stored buffer of the model, and the stored tensors that make it."""
         return map_weights(self.model, self.stored, self.name)
 

@@ -19,7 +19,7 @@ from lorasb_ds.models.checkpoint_files import StoredTensor, first_line
 from lorasb_ds.models.linear_layers import layer_shape, linear_layers
 from lorasb_ds.models.quantization import Kind, PackedLinear, PackedLinear4bit, PackedLinear8bit
 from lorasb_ds.models.streaming import TensorReader, put, stream_weights
-from lorasb_ds.models.weight_map import Source
+from lorasb_ds.models.weight_map import WeightSource
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -67,7 +67,7 @@ def _fill(
 
 def _pack_as_stored(
     model: nn.Module,
-    sources: Sequence[Source],
+    sources: Sequence[WeightSource],
     stored: Mapping[str, StoredTensor],
     dtype: torch.dtype,
 ) -> None:

@@ -22,10 +22,10 @@ from lorasb_ds.distributed.collectives import Group, all_reduce, broadcast, rank
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.models.checkpoint_files import StoredTensor
 from lorasb_ds.models.quantization import ROW_MULTIPLE, PackedLinear
-from lorasb_ds.models.weight_map import Source
+from lorasb_ds.models.weight_map import WeightSource
 from lorasb_ds.system.host_memory import release_freed_memory
 
-DTYPES = {
+STORED_DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "F32": torch.float32,
@@ -117,12 +117,12 @@ class TensorReader:
 
 
 def _dtype(key: str, tensor: StoredTensor) -> torch.dtype:
-    if tensor.dtype not in DTYPES:
+    if tensor.dtype not in STORED_DTYPES:
         raise ValueError(
             f"{key} in {tensor.file.name} is stored as {tensor.dtype}; only "
-            f"{', '.join(DTYPES)} are known"
+            f"{', '.join(STORED_DTYPES)} are known"
         )
-    return DTYPES[tensor.dtype]
+    return STORED_DTYPES[tensor.dtype]
 
 
 def _num_rows(shape: Sequence[int]) -> int:
@@ -146,7 +146,7 @@ def _is_finite(values: torch.Tensor) -> bool:
 
 def stream_weights(
     model: Any,
-    sources: Sequence[Source],
+    sources: Sequence[WeightSource],
     stored: Mapping[str, StoredTensor],
     shard: Callable[[nn.Parameter], None] | None,
     group: Group = None,
@@ -190,7 +190,7 @@ def stream_weights(
 
 
 def _try_to_read(
-    model: Any, source: Source | None, reader: TensorReader
+    model: Any, source: WeightSource | None, reader: TensorReader
 ) -> tuple[dict[str, torch.Tensor], str | None]:
     """What ``_read`` returns, and nothing where there is no source; else what went wrong."""
     if source is None:
@@ -204,7 +204,7 @@ def _try_to_read(
         return {}, problem
 
 
-def _read(model: Any, source: Source, reader: TensorReader) -> dict[str, torch.Tensor]:
+def _read(model: Any, source: WeightSource, reader: TensorReader) -> dict[str, torch.Tensor]:
     """Target -> value as the model holds it."""
     if source.converter is not None:
         dtype = _get(model, next(iter(source.targets))).dtype

@@ -30,7 +30,7 @@ STATE_8BIT = re.compile(r"\.(SCB|weight_format)$")
 
 
 @dataclass
-class Source:
+class WeightSource:
     """What is read in one go: one parameter (or buffer), or several that are stored as one.
 
     Attributes:
@@ -58,7 +58,7 @@ class Source:
         return {name: t[0] if isinstance(t, list) else t for name, t in found.items()}
 
 
-def map_weights(model: Any, stored: Mapping[str, StoredTensor], name: str) -> list[Source]:
+def map_weights(model: Any, stored: Mapping[str, StoredTensor], name: str) -> list[WeightSource]:
     """Every parameter and stored buffer of a model, and where it comes from.
 
     Names are those of the checkpoint through transformers' renamings and fusions (of MoE experts
@@ -80,7 +80,7 @@ def map_weights(model: Any, stored: Mapping[str, StoredTensor], name: str) -> li
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     beside = _beside_codes(stored)
-    sources: dict[str, Source] = {}
+    sources: dict[str, WeightSource] = {}
     for key in sorted(stored, key=dot_natural_key):
         if STATE_4BIT.search(key) or STATE_8BIT.search(key):
             continue
@@ -91,14 +91,16 @@ def map_weights(model: Any, stored: Mapping[str, StoredTensor], name: str) -> li
         if target not in state:
             continue
         if pattern is None:
-            sources[target] = Source({target: state[target].shape}, (key,), beside.get(key, {}))
+            sources[target] = WeightSource(
+                {target: state[target].shape}, (key,), beside.get(key, {})
+            )
             continue
         if key in beside:
             raise ConfigError(
                 f"--model {name}: {key} is quantized by itself, but transformers fuses it into "
                 f"{target}. Give the base that it was made from."
             )
-        source = sources.setdefault(target, Source({target: torch.Size()}, ()))
+        source = sources.setdefault(target, WeightSource({target: torch.Size()}, ()))
         source.converter = by_pattern[pattern]
         source.keys += (key,)
         source.patterns += (pattern,)
@@ -109,7 +111,7 @@ def map_weights(model: Any, stored: Mapping[str, StoredTensor], name: str) -> li
         if found is not None and twin in sources:
             sources[twin].copies += found.keys
         elif found is not None:  # stored under the other name
-            sources[twin] = Source({twin: state[twin].shape}, found.keys, found.beside)
+            sources[twin] = WeightSource({twin: state[twin].shape}, found.keys, found.beside)
     result = list(sources.values())
     for source in result:
         _check_shapes(model, source, state, stored, name)
@@ -118,7 +120,7 @@ def map_weights(model: Any, stored: Mapping[str, StoredTensor], name: str) -> li
 
 
 def unused_tensors(
-    model: Any, sources: Sequence[Source], stored: Mapping[str, StoredTensor]
+    model: Any, sources: Sequence[WeightSource], stored: Mapping[str, StoredTensor]
 ) -> list[str]:
     """What the checkpoint holds and the model has no use for, but for what is known to be so."""
     used = {key for s in sources for key in (*s.keys, *s.copies, *s.beside.values())}
@@ -141,7 +143,7 @@ def _beside_codes(stored: Mapping[str, StoredTensor]) -> dict[str, dict[str, str
 
 def _check_shapes(
     model: Any,
-    source: Source,
+    source: WeightSource,
     state: Mapping[str, torch.Tensor],
     stored: Mapping[str, StoredTensor],
     name: str,
@@ -172,7 +174,7 @@ def _check_shapes(
             )
 
 
-def _check_beside(source: Source, files: str, name: str) -> None:
+def _check_beside(source: WeightSource, files: str, name: str) -> None:
     """Whether all of a quantized weight is there; the shape of the codes tells nothing."""
     beside = set(source.beside)
     needed = {"SCB"}
@@ -189,7 +191,7 @@ def _check_beside(source: Source, files: str, name: str) -> None:
 
 
 def _check_complete(
-    model: Any, sources: list[Source], wanted: set[str], stored: Mapping[str, Any], name: str
+    model: Any, sources: list[WeightSource], wanted: set[str], stored: Mapping[str, Any], name: str
 ) -> None:
     found = {target for source in sources for target in source.targets}
     parameters = {parameter for parameter, _ in model.named_parameters()}

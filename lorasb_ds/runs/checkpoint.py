@@ -41,7 +41,7 @@ FORMAT = 1
 
 
 @dataclass
-class Progress:
+class TrainerState:
     """How far a run is. ``step`` is also the data's position: batches are a function of it."""
 
     step: int = 0  # optimizer steps done or left out
@@ -59,7 +59,7 @@ class Checkpoint:
     """What a folder holds but its tensors."""
 
     path: Path
-    progress: Progress
+    state: TrainerState
     made_from: dict[str, Any]
     options: dict[str, Any]  # of the run that wrote it; they may change
     world_size: int
@@ -80,7 +80,7 @@ class Resume:
 
     @property
     def step(self) -> int:
-        return self.checkpoint.progress.step if self.checkpoint else 0
+        return self.checkpoint.state.step if self.checkpoint else 0
 
 
 def write_checkpoint(
@@ -155,7 +155,7 @@ def read_checkpoint(path: Path) -> Checkpoint | str:
         content = json.loads((path / TRAINER_FILE).read_text(encoding="utf-8"))
         if content.pop("format") != FORMAT:
             return "it was written by another version"
-        return Checkpoint(path, Progress(**content.pop("progress")), **content)
+        return Checkpoint(path, TrainerState(**content.pop("progress")), **content)
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
         return f"{TRAINER_FILE} does not say what a checkpoint's does"
 

@@ -30,9 +30,9 @@ from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.distributed.collectives import Group, all_reduce, rank_and_size, row_range
 from lorasb_ds.init.gradients import average_gradients, is_transposed
 from lorasb_ds.runs.plots import describe_alignment
+from lorasb_ds.training.engine_state import rng_states, set_rng_states
 from lorasb_ds.training.prepare import Prepared
-from lorasb_ds.training.run_state import Job
-from lorasb_ds.training.training_state import rng_states, set_rng_states
+from lorasb_ds.training.training_run import TrainingRun
 
 Values = dict[str, torch.Tensor]  # factor -> its whole value
 
@@ -251,25 +251,27 @@ def _same_random_numbers() -> Iterator[None]:
         set_rng_states(states, accelerator.device())
 
 
-def track_alignment(job: Job, before: Mapping[str, Values] | None) -> None:
+def track_alignment(training: TrainingRun, before: Mapping[str, Values] | None) -> None:
     """Measure how well the last step has followed the full gradient; write and say it. Collective.
 
     Args:
         before: ``trained_factors`` before that step; None after the init.
     """
-    run, step = job.run, job.progress.step
+    run, step = training.run, training.state.step
     found = measure_alignment(
-        job.engine,
-        job.adapters,
+        training.engine,
+        training.adapters,
         probe_of(run),
         run.memory.footprint.init.groups,
         before,
         offload=run.config.init_offload,
     )
-    if job.log:
+    if training.log:
         layers = {name: asdict(layer) for name, layer in found.items()}
-        job.log.write_alignment([{"step": step, "layer": n} | row for n, row in layers.items()])
-        job.log.say(describe_alignment(job.log.alignment))
+        training.log.write_alignment(
+            [{"step": step, "layer": n} | row for n, row in layers.items()]
+        )
+        training.log.say(describe_alignment(training.log.alignment))
 
 
 def probe_of(run: Prepared) -> Sample:

@@ -28,7 +28,7 @@ from lorasb_ds.runs.run_log import provenance
 from lorasb_ds.system.files import write_json
 from lorasb_ds.training.prepare import Prepared
 from lorasb_ds.training.report import draw_init, write_report
-from lorasb_ds.training.run_state import Job
+from lorasb_ds.training.training_run import TrainingRun
 
 
 def describe(run: Prepared, folder: Path) -> dict[str, Any]:
@@ -75,9 +75,11 @@ def announce(run: Prepared, folder: Path) -> None:
         )
 
 
-def finish(job: Job, init: InitReport, tensors: Any, description: dict[str, Any]) -> None:
+def finish(
+    training: TrainingRun, init: InitReport, tensors: Any, description: dict[str, Any]
+) -> None:
     """Adapter, pictures and report. Rank 0."""
-    run, folder, log = job.run, job.folder, job.log
+    run, folder, log = training.run, training.folder, training.log
     assert log is not None
     write_json(folder / RUN_JSON, description)
     if tensors:

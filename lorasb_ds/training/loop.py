@@ -21,9 +21,9 @@ from lorasb_ds.runs.output_dir import say
 from lorasb_ds.runs.profiler import profiled
 from lorasb_ds.training.alignment import track_alignment, trained_factors
 from lorasb_ds.training.resume import save
-from lorasb_ds.training.run_state import Job
+from lorasb_ds.training.training_run import TrainingRun
 
-Outcome = Literal["finished", "stopped"]
+RunStatus = Literal["finished", "stopped"]
 Stage = Literal["base", "init", "step", "trained"]
 
 SAMPLE_TOKENS = 128  # of a generated answer at most
@@ -38,48 +38,48 @@ class StepResult:
     r_norm: float  # of all R after the step
     applied: bool  # or left out, since loss or gradient was not finite
     num_tokens: int  # without padding
-    num_places: int  # with it
+    num_positions: int  # with it
 
 
-def train(job: Job) -> Outcome:
+def train(training: TrainingRun) -> RunStatus:
     """From where the run is to its end, or to where it is asked to stop. Collective."""
-    run, progress = job.run, job.progress
-    job.engine.train()
-    job.stop.can_save()
-    if progress.step == 0 and run.config.track_alignment:
-        track_alignment(job, None)
-    with profiled(job.folder, run.config.profile if job.log else None) as step_done:
-        outcome = _steps(job, step_done)
-    if outcome == "stopped":
-        return outcome
-    if progress.evaluated_at != progress.step:
-        evaluate(job, "trained")
-    progress.finished = True
-    save(job)
-    return outcome
+    run, state = training.run, training.state
+    training.engine.train()
+    training.stop.can_save()
+    if state.step == 0 and run.config.track_alignment:
+        track_alignment(training, None)
+    with profiled(training.folder, run.config.profile if training.log else None) as step_done:
+        status = _steps(training, step_done)
+    if status == "stopped":
+        return status
+    if state.evaluated_at != state.step:
+        evaluate(training, "trained")
+    state.finished = True
+    save(training)
+    return status
 
 
-def _steps(job: Job, step_done: Callable[[], None]) -> Outcome:
+def _steps(training: TrainingRun, step_done: Callable[[], None]) -> RunStatus:
     """Steps with what is due between them, to the last one. Collective."""
-    run, engine, progress = job.run, job.engine, job.progress
+    run, engine, state = training.run, training.engine, training.state
     start = time.perf_counter()
-    while not progress.finished and progress.step < run.num_steps:
-        units = run.order.units(progress.step)
+    while not state.finished and state.step < run.num_steps:
+        units = run.order.units(state.step)
         lr = engine.get_lr()[0]  # of this step: the scheduler moves on at its end
-        tracked = _is_due(progress.step + 1, run.config.track_alignment)
-        before = trained_factors(job.adapters) if tracked else None
-        result = train_step(engine, run.step_batches(units), job.stop.requested)
+        tracked = _is_due(state.step + 1, run.config.track_alignment)
+        before = trained_factors(training.adapters) if tracked else None
+        result = train_step(engine, run.step_batches(units), training.stop.requested)
         if result is None:
-            saved = save(job)
+            saved = save(training)
             what = "is saved" if saved else "is not saved"
-            say(f"asked to stop: step {progress.step} {what}; --resume goes on")
+            say(f"asked to stop: step {state.step} {what}; --resume goes on")
             return "stopped"
-        progress.step += 1
+        state.step += 1
         now = time.perf_counter()
         step_done()
-        if job.log:
+        if training.log:
             row = {
-                "step": progress.step,
+                "step": state.step,
                 "loss": result.loss,
                 "lr": lr,
                 "grad_norm": result.grad_norm,
@@ -87,35 +87,35 @@ def _steps(job: Job, step_done: Callable[[], None]) -> Outcome:
                 "tokens": result.num_tokens,
                 "tokens_per_s": result.num_tokens / (now - start),
                 "step_time_s": now - start,
-                "padding_share": 1 - result.num_tokens / result.num_places,
+                "padding_share": 1 - result.num_tokens / result.num_positions,
                 "memory_bytes": accelerator.memory_bytes(),
             }
-            job.log.write(row | ({} if result.applied else {"skipped": True}))
-            job.log.progress(row, run.num_steps)
-        count_skips(job, result, units)
+            training.log.write(row | ({} if result.applied else {"skipped": True}))
+            training.log.progress(row, run.num_steps)
+        count_skips(training, result, units)
         if before is not None:
-            track_alignment(job, before)
-        if progress.step < run.num_steps:
+            track_alignment(training, before)
+        if state.step < run.num_steps:
             new_best = False
-            if _is_due(progress.step, run.config.eval_every):
-                new_best = evaluate(job, "step")
-            progress.finished = is_stopped_early(job)
-            due = _is_due(progress.step, run.config.save_every)
-            if (new_best or due) and not progress.finished:
-                save(job)
+            if _is_due(state.step, run.config.eval_every):
+                new_best = evaluate(training, "step")
+            state.finished = is_stopped_early(training)
+            due = _is_due(state.step, run.config.save_every)
+            if (new_best or due) and not state.finished:
+                save(training)
         start = time.perf_counter()
     return "finished"
 
 
-def is_stopped_early(job: Job) -> bool:
+def is_stopped_early(training: TrainingRun) -> bool:
     """Whether the evaluations have not improved for too long."""
-    progress, patience = job.progress, job.run.config.early_stopping_patience
-    if patience is None or progress.evals_since_best < patience:
+    state, patience = training.state, training.run.config.early_stopping_patience
+    if patience is None or state.evals_since_best < patience:
         return False
-    best = "none" if progress.best_loss is None else f"{progress.best_loss:.4f}"
+    best = "none" if state.best_loss is None else f"{state.best_loss:.4f}"
     say(
-        f"early stop after step {progress.step}: no better held-out loss than {best} (step "
-        f"{progress.best_step}) in {patience} evaluations"
+        f"early stop after step {state.step}: no better held-out loss than {best} (step "
+        f"{state.best_step}) in {patience} evaluations"
     )
     return True
 
@@ -152,7 +152,7 @@ def train_step(engine: Any, batches: list[Batch], stop: bool = False) -> StepRes
         device=device,
     )
     dist.all_reduce(counts)
-    num_label_tokens, num_tokens, num_places, num_stops = counts.tolist()
+    num_label_tokens, num_tokens, num_positions, num_stops = counts.tolist()
     if num_stops:
         return None
     scale = zero.world_size() * len(batches) / max(1.0, num_label_tokens)
@@ -170,32 +170,32 @@ def train_step(engine: Any, batches: list[Batch], stop: bool = False) -> StepRes
         r_norm=sums[1].sqrt().item(),
         applied=not engine.optimizer.overflow,
         num_tokens=int(num_tokens),
-        num_places=int(num_places),
+        num_positions=int(num_positions),
     )
 
 
-def count_skips(job: Job, result: StepResult, units: list[Unit]) -> None:
+def count_skips(training: TrainingRun, result: StepResult, units: list[Unit]) -> None:
     """Bear a few steps that were left out, and no more.
 
     Raises:
         FloatingPointError: on every rank, with the rows of the step.
     """
-    progress = job.progress
+    state = training.state
     if result.applied:
-        progress.updates += 1
-        progress.skipped_in_a_row = 0
+        state.updates += 1
+        state.skipped_in_a_row = 0
         return
-    dynamic_scale = "cur_iter" in zero.loss_scale_state(job.engine)
+    dynamic_scale = "cur_iter" in zero.loss_scale_state(training.engine)
     if dynamic_scale and math.isfinite(result.loss):
         return  # fp16's loss scale finds its size; DeepSpeed ends the run where there is none
-    progress.skipped_in_a_row += 1
-    rows = [job.run.data.train.row_id(row) for unit in units for row in unit]
-    what = f"step {progress.step} has loss {result.loss} and gradient norm {result.grad_norm}"
-    if progress.skipped_in_a_row <= job.run.config.max_skipped_steps:
+    state.skipped_in_a_row += 1
+    rows = [training.run.data.train.row_id(row) for unit in units for row in unit]
+    what = f"step {state.step} has loss {result.loss} and gradient norm {result.grad_norm}"
+    if state.skipped_in_a_row <= training.run.config.max_skipped_steps:
         say(f"warning: {what}: left out ({_some(rows)})")
         return
     raise FloatingPointError(
-        f"{what}, as had the {progress.skipped_in_a_row - 1} before it, which were left out. Lower "
+        f"{what}, as had the {state.skipped_in_a_row - 1} before it, which were left out. Lower "
         f"--lr or --init-lr, or look at the rows of this step: {', '.join(rows)}."
     )
 
@@ -204,42 +204,42 @@ def _some(rows: list[str], count: int = 8) -> str:
     return ", ".join(rows[:count]) + (f", and {len(rows) - count} more" if rows[count:] else "")
 
 
-def evaluate(job: Job, stage: Stage) -> bool:
+def evaluate(training: TrainingRun, stage: Stage) -> bool:
     """Measure the held-out loss. Collective.
 
     Returns:
         Whether training has reached a new best.
     """
-    run, progress = job.run, job.progress
-    progress.evaluated_at = progress.step
+    run, state = training.run, training.state
+    state.evaluated_at = state.step
     if run.data.held_out is None:
         return False
     batches = run.batches(run.data.held_out, range(len(run.data.held_out.examples)))
-    loss = held_out_loss(job.engine.module, batches, accelerator.device())
+    loss = held_out_loss(training.engine.module, batches, accelerator.device())
     ppl = perplexity(loss)
-    say(f"step {progress.step}: held-out loss {loss:.4f}, perplexity {ppl:.2f} ({stage})")
-    if job.log:
-        row = {"step": progress.step, "stage": stage, "eval_loss": loss, "perplexity": ppl}
-        job.log.write(row)
+    say(f"step {state.step}: held-out loss {loss:.4f}, perplexity {ppl:.2f} ({stage})")
+    if training.log:
+        row = {"step": state.step, "stage": stage, "eval_loss": loss, "perplexity": ppl}
+        training.log.write(row)
     if run.config.generate_samples:
-        write_samples(job, stage)
+        write_samples(training, stage)
     if stage not in ("step", "trained"):
         return False
-    best = progress.best_loss
+    best = state.best_loss
     if math.isfinite(loss) and (best is None or loss < best):
-        progress.best_step, progress.best_loss = progress.step, loss
-        progress.evals_since_best = 0
+        state.best_step, state.best_loss = state.step, loss
+        state.evals_since_best = 0
         return True
-    progress.evals_since_best += 1
+    state.evals_since_best += 1
     return False
 
 
-def write_samples(job: Job, stage: Stage) -> None:
+def write_samples(training: TrainingRun, stage: Stage) -> None:
     """Greedy answers to the first held-out rows, to ``samples.jsonl``. Collective.
 
     Every rank generates the same, so that all take part in ZeRO-3's gathers equally often.
     """
-    run, model = job.run, job.engine.module
+    run, model = training.run, training.engine.module
     assert run.data.held_out is not None
     examples = run.data.held_out.examples[: run.config.generate_samples]
     prompts = [example.input_ids[: max(1, example.first_label)] for example in examples]
@@ -252,11 +252,11 @@ def write_samples(job: Job, stage: Stage) -> None:
             accelerator.device(),
             stop=stop_tokens(run.base.tokenizer),
         )
-    if job.log:
+    if training.log:
         for i, (example, prompt, answer) in enumerate(zip(examples, prompts, answers, strict=True)):
-            job.log.write_sample(
+            training.log.write_sample(
                 {
-                    "step": job.progress.step,
+                    "step": training.state.step,
                     "stage": stage,
                     "row": run.data.held_out.row_id(i),
                     "prompt": run.base.tokenizer.decode(prompt),

@@ -26,20 +26,20 @@ from lorasb_ds.runs.checkpoint import (
     write_checkpoint,
 )
 from lorasb_ds.runs.output_dir import say
-from lorasb_ds.training.optimizer import set_scheduler
-from lorasb_ds.training.prepare import Prepared
-from lorasb_ds.training.run_state import Job
-from lorasb_ds.training.training_state import (
+from lorasb_ds.training.engine_state import (
     collect_state,
     restore_state,
     rng_states,
     set_rng_states,
 )
+from lorasb_ds.training.optimizer import set_scheduler
+from lorasb_ds.training.prepare import Prepared
+from lorasb_ds.training.training_run import TrainingRun
 
 HELD_OUT = "held-out rows"
 
 
-def save(job: Job) -> bool:
+def save(training: TrainingRun) -> bool:
     """Write a checkpoint, and remove those that are not to be kept. Collective.
 
     Returns:
@@ -49,10 +49,10 @@ def save(job: Job) -> bool:
         OSError: on every rank, if it cannot be written and --on-save-error is stop.
     """
     start = time.perf_counter()
-    engine, progress, config = job.engine, job.progress, job.run.config
-    if not progress.updates or progress == job.saved:
+    engine, state, config = training.engine, training.state, training.run.config
+    if not state.updates or state == training.saved:
         return True
-    tensors, scalars = collect_state(engine, job.trained)
+    tensors, scalars = collect_state(engine, training.trained)
     all_rng: list[Any] = [None] * zero.world_size()
     dist.all_gather_object(all_rng, rng_states(accelerator.device()))
     done: list[Any] = [0, None]  # size, problem
@@ -60,26 +60,26 @@ def save(job: Job) -> bool:
         for rank, states in enumerate(all_rng):
             tensors |= {f"rng.{rank}.{name}": state for name, state in states.items()}
         content = {
-            "progress": asdict(progress),
-            "made_from": job.run.same_run | {"basis": stored_digest(job.folder)},
-            "options": may_change(job.run),
+            "progress": asdict(state),
+            "made_from": training.run.same_run | {"basis": stored_digest(training.folder)},
+            "options": may_change(training.run),
             "world_size": zero.world_size(),
             "optimizer_scalars": scalars,
             "loss_scale": zero.loss_scale_state(engine),
         }
         try:
-            done[0] = write_checkpoint(job.folder, tensors, content, progress.step)
+            done[0] = write_checkpoint(training.folder, tensors, content, state.step)
         except OSError as error:
-            done[1] = f"checkpoint of step {progress.step} cannot be written: {error}"
+            done[1] = f"checkpoint of step {state.step} cannot be written: {error}"
         else:
             with suppress(OSError):  # the index is for people
-                tidy(job.folder, config.keep_last, progress.best_step)
+                tidy(training.folder, config.keep_last, state.best_step)
     dist.broadcast_object_list(done, src=0)
     size, problem = done
     if problem is None:
         seconds = time.perf_counter() - start
-        say(f"checkpoint of step {progress.step}: {size / 1e6:.2f} MB, {seconds:.2f} s")
-        job.saved = replace(progress)
+        say(f"checkpoint of step {state.step}: {size / 1e6:.2f} MB, {seconds:.2f} s")
+        training.saved = replace(state)
         return True
     if config.on_save_error == "stop":
         raise OSError(
@@ -102,72 +102,74 @@ def held_out_digest(run: Prepared) -> str:
     return run.data.held_out.digest if run.data.held_out else "none"
 
 
-def resume(job: Job, found: Resume) -> InitReport:
+def resume(training: TrainingRun, found: Resume) -> InitReport:
     """Put back the basis and the checkpoint of the run's folder. Collective."""
-    run, checkpoint = job.run, found.checkpoint
+    run, checkpoint = training.run, found.checkpoint
     for warning in found.warnings:
         say(f"warning: {warning}")
     assert run.stored_init is not None, "prepare has read it"
     if run.adapter.peft is not None:
-        fill_peft(job.engine.module, job.folder / BASIS_FILE)
+        fill_peft(training.engine.module, training.folder / BASIS_FILE)
     else:
-        put_back(job.folder, job.adapters)
+        put_back(training.folder, training.adapters)
     if zero.rank() == 0:
-        for name in set_newer_aside(job.folder, found.step):
+        for name in set_newer_aside(training.folder, found.step):
             say(f"set aside, since this run goes on before it: checkpoints/{name}")
     if checkpoint is None:
         say("resumed after the init: there is no whole checkpoint")
     else:
-        take_up_training(job, checkpoint)
+        take_up_training(training, checkpoint)
     return run.stored_init
 
 
-def take_up_training(job: Job, checkpoint: Checkpoint) -> None:
+def take_up_training(training: TrainingRun, checkpoint: Checkpoint) -> None:
     """R, optimizer, schedule, progress and generators of a checkpoint. Collective."""
-    run, tensors = job.run, checkpoint.tensors()
-    restore_state(job.engine, job.trained, tensors, checkpoint.optimizer_scalars, run.config)
-    progress = job.progress = checkpoint.progress
-    set_scheduler(job.engine.lr_scheduler, progress.updates)
-    job.engine.global_steps = progress.step
+    run, tensors = training.run, checkpoint.tensors()
+    restore_state(
+        training.engine, training.trained, tensors, checkpoint.optimizer_scalars, run.config
+    )
+    state = training.state = checkpoint.state
+    set_scheduler(training.engine.lr_scheduler, state.updates)
+    training.engine.global_steps = state.step
     if checkpoint.loss_scale:
-        zero.set_loss_scale_state(job.engine, checkpoint.loss_scale)
+        zero.set_loss_scale_state(training.engine, checkpoint.loss_scale)
     prefix = f"rng.{zero.rank()}."
     if states := {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}:
         set_rng_states(states, accelerator.device())
     wrote = checkpoint.world_size
     others = "" if wrote == zero.world_size() else f", which {wrote} process(es) wrote"
-    say(f"resumed after step {progress.step} from {checkpoint.path.name}{others}")
+    say(f"resumed after step {state.step} from {checkpoint.path.name}{others}")
     now = may_change(run)
     for change in changed_options(checkpoint, now):
         say(f"changed since: {change}")
-    if progress.finished and checkpoint.options["steps"] != run.num_steps:
-        progress.finished, progress.evals_since_best = False, 0
-    best = [best_is_there(job)]
+    if state.finished and checkpoint.options["steps"] != run.num_steps:
+        state.finished, state.evals_since_best = False, 0
+    best = [best_is_there(training)]
     dist.broadcast_object_list(best, src=0)
     if checkpoint.options[HELD_OUT] != now[HELD_OUT] or not best[0]:
-        if progress.best_step is not None:
+        if state.best_step is not None:
             say("the best evaluation so far is forgotten: of other rows, or its checkpoint is gone")
-        progress.best_step = progress.best_loss = None
-        progress.evals_since_best = 0
+        state.best_step = state.best_loss = None
+        state.evals_since_best = 0
 
 
-def best_is_there(job: Job) -> bool:
+def best_is_there(training: TrainingRun) -> bool:
     """Whether the best evaluation's checkpoint is whole."""
-    step = job.progress.best_step
+    step = training.state.best_step
     return step is not None and isinstance(
-        read_checkpoint(checkpoint_path(job.folder, step)), Checkpoint
+        read_checkpoint(checkpoint_path(training.folder, step)), Checkpoint
     )
 
 
-def load_best(job: Job) -> None:
+def load_best(training: TrainingRun) -> None:
     """What was trained, as of the best evaluation's checkpoint, which rank 0 reads. Collective."""
-    step = job.progress.best_step
-    if step is None or step == job.progress.step:
+    step = training.state.best_step
+    if step is None or step == training.state.step:
         return
-    trained = job.trained
+    trained = training.trained
     found: list[Any] = [None]
     if zero.rank() == 0:
-        best = read_checkpoint(checkpoint_path(job.folder, step))
+        best = read_checkpoint(checkpoint_path(training.folder, step))
         if isinstance(best, Checkpoint):
             tensors = best.tensors()
             found = [{name: tensors[name] for name in trained}]
@@ -177,4 +179,4 @@ def load_best(job: Job) -> None:
         return
     for name, parameter in trained.items():
         zero.fill_trainable(parameter, found[0][name])
-    say(f"the adapter is that of step {step}, held-out loss {job.progress.best_loss:.4f}")
+    say(f"the adapter is that of step {step}, held-out loss {training.state.best_loss:.4f}")

@@ -34,7 +34,7 @@ from lorasb_ds.models.loss import add_loss_head, check_loss_head, eval_mode
 from lorasb_ds.models.packing import keeps_packs_apart
 from lorasb_ds.planner.footprint import LOGIT_BYTES
 from lorasb_ds.planner.gathers import gathers_blocks
-from lorasb_ds.runs.checkpoint import Progress
+from lorasb_ds.runs.checkpoint import TrainerState
 from lorasb_ds.runs.output_dir import make_output_dir, say
 from lorasb_ds.runs.run_log import RunLog
 from lorasb_ds.system.files import write_json
@@ -42,15 +42,15 @@ from lorasb_ds.system.signals import StopRequest
 from lorasb_ds.system.units import GIB
 from lorasb_ds.training.artifacts import announce, describe, finish
 from lorasb_ds.training.init_phase import init_phase
-from lorasb_ds.training.loop import Outcome, evaluate, train
+from lorasb_ds.training.loop import RunStatus, evaluate, train
 from lorasb_ds.training.optimizer import make_optimizer, make_scheduler
 from lorasb_ds.training.out_of_memory import OutOfMemoryError, Phase, explain, is_out_of_memory
 from lorasb_ds.training.prepare import Prepared, check_ranks_agree
 from lorasb_ds.training.resume import load_best, resume
-from lorasb_ds.training.run_state import Adapters, Job
+from lorasb_ds.training.training_run import Adapters, TrainingRun
 
 
-def run_training(run: Prepared, stop: StopRequest, init_only: bool = False) -> Outcome:
+def run_training(run: Prepared, stop: StopRequest, init_only: bool = False) -> RunStatus:
     """The whole run, inside a process group. Collective.
 
     Args:
@@ -87,35 +87,35 @@ def run_training(run: Prepared, stop: StopRequest, init_only: bool = False) -> O
     try:
         with phase(run, "load"):
             engine, adapters = start_engine(run)
-        job = Job(
+        training = TrainingRun(
             run=run,
             folder=folder,
             log=log,
             engine=engine,
             adapters=adapters,
-            progress=Progress(),
+            state=TrainerState(),
             stop=stop,
         )
         peaks = {"load": accelerator.peak_memory_bytes() - idle_bytes}
-        init = initialize_or_resume(job)
+        init = initialize_or_resume(training)
         if run.resume is None and "init" in run.memory.phases:
             peaks["init"] = accelerator.peak_memory_bytes() - idle_bytes
         tensors = {}
         if not init_only:
             accelerator.reset_peak_memory()
             with phase(run, "train"):
-                outcome = train(job)
-            if outcome == "stopped":
-                return outcome
+                status = train(training)
+            if status == "stopped":
+                return status
             if run.config.load_best_model_at_end or run.config.early_stopping_patience:
-                load_best(job)
+                load_best(training)
             with phase(run, "save"):
                 peft = run.adapter.peft is not None
                 tensors = collect_peft(engine.module) if peft else collect_lora(adapters)
             peaks["train"] = accelerator.peak_memory_bytes() - idle_bytes
         if zero.rank() == 0:
             description["memory"]["measured"] = peaks
-            finish(job, init, tensors, description)
+            finish(training, init, tensors, description)
         dist.barrier()
     finally:
         if log is not None:
@@ -125,30 +125,32 @@ def run_training(run: Prepared, stop: StopRequest, init_only: bool = False) -> O
     return "finished"
 
 
-def initialize_or_resume(job: Job) -> InitReport:
+def initialize_or_resume(training: TrainingRun) -> InitReport:
     """A, B and R in place, and where the run has been before, its training's state. Collective."""
-    run = job.run
+    run = training.run
     if run.config.packing:
         with phase(run, "evaluation"):
-            check_packs(job)
+            check_packs(training)
     if run.resume is not None:
-        init = resume(job, run.resume)
+        init = resume(training, run.resume)
     else:
-        with phase(run, "evaluation"), base_alone(job):
-            evaluate(job, "base")
+        with phase(run, "evaluation"), base_alone(training):
+            evaluate(training, "base")
         with phase(run, "init"):
-            init = init_phase(run, job.engine, job.adapters, job.folder)
-    if job.progress.step == 0 and not has_row(job, "init"):  # a run may have been killed before
+            init = init_phase(run, training.engine, training.adapters, training.folder)
+    if training.state.step == 0 and not has_row(
+        training, "init"
+    ):  # a run may have been killed before
         with phase(run, "evaluation"):
-            evaluate(job, "init")
+            evaluate(training, "init")
     return init
 
 
-def base_alone(job: Job) -> AbstractContextManager[None]:
+def base_alone(training: TrainingRun) -> AbstractContextManager[None]:
     """In it the model is its base."""
-    if job.run.adapter.peft is not None:
-        return peft_off(job.engine.module)
-    return branches_off(job.adapters)
+    if training.run.adapter.peft is not None:
+        return peft_off(training.engine.module)
+    return branches_off(training.adapters)
 
 
 @contextmanager
@@ -171,7 +173,7 @@ def is_finished(run: Prepared) -> bool:
     """Whether a run has come to the end that these options ask for, to its report."""
     assert run.resume is not None
     found = run.resume.checkpoint
-    if found is None or not found.progress.finished:
+    if found is None or not found.state.finished:
         return False
     return found.options["steps"] == run.num_steps and (run.resume.folder / REPORT).is_file()
 
@@ -227,18 +229,20 @@ def gather_together(run: Prepared, model: Any, adapters: Adapters) -> None:
             zero.gather_together(block, (p for p in block.parameters() if not p.requires_grad))
 
 
-def has_row(job: Job, stage: str) -> bool:
+def has_row(training: TrainingRun, stage: str) -> bool:
     """Whether an evaluation is among the run's rows. Collective."""
-    found = [job.log is not None and any(row.get("stage") == stage for row in job.log.rows)]
+    found = [
+        training.log is not None and any(row.get("stage") == stage for row in training.log.rows)
+    ]
     dist.broadcast_object_list(found, src=0)
     return found[0]
 
 
-def check_packs(job: Job) -> None:
+def check_packs(training: TrainingRun) -> None:
     """Refuse to train on rows that would see each other. Collective."""
-    run = job.run
+    run = training.run
     examples = run.data.train.examples[:8]
-    model = job.engine.module
+    model = training.engine.module
     if not keeps_packs_apart(model, examples, accelerator.device(), one_row=run.one_row):
         raise ConfigError(
             f"--packing: rows of one pack see each other in a {type(model).__name__} with "

@@ -274,7 +274,7 @@ def steps(config: dict[str, Any], out: str, fp16: bool = False) -> None:
         result = train_step(engine, run.step_batches(run.order.units(step)))
         assert result is not None
         norms = [result.grad_norm, result.r_norm, float(result.applied)]
-        found.append([result.loss, *norms, result.num_tokens, result.num_places])
+        found.append([result.loss, *norms, result.num_tokens, result.num_positions])
     masters = {name: zero.full_fp32(adapter.lora_R) for name, adapter in adapters.items()}
     norm = torch.stack([R.double().square().sum() for R in masters.values()]).sum().sqrt()
     torch.testing.assert_close(torch.tensor(found[-1][2]), norm.float(), rtol=1e-6, atol=0)
@@ -288,10 +288,11 @@ def steps(config: dict[str, Any], out: str, fp16: bool = False) -> None:
 
 def stretch(config: dict[str, Any], out: str, first: int, last: int, state: str | None) -> None:
     """Some steps of a run, from given factors or from a stored state; losses and the state then."""
+    from lorasb_ds.training.engine_state import collect_state, restore_state
+
     from lorasb_ds.adapters.inject import trained_in
     from lorasb_ds.distributed import zero
     from lorasb_ds.training.loop import train_step
-    from lorasb_ds.training.training_state import collect_state, restore_state
 
     run, engine, adapters = _start(config, {})
     generator = torch.Generator().manual_seed(5)
@@ -329,10 +330,11 @@ def not_finite_step(config: dict[str, Any], zero_optimization: dict[str, Any], w
     """One rank's loss or gradient is not finite: no rank steps, and the next step is clean."""
     import copy
 
+    from lorasb_ds.training.engine_state import collect_state
+
     from lorasb_ds.adapters.inject import trained_in
     from lorasb_ds.distributed import zero
     from lorasb_ds.training.loop import train_step
-    from lorasb_ds.training.training_state import collect_state
 
     run, engine, adapters = _start(config, zero_optimization)
     _fill(adapters)

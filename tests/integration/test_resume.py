@@ -307,7 +307,7 @@ def test_a_closed_terminal(options: list[str], tmp_path: Path) -> None:
     (checkpoint,) = list_checkpoints(folder)[-1:]
     found = read_checkpoint(checkpoint)
     assert not isinstance(found, str)
-    assert found.progress.step == num_rows(folder)
+    assert found.state.step == num_rows(folder)
 
 
 def test_what_is_not_finite_ends_the_run_with_its_rows(options: list[str], tmp_path: Path) -> None:

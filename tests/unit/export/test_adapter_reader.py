@@ -31,7 +31,7 @@ from lorasb_ds.export.adapter_reader import (
 )
 from lorasb_ds.models.base import Base
 from lorasb_ds.models.checkpoint_files import read_header
-from lorasb_ds.runs.checkpoint import Progress, write_checkpoint
+from lorasb_ds.runs.checkpoint import TrainerState, write_checkpoint
 from lorasb_ds.system.files import SUMS_FILE, write_sums
 from lorasb_ds.system.safetensors_writer import save_tensors
 from tests.runs import made_up_run
@@ -362,7 +362,7 @@ def make_checkpoint(run: Path, step: int, r: int = 4) -> dict[str, torch.Tensor]
     for name, R in trained.items():
         tensors |= {f"{name}.lora_R": R, f"{name}.lora_R.exp_avg": torch.ones(r, r)}
     content = {
-        "progress": vars(Progress(step=step, updates=step)),
+        "progress": vars(TrainerState(step=step, updates=step)),
         "made_from": {},
         "options": {},
         "world_size": 1,

@@ -19,7 +19,7 @@ from lorasb_ds.config.run_layout import CHECKPOINT_FILES, check_output_dir
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.runs.checkpoint import (
     Checkpoint,
-    Progress,
+    TrainerState,
     changed_options,
     check_same_run,
     checkpoint_path,
@@ -38,7 +38,7 @@ MADE_FROM = {"--r": 8, "training rows": "a" * 64}
 def write(folder: Path, step: int) -> Path:
     tensors = {"layer.lora_R": torch.full((3, 3), float(step))}
     content = {
-        "progress": vars(Progress(step=step, updates=step - 1, best_loss=1.5, best_step=2)),
+        "progress": vars(TrainerState(step=step, updates=step - 1, best_loss=1.5, best_step=2)),
         "made_from": MADE_FROM,
         "options": {"--lr": 1e-3},
         "world_size": 2,
@@ -65,7 +65,7 @@ def resumed(run: Path, resume: str = "auto") -> Any:
 def test_what_is_written_is_read(run: Path) -> None:
     found = read_checkpoint(checkpoint_path(run, 4))
     assert isinstance(found, Checkpoint)
-    assert found.progress == Progress(step=4, updates=3, best_loss=1.5, best_step=2)
+    assert found.state == TrainerState(step=4, updates=3, best_loss=1.5, best_step=2)
     assert found.made_from == MADE_FROM
     assert found.tensors()["layer.lora_R"].unique().tolist() == [4.0]
     assert resumed(run).step == 6

@@ -10,7 +10,7 @@ from torch import nn
 
 from lorasb_ds.adapters.inject import trained_in
 from lorasb_ds.adapters.layer import AdapterLinear
-from lorasb_ds.runs.checkpoint import Progress
+from lorasb_ds.runs.checkpoint import TrainerState
 from lorasb_ds.runs.run_log import RunLog
 from lorasb_ds.system.signals import StopRequest
 from lorasb_ds.training.prepare import Prepared
@@ -19,15 +19,15 @@ Adapters = dict[str, AdapterLinear]
 
 
 @dataclass
-class Job:
+class TrainingRun:
     run: Prepared
     folder: Path
     log: RunLog | None  # rank 0's
     engine: Any
     adapters: Adapters  # none where PEFT makes the layers
-    progress: Progress
+    state: TrainerState
     stop: StopRequest
-    saved: Progress | None = None  # by this process
+    saved: TrainerState | None = None  # by this process
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
