@@ -1,7 +1,9 @@
 """The base model: from files to sharded, quantized, frozen weights; its loss and generation.
 
-`loading` and `streaming` bring stored tensors to where they are used, one at a time;
-`checkpoint_files` and `weight_map` know the files; `quantization` packs weights to 4 and 8 bits;
-`linear_layers` finds the layers that get an adapter; `loss` and `generation` run the model.
+`base` opens a base's files once, for everything that needs them: `checkpoint_files` reads the
+safetensors headers, `weight_map` finds the stored tensors that make each parameter, `tokenizer`
+reads the tokenizer. `loading` and `streaming` load the weights, one tensor at a time;
+`quantization` packs them to 4 and 8 bits; `linear_layers` finds the layers that get an adapter;
+`packing` tests whether packed rows stay apart; `loss` and `generation` run the model.
 Imports `data`, `distributed`, `planner` and what is below them.
 """

@@ -16,7 +16,7 @@ from lorasb_ds.config.paths import DEMO_MODEL, demo_model_dir, read_json
 from lorasb_ds.errors import ConfigError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-# What a base needs beside its weights; a repository may hold those in other forms, too.
+# Files that a base needs beside its weights, which a repository may also hold in other formats.
 DOWNLOADED = ("*.json", "*.jinja", "*.model", "*.txt")
 ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
 ITEM_BYTES |= {"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
@@ -26,7 +26,7 @@ MAX_DIMENSIONS = 16
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor of a checkpoint lies."""
+    """Where a tensor of a checkpoint is stored."""
 
     file: Path
     dtype: str  # as safetensors names it: BF16, F32, U8, …
@@ -36,7 +36,7 @@ class StoredTensor:
 
 
 def model_path(model: str) -> str:
-    """What ``--model`` stands for: the demo's folder, a folder, or a hub name.
+    """Resolve ``--model`` to the demo's folder, a folder, or a hub name.
 
     Raises:
         ConfigError: if a folder is named that does not exist or holds no model.
@@ -63,7 +63,11 @@ def model_path(model: str) -> str:
 
 
 def model_type_of(model: str | None) -> str | None:
-    """That of a base's config.json, in its folder or the hub's cache; None if it is not there."""
+    """Read model_type from a base's config.json, in its folder or the hub's cache.
+
+    Returns:
+        None if there is no such file, or it has none; the hub is not asked.
+    """
     if model is None:
         return None
     try:
@@ -82,8 +86,10 @@ def model_type_of(model: str | None) -> str | None:
 
 
 def model_folder(model: str, trust_remote_code: bool = False) -> Path:
-    """The folder with a base's files; a hub name is looked up in the cache, or fetched into it.
+    """Return the folder with a base's files; a hub name's are downloaded if not in the cache.
 
+    Args:
+        trust_remote_code: whether Python files are downloaded, too.
     Raises:
         ConfigError: if it cannot be fetched.
     """
@@ -120,8 +126,8 @@ def stored_tensors(model: str, folder: Path) -> dict[str, StoredTensor]:
         model: as --model gives it, for messages.
         folder: of ``model_folder``.
     Raises:
-        ConfigError: naming the file, and the tensor if there is one, where the files are not
-            whole or not safetensors.
+        ConfigError: naming the file, and the tensor if there is one, if the files are not complete
+            or not safetensors.
     """
     index_file = folder / INDEX
     if (folder / WEIGHTS).is_file():
@@ -148,7 +154,7 @@ def stored_tensors(model: str, folder: Path) -> dict[str, StoredTensor]:
                 f"--model {model}: {file} is missing, which {INDEX} names for {len(names)} "
                 f"tensors such as {names[0]}. Fetch the file again."
             )
-        # A tensor may lie in two files; the index says which is meant.
+        # A tensor may be in two files; the index says which is meant.
         header = read_header(path, f"--model {model}")
         found_tensors |= {n: t for n, t in header.items() if index.get(n, file) == file}
         if lost := [name for name in names if name not in header]:
@@ -172,7 +178,7 @@ def is_hub_name(model: str) -> bool:
 
 
 def _weight_map(folder: Path, model: str) -> dict[str, str]:
-    """Tensor -> file, as the index has it; files lie in the folder or below."""
+    """Read the index: tensor -> file, in the folder or below."""
     index = read_json(str(folder / INDEX), "--model").get("weight_map")
     if (
         not isinstance(index, dict)
@@ -187,14 +193,14 @@ def _weight_map(folder: Path, model: str) -> dict[str, str]:
 
 
 def read_header(path: Path, option: str) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file: https://huggingface.co/docs/safetensors (format).
+    """Read the tensors of a safetensors file: https://huggingface.co/docs/safetensors (format).
 
-    Nothing in the file is believed: what is returned lies within it, and overlaps nothing.
+    The header is not trusted: every tensor returned is inside the file, and none overlap.
 
     Args:
-        option: what named the file, for messages.
+        option: the option that named the file, for messages.
     Raises:
-        ConfigError: if the file is not whole.
+        ConfigError: if the file is not complete, or not safetensors.
     """
     try:
         file_size = path.stat().st_size
@@ -228,17 +234,19 @@ def read_header(path: Path, option: str) -> dict[str, StoredTensor]:
 
 
 def _stored_tensor(path: Path, name: str, entry: Any, data: int) -> StoredTensor:
-    """An entry of a header. Raises as a wrong one does.
+    """Check one entry of a header.
 
     Args:
-        data: where the tensors begin.
+        data: where the tensors begin, in bytes from the beginning of the file.
+    Raises:
+        KeyError, TypeError, ValueError: if the entry is not one.
     """
     dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     numbers = (*shape, begin, end)
     if not isinstance(dtype, str) or len(shape) > MAX_DIMENSIONS:
         raise ValueError(f"{name} has dtype {dtype!r} and {len(shape)} dimensions")
     if not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers) or end < begin:
-        raise ValueError(f"the shape of {name}, or where it lies, is no such thing")
+        raise ValueError(f"the shape or the offsets of {name} are not valid")
     if dtype in ITEM_BYTES and end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
         raise ValueError(
             f"it has {end - begin:,} bytes for {name}, which is {dtype} of shape {shape}"
@@ -278,6 +286,6 @@ def _digest(path: Path, tensors: Mapping[str, StoredTensor], result: hashlib._Ha
 
 
 def first_line(error: BaseException) -> str:
-    """What other libraries say, without their advice."""
+    """Return the first line of another library's error, without its advice."""
     text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return text.strip().rstrip(".") + "."

@@ -1,4 +1,4 @@
-"""What a model says of held-out rows: losses, greedy answers, likelihoods of given answers."""
+"""Greedy generation, and the distribution of prompts over the ranks."""
 
 from __future__ import annotations
 
@@ -20,16 +20,25 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Generated:
+    """A generated answer.
+
+    Attributes:
+        text: without special tokens, stripped.
+        cut_off: whether it reached the limit of new tokens before it ended.
+    """
+
     text: str
-    cut_off: bool  # it has as many tokens as it was allowed, and does not end
+    cut_off: bool
 
 
 def stop_tokens(tokenizer: Any, others: int | Sequence[int] | None = None) -> list[int]:
-    """Tokens that end an answer: the end of text, and the mark with which the template ends a turn,
-    which is what training teaches.
+    """Return the tokens that end an answer, sorted.
+
+    They are the end of text, and the mark with which the chat template ends a turn, as the model
+    learns it in training.
 
     Args:
-        others: a generation configuration's own, ``eos_token_id``.
+        others: ``eos_token_id`` of the base's generation configuration.
     """
     found = {tokenizer.eos_token_id}
     found |= {others} if isinstance(others, int) else set(others or ())
@@ -50,15 +59,16 @@ def generate(
     stop: Sequence[int],
     synced: bool = False,
 ) -> list[Generated]:
-    """Greedy continuations of a batch, padded on the left.
+    """Generate greedy continuations of a batch, padded on the left.
 
-    Where the tokenizer has no chat template, an answer also ends where the next question begins: a
-    base that knows no turns goes on to invent one.
+    If the tokenizer has no chat template, an answer also ends where the next question begins: a
+    base that knows no turns goes on and invents one.
 
     Args:
-        stop: ``stop_tokens``.
-        synced: under ZeRO-3, where ranks have different prompts: every rank goes on until the last
-            one has ended, since all take part in gathers. Collective then.
+        prompts: token ids.
+        stop: of ``stop_tokens``.
+        synced: needed under ZeRO-3 if ranks have different prompts: every rank goes on until the
+            last one has ended, since all take part in gathers. The call is then collective.
     """
     length = max(map(len, prompts))
     input_ids = torch.full((len(prompts), length), tokenizer.pad_token_id)
@@ -90,10 +100,10 @@ def generate(
 
 
 def rounds(lengths: Sequence[int], batch_size: int) -> Iterator[tuple[list[int], bool]]:
-    """This rank's batches: positions in ``lengths``, and whether they count.
+    """Yield this rank's batches: positions in ``lengths``, and whether the batch counts.
 
-    There are as many on every rank, so that all take part in ZeRO-3's gathers equally often. One
-    that is short of rows does some over that do not count. Rows of similar lengths come together.
+    Every rank gets as many batches, so that all take part in the same gathers of ZeRO-3; a rank
+    without rows left repeats one that does not count. Rows of similar lengths come together.
     """
     if not lengths:
         return
@@ -104,7 +114,7 @@ def rounds(lengths: Sequence[int], batch_size: int) -> Iterator[tuple[list[int],
 
 
 def from_all_ranks(mine: dict[int, T]) -> dict[int, T]:
-    """What all ranks have found, on every rank. Collective."""
+    """Merge the ranks' dictionaries on every rank. Collective."""
     if not dist.is_initialized():
         return mine
     found: list[Any] = [None] * dist.get_world_size()

@@ -1,4 +1,4 @@
-"""Which layers of a model get an adapter, and the sizes of all its parameters."""
+"""The layers of a model that can get an adapter, and the sizes of all its parameters."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Shapes = dict[str, tuple[int, int]]  # layer name -> (out, in)
 
 
 def layer_shape(layer: Any) -> tuple[int, int]:
-    """(out, in) of a linear layer of any kind."""
+    """Return (out, in) of a linear layer of any kind."""
     if isinstance(layer, Conv1D):
         return layer.nf, layer.nx
     return layer.out_features, layer.in_features
 
 
 def linear_layers(model: Any) -> Shapes:
-    """Every linear layer but the head, by name in the model's order. 4-bit layers count.
+    """Return every linear layer but the head, in the model's order, quantized ones included.
 
     A layer that two parents share is left out: PEFT would load its adapter into one of them only.
     (Blocks that are used several times are fine: their layers have one parent.)
@@ -43,9 +43,9 @@ def linear_layers(model: Any) -> Shapes:
 
 
 def expert_layers(model: nn.Module) -> dict[str, int]:
-    """Modules that hold the experts of an MoE block as 3-D parameters, and their elements.
+    """Return the modules that hold MoE experts as 3-D parameters -> their number of elements.
 
-    They are no linear layers, so that they get no adapter and stay frozen.
+    They are not linear layers: they get no adapter and stay frozen.
     """
     return {
         name: sum(p.numel() for p in experts)
@@ -56,13 +56,16 @@ def expert_layers(model: nn.Module) -> dict[str, int]:
 
 
 def select_targets(layers: Shapes, target_modules: str, r: int, directions: int = 1) -> Shapes:
-    """The layers that get an adapter: all, or those whose name is or ends in a given one (PEFT).
+    """Select the layers that get an adapter, by PEFT's rule: a name, or the end of one.
 
-    All are all with more than one output: gates such as Qwen-MoE's of shared experts have one.
+    "all-linear" selects all layers with more than one output: gates such as that of Qwen-MoE's
+    shared experts have one.
 
     Args:
-        directions: times r, those of a layer that the method takes.
-
+        layers: of ``linear_layers``.
+        target_modules: "all-linear", or names separated by commas.
+        r: rank of the adapter.
+        directions: the method takes ``directions * r`` singular directions of each layer.
     Raises:
         ConfigError: if a name matches nothing, or r is larger than a matched layer allows.
     """
@@ -82,7 +85,7 @@ def select_targets(layers: Shapes, target_modules: str, r: int, directions: int 
         )
     name, shape = min(targets.items(), key=lambda item: min(item[1]))
     if r * directions > min(shape):
-        taken = "" if directions == 1 else f" times {directions}, which the method takes,"
+        taken = "" if directions == 1 else f" times {directions} (the method takes so many)"
         raise ConfigError(
             f"--r {r}{taken} exceeds min(out, in) = {min(shape)} of {name}; lower --r, or leave "
             "such layers out by --target-modules."
@@ -91,7 +94,7 @@ def select_targets(layers: Shapes, target_modules: str, r: int, directions: int 
 
 
 def shape_of(name: str, model: Any) -> ModelShape:
-    """The shape of any causal language model as transformers built it."""
+    """Return the shape of any causal language model as transformers makes it."""
     layers = linear_layers(model)
     weights = {f"{layer}.weight" for layer in layers}
     # Tied parameters come once.
@@ -99,7 +102,7 @@ def shape_of(name: str, model: Any) -> ModelShape:
     config = model.config.get_text_config()
 
     def size(*keys: str, default: int) -> int:
-        """What some model types' configurations say, and others leave to what is usual."""
+        """Return the first of some settings that the configuration has; else the usual value."""
         return next((n for key in keys if (n := getattr(config, key, None))), default)
 
     blocks = size("num_hidden_layers", default=1)

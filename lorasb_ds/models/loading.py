@@ -25,12 +25,16 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def load_base(base: Base, config: RunConfig, ds_config: dict[str, Any]) -> Any:
-    """The frozen base where the run wants it: plain, 8-bit or 4-bit; whole, or in ZeRO-3 shards.
+    """Load the frozen base: plain, 8-bit or 4-bit; whole, or in ZeRO-3 shards. Collective.
 
-    Collective. Each rank reads a part of the checkpoint, which the others get from it; see
-    ``streaming`` for what is in memory meanwhile. transformers' own ways read the whole model into
-    the memory of rank 0 (ZeRO-3) or of every rank (quantized).
+    Each rank reads a part of the checkpoint and broadcasts it; see ``streaming`` for what is in
+    memory meanwhile. transformers' own ways read the whole model into the memory of rank 0 (ZeRO-3)
+    or of every rank (quantized).
 
+    Args:
+        base: its files.
+        config: dtype, quantization and activation checkpointing.
+        ds_config: decides whether parameters are sharded.
     Raises:
         ConfigError: on every rank alike, if the files are not those of the model.
     """
@@ -50,7 +54,7 @@ def load_base(base: Base, config: RunConfig, ds_config: dict[str, Any]) -> Any:
 def _fill(
     model: Any, base: Base, kind: Kind | None, shard: Callable[[nn.Parameter], None] | None
 ) -> None:
-    """All weights of an empty model, from its files. Collective."""
+    """Fill all weights of an empty model from its files. Collective."""
     stored, sources = base.stored, base.sources
     dtype = model.get_input_embeddings().weight.dtype
     if any(source.beside for source in sources):
@@ -71,7 +75,7 @@ def _pack_as_stored(
     stored: Mapping[str, StoredTensor],
     dtype: torch.dtype,
 ) -> None:
-    """Packed layers for the weights that bitsandbytes has quantized, and for no others."""
+    """Put packed layers in the place of those that bitsandbytes has quantized, and of no others."""
     for source in sources:
         if not source.beside:
             continue
@@ -110,7 +114,7 @@ def _pack_layer(
     """Put an empty packed layer in the place of a linear one (``nn.Linear``, ``Conv1D``).
 
     Args:
-        options: of ``PackedLinear4bit``.
+        options: keyword arguments of ``PackedLinear4bit``.
     """
     layer: Any = model.get_submodule(name)
     out_features, in_features = layer_shape(layer)
@@ -127,6 +131,6 @@ def _check_sides(model: nn.Module, name: str, shape: Sequence[int], key: str) ->
     sides = layer_shape(model.get_submodule(name))
     if tuple(shape) != sides:
         raise ConfigError(
-            f"The base cannot be loaded: {key} is of a weight of shape {tuple(shape)}, where the "
+            f"The base cannot be loaded: {key} is of a weight of shape {tuple(shape)}, but the "
             f"model of config.json has {sides}. Fetch the files again."
         )

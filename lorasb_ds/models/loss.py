@@ -1,4 +1,4 @@
-"""The loss: of the labels, and of nothing else, with a few rows of logits at a time."""
+"""The loss, computed at label positions only, with a few rows of logits at a time."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from lorasb_ds.data.batch import Batch
 from lorasb_ds.data.tokenization import IGNORE_INDEX
 from lorasb_ds.planner.footprint import logit_rows
 
-# By how many roundings of the largest logit the same head may differ, in products of other shapes.
+# The same head may differ by so many roundings of the largest logit, in products of other shapes.
 ROUNDINGS = 4
-# fp16's smallest numbers would lose the gradient of tokens that are all but certain; the engine's
-# loss scale comes to it only later.
+# fp16 would lose the gradient of tokens that are almost certain, below its smallest number; the
+# engine applies its loss scale only later.
 FP16_SCALE = 256.0
-# Where the well-kept kernel of the field runs, if it is installed.
+# Liger's kernel is used if it is installed, on these devices.
 LIGER, TRITON_DEVICES = find_spec("liger_kernel") is not None, ("cuda", "xpu")
 
-# How configurations call c of ``c tanh(logit / c)``.
+# Names of c of ``c tanh(logit / c)`` in configurations.
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 class LossHead(nn.Module):
     """Σ cross-entropy of ``cap(scale · (W h + b))`` and its gradient at h, a few rows at a time.
 
-    The head is frozen, so that the gradient at h is all that the backward pass needs of it. It is
-    made while the logits are there: nothing of the vocabulary's size is kept, and ZeRO-3 gathers
-    the head once. A module of its own, since DeepSpeed gathers by modules.
+    The head is frozen, so the backward pass needs only the gradient at h. It is computed while the
+    logits are there: nothing of the vocabulary's size is kept, and ZeRO-3 gathers the head once.
+    It is a module of its own because DeepSpeed gathers by modules.
 
     Args:
         linear: the model's output embedding, with W (vocabulary, hidden) and perhaps b.
-        scale: of Cohere's and Granite's models.
-        softcap: c of ``c tanh(logit / c)``, Gemma 2's (arXiv 2408.00118, section 2).
+        scale: factor of the logits, in Cohere's and Granite's models.
+        softcap: c of ``c tanh(logit / c)``, in Gemma 2 (arXiv 2408.00118, section 2).
     """
 
     def __init__(self, linear: Any, scale: float = 1.0, softcap: float | None = None) -> None:
@@ -53,16 +53,17 @@ class LossHead(nn.Module):
     def forward(
         self, hidden: torch.Tensor, labels: torch.Tensor, with_grad: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """
+        """Compute the loss, and its gradient if asked for.
+
         Args:
-            hidden: (n, hidden), of the positions that predict a label; n may be 0.
+            hidden: (n, hidden), at the positions that predict a label; n may be 0.
             labels: (n,).
         Returns:
-            The loss in fp32; ``FP16_SCALE`` times its gradient at ``hidden`` in fp16, else just
-            that, in the head's dtype; or None.
+            The loss, fp32; and its gradient at ``hidden`` in the head's dtype, in fp16 times
+            ``FP16_SCALE``; None without ``with_grad``.
         """
         hidden = hidden.to(self.weight.dtype)  # Mamba's is fp32
-        # It does not take zero rows, and with a soft cap nobody has tried it.
+        # Liger's does not take zero rows; with a soft cap it is untested.
         ligers = LIGER and hidden.device.type in TRITON_DEVICES
         if ligers and len(hidden) > 0 and self.softcap is None:
             return self.by_liger(hidden, labels, with_grad)
@@ -75,7 +76,7 @@ class LossHead(nn.Module):
             log_p = F.log_softmax(logits, -1, dtype=torch.float32)
             loss += F.nll_loss(log_p, wanted, reduction="sum")
             if grad is not None:
-                grad_logits = log_p.exp_()  # minus onehot: at what the softmax was given
+                grad_logits = log_p.exp_()  # minus one-hot: the gradient at the capped logits
                 grad_logits[torch.arange(len(wanted), device=wanted.device), wanted] -= 1
                 if self.softcap is not None:
                     grad_logits *= 1 - (logits / self.softcap).square()
@@ -88,7 +89,7 @@ class LossHead(nn.Module):
     def by_liger(
         self, hidden: torch.Tensor, labels: torch.Tensor, with_grad: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The same by Liger's fused kernel (arXiv 2410.10989), which reads logits fewer times."""
+        """Do the same by Liger's fused kernel (arXiv 2410.10989), which reads logits less often."""
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
         cross_entropy = LigerFusedLinearCrossEntropyLoss(reduction="sum")
@@ -102,7 +103,7 @@ class LossHead(nn.Module):
         return loss.detach().float(), grad
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(n, hidden) -> (n, vocabulary), in fp32 where they are scaled or capped."""
+        """Map (n, hidden) to logits (n, vocabulary), in fp32 if they are scaled or capped."""
         logits = F.linear(hidden, self.weight, self.bias)
         if self.scale != 1:
             logits = logits.float() * self.scale
@@ -112,7 +113,7 @@ class LossHead(nn.Module):
 
 
 class _GivenGradient(torch.autograd.Function):
-    """A loss whose gradient at ``hidden`` is known, as ``LossHead`` returns it."""
+    """A loss with its gradient at ``hidden`` as ``LossHead`` returns them."""
 
     @staticmethod
     def forward(ctx, hidden, loss, grad):
@@ -124,7 +125,7 @@ class _GivenGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss):
         (grad,) = ctx.saved_tensors
-        # In fp32: the engine's loss scale alone may be beyond fp16's range.
+        # In fp32: the engine's loss scale alone may exceed fp16's range.
         scaled = grad.float() * (grad_loss.float() / _scale(grad.dtype))
         return scaled.to(ctx.dtype), None, None
 
@@ -134,9 +135,9 @@ def _scale(dtype: torch.dtype) -> float:
 
 
 def token_loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Σ cross-entropy over the label tokens of a batch, in fp32; 0 for a weightless batch.
+    """Return Σ cross-entropy over a batch's label tokens, in fp32; 0 for a batch without weight.
 
-    Prompts and padding never reach the head, whose logits would be the largest tensor of a step.
+    Prompts and padding never reach the head: their logits would be a step's largest tensor.
     Collective under ZeRO-3.
 
     Args:
@@ -148,13 +149,18 @@ def token_loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def label_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Cross-entropy by the model's own head, in fp32, at every position from which some row
-    predicts a label: (rows, positions), 0 where a row predicts none. Collective under ZeRO-3.
+    """Return the cross-entropy at label positions, by the model's own head.
+
+    Collective under ZeRO-3.
+
+    Returns:
+        (rows, positions), fp32: one column for every position at which some row predicts a label;
+        0 where a row predicts none.
     """
     next_labels = batch.next_labels
     positions = (next_labels != IGNORE_INDEX).any(0).nonzero().flatten()
     if len(positions) == 0:
-        positions = positions.new_zeros(1)  # weightless: the head still takes part
+        positions = positions.new_zeros(1)  # no weight: the head still takes part in gathers
     logits = model(**batch.inputs, logits_to_keep=positions, use_cache=False).logits
     return F.cross_entropy(
         logits.float().flatten(0, 1),
@@ -165,10 +171,10 @@ def label_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def add_loss_head(model: Any) -> None:
-    """Let a transformers model make its loss by ``LossHead``. Before DeepSpeed's engine is made.
+    """Let a transformers model compute its loss by ``LossHead``; call before the engine is made.
 
-    Called with ``next_labels`` (batch, length) it then returns the loss in place of logits. It is
-    the model itself that is called, since that is where DeepSpeed's hooks are.
+    Called with ``next_labels`` (batch, length), the model then returns the loss instead of logits.
+    The model itself is called because DeepSpeed's hooks are on it.
     """
     linear = model.get_output_embeddings()
     if model.base_model is model or getattr(type(linear), "forward", None) is not nn.Linear.forward:
@@ -184,15 +190,15 @@ def add_loss_head(model: Any) -> None:
 
 @torch.no_grad()
 def check_loss_head(model: Any, input_ids: torch.Tensor) -> bool:
-    """Take the loss head away if the model makes other logits. Collective.
+    """Remove the loss head if the model computes other logits than it. Collective.
 
-    The labels are here what the model itself takes for most and for least likely, in turn: their
-    loss tells the sum of all exponentials and both ends of the logits from another head's.
+    The labels are, in turn, the tokens that the model finds most and least likely: their loss
+    depends on the sum of all exponentials and on both ends of the logits.
 
     Args:
         input_ids: (1, length), a few tokens.
     Returns:
-        Whether it stays.
+        Whether the loss head stays.
     """
     if getattr(model, "loss_head", None) is None:
         return False
@@ -204,7 +210,7 @@ def check_loss_head(model: Any, input_ids: torch.Tensor) -> bool:
     tolerance = ROUNDINGS * torch.finfo(model.dtype).eps
     same = (found - expected).abs() <= tolerance * (logits.abs().amax(-1).sum() + expected)
     same = same.float()
-    if dist.is_initialized():  # ranks that went different ways would wait for each other
+    if dist.is_initialized():  # ranks that decided differently would wait for each other
         dist.all_reduce(same, op=dist.ReduceOp.MIN)
     if not same:
         model.loss_head = None
@@ -212,11 +218,11 @@ def check_loss_head(model: Any, input_ids: torch.Tensor) -> bool:
 
 
 def _forward_with_loss(forward: Any) -> Any:
-    @functools.wraps(forward)  # generate() looks at its parameters
+    @functools.wraps(forward)  # generate() inspects its signature
     def with_loss(
         model: Any, *args: Any, next_labels: torch.Tensor | None = None, **kwargs: Any
     ) -> Any:
-        if next_labels is None:  # to generate, to look at logits
+        if next_labels is None:  # for generation and logits
             return forward(model, *args, **kwargs)
         wanted = next_labels != IGNORE_INDEX
         hidden, labels = model.base_model(*args, **kwargs)[0][wanted], next_labels[wanted]
@@ -228,7 +234,7 @@ def _forward_with_loss(forward: Any) -> Any:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, and afterwards what there was before."""
+    """Put a model in eval mode inside, and restore its mode at the end."""
     was_training = model.training
     model.eval()
     yield
@@ -237,10 +243,12 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, batches: Sequence[Batch], device: torch.device) -> float:
-    """Mean cross-entropy over label tokens, in eval mode. Collective if a job is running.
+    """Return the mean cross-entropy over label tokens, in eval mode.
+
+    Collective if a process group exists.
 
     Args:
-        batches: this rank's, as many as on every other rank.
+        batches: this rank's; every rank has as many.
     """
     totals = torch.zeros(2, dtype=torch.float64, device=device)  # Σ loss, label tokens
     with eval_mode(model):
@@ -254,5 +262,5 @@ def held_out_loss(model: nn.Module, batches: Sequence[Batch], device: torch.devi
 
 @torch.no_grad()
 def log_likelihoods(model: nn.Module, batch: Batch) -> list[float]:
-    """Σ log p of the label tokens of each row, in fp32. Collective under ZeRO-3."""
+    """Return each row's Σ log p of its label tokens, in fp32. Collective under ZeRO-3."""
     return (-label_losses(model, batch).sum(1)).tolist()

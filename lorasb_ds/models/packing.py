@@ -1,4 +1,4 @@
-"""Whether a model keeps the rows of a pack apart: tried on itself, before it is trained."""
+"""A test, before training, that a model keeps the rows of a pack apart."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from lorasb_ds.data.tokenization import Example
 from lorasb_ds.models.loss import eval_mode
 
 PROBE_TOKENS = 32
-# Of what seeing another row does. Kernels for other lengths differ by far less, in bf16, too.
+# A share of the effect of seeing another row. Kernels for other lengths differ far less, even in
+# bf16.
 TOLERANCE = 0.1
 
 
@@ -20,13 +21,15 @@ TOLERANCE = 0.1
 def keeps_packs_apart(
     model: Any, examples: Sequence[Example], device: torch.device, *, one_row: bool
 ) -> bool:
-    """Compare a row alone, packed behind another one, and as that one's continuation.
+    """Compare a row alone, packed behind another row, and as the continuation of that row.
 
     Collective under ZeRO-3: three forward passes over a few tokens.
 
     Args:
         examples: at least one, longer than one token if possible; the same on every rank.
         one_row: as in ``collate_packed``.
+    Returns:
+        Whether the model computes the same for the row alone and in the pack.
     """
     first, second = (
         Example(example.input_ids[:PROBE_TOKENS], example.labels[:PROBE_TOKENS])

@@ -1,5 +1,4 @@
-"""Quantized linear layers that ZeRO-3 can shard, in 4 and in 8 bits. The only import of
-bitsandbytes."""
+"""Quantized linear layers that ZeRO-3 can shard, in 4 and in 8 bits, by bitsandbytes."""
 
 from __future__ import annotations
 
@@ -23,16 +22,16 @@ ROW_MULTIPLE = 64
 class PackedLinear(nn.Linear, ABC):
     """``y = W x + b``, W (out, in) quantized.
 
-    All that W is made of lies in one frozen parameter, since ZeRO-3 shards parameters and nothing
-    else. bitsandbytes' layers keep their scales outside, whole on every rank; their backward holds
-    on to the bytes that ZeRO-3 gathered for the forward; and on CPUs with AVX512-BF16 they repack
-    them in place. Here weights alone are quantized: x and the products are of ``dtype``.
+    Codes and scales are stored in one frozen parameter, since ZeRO-3 shards only parameters.
+    bitsandbytes' own layers keep their scales outside, whole on every rank; their backward keeps
+    the bytes that ZeRO-3 gathered for the forward; and on CPUs with AVX512-BF16 they repack them in
+    place. Only weights are quantized here: x and the products have ``dtype``.
 
     Attributes:
-        stored_transposed: whether a checkpoint holds W as (in, out).
-        weight: bytes seen as a flat bf16 vector, which DeepSpeed neither casts nor skips; they are
-            no numbers. On the meta device at first.
-        dtype: of W dequantized, and so of x, b and y.
+        stored_transposed: whether a checkpoint stores W as (in, out).
+        weight: bytes viewed as a flat bf16 vector, which DeepSpeed neither casts nor skips; they
+            are not numbers. On the meta device until it is filled.
+        dtype: of the dequantized W, and so of x, b and y.
     """
 
     def __init__(
@@ -45,7 +44,7 @@ class PackedLinear(nn.Linear, ABC):
     ) -> None:
         """
         Args:
-            num_bytes: of each part of ``weight``.
+            num_bytes: sizes of the parts of ``weight``.
         """
         super().__init__(in_features, out_features, bias=False, device="meta")
         self.bias: Any = bias
@@ -57,30 +56,32 @@ class PackedLinear(nn.Linear, ABC):
 
     @abstractmethod
     def quantize(self, rows: Iterable[torch.Tensor]) -> torch.Tensor:
-        """The value of ``weight`` for a W, in memory for a few rows of it.
+        """Return the value of ``weight`` for a W that is quantized a few rows at a time.
 
         Args:
-            rows: W's, in order, (rows, in) each; a multiple of ``ROW_MULTIPLE`` but in the last.
+            rows: the rows of W in order, (rows, in) each; all but the last have a multiple of
+                ``ROW_MULTIPLE`` rows.
         Raises:
             ValueError: if a scale is not finite.
         """
 
     @abstractmethod
     def pack_stored(self, codes: torch.Tensor, beside: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The value of ``weight`` for a W that bitsandbytes has quantized.
+        """Return the value of ``weight`` for a W that bitsandbytes has quantized.
 
         Args:
-            beside: what a checkpoint holds beside the codes, by bitsandbytes' names.
+            codes: as a checkpoint stores them.
+            beside: the tensors stored beside the codes, by bitsandbytes' names.
         Raises:
-            ValueError: if it is quantized in another way than this layer's.
+            ValueError: if it is quantized in another way than this layer.
         """
 
     @abstractmethod
     def dequantize(self) -> torch.Tensor:
-        """W (out, in) in ``dtype``, newly made. Under ZeRO-3 the weight must be gathered."""
+        """Return a new W (out, in) in ``dtype``. Under ZeRO-3 the weight must be gathered."""
 
     def pack(self, *parts: torch.Tensor) -> torch.Tensor:
-        """Parts of any dtype as one flat bf16 vector of their bytes, padded to an even length."""
+        """Join parts of any dtype to one flat bf16 vector of their bytes, of an even length."""
         views = [_bytes_of(part) for part in parts]
         if [len(view) for view in views] != self._num_bytes:
             raise ValueError(f"parts of {[len(v) for v in views]} bytes, not {self._num_bytes}")
@@ -90,13 +91,16 @@ class PackedLinear(nn.Linear, ABC):
         return packed
 
     def parts(self, packed: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
-        """Views of ``weight`` (or of a value for it), uint8."""
+        """Return uint8 views of the parts of ``weight`` (or of a value for it)."""
         packed = (self.weight.detach() if packed is None else packed).view(torch.uint8)
         return packed[: sum(self._num_bytes)].split(self._num_bytes)
 
     def _zeros(self, device: torch.device) -> torch.Tensor:
-        """A value for ``weight`` to be filled: small pieces that are kept while others come and go
-        would tear holes into a host's memory, of several times their size."""
+        """Return a value for ``weight``, to be filled in place.
+
+        Small pieces that are kept, allocated between others that are freed, would fragment a host's
+        memory by several times their size.
+        """
         return torch.zeros(self.weight.shape, dtype=torch.bfloat16, device=device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -104,9 +108,9 @@ class PackedLinear(nn.Linear, ABC):
 
 
 class _PackedLinearFunction(torch.autograd.Function):
-    """``F.linear`` that keeps no weight for its backward, neither packed nor dequantized.
+    """``F.linear`` that saves no weight for its backward, neither packed nor dequantized.
 
-    The backward reads the layer's parameter as it is then: ZeRO-3 has gathered it again.
+    The backward reads the layer's parameter at that time: ZeRO-3 has gathered it again.
     """
 
     @staticmethod
@@ -124,7 +128,7 @@ class PackedLinear4bit(PackedLinear):
 
     Parts of ``weight``: the codes, row by row, two in a byte; then, with double quantization
     (``nested``), the scale of every block in uint8, the scale of every 256 of those in fp32, and
-    their mean in fp32; else the scale of every block in fp32.
+    their mean in fp32; otherwise the scale of every block in fp32.
     """
 
     def __init__(
@@ -141,7 +145,8 @@ class PackedLinear4bit(PackedLinear):
     ) -> None:
         """
         Args:
-            stored_dtype: what bitsandbytes dequantizes to, before it casts; by default ``dtype``.
+            stored_dtype: dtype that bitsandbytes dequantizes to, before the cast to ``dtype``.
+                [default: ``dtype``]
         """
         num_bytes = bytes_4bit(out_features, in_features, blocksize, nested)
         super().__init__(in_features, out_features, bias, dtype, num_bytes)
@@ -166,7 +171,7 @@ class PackedLinear4bit(PackedLinear):
             code, block = code + found.numel(), block + len(state.absmax)
         found_scales = [absmax]
         if self.nested:
-            # As quantize_4bit does by itself for a whole weight with compress_statistics.
+            # As quantize_4bit does for a whole weight with compress_statistics.
             offset = absmax.mean()
             nested_absmax, nested = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)
             found_scales = [nested_absmax, nested.absmax, offset]
@@ -193,7 +198,7 @@ class PackedLinear4bit(PackedLinear):
 
         codes, absmax, *fp32 = self.parts()
         if self.nested:
-            # Copied, since an fp32 view must be aligned; a 16384th of the numbers is not much.
+            # Copied, since an fp32 view must be aligned; it is a 16384th of the numbers.
             absmax2, offset = (part.clone().view(torch.float32) for part in fp32)
             scales = dequantize_blockwise(absmax, absmax=absmax2, blocksize=NESTED_BLOCKSIZE)
             scales = scales.add_(offset)
@@ -212,8 +217,8 @@ class PackedLinear4bit(PackedLinear):
 class PackedLinear8bit(PackedLinear):
     """W in int8 with a scale for each row, quantized by bitsandbytes (LLM.int8, arXiv 2208.07339).
 
-    Unlike LLM.int8 the input is not quantized. Parts of ``weight``: int8 codes; the largest
-    absolute value of each row, fp32, to which 127 corresponds.
+    Unlike in LLM.int8 the input is not quantized. Parts of ``weight``: int8 codes; the largest
+    absolute value of each row, fp32, which the code 127 stands for.
     """
 
     def __init__(
@@ -265,10 +270,10 @@ class PackedLinear8bit(PackedLinear):
 
 
 def stored_4bit(W: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What a checkpoint of transformers holds of a W (out, in) in NF4 with double quantization.
+    """Quantize a W (out, in) to NF4 with double quantization, as transformers stores it.
 
     Returns:
-        The codes by the name "", and what lies beside them by bitsandbytes' names.
+        The codes under the name "", and the tensors beside them under bitsandbytes' names.
     """
     from bitsandbytes.functional import QuantState, create_dynamic_map, get_4bit_type
 
@@ -289,7 +294,7 @@ def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _first(rows: Iterable[torch.Tensor]) -> tuple[torch.Tensor, Iterator[torch.Tensor]]:
-    """The first of them, and all of them."""
+    """Return the first item, and an iterator over all of them."""
     iterator = iter(rows)
     first = next(iterator)
     return first, chain([first], iterator)

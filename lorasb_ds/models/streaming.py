@@ -1,8 +1,8 @@
-"""From a checkpoint's files into the places where a base lives, a tensor at a time.
+"""Load a checkpoint's tensors into a model, one at a time.
 
 Ranks take turns: each reads (and quantizes) its part of the checkpoint and broadcasts it, so that
-all of it is read once, however many ranks there are. What was received becomes a ZeRO-3 shard, or
-is kept whole, before the next tensor comes. No file is mapped.
+every tensor is read once, however many ranks there are. A received tensor becomes a ZeRO-3 shard,
+or is kept whole, before the next one comes. No file is memory-mapped.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ STORED_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# Elements that are read (and quantized) at a time. bitsandbytes takes 14 bytes an element on a CPU,
+# Elements that are read (and quantized) at a time. On a CPU bitsandbytes takes 14 bytes for each,
 # and is fastest at this size.
 CHUNK = 1 << 20
 
 
 class TensorReader:
-    """Reads tensors of a checkpoint by ``pread``, a few rows at a time, on to this rank's device.
+    """Reader of a checkpoint's tensors by ``pread``, a few rows at a time, to this rank's device.
 
-    safetensors' own ways either map the file, which counts as this process's memory and keeps what
-    was read, or read a whole tensor for every slice.
+    safetensors itself either maps the file, which counts as this process's memory and stays, or
+    reads a whole tensor for every slice.
 
-    All methods raise ValueError, naming tensor and file, if it cannot be read, is of an unknown
-    dtype, or holds a value that is not finite.
+    All methods raise ValueError, naming tensor and file, if a tensor cannot be read, has an unknown
+    dtype, or has a value that is not finite.
     """
 
     def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
@@ -62,7 +62,7 @@ class TensorReader:
         self._descriptors.clear()
 
     def read(self, key: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """A whole tensor in ``dtype``; None: as it is stored, and not looked at."""
+        """Read a whole tensor in ``dtype``; None: as it is stored, with values not checked."""
         shape = self.stored[key].shape
         kind = _dtype(key, self.stored[key]) if dtype is None else dtype
         result = torch.empty(shape, dtype=kind, device=accelerator.device())
@@ -75,15 +75,16 @@ class TensorReader:
     def rows(
         self, key: str, dtype: torch.dtype | None, multiple: int = 1
     ) -> Iterator[torch.Tensor]:
-        """Rows of the last dimension in order, as ``multiple`` of so many but in the last chunk.
+        """Yield chunks (rows, last dimension) of a tensor in order.
 
-        A chunk is overwritten by the next.
+        Every chunk but the last has a multiple of ``multiple`` rows. A chunk's memory is
+        overwritten by the next one.
         """
         tensor = self.stored[key]
         stored_dtype = _dtype(key, tensor)
         if dtype is not None and dtype.is_floating_point != stored_dtype.is_floating_point:
             raise ValueError(
-                f"{key} in {tensor.file.name} is stored as {tensor.dtype}, where the model has "
+                f"{key} in {tensor.file.name} is stored as {tensor.dtype}, but the model has "
                 f"{dtype}"
             )
         num_rows, width = _num_rows(tensor.shape), _width(tensor.shape)
@@ -110,7 +111,7 @@ class TensorReader:
             while view:
                 count = os.preadv(self._descriptors[path], [view], offset)
                 if count == 0:
-                    raise OSError("the file ends before")
+                    raise OSError("the file ends before it")
                 view, offset = view[count:], offset + count
         except OSError as error:
             raise ValueError(f"{key} in {path.name} cannot be read: {error}") from error
@@ -140,7 +141,7 @@ def _rows_at_a_time(width: int, multiple: int) -> int:
 def _is_finite(values: torch.Tensor) -> bool:
     if not values.is_floating_point() or not values.numel():
         return True
-    # The bounds are NaN if there is one: no tensor of truth values is made.
+    # The bounds are NaN if any value is; no boolean tensor is made.
     return all(math.isfinite(bound.item()) for bound in values.aminmax())
 
 
@@ -151,21 +152,23 @@ def stream_weights(
     shard: Callable[[nn.Parameter], None] | None,
     group: Group = None,
 ) -> None:
-    """Give every parameter and stored buffer of a model its value. Collective.
+    """Fill every parameter and stored buffer of a model. Collective.
 
-    A rank holds, beside its share: the tensor that it reads or quantizes, one that it receives, and
+    Beside its share, a rank holds the tensor that it reads or quantizes, one that it receives, and
     a few rows.
 
     Args:
-        model: with parameters on the meta device, in the dtypes that are wanted; ``PackedLinear``
-            layers where weights are to be quantized.
-        shard: partitions a parameter over the ranks, each of which holds its whole value; None to
-            keep it whole.
+        model: with parameters on the meta device, in the dtypes wanted; with ``PackedLinear``
+            layers where weights are quantized.
+        sources: of ``map_weights``.
+        stored: the checkpoint's tensors.
+        shard: partitions a parameter, whose whole value every rank has, over the ranks; None: it is
+            kept whole.
     Raises:
-        ConfigError: on every rank alike, if one of them cannot read what it has to. (A rank that
-            has no room for what it receives ends by itself; the launcher ends the others.)
-    Communication: one broadcast of every tensor; an all-reduce of one integer for as many of them
-        as there are ranks.
+        ConfigError: on every rank alike, if one of them cannot read its part. (A rank without
+            memory for what it receives fails alone; the launcher ends the others.)
+    Communication: one broadcast of every tensor; one all-reduce of an integer for every
+        ``world_size`` tensors.
     """
     rank, world_size = rank_and_size(group)
     # Largest first: the ranks' turns are about equally long, and memory is still free.
@@ -192,7 +195,7 @@ def stream_weights(
 def _try_to_read(
     model: Any, source: WeightSource | None, reader: TensorReader
 ) -> tuple[dict[str, torch.Tensor], str | None]:
-    """What ``_read`` returns, and nothing where there is no source; else what went wrong."""
+    """Return what ``_read`` does, {} without a source; and what went wrong, None if nothing."""
     if source is None:
         return {}, None
     try:
@@ -205,7 +208,7 @@ def _try_to_read(
 
 
 def _read(model: Any, source: WeightSource, reader: TensorReader) -> dict[str, torch.Tensor]:
-    """Target -> value as the model holds it."""
+    """Return target -> value, as the model holds it."""
     if source.converter is not None:
         dtype = _get(model, next(iter(source.targets))).dtype
         found = source.convert(model, lambda key: reader.read(key, dtype))
@@ -236,7 +239,7 @@ def _equal(reader: TensorReader, key: str, other: str) -> bool:
 
 
 def _settled(model: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A whole tensor as the model holds it."""
+    """Cast or quantize a whole tensor to the form in which the model holds it."""
     layer = _packed_layer(model, name)
     if layer is None:
         return tensor.to(_get(model, name).dtype).contiguous()
@@ -255,7 +258,7 @@ def _get(model: nn.Module, name: str) -> torch.Tensor:
 
 
 def put(model: nn.Module, name: str, value: torch.Tensor) -> torch.Tensor:
-    """Set a parameter (frozen, unless it is one already) or buffer by name, of any shape."""
+    """Set a parameter or buffer of any shape by name; a plain tensor becomes a frozen parameter."""
     module_name, _, leaf = name.rpartition(".")
     module = model.get_submodule(module_name)
     if leaf in module._buffers:
@@ -268,7 +271,7 @@ def put(model: nn.Module, name: str, value: torch.Tensor) -> torch.Tensor:
 
 
 def _raise_together(problem: str | None, group: Group) -> None:
-    """End on every rank if one has a problem. Collective."""
+    """Raise ConfigError on every rank if one has a problem. Collective."""
     failed = torch.tensor(int(problem is not None), device=accelerator.device())
     if not all_reduce(failed, group).item():
         return

@@ -1,4 +1,4 @@
-"""The base's tokenizer: read from whatever its folder has, and with a token to pad by."""
+"""The base's tokenizer: read from the files its folder has, with a pad token chosen."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.models.checkpoint_files import first_line
 
-# Which of transformers' classes reads a bare tokenizer.model. All of these begin a text with the
+# transformers' classes for a tokenizer.model alone. All of them begin a text with the
 # beginning-of-sequence token.
 SENTENCEPIECE_CLASSES = {
     "llama": "LlamaTokenizer",
@@ -19,20 +19,25 @@ SENTENCEPIECE_CLASSES = {
     "gemma3_text": "GemmaTokenizer",
 }
 
-# Tokens that vocabularies hold for padding, though not every tokenizer_config.json says so:
-# Gemma's; BERT's, which many fine-tuned models took over; Falcon 3's; Llama 3's; Qwen's and Phi's.
+# Tokens reserved for padding, though not every tokenizer_config.json says so: Gemma's; BERT's,
+# which many fine-tuned models use; Falcon 3's; Llama 3's; Qwen's and Phi's.
 PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>")
 
-# Spaces at both ends and inside, digits, line ends, characters that become bytes, and some that a
-# normalization would change.
+# Spaces at both ends and inside, digits, line ends, characters that become bytes, and characters
+# that normalization would change.
 PROBE = "  Say 12345:\n\n\tx = f(y)   # größer, 漢字, 🙂 ﬁn² "
 
 
 def read_tokenizer(
     model: str, folder: Path, hf_config: Any, trust_remote_code: bool = False
 ) -> Any:
-    """The base's tokenizer as its files have it, padding on the right.
+    """Read the base's tokenizer, padding on the right, as its files define it.
 
+    Args:
+        model: as --model gives it, for messages.
+        folder: the folder with the files.
+        hf_config: the model's configuration.
+        trust_remote_code: whether the base may bring its own tokenizer class.
     Raises:
         ConfigError: if it cannot be read, has no end-of-sequence token, or one that the model
             does not know.
@@ -60,13 +65,13 @@ def read_tokenizer(
 def choose_pad_token(tokenizer: Any, vocab_size: int) -> str | None:
     """Give the tokenizer a pad token that the model has an embedding for, if it has none.
 
-    Its own, else a token reserved for padding, the unknown token, or the end of sequence: no
-    embedding is added. Labels never come from padding, which is masked by its position.
+    It is the tokenizer's own, or a token reserved for padding, the unknown token, or the end of
+    sequence: no embedding is added. Padding is masked by its position, so it never gives labels.
 
     Args:
         vocab_size: the model's; ids from there on have no embedding.
     Returns:
-        What was chosen and why, for the user; None where the tokenizer's own is taken.
+        What was chosen and why, for the user; None if the tokenizer's own token is used.
     """
     own, own_id = tokenizer.pad_token, tokenizer.pad_token_id
     if own_id is not None and own_id < vocab_size:
@@ -92,11 +97,10 @@ def _read_by_transformers(model: str, folder: Path, trust_remote_code: bool) -> 
 
 
 def _read_sentencepiece(model: str, folder: Path, model_type: str) -> Any:
-    """A tokenizer from a sentencepiece file alone, checked against sentencepiece itself.
+    """Make a tokenizer from a sentencepiece file alone, and check it against sentencepiece itself.
 
-    AutoTokenizer reads such a folder without complaint, but (transformers 5.23) for Llama and
-    Mistral without the space before a text's first word, and for all without the beginning of
-    sequence.
+    AutoTokenizer (transformers 5.23) reads such a folder without an error, but leaves out the
+    beginning of sequence, and for Llama and Mistral the space before a text's first word.
     """
     import transformers
     from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
@@ -123,7 +127,7 @@ def _read_sentencepiece(model: str, folder: Path, model_type: str) -> Any:
     tokenizer = getattr(transformers, SENTENCEPIECE_CLASSES[model_type]).from_pretrained(
         folder, **({} if says_bos else {"add_bos_token": True})
     )
-    # As sentencepiece does it; the class adds no space to a text that begins with one.
+    # As in sentencepiece; the class adds no space to a text that begins with one.
     spec: Any = sentencepiece_model_pb2
     spec = spec.ModelProto.FromString(sentencepiece.serialized_model_proto())
     prefix = [normalizers.Prepend("▁")] if spec.normalizer_spec.add_dummy_prefix else []

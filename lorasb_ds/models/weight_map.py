@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint make which parameters of a model."""
+"""Map from the tensors of a checkpoint to the parameters of a model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from transformers.core_model_loading import (
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.models.checkpoint_files import StoredTensor
 
-# What bitsandbytes keeps beside a quantized weight, in 4 bits and in 8.
+# Tensors that bitsandbytes stores beside a quantized weight, in 4 bits and in 8.
 STATE_4BIT = re.compile(
     r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__(nf4|fp4))$"
 )
@@ -31,26 +31,28 @@ STATE_8BIT = re.compile(r"\.(SCB|weight_format)$")
 
 @dataclass
 class WeightSource:
-    """What is read in one go: one parameter (or buffer), or several that are stored as one.
+    """The stored tensors that make one parameter (or buffer), or several that are stored as one.
 
     Attributes:
-        targets: names in the model, and the shapes that come out.
+        targets: names in the model -> shapes.
         keys: names in the checkpoint.
-        beside: of a weight that is quantized already, bitsandbytes' own names of the tensors beside
-            its codes (absmax, SCB, …) -> names in the checkpoint.
+        beside: for a quantized weight, bitsandbytes' names of the tensors beside its codes (absmax,
+            SCB, …) -> names in the checkpoint.
         converter: transformers' own, for weights that it fuses, splits or permutes.
-        copies: names in the checkpoint of parameters that the model ties to this one: equal.
+        patterns: the converter's, one for each key.
+        copies: names in the checkpoint of parameters that the model ties to this one; their values
+            must be equal.
     """
 
     targets: dict[str, torch.Size]
     keys: tuple[str, ...]
     beside: dict[str, str] = field(default_factory=dict)
     converter: Any = None
-    patterns: tuple[str, ...] = ()  # the converter's own, one for each key
+    patterns: tuple[str, ...] = ()
     copies: tuple[str, ...] = ()
 
     def convert(self, model: nn.Module, read: Callable[[str], torch.Tensor]) -> dict[str, Any]:
-        """Target -> tensor, by transformers' own operations."""
+        """Return target -> tensor, by transformers' own operations."""
         transform, first = deepcopy(self.converter), next(iter(self.targets))
         for key, pattern in zip(self.keys, self.patterns, strict=True):
             transform.add_tensor(first, key, pattern, partial(read, key))
@@ -59,20 +61,20 @@ class WeightSource:
 
 
 def map_weights(model: Any, stored: Mapping[str, StoredTensor], name: str) -> list[WeightSource]:
-    """Every parameter and stored buffer of a model, and where it comes from.
+    """Find the stored tensors that make every parameter and stored buffer of a model.
 
-    Names are those of the checkpoint through transformers' renamings and fusions (of MoE experts
-    into 3-D parameters, for one). Tensors that the model has no use for are left out.
+    Names are matched by transformers' renamings and fusions (of MoE experts into 3-D parameters,
+    for example). Tensors that the model does not use are left out.
 
     Args:
-        model: as transformers makes it, before anything is replaced; on the meta device will do.
+        model: as transformers makes it, before any layer is replaced; may be on the meta device.
         stored: the checkpoint's tensors.
-        name: of the model, for errors.
+        name: the model's name, for messages.
     Returns:
-        Without parameters that are tied to others.
+        One source for each parameter or fusion, except parameters that are tied to others.
     Raises:
         ConfigError: naming tensor and file, if one is missing, has another shape, or is quantized
-            in a way that is not known.
+            in an unknown way.
     """
     state = model.state_dict()
     conversions = get_model_conversion_mapping(model)
@@ -122,7 +124,7 @@ def map_weights(model: Any, stored: Mapping[str, StoredTensor], name: str) -> li
 def unused_tensors(
     model: Any, sources: Sequence[WeightSource], stored: Mapping[str, StoredTensor]
 ) -> list[str]:
-    """What the checkpoint holds and the model has no use for, but for what is known to be so."""
+    """Return the stored tensors that the model does not use, except those known to be unused."""
     used = {key for s in sources for key in (*s.keys, *s.copies, *s.beside.values())}
     ignored = [*(model._keys_to_ignore_on_load_unexpected or []), r"rotary_emb\.inv_freq$"]
     return [
@@ -131,7 +133,7 @@ def unused_tensors(
 
 
 def _beside_codes(stored: Mapping[str, StoredTensor]) -> dict[str, dict[str, str]]:
-    """Quantized weight -> what lies beside it."""
+    """Return quantized weight -> the tensors beside it, as ``WeightSource.beside``."""
     result: dict[str, dict[str, str]] = {}
     for key in stored:
         if match := STATE_4BIT.search(key):
@@ -148,7 +150,7 @@ def _check_shapes(
     stored: Mapping[str, StoredTensor],
     name: str,
 ) -> None:
-    """What comes out of a source must be what the model has; fills in the targets of fusions."""
+    """Check a source's shapes against the model's, and set the targets of a fusion."""
     files = ", ".join(sorted({stored[key].file.name for key in source.keys}))
     if source.converter is not None:
         try:
@@ -175,7 +177,7 @@ def _check_shapes(
 
 
 def _check_beside(source: WeightSource, files: str, name: str) -> None:
-    """Whether all of a quantized weight is there; the shape of the codes tells nothing."""
+    """Refuse a quantized weight with tensors missing beside it; its codes may have any shape."""
     beside = set(source.beside)
     needed = {"SCB"}
     if not beside & {"SCB", "weight_format"}:

@@ -3,11 +3,11 @@
     W = W0 + B R A, R trained:           P(G) = Q_B Q_Bᵀ G Q_A Q_Aᵀ
     W = W0 + s B A, A and B trained:     P(G) = G - (I - Q_B Q_Bᵀ) G (I - Q_A Q_Aᵀ)
 
-P is the orthogonal projection onto all that small changes of the trained factors can make of W; Q_B
-and Q_A are orthonormal bases of B's columns and A's rows. All is taken where the last step began:
-there G is dL/dW, adapter and all, of rows that the init's gradient has not seen. What full
-fine-tuning would do there is then held against what the step has done. G comes through the init's
-own taps, in row shards, and no rank ever holds a whole one.
+P is the orthogonal projection onto the changes of W that small changes of the trained factors can
+make; Q_B and Q_A are orthonormal bases of B's columns and A's rows. Everything is measured where
+the last step began: there G is dL/dW, with the adapter, on rows that the init's gradient has not
+seen. The first step of full fine-tuning is then compared with the step that was taken. G comes from
+the init's own taps, in row shards; no rank ever holds a whole one.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ Values = dict[str, torch.Tensor]  # factor -> its whole value
 
 @dataclass(frozen=True)
 class LayerAlignment:
-    """One layer at one step. A cosine is nan where one side of it is zero.
+    """The alignment of one layer at one step. A cosine is nan if one side of it is zero.
 
     Attributes:
-        gradient_cosine: ``‖P(G)‖ / ‖G‖``, of the angle between G and its projection.
-        sign_cosine: the same of sign(G): the best that any change of the trained factors could
-            reach of AdamW's first step in full fine-tuning.
-        update_cosine: of that step, ``-sign(G)``, and the one that was made.
-        gradient_norm: ``‖G‖``, G of the mean loss over label tokens.
+        gradient_cosine: ``‖P(G)‖ / ‖G‖``, the cosine between G and its projection.
+        sign_cosine: the same for sign(G): the best cosine that any change of the trained factors
+            can have with AdamW's first step in full fine-tuning.
+        update_cosine: the cosine between that step, ``-sign(G)``, and the step that was taken.
+        gradient_norm: ``‖G‖``, with G of the mean loss over label tokens.
     """
 
     gradient_cosine: float
@@ -64,19 +64,22 @@ def measure_alignment(
     *,
     offload: bool = False,
 ) -> dict[str, LayerAlignment]:
-    """Layer -> its alignment, in the adapters' order; the same on every rank. Collective.
+    """Measure the alignment of every layer. Collective.
 
-    Training is left as it was: generators, modes, and what the engine holds of gradients.
+    Training is not disturbed: generators, train mode and the engine's gradients are restored.
 
     Args:
         engine: between two steps; its parameters may be sharded by ZeRO-3.
-        probe: as many batches as on every other rank.
-        groups: layers whose gradients are held at the same time; a forward and a backward pass
-            each.
-        before: ``trained_factors`` before the last step. None: that was the init's, from the base.
+        probe: the rows; every rank has as many batches.
+        groups: layers whose gradients are held at the same time; each group takes a forward and a
+            backward pass.
+        before: ``trained_factors`` before the last step; None: the last step was the init's, from
+            the base.
         offload: keep gradient shards in host memory.
+    Returns:
+        Layer -> its alignment, in the adapters' order; the same on every rank.
     Communication: that of the gradients; each layer's factors are gathered, and the trained ones
-        filled twice; one all-reduce a layer, of ``measure_layer``.
+        filled twice; one all-reduce for each layer, of ``measure_layer``.
     """
     group = zero.new_group()  # the engine's own traffic goes through another
     found = {}
@@ -107,8 +110,8 @@ def measure_alignment(
 def _where_the_step_began(
     adapters: Mapping[str, AdapterLinear], before: Mapping[str, Values] | None
 ) -> Iterator[None]:
-    """The model computes with these factors meanwhile; masters stay. Collective."""
-    if before is None:  # the base, of which branches are off
+    """Let the model compute with these factors inside; fp32 masters stay. Collective."""
+    if before is None:  # the base: average_gradients switches the branches off
         yield
         return
     trained = [(a.factor(key), before[n][key]) for n, a in adapters.items() for key in a.trained]
@@ -120,12 +123,12 @@ def _where_the_step_began(
 
 
 def _span_and_step(adapter: AdapterLinear, before: Values | None) -> tuple[LoraPair, LoraPair]:
-    """A and B where the last step began, and what it has added to W. Collective."""
+    """Return A and B where the last step began, and what it has added to W. Collective."""
     now = {key: zero.full_fp32(adapter.factor(key)) for key in adapter.trained}
     frozen = {key: adapter.factor(key) for key in adapter.frozen}
     with zero.gathered(frozen.values()):
         now |= {key: value.detach().float().clone() for key, value in frozen.items()}
-    if before is None:  # the init's step is held against what its own A and B can follow
+    if before is None:  # the init's step is compared with what its own A and B can follow
         span, earlier = now, now | _of_base(adapter, now)
     else:
         earlier = now | {key: value.to(accelerator.device()) for key, value in before.items()}
@@ -137,15 +140,15 @@ def _span_and_step(adapter: AdapterLinear, before: Values | None) -> tuple[LoraP
 def measure_layer(
     G: torch.Tensor, span: LoraPair, step: LoraPair, trains_r: bool, group: Group = None
 ) -> LayerAlignment:
-    """One layer, of whose gradient every rank has some rows. Collective.
+    """Measure the alignment of one layer, of whose gradient every rank has some rows. Collective.
 
     Args:
         G: (rows here, short), fp32: the shard of ``row_range(long, rank, world_size)``, of the
             gradient or its transpose.
-        span: A (r, short) and B (long, r), whole: that of the factors, or its transpose. Of any
-            rank, zero as well.
-        step: (k, short) and (long, k), whole, likewise: the update that was made last.
-        trains_r: whether only what lies between A and B is trained.
+        span: A (r, short) and B (long, r), whole: the factors, or their transposes. They may have
+            any rank, zero included.
+        step: (k, short) and (long, k), whole, likewise: the last update.
+        trains_r: whether only R, between A and B, is trained.
     Communication: one all-reduce of 2 r x r and 6 fp32 numbers; of 2 r x short more, where A and B
         are trained.
     """
@@ -171,8 +174,10 @@ def measure_layer(
 def _parts(
     M: torch.Tensor, left: torch.Tensor, right: torch.Tensor, trains_r: bool
 ) -> list[torch.Tensor]:
-    """What some rows of M add to ``‖M‖²``, ``Q_Bᵀ M Q_A``, and where A and B are trained, to
-    ``Q_Bᵀ M`` and ``‖M Q_A‖²``."""
+    """Return the summands of some rows of M for ``‖M‖²`` and ``Q_Bᵀ M Q_A``.
+
+    Where A and B are trained, those for ``Q_Bᵀ M`` and ``‖M Q_A‖²`` follow.
+    """
     along = M @ right
     parts = [M.square().sum(), left.T @ along]
     return parts if trains_r else [*parts, left.T @ M, along.square().sum()]
@@ -184,9 +189,9 @@ def _cosine(
     of_left: torch.Tensor | None = None,
     of_right: torch.Tensor | None = None,
 ) -> float:
-    """``‖P(M)‖ / ‖M‖`` of the sums of ``_parts``."""
+    """Return ``‖P(M)‖ / ‖M‖`` from the sums of ``_parts``."""
     held = core.square().sum()
-    if of_left is not None and of_right is not None:  # either side's, and not twice what is both's
+    if of_left is not None and of_right is not None:  # both sides, minus what they share
         held = of_left.square().sum() + of_right - held
     return math.sqrt(max(_ratio(held.item(), squared.item()), 0.0))
 
@@ -196,9 +201,10 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def orthonormal_basis(M: torch.Tensor) -> torch.Tensor:
-    """(m, k): of the columns of M (m, n); k is its rank, 0 for zeros. fp32.
+    """Return an orthonormal basis (m, k), fp32, of the columns of M (m, n).
 
-    Directions with less than rounding's share of the largest singular value are none of M's.
+    k is the rank of M, 0 for zeros: directions whose singular value is within rounding of 0,
+    relative to the largest one, do not count.
     """
     Q, core = torch.linalg.qr(M.float())
     U, S, _ = torch.linalg.svd(core)
@@ -207,7 +213,7 @@ def orthonormal_basis(M: torch.Tensor) -> torch.Tensor:
 
 
 def difference(now: LoraPair, before: LoraPair) -> LoraPair:
-    """``B A - B' A' = (B - B') A + B' (A - A')``, without cancellation: steps are small."""
+    """Return ``B A - B' A' = (B - B') A + B' (A - A')``, without cancellation: steps are small."""
     if torch.equal(now.A, before.A):
         return LoraPair(now.A, now.B - before.B)
     return LoraPair(
@@ -216,7 +222,7 @@ def difference(now: LoraPair, before: LoraPair) -> LoraPair:
 
 
 def trained_factors(adapters: Mapping[str, AdapterLinear]) -> dict[str, Values]:
-    """The fp32 masters of all that is trained, whole, in every rank's host memory. Collective."""
+    """Copy the fp32 masters of all trained factors, whole, to every rank's host. Collective."""
     return {
         name: {
             key: zero.full_fp32(adapter.factor(key)).to("cpu", copy=True) for key in adapter.trained
@@ -226,7 +232,7 @@ def trained_factors(adapters: Mapping[str, AdapterLinear]) -> dict[str, Values]:
 
 
 def _of_base(adapter: AdapterLinear, values: Values) -> Values:
-    """Trained factors with which W is W0: what an offset takes away again, or zeros."""
+    """Return the trained factors with which W is W0: an offset's, or zeros."""
     offsets = {key: key.replace("lora_", "offset_") for key in adapter.trained}
     return {
         key: values[offset] if offset in values else torch.zeros_like(values[key])
@@ -235,7 +241,7 @@ def _of_base(adapter: AdapterLinear, values: Values) -> Values:
 
 
 def _summed(parts: Sequence[torch.Tensor], group: Group) -> list[torch.Tensor]:
-    """Sums over the ranks, in one all-reduce. Collective."""
+    """Sum tensors over the ranks, in one all-reduce. Collective."""
     flat = all_reduce(torch.cat([part.flatten() for part in parts]), group)
     sizes = [part.numel() for part in parts]
     return [whole.view_as(part) for whole, part in zip(flat.split(sizes), parts, strict=True)]
@@ -243,7 +249,7 @@ def _summed(parts: Sequence[torch.Tensor], group: Group) -> list[torch.Tensor]:
 
 @contextmanager
 def _same_random_numbers() -> Iterator[None]:
-    """What a model draws meanwhile is drawn again: OPT's layer drop draws at a rate of 0, too."""
+    """Restore the random generators at the end: OPT's layer drop draws even at a rate of 0."""
     states = rng_states(accelerator.device())
     try:
         yield
@@ -252,7 +258,7 @@ def _same_random_numbers() -> Iterator[None]:
 
 
 def track_alignment(training: TrainingRun, before: Mapping[str, Values] | None) -> None:
-    """Measure how well the last step has followed the full gradient; write and say it. Collective.
+    """Measure how well the last step has followed the full gradient, and log it. Collective.
 
     Args:
         before: ``trained_factors`` before that step; None after the init.
@@ -275,8 +281,11 @@ def track_alignment(training: TrainingRun, before: Mapping[str, Values] | None) 
 
 
 def probe_of(run: Prepared) -> Sample:
-    """Training rows, the same every time, that the init's gradient is not of: those on which the
-    init measures its losses, or as many where it has rows of its own (--init-data)."""
+    """Return training rows that the init's gradient is not of, the same at every step.
+
+    They are those on which the init measures its losses; if the init has rows of its own
+    (--init-data), as many training rows.
+    """
     if run.config.init_data is None:
         return run.sample(run.probe_rows)
     _, rows = init_sample(len(run.data.train.examples), run.config.init_samples, run.config.seed)

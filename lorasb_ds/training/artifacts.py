@@ -1,4 +1,4 @@
-"""What a run says of itself when it begins, and what it leaves behind when it ends."""
+"""What a run prints and writes when it begins, and the files that it writes when it ends."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from lorasb_ds.training.training_run import TrainingRun
 
 
 def describe(run: Prepared, folder: Path) -> dict[str, Any]:
-    """``run.json``: what the run is, and where it comes from."""
+    """Return the content of ``run.json``: the options, sizes and versions of the run."""
     return {
         "config": {**run.config.model_dump(), "output_dir": str(folder)},
         "ds_config": run.ds_config,
@@ -52,7 +52,7 @@ def describe(run: Prepared, folder: Path) -> dict[str, Any]:
 
 
 def announce(run: Prepared, folder: Path) -> None:
-    """What a user should know before the base is loaded."""
+    """Print what the user should know before the base is loaded."""
     say(f"run folder {folder}")
     say(f"training rows: {run.data.train.describe()}")
     if run.config.init_data is not None:
@@ -78,7 +78,7 @@ def announce(run: Prepared, folder: Path) -> None:
 def finish(
     training: TrainingRun, init: InitReport, tensors: Any, description: dict[str, Any]
 ) -> None:
-    """Adapter, pictures and report. Rank 0."""
+    """Write the adapter, the pictures and the report. Rank 0 only."""
     run, folder, log = training.run, training.folder, training.log
     assert log is not None
     write_json(folder / RUN_JSON, description)
@@ -95,7 +95,7 @@ def finish(
 
 
 def save_adapter(run: Prepared, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """What was trained, as a folder of PEFT's. Rank 0."""
+    """Write the trained adapter as a PEFT folder. Rank 0 only."""
     config, base_model = run.config, model_path(run.config.model)
     if run.adapter.peft is not None:
         empty = run.base.empty_model(DTYPES[config.dtype])

@@ -1,4 +1,4 @@
-"""What training has changed in an engine: what is trained and its optimizer's state, by name."""
+"""The state of an engine that training changes: trained parameters and their optimizer's."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from lorasb_ds.training.optimizer import fresh_state
 def collect_state(
     engine: Any, trained: Mapping[str, nn.Parameter]
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Collective.
+    """Collect trained parameters and optimizer state, whole. Collective.
 
     Args:
-        trained: what is trained, by name.
+        trained: trained parameters, by name.
     Returns:
-        ``<name>`` and ``<name>.<key>`` of it, fp32 on rank 0's CPU, {} elsewhere; and the states
-        that are one number for all, such as AdamW's step. They are the same for any number of
-        processes.
+        The tensors ``<name>`` (the parameter) and ``<name>.<key>`` (its optimizer state), fp32 on
+        rank 0's CPU, {} elsewhere; and the states that are one number for all parameters, such as
+        AdamW's step. Both are the same for any number of processes.
     """
     optimizer = zero.torch_optimizer(engine)
     if isinstance(optimizer, MatrixOptimizer):
@@ -47,7 +47,7 @@ def collect_state(
 def _collect_matrices(
     optimizer: MatrixOptimizer, trained: Mapping[str, nn.Parameter]
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """The same where every rank has whole states. Collective."""
+    """Do the same where every rank has whole states. Collective."""
     tensors: dict[str, torch.Tensor] = {}
     scalars: dict[str, float] = {}
     for name, parameter in trained.items():
@@ -69,7 +69,7 @@ def restore_state(
     scalars: Mapping[str, float],
     config: RunConfig,
 ) -> None:
-    """Put back what ``collect_state`` gave, on any number of processes. Collective.
+    """Restore what ``collect_state`` returned, on any number of processes. Collective.
 
     Args:
         tensors: equal on every rank.
@@ -78,7 +78,7 @@ def restore_state(
     if isinstance(optimizer, MatrixOptimizer):
         for name, parameter in trained.items():
             zero.fill_trainable(parameter, tensors[name])
-            # Adafactor's of a vector are others than of a matrix.
+            # Adafactor has other states for a vector than for a matrix.
             if keys := _state_keys(name, tensors):
                 whole = {key: tensors[f"{name}.{key}"].to(accelerator.device()) for key in keys}
                 numbers = {key: torch.tensor(value) for key, value in scalars.items()}
@@ -99,12 +99,11 @@ def restore_state(
 
 
 def _state_keys(name: str, tensors: Mapping[str, torch.Tensor]) -> set[str]:
-    """Of one parameter's state."""
     return {key.removeprefix(f"{name}.") for key in tensors if key.startswith(f"{name}.")}
 
 
 def rng_states(device: torch.device) -> dict[str, torch.Tensor]:
-    """Torch's generators on the host and on the device, Python's and numpy's."""
+    """Return the states of torch's (host and device), Python's and numpy's random generators."""
     numpy_state: Any = np.random.get_state(legacy=True)
     states = {
         "torch": torch.get_rng_state(),
@@ -117,7 +116,7 @@ def rng_states(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def set_rng_states(states: Mapping[str, torch.Tensor], device: torch.device) -> None:
-    """Go on from there; a device's generator is left alone where the states have none."""
+    """Set the generators' states; the device's is left alone if ``states`` has none for it."""
     torch.set_rng_state(states["torch"])
     random.setstate((3, tuple(states["python"].tolist()), None))
     *key, position = states["numpy"].tolist()

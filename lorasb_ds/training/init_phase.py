@@ -1,4 +1,4 @@
-"""A, B and R of a run: by the init, or from an earlier one."""
+"""The init phase of a run: A, B and R are computed, or loaded from an earlier init."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lorasb_ds.training.prepare import Prepared
 def initialize_by(
     run: Prepared, engine: Any, adapters: Mapping[str, AdapterLinear], sample: Sample, probe: Sample
 ) -> tuple[InitReport, Basis]:
-    """``initialize`` with a run's options. Collective."""
+    """Call ``initialize`` with a run's options. Collective."""
     return initialize(
         engine,
         adapters,
@@ -38,14 +38,14 @@ def initialize_by(
 
 
 def _init_lr(run: Prepared, engine: Any) -> Any:
-    """A number, "auto", or None where nothing was asked for."""
+    """Return eta: a number, "auto", or None if no option was given."""
     if run.config.init_lr == "schedule":
         return float(engine.get_lr()[0])
     return run.config.init_lr
 
 
 def as_peft_made_it(engine: Any, probe: Sample) -> tuple[InitReport, Basis]:
-    """What PEFT has put into the model already. Collective."""
+    """Report the init that PEFT has made already, and collect its tensors. Collective."""
     basis = collect_peft(engine.module)
     step = measure_step(engine, peft_off(engine.module), probe)
     return no_gradient_report(step), basis
@@ -54,7 +54,7 @@ def as_peft_made_it(engine: Any, probe: Sample) -> tuple[InitReport, Basis]:
 def init_phase(
     run: Prepared, engine: Any, adapters: Mapping[str, AdapterLinear], folder: Path
 ) -> InitReport:
-    """A, B and R by the init, or from an earlier one; on disk when it returns. Collective."""
+    """Fill A, B and R by the init or from an earlier one, and save them. Collective."""
     config, plan = run.config, run.memory.footprint.init
     method = METHODS.get(config.method)  # None: PEFT's
     probe = run.sample(run.probe_rows)
@@ -64,7 +64,7 @@ def init_phase(
         report, basis = take_up(
             engine, adapters, config.init_from, run.stored_init, probe, _init_lr(run, engine)
         )
-        say(f"init taken from {config.init_from}")
+        say(f"init loaded from {config.init_from}")
     else:
         if method is not None and method.needs_gradient:
             groups = f", in {len(plan.groups)} groups of layers" if len(plan.groups) > 1 else ""
@@ -95,8 +95,8 @@ def init_phase(
     )
     if report.not_descending:
         where = ", ".join(report.not_descending)
-        told = "R starts at 0 there" if method and method.trains_r else "their gradient is 0"
-        say(f"warning: no descent in {where}: {told}")
+        why = "R starts at 0 there" if method and method.trains_r else "their gradient is 0"
+        say(f"warning: no descent in {where}: {why}")
     if report.partly_reached:
         say(f"warning: not called by every micro-batch: {', '.join(report.partly_reached)}")
     return report

@@ -1,4 +1,4 @@
-"""The training loop: step, evaluate, save, and end when it is asked to."""
+"""The training loop: step, evaluate, save, and stop when a signal asks for it."""
 
 from __future__ import annotations
 
@@ -14,35 +14,40 @@ import torch.distributed as dist
 from lorasb_ds.data.batch import Batch
 from lorasb_ds.data.sampler import Unit
 from lorasb_ds.distributed import accelerator, zero
-from lorasb_ds.models.generation import generate, stop_tokens
-from lorasb_ds.models.loss import eval_mode, held_out_loss, token_loss_sum
-from lorasb_ds.runs.history import perplexity
+from lorasb_ds.models.loss import token_loss_sum
 from lorasb_ds.runs.output_dir import say
 from lorasb_ds.runs.profiler import profiled
 from lorasb_ds.training.alignment import track_alignment, trained_factors
+from lorasb_ds.training.held_out import evaluate
 from lorasb_ds.training.resume import save
 from lorasb_ds.training.training_run import TrainingRun
 
 RunStatus = Literal["finished", "stopped"]
-Stage = Literal["base", "init", "step", "trained"]
-
-SAMPLE_TOKENS = 128  # of a generated answer at most
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step, all ranks together."""
+    """The result of one optimizer step, over all ranks.
 
-    loss: float  # mean over label tokens
-    grad_norm: float  # before clipping
-    r_norm: float  # of all R after the step
-    applied: bool  # or left out, since loss or gradient was not finite
-    num_tokens: int  # without padding
-    num_positions: int  # with it
+    Attributes:
+        loss: mean over label tokens.
+        grad_norm: norm of the gradient, before clipping.
+        r_norm: norm of everything trained (every R), after the step.
+        applied: False if the step was skipped, because loss or gradient was not finite.
+        num_tokens: tokens in the batch, without padding.
+        num_positions: tokens in the batch, with padding.
+    """
+
+    loss: float
+    grad_norm: float
+    r_norm: float
+    applied: bool
+    num_tokens: int
+    num_positions: int
 
 
 def train(training: TrainingRun) -> RunStatus:
-    """From where the run is to its end, or to where it is asked to stop. Collective."""
+    """Train from the run's current step to its end, or until it is asked to stop. Collective."""
     run, state = training.run, training.state
     training.engine.train()
     training.stop.can_save()
@@ -60,7 +65,7 @@ def train(training: TrainingRun) -> RunStatus:
 
 
 def _steps(training: TrainingRun, step_done: Callable[[], None]) -> RunStatus:
-    """Steps with what is due between them, to the last one. Collective."""
+    """Train step by step, with the evaluations and checkpoints that are due. Collective."""
     run, engine, state = training.run, training.engine, training.state
     start = time.perf_counter()
     while not state.finished and state.step < run.num_steps:
@@ -108,7 +113,7 @@ def _steps(training: TrainingRun, step_done: Callable[[], None]) -> RunStatus:
 
 
 def is_stopped_early(training: TrainingRun) -> bool:
-    """Whether the evaluations have not improved for too long."""
+    """Return whether early stopping ends the run: too many evaluations without a better loss."""
     state, patience = training.state, training.run.config.early_stopping_patience
     if patience is None or state.evals_since_best < patience:
         return False
@@ -125,19 +130,20 @@ def _is_due(step: int, every: int | None) -> bool:
 
 
 def train_step(engine: Any, batches: list[Batch], stop: bool = False) -> StepResult | None:
-    """One optimizer step on this rank's micro-batches. Collective.
+    """Take one optimizer step on this rank's micro-batches. Collective.
 
-    The step's loss is the mean over its label tokens, wherever they lie: a micro-batch's loss is
-    ``ΣCE · world · accumulation / T``, T tokens in all, since DeepSpeed divides by both.
+    The step's loss is the mean over the label tokens of all ranks and micro-batches: a
+    micro-batch's loss is ``ΣCE · world · accumulation / T``, T label tokens in all, because
+    DeepSpeed divides by both.
 
-    A loss that is not finite makes its gradient so, and a gradient that is not finite on some rank
-    makes the norm so on which all agree: the engine then leaves R, its optimizer and the schedule
-    as they were (``check_grad_overflow`` in ds_config.py).
+    If a loss is not finite, neither is its gradient; and if a gradient is not finite on one rank,
+    neither is the norm, which is the same on all ranks. The engine then skips the step: R, the
+    optimizer and the schedule stay as they were (``check_grad_overflow`` in ds_config.py).
 
     Args:
-        stop: this rank was asked to end.
+        stop: whether this rank was asked to stop.
     Returns:
-        None if any rank was: nothing has been done then.
+        None if any rank was asked to stop; nothing has been computed then.
     Communication: besides the engine's, one all-reduce of 4 numbers before and one of 2 after.
     """
     device = accelerator.device()
@@ -175,10 +181,11 @@ def train_step(engine: Any, batches: list[Batch], stop: bool = False) -> StepRes
 
 
 def count_skips(training: TrainingRun, result: StepResult, units: list[Unit]) -> None:
-    """Bear a few steps that were left out, and no more.
+    """Count skipped steps, and end the run after too many in a row.
 
     Raises:
-        FloatingPointError: on every rank, with the rows of the step.
+        FloatingPointError: on every rank, naming the rows of the step, after more than
+            ``max_skipped_steps`` in a row.
     """
     state = training.state
     if result.applied:
@@ -187,80 +194,18 @@ def count_skips(training: TrainingRun, result: StepResult, units: list[Unit]) ->
         return
     dynamic_scale = "cur_iter" in zero.loss_scale_state(training.engine)
     if dynamic_scale and math.isfinite(result.loss):
-        return  # fp16's loss scale finds its size; DeepSpeed ends the run where there is none
+        return  # fp16's loss scale is adapting; DeepSpeed ends the run if none is small enough
     state.skipped_in_a_row += 1
     rows = [training.run.data.train.row_id(row) for unit in units for row in unit]
     what = f"step {state.step} has loss {result.loss} and gradient norm {result.grad_norm}"
     if state.skipped_in_a_row <= training.run.config.max_skipped_steps:
-        say(f"warning: {what}: left out ({_some(rows)})")
+        say(f"warning: {what}: skipped ({_some(rows)})")
         return
     raise FloatingPointError(
-        f"{what}, as had the {state.skipped_in_a_row - 1} before it, which were left out. Lower "
-        f"--lr or --init-lr, or look at the rows of this step: {', '.join(rows)}."
+        f"{what}, like the {state.skipped_in_a_row - 1} steps before it, which were skipped. "
+        f"Lower --lr or --init-lr, or look at the rows of this step: {', '.join(rows)}."
     )
 
 
 def _some(rows: list[str], count: int = 8) -> str:
     return ", ".join(rows[:count]) + (f", and {len(rows) - count} more" if rows[count:] else "")
-
-
-def evaluate(training: TrainingRun, stage: Stage) -> bool:
-    """Measure the held-out loss. Collective.
-
-    Returns:
-        Whether training has reached a new best.
-    """
-    run, state = training.run, training.state
-    state.evaluated_at = state.step
-    if run.data.held_out is None:
-        return False
-    batches = run.batches(run.data.held_out, range(len(run.data.held_out.examples)))
-    loss = held_out_loss(training.engine.module, batches, accelerator.device())
-    ppl = perplexity(loss)
-    say(f"step {state.step}: held-out loss {loss:.4f}, perplexity {ppl:.2f} ({stage})")
-    if training.log:
-        row = {"step": state.step, "stage": stage, "eval_loss": loss, "perplexity": ppl}
-        training.log.write(row)
-    if run.config.generate_samples:
-        write_samples(training, stage)
-    if stage not in ("step", "trained"):
-        return False
-    best = state.best_loss
-    if math.isfinite(loss) and (best is None or loss < best):
-        state.best_step, state.best_loss = state.step, loss
-        state.evals_since_best = 0
-        return True
-    state.evals_since_best += 1
-    return False
-
-
-def write_samples(training: TrainingRun, stage: Stage) -> None:
-    """Greedy answers to the first held-out rows, to ``samples.jsonl``. Collective.
-
-    Every rank generates the same, so that all take part in ZeRO-3's gathers equally often.
-    """
-    run, model = training.run, training.engine.module
-    assert run.data.held_out is not None
-    examples = run.data.held_out.examples[: run.config.generate_samples]
-    prompts = [example.input_ids[: max(1, example.first_label)] for example in examples]
-    with eval_mode(model):
-        answers = generate(
-            model,
-            run.base.tokenizer,
-            prompts,
-            SAMPLE_TOKENS,
-            accelerator.device(),
-            stop=stop_tokens(run.base.tokenizer),
-        )
-    if training.log:
-        for i, (example, prompt, answer) in enumerate(zip(examples, prompts, answers, strict=True)):
-            training.log.write_sample(
-                {
-                    "step": training.state.step,
-                    "stage": stage,
-                    "row": run.data.held_out.row_id(i),
-                    "prompt": run.base.tokenizer.decode(prompt),
-                    "expected": run.base.tokenizer.decode(example.input_ids[len(prompt) :]),
-                    "generated": answer.text,
-                }
-            )

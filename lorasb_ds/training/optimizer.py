@@ -1,4 +1,4 @@
-"""What trains R (or A and B), and how its learning rate goes. All of it is other projects'."""
+"""The optimizer of R (or of A and B) and its schedule, from torch, bitsandbytes, transformers."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ SGD_MOMENTUM = 0.9
 def make_optimizer(
     params: Iterable[torch.nn.Parameter], config: RunConfig
 ) -> torch.optim.Optimizer:
-    """Of ``config.optimizer``: by elements, as ZeRO's flat masters have them, or of matrices.
+    """Make the optimizer that ``config.optimizer`` names.
+
+    AdamW, SGD and Lion work element by element, on ZeRO's flat masters; Adafactor and Muon work on
+    whole matrices (``MatrixOptimizer``).
 
     Raises:
-        ConfigError: for Muon, if something that is trained is no matrix.
+        ConfigError: for Muon, if a trained parameter is not a matrix.
     """
     params = list(params)
     rates: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
@@ -34,7 +37,7 @@ def make_optimizer(
 
         return Lion(params, **rates)
     if config.optimizer == "adafactor":
-        # torch squares the first, of which its default is more than a gradient of a large model.
+        # torch squares the first; its default is larger than the gradients of a large model.
         eps = math.sqrt(ADAFACTOR_EPSILON), ADAFACTOR_SIZE
         return MatrixOptimizer(params, lambda p: torch.optim.Adafactor(p, eps=eps, **rates), rates)
     if config.optimizer == "muon":
@@ -42,15 +45,15 @@ def make_optimizer(
         if others := [shape for shape in shapes if len(shape) != 2]:
             raise ConfigError(
                 f"--optimizer muon orthogonalizes matrices, but {len(others)} of the parameters "
-                f"that --method {config.method} trains are none, such as one of {others[0]}. Take "
-                "another optimizer: adamw, sgd, lion or adafactor."
+                f"that --method {config.method} trains are not, such as one of shape {others[0]}. "
+                "Use another optimizer: adamw, sgd, lion or adafactor."
             )
         return MatrixOptimizer(params, lambda p: torch.optim.Muon(p, **rates), rates)
     return torch.optim.AdamW(params, **rates)
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, config: RunConfig, num_steps: int) -> Any:
-    """transformers' schedule, counted from 1: at 0 its warmup gives 0, and a step would be lost."""
+    """Make transformers' schedule, counted from 1: its warmup gives 0 at 0, a step lost."""
     from transformers import get_scheduler
 
     warmup = math.ceil(config.warmup_ratio * num_steps)
@@ -61,7 +64,7 @@ def make_scheduler(optimizer: torch.optim.Optimizer, config: RunConfig, num_step
 
 
 def set_scheduler(scheduler: Any, updates: int) -> None:
-    """Put a new schedule where ``updates`` optimizer steps have brought an earlier one."""
+    """Advance a new schedule to the position after ``updates`` optimizer steps."""
     rates = [
         base * shape(updates)
         for base, shape in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
@@ -73,8 +76,9 @@ def set_scheduler(scheduler: Any, updates: int) -> None:
 
 
 def fresh_state(flat: torch.Tensor, config: RunConfig) -> dict[str, Any]:
-    """The state of a parameter like ``flat`` of an optimizer by elements, as its first step makes
-    it; its entries are to be overwritten.
+    """Return an element-wise optimizer's state for a parameter like ``flat``, to be overwritten.
+
+    It has the entries that the optimizer's first step makes.
     """
     parameter = torch.nn.Parameter(torch.zeros_like(flat))
     optimizer = make_optimizer([parameter], config)

@@ -1,4 +1,4 @@
-"""What held the memory when there was none left, and what would take less."""
+"""Explanation of an out-of-memory error: what held the memory, and what would take less."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Phase = Literal["load", "init", "train", "evaluation", "save"]
 
 NUM_REMEDIES = 3
 SHOWN_BYTES = GIB // 100
-# What allocators say where they raise nothing of their own: torch's on the CPU, cuBLAS.
+# Messages of allocators that raise a plain RuntimeError: torch's on the CPU, cuBLAS.
 MESSAGES = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
@@ -40,7 +40,7 @@ MESSAGES = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a process ended for want of memory, of its device or its host."""
+    """Return whether an error means that the device or the host has no memory left."""
     causes = [error]
     while (cause := causes[-1].__cause__) is not None and cause not in causes:
         causes.append(cause)
@@ -53,17 +53,17 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class OutOfMemoryError(MemoryError):
-    """With what ``explain`` says of it."""
+    """An out-of-memory error with the message of ``explain``."""
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """A change of the options, and what it does to a phase."""
+    """A change of options that makes a phase smaller."""
 
     options: str
-    saved_bytes: int  # of a process, as planned
-    step_time: float  # of an optimizer step, as a multiple of what it takes now
-    price: str  # what it changes beside time; empty if nothing
+    saved_bytes: int  # planned, for one process
+    step_time: float  # time of an optimizer step, as a multiple of what it takes now
+    price: str  # what it costs beside time; empty: nothing
 
 
 def explain(
@@ -104,13 +104,13 @@ def explain(
 
 
 def parts(memory: Footprint, phase: Phase, one_memory: bool) -> dict[str, int]:
-    """Bytes of a process at the peak of a phase, by what they are of.
+    """Return the bytes of a process at the peak of a phase, by what they are of.
 
-    Those of "load" and "init" add up to ``Footprint.phases``; the larger of "train" and "save"
-    does to its "train".
+    Those of "load" and "init" add up to ``Footprint.phases``; the larger sum of "train" and "save"
+    is its "train".
 
     Args:
-        one_memory: on CPUs; else only what lies on the device.
+        one_memory: whether device and host are one (CPUs); otherwise only the device counts.
     """
     held = {
         "base": memory.base,
@@ -180,7 +180,7 @@ class _Change:
     options: str
     placement: Placement
     work: Workload
-    micro_batches: int = 1  # for each that there is now
+    micro_batches: int = 1  # for each one now
     price: str = ""
 
 
@@ -239,7 +239,7 @@ def _changes(phase: Phase, memory: RunMemory, config: RunConfig) -> Iterator[_Ch
 
 
 def _larger(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
-    """What is not held at the same time."""
+    """Return the larger of two parts that are not held at the same time."""
     return max(one, other, key=lambda part: sum(part.values()))
 
 

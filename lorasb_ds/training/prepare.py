@@ -1,4 +1,4 @@
-"""All that can be known, and can be wrong, before a process group exists."""
+"""Everything that one process can check of a run, before a process group exists."""
 
 from __future__ import annotations
 
@@ -222,19 +222,19 @@ def _make_experts_leaves(ds_config: dict[str, Any], experts: Iterable[str]) -> N
 
 
 def _check_packing(model: Any) -> None:
-    """Refuse a model that has no place for position ids; the engine is tried before training."""
+    """Refuse a model that takes no position ids; others are tested when the engine is made."""
     if "position_ids" not in inspect.signature(type(model).forward).parameters:
         raise ConfigError(
-            f"--packing: a {type(model).__name__} takes no position ids, by which packed rows are "
-            "kept apart. Leave it out; rows of similar lengths are batched together as it is."
+            f"--packing: a {type(model).__name__} takes no position ids, which keep packed rows "
+            "apart. Leave it out; rows of similar lengths are batched together anyway."
         )
 
 
 def check_ranks_agree(run: Prepared) -> None:
-    """Refuse to go on unless every rank holds the same run and the same rows. Collective.
+    """Refuse to start unless every rank has the same run and the same rows. Collective.
 
     Raises:
-        ConfigError: on every rank alike.
+        ConfigError: on every rank alike, naming what differs.
     """
     held = {
         # ds_config is a path, which may differ between hosts; its content comes next.

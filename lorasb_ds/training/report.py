@@ -1,4 +1,4 @@
-"""What a finished run tells: a picture of its init, and report.md."""
+"""The report of a finished run: report.md, and a picture of its init."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STAGES = {"base": "base", "init": "after the init", "step": "in training", "trai
 
 
 def draw_init(path: Path, init: InitReport) -> None:
-    """A PNG of every layer's singular values, and of the energy that the r directions capture."""
+    """Draw every layer's singular values, and the energy that its r directions capture, as PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained")
@@ -53,11 +53,14 @@ def write_report(
     targets: Shapes,
     experts: Mapping[str, int],
 ) -> None:
-    """``report.md``: what the init found, how the training went, and how large the adapter is.
+    """Write ``report.md``: the init, the training, and the size of the adapter.
 
     Args:
-        run: what ``run.json`` holds.
-        rows: all of ``metrics.jsonl``.
+        run: content of ``run.json``.
+        rows: all rows of ``metrics.jsonl``.
+        init: report of the init.
+        targets: layers with an adapter -> (out, in).
+        experts: frozen modules of MoE experts -> their number of elements.
     """
     r, method = run["config"]["r"], run["config"]["method"]
     num_trained = run["trainable_parameters"]
@@ -109,7 +112,7 @@ def _init_section(init: InitReport, taken: str | None, experts: Mapping[str, int
     lines = [
         "## Init",
         "",
-        *([f"Taken from {taken}: times and memory are those of that run.", ""] if taken else []),
+        *([f"Loaded from {taken}: times and memory are those of that run.", ""] if taken else []),
         "| | |",
         "|---|---:|",
         f"| decomposed | {init.update} |",
@@ -190,7 +193,7 @@ def _held_out_section(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _memory_section(memory: Mapping[str, Any]) -> list[str]:
-    """Of what was measured: an init that was taken from elsewhere is not."""
+    """List the phases that were measured; an init that was loaded was not."""
     phases = memory["predicted"]["phases"]
     return [
         "## Memory of rank 0",

@@ -1,4 +1,4 @@
-"""What a run needs to go on: saved, put back, and the best of it taken at the end."""
+"""Checkpoints of a run: saved, restored, and the best one loaded at the end."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ HELD_OUT = "held-out rows"
 
 
 def save(training: TrainingRun) -> bool:
-    """Write a checkpoint, and remove those that are not to be kept. Collective.
+    """Write a checkpoint, and remove those that are not kept. Collective.
 
     Returns:
-        Whether the run can go on from here: not if it could not be written. Before the first
-        update it goes on from the init, and nothing is written.
+        Whether the run can be resumed from here: False if the checkpoint could not be written.
+        Before the first update nothing is written, since the run can be resumed from its init.
     Raises:
         OSError: on every rank, if it cannot be written and --on-save-error is stop.
     """
@@ -83,27 +83,26 @@ def save(training: TrainingRun) -> bool:
         return True
     if config.on_save_error == "stop":
         raise OSError(
-            f"{problem}. The one before it is as it was: make room and give --resume, or go on "
-            "without saving by --on-save-error continue."
+            f"{problem}. The checkpoint before it is intact: free some disk space and give "
+            "--resume, or train on without saving by --on-save-error continue."
         )
     say(f"warning: {problem}. Training goes on (--on-save-error continue)")
     return False
 
 
 def may_change(run: Prepared) -> dict[str, Any]:
-    """Options that a resumed run may have changed; it says so."""
+    """Return the options that a resumed run may change; it reports their changes."""
     names = ("lr", "lr_scheduler", "warmup_ratio", "weight_decay", "max_grad_norm")
     options = {option_name(name): getattr(run.config, name) for name in names}
     return {"steps": run.num_steps, HELD_OUT: held_out_digest(run)} | options
 
 
 def held_out_digest(run: Prepared) -> str:
-    """What evaluations are of."""
     return run.data.held_out.digest if run.data.held_out else "none"
 
 
 def resume(training: TrainingRun, found: Resume) -> InitReport:
-    """Put back the basis and the checkpoint of the run's folder. Collective."""
+    """Restore the basis and the checkpoint from the run's folder. Collective."""
     run, checkpoint = training.run, found.checkpoint
     for warning in found.warnings:
         say(f"warning: {warning}")
@@ -114,16 +113,16 @@ def resume(training: TrainingRun, found: Resume) -> InitReport:
         put_back(training.folder, training.adapters)
     if zero.rank() == 0:
         for name in set_newer_aside(training.folder, found.step):
-            say(f"set aside, since this run goes on before it: checkpoints/{name}")
+            say(f"set aside, since this run continues from before it: checkpoints/{name}")
     if checkpoint is None:
-        say("resumed after the init: there is no whole checkpoint")
+        say("resumed after the init: there is no complete checkpoint")
     else:
-        take_up_training(training, checkpoint)
+        restore_training(training, checkpoint)
     return run.stored_init
 
 
-def take_up_training(training: TrainingRun, checkpoint: Checkpoint) -> None:
-    """R, optimizer, schedule, progress and generators of a checkpoint. Collective."""
+def restore_training(training: TrainingRun, checkpoint: Checkpoint) -> None:
+    """Restore R, optimizer, schedule, state and generators from a checkpoint. Collective."""
     run, tensors = training.run, checkpoint.tensors()
     restore_state(
         training.engine, training.trained, tensors, checkpoint.optimizer_scalars, run.config
@@ -148,13 +147,13 @@ def take_up_training(training: TrainingRun, checkpoint: Checkpoint) -> None:
     dist.broadcast_object_list(best, src=0)
     if checkpoint.options[HELD_OUT] != now[HELD_OUT] or not best[0]:
         if state.best_step is not None:
-            say("the best evaluation so far is forgotten: of other rows, or its checkpoint is gone")
+            say("the best evaluation so far is dropped: its rows or its checkpoint are gone")
         state.best_step = state.best_loss = None
         state.evals_since_best = 0
 
 
 def best_is_there(training: TrainingRun) -> bool:
-    """Whether the best evaluation's checkpoint is whole."""
+    """Return whether the best evaluation's checkpoint is there and complete."""
     step = training.state.best_step
     return step is not None and isinstance(
         read_checkpoint(checkpoint_path(training.folder, step)), Checkpoint
@@ -162,7 +161,7 @@ def best_is_there(training: TrainingRun) -> bool:
 
 
 def load_best(training: TrainingRun) -> None:
-    """What was trained, as of the best evaluation's checkpoint, which rank 0 reads. Collective."""
+    """Load the trained parameters of the best evaluation's checkpoint. Collective; rank 0 reads."""
     step = training.state.best_step
     if step is None or step == training.state.step:
         return

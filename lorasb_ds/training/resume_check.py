@@ -1,4 +1,4 @@
-"""Whether a run is the one that it is to go on from."""
+"""Checks that a run may continue from a checkpoint, or start from an earlier init."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from lorasb_ds.runs.checkpoint import Checkpoint, Resume, check_same_run
 
 
 def what_must_match(config: RunConfig, train: TokenizedRows) -> dict[str, Any]:
-    """What, beside all that its basis was made from, a checkpoint and a run that takes it up agree
-    on, under the name for messages.
+    """Return what a checkpoint and the run that loads it must agree on, by its name in messages.
+
+    What their bases were made from comes on top of it.
     """
     return {
         "--r": config.r,
@@ -41,12 +42,16 @@ def check_resume(
     same_run: Mapping[str, Any],
     made_from: Mapping[str, str],
 ) -> InitReport:
-    """Refuse to go on from what is damaged, another run's, or beyond what is asked for.
+    """Refuse to resume a run that is damaged, another run, or beyond the steps asked for.
 
+    Args:
+        num_steps: optimizer steps that the options ask for.
+        same_run: what the checkpoint must agree on, but for the digest of its basis.
+        made_from: what the basis must have been made from.
     Returns:
-        What the run's init found.
+        The report of the run's init.
     Raises:
-        ConfigError: if so.
+        ConfigError: naming what is damaged or differs.
     """
     option, checkpoint = f"--resume {config.resume}", resume.checkpoint
     # Gigabytes for a large model: one process reads them, and ends the others.
@@ -59,8 +64,8 @@ def check_resume(
         check_same_run(option, checkpoint, {**same_run, "basis": stored_digest(resume.folder)})
     if resume.step > num_steps:
         raise ConfigError(
-            f"{option}: the run has done {resume.step} steps, more than the {num_steps} that are "
-            "asked for (--max-steps, --epochs). To go back, name one of its checkpoints."
+            f"{option}: the run has done {resume.step} steps, more than the {num_steps} asked for "
+            "(--max-steps, --epochs). To go back, name one of its checkpoints."
         )
     r = config.r if config.method in METHODS else None
     uncut = f"To cut its basis to a smaller r, start a new run with --init-from {resume.folder}."

@@ -41,8 +41,9 @@ from lorasb_ds.system.files import write_json
 from lorasb_ds.system.signals import StopRequest
 from lorasb_ds.system.units import GIB
 from lorasb_ds.training.artifacts import announce, describe, finish
+from lorasb_ds.training.held_out import evaluate
 from lorasb_ds.training.init_phase import init_phase
-from lorasb_ds.training.loop import RunStatus, evaluate, train
+from lorasb_ds.training.loop import RunStatus, train
 from lorasb_ds.training.optimizer import make_optimizer, make_scheduler
 from lorasb_ds.training.out_of_memory import OutOfMemoryError, Phase, explain, is_out_of_memory
 from lorasb_ds.training.prepare import Prepared, check_ranks_agree
@@ -51,14 +52,17 @@ from lorasb_ds.training.training_run import Adapters, TrainingRun
 
 
 def run_training(run: Prepared, stop: StopRequest, init_only: bool = False) -> RunStatus:
-    """The whole run, inside a process group. Collective.
+    """Run the whole training, inside a process group. Collective.
 
     Args:
-        stop: whether this process is asked to end; looked for between steps.
-        init_only: stop when the init is done and reported.
+        stop: whether this process is asked to stop; checked between steps.
+        init_only: end when the init is done and reported.
     Returns:
-        Whether it came to its end or was stopped on the way. The output folder holds
-        ``output.OUTPUTS`` then, or checkpoints to go on from.
+        Whether the run has finished, with its adapter and report in the output folder, or was
+        stopped, with checkpoints to resume from.
+    Raises:
+        ConfigError: on every rank, if the ranks do not hold the same run, or it cannot be resumed.
+        OutOfMemoryError: on the rank without memory.
     """
     check_ranks_agree(run)
     if run.resume is not None:
@@ -119,14 +123,14 @@ def run_training(run: Prepared, stop: StopRequest, init_only: bool = False) -> R
         dist.barrier()
     finally:
         if log is not None:
-            log.close()  # also of what is buffered: events, a tracker's rows
+            log.close()  # flushes what TensorBoard and trackers have buffered
     saved = folder / (BASIS_FILE if init_only else ADAPTER)
     say(f"{'basis' if init_only else 'adapter'} saved: {saved}   report: {folder / REPORT}")
     return "finished"
 
 
 def initialize_or_resume(training: TrainingRun) -> InitReport:
-    """A, B and R in place, and where the run has been before, its training's state. Collective."""
+    """Fill A, B and R by the init, or restore the run from its checkpoint. Collective."""
     run = training.run
     if run.config.packing:
         with phase(run, "evaluation"):
@@ -140,14 +144,14 @@ def initialize_or_resume(training: TrainingRun) -> InitReport:
             init = init_phase(run, training.engine, training.adapters, training.folder)
     if training.state.step == 0 and not has_row(
         training, "init"
-    ):  # a run may have been killed before
+    ):  # the run may have been killed before this
         with phase(run, "evaluation"):
             evaluate(training, "init")
     return init
 
 
 def base_alone(training: TrainingRun) -> AbstractContextManager[None]:
-    """In it the model is its base."""
+    """Return a context in which the model computes as its base alone."""
     if training.run.adapter.peft is not None:
         return peft_off(training.engine.module)
     return branches_off(training.adapters)
@@ -155,7 +159,7 @@ def base_alone(training: TrainingRun) -> AbstractContextManager[None]:
 
 @contextmanager
 def phase(run: Prepared, name: Phase) -> Iterator[None]:
-    """What is done in it may run out of memory, which is then explained.
+    """Explain an out-of-memory error that is raised inside.
 
     Raises:
         OutOfMemoryError: on this rank only; the launcher ends the others.
@@ -170,7 +174,7 @@ def phase(run: Prepared, name: Phase) -> Iterator[None]:
 
 
 def is_finished(run: Prepared) -> bool:
-    """Whether a run has come to the end that these options ask for, to its report."""
+    """Return whether the run has reached the end that its options ask for, report included."""
     assert run.resume is not None
     found = run.resume.checkpoint
     if found is None or not found.state.finished:
@@ -179,9 +183,10 @@ def is_finished(run: Prepared) -> bool:
 
 
 def start_engine(run: Prepared) -> tuple[Any, Adapters]:
-    """The base with placeholders for adapters, inside the run's one engine. Collective.
+    """Load the base, add empty adapters and make the run's one engine. Collective.
 
-    Where PEFT makes the layers, they are as it fills them, and there are no adapters of ours.
+    Returns:
+        The engine; layer -> adapter, empty if PEFT makes the layers, which it fills itself.
     """
     config, dtype, adapters = run.config, DTYPES[run.config.dtype], Adapters()
     model = load_base(run.base, config, run.ds_config)
@@ -208,17 +213,17 @@ def start_engine(run: Prepared) -> tuple[Any, Adapters]:
             )
             say(
                 f"the loss of a {type(model).__name__} is made of all its logits at once, up to "
-                f"{gib:.2f} GiB in training: its head does more than is known here"
+                f"{gib:.2f} GiB in training: its output head is of an unknown kind"
             )
     return engine, adapters
 
 
 def gather_together(run: Prepared, model: Any, adapters: Adapters) -> None:
-    """What ZeRO-3 gathers at a time: a layer's W0, A and B. Not collective.
+    """Set what ZeRO-3 gathers at a time: a layer's W0, A and B. Not collective.
 
-    Where activations are recomputed, a whole decoder block's, if ``gathers_blocks``: DeepSpeed then
-    keeps it from the recomputation to the end of the block's backward pass, and otherwise gathers
-    every layer again in between, although it has been holding the block (docs/ds_configs.md).
+    Where activations are recomputed and ``gathers_blocks``, it is a whole decoder block. DeepSpeed
+    then keeps the block from its recomputation to the end of its backward pass; otherwise it
+    gathers every layer again in between, although it already holds the block (docs/ds_configs.md).
     """
     for adapter in adapters.values():
         zero.gather_together(adapter, adapter.base_layer.parameters())
@@ -230,7 +235,7 @@ def gather_together(run: Prepared, model: Any, adapters: Adapters) -> None:
 
 
 def has_row(training: TrainingRun, stage: str) -> bool:
-    """Whether an evaluation is among the run's rows. Collective."""
+    """Return whether an evaluation of this stage is logged already. Collective."""
     found = [
         training.log is not None and any(row.get("stage") == stage for row in training.log.rows)
     ]
@@ -239,7 +244,7 @@ def has_row(training: TrainingRun, stage: str) -> bool:
 
 
 def check_packs(training: TrainingRun) -> None:
-    """Refuse to train on rows that would see each other. Collective."""
+    """Refuse to train if rows of one pack would see each other. Collective."""
     run = training.run
     examples = run.data.train.examples[:8]
     model = training.engine.module
@@ -247,5 +252,5 @@ def check_packs(training: TrainingRun) -> None:
         raise ConfigError(
             f"--packing: rows of one pack see each other in a {type(model).__name__} with "
             f"attention {run.base.hf_config._attn_implementation}. Leave it out (rows of similar "
-            "lengths are batched together as it is), or try another --attn-implementation."
+            "lengths are batched together anyway), or try another --attn-implementation."
         )

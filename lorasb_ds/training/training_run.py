@@ -1,4 +1,4 @@
-"""A run with its engine: what its phases hand on to each other."""
+"""A run with its engine, as its phases share it."""
 
 from __future__ import annotations
 
@@ -20,16 +20,29 @@ Adapters = dict[str, AdapterLinear]
 
 @dataclass
 class TrainingRun:
+    """A run whose engine is made.
+
+    Attributes:
+        run: the run as it was checked and planned.
+        folder: its output folder.
+        log: on rank 0; None elsewhere.
+        engine: DeepSpeed's engine.
+        adapters: layer -> adapter; empty if PEFT makes the layers.
+        state: how far the run is.
+        stop: whether the run is asked to stop.
+        saved: the state that this process has saved last; None: nothing yet.
+    """
+
     run: Prepared
     folder: Path
-    log: RunLog | None  # rank 0's
+    log: RunLog | None
     engine: Any
-    adapters: Adapters  # none where PEFT makes the layers
+    adapters: Adapters
     state: TrainerState
     stop: StopRequest
-    saved: TrainerState | None = None  # by this process
+    saved: TrainerState | None = None
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
-        """All that is trained, by name."""
+        """Every trained parameter, by name."""
         return trained_in(self.engine.module)

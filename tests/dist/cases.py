@@ -288,10 +288,9 @@ def steps(config: dict[str, Any], out: str, fp16: bool = False) -> None:
 
 def stretch(config: dict[str, Any], out: str, first: int, last: int, state: str | None) -> None:
     """Some steps of a run, from given factors or from a stored state; losses and the state then."""
-    from lorasb_ds.training.engine_state import collect_state, restore_state
-
     from lorasb_ds.adapters.inject import trained_in
     from lorasb_ds.distributed import zero
+    from lorasb_ds.training.engine_state import collect_state, restore_state
     from lorasb_ds.training.loop import train_step
 
     run, engine, adapters = _start(config, {})
@@ -330,10 +329,9 @@ def not_finite_step(config: dict[str, Any], zero_optimization: dict[str, Any], w
     """One rank's loss or gradient is not finite: no rank steps, and the next step is clean."""
     import copy
 
-    from lorasb_ds.training.engine_state import collect_state
-
     from lorasb_ds.adapters.inject import trained_in
     from lorasb_ds.distributed import zero
+    from lorasb_ds.training.engine_state import collect_state
     from lorasb_ds.training.loop import train_step
 
     run, engine, adapters = _start(config, zero_optimization)

@@ -230,7 +230,7 @@ def test_evaluations_on_other_rows_begin_anew(
     output = run_worker(*options, *more.split())
     assert "changed since: held-out rows" in output
     assert "changed since: steps 24 -> 26" in output
-    assert "the best evaluation so far is forgotten" in output
+    assert "the best evaluation so far is dropped" in output
     index = json.loads((run / "checkpoints" / "index.json").read_text())
     assert index["best_step"] == 26
 
@@ -321,7 +321,7 @@ def test_what_is_not_finite_ends_the_run_with_its_rows(options: list[str], tmp_p
     skipped = [step for step, row in rows.items() if row.get("skipped")]
     assert len(skipped) == 3
     assert skipped == list(range(min(skipped), min(skipped) + 3))
-    assert output.count("left out (rows.jsonl:") == 2
+    assert output.count("skipped (rows.jsonl:") == 2
     assert "look at the rows of this step: rows.jsonl:" in output
     assert "Traceback" not in output
 

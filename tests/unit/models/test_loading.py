@@ -365,7 +365,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "whole numbers": (
         lambda f: edit_tensor(f, UP, lambda t: t.to(torch.int32)),
-        rf"{UP} in model-\S+ is stored as I32, where the model has torch\.bfloat16",
+        rf"{UP} in model-\S+ is stored as I32, but the model has torch\.bfloat16",
     ),
     "offsets that lie": (
         lambda f: edit_header(f, UP, "F16"),

@@ -93,7 +93,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
 def test_an_init_alone(tmp_path: Path, rows: list[dict[str, Any]], absent: str) -> None:
     text = report(tmp_path, rows, init_from="runs/earlier")
     assert f"## {absent}" not in text
-    assert "Taken from runs/earlier" in text
+    assert "Loaded from runs/earlier" in text
     assert "loss.png" not in text
 
 

@@ -1,0 +1,79 @@
+"""Evaluation on held-out rows while a run trains: their loss, and answers to a few of them."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from lorasb_ds.distributed import accelerator
+from lorasb_ds.models.generation import generate, stop_tokens
+from lorasb_ds.models.loss import eval_mode, held_out_loss
+from lorasb_ds.runs.history import perplexity
+from lorasb_ds.runs.output_dir import say
+from lorasb_ds.training.training_run import TrainingRun
+
+Stage = Literal["base", "init", "step", "trained"]
+
+SAMPLE_TOKENS = 128  # in a generated answer, at most
+
+
+def evaluate(training: TrainingRun, stage: Stage) -> bool:
+    """Measure the loss on the held-out rows, and log it. Collective.
+
+    Returns:
+        Whether training has reached a new best loss; False without held-out rows.
+    """
+    run, state = training.run, training.state
+    state.evaluated_at = state.step
+    if run.data.held_out is None:
+        return False
+    batches = run.batches(run.data.held_out, range(len(run.data.held_out.examples)))
+    loss = held_out_loss(training.engine.module, batches, accelerator.device())
+    ppl = perplexity(loss)
+    say(f"step {state.step}: held-out loss {loss:.4f}, perplexity {ppl:.2f} ({stage})")
+    if training.log:
+        row = {"step": state.step, "stage": stage, "eval_loss": loss, "perplexity": ppl}
+        training.log.write(row)
+    if run.config.generate_samples:
+        write_samples(training, stage)
+    if stage not in ("step", "trained"):
+        return False
+    best = state.best_loss
+    if math.isfinite(loss) and (best is None or loss < best):
+        state.best_step, state.best_loss = state.step, loss
+        state.evals_since_best = 0
+        return True
+    state.evals_since_best += 1
+    return False
+
+
+def write_samples(training: TrainingRun, stage: Stage) -> None:
+    """Write greedy answers to the first held-out rows to ``samples.jsonl``. Collective.
+
+    Every rank generates the same answers, so that all take part in the same gathers of ZeRO-3.
+    """
+    run, model = training.run, training.engine.module
+    assert run.data.held_out is not None
+    examples = run.data.held_out.examples[: run.config.generate_samples]
+    prompts = [example.input_ids[: max(1, example.first_label)] for example in examples]
+    with eval_mode(model):
+        answers = generate(
+            model,
+            run.base.tokenizer,
+            prompts,
+            SAMPLE_TOKENS,
+            accelerator.device(),
+            stop=stop_tokens(run.base.tokenizer),
+        )
+    if training.log:
+        for i, (example, prompt, answer) in enumerate(zip(examples, prompts, answers, strict=True)):
+            training.log.write_sample(
+                {
+                    "step": training.state.step,
+                    "stage": stage,
+                    "row": run.data.held_out.row_id(i),
+                    "prompt": run.base.tokenizer.decode(prompt),
+                    "expected": run.base.tokenizer.decode(example.input_ids[len(prompt) :]),
+                    "generated": answer.text,
+                }
+            )
