@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,31 @@ def nf4_config(compute_dtype: torch.dtype) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
     )
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def with_own_code(llama: Path, folder: Path) -> Path:
+    """Copy a Llama to a folder where it is a model of its own code, for --trust-remote-code."""
+    shutil.copytree(llama, folder)
+    (folder / "own.py").write_text(OWN_CODE)
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "own"}
+    config["auto_map"] = {
+        "AutoConfig": "own.OwnConfig",
+        "AutoModelForCausalLM": "own.OwnForCausalLM",
+    }
+    config["architectures"] = ["OwnForCausalLM"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def load_whole(folder: str, dtype: str) -> Any:

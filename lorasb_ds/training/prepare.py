@@ -212,9 +212,9 @@ def order_of(config: RunConfig, train: TokenizedRows) -> Order:
 def _make_experts_leaves(ds_config: dict[str, Any], experts: Iterable[str]) -> None:
     """Let ZeRO-3 gather a module of experts at once, and not part by part ("leaf modules").
 
-    Otherwise ranks whose tokens go to other experts would wait for each other. DeepSpeed's own list
-    names whole MoE blocks, of which it would reduce the trainable parameters at every backward
-    pass, the init's too.
+    Otherwise ranks whose tokens go to different experts would wait for each other. DeepSpeed's own
+    list names whole MoE blocks, whose trainable parameters it would reduce at every backward pass,
+    the init's included.
     """
     section, names = ds_config["zero_optimization"], list(experts)
     if names and section["stage"] == 3:

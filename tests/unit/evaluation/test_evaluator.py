@@ -19,7 +19,7 @@ from lorasb_ds.errors import ConfigError
 from lorasb_ds.evaluation.evaluator import EvalResult, evaluate, evaluate_model, write_results
 from lorasb_ds.evaluation.model import prepare_model, start_model
 from lorasb_ds.evaluation.rows import load_eval_rows
-from tests.references import own_loss, write_random_lora
+from tests.references import own_loss, with_own_code, write_random_lora
 from tests.runs import ROOT, word_rows, write_jsonl
 
 
@@ -150,6 +150,17 @@ def test_an_adapter_of_another_base(demo_model: Path, adapter: Path) -> None:
     message = r"does not fit --model .* of shape \(48, 80\), where the model has one of \(576, 1536"
     with pytest.raises(ConfigError, match=message):
         prepare_model(config, str(adapter))
+
+
+def test_a_base_with_code_of_its_own(
+    tiny_model: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "c"))
+    given = {"model": str(with_own_code(tiny_model, tmp_path / "model"))}
+    with pytest.raises(ConfigError, match="give --trust-remote-code"):
+        prepare_model(load_run_config(given), str(adapter))
+    run = prepare_model(load_run_config(given | {"trust_remote_code": True}), str(adapter))
+    assert type(start_model(run)).__name__ == "OwnForCausalLM"
 
 
 def test_no_shards_without_a_job(

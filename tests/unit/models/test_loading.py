@@ -21,7 +21,7 @@ from lorasb_ds.models.linear_layers import linear_layers
 from lorasb_ds.models.loading import load_base
 from lorasb_ds.models.quantization import PackedLinear, PackedLinear4bit, PackedLinear8bit
 from lorasb_ds.models.weight_map import unused_tensors
-from tests.references import load_whole, nf4_config
+from tests.references import load_whole, nf4_config, with_own_code
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 LLAMA = {
@@ -408,31 +408,11 @@ def test_the_digest_sees_every_tensor(llama: Path, tmp_path: Path) -> None:
     assert len(digests) == 1 + len(names)
 
 
-OWN_CODE = """
-from transformers import LlamaConfig, LlamaForCausalLM
-
-class OwnConfig(LlamaConfig):
-    model_type = "own"
-
-class OwnForCausalLM(LlamaForCausalLM):
-    config_class = OwnConfig
-"""
-
-
 def test_code_of_a_base_needs_a_flag(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "c"))
-    folder = tmp_path / "model"
-    shutil.copytree(llama, folder)
-    (folder / "own.py").write_text(OWN_CODE)
-    config = json.loads((folder / "config.json").read_text()) | {"model_type": "own"}
-    config["auto_map"] = {
-        "AutoConfig": "own.OwnConfig",
-        "AutoModelForCausalLM": "own.OwnForCausalLM",
-    }
-    config["architectures"] = ["OwnForCausalLM"]
-    (folder / "config.json").write_text(json.dumps(config))
+    folder = with_own_code(llama, tmp_path / "model")
     remedy = "If you trust that code, give --trust-remote-code; --config and --resume do not take"
     with pytest.raises(ConfigError, match=remedy):
         _ = Base(str(folder)).hf_config
