@@ -307,7 +307,7 @@ def test_8bit_codes_of_another_shape(llama: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
     save_file(tensors | {UP: tensors[UP].T.contiguous()}, path, metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match=r"of shape \(32, 48\), where .* has \(48, 32\)"):
+    with pytest.raises(ConfigError, match=r"of shape \(32, 48\), but .* has \(48, 32\)"):
         base(tmp_path, load_in_8bit=True)
     save_file(without(tensors, "up_proj.SCB"), path, metadata={"format": "pt"})
     with pytest.raises(ConfigError, match="SCB is missing beside it"):
