@@ -1,4 +1,4 @@
-"""What each rank of a distributed test does: `python -m tests.dist.cases CASE JSON`."""
+"""What each rank of a distributed test does."""
 
 from __future__ import annotations
 
@@ -604,12 +604,3 @@ def evaluation(given: dict[str, Any], adapter: str, out: str, zero_optimization:
     result = evaluate(run, rows, start_model(run))
     if zero.rank() == 0:
         write_results(Path(out), run, [(rows, result)])
-
-
-if __name__ == "__main__":
-    globals()[sys.argv[1]](**json.loads(sys.argv[2]))
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    # As the worker ends (launcher/train.py): some thread of gloo's may outlive its group.
-    sys.stdout.flush()
-    os._exit(0)

@@ -10,8 +10,7 @@ import pytest
 
 from lorasb_ds.config.run_layout import ALIGNMENT, ALIGNMENT_PICTURE
 from lorasb_ds.runs.history import Row, read_rows
-from tests.integration.test_resume import run_worker
-from tests.runs import metrics, word_rows, write_jsonl
+from tests.runs import metrics, run_worker, word_rows, write_jsonl
 
 
 def losses(folder: Path) -> list[float]:
