@@ -22,7 +22,7 @@ def bits(rows: list[Row]) -> list[str]:
     return [repr(row) for row in rows]
 
 
-@pytest.mark.parametrize("method", ["lora-sb", "pissa"])
+@pytest.mark.parametrize("method", ["lora-sb", pytest.param("pissa", marks=pytest.mark.slow)])
 def test_a_tracked_run(tiny_model: Path, tmp_path: Path, method: str) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", word_rows(30))
     options = (

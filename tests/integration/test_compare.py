@@ -43,7 +43,7 @@ def wait_until_all_have_ended(folder: Path) -> None:
     """The jobs of a command that was killed."""
     deadline = time.monotonic() + 60
     while any(str(folder) in " ".join(p.info["cmdline"] or ()) for p in processes()):
-        assert time.monotonic() < deadline, "a job goes on without its command"
+        assert time.monotonic() < deadline, "after 60 s a job goes on without its command"
         time.sleep(0.1)
 
 
@@ -144,6 +144,7 @@ def test_other_options_are_refused(folder: Path, options: list[str]) -> None:
     assert before == (content_of(folder), when_written(folder))
 
 
+@pytest.mark.slow
 def test_anew_with_other_seeds_a_failure_and_answers(
     options: list[str], folder: Path, tmp_path: Path
 ) -> None:

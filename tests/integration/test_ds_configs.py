@@ -102,13 +102,19 @@ HAS_LIBAIO = get_accelerator().create_op_builder("AsyncIOBuilder").is_compatible
         ("zero3", 2, 2, REALLY_SHARDED),
         ("zero3_offload", 2, 2, REALLY_SHARDED),
         # Two groups of two: the same rows in a step.
-        ("zero3_hpz", 4, 1, REALLY_SHARDED | {"zero_hpz_partition_size": 2}),
+        pytest.param(
+            *("zero3_hpz", 4, 1, REALLY_SHARDED | {"zero_hpz_partition_size": 2}),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "zero3_nvme",
             2,
             2,
             REALLY_SHARDED,
-            marks=pytest.mark.skipif(not HAS_LIBAIO, reason="libaio is missing"),
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(not HAS_LIBAIO, reason="libaio is missing"),
+            ],
         ),
     ],
 )

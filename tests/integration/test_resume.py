@@ -138,6 +138,7 @@ def test_it_goes_on_with_1_and_2_and_3_processes(
     assert (folder / "report.md").is_file()
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(tiny_model: Path, tmp_path: Path) -> None:
     """SIGKILL, also in the middle of a save; the same processes: equal to the bit.
 
@@ -265,6 +266,7 @@ def test_a_full_disk(options: list[str], alone: Path, tmp_path: Path, policy: st
         assert training(run).keys() == set(range(1, STEPS + 1))
 
 
+@pytest.mark.slow
 def test_ctrl_c_twice(options: list[str], tmp_path: Path) -> None:
     """The second one does not wait for anything."""
     folder = tmp_path / "run"
@@ -281,6 +283,7 @@ def test_ctrl_c_twice(options: list[str], tmp_path: Path) -> None:
     assert time.monotonic() - began < 10
 
 
+@pytest.mark.slow
 def test_a_closed_terminal(options: list[str], tmp_path: Path) -> None:
     """It asks the run to end, which writes to it no more."""
     folder = tmp_path / "run"
@@ -348,6 +351,7 @@ def test_early_stopping_keeps_the_best(options: list[str], tmp_path: Path) -> No
     assert adapter[f"base_model.model.{name}.lora_B.weight"].sub(expected).abs().max() < 1e-6
 
 
+@pytest.mark.slow
 def test_out_of_memory_is_explained(options: list[str], tmp_path: Path) -> None:
     """For real: the process may not take more than so much memory."""
     rows = write_jsonl(tmp_path / "rows.jsonl", word_rows(13) * 4000)

@@ -123,6 +123,7 @@ def test_two_hosts_are_two_processes(
     assert mode == 0o600
 
 
+@pytest.mark.slow
 def test_hosts_that_a_scheduler_starts(hosts: Hosts, options: list[str], tmp_path: Path) -> None:
     """What the Slurm script runs on every node; the master last, over the second network."""
     folder, commands = tmp_path / "run", {}
@@ -157,6 +158,7 @@ def test_hosts_that_a_scheduler_starts(hosts: Hosts, options: list[str], tmp_pat
     assert "lorasb: network: eth1 on n0, n1" in (tmp_path / "log-0").read_text()
 
 
+@pytest.mark.slow
 def test_hosts_that_are_started_with_other_options(
     hosts: Hosts, options: list[str], tmp_path: Path
 ) -> None:
@@ -175,6 +177,7 @@ def test_hosts_that_are_started_with_other_options(
     assert "was it started with the same options?" in logs[1].read_text()
 
 
+@pytest.mark.slow
 def test_exclude(start: Callable[..., Job]) -> None:
     job = start("--exclude", "n1", "--max-steps", "1", ranks=(0, 1, 2))
     assert job.ends(within_s=90) == 0, job.output
@@ -223,6 +226,7 @@ def test_doctor_finds_what_is_wrong_with_a_host(
     assert checks["n0", "accelerators"]["ok"]
 
 
+@pytest.mark.slow
 def test_doctor_finds_what_is_wrong_with_the_network(
     hosts: Hosts, options: list[str], tmp_path: Path
 ) -> None:
@@ -252,6 +256,7 @@ def test_doctor_finds_what_is_wrong_with_the_network(
     assert not checks["n2", f"reaches {address}:29513"]["ok"]
 
 
+@pytest.mark.slow
 def test_ssh_is_refused(hosts: Hosts, start: Callable[..., Job]) -> None:
     hosts[1].stop_sshd()
     with returns_within(SOON):
@@ -279,6 +284,7 @@ def test_a_killed_worker(start: Callable[..., Job]) -> None:
     assert f"Its log: {job.folder}/logs/rank-1.log" in job.output
 
 
+@pytest.mark.slow
 def test_a_worker_that_fails(start: Callable[..., Job], tmp_path: Path) -> None:
     """An exception on one rank, once all have joined; the others wait in a collective."""
     fail = (
@@ -308,6 +314,7 @@ def test_a_link_goes_down(start: Callable[..., Job]) -> None:
     assert "rank 1 on n1 was not heard of for 5 s" in job.output
 
 
+@pytest.mark.slow
 def test_the_masters_host_is_lost(start: Callable[..., Job]) -> None:
     """Seen from a host that runs no rank, as a login node does."""
     job = start(on=2)
@@ -318,6 +325,7 @@ def test_the_masters_host_is_lost(start: Callable[..., Job]) -> None:
     assert "on n0" in job.output.rpartition("lorasb: error:")[2]
 
 
+@pytest.mark.slow
 def test_a_worker_that_never_joins(start: Callable[..., Job], tmp_path: Path) -> None:
     sleep = (
         "import os, sys, time\n"
@@ -331,6 +339,7 @@ def test_a_worker_that_never_joins(start: Callable[..., Job], tmp_path: Path) ->
     assert "rank 1 on n1 did not join the others within 20 s" in job.output
 
 
+@pytest.mark.slow
 def test_a_stopped_worker(start: Callable[..., Job]) -> None:
     job = start()
     job.wait_for_rows(1)
@@ -350,6 +359,7 @@ def test_sigterm_saves_and_ends_every_host(start: Callable[..., Job]) -> None:
     assert list((job.folder / "checkpoints").glob("step-*"))
 
 
+@pytest.mark.slow
 def test_the_launcher_is_killed(start: Callable[..., Job]) -> None:
     """Nobody is left to say so, and nobody is left (the fixture of all tests looks)."""
     job = start()
@@ -385,6 +395,7 @@ def test_restart_with_fewer_hosts(start: Callable[..., Job], tmp_path: Path) -> 
     shutil.rmtree(job.folder)
 
 
+@pytest.mark.slow
 def test_each_host_has_a_run_of_a_comparison(
     hosts: Hosts, options: list[str], tmp_path: Path
 ) -> None:
@@ -412,6 +423,7 @@ def test_each_host_has_a_run_of_a_comparison(
     assert all(entry["loss"] > 0 for entry in row["sweep"])
 
 
+@pytest.mark.slow
 def test_two_hosts_share_an_evaluation(
     hosts: Hosts, options: list[str], tiny_model: Path, tmp_path: Path
 ) -> None:
