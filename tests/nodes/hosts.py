@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import shlex
 import shutil
 import signal
 import subprocess
@@ -86,12 +87,23 @@ def missing() -> str | None:
     return None
 
 
-def wait_until(condition: Callable[[], object], what: str, seconds: float = 10) -> None:
+def wait_until(
+    condition: Callable[[], object], what: str, seconds: float = 10, log: Path | None = None
+) -> None:
     """Wait for what comes about by itself; fails, saying what did not, past the time limit."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"not after {seconds} s: {what}"
+        if time.monotonic() > deadline:
+            said = f"; the end of {log}:\n{log.read_text()[-6000:]}" if log else ""
+            raise AssertionError(f"not after {seconds} s: {what}{said}")
         time.sleep(0.01)
+
+
+def status_of(command: subprocess.Popen[str], log: Path, seconds: float) -> int:
+    """The status of a command once it has ended; fails past the time limit."""
+    what = f"the end of {shlex.join(map(str, command.args))}"  # type: ignore[arg-type]
+    wait_until(lambda: command.poll() is not None, what, seconds, log)
+    return command.returncode
 
 
 class Command(subprocess.Popen[str]):

@@ -16,7 +16,7 @@ import pytest
 
 from launcher.hosts.job_script import inner_command
 from lorasb_ds.system.signals import EXIT_STOPPED
-from tests.nodes.hosts import Command, Host, Hosts, wait_until
+from tests.nodes.hosts import Command, Host, Hosts, status_of, wait_until
 from tests.runs import metrics, run_command, word_rows, write_jsonl
 
 TIMEOUT = 5  # --failure-timeout
@@ -53,7 +53,7 @@ class Job:
             assert self.command.poll() is None, self.output
             return self.num_rows() >= count
 
-        wait_until(there, f"{count} steps are done", seconds=90)
+        wait_until(there, f"{count} steps are done", seconds=90, log=self.log)
 
     def worker(self, rank: int) -> int:
         """The process of a rank, outside its host; each host has one."""
@@ -62,7 +62,7 @@ class Job:
 
     def ends(self, within_s: float) -> int:
         """Its status; the time from now."""
-        return self.command.wait(timeout=within_s)
+        return status_of(self.command, self.log, within_s)
 
 
 @pytest.fixture
@@ -149,11 +149,13 @@ def test_hosts_that_a_scheduler_starts(hosts: Hosts, options: list[str], tmp_pat
             )
         time.sleep(2 * node_rank)
     file = folder / "metrics.jsonl"
-    wait_until(lambda: file.exists() and '"loss"' in file.read_text(), "it trains", seconds=90)
+    wait_until(
+        lambda: file.exists() and '"loss"' in file.read_text(), "it trains", 90, tmp_path / "log-0"
+    )
     commands[1].send_signal(signal.SIGTERM)  # as a node that is drained
     for node_rank, command in commands.items():
-        status = command.wait(timeout=30)
-        assert status == EXIT_STOPPED, (tmp_path / f"log-{node_rank}").read_text()
+        log = tmp_path / f"log-{node_rank}"
+        assert status_of(command, log, 30) == EXIT_STOPPED, log.read_text()
     assert list((folder / "checkpoints").glob("step-*"))
     assert "lorasb: network: eth1 on n0, n1" in (tmp_path / "log-0").read_text()
 
@@ -171,8 +173,8 @@ def test_hosts_that_are_started_with_other_options(
                 *("--master-port", "29531", "--output-dir", str(tmp_path / "run")),
                 stdout=log,
             )
-    assert commands[0].wait(timeout=60) == 2
-    assert commands[1].wait(timeout=60) not in (0, EXIT_STOPPED)
+    assert status_of(commands[0], logs[0], 60) == 2
+    assert status_of(commands[1], logs[1], 60) not in (0, EXIT_STOPPED)
     assert "rank 1 on n1 was started with other options" in logs[0].read_text()
     assert "was it started with the same options?" in logs[1].read_text()
 
@@ -380,7 +382,7 @@ def test_restart_with_fewer_hosts(start: Callable[..., Job], tmp_path: Path) -> 
     job = start(*given)
     job.wait_for_rows(3)
     job.ranks[1].kill(job.worker(1))
-    wait_until(lambda: "lorasb: restart 1 of 2" in job.output, "it starts again", seconds=30)
+    wait_until(lambda: "lorasb: restart 1 of 2" in job.output, "it starts again", 30, job.log)
     job.wait_for_rows(job.num_rows() + 2)
     job.ranks[1].lose()
     with returns_within(90):
@@ -409,7 +411,7 @@ def test_each_host_has_a_run_of_a_comparison(
             *("--eval-data", data, "--max-steps", "4", "--failure-timeout", str(TIMEOUT)),
             stdout=log,
         )
-        assert command.wait(timeout=200) == 0, (tmp_path / "log").read_text()
+        assert status_of(command, tmp_path / "log", 200) == 0, (tmp_path / "log").read_text()
     said = (tmp_path / "log").read_text()
     names = [f"lora-sb-r4-lr{lr}-s42" for lr in ("1e-3", "5e-3")]
     for name, host in zip(names, ("n1", "n2"), strict=True):
@@ -436,7 +438,7 @@ def test_two_hosts_share_an_evaluation(
             *("--output-dir", tmp_path / "out", "--failure-timeout", str(TIMEOUT)),
             stdout=log,
         )
-        assert command.wait(timeout=120) == 0, (tmp_path / "log").read_text()
+        assert status_of(command, tmp_path / "log", 120) == 0, (tmp_path / "log").read_text()
     found = json.loads((tmp_path / "out" / "eval.json").read_text())
     assert (found["world_size"], found["zero_stage"]) == (2, 3)
     assert found["results"][0]["rows"] == 5
