@@ -661,3 +661,10 @@ def memory_of_tokenizing(model: str, small: str, large: str, out: str) -> None:
     done.set()
     watcher.join()
     Path(out).write_text(json.dumps([len(rows.examples), peak - start]))
+
+
+def rank_1_fails(sleep_s: float) -> None:
+    """The others sleep."""
+    if os.environ["RANK"] == "1":
+        raise ValueError("on purpose")
+    time.sleep(sleep_s)

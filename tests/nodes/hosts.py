@@ -101,7 +101,7 @@ def wait_until(
 
 def status_of(command: subprocess.Popen[str], log: Path, seconds: float) -> int:
     """The status of a command once it has ended; fails past the time limit."""
-    what = f"the end of {shlex.join(map(str, command.args))}"  # type: ignore[arg-type]
+    what = f"the end of {shlex.join(map(str, command.args))}"
     wait_until(lambda: command.poll() is not None, what, seconds, log)
     return command.returncode
 
