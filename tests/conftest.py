@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # `--hypothesis-profile all` (scripts/test.sh --all) draws what the tests' own settings say.
 settings.register_profile("quick", max_examples=25, deadline=None)
-settings.register_profile("all", max_examples=200, deadline=None)
+settings.register_profile("all", max_examples=250, deadline=None)
 settings.load_profile("quick")
 
 
