@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from multiprocessing import Pipe
 from pathlib import Path
@@ -209,6 +209,35 @@ def _terminate(child: subprocess.Popen[Any]) -> None:
             child.wait(30)
         child.kill()
         child.wait()
+
+
+def wait_until(
+    condition: Callable[[], object], what: str, seconds: float = 10, log: Path | None = None
+) -> None:
+    """Wait for what comes about by itself; fails, saying what did not, past the time limit."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            said = f"; the end of {log}:\n{log.read_text()[-6000:]}" if log else ""
+            raise AssertionError(f"not after {seconds} s: {what}{said}")
+        time.sleep(0.01)
+
+
+def status_of(command: subprocess.Popen[Any], log: Path, seconds: float) -> int:
+    """The status of a command once it has ended; fails past the time limit."""
+    what = f"the end of {shlex.join(map(str, command.args))}"
+    wait_until(lambda: command.poll() is not None, what, seconds, log)
+    return command.returncode
+
+
+def output_of(command: subprocess.Popen[str], seconds: float) -> str:
+    """What a command has written into its pipe once it has ended; fails past the time limit."""
+    try:
+        return command.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired as error:
+        so_far = (error.output or b"").decode(errors="replace")[-6000:]
+        what = shlex.join(map(str, command.args))
+        raise AssertionError(f"{what}: no end after {seconds} s. Its output:\n{so_far}") from error
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

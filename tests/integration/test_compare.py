@@ -15,7 +15,7 @@ import pytest
 from filelock import FileLock
 
 from tests.integration.test_resume import started, wait_for_rows
-from tests.runs import metrics, run_command, word_rows, write_jsonl
+from tests.runs import metrics, output_of, run_command, word_rows, write_jsonl
 
 STEPS = 400  # a run that is to be stopped must not come to its end before it hears of it
 FIRST, SECOND = "lora-sb-r4-lr1e-3-s42", "lora-sb-r4-lr4e-3-s42"
@@ -69,7 +69,7 @@ def folder(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
     with started(*command) as child:
         wait_for_rows(child, folder / "runs" / FIRST, 3)
         child.send_signal(signal.SIGTERM)
-        output = child.communicate(timeout=60)[0]
+        output = output_of(child, 60)
         assert child.returncode == 75, output
     assert f"{FIRST}: stopped" in output
     assert "stopped: the same command goes on" in output

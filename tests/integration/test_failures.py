@@ -21,7 +21,7 @@ from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.system.signals import EXIT_STOPPED
 from lorasb_ds.training.prepare import prepare
-from tests.runs import ROOT, run_command, run_worker, word_rows, write_jsonl
+from tests.runs import ROOT, run_command, run_worker, status_of, word_rows, write_jsonl
 
 
 @pytest.fixture
@@ -213,8 +213,9 @@ def test_a_killed_worker_ends_the_run(running: tuple[subprocess.Popen[bytes], st
     assert "it is not of this job" in intrude(max(ranks))
     assert child.poll() is None, "a stranger changes nothing"
     os.kill(max(ranks), signal.SIGKILL)
-    assert child.wait(timeout=60) == 128 + signal.SIGKILL
-    text = (Path(folder).parent / "log").read_text()
+    log = Path(folder).parent / "log"
+    assert status_of(child, log, 60) == 128 + signal.SIGKILL
+    text = log.read_text()
     place = f"rank 1 on {socket.gethostname()}"
     assert f"{place} was ended by SIGKILL, as the kernel does when memory" in text
     assert f"Its log: {folder}/logs/rank-1.log" in text
@@ -232,9 +233,9 @@ def test_sigterm_ends_every_process(running: tuple[subprocess.Popen[bytes], str]
     assert len(workers(folder)) == 2
     assert len(workers(folder, "launcher/jobs/agent.py")) >= 2
     child.send_signal(signal.SIGTERM)
-    assert child.wait(timeout=60) == EXIT_STOPPED
-    log = (Path(folder).parent / "log").read_text()
-    assert "return code" not in log, "DeepSpeed does not call it an error"
+    log = Path(folder).parent / "log"
+    assert status_of(child, log, 60) == EXIT_STOPPED
+    assert "return code" not in log.read_text(), "DeepSpeed does not call it an error"
     assert gone(folder, 10), "no process is left"
 
 
@@ -262,7 +263,7 @@ def test_a_rank_that_dies_in_the_init(demo_model: Path, tmp_path: Path) -> None:
             time.sleep(3)  # in the middle of a pass that takes a minute
             ranks = [p for p in workers(str(folder)) if b"--local_rank=1" in _cmdline(p)]
             os.kill(max(ranks), signal.SIGKILL)
-            assert child.wait(timeout=60) != 0
+            assert status_of(child, log, 60) != 0
             assert gone(str(folder), 10), "no process is left"
         finally:
             child.kill()

@@ -23,7 +23,7 @@ from lorasb_ds.errors import ConfigError
 from lorasb_ds.runs.checkpoint import checkpoint_path, list_checkpoints, read_checkpoint
 from lorasb_ds.system.signals import EXIT_STOPPED
 from lorasb_ds.training.prepare import prepare
-from tests.runs import ROOT, metrics, run_command, run_worker, word_rows, write_jsonl
+from tests.runs import ROOT, metrics, output_of, run_command, run_worker, word_rows, write_jsonl
 
 STEPS = 24
 LORASB = [str(Path(sys.executable).parent / "lorasb"), "train"]
@@ -118,7 +118,7 @@ def test_it_goes_on_with_1_and_2_and_3_processes(
         with started(*LORASB, *again, "--num-procs", str(num_procs)) as child:
             wait_for_rows(child, folder, max(after, num_rows(folder) + 1))
             child.send_signal(signum)
-            output, _ = child.communicate(timeout=60)
+            output = output_of(child, 60)
         assert child.returncode == EXIT_STOPPED, output
         assert "asked to end: after this step" in output
         step = num_rows(folder)
@@ -278,7 +278,7 @@ def test_ctrl_c_twice(options: list[str], tmp_path: Path) -> None:
         child.send_signal(signal.SIGINT)
         time.sleep(0.1)
         child.send_signal(signal.SIGINT)
-        child.communicate(timeout=60)
+        output_of(child, 60)
     assert child.returncode not in (0, EXIT_STOPPED)
     assert time.monotonic() - began < 10
 

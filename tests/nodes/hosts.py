@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import os
 import pwd
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
+
+from tests.runs import wait_until
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -85,25 +86,6 @@ def missing() -> str | None:
     except RuntimeError as error:
         return f"namespaces are not permitted: {error}"
     return None
-
-
-def wait_until(
-    condition: Callable[[], object], what: str, seconds: float = 10, log: Path | None = None
-) -> None:
-    """Wait for what comes about by itself; fails, saying what did not, past the time limit."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            said = f"; the end of {log}:\n{log.read_text()[-6000:]}" if log else ""
-            raise AssertionError(f"not after {seconds} s: {what}{said}")
-        time.sleep(0.01)
-
-
-def status_of(command: subprocess.Popen[str], log: Path, seconds: float) -> int:
-    """The status of a command once it has ended; fails past the time limit."""
-    what = f"the end of {shlex.join(map(str, command.args))}"
-    wait_until(lambda: command.poll() is not None, what, seconds, log)
-    return command.returncode
 
 
 class Command(subprocess.Popen[str]):

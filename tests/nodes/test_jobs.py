@@ -16,8 +16,16 @@ import pytest
 
 from launcher.hosts.job_script import inner_command
 from lorasb_ds.system.signals import EXIT_STOPPED
-from tests.nodes.hosts import Command, Host, Hosts, status_of, wait_until
-from tests.runs import metrics, run_command, word_rows, write_jsonl
+from tests.nodes.hosts import Command, Host, Hosts
+from tests.runs import (
+    metrics,
+    output_of,
+    run_command,
+    status_of,
+    wait_until,
+    word_rows,
+    write_jsonl,
+)
 
 TIMEOUT = 5  # --failure-timeout
 SOON = 10  # seconds in which the launcher returns, beyond what it has to wait for
@@ -196,7 +204,7 @@ def doctor(hosts: Hosts, tmp_path: Path, *given: str, status: int) -> dict[tuple
     command = hosts[0].popen(
         *(LORASB, "doctor", "--json", "--timeout", "20", "--hostfile", hostfile, *given)
     )
-    output = command.communicate(timeout=90)[0]
+    output = output_of(command, 90)
     assert command.returncode == status, output
     return {(check["host"], check["what"]): check for check in json.loads(output)["checks"]}
 
