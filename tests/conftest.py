@@ -28,6 +28,7 @@ settings.register_profile("all", max_examples=250, deadline=None)
 settings.load_profile("quick")
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark unit tests as fast, and keep a module's others on one worker of pytest-xdist."""
     parallel = config.pluginmanager.hasplugin("xdist")
