@@ -50,7 +50,7 @@ def benchmark(name: str) -> Iterator[Any]:
 def run_ranks(case: str, world_size: int, timeout: float = 240, **arguments: Any) -> None:
     """Run a function of tests/dist/cases.py on gloo ranks; fails as soon as one of them does."""
     given = {"case": case, **arguments}
-    outcome = _forked("run_case", world_size, 1, timeout, given)  # one thread for each rank
+    outcome = _forked("run_case", world_size, timeout, given)
     assert outcome.statuses == [0] * world_size, f"{case}: {_described(outcome, timeout)}"
 
 
@@ -72,34 +72,24 @@ def run_worker(
         status: of the first rank that ends with another one than 0.
     """
     given = {"worker": worker, "options": list(options)}
-    outcome = _forked("run_worker", world_size, available_cores(), timeout, given)
+    outcome = _forked("run_worker", world_size, timeout, given)
     found = next((s for s in outcome.statuses if s), None if outcome.timed_out else 0)
     command = shlex.join([worker, *options])
     assert found == status, f"{command}: {_described(outcome, timeout)}"
     return "".join(outcome.outputs)
 
 
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
 def _forked(
-    function: str,
-    world_size: int | None,
-    threads: int,
-    timeout: float,
-    arguments: dict[str, Any],
+    function: str, world_size: int | None, timeout: float, arguments: dict[str, Any]
 ) -> Outcome:
-    """Ranks that do a function of tests/fork_server.py, with so many threads between them."""
+    """Ranks that do a function of tests/fork_server.py, with one thread each: models are tiny."""
     port = free_port()
-    threads = max(1, threads // (world_size or 1))
     environments = [
-        dict(os.environ) | rank_environment(rank, world_size or 1, port, threads)
-        for rank in range(world_size or 1)
+        dict(os.environ) | rank_environment(rank, world_size, port, threads=1)
+        for rank in range(world_size or 0)
     ]
     if world_size is None:
-        alone = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
-        environments = [dict(os.environ) | alone]
+        environments = [dict(os.environ) | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}]
     try:
         return _fork_server().run(Job(function, arguments, environments, timeout))
     finally:
