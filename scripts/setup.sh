@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Set up everything in .venv: the versions of constraints.txt, this project, and the demo model.
+# Set up in .venv what users need: this project by the versions of constraints.txt, and the demo model.
 # Idempotent: a second call takes a second. PYTHON names another interpreter (3.10 to 3.13).
-# --nodes: also install, on Debian and as root, what the tests on several hosts start (tests/nodes).
+#   --dev    also what the tests, lint and benchmarks need
+#   --nodes  also, on Debian and as root, the system's packages for tests on several hosts (tests/nodes)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -19,16 +20,20 @@ install_nodes() (
   apt-get -qq update && apt-get -qq install -y --no-install-recommends iproute2 openssh-server pdsh
 )
 
-case "$*" in
-  "") ;;
-  --nodes)
-    if ! { command -v ip && command -v pdsh && [ -x /usr/sbin/sshd ]; } >/dev/null; then
-      [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null ||
-        fail "--nodes needs root on Debian; elsewhere install iproute2, openssh-server and pdsh, and leave it out"
-      output=$(install_nodes 2>&1) || fail "apt-get cannot install iproute2, openssh-server, pdsh: $output"
-    fi ;;
-  *) fail "usage: $0 [--nodes]" ;;
-esac
+kind=user extras=demo,eval nodes=
+for option; do
+  case $option in
+    --dev) kind=dev extras=demo,dev ;;
+    --nodes) nodes=1 ;;
+    *) fail "usage: $0 [--dev] [--nodes]" ;;
+  esac
+done
+
+if [ "$nodes" ] && ! { command -v ip && command -v pdsh && [ -x /usr/sbin/sshd ]; } >/dev/null; then
+  [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null ||
+    fail "--nodes needs root on Debian; elsewhere install iproute2, openssh-server and pdsh, and leave it out"
+  output=$(install_nodes 2>&1) || fail "apt-get cannot install iproute2, openssh-server, pdsh: $output"
+fi
 
 PYTHON=${PYTHON:-python3}
 command -v "$PYTHON" >/dev/null || fail "there is no $PYTHON. Install Python 3.10 to 3.13, or name one: PYTHON=python3.12 $0"
@@ -41,16 +46,18 @@ if ! [ -x .venv/bin/python ]; then
   "$PYTHON" -m venv .venv || fail "python's venv module does not work. Debian: apt-get install python3-venv"
 fi
 
-# The stamp holds what was installed: nothing is done when it fits.
-wanted=$(cat constraints.txt pyproject.toml scripts/setup.sh | sha256sum)
-if [ "$(cat .venv/setup.stamp 2>/dev/null)" != "$wanted" ]; then
-  pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
+# The stamp says what was installed, and for whom: what developers need holds what users need.
+wanted=$(cat constraints.txt pyproject.toml scripts/setup.sh | sha256sum | cut -d ' ' -f 1)
+stamp=$(cat .venv/setup.stamp 2>/dev/null || true)
+if [ "$stamp" != "$wanted dev" ] && [ "$stamp" != "$wanted $kind" ]; then
+  # Not compiled here: that would take longer than their download, and most modules are never imported.
+  pip() { .venv/bin/python -m pip --disable-pip-version-check install -q --no-compile -c constraints.txt "$@"; }
   # torch first: DeepSpeed's build imports it.
-  pip install -q -c constraints.txt torch numpy setuptools wheel ninja
+  pip torch numpy setuptools wheel ninja
   # DeepSpeed's build asks which of its operators could be built, and ends with MissingCUDAException
   # where there is a GPU but no CUDA toolkit. Operators are built when they are needed, not here.
-  DS_IGNORE_CUDA_DETECTION=1 pip install -q -c constraints.txt --no-build-isolation -e '.[demo,dev]'
-  printf '%s' "$wanted" >.venv/setup.stamp
+  DS_IGNORE_CUDA_DETECTION=1 pip --no-build-isolation -e ".[$extras]"
+  printf '%s' "$wanted $kind" >.venv/setup.stamp
 fi
 .venv/bin/ninja --version >/dev/null 2>&1 ||
   fail "ninja in .venv does not run, which DeepSpeed needs to build its operators: .venv/bin/python -m pip install --force-reinstall ninja"

@@ -1,4 +1,4 @@
-"""What all tests share: the models they run on, and one process group for those that need one."""
+"""What all tests share: their tiers, the models they run on, and one process group."""
 
 from __future__ import annotations
 
@@ -10,15 +10,36 @@ from typing import Any
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches out
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Two threads: also one for each of two workers of pytest-xdist.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import settings
 
 from lorasb_ds.config.paths import demo_model_dir
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# `--hypothesis-profile all` (scripts/test.sh --all) draws what the tests' own settings say.
+settings.register_profile("quick", max_examples=25, deadline=None)
+settings.register_profile("all", max_examples=250, deadline=None)
+settings.load_profile("quick")
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark unit tests as fast, and keep a module's others on one worker of pytest-xdist."""
+    parallel = config.pluginmanager.hasplugin("xdist")
+    for item in items:
+        folder = item.path.relative_to(ROOT / "tests").parts[0]
+        if folder == "unit":
+            if not item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.fast)
+        elif parallel:  # they share what a module's fixtures have made, or the hosts
+            group = "nodes" if folder == "nodes" else item.path.stem
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session", autouse=True)

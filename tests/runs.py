@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import importlib
 import json
 import math
 import os
+import shlex
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from launcher.jobs.ranks import free_port, rank_environment, remove_shared_memory
 from lorasb_ds.config.run_config import RunConfig
+from tests.fork_server import Job, Outcome
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,54 +49,185 @@ def benchmark(name: str) -> Iterator[Any]:
 
 def run_ranks(case: str, world_size: int, timeout: float = 240, **arguments: Any) -> None:
     """Run a function of tests/dist/cases.py on gloo ranks; fails as soon as one of them does."""
+    given = {"case": case, **arguments}
+    outcome = _forked("run_case", world_size, timeout, given)
+    assert outcome.statuses == [0] * world_size, f"{case}: {_described(outcome, timeout)}"
+
+
+def run_worker(
+    *options: str,
+    world_size: int | None = 1,
+    worker: str = "train",
+    status: int = 0,
+    timeout: float = 240,
+) -> str:
+    """Run a worker as DeepSpeed's launcher would, on ranks; what they printed.
+
+    For what a run leaves and says. It saves the launchers' seconds, and the imports of every rank;
+    what the launchers do is not tested by it.
+
+    Args:
+        world_size: None where no job is started: `lorasb eval` by itself, `lorasb merge`.
+        worker: a key of ``fork_server.WORKERS``; "adapters" takes its verb as the first option.
+        status: of the first rank that ends with another one than 0.
+    """
+    given = {"worker": worker, "options": list(options)}
+    outcome = _forked("run_worker", world_size, timeout, given)
+    found = next((s for s in outcome.statuses if s), None if outcome.timed_out else 0)
+    command = shlex.join([worker, *options])
+    assert found == status, f"{command}: {_described(outcome, timeout)}"
+    return "".join(outcome.outputs)
+
+
+def _forked(
+    function: str, world_size: int | None, timeout: float, arguments: dict[str, Any]
+) -> Outcome:
+    """Ranks that do a function of tests/fork_server.py, with one thread each: models are tiny."""
     port = free_port()
-    outputs = [tempfile.TemporaryFile("w+") for _ in range(world_size)]  # noqa: SIM115, closed below
-    ranks = []
-    for rank, output in enumerate(outputs):
-        environment = os.environ | rank_environment(rank, world_size, port, threads=1)
-        command = [sys.executable, "-m", "tests.dist.cases", case, json.dumps(arguments)]
-        ranks.append(
-            subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
-        )
-    deadline = time.monotonic() + timeout
+    environments = [
+        dict(os.environ) | rank_environment(rank, world_size, port, threads=1)
+        for rank in range(world_size or 0)
+    ]
+    if world_size is None:
+        environments = [dict(os.environ) | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}]
     try:
-        while any(rank.poll() is None for rank in ranks):
-            if any(rank.poll() for rank in ranks) or time.monotonic() > deadline:
-                break
-            time.sleep(0.1)
-        statuses = [rank.poll() for rank in ranks]
+        return _fork_server().run(Job(function, arguments, environments, timeout))
     finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
         remove_shared_memory(port)
-    texts = []
-    for output in outputs:
-        output.seek(0)
-        texts.append(output.read()[-5000:])
-        output.close()
-    assert statuses == [0] * world_size, f"{case}: {statuses}\n" + "\n----\n".join(texts)
+
+
+def _described(outcome: Outcome, timeout: float) -> str:
+    """Which ranks have failed or were waited for, and the end of what each has printed."""
+    ends = {
+        rank: f"ended with status {status}"
+        if status is not None
+        else f"was still at work after {timeout} s; its stacks are below"
+        if outcome.timed_out
+        else "was ended, since another one had failed"
+        for rank, status in enumerate(outcome.statuses)
+    }
+    texts = enumerate(outcome.outputs)
+    return "\n".join(
+        [*(f"rank {rank} {end}" for rank, end in ends.items())]
+        + [f"---- rank {rank}, the end of its output:\n{text[-6000:]}" for rank, text in texts]
+    )
+
+
+class ForkServer:
+    """A process that runs tests/fork_server.py, with one thread from before torch is imported."""
+
+    def __init__(self) -> None:
+        self._connection, other = Pipe()
+        start = "from tests import fork_server; fork_server.main()"
+        command = [sys.executable, "-c", start, str(other.fileno())]
+        environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115, as long as the server
+        self._process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+            pass_fds=[other.fileno()],
+            start_new_session=True,  # a Ctrl-C is this process's affair
+        )
+        other.close()
+
+    def run(self, job: Job) -> Outcome:
+        try:
+            self._connection.send(job)
+            return self._connection.recv()
+        except BaseException as error:  # also the test's limit, which finds ranks at work
+            self.end()
+            _fork_server.cache_clear()
+            if isinstance(error, pytest.fail.Exception):
+                raise AssertionError(f"waited for {job.function} {job.arguments}") from error
+            if not isinstance(error, (EOFError, OSError)):
+                raise
+            self._log.seek(0)
+            raise RuntimeError(f"the fork server has ended:\n{self._log.read()[-6000:]}") from error
+
+    def end(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+@functools.cache
+def _fork_server() -> ForkServer:
+    server = ForkServer()
+    atexit.register(server.end)
+    return server
 
 
 def run_command(*command: str, timeout: float = 280, status: int = 0, **environment: str) -> str:
     """Run a command in the project's root as in the activated environment; what it printed."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     clean = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
-    child = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=clean | {"PATH": path} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        output, _ = child.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        child.terminate()  # lorasb passes it on to its job
-        output, _ = child.communicate()
-    assert child.returncode == status, f"status {child.returncode}:\n{output[-6000:]}"
+    # Not a pipe: what the command leaves behind would hold it open.
+    with tempfile.TemporaryFile("w+") as log:
+        child = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=clean | {"PATH": path} | environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        began = time.monotonic()
+        try:
+            child.wait(timeout)
+            how, cause = f"status {child.returncode} in place of {status}", None
+        except (subprocess.TimeoutExpired, pytest.fail.Exception) as error:  # the test's limit
+            how, cause = f"no end after {time.monotonic() - began:.0f} s", error
+        finally:
+            _terminate(child)
+        log.seek(0)
+        output = log.read()
+    if cause or child.returncode != status:
+        raise AssertionError(
+            f"{shlex.join(command)}: {how}. Its output:\n{output[-6000:]}"
+        ) from cause
     return output
+
+
+def _terminate(child: subprocess.Popen[Any]) -> None:
+    """End a command that is still at work; lorasb passes the signal on to its job."""
+    if child.poll() is None:
+        child.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(30)
+        child.kill()
+        child.wait()
+
+
+def wait_until(
+    condition: Callable[[], object], what: str, seconds: float = 10, log: Path | None = None
+) -> None:
+    """Wait for what comes about by itself; fails, saying what did not, past the time limit."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            said = f"; the end of {log}:\n{log.read_text()[-6000:]}" if log else ""
+            raise AssertionError(f"not after {seconds} s: {what}{said}")
+        time.sleep(0.01)
+
+
+def status_of(command: subprocess.Popen[Any], log: Path, seconds: float) -> int:
+    """The status of a command once it has ended; fails past the time limit."""
+    what = f"the end of {shlex.join(map(str, command.args))}"
+    wait_until(lambda: command.poll() is not None, what, seconds, log)
+    return command.returncode
+
+
+def output_of(command: subprocess.Popen[str], seconds: float) -> str:
+    """What a command has written into its pipe once it has ended; fails past the time limit."""
+    try:
+        return command.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired as error:
+        so_far = (error.output or b"").decode(errors="replace")[-6000:]
+        what = shlex.join(map(str, command.args))
+        raise AssertionError(f"{what}: no end after {seconds} s. Its output:\n{so_far}") from error
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

@@ -1,10 +1,13 @@
-"""What each rank of a distributed test does: `python -m tests.dist.cases CASE JSON`."""
+"""What each rank of a distributed test does."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -609,10 +612,62 @@ def evaluation(given: dict[str, Any], adapter: str, out: str, zero_optimization:
         write_results(Path(out), run, [(rows, result)])
 
 
-if __name__ == "__main__":
-    globals()[sys.argv[1]](**json.loads(sys.argv[2]))
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    # As the worker ends (launcher/train.py): some thread of gloo's may outlive its group.
-    sys.stdout.flush()
-    os._exit(0)
+def tokenize_at_once(model: str, data: str, out: str) -> None:
+    """All ranks want the same rows, and making them takes a while."""
+    from lorasb_ds.config.run_config import RunConfig
+    from lorasb_ds.data import cache
+    from lorasb_ds.models.base import Base
+
+    dist.init_process_group("gloo")
+    made, make = [], cache._make
+
+    def slowly(folder: Path, **more: Any) -> None:
+        made.append(folder)
+        time.sleep(1)
+        make(folder, **more)
+
+    cache._make = slowly
+    tokenizer = Base(model).tokenizer
+    dist.barrier()
+    rows, notes = cache.tokenize_sources((data,), tokenizer, RunConfig())
+    found = {"made": len(made), "rows": [rows.digest, len(rows.examples), notes]}
+    Path(out, f"{dist.get_rank()}.json").write_text(json.dumps(found))
+
+
+def memory_of_tokenizing(model: str, small: str, large: str, out: str) -> None:
+    """How many rows were tokenized, and the MiB that it took on top of what a small file takes."""
+    from lorasb_ds.config.run_config import RunConfig
+    from lorasb_ds.data.cache import tokenize_sources
+    from lorasb_ds.models.base import Base
+
+    def anonymous_mib() -> float:
+        """Without what is mapped from files, which the system takes back when it wants to."""
+        status = Path("/proc/self/status").read_text()
+        return int(re.findall(r"RssAnon:\s+(\d+) kB", status)[0]) / 1024
+
+    peak, done = 0.0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.01):
+            peak = max(peak, anonymous_mib())
+
+    tokenizer = Base(model).tokenizer
+    config = RunConfig(dataset_num_proc=1)
+    tokenize_sources((small,), tokenizer, config)  # what the libraries take once
+    start = anonymous_mib()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    rows, _ = tokenize_sources((large,), tokenizer, config)
+    num_tokens = sum(len(example.input_ids) for example in rows.examples)
+    assert num_tokens == rows.lengths.sum()
+    done.set()
+    watcher.join()
+    Path(out).write_text(json.dumps([len(rows.examples), peak - start]))
+
+
+def rank_1_fails(sleep_s: float) -> None:
+    """The others sleep."""
+    if os.environ["RANK"] == "1":
+        raise ValueError("on purpose")
+    time.sleep(sleep_s)

@@ -80,7 +80,14 @@ def dense(
     }
 
 
-@pytest.mark.parametrize(("method", "world_size"), [("lora-sb", 2), ("lora", 1), ("lora-ga", 2)])
+@pytest.mark.parametrize(
+    ("method", "world_size"),
+    [
+        ("lora-sb", 2),
+        pytest.param("lora", 1, marks=pytest.mark.slow),
+        pytest.param("lora-ga", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_alignment_is_that_of_dense_matrices(
     tiny_model: Path, tmp_path: Path, method: str, world_size: int
 ) -> None:

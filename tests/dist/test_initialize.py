@@ -42,7 +42,7 @@ def initialized(
     return live, basis, json.loads((out / "init.json").read_text())
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_init_is_the_paper_s_formula(
     tiny_model: Path, tmp_path: Path, tokenizer: Any, world_size: int
 ) -> None:

@@ -115,7 +115,7 @@ def test_fp16(tiny_model: Path, tmp_path: Path) -> None:
     assert scaled[-1, 2] != scaled[0, 2], "R has moved"
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_zero3_gathers_once_a_layer_and_direction(
     tiny_model: Path, tmp_path: Path, checkpointing: bool
 ) -> None:

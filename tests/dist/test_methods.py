@@ -184,6 +184,7 @@ def four_bit(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_on_a_4_bit_base(method: str, four_bit: Path, tiny_model: Path) -> None:
     """Sharded 4 bits; PEFT on weights that bitsandbytes has rounded to 4 bits gives that loss."""

@@ -132,6 +132,7 @@ def test_peft_loads_what_was_trained(name: str, runs: Path, tiny_model: Path) ->
     assert loss == pytest.approx(losses(runs / name)["trained"], abs=ROUNDING)
 
 
+@pytest.mark.slow
 def test_resumes_on_another_number_of_ranks(runs: Path, tiny_model: Path, tmp_path: Path) -> None:
     """From step 2 of two ranks' run; the file of --method may be gone."""
     names, configs = ("dora", "vera"), []

@@ -10,8 +10,7 @@ import pytest
 
 from lorasb_ds.config.run_layout import ALIGNMENT, ALIGNMENT_PICTURE
 from lorasb_ds.runs.history import Row, read_rows
-from tests.integration.test_resume import run_worker
-from tests.runs import metrics, word_rows, write_jsonl
+from tests.runs import metrics, run_worker, word_rows, write_jsonl
 
 
 def losses(folder: Path) -> list[float]:
@@ -23,7 +22,7 @@ def bits(rows: list[Row]) -> list[str]:
     return [repr(row) for row in rows]
 
 
-@pytest.mark.parametrize("method", ["lora-sb", "pissa"])
+@pytest.mark.parametrize("method", ["lora-sb", pytest.param("pissa", marks=pytest.mark.slow)])
 def test_a_tracked_run(tiny_model: Path, tmp_path: Path, method: str) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", word_rows(30))
     options = (

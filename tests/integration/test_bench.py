@@ -12,6 +12,8 @@ import pytest
 
 from tests.runs import benchmark, run_command, word_rows, write_jsonl
 
+pytestmark = pytest.mark.slow
+
 
 def quick(name: str, folder: Path) -> tuple[str, Any]:
     """A benchmark in its small form: what it prints, and its JSON."""

@@ -10,6 +10,7 @@ import pytest
 from tests.runs import ROOT, benchmark
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ds_config", "options"),
     [("zero3.json", {}), ("nothing kept", {"load_in_4bit": True}), ("zero2.json", {})],

@@ -15,7 +15,7 @@ import pytest
 from filelock import FileLock
 
 from tests.integration.test_resume import started, wait_for_rows
-from tests.runs import metrics, run_command, word_rows, write_jsonl
+from tests.runs import metrics, output_of, run_command, word_rows, write_jsonl
 
 STEPS = 400  # a run that is to be stopped must not come to its end before it hears of it
 FIRST, SECOND = "lora-sb-r4-lr1e-3-s42", "lora-sb-r4-lr4e-3-s42"
@@ -43,7 +43,7 @@ def wait_until_all_have_ended(folder: Path) -> None:
     """The jobs of a command that was killed."""
     deadline = time.monotonic() + 60
     while any(str(folder) in " ".join(p.info["cmdline"] or ()) for p in processes()):
-        assert time.monotonic() < deadline, "a job goes on without its command"
+        assert time.monotonic() < deadline, "after 60 s a job goes on without its command"
         time.sleep(0.1)
 
 
@@ -69,7 +69,7 @@ def folder(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
     with started(*command) as child:
         wait_for_rows(child, folder / "runs" / FIRST, 3)
         child.send_signal(signal.SIGTERM)
-        output = child.communicate(timeout=60)[0]
+        output = output_of(child, 60)
         assert child.returncode == 75, output
     assert f"{FIRST}: stopped" in output
     assert "stopped: the same command goes on" in output
@@ -144,6 +144,7 @@ def test_other_options_are_refused(folder: Path, options: list[str]) -> None:
     assert before == (content_of(folder), when_written(folder))
 
 
+@pytest.mark.slow
 def test_anew_with_other_seeds_a_failure_and_answers(
     options: list[str], folder: Path, tmp_path: Path
 ) -> None:

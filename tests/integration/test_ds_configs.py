@@ -17,7 +17,7 @@ from lorasb_ds.config.paths import SHIPPED_DS_CONFIGS
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.distributed import zero
 from lorasb_ds.errors import ConfigError
-from tests.runs import REALLY_SHARDED, metrics, run_command, word_rows, write_jsonl
+from tests.runs import REALLY_SHARDED, metrics, run_worker, word_rows, write_jsonl
 
 SHIPPED = sorted(file.stem for file in SHIPPED_DS_CONFIGS.glob("*.json"))
 
@@ -75,12 +75,13 @@ def test_nvme_without_libaio(monkeypatch: pytest.MonkeyPatch) -> None:
         zero.check_ds_config(resolved("zero3_nvme", 2), "zero3_nvme.json")
 
 
-def train(model: Path, folder: Path, ds_config: str, options: str) -> Path:
+def train(model: Path, folder: Path, ds_config: str, world_size: int, rows: int) -> Path:
     data = write_jsonl(folder / "rows.jsonl", word_rows(11))
-    run_command(
-        *f"lorasb train --model {model} --data {data} --eval-data {data} --dtype fp32 --r 4 "
-        f"--init-samples 4 --init-lr 1e-3 --max-steps 2 --ds-config {ds_config} {options} "
-        f"--output-dir {folder}/run".split()
+    run_worker(
+        *f"--model {model} --data {data} --eval-data {data} --dtype fp32 --r 4 "
+        f"--init-samples 4 --init-lr 1e-3 --max-steps 2 --ds-config {ds_config} "
+        f"--micro-batch-size {rows} --output-dir {folder}/run".split(),
+        world_size=world_size,
     )
     return folder / "run"
 
@@ -88,30 +89,32 @@ def train(model: Path, folder: Path, ds_config: str, options: str) -> Path:
 @pytest.fixture(scope="module")
 def by_zero2(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("zero2")
-    options = "--num-procs 2 --micro-batch-size 2"
-    return train(tiny_model, folder, "ds_configs/zero2.json", options)
+    return train(tiny_model, folder, "ds_configs/zero2.json", 2, 2)
 
 
 HAS_LIBAIO = get_accelerator().create_op_builder("AsyncIOBuilder").is_compatible()
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "changes"),
+    ("name", "world_size", "rows", "changes"),
     [
-        ("zero1", "--num-procs 2 --micro-batch-size 2", {}),
-        ("zero3", "--num-procs 2 --micro-batch-size 2", REALLY_SHARDED),
-        ("zero3_offload", "--num-procs 2 --micro-batch-size 2", REALLY_SHARDED),
+        ("zero1", 2, 2, {}),
+        ("zero3", 2, 2, REALLY_SHARDED),
+        ("zero3_offload", 2, 2, REALLY_SHARDED),
         # Two groups of two: the same rows in a step.
-        (
-            "zero3_hpz",
-            "--num-procs 4 --micro-batch-size 1",
-            {**REALLY_SHARDED, "zero_hpz_partition_size": 2},
+        pytest.param(
+            *("zero3_hpz", 4, 1, REALLY_SHARDED | {"zero_hpz_partition_size": 2}),
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             "zero3_nvme",
-            "--num-procs 2 --micro-batch-size 2",
+            2,
+            2,
             REALLY_SHARDED,
-            marks=pytest.mark.skipif(not HAS_LIBAIO, reason="libaio is missing"),
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(not HAS_LIBAIO, reason="libaio is missing"),
+            ],
         ),
     ],
 )
@@ -120,13 +123,14 @@ def test_the_same_run_as_by_zero2(
     tmp_path: Path,
     by_zero2: Path,
     name: str,
-    options: str,
+    world_size: int,
+    rows: int,
     changes: dict[str, Any],
 ) -> None:
     content = json.loads((SHIPPED_DS_CONFIGS / f"{name}.json").read_text())
     content["zero_optimization"] |= changes
     (tmp_path / "ds.json").write_text(json.dumps(content))
-    run = train(tiny_model, tmp_path, str(tmp_path / "ds.json"), options)
+    run = train(tiny_model, tmp_path, str(tmp_path / "ds.json"), world_size, rows)
     found, expected = metrics(run), metrics(by_zero2)
     assert len(found) == len(expected) == 5  # base, init, two steps, trained
     for row, reference in zip(found, expected, strict=True):

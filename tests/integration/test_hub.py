@@ -18,6 +18,8 @@ import pytest
 
 from tests.runs import ROOT, run_command, word_rows, write_jsonl
 
+pytestmark = pytest.mark.slow
+
 COMMIT = "c0ffee" + "0" * 34
 
 

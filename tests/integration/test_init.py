@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.training.prepare import prepare
-from tests.runs import metrics, run_command, word_rows, write_jsonl
+from tests.runs import metrics, run_command, run_worker, word_rows, write_jsonl
 
 COMMON = {"dtype": "fp32", "r": 12, "init_samples": 4}
 
@@ -59,11 +59,12 @@ def test_train_takes_it_up(
     made: Path, tiny_model: Path, rows: str, tmp_path: Path, r: int, num_procs: int
 ) -> None:
     """On other numbers of processes, sharded and not, and cut to a smaller r."""
-    run_command(
-        *f"lorasb train --num-procs {num_procs} --model {tiny_model} --data {rows} "
+    run_worker(
+        *f"--model {tiny_model} --data {rows} "
         f"--eval-data {rows} --r {r} --dtype fp32 --init-from {made} --init-samples 4 "
         f"--micro-batch-size 1 --max-steps 2 "
-        f"--output-dir {tmp_path}/run".split()
+        f"--output-dir {tmp_path}/run".split(),
+        world_size=num_procs,
     )
     stored, taken = (load_file(f / "basis.safetensors") for f in (made, tmp_path / "run"))
     cut = {"lora_A": lambda t: t[:r], "lora_B": lambda t: t[:, :r], "lora_R": lambda t: t[:r, :r]}
@@ -85,8 +86,8 @@ def test_train_takes_it_up(
 
 def test_the_schedule_s_eta(made: Path, tiny_model: Path, rows: str, tmp_path: Path) -> None:
     """3 steps, all of them warmup to 9e-4: the first one's learning rate is a third of that."""
-    run_command(
-        *f"lorasb init --num-procs 1 --model {tiny_model} --data {rows} --r 12 --dtype fp32 "
+    run_worker(
+        *f"--init-only --model {tiny_model} --data {rows} --r 12 --dtype fp32 "
         f"--init-from {made} --init-samples 4 --init-lr schedule --lr 9e-4 --max-steps 3 "
         f"--warmup-ratio 0.99 "
         f"--output-dir {tmp_path}/run".split()

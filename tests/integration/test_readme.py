@@ -15,7 +15,7 @@ from launcher.cli import main
 from launcher.commands.eval import eval_command
 from launcher.workers import adapters as adapters_worker
 from launcher.workers import preview as preview_worker
-from tests.runs import ROOT, made_up_run, metrics, run_command, word_rows, write_jsonl
+from tests.runs import ROOT, made_up_run, metrics, run_command, run_worker, word_rows, write_jsonl
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
@@ -144,8 +144,8 @@ def test_eval(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_after_training(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The README's block and its Python, for real, on a small run in the demo's place."""
     data = write_jsonl(tmp_path / "rows.jsonl", word_rows(12))
-    run_command(
-        *f"lorasb train --num-procs 1 --model {tiny_model} --data {data} --r 20 --max-steps 2 "
+    run_worker(
+        *f"--model {tiny_model} --data {data} --r 20 --max-steps 2 "
         f"--eval-data {data} --micro-batch-size 2 --output-dir {tmp_path}/runs/demo".split()
     )
     monkeypatch.chdir(tmp_path)

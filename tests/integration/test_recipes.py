@@ -44,6 +44,7 @@ def value(command: list[str], option: str) -> str:
     return command[command.index(option) + 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "sets"), [("arithmetic", ["gsm8k", "math"]), ("commonsense", SETS)]
 )
@@ -68,6 +69,7 @@ def test_in_small(recipe: str, sets: list[str], tmp_path: Path, demo_model: Path
         assert Path(value(words, "--out")).parent == out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("model", MODELS)
 def test_every_command_parses_and_fits(model: str, machine: str, clone: Path) -> None:
@@ -111,6 +113,7 @@ def test_the_table_in_the_docs_is_the_plans() -> None:
     assert plan_table.table() in (ROOT / "docs/recipes.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_plan(model: str) -> None:
     output = run_command(str(RECIPES / f"{MODELS[model]}.sh"), "--model", model, "--plan")

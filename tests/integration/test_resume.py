@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,10 @@ from lorasb_ds.errors import ConfigError
 from lorasb_ds.runs.checkpoint import checkpoint_path, list_checkpoints, read_checkpoint
 from lorasb_ds.system.signals import EXIT_STOPPED
 from lorasb_ds.training.prepare import prepare
-from tests.runs import ROOT, metrics, run_command, word_rows, write_jsonl
+from tests.runs import ROOT, metrics, output_of, run_command, run_worker, word_rows, write_jsonl
 
 STEPS = 24
 LORASB = [str(Path(sys.executable).parent / "lorasb"), "train"]
-
-
-def run_worker(*options: str, status: int = 0, before: Sequence[str] = ()) -> str:
-    """One process, started without DeepSpeed's launchers, which take longer than such a run."""
-    environment = rank_environment(0, 1, free_port(), threads=2)
-    worker = [*before, sys.executable, str(ROOT / "launcher" / "train.py")]
-    return run_command(*worker, *options, status=status, **environment)
 
 
 def training(folder: Path) -> dict[int, dict[str, Any]]:
@@ -70,7 +63,7 @@ def wait_for_rows(child: subprocess.Popen[str], folder: Path, count: int) -> Non
     deadline = time.monotonic() + 120
     while num_rows(folder) < count:
         assert child.poll() is None, child.communicate()[0]
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, f"{num_rows(folder)} of {count} steps after 120 s"
         time.sleep(0.02)
 
 
@@ -90,7 +83,7 @@ def options(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
 def alone(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nothing happens to, on two processes."""
     folder = tmp_path_factory.mktemp("alone") / "run"
-    output = run_command(*LORASB, *options, "--num-procs", "2", "--output-dir", str(folder))
+    output = run_worker(*options, "--output-dir", str(folder), world_size=2)
     assert "checkpoint of step 4: 0.0" in output, "its size is said"
     return folder
 
@@ -125,14 +118,14 @@ def test_it_goes_on_with_1_and_2_and_3_processes(
         with started(*LORASB, *again, "--num-procs", str(num_procs)) as child:
             wait_for_rows(child, folder, max(after, num_rows(folder) + 1))
             child.send_signal(signum)
-            output, _ = child.communicate(timeout=60)
+            output = output_of(child, 60)
         assert child.returncode == EXIT_STOPPED, output
         assert "asked to end: after this step" in output
         step = num_rows(folder)
         assert f"asked to stop: step {step} is saved" in output
         assert after <= step < STEPS
         assert not (folder / "adapter").exists()
-    run_command(*LORASB, *again, "--num-procs", "2")
+    run_worker(*again, world_size=2)
     found, expected = training(folder), training(alone)
     assert found.keys() == expected.keys() == set(range(1, STEPS + 1)), "no step lost or twice"
     for key in ("loss", "grad_norm", "lr", "tokens"):
@@ -140,11 +133,12 @@ def test_it_goes_on_with_1_and_2_and_3_processes(
         assert max(differences) <= 1e-4, key
     evals = [[r["eval_loss"] for r in metrics(f) if "eval_loss" in r] for f in (folder, alone)]
     assert evals[0] == pytest.approx(evals[1], abs=1e-4)
-    output = run_command(*LORASB, *again, "--num-procs", "2")
+    output = run_worker(*again, world_size=2)
     assert "nothing is left to do" in output
     assert (folder / "report.md").is_file()
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(tiny_model: Path, tmp_path: Path) -> None:
     """SIGKILL, also in the middle of a save; the same processes: equal to the bit.
 
@@ -272,6 +266,7 @@ def test_a_full_disk(options: list[str], alone: Path, tmp_path: Path, policy: st
         assert training(run).keys() == set(range(1, STEPS + 1))
 
 
+@pytest.mark.slow
 def test_ctrl_c_twice(options: list[str], tmp_path: Path) -> None:
     """The second one does not wait for anything."""
     folder = tmp_path / "run"
@@ -283,11 +278,12 @@ def test_ctrl_c_twice(options: list[str], tmp_path: Path) -> None:
         child.send_signal(signal.SIGINT)
         time.sleep(0.1)
         child.send_signal(signal.SIGINT)
-        child.communicate(timeout=60)
+        output_of(child, 60)
     assert child.returncode not in (0, EXIT_STOPPED)
     assert time.monotonic() - began < 10
 
 
+@pytest.mark.slow
 def test_a_closed_terminal(options: list[str], tmp_path: Path) -> None:
     """It asks the run to end, which writes to it no more."""
     folder = tmp_path / "run"
@@ -355,6 +351,7 @@ def test_early_stopping_keeps_the_best(options: list[str], tmp_path: Path) -> No
     assert adapter[f"base_model.model.{name}.lora_B.weight"].sub(expected).abs().max() < 1e-6
 
 
+@pytest.mark.slow
 def test_out_of_memory_is_explained(options: list[str], tmp_path: Path) -> None:
     """For real: the process may not take more than so much memory."""
     rows = write_jsonl(tmp_path / "rows.jsonl", word_rows(13) * 4000)
@@ -362,9 +359,10 @@ def test_out_of_memory_is_explained(options: list[str], tmp_path: Path) -> None:
         f"--train-batch-size 40000 --micro-batch-size 40000 --init-samples 8 --max-steps 2 --force "
         f"--output-dir {tmp_path}/run"
     )
-    limit = ["prlimit", "--data=4000000000"]
+    limited = ["prlimit", "--data=4000000000", sys.executable, "launcher/train.py"]
     given = [*options[:2], "--data", rows, *options[4:], *large.split()]
-    output = run_worker(*given, status=1, before=limit)
+    environment = rank_environment(0, 1, free_port(), threads=2)
+    output = run_command(*limited, *given, status=1, **environment)
     assert "Out of memory (train)" in output
     assert "--micro-batch-size 20000 --gradient-accumulation-steps 2" in output
     assert "activations" in output

@@ -14,7 +14,7 @@ from scipy.linalg import subspace_angles
 
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.training.prepare import prepare
-from tests.runs import metrics, run_command, word_rows, write_jsonl
+from tests.runs import metrics, run_command, run_worker, word_rows, write_jsonl
 
 SUMS = [{"problem": f"What is {i} + {i}?", "solution": str(2 * i)} for i in range(30)]
 NAMES = [f"{size}-rows-s{seed}" for size in (2, 9) for seed in (1, 2)]
@@ -71,6 +71,7 @@ def study(
     return study
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(800)
 def test_what_it_leaves(study: Study) -> None:
     assert {path.name for path in study.folder.glob("runs/*/")} == set(NAMES)
@@ -90,6 +91,7 @@ def test_what_it_leaves(study: Study) -> None:
     assert all(f"| {name} |" in markdown for name in NAMES)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(800)
 def test_the_same_batches_after_different_inits(study: Study) -> None:
     """The base's loss and every step's tokens are the same; the losses of steps are not."""
@@ -102,6 +104,7 @@ def test_the_same_batches_after_different_inits(study: Study) -> None:
     assert len({next(row["loss"] for row in rows if "loss" in row) for rows in runs}) == len(NAMES)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(800)
 def test_overlaps_of_the_bases_on_disk(study: Study) -> None:
     """Against scipy's principal angles, a layer and a pair at a time."""
@@ -131,6 +134,7 @@ def test_overlaps_of_the_bases_on_disk(study: Study) -> None:
         assert large["overlap_between_seeds"][side] > between, "larger samples are more alike"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(800)
 def test_it_goes_on_with_the_same_options_only(study: Study) -> None:
     assert "--r is 5 now, and was 4" in study("--init-seeds 1,2 --r 5", status=2)
@@ -149,9 +153,10 @@ def on_one_task(
     rows = {"sums": f"--data {files['sums']}"}
     rows["words"] = f"--data {files['words']} --init-data {files['sums']}"
     for name, given in rows.items():
-        output = run_command(
-            *f"lorasb init --num-procs 2 --model {tiny_model} {given} --r 4 --dtype fp32 "
-            f"--init-samples 6 --init-seed 3 --output-dir {folder / name}".split()
+        output = run_worker(
+            *f"--init-only --model {tiny_model} {given} --r 4 --dtype fp32 "
+            f"--init-samples 6 --init-seed 3 --output-dir {folder / name}".split(),
+            world_size=2,
         )
     assert f"rows for the init ({files['sums']}): 30 kept" in output
     assert "training rows: 40 kept" in output

@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from lorasb_ds.system.signals import EXIT_STOPPED
-from tests.runs import ROOT, metrics, run_command, word_rows, write_jsonl
+from tests.runs import ROOT, metrics, run_command, run_worker, word_rows, write_jsonl
 
 TASK = "reasoning-gym:word_sequence_reversal?max_words=4"
 R, STEPS = 32, 12
@@ -132,8 +132,10 @@ def test_what_comes_out_of_a_run_says_the_same(run: Path, tmp_path: Path) -> Non
     assert "95 %" in several
     assert list((tmp_path / "several" / "logs").glob("rank-*.log"))
     run_command(*f"lorasb merge {run} --out {tmp_path}/merged".split())
-    run_command(
-        *f"lorasb eval --model {tmp_path}/merged {common} --output-dir {tmp_path}/one".split()
+    run_worker(
+        *f"--model {tmp_path}/merged {common} --output-dir {tmp_path}/one".split(),
+        worker="eval",
+        world_size=None,
     )
     files = [tmp_path / name / "eval.json" for name in ("several", "one")]
     losses = [json.loads(file.read_text())["results"][0]["loss"] for file in files]
@@ -141,6 +143,7 @@ def test_what_comes_out_of_a_run_says_the_same(run: Path, tmp_path: Path) -> Non
     assert losses == pytest.approx([in_memory] * 2, abs=0.02)
 
 
+@pytest.mark.slow
 def test_an_evaluation_ends_when_it_is_asked_to(tiny_model: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", word_rows(200))
     command = (
@@ -160,6 +163,7 @@ def test_an_evaluation_ends_when_it_is_asked_to(tiny_model: Path, tmp_path: Path
     assert not (tmp_path / "out" / "eval.json").exists()
 
 
+@pytest.mark.slow
 def test_tasks_of_the_harness(run: Path, tmp_path: Path) -> None:
     row = {"question": "1 + 1 =", "choices": ["0", "2"], "answer": 1}
     data = write_jsonl(tmp_path / "rows.jsonl", [row] * 3)
@@ -201,7 +205,7 @@ def test_a_run_is_replayed_and_overwritten(tiny_model: Path, tmp_path: Path) -> 
     assert differ == {"output_dir", "overwrite", "ds_config"}
     # Once more in its own place, reading what it overwrites; and without clipping.
     replay[3] = str(again / "run.json")
-    run_command(*replay, "--overwrite", "--max-grad-norm", "0")
+    run_worker(*replay[2:], "--overwrite", "--max-grad-norm", "0")
     unclipped = metrics(again)
     assert unclipped[0]["loss"] == losses[0][0]
     assert all(row["grad_norm"] > 0 for row in unclipped)
@@ -213,17 +217,19 @@ def test_an_adapter_that_peft_would_not_read_is_told(tiny_deepseek: Path, tmp_pa
     model = shutil.copytree(tiny_deepseek, tmp_path / "model")
     run = tmp_path / "run"
     train = (
-        f"lorasb train --num-procs 1 --model {model} --data {data} --r 4 --max-steps 1 "
+        f"--model {model} --data {data} --r 4 --max-steps 1 "
         f"--init-samples 8 --dtype fp32 --micro-batch-size 4 --overwrite --output-dir {run}"
     ).split()
-    said = run_command(*train)
+    said = run_worker(*train)
     what = "PEFT will not read 6 of 16 layers, such as model.layers.0.mlp.gate_proj"
     before, _, after = said.partition("trainable parameters")
     assert f"warning: {what}" in before
     assert f"warning: {what}" in after
     assert f"**Not for PEFT**: {what}" in (run / "report.md").read_text()
     shutil.rmtree(model)
-    assert "PEFT will not read 6 of 16 layers" in run_command("lorasb", "export", str(run))
+    assert "PEFT will not read 6 of 16 layers" in run_worker(
+        "export", str(run), worker="adapters", world_size=None
+    )
 
 
 def test_a_chosen_pad_token_is_named(tiny_model: Path, tmp_path: Path) -> None:
@@ -231,8 +237,8 @@ def test_a_chosen_pad_token_is_named(tiny_model: Path, tmp_path: Path) -> None:
     says = json.loads((model / "tokenizer_config.json").read_text())
     (model / "tokenizer_config.json").write_text(json.dumps(says | {"pad_token": None}))
     data = write_jsonl(tmp_path / "rows.jsonl", word_rows(8))
-    output = run_command(
-        *f"lorasb init --num-procs 1 --model {model} --data {data} --r 4 --init-lr 1e-3 "
+    output = run_worker(
+        *f"--init-only --model {model} --data {data} --r 4 --init-lr 1e-3 "
         f"--target-modules q_proj --output-dir {tmp_path}/run".split()
     )
     assert output.count("has no pad token: padding with <|endoftext|> (masked") == 1
@@ -249,10 +255,11 @@ def test_a_chosen_pad_token_is_named(tiny_model: Path, tmp_path: Path) -> None:
 )
 def test_two_epochs(tiny_model: Path, tmp_path: Path, ds_config: str, options: str) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", word_rows(11))
-    run_command(
-        *f"lorasb train --model {tiny_model} --data {data} --eval-data {data} --r 8 {options} "
-        f"--ds_config ds_configs/{ds_config}.json --num-procs 2 --epochs 2 "
-        f"--micro-batch-size 2 --init-lr 1e-3 --output-dir {tmp_path}/run".split()
+    run_worker(
+        *f"--model {tiny_model} --data {data} --eval-data {data} --r 8 {options} "
+        f"--ds_config ds_configs/{ds_config}.json --epochs 2 "
+        f"--micro-batch-size 2 --init-lr 1e-3 --output-dir {tmp_path}/run".split(),
+        world_size=2,
     )
     rows = metrics(tmp_path / "run")
     steps = [row for row in rows if "loss" in row]

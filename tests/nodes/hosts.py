@@ -16,10 +16,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
+
+from tests.runs import wait_until
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -84,14 +86,6 @@ def missing() -> str | None:
     except RuntimeError as error:
         return f"namespaces are not permitted: {error}"
     return None
-
-
-def wait_until(condition: Callable[[], object], what: str, seconds: float = 10) -> None:
-    """Wait for what comes about by itself; fails, saying what did not, past the time limit."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not after {seconds} s: {what}"
-        time.sleep(0.01)
 
 
 class Command(subprocess.Popen[str]):

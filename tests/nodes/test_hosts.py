@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.nodes.hosts import ROOT, Host, Hosts, wait_until
+from tests.nodes.hosts import ROOT, Host, Hosts
+from tests.runs import wait_until
 
 ALL_REDUCE = """
 import datetime, sys, torch, torch.distributed as dist

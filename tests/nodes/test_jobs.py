@@ -16,8 +16,16 @@ import pytest
 
 from launcher.hosts.job_script import inner_command
 from lorasb_ds.system.signals import EXIT_STOPPED
-from tests.nodes.hosts import Command, Host, Hosts, wait_until
-from tests.runs import metrics, run_command, word_rows, write_jsonl
+from tests.nodes.hosts import Command, Host, Hosts
+from tests.runs import (
+    metrics,
+    output_of,
+    run_command,
+    status_of,
+    wait_until,
+    word_rows,
+    write_jsonl,
+)
 
 TIMEOUT = 5  # --failure-timeout
 SOON = 10  # seconds in which the launcher returns, beyond what it has to wait for
@@ -53,7 +61,7 @@ class Job:
             assert self.command.poll() is None, self.output
             return self.num_rows() >= count
 
-        wait_until(there, f"{count} steps are done", seconds=90)
+        wait_until(there, f"{count} steps are done", seconds=90, log=self.log)
 
     def worker(self, rank: int) -> int:
         """The process of a rank, outside its host; each host has one."""
@@ -62,7 +70,7 @@ class Job:
 
     def ends(self, within_s: float) -> int:
         """Its status; the time from now."""
-        return self.command.wait(timeout=within_s)
+        return status_of(self.command, self.log, within_s)
 
 
 @pytest.fixture
@@ -123,6 +131,7 @@ def test_two_hosts_are_two_processes(
     assert mode == 0o600
 
 
+@pytest.mark.slow
 def test_hosts_that_a_scheduler_starts(hosts: Hosts, options: list[str], tmp_path: Path) -> None:
     """What the Slurm script runs on every node; the master last, over the second network."""
     folder, commands = tmp_path / "run", {}
@@ -148,15 +157,18 @@ def test_hosts_that_a_scheduler_starts(hosts: Hosts, options: list[str], tmp_pat
             )
         time.sleep(2 * node_rank)
     file = folder / "metrics.jsonl"
-    wait_until(lambda: file.exists() and '"loss"' in file.read_text(), "it trains", seconds=90)
+    wait_until(
+        lambda: file.exists() and '"loss"' in file.read_text(), "it trains", 90, tmp_path / "log-0"
+    )
     commands[1].send_signal(signal.SIGTERM)  # as a node that is drained
     for node_rank, command in commands.items():
-        status = command.wait(timeout=30)
-        assert status == EXIT_STOPPED, (tmp_path / f"log-{node_rank}").read_text()
+        log = tmp_path / f"log-{node_rank}"
+        assert status_of(command, log, 30) == EXIT_STOPPED, log.read_text()
     assert list((folder / "checkpoints").glob("step-*"))
     assert "lorasb: network: eth1 on n0, n1" in (tmp_path / "log-0").read_text()
 
 
+@pytest.mark.slow
 def test_hosts_that_are_started_with_other_options(
     hosts: Hosts, options: list[str], tmp_path: Path
 ) -> None:
@@ -169,12 +181,13 @@ def test_hosts_that_are_started_with_other_options(
                 *("--master-port", "29531", "--output-dir", str(tmp_path / "run")),
                 stdout=log,
             )
-    assert commands[0].wait(timeout=60) == 2
-    assert commands[1].wait(timeout=60) not in (0, EXIT_STOPPED)
+    assert status_of(commands[0], logs[0], 60) == 2
+    assert status_of(commands[1], logs[1], 60) not in (0, EXIT_STOPPED)
     assert "rank 1 on n1 was started with other options" in logs[0].read_text()
     assert "was it started with the same options?" in logs[1].read_text()
 
 
+@pytest.mark.slow
 def test_exclude(start: Callable[..., Job]) -> None:
     job = start("--exclude", "n1", "--max-steps", "1", ranks=(0, 1, 2))
     assert job.ends(within_s=90) == 0, job.output
@@ -191,7 +204,7 @@ def doctor(hosts: Hosts, tmp_path: Path, *given: str, status: int) -> dict[tuple
     command = hosts[0].popen(
         *(LORASB, "doctor", "--json", "--timeout", "20", "--hostfile", hostfile, *given)
     )
-    output = command.communicate(timeout=90)[0]
+    output = output_of(command, 90)
     assert command.returncode == status, output
     return {(check["host"], check["what"]): check for check in json.loads(output)["checks"]}
 
@@ -223,6 +236,7 @@ def test_doctor_finds_what_is_wrong_with_a_host(
     assert checks["n0", "accelerators"]["ok"]
 
 
+@pytest.mark.slow
 def test_doctor_finds_what_is_wrong_with_the_network(
     hosts: Hosts, options: list[str], tmp_path: Path
 ) -> None:
@@ -252,6 +266,7 @@ def test_doctor_finds_what_is_wrong_with_the_network(
     assert not checks["n2", f"reaches {address}:29513"]["ok"]
 
 
+@pytest.mark.slow
 def test_ssh_is_refused(hosts: Hosts, start: Callable[..., Job]) -> None:
     hosts[1].stop_sshd()
     with returns_within(SOON):
@@ -279,6 +294,7 @@ def test_a_killed_worker(start: Callable[..., Job]) -> None:
     assert f"Its log: {job.folder}/logs/rank-1.log" in job.output
 
 
+@pytest.mark.slow
 def test_a_worker_that_fails(start: Callable[..., Job], tmp_path: Path) -> None:
     """An exception on one rank, once all have joined; the others wait in a collective."""
     fail = (
@@ -308,6 +324,7 @@ def test_a_link_goes_down(start: Callable[..., Job]) -> None:
     assert "rank 1 on n1 was not heard of for 5 s" in job.output
 
 
+@pytest.mark.slow
 def test_the_masters_host_is_lost(start: Callable[..., Job]) -> None:
     """Seen from a host that runs no rank, as a login node does."""
     job = start(on=2)
@@ -318,6 +335,7 @@ def test_the_masters_host_is_lost(start: Callable[..., Job]) -> None:
     assert "on n0" in job.output.rpartition("lorasb: error:")[2]
 
 
+@pytest.mark.slow
 def test_a_worker_that_never_joins(start: Callable[..., Job], tmp_path: Path) -> None:
     sleep = (
         "import os, sys, time\n"
@@ -331,6 +349,7 @@ def test_a_worker_that_never_joins(start: Callable[..., Job], tmp_path: Path) ->
     assert "rank 1 on n1 did not join the others within 20 s" in job.output
 
 
+@pytest.mark.slow
 def test_a_stopped_worker(start: Callable[..., Job]) -> None:
     job = start()
     job.wait_for_rows(1)
@@ -350,6 +369,7 @@ def test_sigterm_saves_and_ends_every_host(start: Callable[..., Job]) -> None:
     assert list((job.folder / "checkpoints").glob("step-*"))
 
 
+@pytest.mark.slow
 def test_the_launcher_is_killed(start: Callable[..., Job]) -> None:
     """Nobody is left to say so, and nobody is left (the fixture of all tests looks)."""
     job = start()
@@ -370,7 +390,7 @@ def test_restart_with_fewer_hosts(start: Callable[..., Job], tmp_path: Path) -> 
     job = start(*given)
     job.wait_for_rows(3)
     job.ranks[1].kill(job.worker(1))
-    wait_until(lambda: "lorasb: restart 1 of 2" in job.output, "it starts again", seconds=30)
+    wait_until(lambda: "lorasb: restart 1 of 2" in job.output, "it starts again", 30, job.log)
     job.wait_for_rows(job.num_rows() + 2)
     job.ranks[1].lose()
     with returns_within(90):
@@ -385,6 +405,7 @@ def test_restart_with_fewer_hosts(start: Callable[..., Job], tmp_path: Path) -> 
     shutil.rmtree(job.folder)
 
 
+@pytest.mark.slow
 def test_each_host_has_a_run_of_a_comparison(
     hosts: Hosts, options: list[str], tmp_path: Path
 ) -> None:
@@ -398,7 +419,7 @@ def test_each_host_has_a_run_of_a_comparison(
             *("--eval-data", data, "--max-steps", "4", "--failure-timeout", str(TIMEOUT)),
             stdout=log,
         )
-        assert command.wait(timeout=200) == 0, (tmp_path / "log").read_text()
+        assert status_of(command, tmp_path / "log", 200) == 0, (tmp_path / "log").read_text()
     said = (tmp_path / "log").read_text()
     names = [f"lora-sb-r4-lr{lr}-s42" for lr in ("1e-3", "5e-3")]
     for name, host in zip(names, ("n1", "n2"), strict=True):
@@ -412,6 +433,7 @@ def test_each_host_has_a_run_of_a_comparison(
     assert all(entry["loss"] > 0 for entry in row["sweep"])
 
 
+@pytest.mark.slow
 def test_two_hosts_share_an_evaluation(
     hosts: Hosts, options: list[str], tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -424,7 +446,7 @@ def test_two_hosts_share_an_evaluation(
             *("--output-dir", tmp_path / "out", "--failure-timeout", str(TIMEOUT)),
             stdout=log,
         )
-        assert command.wait(timeout=120) == 0, (tmp_path / "log").read_text()
+        assert status_of(command, tmp_path / "log", 120) == 0, (tmp_path / "log").read_text()
     found = json.loads((tmp_path / "out" / "eval.json").read_text())
     assert (found["world_size"], found["zero_stage"]) == (2, 3)
     assert found["results"][0]["rows"] == 5

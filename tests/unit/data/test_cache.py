@@ -7,8 +7,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from lorasb_ds.data import cache as data_cache
 from lorasb_ds.data.cache import load_data, split_rows, tokenize_sources
 from lorasb_ds.data.dataset import TokenizedRows, tokenize_rows
 from lorasb_ds.errors import ConfigError
-from tests.runs import ROOT, word_rows, write_jsonl
+from tests.runs import run_ranks, word_rows, write_jsonl
 
 
 @pytest.fixture
@@ -232,43 +230,16 @@ def test_a_full_disk_leaves_nothing_behind(
     assert not [f for f in cache.iterdir() if f.is_dir()]
 
 
-RACE = """
-import sys, time
-from lorasb_ds.data import cache as data_cache
-from lorasb_ds.config.run_config import RunConfig
-from lorasb_ds.models.base import Base
-
-make = data_cache._make
-def slowly(folder, **more):
-    print("makes it", flush=True)
-    time.sleep(2)
-    make(folder, **more)
-data_cache._make = slowly
-tokenizer = Base(sys.argv[1]).tokenizer
-print("ready", flush=True)
-sys.stdin.readline()
-rows, notes = data_cache.tokenize_sources((sys.argv[2],), tokenizer, RunConfig())
-print(rows.digest, len(rows.examples), notes)
-"""
-
-
+@pytest.mark.xdist_group("ranks")
 def test_of_two_processes_one_does_the_work(
     demo_model: Path, tokenizer: Any, tmp_path: Path, cache: Path
 ) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
-    command = [sys.executable, "-c", RACE, str(demo_model), path]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
-    racers = [subprocess.Popen(command, **pipes) for _ in range(2)]
-    for racer in racers:
-        assert racer.stdout.readline() == "ready\n"
-    for racer in racers:
-        racer.stdin.write("go\n")
-        racer.stdin.flush()
-    outputs = [racer.communicate(timeout=120)[0].splitlines() for racer in racers]
-    assert sorted(len(lines) for lines in outputs) == [1, 2], outputs
-    assert sum("makes it" in lines for lines in outputs) == 1
+    run_ranks("tokenize_at_once", 2, model=str(demo_model), data=path, out=str(tmp_path))
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     expected = tokenize_rows(ROWS, tokenizer, RunConfig())
-    assert {lines[-1] for lines in outputs} == {f"{expected.digest} {len(expected.examples)} []"}
+    assert sorted(told["made"] for told in found) == [0, 1]
+    assert all(told["rows"] == [expected.digest, len(expected.examples), []] for told in found)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # from Python 3.12 on
@@ -400,48 +371,20 @@ def test_rows_for_the_init(tokenizer: Any, tmp_path: Path, cache: Path) -> None:
         load_data(load_run_config(given | {"init_data": "none.jsonl"}), tokenizer)
 
 
-MEMORY = """
-import sys, threading
-from lorasb_ds.config.run_config import RunConfig
-from lorasb_ds.data.cache import tokenize_sources
-from lorasb_ds.models.base import Base
-
-def anonymous_mib():
-    # Not what is mapped from files, which the system takes back when it wants to.
-    for line in open("/proc/self/status"):
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) / 1024
-
-peak, done = 0, threading.Event()
-def watch():
-    global peak
-    while not done.wait(0.01):
-        peak = max(peak, anonymous_mib())
-
-tokenizer = Base(sys.argv[1]).tokenizer
-config = RunConfig(dataset_num_proc=1)
-tokenize_sources((sys.argv[2],), tokenizer, config)  # what the libraries take once
-start = anonymous_mib()
-threading.Thread(target=watch).start()
-rows, _ = tokenize_sources((sys.argv[3],), tokenizer, config)
-num_tokens = sum(len(example.input_ids) for example in rows.examples)
-assert num_tokens == rows.lengths.sum()
-done.set()
-print(len(rows.examples), peak - start)
-"""
-
-
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(demo_model: Path, tmp_path: Path, cache: Path) -> None:
     """25,000 more rows of 40 tokens would take some 70 MB as Python's lists of ids and labels."""
 
     def grown(num_rows: int) -> float:
         rows = ({"text": f"row {i} " + "violet indigo " * 10} for i in range(num_rows))
         large = write_jsonl(tmp_path / f"{num_rows}.jsonl", list(rows))
-        command = [sys.executable, "-c", MEMORY, str(demo_model), small, large]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        found, mib = done.stdout.split()[-2:]
-        assert int(found) == num_rows
-        return float(mib)
+        out = tmp_path / f"{num_rows}.json"
+        files = {"small": small, "large": large, "out": str(out)}
+        run_ranks("memory_of_tokenizing", 1, model=str(demo_model), **files)
+        found, mib = json.loads(out.read_text())
+        assert found == num_rows
+        return mib
 
     small = write_jsonl(tmp_path / "small.jsonl", [{"text": "b " * 30}] * 3000)
     assert grown(30_000) - grown(5_000) < 20

@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lorasb_ds.config.run_config import RunConfig
@@ -206,7 +206,6 @@ def test_truncation(tokenizer: Any) -> None:
 TEXT = st.text(max_size=30) | st.sampled_from(["e", END, "end", "<|im", " ", "\n", "assistant\n"])
 
 
-@settings(max_examples=60, deadline=None)
 @given(contents=st.lists(TEXT, min_size=2, max_size=6), template=st.sampled_from(["own", None]))
 def test_spans_are_what_was_said(tokenizer: Any, contents: list[str], template: Any) -> None:
     """These templates write contents as they are: a span is a content and its mark."""

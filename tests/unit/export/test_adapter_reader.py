@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -579,10 +579,8 @@ def works_or_refuses(folder: Path) -> str | None:
 
 
 EDITS = st.lists(st.tuples(st.integers(0, len(SMALL) - 1), st.integers(0, 255)), max_size=6)
-FUZZ = settings(max_examples=250, deadline=None)
 
 
-@FUZZ
 @given(EDITS, st.integers(0, len(SMALL)), st.binary(max_size=9))
 def test_bytes_that_were_changed(
     fuzzed: Path, edits: list[tuple[int, int]], end: int, more: bytes
@@ -630,7 +628,6 @@ ENTRIES = st.fixed_dictionaries(
 ALPHAS = st.sampled_from([8, 8.5])
 
 
-@FUZZ
 @given(ENTRIES, ENTRIES | st.none(), ALPHAS, st.booleans())
 def test_headers_that_lie(
     fuzzed: Path, a: dict[str, Any], b: dict[str, Any] | None, alpha: float, rslora: bool
@@ -641,7 +638,6 @@ def test_headers_that_lie(
     works_or_refuses(fuzzed)
 
 
-@FUZZ
 @given(VALUES | st.dictionaries(st.text(max_size=3) | st.just(A_KEY), VALUES, max_size=3))
 def test_headers_of_any_json(fuzzed: Path, header: Any) -> None:
     write_small(fuzzed, with_header(json.dumps(header).encode(), b"\0" * 40))
@@ -724,14 +720,12 @@ def test_the_small_header_is_read(fuzzed: Path) -> None:
 FIELDS = sorted({*vars(LoraConfig(target_modules=["q"])), "peft_type", "alpha_pattern", "other"})
 
 
-@FUZZ
 @given(st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4))
 def test_configurations_of_any_json(fuzzed: Path, change: dict[str, Any]) -> None:
     write_small(fuzzed, config=SMALL_CONFIG | change)
     works_or_refuses(fuzzed)
 
 
-@FUZZ
 @given(st.sampled_from(["lora_alpha", "alpha_pattern", "use_rslora", "init_lora_weights"]), VALUES)
 def test_fields_that_make_the_update(fuzzed: Path, field: str, value: Any) -> None:
     pattern = {"q": value} if field == "alpha_pattern" else value
@@ -739,14 +733,12 @@ def test_fields_that_make_the_update(fuzzed: Path, field: str, value: Any) -> No
     works_or_refuses(fuzzed)
 
 
-@FUZZ
 @given(VALUES)
 def test_any_json_for_a_configuration(fuzzed: Path, config: Any) -> None:
     write_small(fuzzed, config=config)
     assert works_or_refuses(fuzzed) is not None
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=60))
 def test_any_bytes_for_a_configuration(fuzzed: Path, content: bytes) -> None:
     write_small(fuzzed)
@@ -790,7 +782,6 @@ def test_an_index_that_names_other_files(tmp_path: Path, name: Any) -> None:
         _ = Base(str(folder)).stored
 
 
-@FUZZ
 @given(VALUES | st.fixed_dictionaries({"weight_map": VALUES}))
 def test_an_index_of_any_json(fuzzed: Path, content: Any) -> None:
     folder = fuzzed / "model"

@@ -53,7 +53,6 @@ def test_row_ranges_cover_all_rows_once(num_rows: int, world_size: int) -> None:
     assert max(sizes) - min(sizes) <= 1
 
 
-@settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_any_sign_matrix(data: st.DataObject) -> None:
     n = data.draw(st.integers(1, 9))

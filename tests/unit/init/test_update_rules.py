@@ -116,6 +116,7 @@ def test_every_optimizer_has_its_update() -> None:
     assert RunConfig(optimizer="muon", init_update="sign").update == "sign"
 
 
+@pytest.mark.xdist_group("ranks")
 def test_sharded_as_whole(tmp_path: Any) -> None:
     """On 2 ranks, an uneven number of rows; only sums over rows may round differently."""
     G = gradient(25, 10)
