@@ -20,7 +20,13 @@ from launcher.commands.sensitivity import sensitivity_command
 from launcher.jobs.launch_options import LaunchOptions, launch_options
 from launcher.jobs.ranks import run_here, worker_command
 from launcher.jobs.start import start
-from launcher.options import CONTEXT, check_picture, reports_problems, run_options
+from launcher.options import (
+    CONTEXT,
+    SectionedCommand,
+    check_picture,
+    reports_problems,
+    run_options,
+)
 from lorasb_ds import __version__
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.planner.strategies import plan as make_plan
@@ -42,6 +48,9 @@ CLUSTER_OPTIONS = [
 @click.version_option(__version__, prog_name="lorasb")
 def main() -> None:
     """Fine-tune very large language models by LoRA-SB on DeepSpeed."""
+
+
+main.command_class = SectionedCommand
 
 
 def job_options(command: Callable[..., Any]) -> Callable[..., Any]:

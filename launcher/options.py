@@ -1,4 +1,4 @@
-"""The options of a run, once, for `lorasb train` and the worker: made from RunConfig's fields."""
+"""The options of a run, for `lorasb train` and the worker: made from RunConfig's fields."""
 
 from __future__ import annotations
 
@@ -12,10 +12,31 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import click
 from pydantic.fields import FieldInfo
 
+from lorasb_ds.config.adapter_options import AdapterOptions
+from lorasb_ds.config.data_options import DataOptions
+from lorasb_ds.config.deepspeed_options import DeepSpeedOptions
+from lorasb_ds.config.evaluation_options import EvaluationOptions
+from lorasb_ds.config.init_options import InitOptions
+from lorasb_ds.config.model_options import ModelOptions
+from lorasb_ds.config.option_group import OptionGroup, default_text
+from lorasb_ds.config.output_options import OutputOptions
 from lorasb_ds.config.run_config import RunConfig
+from lorasb_ds.config.training_options import TrainingOptions
 from lorasb_ds.errors import ConfigError, option_name
 
-FIELDS = (
+# The sections of --help.
+SECTIONS: dict[str, type[OptionGroup]] = {
+    "Model": ModelOptions,
+    "Data": DataOptions,
+    "Adapter": AdapterOptions,
+    "Init": InitOptions,
+    "Training": TrainingOptions,
+    "DeepSpeed": DeepSpeedOptions,
+    "Evaluation during training": EvaluationOptions,
+    "Output and checkpoints": OutputOptions,
+}
+# Fields that `lorasb eval` has, too.
+EVAL_FIELDS = (
     "prompt_column",
     "response_column",
     "max_length",
@@ -28,10 +49,9 @@ FIELDS = (
     "overwrite",
 )
 
-
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-# DeepSpeed's users write underscores: --ds_config is --ds-config, and so for every option.
+# Options may be written with underscores, as DeepSpeed's are: --ds_config is --ds-config.
 CONTEXT = {
     "token_normalize_func": lambda token: token.replace("_", "-"),
     "help_option_names": ["-h", "--help"],
@@ -39,8 +59,30 @@ CONTEXT = {
 }
 
 
+class SectionedOption(click.Option):
+    """An option in a section of --help."""
+
+    def __init__(self, *args: Any, section: str, **attributes: Any) -> None:
+        super().__init__(*args, **attributes)
+        self.section = section
+
+
+class SectionedCommand(click.Command):
+    """A command whose --help has a section for each group of options."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            section = param.section if isinstance(param, SectionedOption) else "Options"
+            if (record := param.get_help_record(ctx)) is not None:
+                sections.setdefault(section, []).append(record)
+        for section, records in sections.items():
+            with formatter.section(section):
+                formatter.write_dl(records)
+
+
 def reports_problems(command: Callable[..., Any]) -> Callable[..., Any]:
-    """End with 2 and the problems when what was asked for cannot be done, with 1 by the system."""
+    """End a command with its problems: exit status 2 for ConfigError, 1 for OSError."""
 
     @wraps(command)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -57,13 +99,13 @@ def reports_problems(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_picture(path: Path) -> None:
-    """ConfigError unless a picture can be written there."""
+    """Raise ConfigError unless a picture can be written to a path."""
     if path.suffix != ".png" or not path.parent.is_dir():
-        raise ConfigError(f"--output {path} must be a .png file in a folder that is there.")
+        raise ConfigError(f"--output {path} must be a .png file in a folder that exists.")
 
 
 def run_options(command: Command) -> Command:
-    """Add every field of RunConfig as an option, and --config. None means not given."""
+    """Add every field of RunConfig as an option, and --config; the value None means not given."""
     command = field_options(*RunConfig.model_fields)(command)
     return click.option(
         "--config",
@@ -74,12 +116,12 @@ def run_options(command: Command) -> Command:
 
 
 def field_options(*names: str) -> Callable[[Command], Command]:
-    """Add some fields of RunConfig as options. None means not given."""
+    """Add some fields of RunConfig as options; the value None means not given."""
     return add_options(*(_option(name, RunConfig.model_fields[name]) for name in names))
 
 
 def add_options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    """Add options, or groups of them, which --help shows in this order."""
+    """Add options in the order in which --help shows them."""
 
     def add(command: Command) -> Command:
         for option in reversed(options):
@@ -90,28 +132,28 @@ def add_options(*options: Callable[[Command], Command]) -> Callable[[Command], C
 
 
 def _option(name: str, field: FieldInfo) -> Callable[[Command], Command]:
-    help_text = str(field.description)
-    if "[default:" not in help_text and field.default is not None:
-        default = str(field.default).lower() if field.annotation is bool else field.default
-        default = " ".join(default) if isinstance(default, tuple) else default
-        help_text += f" [default: {default}]"
+    shown = default_text(field)
+    attributes: dict[str, Any] = {
+        "cls": SectionedOption,
+        "section": next(s for s, group in SECTIONS.items() if name in group.model_fields),
+        "help": f"{field.description} [default: {shown}]" if shown else field.description,
+    }
     flag = option_name(name)
     kind = _plain_type(field.annotation)
     if get_origin(kind) is tuple:
         if _plain_type(get_args(kind)[0]) is str:
-            return click.option(
-                flag, name, multiple=True, callback=lambda _1, _2, v: v or None, help=help_text
-            )
+            attributes |= {"multiple": True, "callback": lambda _1, _2, value: value or None}
+            return click.option(flag, name, **attributes)
         kind = str  # numbers, separated by commas
     if kind is bool:
-        return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=help_text)
+        return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, **attributes)
     if get_origin(kind) is Literal:
-        return click.option(flag, name, type=click.Choice(get_args(kind)), help=help_text)
-    return click.option(flag, name, type=kind, help=help_text)
+        kind = click.Choice(get_args(kind))
+    return click.option(flag, name, type=kind, **attributes)
 
 
 def _plain_type(annotation: Any) -> Any:
-    """``int | None`` -> ``int``; of several types, ``str``: pydantic tells them apart."""
+    """Return ``int`` for ``int | None``; ``str`` for several types, which pydantic tells apart."""
     if get_origin(annotation) is Annotated:
         return get_args(annotation)[0]
     if get_origin(annotation) in (types.UnionType, Union):
@@ -121,7 +163,7 @@ def _plain_type(annotation: Any) -> Any:
 
 
 def to_arguments(given: Mapping[str, Any]) -> list[str]:
-    """Options as the command line has them; what is None is left out."""
+    """Return options as words of a command line, without those that are None."""
     arguments: list[str] = []
     for name, value in given.items():
         if value is None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from launcher.options import CONTEXT, run_options
+from launcher.options import CONTEXT, SectionedCommand, run_options
 from launcher.workers.common import answer_agent, check_device, end, join, refuse
 from launcher.workers.quiet import quiet_libraries
 from lorasb_ds.config.resolve import load_run_config
@@ -16,7 +16,7 @@ from lorasb_ds.system.host_memory import ranks_of_host
 from lorasb_ds.system.signals import EXIT_STOPPED, StopRequest
 
 
-@click.command(context_settings=CONTEXT)
+@click.command(cls=SectionedCommand, context_settings=CONTEXT)
 @click.option("--local-rank", type=int, hidden=True, help="Given by DeepSpeed's launcher.")
 @click.option("--init-only", is_flag=True, help="Stop after the init (`lorasb init`).")
 @run_options

@@ -14,7 +14,7 @@ import click
 
 from launcher.jobs.job import make_job
 from launcher.jobs.launch_options import LaunchOptions, launch_options
-from launcher.options import CONTEXT, add_options, field_options, reports_problems
+from launcher.options import CONTEXT, SectionedCommand, add_options, field_options, reports_problems
 from launcher.sweeps.compare_run import JSON, Comparison, run_comparison
 from launcher.sweeps.grid import SWEPT, Trial, is_file, label, make_sweep, own_options
 from launcher.sweeps.places import find_places
@@ -95,7 +95,7 @@ OPTIONS = (
 )
 
 
-@click.command(name="compare", context_settings=CONTEXT)
+@click.command(name="compare", cls=SectionedCommand, context_settings=CONTEXT)
 @reports_problems
 @add_options(*OPTIONS)
 @launch_options

@@ -16,14 +16,15 @@ from launcher.jobs.ranks import EVAL, run_here, worker_command
 from launcher.jobs.start import start
 from launcher.options import (
     CONTEXT,
-    FIELDS,
+    EVAL_FIELDS,
+    SectionedCommand,
     add_options,
     field_options,
     reports_problems,
     to_arguments,
 )
+from lorasb_ds.config.data_options import DEMO_EVAL_DATA
 from lorasb_ds.config.resolve import load_run_config, with_adapter
-from lorasb_ds.config.run_config import DEMO_EVAL_DATA
 from lorasb_ds.config.run_layout import default_output_dir
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.evaluation.tasks import TASKS
@@ -87,10 +88,10 @@ def eval_options(command: Callable[..., Any]) -> Callable[..., Any]:
         launch = {"launch": options.pop("launch")} if "launch" in options else {}
         return command(own=own, given=with_adapter(options, own["adapter"]), **launch)
 
-    return add_options(*OPTIONS, field_options(*FIELDS))(wrapper)
+    return add_options(*OPTIONS, field_options(*EVAL_FIELDS))(wrapper)
 
 
-@click.command(name="eval", context_settings=CONTEXT)
+@click.command(name="eval", cls=SectionedCommand, context_settings=CONTEXT)
 @reports_problems
 @launch_options
 @eval_options
@@ -121,5 +122,5 @@ def eval_command(launch: LaunchOptions, own: dict[str, Any], given: dict[str, An
         # The rows that `lorasb train` sees: some tasks of reasoning-gym depend on the hash seed.
         sys.exit(run_here(command, {"PYTHONHASHSEED": "0", **os.environ}))
     if given.get("output_dir") is None and not launch.no_ssh:
-        given["output_dir"] = str(default_output_dir(load_run_config(given), "eval-"))
+        given["output_dir"] = str(default_output_dir(load_run_config(given).model, "eval-"))
     sys.exit(start(launch, [EVAL, *arguments], None, given))

@@ -95,9 +95,9 @@ def make_job(
             "same folder. Give it."
         )
     if not launch.node_rank:  # the first host's ranks may have begun to write
-        check_output_dir(config)
+        check_output_dir(config, config.init_from)
     if config.output_dir is None:
-        given["output_dir"] = str(default_output_dir(config))
+        given["output_dir"] = str(default_output_dir(config.model))
         config = config.model_copy(update={"output_dir": given["output_dir"]})
     return Job(launch, worker_flags, given, run_json, config, slots, num_procs, num_gpus)
 

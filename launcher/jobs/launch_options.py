@@ -10,8 +10,8 @@ from typing import Any
 import click
 
 from launcher.jobs.command import BACKENDS
-from launcher.options import add_options
-from lorasb_ds.errors import ConfigError
+from launcher.options import SectionedOption, add_options
+from lorasb_ds.errors import ConfigError, option_name
 
 POSITIVE = click.IntRange(min=1)
 PORT = click.IntRange(1, 65534)  # with --no-ssh the next one is used, too
@@ -183,5 +183,6 @@ def launch_options(command: Callable[..., Any]) -> Callable[..., Any]:
         launch = LaunchOptions(**{name: options.pop(name) for name in names})
         return command(launch=launch, **options)
 
-    flags = [click.option("--" + name.replace("_", "-"), name, **OPTIONS[name]) for name in names]
+    attributes: dict[str, Any] = {"cls": SectionedOption, "section": "Hosts and processes"}
+    flags = [click.option(option_name(name), name, **attributes, **OPTIONS[name]) for name in names]
     return add_options(*flags)(wrapper)

@@ -14,8 +14,7 @@ import click
 
 from launcher.jobs.launch_options import LaunchOptions
 from launcher.jobs.verdict import EXIT_REFUSED
-from launcher.options import FIELDS as EVAL_FIELDS
-from launcher.options import to_arguments
+from launcher.options import EVAL_FIELDS, to_arguments
 from launcher.sweeps.grid import Sweep, Trial, is_file, label
 from launcher.sweeps.plots import PICTURES, draw_sweep
 from launcher.sweeps.pool import Place, Work

@@ -151,7 +151,8 @@ def check_folder(folder: Path, command: str, options: Mapping[str, Any], overwri
 
 def differing(options: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
     """What was given otherwise than before: a line for each."""
-    defaults = json.loads(RunConfig.model_validate({}).model_dump_json())
+    fields = {name: value for name, value in stored.items() if name in RunConfig.model_fields}
+    defaults = json.loads(RunConfig.model_validate(fields).model_dump_json())
     before = {name: stored.get(name, defaults.get(name)) for name in options}
     if "own" in stored:  # methods may be added
         before["own"] = {**options.get("own", {}), **stored["own"]}

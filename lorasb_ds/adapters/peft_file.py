@@ -9,7 +9,7 @@ from typing import Any
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-from lorasb_ds.config.run_config import ALL_LINEAR
+from lorasb_ds.config.adapter_options import ALL_LINEAR
 from lorasb_ds.errors import ConfigError
 
 # Types that name layers of their own where target_modules is not given.

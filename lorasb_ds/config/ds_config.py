@@ -1,7 +1,7 @@
 """The DeepSpeed configuration of a run: one place where "auto" becomes a value. Torch-free.
 
-There is one truth: a shipped configuration says "auto" and the option fills it; a number in the
-file wins over an option that was not given; an option that was given and differs is an error.
+A shipped configuration says "auto" and the option fills it; a number in the file wins over an
+option that was not given; an option that was given and differs is an error.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lorasb_ds.config.paths import SHIPPED_DS_CONFIGS, read_json
+from lorasb_ds.config.deepspeed_options import DEFAULT_DS_CONFIG, SINGLE_PROCESS_DS_CONFIG
+from lorasb_ds.config.paths import read_json
 from lorasb_ds.config.run_config import RunConfig, problems_of
 from lorasb_ds.errors import ConfigError, option_name
 
-# Where DeepSpeed keeps what an option says. A missing key is filled like "auto": DeepSpeed's own
-# defaults would speak otherwise (gradient_clipping is 1.0 when it is not set).
-FIELDS = {
+# DeepSpeed's keys and our fields. A missing key is filled like "auto": DeepSpeed's own defaults
+# differ (gradient_clipping is 1.0 when it is not set).
+FIELD_OF_KEY = {
     "train_micro_batch_size_per_gpu": "micro_batch_size",
     "gradient_accumulation_steps": "gradient_accumulation_steps",
     "train_batch_size": "train_batch_size",
@@ -50,23 +51,23 @@ def resolve_ds_config(
     Args:
         config: the run; what is in its ``model_fields_set`` was asked for.
         world_size: number of processes.
-        local_size: those on this host. [default: all]
+        local_size: number of processes on this host; all of them by default.
     Returns:
         The configuration for ``deepspeed.initialize``, without any "auto"; and the run with the
         file's numbers in place of its defaults.
     Raises:
         ConfigError: with one paragraph for every problem.
     """
-    is_default = config.ds_config == RunConfig.model_fields["ds_config"].default
+    is_default = config.ds_config == DEFAULT_DS_CONFIG
     if world_size == 1 and is_default and "ds_config" not in config.model_fields_set:
-        # Stage 3 has nothing to shard on one process, and takes half of its time to do so.
-        config = config.model_copy(update={"ds_config": str(SHIPPED_DS_CONFIGS / "zero2.json")})
+        # Stage 3 has nothing to shard on one process, and spends half of its time on trying.
+        config = config.model_copy(update={"ds_config": SINGLE_PROCESS_DS_CONFIG})
     raw = read_json(config.ds_config, "--ds-config")
     problems: list[str] = []
     updates: dict[str, Any] = {}
 
     def agree(key: str, value: object, field: str) -> None:
-        """Settle one number of the file with the option of the same meaning."""
+        """Compare one number of the file with the option of the same meaning."""
         if value is None or value == "auto":
             return
         wanted = getattr(config, field)
@@ -82,7 +83,7 @@ def resolve_ds_config(
         else:
             updates[field] = value
 
-    for key, field in FIELDS.items():
+    for key, field in FIELD_OF_KEY.items():
         agree(key, raw.get(key), field)
     for section in ("optimizer", "scheduler"):
         problems += _check_section(section, raw, config.ds_config, agree)
@@ -92,7 +93,7 @@ def resolve_ds_config(
     if problems:
         raise ConfigError(*problems)
     try:
-        # Through the model, which knows what each of them may be.
+        # The file's numbers must be valid options, too.
         resolved_config = RunConfig(**{**dict(config), **updates})
     except ValidationError as error:
         raise ConfigError(*(f"{config.ds_config}: {p}" for p in problems_of(error))) from None
@@ -100,26 +101,26 @@ def resolve_ds_config(
     resolved_config = _settle_batch(resolved_config, fixed, world_size)
 
     resolved = {k: v for k, v in raw.items() if k not in ("optimizer", "scheduler", "fp16")}
-    for key, field in FIELDS.items():
+    for key, field in FIELD_OF_KEY.items():
         resolved[key] = getattr(resolved_config, field)
-    # DeepSpeed's is always the product; a step may hold fewer rows (some places stay empty).
-    resolved["train_batch_size"] = places(resolved_config, world_size)
-    # Stages 1 and 2 agree on a gradient that is not finite only if they are told to look.
+    # DeepSpeed's is always the product; a step may hold fewer rows.
+    resolved["train_batch_size"] = batch_capacity(resolved_config, world_size)
+    # Without it, ranks of stages 1 and 2 may disagree about a gradient that is not finite.
     agreeing = {"enabled": resolved_config.dtype == "bf16", "check_grad_overflow": True}
     resolved["bf16"] = {**_section(raw, "bf16"), **agreeing}
     if resolved_config.dtype == "fp16":
         resolved["fp16"] = {**_section(raw, "fp16"), "enabled": True}
     if resolved_config.optimizer != "adamw":
-        # "Untested" is all but Adam. Masters are flat, which optimizers by elements bear; those of
-        # matrices come with a way to do so (matrix_optimizer.py).
+        # DeepSpeed has tested Adam only. Masters are flat, which is right for optimizers that go by
+        # elements; matrix_optimizer.py gives matrices to the others.
         resolved["zero_allow_untested_optimizer"] = True
     resolved["zero_optimization"] = zero_section
-    # What is still "auto" has no option: DeepSpeed's default holds.
+    # What is still "auto" has no option and gets DeepSpeed's default.
     return _without_auto(resolved), resolved_config
 
 
-def places(config: RunConfig, world_size: int) -> int:
-    """For rows in an optimizer step; ``train_batch_size`` of them are taken."""
+def batch_capacity(config: RunConfig, world_size: int) -> int:
+    """Return how many rows an optimizer step has room for; ``train_batch_size`` may be fewer."""
     return config.micro_batch_size * config.gradient_accumulation_steps * world_size
 
 
@@ -129,7 +130,7 @@ def _section(raw: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _check_section(name: str, raw: dict[str, Any], path: str, agree: Any) -> list[str]:
-    """Our AdamW and schedule are used; a section may stand if it asks for nothing else."""
+    """Return problems of a section, which may ask for nothing but our AdamW and schedule."""
     section = _section(raw, name)
     params = dict(_section(section, "params"))
     if name == "optimizer":
@@ -143,7 +144,7 @@ def _check_section(name: str, raw: dict[str, Any], path: str, agree: Any) -> lis
     if fixed:
         return [
             f"{path}: {name}.params sets {', '.join(fixed)}, which would not be used. Set them to "
-            '"auto" or remove the section; --lr, --lr-scheduler and --warmup-ratio say the rest.'
+            '"auto" or remove the section, and use --lr, --lr-scheduler and --warmup-ratio.'
         ]
     return []
 
@@ -177,7 +178,7 @@ def _check_precision(raw: dict[str, Any], config: RunConfig, updates: dict[str, 
 
 
 def _fill_zero(section: dict[str, Any], local_size: int) -> dict[str, Any]:
-    """What the hosts decide: the processes that share one, and where its fast drive is."""
+    """Fill what depends on the host: its number of processes, and its NVMe drive."""
     section = dict(section)
     if section.get("zero_hpz_partition_size") == "auto":
         section["zero_hpz_partition_size"] = local_size
@@ -196,8 +197,8 @@ def _check_zero(section: dict[str, Any], config: RunConfig, world_size: int) -> 
     ]
     if section.get("compute_grad_norm") is False:
         problems.append(
-            f"{path}: zero_optimization.compute_grad_norm is false, but steps whose gradient is "
-            "not finite are told by it. Remove it."
+            f"{path}: zero_optimization.compute_grad_norm is false, but the norm shows whether a "
+            "gradient is finite. Remove it."
         )
     stage = section.get("stage", 0)
     if isinstance(stage, bool) or stage not in (1, 2, 3):
@@ -214,7 +215,7 @@ def _check_zero(section: dict[str, Any], config: RunConfig, world_size: int) -> 
     if (config.load_in_4bit or config.load_in_8bit) and section.get("zero_quantized_weights"):
         problems.append(
             f"{path}: zero_quantized_weights is true, but the parameters of a quantized base are "
-            "bytes and no numbers: they would be ruined. Remove it, or leave --load-in-4bit "
+            "bytes, not numbers: they would be ruined. Remove it, or leave --load-in-4bit "
             "(or --load-in-8bit) out."
         )
     on_nvme = _section(section, "offload_param").get("device") == "nvme"
@@ -242,31 +243,31 @@ def _check_nvme_path(folder: object, path: str) -> list[str]:
         ]
     if not Path(folder).is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         return [
-            f"{path}: offload_param.nvme_path is {folder}, which is no folder that can be written "
-            "to. Make it on an NVMe drive of each host, or name another one."
+            f"{path}: offload_param.nvme_path is {folder}, which is not a folder that can be "
+            "written to. Create it on an NVMe drive of each host, or name another one."
         ]
     return []
 
 
 def _settle_batch(config: RunConfig, fixed: set[str], world_size: int) -> RunConfig:
-    """A fixed global batch decides the accumulation where nothing else does, and the reverse.
+    """Compute the accumulation from the global batch, or the global batch from the accumulation.
 
     Args:
         fixed: fields that an option or the file has set.
     """
     total, per_round = config.train_batch_size, config.micro_batch_size * world_size
     if total is None:
-        return config.model_copy(update={"train_batch_size": places(config, world_size)})
+        return config.model_copy(update={"train_batch_size": batch_capacity(config, world_size)})
     if "gradient_accumulation_steps" not in fixed:
         rounds = math.ceil(total / per_round)
         return config.model_copy(update={"gradient_accumulation_steps": rounds})
-    if total > places(config, world_size):
+    if total > batch_capacity(config, world_size):
         raise ConfigError(
             f"A global batch of {total} rows (--train-batch-size, or train_batch_size in "
-            f"{config.ds_config}) has no room in --micro-batch-size {config.micro_batch_size} x "
+            f"{config.ds_config}) does not fit into --micro-batch-size {config.micro_batch_size} x "
             f"--gradient-accumulation-steps {config.gradient_accumulation_steps} x {world_size} "
-            f"processes = {places(config, world_size)}. Leave --gradient-accumulation-steps out, "
-            "or change one of them."
+            f"processes = {batch_capacity(config, world_size)}. Leave "
+            "--gradient-accumulation-steps out, or change one of them."
         )
     return config
 

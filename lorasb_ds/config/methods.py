@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 PEFT_PREFIX = "peft:"  # of a PEFT configuration: --method peft:FILE.json
-PEFT_LR = 2e-4  # where --lr is not given
 DEFAULT_METHOD = "lora-sb"
 DEFAULT_ALPHA = 16.0  # of methods that have a scaling: LoRA-GA's and LoRA-One's papers
+LR_OF_R, LR_OF_AB = 2e-3, 2e-4  # defaults of --lr where R, or A and B, are trained
 XS_DEVIATION = 1e-5  # of R's normal numbers (arXiv 2405.17604)
 
 # What is decomposed. "update": what --init-update makes of the average gradient.
@@ -99,7 +99,6 @@ class Method:
     directions: int = 1  # of the SVD, times r
     offset: bool = False  # B0 A0 are A and B as they were filled: W is W0 at first
     gamma: float = 1.0  # where --gamma is not given; 1: there is none
-    lr: float = 2e-4  # where --lr is not given
     paper: str = ""
 
     def scale(self, r: int, alpha: float | None) -> float:
@@ -122,15 +121,20 @@ class Method:
     def trains_r(self) -> bool:
         return self.trained == TRAIN_R
 
+    @property
+    def lr(self) -> float:
+        """Learning rate where --lr is not given."""
+        return LR_OF_R if self.trains_r else LR_OF_AB
+
 
 def _sb(matrix: Matrix, step: bool) -> Method:
     """LoRA-SB's layer with other bases or without its R: the ablations of its paper."""
-    return Method(matrix, _bases, TRAIN_R, step=step, lr=2e-3, paper="arXiv 2411.19557, ablations")
+    return Method(matrix, _bases, TRAIN_R, step=step, paper="arXiv 2411.19557, ablations")
 
 
 METHODS: dict[str, Method] = {
-    "lora-sb": Method("update", _bases, TRAIN_R, step=True, lr=2e-3, paper="arXiv 2411.19557"),
-    "lora-xs": Method("weight", _xs, TRAIN_R, lr=2e-3, paper="arXiv 2405.17604"),
+    "lora-sb": Method("update", _bases, TRAIN_R, step=True, paper="arXiv 2411.19557"),
+    "lora-xs": Method("weight", _xs, TRAIN_R, paper="arXiv 2405.17604"),
     "lora-one": Method(
         "gradient",
         _lora_one,
@@ -162,3 +166,8 @@ METHODS: dict[str, Method] = {
     "sb-gradient-s": _sb("gradient", step=True),
     "sb-sign": _sb("sign", step=False),
 }
+
+
+def default_lr(method: str) -> float:
+    """Return the learning rate of a method, or of a ``peft:FILE.json``, without --lr."""
+    return METHODS[method].lr if method in METHODS else LR_OF_AB

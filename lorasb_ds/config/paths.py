@@ -1,4 +1,4 @@
-"""Where the demo model, caches and shipped ds_configs are, and JSON files that users name."""
+"""Paths of the demo model, caches and shipped ds_configs; and JSON files that users name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ SHIPPED_DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
 
 def read_json(path: str, option: str) -> dict[str, Any]:
-    """The object in a JSON file that a user named by ``option``; ConfigError if there is none."""
+    """Return the object in a JSON file.
+
+    Args:
+        option: the option that named the file, for messages.
+    Raises:
+        ConfigError: if there is no such file, or it holds no JSON object.
+    """
     file = Path(path).expanduser()
     if not file.is_file():
         shipped = ", ".join(sorted(f"ds_configs/{f.name}" for f in SHIPPED_DS_CONFIGS.glob("*")))
@@ -28,14 +34,22 @@ def read_json(path: str, option: str) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{option} {path} is not valid JSON: {error}. Mend the file.") from None
+        raise ConfigError(f"{option} {path} is not valid JSON: {error}. Fix the file.") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{option} {path} must hold a JSON object, not {type(content).__name__}.")
     return content
 
 
+def expand_home(path: str | None) -> str | None:
+    """Return a path without its ~, which a shell leaves in --output-dir=~/runs."""
+    return None if path is None else os.path.expanduser(path)  # noqa: PTH111, no Path
+
+
 def cache_dir() -> Path:
-    """For the demo model and tokenized rows: ``$LORASB_CACHE``, else the user's cache folder."""
+    """Return the folder of the demo model and of tokenized rows.
+
+    It is ``$LORASB_CACHE``, or lorasb-ds in the user's cache folder.
+    """
     if path := os.environ.get("LORASB_CACHE"):
         return Path(path)
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
@@ -43,5 +57,5 @@ def cache_dir() -> Path:
 
 
 def demo_model_dir() -> Path:
-    """The folder that ``--model demo`` stands for; scripts/fetch_demo.py fills it."""
+    """Return the folder that ``--model demo`` stands for; scripts/fetch_demo.py fills it."""
     return cache_dir() / "SmolLM2-135M-Instruct"

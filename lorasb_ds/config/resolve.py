@@ -1,4 +1,4 @@
-"""What a run is asked to be: flags over an earlier run's options over defaults. Torch-free."""
+"""Make a run's configuration: flags, then an earlier run's options, then defaults. Torch-free."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lorasb_ds.config.methods import METHODS, PEFT_LR, PEFT_PREFIX
+from lorasb_ds.config.methods import METHODS, PEFT_PREFIX
 from lorasb_ds.config.paths import read_json
-from lorasb_ds.config.run_config import DEMO_EVAL_DATA, RunConfig, problems_of
+from lorasb_ds.config.run_config import RunConfig, problems_of
 from lorasb_ds.config.run_layout import (
     ADAPTER_CONFIG,
     DS_CONFIG_COPY,
@@ -22,7 +22,9 @@ from lorasb_ds.errors import ConfigError, option_name
 
 
 def load_run_config(given: Mapping[str, Any], run_json: str | None = None) -> RunConfig:
-    """The configuration of a run: its flags over a replayed ``run.json`` over the defaults.
+    """Return the configuration of a run.
+
+    Flags win over a replayed ``run.json``, which wins over the defaults.
 
     Args:
         given: fields that were asked for; a value of None means not given.
@@ -36,13 +38,6 @@ def load_run_config(given: Mapping[str, Any], run_json: str | None = None) -> Ru
         run_json = run_json or str(folder / RUN_JSON)
         asked.setdefault("output_dir", str(folder))
     values = {**(_replayed(run_json, asked) if run_json is not None else {}), **asked}
-    if not {"data", "eval_data", "val_set_size"} & set(values):
-        values["eval_data"] = DEMO_EVAL_DATA
-    method = METHODS.get(str(values.get("method")))
-    if method is not None:
-        values.setdefault("lr", method.lr)
-    elif str(values.get("method")).startswith(PEFT_PREFIX):
-        values.setdefault("lr", PEFT_LR)
     try:
         config = RunConfig(**values)
     except ValidationError as error:
@@ -55,9 +50,9 @@ def load_run_config(given: Mapping[str, Any], run_json: str | None = None) -> Ru
 
 
 def _evaluation_problems(config: RunConfig) -> list[str]:
-    """Options that ask for nothing together."""
+    """Return problems of options that need others."""
     problems = [
-        f"{option_name(field)} needs --eval-every N: the evaluations that it goes by."
+        f"{option_name(field)} needs --eval-every N: it looks at these evaluations."
         for field in ("early_stopping_patience", "load_best_model_at_end", "generate_samples")
         if getattr(config, field) and config.eval_every is None
     ]
@@ -69,7 +64,7 @@ def _evaluation_problems(config: RunConfig) -> list[str]:
 
 
 def _method_problems(config: RunConfig, asked: Mapping[str, Any]) -> list[str]:
-    """Options that a method has no use for."""
+    """Return problems of options that the method does not use."""
     method = METHODS.get(config.method)
     if method is None:
         return _peft_problems(config, asked)
@@ -93,48 +88,48 @@ def _method_problems(config: RunConfig, asked: Mapping[str, Any]) -> list[str]:
 
 
 def read_peft_file(method: str) -> dict[str, Any]:
-    """The object in the file of ``--method peft:FILE.json``; it has a peft_type.
+    """Return the object in the file of ``--method peft:FILE.json``.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: if there is no such file, or it has no peft_type.
     """
     content = read_json(method.removeprefix(PEFT_PREFIX), "--method peft:")
     if not isinstance(content.get("peft_type"), str):
         raise ConfigError(
-            f'--method {method}: it says no peft_type. Give one, such as "LORA" with "use_dora": '
-            'true, or "LOHA"; an adapter_config.json of PEFT\'s has it.'
+            f'--method {method}: the file has no peft_type. Add one, such as "LORA" with '
+            '"use_dora": true, or "LOHA"; an adapter_config.json of PEFT has it.'
         )
     return content
 
 
 def _peft_problems(config: RunConfig, asked: Mapping[str, Any]) -> list[str]:
-    """What PEFT's own methods cannot have here."""
+    """Return problems of options that do not work with PEFT's own methods."""
     read_peft_file(config.method)
     base = config.load_in_4bit or config.load_in_8bit
     refused = {
         "--load-in-4bit and --load-in-8bit": base
-        and "PEFT's layers do not know our packed weights",
-        "--track-alignment": config.track_alignment and "it looks at A and B of our own layers",
-        "--init-from": config.init_from and "PEFT makes its own beginning",
-        "--init-data": config.init_data and "PEFT makes its own beginning",
+        and "PEFT's layers cannot read our packed weights",
+        "--track-alignment": config.track_alignment and "it reads A and B of our own layers",
+        "--init-from": config.init_from and "PEFT has its own init",
+        "--init-data": config.init_data and "PEFT has its own init",
         "--precondition": config.precondition and "PEFT's layers have their own gradients",
     }
     return (
         [
-            f"{option} cannot be had with --method {config.method}: {why}. Leave it out, or choose "
+            f"{option} does not work with --method {config.method}: {why}. Leave it out, or choose "
             f"one of {', '.join(METHODS)}."
             for option, why in refused.items()
             if why
         ]
         + [
-            f"{option_name(field)} means nothing to --method {config.method}: the file says it. "
+            f"{option_name(field)} means nothing to --method {config.method}: the file decides it. "
             "Leave it out."
             for field in ("lora_alpha", "gamma", "init_update", "init_lr", "target_modules", "r")
             if field in asked
         ]
         + [
-            f"{option_name(field)} means nothing to --method {config.method}: PEFT makes its own "
-            "beginning. Leave it out."
+            f"{option_name(field)} means nothing to --method {config.method}: PEFT has its own "
+            "init. Leave it out."
             for field in ("init_memory_gib", "init_offload")
             if field in asked
         ]
@@ -142,12 +137,11 @@ def _peft_problems(config: RunConfig, asked: Mapping[str, Any]) -> list[str]:
 
 
 def _data_problems(config: RunConfig) -> list[str]:
-    """Options about data that do not go together."""
+    """Return problems of options of the data that exclude each other."""
     problems = []
     if config.val_set_size is not None and config.eval_data is not None:
         problems.append(
-            "--val-set-size holds rows of --data out, and --eval-data brings others. Give one of "
-            "them."
+            "--val-set-size holds out rows of --data, --eval-data brings others. Give one of them."
         )
     weights = config.data_weights
     if weights is not None and len(weights) != len(config.data):
@@ -159,15 +153,15 @@ def _data_problems(config: RunConfig) -> list[str]:
 
 
 def _replayed(run_json: str, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of an earlier run, but for those that something asked for makes meaningless."""
+    """Return an earlier run's fields, without those that what was asked for replaces."""
     config = read_json(run_json, "--config").get("config")
     if not isinstance(config, dict):
         raise ConfigError(
             f"--config {run_json} has no 'config' entry. Give the run.json that an earlier run "
             "wrote into its output folder."
         )
-    # A replay is a new run: it gets a folder of its own unless one is asked for. The folder may be
-    # somebody else's: whether code is trusted is said on the command line, never by a file.
+    # A replay is a new run with a folder of its own. The file may be somebody else's: only the
+    # command line decides whether code is trusted.
     dropped = {"output_dir", "overwrite", "resume", "trust_remote_code"}
     if asked.get("method", config.get("method")) != config.get("method"):
         dropped |= {"lr", "lora_alpha", "gamma", "precondition", "init_update", "init_lr"}
@@ -191,11 +185,11 @@ def _replayed(run_json: str, asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_adapter(given: Mapping[str, Any], adapter: str | None) -> dict[str, Any]:
-    """Options about a base, completed by what an adapter says of the one that it is for.
+    """Return options with the base model's filled from an adapter.
 
     Args:
         given: fields that were asked for; a value of None means not given.
-        adapter: a run's folder, its adapter, a checkpoint, or a PEFT folder; what it holds is
+        adapter: a run's folder, its adapter, a checkpoint, or a PEFT folder; its content is
             checked where it is read.
     """
     asked = {name: value for name, value in given.items() if value is not None}
@@ -217,7 +211,7 @@ def with_adapter(given: Mapping[str, Any], adapter: str | None) -> dict[str, Any
 
 
 def replayed_processes(run_json: str) -> tuple[int | None, int | None]:
-    """--num-procs and --num-gpus of an earlier run; None is unknown or the other kind."""
+    """Return --num-procs and --num-gpus of an earlier run; None if unknown, or the other kind."""
     description = read_json(run_json, "--config")
     count, accelerator = description.get("world_size"), description.get("accelerator")
     if not isinstance(count, int):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from lorasb_ds.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lorasb_ds.config.run_config import RunConfig
+    from lorasb_ds.config.output_options import OutputOptions
 
 RUN_JSON = "run.json"  # configuration and provenance: the mark of a run's folder
 REPORT = "report.md"  # written last: a run that has it is finished
@@ -44,10 +44,10 @@ EVAL_RESULT, EVAL_ANSWERS = "eval.json", "answers.jsonl"  # of `lorasb eval --ou
 
 
 def resumed_run(resume: str) -> Path:
-    """The run's folder of ``--resume PATH``, which names it or one of its checkpoints.
+    """Return the run's folder for ``--resume PATH``, which names it or one of its checkpoints.
 
     Raises:
-        ConfigError: if it is neither.
+        ConfigError: if PATH is neither.
     """
     path = Path(resume).expanduser()
     for folder in (path, path.parent.parent):
@@ -59,17 +59,13 @@ def resumed_run(resume: str) -> Path:
     )
 
 
-def default_output_dir(config: RunConfig, kind: str = "") -> Path:
-    """A folder of this moment for a run that names none.
-
-    Args:
-        kind: what else than a training run it is of, before the name.
-    """
-    return Path("runs") / f"{kind}{Path(config.model).name}-{datetime.now():%Y%m%d-%H%M%S}"
+def default_output_dir(model: str, prefix: str = "") -> Path:
+    """Return the folder of a run that names none: runs/MODEL-DATE-TIME."""
+    return Path("runs") / f"{prefix}{Path(model).name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def launcher_files(folder: Path) -> list[Path]:
-    """What a launcher has written into a run's folder: its own files, and the ranks' logs."""
+    """Return the files that a launcher has written into a run's folder, logs of ranks included."""
     names = (
         f"{LOGS}/{RANK_LOG.format('*')}",
         f"{LAUNCH}/{DEEPSPEED_FILES}*",
@@ -78,23 +74,29 @@ def launcher_files(folder: Path) -> list[Path]:
     return [path for name in names for path in folder.glob(name)]
 
 
-def check_output_dir(config: RunConfig) -> None:
-    """Refuse to write into a folder that holds something, unless --overwrite is given."""
-    if config.resume is not None and config.output_dir is None:
+def check_output_dir(options: OutputOptions, init_from: str | None = None) -> None:
+    """Refuse to write into a folder that holds something, unless --overwrite is given.
+
+    Args:
+        init_from: ``--init-from``, a folder that is not to be overwritten.
+    Raises:
+        ConfigError: if the folder may not be written.
+    """
+    if options.resume is not None and options.output_dir is None:
         raise ConfigError("--resume auto goes on in --output-dir. Name the run's folder by it.")
-    if config.resume is not None and config.overwrite:
+    if options.resume is not None and options.overwrite:
         raise ConfigError("--resume and --overwrite exclude each other. Give one of them.")
-    if config.output_dir is None:
+    if options.output_dir is None:
         return
-    folder = Path(config.output_dir)
-    if config.init_from is not None and folder.resolve() == Path(config.init_from).resolve():
+    folder = Path(options.output_dir)
+    if init_from is not None and folder.resolve() == Path(init_from).resolve():
         raise ConfigError(
             f"--output-dir {folder} is the folder of --init-from, and would be overwritten. Name "
             "another one."
         )
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--output-dir {folder} is a file. Name a folder.")
-    if config.overwrite or (config.resume is not None and (folder / RUN_JSON).is_file()):
+    if options.overwrite or (options.resume is not None and (folder / RUN_JSON).is_file()):
         return
     # A run that was killed early has left a file that it was writing, and the launcher's own.
     own = launcher_files(folder)

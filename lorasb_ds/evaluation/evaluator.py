@@ -13,8 +13,8 @@ from typing import Any
 from rich.progress import track
 from torch import nn
 
+from lorasb_ds.config.data_options import DEMO_EVAL_DATA
 from lorasb_ds.config.resolve import load_run_config, with_adapter
-from lorasb_ds.config.run_config import DEMO_EVAL_DATA
 from lorasb_ds.config.run_layout import EVAL_ANSWERS, EVAL_RESULT
 from lorasb_ds.data.batch import collate, share_out
 from lorasb_ds.distributed import accelerator

@@ -48,7 +48,7 @@ class Recipe:
         fixed = {"sign": "sign", "gradient": "raw"}
         return cls(
             method=method,
-            update=fixed.get(method.matrix, config.update),
+            update=fixed.get(method.matrix, config.update_rule),
             scaling=method.scale(config.r, config.lora_alpha),
             gamma=config.gamma or method.gamma,
             seed=config.seed_of_init,

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lorasb_ds.config.run_config import ALL_LINEAR
+from lorasb_ds.config.adapter_options import ALL_LINEAR
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.planner.model_shape import ModelShape
 

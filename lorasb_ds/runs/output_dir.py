@@ -84,7 +84,7 @@ def make_output_dir(config: RunConfig, resumed: bool) -> Path:
     """
     name: list[str] = [""]
     if zero.rank() == 0:
-        folder = Path(config.output_dir or default_output_dir(config))
+        folder = Path(config.output_dir or default_output_dir(config.model))
         try:
             folder.mkdir(parents=True, exist_ok=config.output_dir is not None)
             for old in (REPORT,) if resumed else (*_torn(folder), *OUTPUTS):

@@ -9,7 +9,8 @@ from functools import cached_property
 from typing import Any
 
 from lorasb_ds.config.methods import METHODS
-from lorasb_ds.config.run_config import MATRIX_OPTIMIZERS, RunConfig
+from lorasb_ds.config.run_config import RunConfig
+from lorasb_ds.config.training_options import MATRIX_OPTIMIZERS
 from lorasb_ds.data.cache import Data
 from lorasb_ds.data.dataset import TokenizedRows
 from lorasb_ds.distributed import accelerator

@@ -134,7 +134,7 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
         ConfigError: what is wrong and what to do about it.
     """
     base, config = open_base(config)
-    check_output_dir(config)
+    check_output_dir(config, config.init_from)
     check_tracker(config)
     resume = find_resume(config)
     if resume is not None and resume.checkpoint is not None:

@@ -42,8 +42,8 @@ def options(folder: Path, content: Any, **more: Any) -> dict[str, Any]:
     [
         ("{", "is not valid JSON"),
         ("[1]", "must hold a JSON object"),
-        ("{}", "it says no peft_type"),
-        ({"peft_type": 3}, "it says no peft_type"),
+        ("{}", "the file has no peft_type"),
+        ({"peft_type": 3}, "the file has no peft_type"),
     ],
 )
 def test_files_that_say_nothing(content: Any, problem: str, tmp_path: Path) -> None:
@@ -62,11 +62,11 @@ def test_a_file_that_is_not_there() -> None:
         ({"load_in_4bit": True}, "packed weights"),
         ({"load_in_8bit": True}, "packed weights"),
         ({"track_alignment": 5}, "our own layers"),
-        ({"init_from": "somewhere"}, "PEFT makes its own beginning"),
-        ({"init_data": "rows.jsonl"}, "PEFT makes its own beginning"),
+        ({"init_from": "somewhere"}, "PEFT has its own init"),
+        ({"init_data": "rows.jsonl"}, "PEFT has its own init"),
         ({"precondition": 0.1}, "their own gradients"),
-        ({"r": 8}, "the file says it"),
-        ({"target_modules": "q_proj"}, "the file says it"),
+        ({"r": 8}, "the file decides it"),
+        ({"target_modules": "q_proj"}, "the file decides it"),
     ],
 )
 def test_options_that_mean_nothing(given: dict[str, Any], problem: str, tmp_path: Path) -> None:

@@ -256,7 +256,7 @@ def test_scalings(r: int, alpha: float, method: str) -> None:
 
 def test_lora_sb_s_row_is_the_paper_s() -> None:
     config = RunConfig()
-    assert (config.method, config.update) == ("lora-sb", "sign")
+    assert (config.method, config.update_rule) == ("lora-sb", "sign")
     assert layer_kind(config) is LoraSBLinear
     assert Recipe.of(config).scaling == 1
 

@@ -13,10 +13,11 @@ import pytest
 from launcher.jobs.job import make_job
 from launcher.jobs.launch_options import OPTIONS, LaunchOptions
 from launcher.jobs.start import again
+from lorasb_ds.config.data_options import DEMO_EVAL_DATA
 from lorasb_ds.config.ds_config import resolve_ds_config
 from lorasb_ds.config.paths import SHIPPED_DS_CONFIGS
 from lorasb_ds.config.resolve import load_run_config, replayed_processes, with_adapter
-from lorasb_ds.config.run_config import DEMO_EVAL_DATA, RunConfig
+from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.config.run_layout import check_output_dir
 from lorasb_ds.errors import ConfigError
 
@@ -41,9 +42,9 @@ def test_every_problem_is_reported_at_once() -> None:
         load_run_config({"r": 0, "init_lr": -1.0, "lr_scheduler": "step"})
     assert len(error.value.problems) == 3
     assert "--r 0" in error.value.problems[0]
-    assert "--lr-scheduler 'step'" in error.value.problems[1]
-    assert "'cosine', 'linear' or 'constant'" in error.value.problems[1]
-    assert "--init-lr -1.0" in error.value.problems[2]
+    assert "--init-lr -1.0" in error.value.problems[1]
+    assert "--lr-scheduler 'step'" in error.value.problems[2]
+    assert "'cosine', 'linear' or 'constant'" in error.value.problems[2]
 
 
 def test_the_demo_is_evaluated_and_other_data_only_when_asked() -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorasb_ds.config.run_config import FIRST_STEPS, RunConfig
+from lorasb_ds.config.run_config import RunConfig
+from lorasb_ds.config.training_options import FIRST_STEPS
 from lorasb_ds.init.initialize import decompose
 from lorasb_ds.init.update_rules import UPDATES, step_scale
 from tests.runs import run_ranks
@@ -110,10 +111,10 @@ def test_adafactor_s_update_of_small_and_missing_gradients() -> None:
 
 
 def test_every_optimizer_has_its_update() -> None:
-    found = {name: RunConfig(optimizer=name).update for name in FIRST_STEPS}  # type: ignore[arg-type]
+    found = {name: RunConfig(optimizer=name).update_rule for name in FIRST_STEPS}  # type: ignore[arg-type]
     assert found == FIRST_STEPS
     assert set(found.values()) <= UPDATES.keys()
-    assert RunConfig(optimizer="muon", init_update="sign").update == "sign"
+    assert RunConfig(optimizer="muon", init_update="sign").update_rule == "sign"
 
 
 @pytest.mark.xdist_group("ranks")

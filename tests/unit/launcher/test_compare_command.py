@@ -16,8 +16,8 @@ from launcher.cli import main
 from launcher.jobs.launch_options import LaunchOptions
 from launcher.sweeps.compare_run import Comparison
 from launcher.sweeps.grid import Trial, make_sweep
+from lorasb_ds.config.data_options import DEMO_EVAL_DATA
 from lorasb_ds.config.methods import METHODS
-from lorasb_ds.config.run_config import DEMO_EVAL_DATA
 from lorasb_ds.system.signals import SIGNALS
 from tests.runs import made_up_run
 

@@ -12,7 +12,8 @@ from deepspeed.launcher.runner import fetch_hostfile
 from launcher.cli import main
 from launcher.jobs.command import job_environment, local_command, visible_gpus
 from launcher.options import to_arguments
-from lorasb_ds.config.run_config import DEMO_DATA, RunConfig
+from lorasb_ds.config.data_options import DEMO_DATA
+from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.config.run_layout import check_output_dir, launcher_files
 from lorasb_ds.errors import ConfigError, option_name
 

@@ -1,0 +1,57 @@
+"""Options of the adapter: its method, its size and its layers."""
+
+from __future__ import annotations
+
+from pydantic import Field, field_validator
+
+from lorasb_ds.config.methods import DEFAULT_ALPHA, DEFAULT_METHOD, METHODS, PEFT_PREFIX
+from lorasb_ds.config.option_group import OptionGroup, default_is
+
+ALL_LINEAR = "all-linear"
+
+
+class AdapterOptions(OptionGroup):
+    method: str = Field(
+        DEFAULT_METHOD,
+        description=f"How the adapter is made: {', '.join(METHODS)} (docs/methods.md), or "
+        "peft:FILE.json, a configuration of PEFT's.",
+    )
+    r: int = Field(
+        64, ge=1, description="Rank of the adapter; r x r numbers are trained for each layer."
+    )
+    target_modules: str = Field(
+        ALL_LINEAR,
+        min_length=1,
+        description="Layers with an adapter: 'all-linear' (all but the head), or names as "
+        "PEFT takes them, separated by commas: q_proj,v_proj.",
+    )
+    lora_alpha: float | None = Field(
+        None,
+        gt=0,
+        description="Scaling of methods that have one: alpha/r, or alpha/sqrt(r).",
+        json_schema_extra=default_is(f"{DEFAULT_ALPHA:g}"),
+    )
+    gamma: float | None = Field(
+        None,
+        gt=0,
+        description="Scales A and B of lora-ga by out^(1/4)/sqrt(gamma), those of lora-one by "
+        "1/sqrt(gamma).",
+        json_schema_extra=default_is(
+            ", ".join(f"{m.gamma:g} for {name}" for name, m in METHODS.items() if m.gamma != 1)
+        ),
+    )
+    precondition: float | None = Field(
+        None,
+        gt=0,
+        description="Lambda of LoRA-One's preconditioned update, of methods that train A and B: "
+        "gradients go through inverses of (B'B + lambda I) and (AA' + lambda I); where A or B is 0 "
+        "they are divided by lambda.",
+        json_schema_extra=default_is("none"),
+    )
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, value: str) -> str:
+        if value not in METHODS and not value.startswith(PEFT_PREFIX):
+            raise ValueError(f"Give one of {', '.join(METHODS)}, or {PEFT_PREFIX}FILE.json")
+        return value

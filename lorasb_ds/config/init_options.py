@@ -1,0 +1,60 @@
+"""Options of the init: its sample, its step, its memory, or an earlier run's basis in its place."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from lorasb_ds.config.option_group import OptionGroup, default_is
+from lorasb_ds.config.paths import expand_home
+
+
+class InitOptions(OptionGroup):
+    init_samples: int | None = Field(
+        None,
+        ge=1,
+        description="Training rows in the init's sample, of which one in eight is held back to "
+        "measure losses on.",
+        json_schema_extra=default_is("0.1 % of them, at least 64"),
+    )
+    init_seed: int | None = Field(
+        None,
+        ge=0,
+        description="Seed of the init, and of the rows in its sample.",
+        json_schema_extra=default_is("--seed"),
+    )
+    init_lr: Annotated[float, Field(gt=0)] | Literal["auto", "schedule"] | None = Field(
+        None,
+        description="Eta, the learning rate of the step that the init takes: a number, 'schedule' "
+        "(the first step's of --lr and its warmup), or 'auto' (the best of a handful, measured "
+        "on the held-back rows).",
+        json_schema_extra=default_is("auto; with --init-from, that init's"),
+    )
+    init_update: Literal["sign", "adam", "raw", "adafactor", "muon"] | None = Field(
+        None,
+        description="The step that lora-sb's init imitates: sign of the gradient (the paper), "
+        "g/(|g|+epsilon) (AdamW's first step), the gradient itself (SGD's), Adafactor's or Muon's "
+        "first step.",
+        json_schema_extra=default_is("the first step of --optimizer"),
+    )
+    init_memory_gib: float | None = Field(
+        None,
+        gt=0,
+        description="Memory of a process for the init's gradients and SVD, beside base and "
+        "activations (host memory counts, too). Layers are then taken in groups, which costs about "
+        "one more forward pass, or a pass for each group in models that cannot be cut into "
+        "segments.",
+        json_schema_extra=default_is("no limit"),
+    )
+    init_offload: bool = Field(False, description="Keep the init's gradient shards in host memory.")
+    init_from: str | None = Field(
+        None,
+        description="Folder of an earlier `lorasb init` or train run whose basis is taken instead "
+        "of computing one; r may be smaller than its r.",
+    )
+
+    @field_validator("init_from")
+    @classmethod
+    def _at_home(cls, value: str | None) -> str | None:
+        return expand_home(value)
