@@ -1,10 +1,14 @@
-"""What every part of the project raises when a user's request cannot be carried out."""
+"""The error that every part of the project raises for a request that cannot be carried out."""
 
 from __future__ import annotations
 
 
 class ConfigError(Exception):
-    """What a user asked for cannot be done. One paragraph per problem; the command ends with 2."""
+    """A request that cannot be carried out; the command ends with exit status 2.
+
+    Args:
+        problems: one paragraph for each.
+    """
 
     def __init__(self, *problems: str) -> None:
         super().__init__("\n\n".join(problems))
@@ -12,5 +16,5 @@ class ConfigError(Exception):
 
 
 def option_name(field: str) -> str:
-    """The command line's name of a field: ``init_lr`` -> ``--init-lr``."""
+    """Return a field's name on the command line: ``init_lr`` -> ``--init-lr``."""
     return "--" + field.replace("_", "-")

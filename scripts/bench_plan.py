@@ -71,7 +71,7 @@ def run(config: dict[str, Any], out: str) -> None:
     accelerator.reset_peak_memory()
     engine.train()
     for step in range(prepared.num_steps):
-        train_step(engine, prepared.step_batches(prepared.order.units(step)))
+        train_step(engine, prepared.step_batches(prepared.order.packs(step)))
     peaks["train"] = accelerator.peak_memory_bytes() - idle
     tensors = _tensor_bytes(engine, there)
     found: list[Any] = [None] * zero.world_size()

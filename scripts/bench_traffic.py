@@ -27,7 +27,7 @@ def zero3(settings: dict[str, Any], out: str) -> None:
     from lorasb_ds.training.loop import train_step
 
     run, engine, adapters = started(settings["config"], settings["zero"])
-    batches = run.step_batches(run.order.units(0))
+    batches = run.step_batches(run.order.packs(0))
     seconds = []
     for _ in range(settings["steps"] + 2):  # the first two let DeepSpeed find the order of modules
         dist.barrier()
@@ -76,7 +76,7 @@ def quantized(settings: dict[str, Any], out: str) -> None:
 
     for layer in packed:
         layer.dequantize = timed(layer.dequantize)  # type: ignore[method-assign]
-    batches = run.step_batches(run.order.units(0))
+    batches = run.step_batches(run.order.packs(0))
     train_step(engine, batches)
     spent.clear()
     start = time.perf_counter()

@@ -55,7 +55,7 @@ def _ours(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     def steps() -> None:
         for number in range(run.num_steps):
-            batches = run.step_batches(run.order.units(number))
+            batches = run.step_batches(run.order.packs(number))
             start = time.perf_counter()
             done = train_step(engine, batches)
             seconds.append(time.perf_counter() - start)

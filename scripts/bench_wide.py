@@ -73,7 +73,7 @@ def wide(config: dict[str, Any], out: str) -> None:
     engine.train()
     losses, steps = [], []
     for number in range(run.num_steps):
-        batches = run.step_batches(run.order.units(number))
+        batches = run.step_batches(run.order.packs(number))
         done, found = watched(lambda b=batches: train_step(engine, b))  # type: ignore[misc]
         losses.append(done.loss)
         steps.append(found)

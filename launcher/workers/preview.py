@@ -82,7 +82,7 @@ def preview(config: RunConfig, num_rows: int, row: int | None, color: bool) -> I
 
 def why_skipped(config: RunConfig, tokenizer: Any, row: int) -> Iterator[str]:
     """What became of a row of each source, where it was not kept."""
-    from lorasb_ds.data.dataset import KEPT, columns_of
+    from lorasb_ds.data.dataset import KEPT, tokenize_columns
     from lorasb_ds.data.sources import load_rows
 
     for source in config.data:
@@ -90,7 +90,7 @@ def why_skipped(config: RunConfig, tokenizer: Any, row: int) -> Iterator[str]:
         if row > len(rows):
             yield f"--- {source} has {len(rows)} rows"
             continue
-        outcome = columns_of(rows, [row - 1], tokenizer, config)["outcome"][0]
+        outcome = tokenize_columns(rows, [row - 1], tokenizer, config)["outcome"][0]
         if outcome != KEPT:
             yield f"--- {source}:{row}: {outcome}"
 

@@ -1,9 +1,9 @@
-"""LoRA-SB and its relatives, a row each: what is decomposed, what becomes of it, what is trained.
+"""The table of methods, LoRA-SB and its relatives: what is decomposed, and what is trained.
 
     W = W0 + s · B R A  (LoRA-SB's family: R is trained)      W = W0 + s · (B A - B0 A0)  (LoRA's)
 
-Adding a method is one row, and one short function where none of those here fills its factors.
-Pure, and torch-free: the functions get tensors.
+A new method is one row, and one short function if none of those here fills its factors.
+Pure functions of tensors; the module itself is torch-free.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     Factors = dict[str, torch.Tensor]
 
 
-PEFT_PREFIX = "peft:"  # of a PEFT configuration: --method peft:FILE.json
+PEFT_PREFIX = "peft:"  # --method peft:FILE.json, a PEFT configuration
 DEFAULT_METHOD = "lora-sb"
-DEFAULT_ALPHA = 16.0  # of methods that have a scaling: LoRA-GA's and LoRA-One's papers
+DEFAULT_ALPHA = 16.0  # for methods with a scaling; from LoRA-GA's and LoRA-One's papers
 LR_OF_R, LR_OF_AB = 2e-3, 2e-4  # defaults of --lr where R, or A and B, are trained
-XS_DEVIATION = 1e-5  # of R's normal numbers (arXiv 2405.17604)
+XS_DEVIATION = 1e-5  # standard deviation of R (arXiv 2405.17604)
 
-# What is decomposed. "update": what --init-update makes of the average gradient.
+# What is decomposed. "update": the step that --init-update makes of the average gradient.
 Matrix = Literal["update", "sign", "gradient", "weight", "random", "none"]
 TRAIN_R, TRAIN_AB = ("lora_R",), ("lora_A", "lora_B")
 
@@ -33,7 +33,7 @@ TRAIN_R, TRAIN_AB = ("lora_R",), ("lora_A", "lora_B")
 class Layer(NamedTuple):
     """One layer, and the leading directions of its matrix ``M ~ U diag(S) Vh``; fp32.
 
-    Without a matrix U, S and Vh have no columns, numbers and rows.
+    Without a matrix, k is 0.
     """
 
     U: torch.Tensor  # (out, k)
@@ -43,11 +43,11 @@ class Layer(NamedTuple):
     scaling: float  # s
     gamma: float
     normal: Callable[..., torch.Tensor]  # standard normal numbers of a shape, from the run's seed
-    uniform: Callable[..., torch.Tensor]  # the same between -1 and 1
+    uniform: Callable[..., torch.Tensor]  # the same, uniform between -1 and 1
 
 
 def _bases(layer: Layer) -> Factors:
-    """Orthonormal ``B = U`` and ``A = Vh``; R is 0, or of the init's step."""
+    """Orthonormal ``B = U`` and ``A = Vh``; R is 0, or set by the init's step."""
     return {"lora_A": layer.Vh, "lora_B": layer.U, "lora_R": layer.S.new_zeros(layer.r, layer.r)}
 
 
@@ -58,7 +58,7 @@ def _xs(layer: Layer) -> Factors:
 
 
 def _lora(layer: Layer) -> Factors:
-    """A of Kaiming's uniform numbers (a = √5: ±1/√in), B = 0 (arXiv 2106.09685, as PEFT has it)."""
+    """A Kaiming-uniform (a = √5: ±1/√in), B = 0 (arXiv 2106.09685, as in PEFT)."""
     out_features, in_features = len(layer.U), layer.Vh.shape[1]
     A = layer.uniform(layer.r, in_features) / math.sqrt(in_features)
     return {"lora_A": A, "lora_B": A.new_zeros(out_features, layer.r)}
@@ -80,7 +80,7 @@ def _lora_ga(layer: Layer) -> Factors:
 def _lora_one(layer: Layer) -> Factors:
     """``√(S / (S₁ gamma))`` in each, of the SVD of -G (arXiv 2502.01235, algorithm 1).
 
-    What comes here is that of G: the sign goes to B. Without a gradient B is 0, and A is not.
+    The layer has the SVD of G: the sign goes to B. If the gradient is 0, B is 0 and A is not.
     """
     if layer.S[0] == 0:
         A = layer.Vh / math.sqrt(layer.gamma)
@@ -96,19 +96,19 @@ class Method:
     trained: tuple[str, ...]
     step: bool = False  # R = -eta S, eta given or measured
     scaling: Literal["1", "alpha/r", "alpha/√r"] = "1"
-    directions: int = 1  # of the SVD, times r
+    directions: int = 1  # directions of the SVD, in multiples of r
     offset: bool = False  # B0 A0 are A and B as they were filled: W is W0 at first
     gamma: float = 1.0  # where --gamma is not given; 1: there is none
     paper: str = ""
 
     def scale(self, r: int, alpha: float | None) -> float:
-        """s."""
+        """Return the scaling s."""
         alpha = DEFAULT_ALPHA if alpha is None else alpha
         return {"1": 1.0, "alpha/r": alpha / r, "alpha/√r": alpha / math.sqrt(r)}[self.scaling]
 
     @property
     def source(self) -> Literal["gradient", "weight", "nothing"]:
-        """Of the matrix that is decomposed."""
+        """What the decomposed matrix is computed from."""
         if self.matrix == "weight":
             return "weight"
         return "gradient" if self.matrix in ("update", "sign", "gradient") else "nothing"
@@ -128,7 +128,7 @@ class Method:
 
 
 def _sb(matrix: Matrix, step: bool) -> Method:
-    """LoRA-SB's layer with other bases or without its R: the ablations of its paper."""
+    """Return LoRA-SB with other bases or without its step: the ablations of its paper."""
     return Method(matrix, _bases, TRAIN_R, step=step, paper="arXiv 2411.19557, ablations")
 
 

@@ -1,4 +1,4 @@
-"""Examples -> padded or packed micro-batches, dealt out to ranks."""
+"""Make padded or packed micro-batches of examples, and assign them to ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lorasb_ds.data.sampler import Unit
+from lorasb_ds.data.sampler import Pack
 from lorasb_ds.data.tokenization import IGNORE_INDEX, Example
 
 
@@ -20,8 +20,8 @@ from lorasb_ds.data.tokenization import IGNORE_INDEX, Example
 class Batch:
     """A micro-batch. ``labels`` are aligned with ``input_ids``; the loss shifts them.
 
-    A packed one has several examples in a row, and no attention mask: transformers finds from
-    position ids that begin anew where an example ends, and lets none see another.
+    A packed one has several examples in a row, and no attention mask: position ids start again
+    where an example ends, by which transformers keeps examples apart.
     """
 
     input_ids: torch.Tensor  # (rows, length), int64
@@ -33,15 +33,15 @@ class Batch:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """What a model is called with. Position ids only where rows are packed: some models take
-        none.
+        """Keyword arguments of the model. Some models take no position ids: only packed rows
+        have them.
         """
         packed = {} if self.position_ids is None else {"position_ids": self.position_ids}
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, **packed}
 
     @property
     def next_labels(self) -> torch.Tensor:
-        """(rows, length): at every position the label of the next one."""
+        """Labels of the next position, (rows, length)."""
         return F.pad(self.labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 
     def to(self, device: torch.device) -> Batch:
@@ -55,7 +55,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Sample:
-    """Rows as micro-batches, this rank's; and their numbers, of all ranks together."""
+    """This rank's micro-batches of some rows, and the counts over all ranks."""
 
     batches: Sequence[Batch]
     num_rows: int
@@ -66,8 +66,8 @@ def collate(examples: Sequence[Example], pad_token_id: int, weightless: bool = F
     """Pad on the right to the longest example.
 
     Args:
-        weightless: label nothing, so that the batch takes part in every collective of a step
-            and adds nothing to it. For ranks that are short of rows.
+        weightless: leave out all labels, so that the batch takes part in every collective of a
+            step and adds nothing to it. For ranks that have no rows.
     """
     length = max(len(e.input_ids) for e in examples)
     input_ids = torch.full((len(examples), length), pad_token_id)
@@ -95,17 +95,17 @@ def collate_packed(
     one_row: bool,
     weightless: bool = False,
 ) -> Batch:
-    """Examples behind each other, a row for every pack.
+    """Put the examples of each pack behind each other, in one row.
 
     Args:
-        one_row: all packs in one row without padding, as variable-length kernels want it.
+        one_row: put all packs into one row without padding, for variable-length kernels.
         weightless: as in ``collate``.
     """
     if one_row:
         packs = [[example for pack in packs for example in pack]]
     length = max(sum(len(e.input_ids) for e in pack) for pack in packs)
     input_ids = torch.full((len(packs), length), pad_token_id)
-    # Padding is an example of its own.
+    # Padding counts as an example of its own.
     position_ids = torch.zeros_like(input_ids)
     labels = torch.full_like(input_ids, IGNORE_INDEX)
     num_tokens = 0
@@ -117,7 +117,7 @@ def collate_packed(
             position_ids[i, start:end] = torch.arange(end - start)
             if not weightless:
                 labels[i, start:end] = torch.tensor(example.labels)
-                labels[i, start] = IGNORE_INDEX  # not to be predicted from the example before it
+                labels[i, start] = IGNORE_INDEX  # else it is predicted from the example before it
             start = end
         position_ids[i, start:] = torch.arange(length - start)
         num_tokens += start
@@ -136,59 +136,63 @@ def _num_labels(labels: torch.Tensor) -> int:
     return int((labels[:, 1:] != IGNORE_INDEX).sum())
 
 
-def deal(
-    lengths: Sequence[int], micro_batch_size: int, world_size: int, rounds: int | None = None
+def assign_to_ranks(
+    lengths: Sequence[int],
+    micro_batch_size: int,
+    world_size: int,
+    num_micro_batches: int | None = None,
 ) -> list[list[list[int]]]:
-    """Share out units to ranks and micro-batches: longest first, as evenly as it goes.
+    """Distribute packs over micro-batches and ranks: longest first, as evenly as possible.
 
-    Units of similar lengths come together, which saves padding, and the ranks have about the same
-    work in every round. What a step computes does not depend on it: its loss is a mean over tokens.
+    Packs of similar lengths come together, which saves padding, and all ranks have about the same
+    work at a time. A step's result does not depend on it: its loss is a mean over tokens.
 
     Args:
-        lengths: of the units, in tokens.
-        rounds: micro-batches of every rank. [default: as few as hold all units]
+        lengths: number of tokens of each pack.
+        num_micro_batches: for each rank; by default as few as hold all packs.
     Returns:
-        ``[round][rank]`` -> positions in ``lengths``; some may be empty.
+        ``[micro-batch][rank]`` -> positions in ``lengths``; some may be empty.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    if rounds is None:
-        rounds = math.ceil(len(order) / (micro_batch_size * world_size))
-    places = rounds * world_size
-    assert len(order) <= places * micro_batch_size, "the accumulation is made for the step's rows"
-    starts = [place * len(order) // places for place in range(places + 1)]
+    if num_micro_batches is None:
+        num_micro_batches = math.ceil(len(order) / (micro_batch_size * world_size))
+    num_parts = num_micro_batches * world_size
+    assert len(order) <= num_parts * micro_batch_size, "the accumulation is made for a step's rows"
+    starts = [i * len(order) // num_parts for i in range(num_parts + 1)]
     parts = [order[a:b] for a, b in pairwise(starts)]
-    return [parts[i : i + world_size] for i in range(0, places, world_size)]
+    return [parts[i : i + world_size] for i in range(0, num_parts, world_size)]
 
 
-def share_out(
+def rank_batches(
     examples: Sequence[Example],
     lengths: Sequence[int] | np.ndarray,
-    units: Sequence[Unit],
+    packs: Sequence[Pack],
     *,
     micro_batch_size: int,
     pad_token_id: int,
     rank: int,
     world_size: int,
-    rounds: int | None = None,
+    num_micro_batches: int | None = None,
     one_row: bool | None = None,
 ) -> list[Batch]:
-    """A rank's micro-batches of some units; as many on every rank.
+    """Return a rank's micro-batches of some packs; every rank gets the same number.
 
     Args:
-        lengths: of the examples, in tokens.
-        rounds: as in ``deal``.
-        one_row: pack each unit, as in ``collate_packed``. None: units are single rows, and padded.
+        lengths: number of tokens of each example.
+        packs: positions in ``examples``.
+        num_micro_batches: as in ``assign_to_ranks``.
+        one_row: as in ``collate_packed``. None: each pack is one example, and padded.
     """
-    unit_lengths = [sum(int(lengths[row]) for row in unit) for unit in units]
-    dealt = deal(unit_lengths, micro_batch_size, world_size, rounds)
-    shortest = min(range(len(units)), key=lambda i: unit_lengths[i])  # for a rank without rows
+    pack_lengths = [sum(int(lengths[row]) for row in pack) for pack in packs]
+    assigned = assign_to_ranks(pack_lengths, micro_batch_size, world_size, num_micro_batches)
+    shortest = min(range(len(packs)), key=lambda i: pack_lengths[i])  # for a rank without rows
     batches = []
-    for of_ranks in dealt:
+    for of_ranks in assigned:
         mine = of_ranks[rank]
-        packs = [[examples[row] for row in units[i]] for i in mine or [shortest]]
+        chosen = [[examples[row] for row in packs[i]] for i in mine or [shortest]]
         if one_row is None:
-            batch = collate([e for pack in packs for e in pack], pad_token_id, weightless=not mine)
+            batch = collate([e for pack in chosen for e in pack], pad_token_id, weightless=not mine)
         else:
-            batch = collate_packed(packs, pad_token_id, one_row=one_row, weightless=not mine)
+            batch = collate_packed(chosen, pad_token_id, one_row=one_row, weightless=not mine)
         batches.append(batch)
     return batches

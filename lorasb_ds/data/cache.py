@@ -1,4 +1,4 @@
-"""Sources of rows, tokenized once on each host and kept for the next run."""
+"""Tokenize sources of rows once on each host, and keep them for the next run."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ import numpy as np
 import torch
 from filelock import FileLock
 
+from lorasb_ds.config.data_options import DataOptions
 from lorasb_ds.config.paths import cache_dir
-from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.data.chat import chat_template
 from lorasb_ds.data.dataset import (
     COLUMNS,
     TokenizedRows,
     check_tokenizer,
-    columns_of,
-    count,
+    count_outcomes,
     features,
-    nothing_left,
+    no_rows_left,
+    tokenize_columns,
 )
-from lorasb_ds.data.sources import identity, load_rows
+from lorasb_ds.data.sources import load_rows, source_fingerprint
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.system.files import fsync, publish, write_json
 
-FORMAT = 2  # of the tables; raise it whenever the same rows would give other tables
+FORMAT = 2  # version of the tables: raise it when the same rows would give other tables
 META = "lorasb.json"  # beside the table: its key, size and counts
-BATCH_TOKENS = 1 << 20  # of a batch, if its rows are as long as --max-length allows
+BATCH_TOKENS = 1 << 20  # tokens of a batch whose rows are as long as --max-length allows
 WORTH_SAYING_S = 5.0
 WORTH_A_WORKER_S = 10.0  # a worker takes seconds to start
 
@@ -46,41 +46,43 @@ class Data(NamedTuple):
 
     train: TokenizedRows
     held_out: TokenizedRows | None
-    init: TokenizedRows  # of which the init's sample is drawn: --init-data's, or the training rows
-    notes: list[str]  # what the user should know
+    init: TokenizedRows  # for the init's sample: --init-data's, or the training rows
+    notes: list[str]  # for the user
 
 
-def load_data(config: RunConfig, tokenizer: Any) -> Data:
-    """All rows of a run.
+def load_data(options: DataOptions, tokenizer: Any) -> Data:
+    """Load and tokenize all rows of a run.
 
     Raises:
         ConfigError: if rows cannot be read, or none are left.
     """
-    train, notes = tokenize_sources(config.data, tokenizer, config)
+    train, notes = tokenize_sources(options.data, tokenizer, options)
     held_out = None
-    if config.eval_data is not None:
+    if options.eval_data is not None:
         held_out, more = tokenize_sources(
-            (config.eval_data,), tokenizer, config, "--eval-data", held_out=True
+            (options.eval_data,), tokenizer, options, "--eval-data", held_out=True
         )
         notes = [*notes, *(note for note in more if note not in notes)]
-    elif config.val_set_size is not None:
-        parts = split_rows(len(train.examples), config.val_set_size, config.seed)
+    elif options.val_set_size is not None:
+        parts = split_rows(len(train.examples), options.val_set_size, options.seed)
         notes.append(
             f"rows: {train.describe()}; {len(parts[1])} of them held out (--val-set-size "
-            f"{config.val_set_size:g})"
+            f"{options.val_set_size:g})"
         )
         train, held_out = (train.select(part) for part in parts)
     init = train
-    if config.init_data is not None:
-        init, more = tokenize_sources(config.init_data, tokenizer, config, "--init-data")
-        if config.val_set_size is not None and held_out is not None:
-            init = _without(init, held_out, config)
+    if options.init_data is not None:
+        init, more = tokenize_sources(options.init_data, tokenizer, options, "--init-data")
+        if options.val_set_size is not None and held_out is not None:
+            init = _exclude_held_out(init, held_out, options)
         notes = [*notes, *(note for note in more if note not in notes)]
     return Data(train, held_out, init, notes)
 
 
-def _without(init: TokenizedRows, held_out: TokenizedRows, config: RunConfig) -> TokenizedRows:
-    """Rows for the init but for those that are held out: --init-data may name --data's sources.
+def _exclude_held_out(
+    init: TokenizedRows, held_out: TokenizedRows, options: DataOptions
+) -> TokenizedRows:
+    """Remove held-out rows from those of the init: --init-data may name --data's sources.
 
     Raises:
         ConfigError: if none are left.
@@ -88,19 +90,19 @@ def _without(init: TokenizedRows, held_out: TokenizedRows, config: RunConfig) ->
     left = np.flatnonzero(~np.isin(init.row_digests, held_out.row_digests))
     if not len(left):
         raise ConfigError(
-            f"--init-data {', '.join(config.init_data or ())}: all of its rows are held out by "
-            f"--val-set-size {config.val_set_size:g}. Lower it, or name other rows."
+            f"--init-data {', '.join(options.init_data or ())}: all of its rows are held out by "
+            f"--val-set-size {options.val_set_size:g}. Lower it, or name other rows."
         )
     return init if len(left) == len(init.examples) else init.select(left)
 
 
 def split_rows(num_rows: int, val_set_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which rows are trained on and which are held out, each ascending; by the seed.
+    """Split rows by the seed into those to train on and those to hold out, each ascending.
 
     Args:
-        val_set_size: a share of the rows if below 1, but at least one row; else their number.
+        val_set_size: a fraction of the rows if below 1, but at least one row; else their number.
     Raises:
-        ConfigError: if nothing would be left to train on.
+        ConfigError: if no row would be left to train on.
     """
     wanted = round(num_rows * val_set_size) if val_set_size < 1 else int(val_set_size)
     num_held_out = max(1, wanted)
@@ -109,7 +111,7 @@ def split_rows(num_rows: int, val_set_size: float, seed: int) -> tuple[np.ndarra
             f"--val-set-size {val_set_size:g} would hold out {num_held_out} of {num_rows} rows, "
             "and leave none to train on. Lower it."
         )
-    # Not the generator of an epoch's order, whose first rows would be the ones held out.
+    # Another generator than that of an epoch's order, whose first rows would be those held out.
     generator = torch.Generator().manual_seed(seed * 1_000_003 + 999_983)
     order = torch.randperm(num_rows, generator=generator).numpy()
     return np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
@@ -118,14 +120,14 @@ def split_rows(num_rows: int, val_set_size: float, seed: int) -> tuple[np.ndarra
 def tokenize_sources(
     sources: Sequence[str],
     tokenizer: Any,
-    config: RunConfig,
+    options: DataOptions,
     option: str = "--data",
     held_out: bool = False,
 ) -> tuple[TokenizedRows, list[str]]:
-    """The examples of all sources, one source after the other, memory-mapped.
+    """Tokenize sources one after the other, or read them from the cache; memory-mapped.
 
     Args:
-        held_out: which split to take where a source has several; see ``load_rows``.
+        held_out: take the held-out split of a source with several; see ``load_rows``.
     Returns:
         The rows, and notes for the user.
     Raises:
@@ -133,15 +135,15 @@ def tokenize_sources(
     """
     import datasets
 
-    check_tokenizer(tokenizer, config)
-    made_by = _tokenizer_identity(tokenizer)
+    check_tokenizer(tokenizer, options)
+    fingerprint = _tokenizer_fingerprint(tokenizer)
     tables, notes = [], []
     counts: Counter[str] = Counter()
     forms: Counter[str] = Counter()
     for source in sources:
         rows = load_rows(source, option, held_out=held_out)
-        key = _key(identity(source, rows), made_by, config)
-        table, meta, note = _cached(key, rows, tokenizer, config, f"{option} {source}")
+        key = _key(source_fingerprint(source, rows), fingerprint, options)
+        table, meta, note = _cached(key, rows, tokenizer, options, f"{option} {source}")
         tables.append(table)
         counts += Counter(meta["counts"])
         forms += Counter(meta["forms"])
@@ -152,15 +154,19 @@ def tokenize_sources(
     return TokenizedRows(table, index, counts, forms, tuple(zip(sources, ends, strict=True))), notes
 
 
-def _key(source: str, made_by: str, config: RunConfig) -> str:
-    """Equal where the same table comes out."""
-    options = ("prompt_column", "response_column", "max_length", "loss_on", "truncation")
-    parts = [FORMAT, source, made_by, {name: getattr(config, name) for name in options}]
+def _key(source: str, tokenizer: str, options: DataOptions) -> str:
+    """Return the cache's key of a table: equal for equal tables.
+
+    Args:
+        source, tokenizer: their fingerprints.
+    """
+    names = ("prompt_column", "response_column", "max_length", "loss_on", "truncation")
+    parts = [FORMAT, source, tokenizer, {name: getattr(options, name) for name in names}]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _tokenizer_identity(tokenizer: Any) -> str:
-    """All that decides which tokens a conversation gives."""
+def _tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Return a digest of everything that decides which tokens a conversation becomes."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     backend |= {"padding": None, "truncation": None}  # of the last call
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
@@ -169,15 +175,15 @@ def _tokenizer_identity(tokenizer: Any) -> str:
 
 
 def _cached(
-    key: str, rows: Sequence[Any], tokenizer: Any, config: RunConfig, option: str
+    key: str, rows: Sequence[Any], tokenizer: Any, options: DataOptions, option: str
 ) -> tuple[Any, dict[str, Any], str | None]:
-    """The table of a key, its meta data, and a note. One process of a host makes it.
+    """Return the table of a key, its metadata, and a note. One process of a host makes the table.
 
-    A table that is torn, or not ours, is made again. Where the cache cannot be written, each
-    process makes its own, which is gone with it.
+    A table that is torn, or not ours, is made again. If the cache cannot be written, each process
+    makes its own, in a temporary folder.
     """
     folder = cache_dir() / "tokenized" / key
-    make = partial(_make, key=key, rows=rows, tokenizer=tokenizer, config=config, option=option)
+    make = partial(_make, key=key, rows=rows, tokenizer=tokenizer, options=options, option=option)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
@@ -190,7 +196,7 @@ def _cached(
         with tempfile.TemporaryDirectory() as temporary:
             make(Path(temporary) / key)
             found = _read(Path(temporary) / key, key)
-        # Memory-mapped: it lives on while this process does.
+        # Memory-mapped: it exists as long as this process.
         assert found is not None
         return *found, (
             f"the cache {folder.parent} cannot be written ({error.strerror or error}): every "
@@ -199,7 +205,7 @@ def _cached(
 
 
 def _read(folder: Path, key: str) -> tuple[Any, dict[str, Any]] | None:
-    """A table that is whole, or None."""
+    """Return a table and its metadata; None if it is not whole."""
     import datasets
 
     if not folder.is_dir():
@@ -211,7 +217,7 @@ def _read(folder: Path, key: str) -> tuple[Any, dict[str, Any]] | None:
         if whole and len(table) == meta["counts"]["kept"] and set(table.features) == set(COLUMNS):
             return table, meta
     except Exception:
-        return None  # datasets and pyarrow raise a dozen types; whatever it is, it is made again
+        return None  # datasets and pyarrow raise a dozen types; the table is made again
     return None
 
 
@@ -220,9 +226,15 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def _make(
-    folder: Path, *, key: str, rows: Sequence[Any], tokenizer: Any, config: RunConfig, option: str
+    folder: Path,
+    *,
+    key: str,
+    rows: Sequence[Any],
+    tokenizer: Any,
+    options: DataOptions,
+    option: str,
 ) -> None:
-    """Tokenize all rows into a table on disk; only what is kept, and the counts of all."""
+    """Tokenize all rows into a table on disk: those that are kept, and the counts of all."""
     aside = folder.with_suffix(".tmp")
     for old in (aside, folder):
         if old.is_dir():
@@ -231,10 +243,10 @@ def _make(
             old.unlink(missing_ok=True)
     aside.mkdir()
     try:
-        made = _tokenize(aside / "all.arrow", key, rows, tokenizer, config, option)
-        kept, counts, forms = count(made)
+        made = _tokenize(aside / "all.arrow", key, rows, tokenizer, options, option)
+        kept, counts, forms = count_outcomes(made)
         if not len(kept):
-            raise nothing_left(rows, counts, config, option)
+            raise no_rows_left(rows, counts, options, option)
         table = aside / "table"
         made.select(kept).save_to_disk(table)
         meta = {"key": key, "sizes": _sizes(table), "counts": counts, "forms": forms}
@@ -247,15 +259,15 @@ def _make(
 
 
 def _tokenize(
-    file: Path, key: str, rows: Sequence[Any], tokenizer: Any, config: RunConfig, option: str
+    file: Path, key: str, rows: Sequence[Any], tokenizer: Any, options: DataOptions, option: str
 ) -> Any:
-    """A table of all rows, in order, memory-mapped from ``file``."""
+    """Tokenize all rows, in order, into a table that is memory-mapped from ``file``."""
     import datasets
 
-    num_proc = _num_proc(rows, tokenizer, config, option)
-    batch_size = max(1, min(1000, BATCH_TOKENS // config.max_length))
+    num_proc = _num_proc(rows, tokenizer, options, option)
+    batch_size = max(1, min(1000, BATCH_TOKENS // options.max_length))
     return datasets.Dataset.from_dict({"row": np.arange(len(rows))}).map(
-        partial(_batch, rows=rows, tokenizer=tokenizer, config=config),
+        partial(_batch, rows=rows, tokenizer=tokenizer, options=options),
         batched=True,
         batch_size=batch_size,
         writer_batch_size=batch_size,
@@ -269,20 +281,20 @@ def _tokenize(
 
 
 def _batch(
-    batch: dict[str, list[int]], *, rows: Sequence[Any], tokenizer: Any, config: RunConfig
+    batch: dict[str, list[int]], *, rows: Sequence[Any], tokenizer: Any, options: DataOptions
 ) -> dict[str, list[Any]]:
-    return columns_of(rows, batch["row"], tokenizer, config)
+    return tokenize_columns(rows, batch["row"], tokenizer, options)
 
 
-def _num_proc(rows: Sequence[Any], tokenizer: Any, config: RunConfig, option: str) -> int:
-    """How many processes the rows are worth, from the time that some of them take."""
+def _num_proc(rows: Sequence[Any], tokenizer: Any, options: DataOptions, option: str) -> int:
+    """Return how many processes to start, judged by the time that some of the rows take."""
     some = range(0, len(rows), max(1, len(rows) // 100))
     start = time.perf_counter()
-    columns_of(rows, some, tokenizer, config)
+    tokenize_columns(rows, some, tokenizer, options)
     seconds = (time.perf_counter() - start) / len(some) * len(rows)
     cores = len(os.sched_getaffinity(0))
     by_work = max(1, min(cores, int(seconds / WORTH_A_WORKER_S)))
-    num_proc = min(config.dataset_num_proc or by_work, len(rows))
+    num_proc = min(options.dataset_num_proc or by_work, len(rows))
     if seconds / num_proc > WORTH_SAYING_S:
         print(
             f"tokenizing {len(rows):,} rows of {option} in {num_proc} process(es): about "

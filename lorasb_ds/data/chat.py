@@ -1,4 +1,4 @@
-"""A conversation as one text, by the chat template, and where in it the assistant speaks."""
+"""Render a conversation by the chat template, and find the assistant's turns in the text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jinja2 import TemplateError
 
 from lorasb_ds.data.formats import Messages, RowError
 
-# For tokenizers without a chat template. System turns and the like stand there as they are.
+# For tokenizers without a chat template. Other turns, such as system's, are written as they are.
 DEFAULT_CHAT_TEMPLATE = (
     "{{ bos_token }}{% for turn in messages %}"
     "{% if turn.role == 'user' %}{{ '### Question:\n' + turn.content + '\n\n' }}"
@@ -18,8 +18,8 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% else %}{{ turn.content + '\n\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### Answer:\n' }}{% endif %}"
 )
-NEXT_QUESTION = "### Question:"  # as it begins there
-MARK = "\ue000turn\ue000"  # stands for a turn; private characters, which no text has
+NEXT_QUESTION = "### Question:"  # the start of a user's turn in it
+MARK = "\ue000turn\ue000"  # placeholder of a turn; private characters, which no text has
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Rendered:
     """A text, and the parts of it that are learned."""
 
     text: str
-    spans: list[tuple[int, int]]  # from where to where, in characters; ascending
-    ended: bool  # whether the text ends with a mark of its end; else a token has to follow
+    spans: list[tuple[int, int]]  # (start, end) in characters; ascending
+    ended: bool  # whether the text ends with an end-of-turn mark; else an EOS token must follow
 
 
 def chat_template(tokenizer: Any) -> Any:
@@ -36,16 +36,17 @@ def chat_template(tokenizer: Any) -> Any:
 
 
 def bos_text(tokenizer: Any) -> str:
-    """The beginning of sequence, if the tokenizer begins texts with it."""
+    """Return the beginning-of-sequence token if the tokenizer begins texts with it, else ""."""
     begins = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
     return tokenizer.bos_token if begins and tokenizer.bos_token else ""
 
 
 def render(tokenizer: Any, messages: Messages, add_generation_prompt: bool = False) -> str:
-    """What the chat template makes of a conversation.
+    """Render a conversation by the chat template.
 
     Raises:
-        RowError: if it refuses: Gemma's takes no system turns, Mistral's wants roles in turn, …
+        RowError: if the template refuses it: Gemma's takes no system turns, Mistral's requires
+            alternating roles, …
     """
     own = {} if tokenizer.chat_template else {"bos_token": bos_text(tokenizer)}
     try:
@@ -61,37 +62,36 @@ def render(tokenizer: Any, messages: Messages, add_generation_prompt: bool = Fal
 
 
 def render_prompt(tokenizer: Any, messages: Messages) -> list[int]:
-    """Token ids of everything before a response. Raises as ``render``."""
+    """Return the token ids of everything before a response. Raises as ``render``."""
     text = render(tokenizer, messages, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def end_of_turn(tokenizer: Any) -> str:
-    """What the template writes behind a turn of the assistant; "" if it has no mark for that."""
-    said = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "."}]
-    return _around(tokenizer, said, 1)[1].strip()
+    """Return the template's mark of the end of an assistant's turn; "" if it has none."""
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "."}]
+    return _text_around(tokenizer, messages, 1)[1].strip()
 
 
 def render_conversation(tokenizer: Any, messages: Messages) -> Rendered:
-    """A conversation that ends with the assistant, and what the assistant says in it.
+    """Render a conversation that ends with the assistant, and find the assistant's turns.
 
-    A turn of the assistant begins where the template's prompt for it ends, and ends with the
-    template's mark of its end (``<|im_end|>``), which the model has to learn. Templates may rewrite
-    turns (Qwen 3 drops the thoughts of earlier ones): a turn is found by what the template writes
-    before and behind it when another text stands in its place. What follows the last turn's mark is
-    cut off.
+    A turn of the assistant starts where the template's prompt for it ends, and ends with the
+    template's end-of-turn mark (``<|im_end|>``), which the model has to learn. Templates may
+    rewrite turns (Qwen 3 drops the thoughts of earlier ones): a turn is found by the text that the
+    template writes around a placeholder in its place. Text after the last turn's mark is cut off.
 
     Raises:
         RowError: if the template refuses the conversation, or drops a turn.
     """
     text = render(tokenizer, messages)
-    _, tail = _around(tokenizer, messages, len(messages) - 1)
+    _, tail = _text_around(tokenizer, messages, len(messages) - 1)
     mark = tail.rstrip()
     spans = []
     for i, turn in enumerate(messages):
         if turn["role"] != "assistant" or turn.get("weight") == "0":
             continue
-        head, tail = _around(tokenizer, messages, i)
+        head, tail = _text_around(tokenizer, messages, i)
         end = len(text) - len(tail)
         start = _prompt_length(tokenizer, messages[:i], text[:end])
         if start is None and text.startswith(head) and len(head) <= end:
@@ -104,8 +104,8 @@ def render_conversation(tokenizer: Any, messages: Messages) -> Rendered:
     return Rendered(text[: spans[-1][1]], spans, ended=bool(mark))
 
 
-def _around(tokenizer: Any, messages: Messages, i: int) -> tuple[str, str]:
-    """What the template writes before the content of turn ``i``, and behind it."""
+def _text_around(tokenizer: Any, messages: Messages, i: int) -> tuple[str, str]:
+    """Return the text that the template writes before and after the content of turn ``i``."""
     marked = [*messages[:i], {**messages[i], "content": MARK}, *messages[i + 1 :]]
     parts = render(tokenizer, marked).split(MARK)
     if len(parts) != 2:
@@ -114,7 +114,7 @@ def _around(tokenizer: Any, messages: Messages, i: int) -> tuple[str, str]:
 
 
 def _prompt_length(tokenizer: Any, before: Messages, text: str) -> int | None:
-    """The length of the prompt for the next response, if ``text`` begins with it."""
+    """Return the length of the prompt for the next response; None if ``text`` has another start."""
     if not before:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Rows -> a table of examples, and what became of every row."""
+"""Tokenize rows into a table of examples, and count what became of every row."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any, overload
 import numpy as np
 import pyarrow.compute as pc
 
-from lorasb_ds.config.run_config import RunConfig
-from lorasb_ds.data.formats import NO_COLUMNS, RowError, check_columns, no_columns, parse_row
+from lorasb_ds.config.data_options import DataOptions
+from lorasb_ds.data.formats import NO_COLUMNS, RowError, check_columns, parse_row, unknown_columns
 from lorasb_ds.data.json_rows import JsonRows
 from lorasb_ds.data.tokenization import IGNORE_INDEX, Example, encode
 from lorasb_ds.errors import ConfigError
@@ -37,19 +37,19 @@ COLUMNS = {
 }
 
 
-def columns_of(
-    rows: Sequence[Any], indices: Iterable[int], tokenizer: Any, config: RunConfig
+def tokenize_columns(
+    rows: Sequence[Any], indices: Iterable[int], tokenizer: Any, options: DataOptions
 ) -> dict[str, list[Any]]:
-    """Some rows as the columns of a table: a row's example, or why it is skipped.
+    """Tokenize some rows into the columns of a table: a row's example, or why it is skipped.
 
-    ``digest`` is a hash of ids and labels, for comparisons without reading them.
+    ``digest`` is a hash of ids and labels, to compare examples without reading them.
     """
     columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
     for i in indices:
         example, form, outcome = Example([], []), "", KEPT
         try:
-            form, said = parse_row(rows[i], config.prompt_column, config.response_column)
-            example = encode(tokenizer, said, config)
+            form, content = parse_row(rows[i], options.prompt_column, options.response_column)
+            example = encode(tokenizer, content, options)
         except RowError as error:
             outcome = f"skipped: {error}"
         ids, labels = (np.array(x, np.int32) for x in (example.input_ids, example.labels))
@@ -81,7 +81,7 @@ def features() -> Any:
 
 
 class Examples(Sequence[Example]):
-    """Examples of a table, made when they are asked for."""
+    """Examples of a table, read one by one."""
 
     def __init__(self, table: Any, index: np.ndarray) -> None:
         self._table, self._index = table, index
@@ -106,10 +106,10 @@ class TokenizedRows:
 
     Attributes:
         table: a ``datasets.Dataset`` with ``COLUMNS``, in order and memory-mapped if large.
-        index: (examples,), int64: which of the table's rows these are.
-        counts: ``kept``, ``truncated`` (also kept), and the reasons why rows are skipped.
-        forms: the forms of the rows that are kept.
-        sources: as given, and where in the table each of them ends.
+        index: (examples,), int64, the examples' rows in the table.
+        counts: how many rows are ``kept``, ``truncated`` (also kept), or skipped for which reason.
+        forms: how many of the rows that are kept have which form.
+        sources: each source as given, and where in the table it ends.
     """
 
     table: Any
@@ -124,41 +124,41 @@ class TokenizedRows:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """(examples,), int32: tokens."""
+        """Number of tokens of each example, (examples,), int32."""
         return self._column("length")
 
     @cached_property
     def num_labels(self) -> np.ndarray:
-        """(examples,), int32: tokens that are learned; see ``Example.num_label_tokens``."""
+        """``Example.num_label_tokens`` of each example, (examples,), int32."""
         return self._column("num_labels")
 
     @cached_property
     def first_labels(self) -> np.ndarray:
-        """(examples,), int32: see ``Example.first_label``."""
+        """``Example.first_label`` of each example, (examples,), int32."""
         return self._column("first_label")
 
     @cached_property
     def digest(self) -> str:
-        """Equal for equal examples in equal order."""
+        """Digest of all examples in their order."""
         return hashlib.sha256(self.row_digests.tobytes()).hexdigest()
 
     @cached_property
     def row_digests(self) -> np.ndarray:
-        """(examples,), int64: of each one's ids and labels."""
+        """Digest of each example's ids and labels, (examples,), int64."""
         return self._column("digest")
 
     @cached_property
     def row_numbers(self) -> np.ndarray:
-        """(examples,), int64: which row of its source each is, counted from 1."""
+        """Each example's row in its source, counted from 1, (examples,), int64."""
         return self._column("row") + 1
 
     @property
     def source_sizes(self) -> tuple[int, ...]:
-        """Examples of each source."""
+        """Number of examples of each source."""
         return tuple(np.bincount(self._source_of(self.index), minlength=len(self.sources)).tolist())
 
     def row_id(self, i: int) -> str:
-        """Where an example comes from, rows counted from 1: ``rows.jsonl:17``."""
+        """Return an example's source and row, counted from 1: ``rows.jsonl:17``."""
         at = int(self.index[i])
         source = self.sources[int(self._source_of(np.array([at]))[0])][0]
         name = Path(source).name
@@ -167,15 +167,15 @@ class TokenizedRows:
         return f"{name if is_file else source}:{self.row_numbers[i]}"
 
     def select(self, indices: Sequence[int] | np.ndarray) -> TokenizedRows:
-        """Some of the examples, in this order. Rows that were skipped are counted no longer."""
+        """Return some of the examples, in this order, without the counts of skipped rows."""
         index = self.index[np.asarray(indices, dtype=np.int64)]
         part = replace(self, index=index, counts=Counter(), forms=Counter())
         part.counts.update({KEPT: len(index), "truncated": int(part._column("truncated").sum())})
         return replace(part, counts=+part.counts)
 
     def describe(self) -> str:
-        by_form = f"; kept by form: {told(self.forms)}" if len(self.forms) > 1 else ""
-        return told(self.counts) + by_form
+        by_form = f"; kept by form: {_listed(self.forms)}" if len(self.forms) > 1 else ""
+        return _listed(self.counts) + by_form
 
     def _column(self, name: str) -> np.ndarray:
         return self.table.data.column(name).to_numpy()[self.index]
@@ -184,12 +184,12 @@ class TokenizedRows:
         return np.searchsorted([end for _, end in self.sources], index, side="right")
 
 
-def told(counts: Counter[str]) -> str:
+def _listed(counts: Counter[str]) -> str:
     return ", ".join(f"{n} {what}" for what, n in counts.items())
 
 
-def count(table: Any) -> tuple[np.ndarray, Counter[str], Counter[str]]:
-    """Which rows of a table are kept, what became of all of them, and the forms of those kept."""
+def count_outcomes(table: Any) -> tuple[np.ndarray, Counter[str], Counter[str]]:
+    """Return the rows of a table that are kept, the counts of outcomes, and those of forms."""
     outcomes = table.data.column("outcome")
     is_kept = pc.equal(outcomes, KEPT)
     counts = _count_values(outcomes)
@@ -203,25 +203,25 @@ def _count_values(column: Any) -> Counter[str]:
     return Counter({v["values"]: v["counts"] for v in pc.value_counts(column).to_pylist()})
 
 
-def check_tokenizer(tokenizer: Any, config: RunConfig) -> None:
-    """What has to hold before rows are tokenized.
+def check_tokenizer(tokenizer: Any, options: DataOptions) -> None:
+    """Check columns and tokenizer before rows are tokenized.
 
     Raises:
-        ConfigError: if it does not.
+        ConfigError: if two columns contradict each other, or the tokenizer is not a fast one.
     """
-    check_columns(config.prompt_column, config.response_column)
+    check_columns(options.prompt_column, options.response_column)
     if not tokenizer.is_fast:
         raise ConfigError(
-            f"--model {config.model}: its tokenizer ({type(tokenizer).__name__}) does not tell "
-            "where in a text its tokens lie, so what is learned cannot be marked. It needs a "
-            "tokenizer.json: save_pretrained of the model's fast tokenizer writes one."
+            f"--model: the tokenizer ({type(tokenizer).__name__}) does not report which part of a "
+            "text a token comes from, so responses cannot be marked. It needs a tokenizer.json: "
+            "save_pretrained of the model's fast tokenizer writes one."
         )
 
 
-def nothing_left(
-    rows: Sequence[Any], counts: Counter[str], config: RunConfig, option: str
+def no_rows_left(
+    rows: Sequence[Any], counts: Counter[str], options: DataOptions, option: str
 ) -> ConfigError:
-    """What to say where every row is skipped."""
+    """Return the error for data whose rows are all skipped."""
     if counts[NOT_JSON] == counts.total():
         return ConfigError(
             f"{option}: no row is a JSON object; the first is not: {_problem_of_first(rows)}. "
@@ -229,12 +229,12 @@ def nothing_left(
         )
     if counts[NOT_JSON] + counts[f"skipped: {NO_COLUMNS}"] == counts.total():
         first = next(row for row in rows if isinstance(row, Mapping))
-        return no_columns(option, first, config.prompt_column, config.response_column)
-    named = f"{config.prompt_column or 'by name'}/{config.response_column or 'by name'}"
+        return unknown_columns(option, first, options.prompt_column, options.response_column)
+    named = f"{options.prompt_column or 'by name'}/{options.response_column or 'by name'}"
     return ConfigError(
-        f"{option}: no row is left to learn from ({told(counts)}). Check --prompt-column/"
-        f"--response-column (now {named}), --max-length (now {config.max_length}) and --truncation "
-        f"(now {config.truncation})."
+        f"{option}: no row is left to learn from ({_listed(counts)}). Check --prompt-column/"
+        f"--response-column (now {named}), --max-length (now {options.max_length}) and "
+        f"--truncation (now {options.truncation})."
     )
 
 
@@ -248,19 +248,19 @@ def _problem_of_first(rows: Sequence[Any]) -> str:
 
 
 def tokenize_rows(
-    rows: Sequence[Any], tokenizer: Any, config: RunConfig, option: str = "--data"
+    rows: Sequence[Any], tokenizer: Any, options: DataOptions, option: str = "--data"
 ) -> TokenizedRows:
-    """All rows as examples, in memory; every row is kept or counted.
+    """Tokenize all rows in memory; rows that are skipped are counted.
 
     Raises:
-        ConfigError: if nothing is left.
+        ConfigError: if no row is left.
     """
     import datasets
 
-    check_tokenizer(tokenizer, config)
-    columns = columns_of(rows, range(len(rows)), tokenizer, config)
+    check_tokenizer(tokenizer, options)
+    columns = tokenize_columns(rows, range(len(rows)), tokenizer, options)
     table = datasets.Dataset.from_dict(columns, features=features())
-    kept, counts, forms = count(table)
+    kept, counts, forms = count_outcomes(table)
     if not len(kept):
-        raise nothing_left(rows, counts, config, option)
+        raise no_rows_left(rows, counts, options, option)
     return TokenizedRows(table, kept, counts, forms, ((option, len(table)),))

@@ -1,4 +1,4 @@
-"""The forms a row may have: a prompt and a response, a conversation, or plain text."""
+"""Parse rows: a prompt and a response, a conversation, or plain text."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 from lorasb_ds.errors import ConfigError
 
 Row = Mapping[str, Any]
-Messages = list[dict[str, str]]  # turns: role and content; weight "0" where it is not learned
+Messages = list[dict[str, str]]  # turns of role and content; weight "0": not learned
 
-# Prompt columns and their partners, in the order in which they are looked for.
+# Prompt columns and their response columns, in the order of the search.
 COLUMN_PAIRS = (
     ("question", ("answer",)),
     ("query", ("response",)),
@@ -21,7 +21,7 @@ COLUMN_PAIRS = (
 PARTNERS = dict(COLUMN_PAIRS)
 RESPONSE_COLUMNS = tuple(dict.fromkeys(p for _, partners in COLUMN_PAIRS for p in partners))
 CONVERSATIONS = ("messages", "conversations")
-WHOLE_COLUMNS = (*CONVERSATIONS, "text")  # with all of a row in them
+WHOLE_COLUMNS = (*CONVERSATIONS, "text")  # each has all of a row
 # OpenAI's roles, and what ShareGPT calls them.
 ROLES = {
     "system": "system",
@@ -38,7 +38,7 @@ ROLES = {
 
 
 class RowError(Exception):
-    """Why a row is skipped."""
+    """The reason why a row is skipped."""
 
 
 NO_COLUMNS = "no known columns"
@@ -47,14 +47,15 @@ NO_COLUMNS = "no known columns"
 def parse_row(
     row: Any, prompt_column: str | None = None, response_column: str | None = None
 ) -> tuple[str, Messages | str]:
-    """A row's form, by the names of its columns, and what it says.
+    """Parse a row by the names of its columns.
 
     Args:
-        prompt_column: where given, no other is taken; so is ``response_column``.
+        prompt_column, response_column: if given, no other column is used.
     Returns:
-        The form; and a conversation that ends with a turn of the assistant, or plain text.
+        The row's form, named by its columns; and a conversation that ends with a turn of the
+        assistant, or plain text.
     Raises:
-        RowError: why the row is skipped.
+        RowError: if the row is to be skipped.
     """
     if not isinstance(row, Mapping):
         raise RowError("not a JSON object")
@@ -74,9 +75,9 @@ def parse_row(
 def find_columns(
     row: Row, prompt: str | None = None, response: str | None = None
 ) -> tuple[str, str | None] | None:
-    """The prompt's and the response's column, or the one that holds both; None if there are none.
+    """Find the columns of prompt and response, or the one with both; None if there are none.
 
-    A response column may also lie one level down, in the row's ``metadata`` (reasoning-gym).
+    A response column may also be one level down, in the row's ``metadata`` (reasoning-gym).
     """
     inner = row.get("metadata")
     cells = {**(inner if isinstance(inner, Mapping) else {}), **row}
@@ -84,7 +85,7 @@ def find_columns(
     if named is not None and is_list(row.get(named)):
         return named, None
     filled = {name for name, value in cells.items() if value is not None}
-    # Where tables join rows of several forms, the other forms' columns are empty.
+    # In tables of rows of several forms, the other forms' columns are empty.
     for columns in (filled, set(cells)):
         if pair := _find_pair(columns, prompt, response):
             return pair
@@ -113,11 +114,7 @@ def _find_pair(
 
 
 def check_columns(prompt: str | None, response: str | None) -> None:
-    """Refuse a response column beside a conversation, which has its own.
-
-    Raises:
-        ConfigError: if so.
-    """
+    """Raise ConfigError for a response column beside a conversation, which has its own."""
     named = next((name for name in CONVERSATIONS if name in (prompt, response)), None)
     if response is not None and named is not None:
         raise ConfigError(
@@ -126,8 +123,8 @@ def check_columns(prompt: str | None, response: str | None) -> None:
         )
 
 
-def no_columns(option: str, row: Row, prompt: str | None, response: str | None) -> ConfigError:
-    """What to say where no row has a known form, ``row`` being the first of them."""
+def unknown_columns(option: str, row: Row, prompt: str | None, response: str | None) -> ConfigError:
+    """Return the error for data without a known form; ``row`` is the first one."""
     has = f"The first row has: {', '.join(map(str, row))}."
     for asked, name in (("--prompt-column", prompt), ("--response-column", response)):
         if name is not None and name not in row:
@@ -152,7 +149,7 @@ def _pair(row: Row, prompt_column: str, response_column: str) -> Messages:
 
 
 def _cell(row: Row, column: str) -> str | list[Any] | None:
-    """A cell's text, or its turns; None where it has neither."""
+    """Return a cell's text or turns; None if it has neither."""
     value: Any = row.get(column)
     if value is None and isinstance(row.get("metadata"), Mapping):
         value = row["metadata"].get(column)
@@ -168,7 +165,7 @@ def _as_turns(value: str | list[Any], role: str) -> Messages:
 
 
 def _turns(value: Any) -> Messages:
-    """OpenAI's turns (role, content) or ShareGPT's (from, value)."""
+    """Parse OpenAI's turns (role, content) or ShareGPT's (from, value)."""
     if not is_list(value):
         raise RowError("no messages")
     turns = []
@@ -182,14 +179,14 @@ def _turns(value: Any) -> Messages:
             raise RowError("a turn that calls tools")
         content = turn.get("content") if turn.get("content") is not None else turn.get("value")
         turns.append({"role": ROLES[role], "content": _content(content)})
-        # OpenAI's and axolotl's ways to leave a turn of the assistant out of the loss.
+        # OpenAI's and axolotl's ways to exclude a turn of the assistant from the loss.
         if turn.get("weight") == 0 or turn.get("train") is False:
             turns[-1]["weight"] = "0"
     return turns
 
 
 def _content(content: Any) -> str:
-    """A turn's text: a string, or parts that are text."""
+    """Return a turn's text, from a string or from parts that are text."""
     if isinstance(content, str):
         return content
     if not is_list(content):
@@ -212,7 +209,7 @@ def _up_to_the_last_response(turns: Messages) -> Messages:
 
 
 def _unicode(text: str) -> str:
-    """Half a surrogate pair, which JSON can write, is no text, and no tokenizer takes it."""
+    """Return the text; RowError for half a surrogate pair, which tokenizers do not take."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -221,5 +218,5 @@ def _unicode(text: str) -> str:
 
 
 def is_list(value: Any) -> bool:
-    """A sequence that is no text."""
+    """Return whether a value is a sequence, but not text."""
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)

@@ -1,4 +1,4 @@
-"""JSON files as rows, read in place: they may be larger than memory, and torn in places."""
+"""Read rows of JSON files in place: files may be larger than memory, and partly invalid."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ import numpy as np
 
 BOM = b"\xef\xbb\xbf"
 CHUNK_BYTES = 1 << 24
-# What a JSON array's elements can be told apart by: strings, brackets and commas.
+# The tokens that separate the elements of a JSON array: strings, brackets and commas.
 PIECES = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[][{},]', re.DOTALL)
 
 
 class JsonRows(Sequence[Any]):
     """The lines of a .jsonl file, or the elements of a .json file's array.
 
-    Row i is ``None`` where the piece is not JSON. Nothing is kept in memory but where rows begin,
-    8 bytes for each. Lines end at ``\\n`` only.
+    A row that is not JSON is ``None``. Only the rows' offsets are kept in memory, 8 bytes each.
+    Lines end at ``\\n`` only.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,14 +45,14 @@ class JsonRows(Sequence[Any]):
             return None
 
     def parse(self, i: int) -> Any:
-        """Row i. ValueError or RecursionError: why it is not JSON."""
+        """Parse row i; raises ValueError or RecursionError if it is not JSON."""
         i = range(len(self))[i]
-        # Between two rows lies one byte: the end of the line, or the comma.
+        # One byte separates two rows: the end of the line, or the comma.
         piece = self._bytes[self._bounds[i] : self._bounds[i + 1] - 1]
         return json.loads(str(piece.removeprefix(BOM), "utf-8"))
 
     def __getstate__(self) -> dict[str, Any]:
-        """For worker processes: the file is opened again, but not searched for rows again."""
+        """Pickle path and offsets: a worker process opens the file again, but does not scan it."""
         return {"path": self.path, "_bounds": self._bounds}
 
     @cached_property
@@ -64,13 +64,13 @@ class JsonRows(Sequence[Any]):
 
     @cached_property
     def _bounds(self) -> np.ndarray:
-        """(rows + 1,): row i begins at ``bounds[i]`` and ends one byte before ``bounds[i + 1]``."""
+        """Offsets of rows, (rows + 1,): row i ends one byte before ``bounds[i + 1]``."""
         data = self._bytes
         if self.path.suffix.lower() == ".json" and (opened := re.match(rb"\s*\[", self._head())):
             return _element_bounds(data, opened.end() + (len(BOM) if data[:3] == BOM else 0))
         ends = [_line_ends(data, start) for start in range(0, len(data), CHUNK_BYTES)]
         bounds = np.concatenate([np.zeros(1, np.int64), *ends])
-        if bounds[-1] < len(data):  # the last line may do without its end
+        if bounds[-1] < len(data):  # the last line may have no end
             bounds = np.append(bounds, len(data) + 1)
         return bounds
 
@@ -84,7 +84,7 @@ def _line_ends(data: mmap.mmap | bytes, start: int) -> np.ndarray:
 
 
 def _element_bounds(data: mmap.mmap | bytes, start: int) -> np.ndarray:
-    """Where the elements of the array begin whose first byte is ``start``.
+    """Return the offsets of an array's elements; the first is at ``start``.
 
     Raises:
         ValueError: if the array does not end, or something follows it.

@@ -1,4 +1,4 @@
-"""Which rows each optimizer step sees: the same on every rank, and for any number of ranks."""
+"""Choose the rows of each optimizer step: the same on every rank, for any number of ranks."""
 
 from __future__ import annotations
 
@@ -11,34 +11,35 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-# Rows of so many steps are sorted by length at a time (as transformers' group_by_length has it):
+# The rows of so many steps are sorted by length together (as transformers' group_by_length does):
 # enough for batches of nearly equal lengths, few enough to keep an epoch's order random.
 STEPS_PER_GROUP = 50
 
-Unit = list[int]  # rows that share a place in a batch: one, or with packing as many as fit
+Pack = list[int]  # rows that become one row of a batch: one, or with packing as many as fit
 
 
-class Order:
-    """The rows of every optimizer step, as a function of the step's number alone.
+class StepSampler:
+    """Choose the rows of an optimizer step from the step's number alone.
 
-    Epochs follow each other, each in its own order. Every step holds ``rows_per_step`` units but
-    the last one of an epoch, which holds what is left: no row is lost or seen twice.
+    Epochs follow each other, each in its own order. A step has ``packs_per_step`` packs; the last
+    step of an epoch has the rest: no row is lost or seen twice.
 
     Args:
-        lengths: (rows,), tokens of every row.
-        rows_per_step: units of an optimizer step, on all ranks together.
-        seed: of the run.
-        source_sizes: rows of every source, in the order of the rows. [default: one source]
-        weights: how often an epoch sees the rows of each source. [default: once]
-        group_by_length: batch rows of similar lengths.
-        pack_length: pack rows into units of at most so many tokens, as few as best-fit decreasing
-            finds.
+        lengths: (rows,), number of tokens of each row.
+        packs_per_step: number of packs in an optimizer step, on all ranks together.
+        seed: the run's seed.
+        source_sizes: number of rows of each source, in the order of the rows; by default there is
+            one source.
+        weights: how often an epoch sees the rows of each source; by default once.
+        group_by_length: put rows of similar lengths into a step.
+        pack_length: put rows together into packs of at most so many tokens, by best-fit
+            decreasing. By default each row is a pack of its own.
     """
 
     def __init__(
         self,
         lengths: np.ndarray,
-        rows_per_step: int,
+        packs_per_step: int,
         seed: int,
         *,
         source_sizes: Sequence[int] | None = None,
@@ -47,7 +48,7 @@ class Order:
         pack_length: int | None = None,
     ) -> None:
         self._lengths = lengths
-        self._rows_per_step = rows_per_step
+        self._packs_per_step = packs_per_step
         self._seed = seed
         self._sizes = list(source_sizes or [len(lengths)])
         self._weights = list(weights or [1.0] * len(self._sizes))
@@ -56,29 +57,29 @@ class Order:
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
         self.steps_of_epoch = lru_cache(maxsize=None)(self._count_steps)
 
-    def units(self, step: int) -> list[Unit]:
-        """Of a step, counted from 0."""
+    def packs(self, step: int) -> list[Pack]:
+        """Return the packs of a step, counted from 0."""
         epoch = 0
         while step >= (num_steps := self.steps_of_epoch(epoch)):
             step -= num_steps
             epoch += 1
         rows, ends = self._epoch(epoch)
-        first = step * self._rows_per_step
-        bounds = [0, *ends[first : first + self._rows_per_step].tolist()]
+        first = step * self._packs_per_step
+        bounds = [0, *ends[first : first + self._packs_per_step].tolist()]
         if first:
             bounds[0] = int(ends[first - 1])
         return [rows[start:end].tolist() for start, end in pairwise(bounds)]
 
     def _count_steps(self, epoch: int) -> int:
-        """Optimizer steps of an epoch. With packing it is packed for that."""
+        """Return the number of steps of an epoch; with packing, packs the epoch's rows."""
         if self._pack_length is None:
-            num_units = sum(map(_share, self._sizes, self._weights))
+            num_packs = sum(map(_rows_per_epoch, self._sizes, self._weights))
         else:
-            num_units = len(self._epoch(epoch)[1])
-        return math.ceil(num_units / self._rows_per_step)
+            num_packs = len(self._epoch(epoch)[1])
+        return math.ceil(num_packs / self._packs_per_step)
 
     def num_steps(self, epochs: float) -> int:
-        """Optimizer steps of some epochs, at least one."""
+        """Return the number of optimizer steps of some epochs, at least 1."""
         whole = int(epochs)
         steps = sum(map(self.steps_of_epoch, range(whole)))
         if part := epochs - whole:
@@ -86,7 +87,7 @@ class Order:
         return max(1, steps)
 
     def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows in the order in which they are seen, and where in it every unit ends."""
+        """Return an epoch's rows in their order, and where in it each pack ends."""
         rows = mixed_order(self._sizes, self._weights, self._seed, epoch)
         ends = np.arange(1, len(rows) + 1)
         if self._pack_length is not None:
@@ -97,15 +98,15 @@ class Order:
             ends = np.cumsum([len(packs[i]) for i in order])
         if self._group_by_length:
             tokens = np.diff(np.cumsum(self._lengths[rows], dtype=np.int64)[ends - 1], prepend=0)
-            grouped = group_by_length(tokens, self._rows_per_step, self._seed, epoch)
-            units = [rows[start:end] for start, end in pairwise([0, *ends.tolist()])]
-            rows = np.concatenate([units[i] for i in grouped])
-            ends = np.cumsum([len(units[i]) for i in grouped])
+            grouped = group_by_length(tokens, self._packs_per_step, self._seed, epoch)
+            parts = [rows[start:end] for start, end in pairwise([0, *ends.tolist()])]
+            rows = np.concatenate([parts[i] for i in grouped])
+            ends = np.cumsum([len(parts[i]) for i in grouped])
         return rows, ends
 
 
 def epoch_order(num_rows: int, seed: int, epoch: int) -> list[int]:
-    """The order of one epoch's rows: a permutation, the same on every rank."""
+    """Return the order of one epoch's rows: a permutation, the same on every rank."""
     return _permutation(num_rows, _epoch_seed(seed, epoch)).tolist()
 
 
@@ -117,22 +118,22 @@ def _permutation(count: int, seed: int) -> np.ndarray:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).numpy()
 
 
-def _share(size: int, weight: float) -> int:
-    """Rows of a source in an epoch: one at least, if it has any."""
+def _rows_per_epoch(size: int, weight: float) -> int:
+    """Return how many rows of a source an epoch sees: at least 1, if the source has any."""
     return max(1, round(weight * size)) if size else 0
 
 
 def mixed_order(
     sizes: Sequence[int], weights: Sequence[float], seed: int, epoch: int
 ) -> np.ndarray:
-    """The rows of an epoch that sees those of source i ``weights[i]`` times, in random order.
+    """Return the rows of an epoch that sees source i ``weights[i]`` times, in random order.
 
-    A source's rows are drawn without replacement until all have been seen, and then anew, across
+    A source's rows are drawn without replacement until all have been seen, and then again, across
     epochs: with a weight of 0.5 the second epoch sees the rows that the first one left out.
     """
     parts, offset = [], 0
     for source, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
-        count = _share(size, weight)
+        count = _rows_per_epoch(size, weight)
         if count == 0:  # all of its rows are held out
             continue
         first, last = epoch * count, (epoch + 1) * count
@@ -146,19 +147,22 @@ def mixed_order(
     return rows[_permutation(len(rows), _epoch_seed(seed, epoch) + 500_009)]
 
 
-def group_by_length(lengths: np.ndarray, rows_per_step: int, seed: int, epoch: int) -> list[int]:
-    """An order in which the units of a step are of similar lengths.
+def group_by_length(lengths: np.ndarray, packs_per_step: int, seed: int, epoch: int) -> list[int]:
+    """Return an order in which the packs of a step have similar lengths.
 
-    Units are taken as they come, so many at a time, and sorted; then whole steps are shuffled. What
-    is left after the last whole step stays at the end.
+    The packs of every ``STEPS_PER_GROUP`` steps are sorted by length, then whole steps are
+    shuffled. The packs after the last whole step stay at the end.
+
+    Args:
+        lengths: (packs,), number of tokens of each pack.
     """
-    num_steps, left = divmod(len(lengths), rows_per_step)
-    size = STEPS_PER_GROUP * rows_per_step
+    num_steps, left = divmod(len(lengths), packs_per_step)
+    size = STEPS_PER_GROUP * packs_per_step
     order = np.arange(len(lengths))
-    for first in range(0, num_steps * rows_per_step, size):
-        part = slice(first, min(first + size, num_steps * rows_per_step))
+    for first in range(0, num_steps * packs_per_step, size):
+        part = slice(first, min(first + size, num_steps * packs_per_step))
         order[part] = first + np.argsort(-lengths[part], kind="stable")
-    steps = order[: len(order) - left].reshape(num_steps, rows_per_step)
+    steps = order[: len(order) - left].reshape(num_steps, packs_per_step)
     shuffled = steps[_permutation(num_steps, _epoch_seed(seed, epoch) + 700_001)]
     return [*shuffled.flatten().tolist(), *order[len(order) - left :].tolist()]
 
@@ -167,12 +171,12 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
     """Pack items into bins: the longest first, each into the fullest bin that has room for it.
 
     Args:
-        lengths: of the items, each at most ``capacity``.
+        lengths: length of each item, at most ``capacity``.
     Returns:
-        The items of every bin.
+        The items in each bin.
     """
     bins: list[list[int]] = []
-    by_room: dict[int, list[int]] = {}  # room that is left -> bins
+    by_room: dict[int, list[int]] = {}  # free space -> bins
     rooms: list[int] = []  # its keys, sorted
     for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         at = bisect_left(rooms, lengths[item])
@@ -194,10 +198,13 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
 
 
 def init_sample(num_rows: int, wanted: int | None, seed: int) -> tuple[list[int], list[int]]:
-    """Rows of the init sample: those of the gradient, and those held back to measure losses on.
+    """Draw the init's sample.
 
-    ``wanted`` rows together, or 0.1 % of all but at least 64; never more than all. One in eight is
-    held back, but at least one; a sample of one row is used for both.
+    It has ``wanted`` rows, or 0.1 % of all but at least 64; never more than there are. One in eight
+    is held back, at least one; a sample of one row is used for both.
+
+    Returns:
+        The rows for the gradient, and the rows that are held back to measure losses on.
     """
     count = min(wanted or max(64, math.ceil(num_rows / 1000)), num_rows)
     order = epoch_order(num_rows, seed, epoch=-1)[:count]

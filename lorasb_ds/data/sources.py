@@ -1,4 +1,4 @@
-"""Where rows come from."""
+"""Read rows of files, saved folders, the hub and reasoning-gym."""
 
 from __future__ import annotations
 
@@ -19,16 +19,19 @@ HELD_OUT_SPLITS = ("test", "validation", "valid", "dev")
 
 
 def load_rows(source: str, option: str = "--data", *, held_out: bool = False) -> Sequence[Any]:
-    """Rows of a file, a saved folder, a reasoning-gym task or a hub data set.
+    """Load the rows of a file, a saved folder, a reasoning-gym task or a hub data set.
 
     A hub data set is named ``NAME``, ``NAME:CONFIG``, ``NAME@SPLIT`` or ``NAME:CONFIG@SPLIT``.
-    Without a split it is train, or with ``held_out`` the first of ``HELD_OUT_SPLITS`` there is.
-    A split may be a slice as ``datasets`` has them: ``NAME@train[:50000]``, ``NAME@train[:5%]``.
+    The default split is train, or with ``held_out`` the first of ``HELD_OUT_SPLITS`` that exists.
+    A split may be a slice in the syntax of ``datasets``: ``NAME@train[:50000]``,
+    ``NAME@train[:5%]``.
 
+    Args:
+        option: the option that named the source, for messages.
     Returns:
-        Rows, read when they are asked for. Pieces of a JSON file that are not JSON are ``None``.
+        Rows, each read when it is accessed; None in the place of one that is not JSON.
     Raises:
-        ConfigError: if it cannot be read or has no rows; ``option`` is named in the message.
+        ConfigError: if the source cannot be read or has no rows.
     """
     try:
         if source.startswith(REASONING_GYM):
@@ -38,12 +41,14 @@ def load_rows(source: str, option: str = "--data", *, held_out: bool = False) ->
         if len(rows) > 0:
             return rows
     except ValueError as error:
-        raise ConfigError(f"{option} {source} is not a JSON array: {error}. Mend it.") from None
+        raise ConfigError(
+            f"{option} {source} is not a JSON array: {error}. Fix the file."
+        ) from None
     raise ConfigError(f"{option} {source} has no rows. Give data with at least one row.")
 
 
 def names_a_path(source: str) -> bool:
-    """Whether a source that is not there can only have been meant as a file or folder."""
+    """Return whether a source that does not exist can only mean a file or folder."""
     return Path(source).suffix.lower() in FILE_TYPES or source.startswith((".", "/", "~"))
 
 
@@ -109,7 +114,7 @@ def _root_cause(error: BaseException) -> str:
 
 
 def reasoning_gym_dataset(source: str, option: str = "--data") -> Any:
-    """The generated task ``reasoning-gym:NAME?size=N&seed=S``; it also scores answers.
+    """Create the task ``reasoning-gym:NAME?size=N&seed=S``, which also scores answers.
 
     Other parameters of the address go to the task's configuration, numbers as numbers.
     """
@@ -145,15 +150,15 @@ def _number(text: str) -> int | float | str:
     return text
 
 
-def identity(source: str, rows: Any) -> str:
-    """Equal for sources with equal rows, on any host: what a cache of them goes by.
+def source_fingerprint(source: str, rows: Any) -> str:
+    """Return a text that is equal for sources with equal rows, on any host.
 
-    A file's content, the fingerprint that ``datasets`` gives a table, or a task's address.
+    It has a file's digest, the fingerprint that ``datasets`` gives a table, or a task's address.
     """
     if source.startswith(REASONING_GYM):
         import reasoning_gym
 
-        # Some tasks depend on the hash seed.
+        # Some tasks depend on Python's hash seed.
         seed = os.environ.get("PYTHONHASHSEED", "random")
         return f"{source} {reasoning_gym.__version__} {seed}"
     path = Path(source).expanduser()

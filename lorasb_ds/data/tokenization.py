@@ -1,4 +1,4 @@
-"""A row as token ids, and the labels among them."""
+"""Turn a row into token ids and labels."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorasb_ds.config.run_config import RunConfig
+from lorasb_ds.config.data_options import DataOptions
 from lorasb_ds.data.chat import Rendered, bos_text, render_conversation
 from lorasb_ds.data.formats import Messages, RowError
 
@@ -23,34 +23,33 @@ class Example:
 
     @property
     def num_label_tokens(self) -> int:
-        """The first token of a row has nothing before it to be predicted from."""
+        """Number of labels that are learned: all but the first token's, which nothing precedes."""
         return sum(label != IGNORE_INDEX for label in self.labels[1:])
 
     @property
     def first_label(self) -> int:
-        """Position of the first token that is learned; the row's length if none is."""
+        """Position of the first token that is learned, or the row's length."""
         known = (i for i, label in enumerate(self.labels) if label != IGNORE_INDEX)
         return next(known, len(self.labels))
 
 
-def encode(tokenizer: Any, said: Messages | str, config: RunConfig) -> Example:
-    """A conversation, or plain text, as tokens; at most ``--max-length`` of them.
+def encode(tokenizer: Any, content: Messages | str, options: DataOptions) -> Example:
+    """Tokenize a conversation or plain text, to at most ``--max-length`` tokens.
 
     Raises:
-        RowError: if the chat template refuses it, or nothing of it would be learned: such a row
-            would weigh nothing.
+        RowError: if the chat template refuses it, or nothing of it would be learned.
     """
-    if isinstance(said, str):
-        text = bos_text(tokenizer) + said
+    if isinstance(content, str):
+        text = bos_text(tokenizer) + content
         rendered = Rendered(text, [(0, len(text))], ended=False)
     else:
-        rendered = render_conversation(tokenizer, said)
+        rendered = render_conversation(tokenizer, content)
     spans = {
         "responses": rendered.spans,
         "last": rendered.spans[-1:],
         "all": [(0, len(rendered.text))],
-    }[config.loss_on]
-    # Templates write the beginning of sequence themselves.
+    }[options.loss_on]
+    # Templates write the beginning-of-sequence token themselves.
     tokens = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
     input_ids = tokens["input_ids"]
     learned = _overlaps(tokens["offset_mapping"], spans)
@@ -58,13 +57,13 @@ def encode(tokenizer: Any, said: Messages | str, config: RunConfig) -> Example:
         input_ids = [*input_ids, tokenizer.eos_token_id]
         learned.append(True)
     labels = [i if on else IGNORE_INDEX for i, on in zip(input_ids, learned, strict=True)]
-    return _fit(Example(input_ids, labels), config)
+    return _fit(Example(input_ids, labels), options)
 
 
 def _overlaps(offsets: Iterable[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
-    """Whether each token has a part in one of the spans, which ascend.
+    """Tell for each token whether it overlaps one of the spans, which ascend.
 
-    A token reaches back to the one before it: some tokenizers leave white space out of offsets.
+    A token begins where the one before it ends: some tokenizers leave white space out of offsets.
     """
     found, k, last_end = [], 0, 0
     for start, end in offsets:
@@ -76,13 +75,13 @@ def _overlaps(offsets: Iterable[tuple[int, int]], spans: Sequence[tuple[int, int
     return found
 
 
-def _fit(example: Example, config: RunConfig) -> Example:
+def _fit(example: Example, options: DataOptions) -> Example:
     """Cut to ``--max-length`` as ``--truncation`` says."""
-    n, too_long = config.max_length, len(example.input_ids) > config.max_length
-    if too_long and config.truncation == "skip":
+    n, too_long = options.max_length, len(example.input_ids) > options.max_length
+    if too_long and options.truncation == "skip":
         raise RowError("longer than --max-length")
     if too_long:
-        kept = slice(n) if config.truncation == "right" else slice(-n, None)
+        kept = slice(n) if options.truncation == "right" else slice(-n, None)
         example = Example(example.input_ids[kept], example.labels[kept], truncated=True)
     if example.num_label_tokens == 0:
         raise RowError("no response token left after truncation" if too_long else "too short")

@@ -16,7 +16,7 @@ from torch import nn
 from lorasb_ds.config.data_options import DEMO_EVAL_DATA
 from lorasb_ds.config.resolve import load_run_config, with_adapter
 from lorasb_ds.config.run_layout import EVAL_ANSWERS, EVAL_RESULT
-from lorasb_ds.data.batch import collate, share_out
+from lorasb_ds.data.batch import collate, rank_batches
 from lorasb_ds.distributed import accelerator
 from lorasb_ds.distributed.collectives import rank_and_size
 from lorasb_ds.evaluation.model import PreparedModel, prepare_model, start_model
@@ -111,7 +111,7 @@ def evaluate(run: PreparedModel, rows: EvalRows, model: Any) -> EvalResult:
 def _loss(run: PreparedModel, rows: EvalRows, model: nn.Module) -> float:
     assert rows.examples is not None
     rank, world_size = rank_and_size(None)
-    batches = share_out(
+    batches = rank_batches(
         rows.examples.examples,
         rows.examples.lengths,
         [[i] for i in range(len(rows.examples.examples))],

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from lorasb_ds.data.batch import deal
+from lorasb_ds.data.batch import assign_to_ranks
 from lorasb_ds.data.chat import NEXT_QUESTION, end_of_turn
 from lorasb_ds.data.formats import RowError
 from lorasb_ds.distributed.collectives import rank_and_size
@@ -109,7 +109,7 @@ def rounds(lengths: Sequence[int], batch_size: int) -> Iterator[tuple[list[int],
         return
     rank, world_size = rank_and_size(None)
     shortest = min(range(len(lengths)), key=lambda i: lengths[i])
-    for of_ranks in deal(lengths, batch_size, world_size):
+    for of_ranks in assign_to_ranks(lengths, batch_size, world_size):
         yield of_ranks[rank] or [shortest], bool(of_ranks[rank])
 
 

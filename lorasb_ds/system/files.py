@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written aside, fsynced and renamed. Torch-free."""
+"""Write files atomically: to a temporary name, fsynced and renamed. Torch-free."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SUMS_FILE = "SHA256SUMS"
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that a crash leaves the old one or the new one, never a part."""
+    """Write a file so that a crash leaves the old one or the new one, never a part of it."""
     aside = path.with_name(path.name + ".tmp")
     aside.write_text(text, encoding="utf-8")
     publish(aside, path)
@@ -27,13 +27,14 @@ def write_json(path: Path, content: object) -> None:
 def check_replaceable(
     out: Path, overwrite: bool, is_ours: Callable[[Path], bool], what: str
 ) -> None:
-    """Whether a folder may be written, in the place of one of ours where that is asked for.
+    """Refuse to write into a folder that is not empty, unless it is one of ours to overwrite.
 
     Args:
-        is_ours: whether a folder that holds something is what is to be replaced.
-        what: it is called, for messages.
+        overwrite: whether the folder's content may be replaced.
+        is_ours: returns whether a folder's content is of the kind that may be replaced.
+        what: name of that kind, for messages.
     Raises:
-        ConfigError: if it may not.
+        ConfigError: if the folder may not be written.
     """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file. Name a folder.")
@@ -43,18 +44,18 @@ def check_replaceable(
         raise ConfigError(f"--out {out} is not empty. Name another folder, or give --overwrite.")
     if not is_ours(out):
         raise ConfigError(
-            f"--out {out} holds something, and is no {what}: --overwrite would delete it. Name "
-            "another folder, or empty it."
+            f"--out {out} is not empty, and is not a {what}: --overwrite would delete its content. "
+            "Name another folder, or empty it."
         )
 
 
 def write_sums(folder: Path, names: Sequence[str]) -> None:
-    """Write ``SHA256SUMS`` over some files of a folder, as ``sha256sum -c`` reads it."""
+    """Write ``SHA256SUMS`` of some files of a folder, in the format of ``sha256sum -c``."""
     write_text(folder / SUMS_FILE, _sums(folder, names))
 
 
 def check_sums(folder: Path, names: Sequence[str]) -> str | None:
-    """What is wrong with files that ``write_sums`` was given; None if they are as they were."""
+    """Return what is wrong with files that ``write_sums`` was given; None if they are unchanged."""
     try:
         stored = (folder / SUMS_FILE).read_bytes()
         found = _sums(folder, names).encode()
@@ -72,14 +73,14 @@ def _sums(folder: Path, names: Sequence[str]) -> str:
 
 
 def publish(aside: Path, path: Path) -> None:
-    """Give a file or folder that is complete its name, durably."""
+    """Rename a complete file or folder to its final name, and fsync both it and its parent."""
     fsync(aside)
     aside.replace(path)
     fsync(path.parent)
 
 
 def fsync(path: Path) -> None:
-    """Write a file or folder through to the disk."""
+    """Flush a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -88,7 +89,7 @@ def fsync(path: Path) -> None:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content, in hex."""
+    """Return the SHA-256 of a file's content, in hex."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):

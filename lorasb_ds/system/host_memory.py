@@ -1,4 +1,4 @@
-"""What this host has left, and what this process holds. Torch-free; Linux."""
+"""Free memory of this host, and memory of this process. Torch-free; Linux."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 
 def available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """What processes may still take: the kernel's MemAvailable, or what a cgroup leaves.
+    """Return the bytes that processes may still take: MemAvailable, or less in a cgroup.
 
-    Files that are only cached count as available in both.
+    Cached files count as available in both.
     """
     lines = (proc / "meminfo").read_text().splitlines()
     fields = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
@@ -26,12 +26,12 @@ def available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cg
 
 
 def ranks_of_host(default: int = 1) -> int:
-    """Ranks of this job on this host, as DeepSpeed's launcher (or torchrun) tells them."""
+    """Return this job's number of ranks on this host, set by DeepSpeed's launcher or torchrun."""
     return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or default)
 
 
 def process_bytes(key: str) -> int:
-    """VmRSS or VmHWM of this process; where there is no /proc, its peak for both."""
+    """Return VmRSS or VmHWM of this process, in bytes; without /proc, its peak for both."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith(f"{key}:"):
@@ -42,13 +42,13 @@ def process_bytes(key: str) -> int:
 
 
 def release_freed_memory() -> None:
-    """Hand it back to the system: glibc keeps pieces of up to 32 MiB."""
+    """Return freed memory to the system: glibc keeps pieces of up to 32 MiB."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
 
 
 def _cgroups(proc: Path, cgroups: Path) -> list[Path]:
-    """Folders of this process's cgroup (version 2) and those above it that have a limit."""
+    """Return the folders of this process's cgroup (version 2) and its parents that have a limit."""
     lines = (
         (proc / "self/cgroup").read_text().splitlines() if (proc / "self/cgroup").is_file() else []
     )

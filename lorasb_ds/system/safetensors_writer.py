@@ -1,4 +1,4 @@
-"""Safetensors files: whole or not there, or written as their tensors come. Linux."""
+"""Write safetensors files atomically, or tensor by tensor. Linux."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 
 from lorasb_ds.system.files import publish
 
-ALIGNMENT = 8  # of the tensors' beginning, so that none of their numbers is cut by a boundary
+ALIGNMENT = 8  # bytes to which the first tensor is aligned, so that no number straddles one
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write a file so that a crash leaves the old one or the new one, never a part.
+    """Write a file so that a crash leaves the old one or the new one, never a part of it.
 
     Raises:
         OSError: if it cannot be written.
@@ -27,31 +27,32 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict
     aside = path.with_name(path.name + ".tmp")
     try:
         save_file({k: v.contiguous() for k, v in tensors.items()}, aside, metadata=metadata)
-    except SafetensorError as error:  # no OSError, though a full disk may be the cause
+    except SafetensorError as error:  # not an OSError, though a full disk may be the cause
         raise OSError(f"{path.name}: {error}") from error
     publish(aside, path)
 
 
 class TensorWriter:
-    """A safetensors file whose tensors are written one after the other, of sizes yet unknown.
+    """Writer of a safetensors file whose tensors come one after the other, of unknown sizes.
 
-    Its header comes last, into a place that was kept free for it: the format lets it end in spaces.
+    The header is written last, into space that was reserved for it: it may end in spaces.
     """
 
     def __init__(self, path: Path, header_bytes: int, data_bytes: int) -> None:
         """
         Args:
-            header_bytes: of the header at most; data_bytes: of all tensors at most.
+            header_bytes: upper bound of the header's size.
+            data_bytes: upper bound of the size of all tensors.
         """
         self._start = -(-(8 + header_bytes) // ALIGNMENT) * ALIGNMENT
         self._end = self._start
         self._entries: dict[str, dict[str, Any]] = {}
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
-            # Measured on ext4: pages of a file without blocks take six times as long to write.
+            # Without allocated blocks, pages take six times as long to write (measured on ext4).
             os.posix_fallocate(self._descriptor, 0, self._start + data_bytes)
         except OSError as error:
-            # Not every file system can: then they are found while they are written.
+            # Not every file system can do it: blocks are then allocated while writing.
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 self.close()
                 raise
@@ -68,7 +69,7 @@ class TensorWriter:
         self._entries[name] = {"dtype": dtype, "shape": [*shape], "data_offsets": offsets}
 
     def finish(self, order: Iterable[str], metadata: Mapping[str, str]) -> None:
-        """Write the header, with its entries in this order."""
+        """Write the header, with its entries in the given order."""
         header = header_of({name: self._entries[name] for name in order}, metadata)
         assert len(header) <= self._start - 8, "the header exceeds its bound"
         header = header.ljust(self._start - 8)
@@ -80,13 +81,13 @@ class TensorWriter:
 
 
 def header_of(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
-    """A file's header, but for its length."""
+    """Return a file's header without its length."""
     header = {"__metadata__": metadata} if metadata else {}
     return json.dumps(header | dict(entries), separators=(",", ":")).encode()
 
 
 def metadata_of(path: Path) -> dict[str, str]:
-    """Of a file whose header has been read."""
+    """Return the metadata of a file whose header is known to be valid."""
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     found = header.get("__metadata__")
@@ -94,7 +95,7 @@ def metadata_of(path: Path) -> dict[str, str]:
 
 
 def fill(buffer: memoryview, descriptor: int, offset: int) -> None:
-    """Read a buffer full. OSError if the file ends before."""
+    """Fill a buffer from a file; OSError if the file is too short."""
     while buffer:
         count = os.preadv(descriptor, [buffer], offset)
         if count == 0:
@@ -103,6 +104,6 @@ def fill(buffer: memoryview, descriptor: int, offset: int) -> None:
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """A tensor's bytes."""
+    """Return a CPU tensor's bytes, without a copy if it is contiguous."""
     flat = tensor.reshape(-1).view(torch.uint8)
     return memoryview(flat.numpy())  # type: ignore[arg-type]

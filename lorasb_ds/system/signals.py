@@ -1,22 +1,22 @@
-"""Ending on request: a signal is noted, and the loop saves a checkpoint before it ends."""
+"""Stop on request: note a signal, so that the loop saves a checkpoint before it ends."""
 
 from __future__ import annotations
 
 import os
 import signal
 
-# The run was asked to end and can be resumed: EX_TEMPFAIL of sysexits.h, "try again later".
+# The run was asked to end and can be resumed: EX_TEMPFAIL in sysexits.h, "try again later".
 EXIT_STOPPED = 75
-EXIT_INTERRUPTED = 130  # by a second Ctrl-C, as shells have it
+EXIT_INTERRUPTED = 130  # by a second Ctrl-C, as in shells
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
-    """Whether a signal asks this process to end.
+    """Tell whether a signal has asked this process to end.
 
-    SIGTERM, SIGUSR1 and a first SIGINT ask; a second SIGINT ends it at once. As long as there is
-    nothing to save (``can_save`` has not been called), each of them ends it at once.
+    SIGTERM, SIGUSR1 and a first SIGINT ask; a second SIGINT ends the process at once. As long as
+    there is nothing to save (``can_save`` has not been called), each of them ends it at once.
     """
 
     def __init__(self) -> None:
@@ -24,12 +24,12 @@ class StopRequest:
         self._can_save = self._interrupted = False
 
     def listen(self) -> None:
-        """From the main thread only."""
+        """Install the signal handlers; from the main thread only."""
         for signum in SIGNALS:
             signal.signal(signum, self._handle)
 
     def can_save(self) -> None:
-        """From now on a request is noted, and whoever runs the loop has to look for it."""
+        """From now on only note a request; the loop must check ``requested``."""
         self._can_save = True
 
     def _handle(self, signum: int, _frame: object) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from lorasb_ds.data.batch import Batch
-from lorasb_ds.data.sampler import Unit
+from lorasb_ds.data.sampler import Pack
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.models.loss import token_loss_sum
 from lorasb_ds.runs.output_dir import say
@@ -69,7 +69,7 @@ def _steps(training: TrainingRun, step_done: Callable[[], None]) -> RunStatus:
     run, engine, state = training.run, training.engine, training.state
     start = time.perf_counter()
     while not state.finished and state.step < run.num_steps:
-        units = run.order.units(state.step)
+        units = run.order.packs(state.step)
         lr = engine.get_lr()[0]  # of this step: the scheduler moves on at its end
         tracked = _is_due(state.step + 1, run.config.track_alignment)
         before = trained_factors(training.adapters) if tracked else None
@@ -180,7 +180,7 @@ def train_step(engine: Any, batches: list[Batch], stop: bool = False) -> StepRes
     )
 
 
-def count_skips(training: TrainingRun, result: StepResult, units: list[Unit]) -> None:
+def count_skips(training: TrainingRun, result: StepResult, units: list[Pack]) -> None:
     """Count skipped steps, and end the run after too many in a row.
 
     Raises:

@@ -14,10 +14,10 @@ from lorasb_ds.config.ds_config import resolve_ds_config
 from lorasb_ds.config.paths import read_json
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.config.run_layout import check_output_dir
-from lorasb_ds.data.batch import Batch, Sample, share_out
+from lorasb_ds.data.batch import Batch, Sample, rank_batches
 from lorasb_ds.data.cache import Data, load_data
 from lorasb_ds.data.dataset import TokenizedRows
-from lorasb_ds.data.sampler import Order, Unit, init_sample
+from lorasb_ds.data.sampler import Pack, StepSampler, init_sample
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.init.basis import PEFT_FILE, fingerprint
@@ -66,7 +66,7 @@ class Prepared:
     data: Data
     gradient_rows: list[int]
     probe_rows: list[int]
-    order: Order
+    order: StepSampler
     num_steps: int
     memory: RunMemory
     made_from: dict[str, str]
@@ -85,7 +85,7 @@ class Prepared:
         """Return this rank's micro-batches of some rows; every rank has as many."""
         return self._deal(rows, [[i] for i in indices], None, packed=False)
 
-    def step_batches(self, units: Sequence[Unit]) -> list[Batch]:
+    def step_batches(self, units: Sequence[Pack]) -> list[Batch]:
         """Return this rank's micro-batches of an optimizer step on training rows."""
         rounds = self.config.gradient_accumulation_steps
         return self._deal(self.data.train, units, rounds, packed=self.config.packing)
@@ -109,9 +109,9 @@ class Prepared:
         return "flash" in (self.base.hf_config._attn_implementation or "")
 
     def _deal(
-        self, rows: TokenizedRows, units: Sequence[Unit], rounds: int | None, packed: bool
+        self, rows: TokenizedRows, units: Sequence[Pack], rounds: int | None, packed: bool
     ) -> list[Batch]:
-        return share_out(
+        return rank_batches(
             rows.examples,
             rows.lengths,
             units,
@@ -119,7 +119,7 @@ class Prepared:
             pad_token_id=self.base.tokenizer.pad_token_id,
             rank=zero.rank(),
             world_size=zero.world_size(),
-            rounds=rounds,
+            num_micro_batches=rounds,
             one_row=self.one_row if packed else None,
         )
 
@@ -196,9 +196,9 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
     )
 
 
-def order_of(config: RunConfig, train: TokenizedRows) -> Order:
+def order_of(config: RunConfig, train: TokenizedRows) -> StepSampler:
     """Return the order in which a run trains on its rows."""
-    return Order(
+    return StepSampler(
         train.lengths,
         config.train_batch_size or 1,
         config.seed,

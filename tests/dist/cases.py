@@ -232,7 +232,7 @@ def alignment(
     masters = []
     for step in range(run.num_steps):
         before = trained_factors(adapters)
-        assert train_step(engine, run.step_batches(run.order.units(step))).applied
+        assert train_step(engine, run.step_batches(run.order.packs(step))).applied
         measure(before)
         masters.append(trained_factors(adapters))
     of_ranks: list[Any] = [None] * zero.world_size()
@@ -274,7 +274,7 @@ def steps(config: dict[str, Any], out: str, fp16: bool = False) -> None:
     engine.train()
     found = []
     for step in range(run.num_steps):
-        result = train_step(engine, run.step_batches(run.order.units(step)))
+        result = train_step(engine, run.step_batches(run.order.packs(step)))
         assert result is not None
         norms = [result.grad_norm, result.r_norm, float(result.applied)]
         found.append([result.loss, *norms, result.num_tokens, result.num_positions])
@@ -282,7 +282,7 @@ def steps(config: dict[str, Any], out: str, fp16: bool = False) -> None:
     norm = torch.stack([R.double().square().sum() for R in masters.values()]).sum().sqrt()
     torch.testing.assert_close(torch.tensor(found[-1][2]), norm.float(), rtol=1e-6, atol=0)
     # A request to stop on one rank reaches all of them, and nothing is done.
-    batches = run.step_batches(run.order.units(0))
+    batches = run.step_batches(run.order.packs(0))
     stop = zero.rank() == zero.world_size() - 1
     assert train_step(engine, batches, stop) is None
     if zero.rank() == 0:
@@ -318,7 +318,7 @@ def stretch(config: dict[str, Any], out: str, first: int, last: int, state: str 
     engine.train()
     losses = []
     for step in range(first, last):
-        result = train_step(engine, run.step_batches(run.order.units(step)))
+        result = train_step(engine, run.step_batches(run.order.packs(step)))
         assert result is not None
         assert result.applied
         losses.append(result.loss)
@@ -340,7 +340,7 @@ def not_finite_step(config: dict[str, Any], zero_optimization: dict[str, Any], w
     run, engine, adapters = _start(config, zero_optimization)
     _fill(adapters)
     engine.train()
-    all_batches = [run.step_batches(run.order.units(step)) for step in range(3)]
+    all_batches = [run.step_batches(run.order.packs(step)) for step in range(3)]
     assert train_step(engine, all_batches[0]).applied
     before, scalars = copy.deepcopy(collect_state(engine, trained_in(engine.module)))
     lr = engine.get_lr()
@@ -408,7 +408,7 @@ def four_bit(config: dict[str, Any], out: str, zero_optimization: dict[str, Any]
     initialize_by(run, engine, adapters, sample, sample)
     engine.train()
     for step in range(run.num_steps):
-        result = train_step(engine, run.step_batches(run.order.units(step)))
+        result = train_step(engine, run.step_batches(run.order.packs(step)))
         assert result is not None
         losses.append(result.loss)
     assert_released()

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from lorasb_ds.adapters.inject import inject
 from lorasb_ds.config.resolve import load_run_config
-from lorasb_ds.data.batch import Batch, collate, deal
+from lorasb_ds.data.batch import Batch, assign_to_ranks, collate
 from lorasb_ds.data.dataset import tokenize_rows
 from lorasb_ds.data.sources import load_rows
 from lorasb_ds.init.gradients import average_gradients
@@ -58,7 +58,7 @@ def batches_of(config: dict[str, Any], tokenizer: Any, world_size: int) -> list[
     """The micro-batches of all ranks: what is padded with what decides how sums are rounded."""
     examples = examples_of(config, tokenizer)
     lengths = [len(example.input_ids) for example in examples]
-    dealt = deal(lengths, config["micro_batch_size"], world_size)
+    dealt = assign_to_ranks(lengths, config["micro_batch_size"], world_size)
     rows = [[examples[i] for i in mine] for ranks in dealt for mine in ranks if mine]
     return [collate(mine, tokenizer.pad_token_id) for mine in rows]
 

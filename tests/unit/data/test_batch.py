@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
-from lorasb_ds.data.batch import collate, collate_packed, deal
+from lorasb_ds.data.batch import assign_to_ranks, collate, collate_packed
 from lorasb_ds.data.tokenization import IGNORE_INDEX, Example
 from lorasb_ds.models.loss import token_loss_sum
 from lorasb_ds.models.packing import keeps_packs_apart
@@ -37,9 +37,9 @@ def test_dealing_loses_and_repeats_nothing(
     lengths: list[int], micro_batch_size: int, world_size: int, more_rounds: int
 ) -> None:
     fewest = -(-len(lengths) // (micro_batch_size * world_size))
-    dealt = deal(lengths, micro_batch_size, world_size, fewest + more_rounds)
+    dealt = assign_to_ranks(lengths, micro_batch_size, world_size, fewest + more_rounds)
     assert len(dealt) == fewest + more_rounds
-    assert deal(lengths, micro_batch_size, world_size) == deal(
+    assert assign_to_ranks(lengths, micro_batch_size, world_size) == assign_to_ranks(
         lengths, micro_batch_size, world_size, fewest
     )
     assert all(len(ranks) == world_size for ranks in dealt), "ranks would wait for each other"

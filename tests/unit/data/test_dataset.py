@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.data.batch import collate
-from lorasb_ds.data.dataset import columns_of, tokenize_rows
+from lorasb_ds.data.dataset import tokenize_columns, tokenize_rows
 from lorasb_ds.data.json_rows import JsonRows
-from lorasb_ds.data.sources import identity, load_rows
+from lorasb_ds.data.sources import load_rows, source_fingerprint
 from lorasb_ds.data.tokenization import IGNORE_INDEX, Example, encode
 from lorasb_ds.errors import ConfigError
 from tests.runs import word_rows, write_jsonl
@@ -86,7 +86,9 @@ def test_a_slice_of_a_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert [dict(row) for row in load_rows("someone/made:default@train[40%:60%]")] == ROWS[2:3]
     whole = load_rows("someone/made@train")
     assert len(whole) == len(ROWS)
-    assert identity("someone/made@train[:3]", first) != identity("someone/made@train", whole)
+    assert source_fingerprint("someone/made@train[:3]", first) != source_fingerprint(
+        "someone/made@train", whole
+    )
     with pytest.raises(ConfigError, match=r"@dev\[:3\] cannot be read as a hub name: .*dev"):
         load_rows("someone/made@dev[:3]")
 
@@ -331,7 +333,7 @@ def test_any_row_is_an_example_or_skipped(
     tokenizer: Any, row: Any, max_length: int, loss_on: Any, truncation: Any
 ) -> None:
     config = RunConfig(max_length=max_length, loss_on=loss_on, truncation=truncation)
-    columns = columns_of([row], [0], tokenizer, config)
+    columns = tokenize_columns([row], [0], tokenizer, config)
     (outcome,), (input_ids,), (labels,) = (
         columns[name] for name in ("outcome", "input_ids", "labels")
     )

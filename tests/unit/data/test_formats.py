@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lorasb_ds.data.formats import RowError, check_columns, find_columns, no_columns, parse_row
+from lorasb_ds.data.formats import RowError, check_columns, find_columns, parse_row, unknown_columns
 from lorasb_ds.errors import ConfigError
 
 USER = {"role": "user", "content": "Hi"}
@@ -160,7 +160,7 @@ def test_rows_that_are_skipped(row: Any, reason: str) -> None:
 )
 def test_missing_columns(asked: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        raise no_columns("--data a", {"title": "a", "label": "b"}, *asked)
+        raise unknown_columns("--data a", {"title": "a", "label": "b"}, *asked)
 
 
 def test_conversations_bring_their_own_responses() -> None:

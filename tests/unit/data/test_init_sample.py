@@ -33,7 +33,7 @@ def prepared(given: dict[str, Any], **options: Any) -> Prepared:
 
 
 def rows_of_steps(run: Prepared) -> list[Any]:
-    return [run.order.units(step) for step in range(run.num_steps)]
+    return [run.order.packs(step) for step in range(run.num_steps)]
 
 
 def test_without_them_it_is_what_it_was(given: dict[str, Any]) -> None:

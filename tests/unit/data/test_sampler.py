@@ -11,31 +11,31 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasb_ds.data.sampler import Order, best_fit_decreasing, epoch_order, init_sample
+from lorasb_ds.data.sampler import StepSampler, best_fit_decreasing, epoch_order, init_sample
 
 LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=60)
 
 
-def epoch_of(order: Order, epoch: int) -> list[list[int]]:
+def epoch_of(order: StepSampler, epoch: int) -> list[list[int]]:
     first = sum(order.steps_of_epoch(e) for e in range(epoch))
     steps = range(first, first + order.steps_of_epoch(epoch))
-    return list(chain.from_iterable(order.units(step) for step in steps))
+    return list(chain.from_iterable(order.packs(step) for step in steps))
 
 
 @given(
     lengths=LENGTHS,
-    rows_per_step=st.integers(1, 9),
+    packs_per_step=st.integers(1, 9),
     group=st.booleans(),
     packed=st.booleans(),
     seed=st.integers(0, 3),
 )
 def test_every_epoch_sees_every_row_once(
-    lengths: list[int], rows_per_step: int, group: bool, packed: bool, seed: int
+    lengths: list[int], packs_per_step: int, group: bool, packed: bool, seed: int
 ) -> None:
-    def make() -> Order:
+    def make() -> StepSampler:
         pack_length = 30 if packed else None
         options = {"group_by_length": group, "pack_length": pack_length}
-        return Order(np.array(lengths), rows_per_step, seed, **options)
+        return StepSampler(np.array(lengths), packs_per_step, seed, **options)
 
     order = make()
     for epoch in range(3):
@@ -43,15 +43,15 @@ def test_every_epoch_sees_every_row_once(
         assert sorted(chain.from_iterable(units)) == list(range(len(lengths)))
         assert all(sum(lengths[row] for row in unit) <= 30 for unit in units)
         assert packed or all(len(unit) == 1 for unit in units)
-    sizes = [len(order.units(step)) for step in range(order.steps_of_epoch(0))]
-    assert all(size == rows_per_step for size in sizes[:-1])
-    assert 1 <= sizes[-1] <= rows_per_step
+    sizes = [len(order.packs(step)) for step in range(order.steps_of_epoch(0))]
+    assert all(size == packs_per_step for size in sizes[:-1])
+    assert 1 <= sizes[-1] <= packs_per_step
     late = order.steps_of_epoch(0) + order.steps_of_epoch(1)
-    assert make().units(late) == order.units(late), "a function of the step alone"
+    assert make().packs(late) == order.packs(late), "a function of the step alone"
 
 
 def test_plain_order_is_the_epochs_permutation() -> None:
-    order = Order(np.ones(11, int), 4, seed=3)
+    order = StepSampler(np.ones(11, int), 4, seed=3)
     assert [row for (row,) in epoch_of(order, 1)] == epoch_order(11, 3, 1)
     assert order.num_steps(2) == 6
     assert order.num_steps(0.1) == 1
@@ -61,7 +61,7 @@ def test_plain_order_is_the_epochs_permutation() -> None:
 @pytest.mark.parametrize("weights", [(1.0, 2.0), (0.5, 1.0), (0.3, 2.5)])
 def test_weights_say_how_often_an_epoch_sees_a_source(weights: Any) -> None:
     sizes = (10, 4)
-    order = Order(np.ones(14, int), 3, 0, source_sizes=sizes, weights=weights)
+    order = StepSampler(np.ones(14, int), 3, 0, source_sizes=sizes, weights=weights)
     seen: Counter[int] = Counter()
     for epoch in range(10):
         rows = [row for (row,) in epoch_of(order, epoch)]
@@ -81,14 +81,14 @@ def test_grouping_makes_batches_of_similar_lengths() -> None:
     lengths = np.random.default_rng(0).integers(1, 1000, 4000)
 
     def padding(group: bool) -> float:
-        order = Order(lengths, 8, 0, group_by_length=group)
-        steps = [order.units(step) for step in range(order.steps_of_epoch(0))]
+        order = StepSampler(lengths, 8, 0, group_by_length=group)
+        steps = [order.packs(step) for step in range(order.steps_of_epoch(0))]
         longest = sum(8 * max(lengths[row] for (row,) in units) for units in steps)
         return 1 - lengths.sum() / longest
 
     assert padding(group=True) < 0.05 < 0.4 < padding(group=False)
-    order = Order(lengths, 8, 0, group_by_length=True)
-    firsts = [int(lengths[order.units(step)[0][0]]) for step in range(20)]
+    order = StepSampler(lengths, 8, 0, group_by_length=True)
+    firsts = [int(lengths[order.packs(step)[0][0]]) for step in range(20)]
     assert firsts != sorted(firsts, reverse=True), "steps are in random order"
 
 
