@@ -16,7 +16,6 @@ from launcher.commands.cluster import hostfile, launch_script
 from launcher.commands.compare import compare_command
 from launcher.commands.doctor import doctor
 from launcher.commands.eval import eval_command
-from launcher.commands.sensitivity import sensitivity_command
 from launcher.jobs.launch_options import LaunchOptions, launch_options
 from launcher.jobs.ranks import run_here, worker_command
 from launcher.jobs.start import start
@@ -77,11 +76,8 @@ def doctor_command(launch: LaunchOptions, timeout: float, as_json: bool, **given
 
 main.add_command(hostfile)
 main.add_command(launch_script)
-
-
 main.add_command(eval_command)
 main.add_command(compare_command)
-main.add_command(sensitivity_command)
 
 
 def adapter_command(name: str, help_text: str) -> None:

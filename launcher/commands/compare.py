@@ -15,11 +15,11 @@ import click
 from launcher.jobs.job import make_job
 from launcher.jobs.launch_options import LaunchOptions, launch_options
 from launcher.options import CONTEXT, add_options, field_options, reports_problems
-from launcher.sweeps.compare_run import JSON, Comparison, run_comparison
+from launcher.sweeps.compare_run import Comparison, run_comparison
 from launcher.sweeps.grid import SWEPT, Trial, is_file, label, make_sweep, own_options
 from launcher.sweeps.places import find_places
 from launcher.sweeps.pool import Place
-from launcher.sweeps.runs import OF_NO_CONSEQUENCE, PARALLEL, launch_in, shown
+from launcher.sweeps.runs import NUMBERS, OF_NO_CONSEQUENCE, PARALLEL, launch_in, shown
 from lorasb_ds.config.methods import PEFT_PREFIX
 from lorasb_ds.config.paths import read_json
 from lorasb_ds.config.resolve import load_run_config
@@ -226,7 +226,7 @@ def _own_so_far(
         own[label(method)] = {**comparison.own.get(method, {}), **content}
     before: dict[str, dict[str, Any]] = {}
     with suppress(OSError, ValueError, KeyError, TypeError):  # the folder is looked at later
-        content = json.loads((comparison.folder / JSON).read_text(encoding="utf-8"))
+        content = json.loads((comparison.folder / NUMBERS).read_text(encoding="utf-8"))
         before = content["options"]["own"]
     found: dict[str, dict[str, Any]] = json.loads(json.dumps({**before, **own}))
     return found

@@ -22,7 +22,9 @@ from launcher.sweeps.pool import Place, Work
 from launcher.sweeps.results import EVALUATION, Result, base_loss, read_result
 from launcher.sweeps.runs import (
     LORASB,
+    NUMBERS,
     RUNS,
+    TABLE,
     Conductor,
     errors_in,
     launch_arguments,
@@ -38,8 +40,6 @@ from lorasb_ds.config.run_layout import REPORT
 from lorasb_ds.system.files import write_json, write_text
 from lorasb_ds.system.signals import EXIT_STOPPED
 
-COMMAND = "compare"
-JSON, MARKDOWN = f"{COMMAND}.json", f"{COMMAND}.md"
 ASKED = EVALUATION.with_name("asked.json")  # what an evaluation was asked
 
 
@@ -114,7 +114,7 @@ def run_comparison(comparison: Comparison, places: Sequence[Place], overwrite: b
         ConfigError: if the folder is not one for this comparison.
     """
     folder, options = comparison.folder, comparison.options
-    with sweep_folder(folder, COMMAND, options, overwrite, PICTURES):
+    with sweep_folder(folder, options, overwrite, PICTURES):
         return _Work(comparison, Conductor(places)).run()
 
 
@@ -217,14 +217,14 @@ class _Work:
         """``compare.json`` and ``compare.md``; and the pictures."""
         of, results = self._of, self._results()
         content = {"options": of.options, **as_dict(of.sweep, results)}
-        write_json(of.folder / JSON, content)
+        write_json(of.folder / NUMBERS, content)
         rows = outcomes(of.sweep, results)
         base = base_loss(results.values())
         drawn = draw_sweep(of.folder, of.folder / RUNS, rows, base) if pictures else []
         lines = ["# Comparison", "", *markdown(COLUMNS, table(rows)), "", LEGEND, ""]
         lines += [f"{note}\n" for note in self._notes(results)]
         lines += [f"![{path.stem.replace('-', ' ')}]({path.name})\n" for path in drawn]
-        write_text(of.folder / MARKDOWN, "\n".join(lines))
+        write_text(of.folder / TABLE, "\n".join(lines))
 
     def _notes(self, results: Mapping[Trial, Result]) -> list[str]:
         notes = []

@@ -38,7 +38,9 @@ PARALLEL = click.option(
     show_default=True,
     help="Runs at a time on this host.",
 )
-RUNS = "runs"  # in the folder of a sweep
+# In the folder of a sweep.
+RUNS = "runs"
+NUMBERS, TABLE, LOCK = "compare.json", "compare.md", "compare.lock"
 
 
 def launch_in(launch: LaunchOptions, place: Place) -> LaunchOptions:
@@ -86,59 +88,55 @@ def log_of(folder: Path, name: str) -> Path:
 
 @contextmanager
 def sweep_folder(
-    folder: Path,
-    command: str,
-    options: Mapping[str, Any],
-    overwrite: bool,
-    pictures: Sequence[str] = (),
+    folder: Path, options: Mapping[str, Any], overwrite: bool, pictures: Sequence[str] = ()
 ) -> Iterator[None]:
-    """The folder of a sweep, to this process alone.
+    """Hold the folder of a sweep for this process alone.
+
+    It has a ``compare.json`` from now on, which marks it as the folder of a sweep.
 
     Args:
-        command: ``compare`` for `lorasb compare`, whose numbers are in ``compare.json``: from now
-            on it is there, by which the folder is known as one of this command.
         options: all that must be the same when a sweep goes on.
-        overwrite: delete what is there of an earlier one.
-        pictures: names of those that the command leaves there.
+        overwrite: delete what an earlier sweep has left there.
+        pictures: names of the pictures that a sweep leaves there.
     Raises:
         ConfigError: if it is not a folder for this sweep, or another process is at work there.
     """
-    check_folder(folder, command, options, overwrite)
+    check_folder(folder, options, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / f"{command}.lock")
+    lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         raise ConfigError(
-            f"--output-dir {folder}: another `lorasb {command}` is at work there. Wait for its "
-            "end, or name another folder."
+            f"--output-dir {folder}: another `lorasb compare` is at work there. Wait for its end, "
+            "or name another folder."
         ) from None
     with lock:
         if overwrite:
-            _remove(folder, [f"{command}.md", *pictures])
+            _remove(folder, [TABLE, *pictures])
         # After all else: if this is killed before, the folder can be overwritten again.
-        if overwrite or not (folder / f"{command}.json").exists():
-            write_json(folder / f"{command}.json", {"options": options})
+        if overwrite or not (folder / NUMBERS).exists():
+            write_json(folder / NUMBERS, {"options": options})
         yield
 
 
-def check_folder(folder: Path, command: str, options: Mapping[str, Any], overwrite: bool) -> None:
-    """Refuse a folder that is none of such a sweep, or of one with other options.
+def check_folder(folder: Path, options: Mapping[str, Any], overwrite: bool) -> None:
+    """Refuse a folder that is not one of a sweep, or one of a sweep with other options.
 
     Raises:
         ConfigError: with what differs.
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--output-dir {folder} is a file. Name a folder.")
-    if not folder.is_dir() or not {path.name for path in folder.iterdir()} - {f"{command}.lock"}:
+    if not folder.is_dir() or not {path.name for path in folder.iterdir()} - {LOCK}:
         return
     try:
-        stored = json.loads((folder / f"{command}.json").read_text(encoding="utf-8"))["options"]
+        stored = json.loads((folder / NUMBERS).read_text(encoding="utf-8"))["options"]
         differ = differing(options, stored)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(
-            f"--output-dir {folder} is not empty, and has no {command}.json of a `lorasb "
-            f"{command}`. Name another folder."
+            f"--output-dir {folder} is not empty, and has no {NUMBERS} of a `lorasb compare`. Name "
+            "another folder."
         ) from None
     if differ and not overwrite:
         raise ConfigError(
