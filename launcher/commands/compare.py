@@ -12,8 +12,8 @@ from typing import Any
 
 import click
 
-from launcher.jobs.job import make_job
 from launcher.jobs.launch_options import LaunchOptions, launch_options
+from launcher.jobs.make_job import make_job
 from launcher.options import CONTEXT, add_options, field_options, reports_problems
 from launcher.sweeps.compare_run import Comparison, run_comparison
 from launcher.sweeps.grid import SWEPT, Trial, is_file, label, make_sweep, own_options

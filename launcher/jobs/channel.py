@@ -91,3 +91,25 @@ class Channel:
     def close(self) -> None:
         self.closed = True
         self._connection.close()
+
+
+def listen_for_agents(
+    address: str, port: int = 0, seen_as: str | None = None
+) -> tuple[socket.socket, str]:
+    """Open the socket that agents connect to.
+
+    Args:
+        address: to listen on; empty for all of this host.
+        port: 0 for any that is free.
+        seen_as: the address that the agents use, in place of ``address``.
+    Returns:
+        The socket, and ``host:port`` for the agents.
+    Raises:
+        OSError: if the port is taken.
+    """
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((address, port))
+    listener.listen(1024)
+    listener.setblocking(False)
+    return listener, f"{seen_as or address}:{listener.getsockname()[1]}"

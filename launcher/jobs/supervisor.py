@@ -59,6 +59,7 @@ class Supervisor:
         hosts: the hostfile's name of every rank's host; None where only the agents know.
         by_hand: every host is started by itself (``--no-ssh``), by a scheduler or a user.
         launcher_log: what DeepSpeed's launchers print.
+        stop_signals: those that have asked the job to end; it is added to.
     """
 
     listener: socket.socket | None
@@ -68,7 +69,7 @@ class Supervisor:
     launcher_log: Path
     hosts: Sequence[str] | None = None
     by_hand: bool = False
-    asked: list[int] = field(default_factory=list)  # signals that asked the job to end
+    stop_signals: list[int] = field(default_factory=list)
 
     def run(self, command: Sequence[str], environment: Mapping[str, str]) -> int:
         """Start DeepSpeed's launcher in a process session of its own, and see the job to its end.
@@ -120,10 +121,10 @@ class Supervisor:
             self._wait_for_news()
             now = time.monotonic()
             self._read(now)
-            if now >= next_beat or len(self.asked) > told:
-                told = len(self.asked)
+            if now >= next_beat or len(self.stop_signals) > told:
+                told = len(self.stop_signals)
                 next_beat = now + beat_interval(self.failure_timeout)
-                self._send(**({"stop": True} if self.asked else {"beat": True}))
+                self._send(**({"stop": True} if self.stop_signals else {"beat": True}))
             if self._interrupted:
                 return EXIT_INTERRUPTED
             if failure := self._failure(now):
@@ -145,7 +146,7 @@ class Supervisor:
                 return EXIT_STOPPED if stopped else shell_status(status)
             if self._interrupted:
                 return EXIT_INTERRUPTED
-            if self.asked:
+            if self.stop_signals:
                 self._signal_children(signal.SIGUSR1, "agent.py")
 
     def _wait_for_news(self) -> None:
@@ -338,9 +339,9 @@ class Supervisor:
         """Signals that ask the job to end."""
 
         def ask(signum: int, _frame: object) -> None:
-            first = not self.asked
-            self.asked.append(signum)
-            self._interrupted = self.asked.count(signal.SIGINT) > 1
+            first = not self.stop_signals
+            self.stop_signals.append(signum)
+            self._interrupted = self.stop_signals.count(signal.SIGINT) > 1
             if first:
                 self._console.write(2, "lorasb: asked to end: after this step, if it trains\n")
                 if signum == signal.SIGINT:
@@ -367,21 +368,3 @@ class Supervisor:
                 hosts.append(member.host)
         text = "; ".join(f"{interface} on {', '.join(hosts)}" for interface, hosts in used.items())
         self._console.write(1, f"lorasb: network: {text}\n")
-
-
-def listen_for_agents(
-    address: str, port: int = 0, seen_as: str | None = None
-) -> tuple[socket.socket, str]:
-    """A socket that agents connect to, and its ``host:port``.
-
-    Args:
-        seen_as: the address that the agents take; that of the socket if not given.
-    Raises:
-        OSError: if the port is taken.
-    """
-    listener = socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind((address, port))
-    listener.listen(1024)
-    listener.setblocking(False)
-    return listener, f"{seen_as or address}:{listener.getsockname()[1]}"
