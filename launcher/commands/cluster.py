@@ -13,8 +13,9 @@ import click
 
 from launcher.hosts.environment import asked_for
 from launcher.hosts.hostfile import read_hostfile, select, write_hostfile
-from launcher.hosts.job_script import k8s_manifest, slurm_script
+from launcher.hosts.k8s_manifest import k8s_manifest
 from launcher.hosts.slurm import from_slurm
+from launcher.hosts.slurm_script import slurm_script
 from launcher.options import CONTEXT, add_options, reports_problems, run_options, to_arguments
 from lorasb_ds.config.ds_config import resolve_ds_config
 from lorasb_ds.config.resolve import load_run_config
