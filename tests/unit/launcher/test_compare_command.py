@@ -105,7 +105,7 @@ def test_a_configuration_of_peft(tmp_path: Path) -> None:
         ("--method lora-xs --lr lora-xs=", "there is no --lr of lora-xs"),
         ("--seed 42,42", "Given more than once: 42 in --seed"),
         ("--lr 0", "--lr 0.0 is not allowed"),
-        ("--data rows.jsonl", "A comparison goes by the held-out loss"),
+        ("--data rows.jsonl", "A comparison needs the held-out loss"),
         (
             "--data rows.jsonl --val-set-size 8 --eval-samples 4",
             "--eval-samples are rows of --eval-data, which is not given",

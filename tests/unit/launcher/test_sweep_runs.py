@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from launcher.jobs.launch_options import LaunchOptions
-from launcher.sweeps.pool import Place
+from launcher.sweeps.pool import Allocation
 from launcher.sweeps.runs import RUNS, check_folder, errors_in, sweep_folder, train_command
 from lorasb_ds.errors import ConfigError
 
@@ -73,13 +73,13 @@ def test_commands_of_runs() -> None:
     values |= {"failure_timeout": 60.0, "start_timeout": 600.0, "max_restarts": 2, "dry_run": True}
     here = LaunchOptions(**values | {"num_procs": 2, "exclude": ""})
     options = {"init_samples": 8, "init_seed": 1, "lr": None, "init_data": ("a", "b")}
-    words = train_command(here, options, Place(), 29501)
+    words = train_command(here, options, Allocation(), 29501)
     assert " ".join(words[3:]) == (
         "train --num-procs 2 --max-restarts 2 --master-port 29501 --init-samples 8 --init-seed 1 "
         "--init-data a --init-data b"
     )
     several = LaunchOptions(**values | {"hostfile": "hosts", "num_nodes": 2})
-    words = train_command(several, {}, Place(include="a:0,1"))
+    words = train_command(several, {}, Allocation(include="a:0,1"))
     assert " ".join(words[3:]) == "train --hostfile hosts --include a:0,1 --max-restarts 2"
 
 
