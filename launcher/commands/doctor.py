@@ -1,4 +1,4 @@
-"""`lorasb doctor`: what was found on the hosts, as a table of green and red, or as JSON."""
+"""`lorasb doctor`: checks of the hosts, as a table of green and red, or as JSON."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lorasb_ds.errors import ConfigError
 
 
 def doctor(launch: LaunchOptions, given: dict[str, object], timeout: float, as_json: bool) -> int:
-    """Look at this host, or at every host of the hostfile; 1 if anything is red.
+    """Check this host, or every host of the hostfile; return 1 if anything is red.
 
     Raises:
-        ConfigError: if the job itself cannot be.
+        ConfigError: if the job itself is not possible.
     """
     run_json = given.pop("run_json")
     job = make_job(launch, [], run_json if isinstance(run_json, str) else None, given)
@@ -43,7 +43,7 @@ def _check_variables(job: SshJob) -> Check:
         variables = job.exported_variables(job.environment())
         deepspeed_env(variables, job.launch.launcher)
     except ConfigError as error:
-        return Check("here", ".deepspeed_env", False, error.problems[0], "Mend it, or use --env.")
+        return Check("here", ".deepspeed_env", False, error.problems[0], "Fix it, or use --env.")
     return Check("here", ".deepspeed_env", True, f"{len(variables)} variables")
 
 

@@ -71,7 +71,7 @@ class SshJob(HostsJob):
         deepspeed_env(variables, launch.launcher)  # checks them
         lines = [shlex.join(command)]
         if launch.master_addr is None:
-            lines.append("# MASTER_ADDR is found out at the start, unless --master-addr says it.")
+            lines.append("# MASTER_ADDR is found at the start, unless --master-addr gives it.")
         lines += [f"# {self.hostfile}:"]
         lines += [f"#   {line}" for line in self.hostfile_text.splitlines()]
         lines += [f"# {self.env_file}: {' '.join(sorted(variables))}"]
@@ -116,7 +116,7 @@ class SshJob(HostsJob):
         address = self.launch.master_addr or found or resolve(first)
         if address is None or address.startswith("127."):
             raise ConfigError(
-                f"The address of the first host, {first}, is not known here (its name means "
+                f"The address of the first host, {first}, is not known (its name resolves to "
                 f"{address}). Give --master-addr."
             )
         return address
@@ -126,7 +126,7 @@ class SshJob(HostsJob):
             return super().restarted()
         limit = min(20.0, self.launch.failure_timeout)
         findings = self.examine(self.question(timeout=limit))
-        # Whatever else is red there: the next start says it.
+        # The next start reports whatever else is red.
         lost = {check.host: check for check in findings.problems if check.what == "ssh"}
         if lost and not self.launch.allow_fewer_hosts:
             raise ConfigError(

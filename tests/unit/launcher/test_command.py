@@ -281,8 +281,8 @@ def test_dry_run_of_several_hosts(hostfile: str, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--hostfile", "nowhere"], "there is no such file"),
-        (["--include", "gpu1"], "--include is about several hosts"),
-        (["--num-nodes", "2"], "--num-nodes is about several hosts"),
+        (["--include", "gpu1"], "--include is for several hosts"),
+        (["--num-nodes", "2"], "--num-nodes is for several hosts"),
         (["--hostfile", "HOSTS", "--include", "gpu3"], "gpu3"),
         (["--hostfile", "HOSTS", "--num-gpus", "8"], "--num-gpus 8, but gpu1 has 4"),
         (["--hostfile", "HOSTS", "--num-procs", "8"], "--num-procs 8, but gpu1 has 4"),
@@ -294,7 +294,7 @@ def test_dry_run_of_several_hosts(hostfile: str, tmp_path: Path) -> None:
         (["--hostfile", "HOSTS", "--env", "NO_SUCH_VARIABLE"], "it is not set here"),
         (["--hostfile", "HOSTS", "--failure-timeout", "0"], "0.0 is not in the range x>=1"),
         (["--hostfile", "HOSTS", "--data", "a $(b)"], "cannot be handed to the hosts"),
-        (["--allow-fewer-hosts"], "--allow-fewer-hosts is about several hosts"),
+        (["--allow-fewer-hosts"], "--allow-fewer-hosts is for several hosts"),
     ],
 )
 def test_refusals(arguments: list[str], message: str, hostfile: str) -> None:
