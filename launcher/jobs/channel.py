@@ -109,7 +109,11 @@ def listen_for_agents(
     """
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind((address, port))
+    try:
+        listener.bind((address, port))
+    except OSError:
+        listener.close()
+        raise
     listener.listen(1024)
     listener.setblocking(False)
     return listener, f"{seen_as or address}:{listener.getsockname()[1]}"
