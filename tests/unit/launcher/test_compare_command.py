@@ -110,7 +110,7 @@ def test_a_configuration_of_peft(tmp_path: Path) -> None:
             "--data rows.jsonl --val-set-size 8 --eval-samples 4",
             "--eval-samples are rows of --eval-data, which is not given",
         ),
-        ("--method lora-xs --init-lr 1e-3", "is given them by --for METHOD:OPTION=VALUE"),
+        ("--method lora-xs --init-lr 1e-3", "are given by --for METHOD:OPTION=VALUE"),
         ("--for lora-sb:init-samples=0", "--init-samples '0' is not allowed"),
         ("--for lora-sb:gamma=2", "--gamma means nothing to --method lora-sb"),
         ("--num-gpus 1", "--num-procs (CPU) and --num-gpus exclude each other"),
