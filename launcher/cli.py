@@ -16,7 +16,6 @@ from launcher.commands.cluster import hostfile, launch_script
 from launcher.commands.compare import compare_command
 from launcher.commands.doctor import doctor
 from launcher.commands.eval import eval_command
-from launcher.commands.sensitivity import sensitivity_command
 from launcher.jobs.launch_options import LaunchOptions, launch_options
 from launcher.jobs.ranks import run_here, worker_command
 from launcher.jobs.start import start
@@ -54,7 +53,7 @@ main.command_class = SectionedCommand
 
 
 def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of a verb that starts a job: where it runs, and what it is."""
+    """Add the options of a verb that starts a job: where it runs, and what it does."""
     return launch_options(run_options(reports_problems(command)))
 
 
@@ -68,16 +67,16 @@ def train(launch: LaunchOptions, run_json: str | None, **given: Any) -> None:
 @main.command(context_settings=CONTEXT)
 @job_options
 def init(launch: LaunchOptions, run_json: str | None, **given: Any) -> None:
-    """Do the init only; `train --init-from` takes up its output folder, also for a smaller r."""
+    """Do the init only; `train --init-from` loads it from its folder, also for a smaller r."""
     sys.exit(start(launch, ["--init-only"], run_json, given))
 
 
 @main.command(name="doctor", context_settings=CONTEXT)
 @click.option("--timeout", type=POSITIVE, default=30.0, show_default=True, metavar="SECONDS")
-@click.option("--json", "as_json", is_flag=True, help="All checks.")
+@click.option("--json", "as_json", is_flag=True, help="All checks, as JSON.")
 @job_options
 def doctor_command(launch: LaunchOptions, timeout: float, as_json: bool, **given: Any) -> None:
-    """Look at this host, or at every host of --hostfile: could this job start?
+    """Check whether a job could start on this host, or on every host of --hostfile.
 
     Takes the options of `lorasb train`. Ends with 1 if anything is red.
     """
@@ -86,15 +85,12 @@ def doctor_command(launch: LaunchOptions, timeout: float, as_json: bool, **given
 
 main.add_command(hostfile)
 main.add_command(launch_script)
-
-
 main.add_command(eval_command)
 main.add_command(compare_command)
-main.add_command(sensitivity_command)
 
 
 def adapter_command(name: str, help_text: str) -> None:
-    """Add a verb about a trained adapter, which launcher/workers/adapters.py does."""
+    """Add a verb on trained adapters, which launcher/workers/adapters.py carries out."""
 
     @main.command(
         name=name,
@@ -109,7 +105,7 @@ def adapter_command(name: str, help_text: str) -> None:
 
 adapter_command("export", "Write an adapter as a plain LoRA folder, also of a smaller rank")
 adapter_command("merge", "Write base and adapter as one model, a few rows at a time")
-adapter_command("inspect", "What an adapter has learned, layer by layer")
+adapter_command("inspect", "Show what an adapter has learned, layer by layer")
 adapter_command("combine", "Write the weighted sum of adapters as one adapter")
 
 
@@ -121,7 +117,7 @@ def data() -> None:
 @data.command(context_settings={**CONTEXT, "ignore_unknown_options": True}, add_help_option=False)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def preview(arguments: Sequence[str]) -> None:
-    """Show rows as the model sees them, and what is learned of them (see preview --help)."""
+    """Show rows as the model sees them, and which tokens are trained on (see preview --help)."""
     environment = {"PYTHONHASHSEED": "0", **os.environ}  # the rows that `lorasb train` sees
     sys.exit(run_here(worker_command("preview", arguments), environment))
 
@@ -131,8 +127,10 @@ def preview(arguments: Sequence[str]) -> None:
 @click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--gpus-per-node", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--gpu-memory-gib", type=POSITIVE, default=80.0, show_default=True)
-@click.option("--host-memory-gib", type=POSITIVE, help="Of every host. [default: not checked]")
-@click.option("--hostfile", help="DeepSpeed's, in place of --nodes and --gpus-per-node.")
+@click.option(
+    "--host-memory-gib", type=POSITIVE, help="Memory of every host. [default: not checked]"
+)
+@click.option("--hostfile", help="A hostfile, in place of --nodes and --gpus-per-node.")
 @click.option(
     "--num-procs", type=click.IntRange(min=1), help="Processes on this host's CPU instead."
 )
@@ -142,13 +140,13 @@ def preview(arguments: Sequence[str]) -> None:
 @click.option("--gradient-checkpointing", is_flag=True)
 @click.option("--init-memory-gib", type=POSITIVE, help="[default: no limit, or what fits]")
 @click.option("--init-samples", type=click.IntRange(min=1), default=64, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="All numbers, in bytes.")
+@click.option("--json", "as_json", is_flag=True, help="All numbers, as JSON, in bytes.")
 @click.option(
     "--table", is_flag=True, help="7B to 405B on 1 to 128 GPUs instead (docs/planning.md)."
 )
 @reports_problems
 def plan(model: str | None, as_json: bool, table: bool, **options: Any) -> None:
-    """What fits where: memory, traffic and time of every way to hold a base on a cluster."""
+    """Plan memory, traffic and time of every way to hold a base on a cluster."""
     if table:
         click.echo(plan_command.table(options))
         return
@@ -167,7 +165,7 @@ def plan(model: str | None, as_json: bool, table: bool, **options: Any) -> None:
 @click.argument("folders", metavar="DIR [DIR...]", nargs=-1, required=True)
 @click.option("--output", default="report.png", show_default=True, help="Picture of the losses.")
 @click.option("--markdown", is_flag=True, help="The table in Markdown.")
-@click.option("--json", "as_json", is_flag=True, help="All numbers and options.")
+@click.option("--json", "as_json", is_flag=True, help="All numbers and options, as JSON.")
 @reports_problems
 def report(folders: Sequence[str], output: str, markdown: bool, as_json: bool) -> None:
     """Compare runs by their output folders: a table, and a picture of their losses."""

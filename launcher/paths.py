@@ -1,4 +1,4 @@
-"""Where the files are that other processes start."""
+"""The folder of the files that are started as processes."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Aligned columns: the first and the last to the left, numbers to the right."""
+    """Align columns: the first and the last to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
@@ -20,7 +20,7 @@ def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The same as a table of Markdown."""
+    """Make a table of Markdown of the same."""
     rule = ["---", *["---:"] * (len(header) - 1)]
 
     def line(cells: Sequence[str]) -> str:

@@ -27,10 +27,10 @@ def main() -> None:
 
 
 @main.command("all")
-@click.option("--quick", is_flag=True, help="Their smallest forms: whether all of them run.")
+@click.option("--quick", is_flag=True, help="Smallest forms, which only show that all of them run.")
 @click.pass_context
 def run_all(context: click.Context, quick: bool) -> None:
-    """All of them, one after the other. In their small form they write into no folder of docs/."""
+    """Run all of them, one after the other. With --quick they write nothing into docs/."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) if quick else ROOT / "docs/benchmarks"
         for command in COMMANDS:

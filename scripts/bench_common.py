@@ -1,4 +1,4 @@
-"""What the benchmarks share: fresh processes, fair timing, and where a result was measured."""
+"""Common parts of the benchmarks: fresh processes, fair timing, the machine in words."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PACKAGES = ("deepspeed", "transformers", "peft", "bitsandbytes", "trl")
 
 
 def machine() -> dict[str, Any]:
-    """Processor, accelerator, versions and threads of this process."""
+    """Return processor, accelerator, versions and threads of this process."""
     cpu_info = Path("/proc/cpuinfo")
     lines = cpu_info.read_text().splitlines() if cpu_info.is_file() else []
     models = {line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")}
@@ -51,10 +51,10 @@ def _version(package: str) -> str | None:
 
 
 def interleaved_medians(ways: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each way, all ways in turn in every round: a busy machine slows all alike.
+    """Return median seconds of each way, timed in turn: a busy machine slows all alike.
 
-    Every round starts with another one, since what ran before matters. Ways are called once
-    beforehand where there is more than one round.
+    Every round starts with another way, since what ran before matters. With several rounds, all
+    ways are called once beforehand.
     """
     if repeats > 1:
         for run in ways.values():
@@ -103,7 +103,7 @@ def measure(case: Callable[..., None], settings: Mapping[str, Any], world_size: 
 
 
 def run_as_rank(*cases: Callable[..., None]) -> NoReturn:
-    """What a process of ``measure`` does: the case that it is told, and its end."""
+    """Run the case that ``measure`` has named to this process, and end."""
     name, settings, out = sys.argv[1:]
     {case.__name__: case for case in cases}[name](json.loads(settings), out)
     # As the worker ends (launcher/train.py): some thread of gloo's may outlive its group.

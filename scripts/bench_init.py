@@ -79,7 +79,7 @@ def paper(config: dict[str, Any], out: str) -> None:
 
 
 def ours(config: dict[str, Any], out: str) -> None:
-    """`initialize` as a run does it; memory is that of the rank with most."""
+    """Time `initialize` as a run does it; memory is that of the rank with most."""
     import torch.distributed as dist
 
     from lorasb_ds.distributed import zero

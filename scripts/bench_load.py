@@ -82,7 +82,7 @@ def load(settings: dict[str, Any], out: str) -> None:
 
 
 def _loaded(model: str, way: str, bits: int, stage: int) -> Any:
-    """The model, with every page of its weights in memory: what is only mapped is not loaded."""
+    """Return the model with every page of its weights in memory: mapped pages are not loaded."""
     import torch.distributed as dist
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.integrations import HfDeepSpeedConfig
@@ -121,7 +121,7 @@ def _loaded(model: str, way: str, bits: int, stage: int) -> Any:
 
 
 def summary(runs: list[list[dict[str, float]]]) -> dict[str, float]:
-    """Medians over runs of the rank with most; of bytes read, of all ranks' together."""
+    """Return medians over runs, of the rank with most; bytes read are summed over ranks."""
     result = {}
     for name in runs[0][0]:
         over_ranks = sum if name == "read_bytes" else max
@@ -130,9 +130,9 @@ def summary(runs: list[list[dict[str, float]]]) -> dict[str, float]:
 
 
 def targets(found: Mapping[Case, Mapping[str, float]], block: int) -> list[dict[str, Any]]:
-    """What is wanted of each case of load_base, and what was reached.
+    """Compare each case of load_base with its target.
 
-    A share is that of the whole form's parameters: it is no excuse if a rank holds more.
+    A shard's target is its share of the whole model's parameters, even if a rank holds more.
 
     Args:
         block: bytes of a decoder block in bf16.

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def watched(work: Callable[[], T]) -> tuple[T, dict[str, float]]:
-    """Do it, and say what it took, beyond what this process held before. Collective. Linux.
+    """Measure a piece of work, beyond what this process held before. Collective. Linux.
 
     Returns:
         What ``work`` returned, which is held while what stays is counted; and
@@ -66,12 +66,12 @@ def watched(work: Callable[[], T]) -> tuple[T, dict[str, float]]:
 
 
 def held(weight: Any) -> Any:
-    """What this rank has of a parameter: under ZeRO-3 its shard."""
+    """Return this rank's part of a parameter: under ZeRO-3 its shard."""
     return getattr(weight, "ds_tensor", weight).detach()
 
 
 def held_bytes(parameters: Iterable[Any]) -> int:
-    """Of what this rank has of parameters, with the scales that bitsandbytes keeps beside them."""
+    """Return the bytes of this rank's parts of parameters, with the scales of bitsandbytes."""
     total = 0
     for weight in parameters:
         total += held(weight).nbytes
@@ -83,7 +83,7 @@ def held_bytes(parameters: Iterable[Any]) -> int:
 
 
 def status_of(pid: int) -> dict[str, int]:
-    """The kernel's counts of a process's memory, in bytes; empty when it has ended."""
+    """Return the kernel's counts of a process's memory, in bytes; empty when it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

@@ -119,7 +119,7 @@ def measured(case: Case, model: Path, adapter: Path, folder: Path) -> dict[str, 
 
 
 def _family(pid: int) -> list[int]:
-    """A process and what it has started, as far as they are there."""
+    """Return a process and its descendants that still exist."""
     found = [pid]
     for parent in found:  # which grows
         for file in Path(f"/proc/{parent}/task").glob("*/children"):
@@ -159,7 +159,7 @@ def write_adapter(folder: Path, model: Path) -> None:
 
 
 def differences(ours: Path, theirs: Path) -> dict[str, float]:
-    """Of two bf16 folders: the share of numbers that differ, and by how many steps at most."""
+    """Compare two bf16 folders: the fraction of numbers that differ, and the most steps apart."""
     where = {name: file for file in theirs.glob("*.safetensors") for name in _names(file)}
     total = different = largest = 0
     for file in sorted(ours.glob("*.safetensors")):
@@ -177,7 +177,7 @@ def _names(file: Path) -> list[str]:
 
 
 def _ordered(file: Path, name: str) -> torch.Tensor:
-    """The bits of a bf16 tensor as integers, in the order of the numbers."""
+    """Return the bits of a bf16 tensor as integers, in the order of the numbers."""
     with safe_open(file, "pt") as opened:
         bits = opened.get_tensor(name).view(torch.int16).int()
     return torch.where(bits < 0, -(bits & 0x7FFF), bits)

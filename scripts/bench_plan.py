@@ -1,4 +1,4 @@
-"""What `lorasb plan` predicts of a run's memory, against what is measured."""
+"""Memory that `lorasb plan` predicts for a run, compared with what is measured."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ TENSOR_TARGET, PEAK_TARGET = 0.05, 0.15
 
 
 def run(config: dict[str, Any], out: str) -> None:
-    """A run as `lorasb train` makes it; of every number that of the rank with most."""
+    """Measure a run as `lorasb train` makes it; each number is that of the rank with most."""
     import torch.distributed as dist
 
     from launcher.workers.quiet import quiet_libraries
@@ -98,14 +98,14 @@ def run(config: dict[str, Any], out: str) -> None:
 
 
 def _all_tensors() -> Iterator[torch.Tensor]:
-    """Every tensor of this process that Python knows."""
+    """Return all tensors of this process that Python knows."""
     for thing in gc.get_objects():
         if issubclass(type(thing), torch.Tensor):
             yield thing
 
 
 def _storages(tensors: Iterator[torch.Tensor]) -> dict[int, int]:
-    """Address -> bytes of the memory behind them, once for each."""
+    """Return address -> bytes of the storages of tensors, each once."""
     result = {}
     for tensor in tensors:
         if tensor.device.type != "meta" and tensor.numel():
@@ -115,7 +115,7 @@ def _storages(tensors: Iterator[torch.Tensor]) -> dict[int, int]:
 
 
 def _tensor_bytes(engine: Any, there: set[int]) -> dict[str, int]:
-    """Bytes of all tensors that were not there before the load, by what they are of.
+    """Return the bytes of all tensors that are new since the load, by what they are for.
 
     Whatever is no parameter, and was made by all the work until now, counts as the optimizer's.
     """

@@ -1,4 +1,4 @@
-"""What benchmarks of a run share: a run up to its engine, and the rows and rank of all of them."""
+"""Common parts of the benchmarks of a run: a run up to its engine, its rows and its rank."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DATA = "reasoning-gym:gsm_symbolic?size={}&seed=5"
 
 
 def started(config: Mapping[str, Any], zero_optimization: Mapping[str, Any] = {}) -> Any:
-    """A run before its first step, its engine and adapters; without an init. Collective.
+    """Make a run before its first step, its engine and adapters, without an init. Collective.
 
     Args:
         zero_optimization: what its ds_config has otherwise.
@@ -36,7 +36,7 @@ def started(config: Mapping[str, Any], zero_optimization: Mapping[str, Any] = {}
 
 
 def _fill(adapters: Mapping[str, Any]) -> None:
-    """Orthonormal A and B, and a small R: what they hold does not change what a step takes."""
+    """Fill in orthonormal A and B, and a small R: their values do not change a step's time."""
     from lorasb_ds.distributed import zero
 
     for adapter in adapters.values():

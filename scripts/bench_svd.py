@@ -109,7 +109,7 @@ def measure(case: Case, r: int, exact_ms: float | None) -> dict[str, Any]:
 
 
 def loss(case: Case, found: Any, transposed: bool = False) -> float:
-    """Share of the best energy that ``‖Uᵀ M V‖²`` lacks, for the bases as they come."""
+    """Return the fraction of the best energy that ``‖Uᵀ M V‖²`` lacks, for the bases as given."""
     U, V = found[0].double(), found[2].double()
     V = V if transposed else V.T
     kept = (U.T @ case.M.double() @ V).square().sum()

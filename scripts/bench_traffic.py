@@ -1,4 +1,4 @@
-"""What ZeRO-3 sends in a step, and how often a quantized weight is dequantized."""
+"""Traffic of ZeRO-3 in a step, and how often a quantized weight is dequantized."""
 
 from __future__ import annotations
 

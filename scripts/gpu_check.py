@@ -92,7 +92,7 @@ def call(command: list[str], deadline: float) -> None:
 
 
 def verdict(losses: list[float]) -> str:
-    """What is wrong with the losses; NaN fails every comparison."""
+    """Return what is wrong with the losses; NaN fails every comparison."""
     base, trained, exported = losses
     if not trained <= 0.5 * base:
         return "the loss did not halve"

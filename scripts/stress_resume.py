@@ -131,7 +131,7 @@ def stress(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def kill_at_some_moment(
     child: subprocess.Popen[Any], run: Path, generator: random.Random, in_a_save: bool
 ) -> dict[str, Any] | None:
-    """SIGKILL to a worker, or to the whole job; None if the run was done before.
+    """Send SIGKILL to a worker or to the whole job; return None if the run was done before.
 
     Args:
         in_a_save: wait for rank 0, which saves, to begin with that, and kill it there.
@@ -176,7 +176,7 @@ def kill_at_some_moment(
 
 
 def torn(run: Path) -> set[int]:
-    """Checkpoints that are being written, or were when their writer died: inodes of the folders."""
+    """Return inodes of the folders of unfinished checkpoints, whether or not the writer lives."""
     found = set()
     for path in (run / "checkpoints").glob("step-*.tmp"):
         with suppress(FileNotFoundError):
@@ -185,7 +185,7 @@ def torn(run: Path) -> set[int]:
 
 
 def metrics(run: Path) -> dict[str, Any]:
-    """Rows by step and stage; a torn last line is none."""
+    """Return rows by step and stage, without a torn last line."""
     file = run / "metrics.jsonl"
     rows: dict[str, Any] = {}
     for line in file.read_text().splitlines() if file.is_file() else []:

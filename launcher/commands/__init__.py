@@ -1,4 +1,4 @@
-"""One file per verb of `lorasb`: its options and checks, and who does the work.
+"""One file per verb of `lorasb`: its options and checks; the work is done by others.
 
 Imports `sweeps` and what is below it. Torch-free.
 """

@@ -1,4 +1,4 @@
-"""`lorasb hostfile` and `lorasb launch-script`: what a cluster needs to start jobs."""
+"""`lorasb hostfile` and `lorasb launch-script`: files by which a cluster starts jobs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import click
 
 from launcher.hosts.environment import asked_for
 from launcher.hosts.hostfile import read_hostfile, select, write_hostfile
-from launcher.hosts.job_script import k8s_manifest, slurm_script
+from launcher.hosts.k8s_manifest import k8s_manifest
 from launcher.hosts.slurm import from_slurm
+from launcher.hosts.slurm_script import slurm_script
 from launcher.options import CONTEXT, add_options, reports_problems, run_options, to_arguments
 from lorasb_ds.config.ds_config import resolve_ds_config
 from lorasb_ds.config.resolve import load_run_config
@@ -33,10 +34,10 @@ def hostfile() -> None:
 @click.option("--include", default="", help="As `lorasb train` takes it.")
 @click.option("--exclude", default="", help="As `lorasb train` takes it.")
 @click.option("--num-nodes", type=POSITIVE, help="The first N hosts.")
-@click.option("--num-gpus", type=POSITIVE, help="Of every host.")
+@click.option("--num-gpus", type=POSITIVE, help="GPUs of every host.")
 @reports_problems
 def check(file: str, num_gpus: int | None, **chosen: Any) -> None:
-    """Say which ranks run where; every bad line is told with its column."""
+    """Show which ranks run where, or every bad line with its column."""
     slots = select(read_hostfile(file), num_slots=num_gpus, **chosen)
     first = 0
     for host, ids in slots.items():
@@ -49,7 +50,7 @@ def check(file: str, num_gpus: int | None, **chosen: Any) -> None:
 
 
 @hostfile.command(name="from-slurm", context_settings=CONTEXT)
-@click.option("--slots", type=POSITIVE, help="Of every host. [default: what Slurm says]")
+@click.option("--slots", type=POSITIVE, help="Slots of every host. [default: as Slurm says]")
 @reports_problems
 def from_slurm_command(slots: int | None) -> None:
     """Print the hostfile of this Slurm allocation."""
@@ -58,11 +59,11 @@ def from_slurm_command(slots: int | None) -> None:
 
 @click.group(name="launch-script", context_settings=CONTEXT)
 def launch_script() -> None:
-    """Print a job file for a scheduler: the same run, started by it and not by ssh."""
+    """Print a job file for a scheduler, which then starts the run in place of ssh."""
 
 
 def script_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What both schedulers are told, and the options of the run."""
+    """Add the options that both schedulers have, and those of the run."""
     return add_options(
         click.option("--verb", type=click.Choice(["train", "init"]), default="train"),
         click.option("--nodes", type=POSITIVE, default=1, show_default=True),
@@ -71,8 +72,8 @@ def script_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--master-port",
             type=click.IntRange(1, 65534),
-            help="The next one is used, too: the ranks report to the first host there. "
-            "[default: Slurm: by the job's number; Kubernetes: 29500]",
+            help="Port on the first host; ranks report to the next one. [default: Slurm: by the "
+            "job's number; Kubernetes: 29500]",
         ),
         click.option("--env", multiple=True, metavar="NAME[=VALUE]", help="A variable of the job."),
         run_options,
@@ -81,12 +82,12 @@ def script_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @launch_script.command(context_settings=CONTEXT)
-@click.option("--time-limit", help="Of the job, as Slurm writes it: 12:00:00.")
+@click.option("--time-limit", help="Time limit of the job, as Slurm writes it: 12:00:00.")
 @click.option("--partition", help="[default: the cluster's]")
 @click.option("--account", help="[default: the user's]")
 @script_options
 def slurm(nodes: int, gpus_per_node: int, env: Sequence[str], **options: Any) -> None:
-    """A script for sbatch. It saves before its time is over, and queues itself again."""
+    """Print a script for sbatch. The job saves before its time is over, and queues itself again."""
     own = {name: options.pop(name) for name in ("time_limit", "partition", "account")}
     shared, arguments, output_dir = _job(nodes, gpus_per_node, env, options)
     click.echo(
@@ -108,7 +109,7 @@ def slurm(nodes: int, gpus_per_node: int, env: Sequence[str], **options: Any) ->
 @click.option("--mount", default="/data", show_default=True, help="Where the pods see it.")
 @script_options
 def k8s(nodes: int, gpus_per_node: int, env: Sequence[str], **options: Any) -> None:
-    """A Service and an Indexed Job for kubectl apply: one pod a node."""
+    """Print a Service and an Indexed Job for kubectl apply: one pod for each node."""
     own = {name: options.pop(name) for name in ("image", "claim", "mount")}
     options["master_port"] = options["master_port"] or 29500
     shared, arguments, output_dir = _job(nodes, gpus_per_node, env, options, own["mount"])
@@ -122,10 +123,10 @@ def _job(
     options: Mapping[str, Any],
     root: str = "runs",
 ) -> tuple[dict[str, Any], list[str], str]:
-    """What both are told, the worker's arguments, and the run's folder.
+    """Check the run; return what both files need, the worker's arguments, and the run's folder.
 
     Raises:
-        ConfigError: if the run cannot be.
+        ConfigError: if the run is not possible.
     """
     given = dict(options)
     shared = {name: given.pop(name) for name in ("verb", "job_name", "master_port")}

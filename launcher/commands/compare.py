@@ -12,14 +12,14 @@ from typing import Any
 
 import click
 
-from launcher.jobs.job import make_job
 from launcher.jobs.launch_options import LaunchOptions, launch_options
+from launcher.jobs.make_job import make_job
 from launcher.options import CONTEXT, SectionedCommand, add_options, field_options, reports_problems
-from launcher.sweeps.compare_run import JSON, Comparison, run_comparison
+from launcher.sweeps.allocations import find_allocations
+from launcher.sweeps.compare_run import Comparison, run_comparison
 from launcher.sweeps.grid import SWEPT, Trial, is_file, label, make_sweep, own_options
-from launcher.sweeps.places import find_places
-from launcher.sweeps.pool import Place
-from launcher.sweeps.runs import OF_NO_CONSEQUENCE, PARALLEL, launch_in, shown
+from launcher.sweeps.pool import Allocation
+from launcher.sweeps.runs import NUMBERS, OF_NO_CONSEQUENCE, PARALLEL, launch_in, shown
 from lorasb_ds.config.methods import PEFT_PREFIX
 from lorasb_ds.config.paths import read_json
 from lorasb_ds.config.resolve import load_run_config
@@ -36,7 +36,7 @@ OPTIONS = (
         "--method",
         "methods",
         multiple=True,
-        help="As in `train`, or peft:FILE.json; given once for each.",
+        help="As in `train`, or peft:FILE.json; may be given several times.",
     ),
     click.option(
         "--lr",
@@ -52,7 +52,7 @@ OPTIONS = (
         default=["64"],
         show_default=True,
         metavar="[METHOD=]R,…",
-        help="Ranks, likewise.",
+        help="Ranks, in the same form.",
     ),
     click.option(
         "--seed",
@@ -61,7 +61,7 @@ OPTIONS = (
         default=["42"],
         show_default=True,
         metavar="SEED,…",
-        help="Seeds.",
+        help="Seeds, separated by commas.",
     ),
     click.option(
         "--best",
@@ -75,7 +75,7 @@ OPTIONS = (
         "own",
         multiple=True,
         metavar="METHOD:OPTION=VALUE",
-        help="An option of one method's runs, as lora-one:precondition=0.1.",
+        help="An option for the runs of one method, as lora-one:precondition=0.1.",
     ),
     PARALLEL,
     click.option(
@@ -83,15 +83,21 @@ OPTIONS = (
         type=click.IntRange(min=0),
         default=0,
         show_default=True,
-        help="Rows of --eval-data that runs at their best learning rate answer, by `lorasb eval`.",
+        help="Rows of --eval-data that `lorasb eval` asks the runs at their best learning rate.",
     ),
     click.option(
-        "--max-new-tokens", type=POSITIVE, help="Of an answer. [default: as in `lorasb eval`]"
+        "--max-new-tokens", type=POSITIVE, help="Longest answer. [default: as in `lorasb eval`]"
     ),
     click.option(
-        "--eval-batch-size", type=POSITIVE, default=16, show_default=True, help="Rows at a time."
+        "--eval-batch-size",
+        type=POSITIVE,
+        default=16,
+        show_default=True,
+        help="Rows that are answered at a time.",
     ),
-    click.option("--overwrite", is_flag=True, help="Delete what --output-dir has of a comparison."),
+    click.option(
+        "--overwrite", is_flag=True, help="Delete the comparison that is in --output-dir."
+    ),
 )
 
 
@@ -116,10 +122,10 @@ def compare_command(
     overwrite: bool,
     **given: Any,
 ) -> None:
-    """Methods x learning rates x ranks x seeds: train them all, and compare them in a table.
+    """Train methods x learning rates x ranks x seeds, and compare them in a table.
 
-    On the same rows, in the same batches, for the same number of steps. The same command goes on
-    where it was stopped. Takes the options of `lorasb train`.
+    All runs have the same rows in the same batches and the same number of steps. The same command
+    goes on where it was stopped. Takes the options of `lorasb train`.
     """
     files = {method: _read_file(method) for method in methods if is_file(method)}
     sweep_ranks = {method: _rank_in(content) for method, content in files.items()}
@@ -134,18 +140,20 @@ def compare_command(
         max_new_tokens=max_new_tokens,
         eval_batch_size=eval_batch_size,
     )
-    places = find_places(launch, parallel, has_batch=given["train_batch_size"] is not None)
-    options = _check(comparison, sweep.first(), places[0])
+    allocations = find_allocations(
+        launch, parallel, has_batch=given["train_batch_size"] is not None
+    )
+    options = _check(comparison, sweep.first(), allocations[0])
     options["own"] = _own_so_far(comparison, files)
     comparison = replace(comparison, options=options)
     if launch.dry_run:
-        click.echo(dry_run(comparison, places))
+        click.echo(dry_run(comparison, allocations))
         return
-    sys.exit(run_comparison(comparison, places, overwrite))
+    sys.exit(run_comparison(comparison, allocations, overwrite))
 
 
 def _read_file(method: str) -> dict[str, Any]:
-    """PEFT's configuration.
+    """Read a configuration of PEFT's.
 
     Raises:
         ConfigError: if there is no such file.
@@ -154,7 +162,7 @@ def _read_file(method: str) -> dict[str, Any]:
 
 
 def _rank_in(content: Mapping[str, Any]) -> int | None:
-    """The r of a PEFT configuration; None where it has none."""
+    """Return the r of a PEFT configuration; None where it has none."""
     r = content.get("r")
     return r if isinstance(r, int) else None
 
@@ -162,7 +170,7 @@ def _rank_in(content: Mapping[str, Any]) -> int | None:
 def _own(
     words: Sequence[str], methods: Sequence[str], given: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """Method -> its own options, with the types that they have."""
+    """Return method -> its own options, with their types."""
     found = {}
     for method, chosen in own_options(words, methods).items():
         config = load_run_config({**given, **chosen, "method": method})
@@ -170,25 +178,27 @@ def _own(
     return found
 
 
-def _check(comparison: Comparison, trials: Sequence[Trial], place: Place) -> dict[str, Any]:
-    """What can be wrong with its runs before the first of them is started.
+def _check(
+    comparison: Comparison, trials: Sequence[Trial], allocation: Allocation
+) -> dict[str, Any]:
+    """Check the runs before the first of them is started.
 
     Returns:
-        The options that have to be the same whenever the command goes on, but for those that
+        The options that have to be the same whenever the command goes on, without those that
         single methods have for themselves.
     Raises:
-        ConfigError: what is wrong.
+        ConfigError: with what is wrong.
     """
     try:
         configs = [load_run_config(comparison.options_of(trial)) for trial in trials]
     except ConfigError as error:
         several = len(comparison.sweep.lrs) > 1
-        hint = "What only some methods have is given them by --for METHOD:OPTION=VALUE."
+        hint = "Options that only some methods have are given by --for METHOD:OPTION=VALUE."
         raise ConfigError(*error.problems, *([hint] if several else [])) from None
     config = configs[0]
     if config.eval_data is None and config.val_set_size is None:
         raise ConfigError(
-            "A comparison goes by the held-out loss. Name held-out rows by --eval-data, or give "
+            "A comparison needs the held-out loss. Name held-out rows by --eval-data, or give "
             "--val-set-size."
         )
     if comparison.eval_samples and config.eval_data is None:
@@ -201,7 +211,7 @@ def _check(comparison: Comparison, trials: Sequence[Trial], place: Place) -> dic
         check_scorer(str(config.eval_data), "--eval-data", remedy)  # or all runs fail at their end
     # Its folder is the run's to look at: --overwrite may be about to delete it.
     one = {**comparison.options_of(trials[0]), "resume": None, "output_dir": None}
-    job = make_job(launch_in(comparison.launch, place), [], None, one)
+    job = make_job(launch_in(comparison.launch, allocation), [], None, one)
     fields = {**comparison.given, "eval_data": config.eval_data, "method": config.method}
     common = load_run_config(fields).model_dump()  # without what the method has for itself
     chosen = {name: value for name, value in common.items() if name not in FREE}
@@ -213,9 +223,7 @@ def _check(comparison: Comparison, trials: Sequence[Trial], place: Place) -> dic
 def _own_so_far(
     comparison: Comparison, files: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Own options, with those of methods that were asked for before: methods may be added.
-
-    By the methods' labels, as their runs are called.
+    """Return own options by method, with those of an earlier call: methods may be added.
 
     Args:
         files: PEFT's configurations, which are options of their methods.
@@ -226,21 +234,21 @@ def _own_so_far(
         own[label(method)] = {**comparison.own.get(method, {}), **content}
     before: dict[str, dict[str, Any]] = {}
     with suppress(OSError, ValueError, KeyError, TypeError):  # the folder is looked at later
-        content = json.loads((comparison.folder / JSON).read_text(encoding="utf-8"))
+        content = json.loads((comparison.folder / NUMBERS).read_text(encoding="utf-8"))
         before = content["options"]["own"]
     found: dict[str, dict[str, Any]] = json.loads(json.dumps({**before, **own}))
     return found
 
 
-def dry_run(comparison: Comparison, places: Sequence[Place]) -> str:
-    """The runs' names and commands."""
+def dry_run(comparison: Comparison, allocations: Sequence[Allocation]) -> str:
+    """Return the runs' names and commands."""
     sweep = comparison.sweep
     lines = []
     for i, trial in enumerate(sweep.first()):
-        command = comparison.train_command(trial, places[i % len(places)])
+        command = comparison.train_command(trial, allocations[i % len(allocations)])
         lines.append(shown(trial.name, command))
     if sweep.best is not None and len(sweep.seeds) > 1:
         seeds = ", ".join(map(str, sweep.seeds[1:]))
         lines.append(f"# then, with seed {seeds}: the best {sweep.best}, at their best --lr")
-    lines.append(f"# {len(sweep.first())} runs, {len(places)} at a time")
+    lines.append(f"# {len(sweep.first())} runs, {len(allocations)} at a time")
     return "\n".join(lines)

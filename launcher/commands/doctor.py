@@ -1,4 +1,4 @@
-"""`lorasb doctor`: what was found on the hosts, as a table of green and red, or as JSON."""
+"""`lorasb doctor`: checks of the hosts, as a table of green and red, or as JSON."""
 
 from __future__ import annotations
 
@@ -10,24 +10,23 @@ import click
 
 from launcher.hosts.checks import Check, report
 from launcher.hosts.environment import deepspeed_env
-from launcher.hosts.preflight import Findings, examine
-from launcher.jobs.job import Job, job_environment_of, make_job, question_of, variables_of_hosts
+from launcher.hosts.preflight import Findings
 from launcher.jobs.launch_options import LaunchOptions
+from launcher.jobs.make_job import make_job
+from launcher.jobs.ssh_job import SshJob
 from lorasb_ds.errors import ConfigError
 
 
 def doctor(launch: LaunchOptions, given: dict[str, object], timeout: float, as_json: bool) -> int:
-    """Look at this host, or at every host of the hostfile; 1 if anything is red.
+    """Check this host, or every host of the hostfile; return 1 if anything is red.
 
     Raises:
-        ConfigError: if the job itself cannot be.
+        ConfigError: if the job itself is not possible.
     """
     run_json = given.pop("run_json")
     job = make_job(launch, [], run_json if isinstance(run_json, str) else None, given)
-    remote = job.slots is not None and not launch.no_ssh
-    question = question_of(job, timeout=timeout, thorough=True)
-    findings = examine(question, local=not remote)
-    if remote:
+    findings = job.examine(job.question(timeout=timeout, thorough=True))
+    if isinstance(job, SshJob):
         findings.checks.append(_check_variables(job))
     if as_json:
         click.echo(json.dumps(_as_json(findings), indent=2))
@@ -38,13 +37,13 @@ def doctor(launch: LaunchOptions, given: dict[str, object], timeout: float, as_j
     return 1 if findings.problems else 0
 
 
-def _check_variables(job: Job) -> Check:
-    """Whether DeepSpeed will read what is handed on to the hosts."""
+def _check_variables(job: SshJob) -> Check:
+    """Check that DeepSpeed will read the variables that the hosts get."""
     try:
-        variables = variables_of_hosts(job, job_environment_of(job))
+        variables = job.exported_variables(job.environment())
         deepspeed_env(variables, job.launch.launcher)
     except ConfigError as error:
-        return Check("here", ".deepspeed_env", False, error.problems[0], "Mend it, or use --env.")
+        return Check("here", ".deepspeed_env", False, error.problems[0], "Fix it, or use --env.")
     return Check("here", ".deepspeed_env", True, f"{len(variables)} variables")
 
 

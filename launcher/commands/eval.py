@@ -29,7 +29,7 @@ from lorasb_ds.config.run_layout import default_output_dir
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.evaluation.tasks import TASKS
 
-# What an evaluation has and a run has not.
+# Options of an evaluation that a run does not have.
 OWN = ("adapter", "task", "num_samples", "max_new_tokens", "lm_eval")
 OPTIONS = (
     click.option("--model", help="Base, as in `train`. [default: the adapter's, or the demo]"),
@@ -48,20 +48,24 @@ OPTIONS = (
         type=click.Choice(TASKS),
         default="auto",
         show_default=True,
-        help="What rows ask for, and how answers are judged (auto: found by the rows).",
+        help="What rows ask for, and how answers are judged (auto: recognized by the rows).",
     ),
-    click.option("--num-samples", type=click.IntRange(min=1), help="First rows. [default: all]"),
+    click.option(
+        "--num-samples",
+        type=click.IntRange(min=1),
+        help="Number of rows to take, the first ones. [default: all]",
+    ),
     click.option(
         *("--batch-size", "--micro-batch-size", "micro_batch_size"),
         type=click.IntRange(min=1),
         default=16,
         show_default=True,
-        help="Rows at a time, of each process.",
+        help="Rows at a time in each process.",
     ),
     click.option(
         "--max-new-tokens",
         type=click.IntRange(min=1),
-        help="Of an answer. [default: 512 for gsm8k, metamath and math, else 128]",
+        help="Longest answer. [default: 512 for gsm8k, metamath and math, else 128]",
     ),
     click.option(
         "--lm-eval",
@@ -78,7 +82,7 @@ OPTIONS = (
 
 
 def eval_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add them all. The command gets ``OWN`` as ``own``, and fields of RunConfig as ``given``."""
+    """Add all options; the command gets ``OWN`` as ``own``, and RunConfig's fields as ``given``."""
 
     @wraps(command)
     def wrapper(**options: Any) -> Any:
@@ -96,10 +100,11 @@ def eval_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @launch_options
 @eval_options
 def eval_command(launch: LaunchOptions, own: dict[str, Any], given: dict[str, Any]) -> None:
-    """Loss and scores of a model on held-out rows, with or without an adapter.
+    """Measure loss and scores of a model on held-out rows, with or without an adapter.
 
-    Answers are generated greedily and held against the rows' own; choices are made by likelihood.
-    In this process, or with --num-procs, --num-gpus or --hostfile in several: shards by ZeRO-3.
+    Answers are generated greedily and compared with those of the rows; choices are made by
+    likelihood. Runs in this process, or with --num-procs, --num-gpus or --hostfile in several, on
+    shards of ZeRO-3.
     """
     launch.check()
     several = launch.num_procs or launch.num_gpus or launch.hostfile or launch.no_ssh

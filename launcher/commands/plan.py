@@ -25,7 +25,7 @@ TABLE_GPUS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 def find_shape(model: str) -> ModelShape:
-    """Of a built-in name, a folder with a config.json, or a hub name that is in the cache."""
+    """Find a shape by a built-in name, a folder with a config.json, or a hub name in the cache."""
     if model in BUILT_IN:
         return shape_from_config(model, BUILT_IN[model])
     path = Path(model_path(model))
@@ -40,8 +40,9 @@ def find_shape(model: str) -> ModelShape:
         cached = None
     if not isinstance(cached, str):
         raise ConfigError(
-            f"--model {model} is no folder with a config.json, no hub name in the cache (`lorasb "
-            f"plan` asks no network), and none of the shapes it knows: {', '.join(BUILT_IN)}."
+            f"--model {model} is neither a folder with a config.json, nor a hub name in the cache "
+            f"(`lorasb plan` asks no network), nor one of the shapes it knows: "
+            f"{', '.join(BUILT_IN)}."
         )
     return shape_from_config(model, read_json(cached, "--model"))
 
@@ -54,7 +55,7 @@ def find_cluster(
     hostfile: str | None,
     num_procs: int | None,
 ) -> Cluster:
-    """What the options say; a hostfile says how many hosts there are, and GPUs in each."""
+    """Make a cluster of the options; a hostfile gives the number of hosts, and of GPUs in each."""
     if num_procs is not None:
         memory = host_memory_gib * GIB if host_memory_gib else available_bytes()
         return cpu_cluster(num_procs, int(memory))
@@ -64,7 +65,7 @@ def find_cluster(
         if len(slots) > 1:
             raise ConfigError(
                 f"--hostfile {hostfile}: hosts have {', '.join(map(str, sorted(slots)))} slots. "
-                "The plan is for hosts alike: give each the smallest of these numbers."
+                "The plan is for equal hosts: give each the smallest of these numbers."
             )
         nodes, gpus_per_node = len(hosts), slots.pop()
     host = None if host_memory_gib is None else int(host_memory_gib * GIB)
@@ -72,7 +73,7 @@ def find_cluster(
 
 
 def find_workload(shape: ModelShape, options: Mapping[str, Any]) -> Workload:
-    """What is computed, at its largest: rows as long as allowed, with labels everywhere."""
+    """Make the largest workload: rows as long as allowed, with labels everywhere."""
     r, budget = options["r"], options["init_memory_gib"]
     # As select_targets takes them: gates with one output have no adapter.
     targets = {name: sides for name, sides in shape.layers.items() if min(sides) > 1}
@@ -92,7 +93,7 @@ def find_workload(shape: ModelShape, options: Mapping[str, Any]) -> Workload:
 
 
 def given_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What the ready-made command has to say beside the strategy."""
+    """Return the options of the printed command that are not the strategy's."""
     names = ("r", "max_length", "micro_batch_size", "init_samples", "init_memory_gib")
     given = {name: options[name] for name in names if options[name] is not None}
     return {option_name(name): f"{value:g}" for name, value in given.items()}
@@ -101,7 +102,7 @@ def given_options(options: Mapping[str, Any]) -> dict[str, Any]:
 def render(
     shape: ModelShape, cluster: Cluster, outcomes: Sequence[Outcome], command_line: str | None
 ) -> str:
-    """A table of strategies, what the recommended one is made of, and its command."""
+    """Return a table of strategies, the parts of the recommended one, and its command."""
     ranks = f"{cluster.world_size} {'process(es)' if cluster.cpu else 'GPU(s)'}"
     lines = [
         f"{shape.name}: {shape.num_parameters / 1e9:.2f} billion parameters on {ranks} with "
@@ -164,7 +165,7 @@ def render(
 
 
 def parts(outcome: Outcome) -> dict[str, int]:
-    """Bytes of a rank by what they are of."""
+    """Return the bytes of a rank, by what they are for."""
     memory = outcome.memory
     return {
         "base": memory.base,
@@ -228,7 +229,7 @@ def command_line(
 
 
 def table(options: Mapping[str, Any]) -> str:
-    """Markdown: the recommended strategy of known models on more and more GPUs, 8 in a host."""
+    """Return Markdown: strategies for known models on 1 to 128 GPUs, 8 in a host."""
     lines = ["| | " + " | ".join(map(str, TABLE_GPUS)) + " |", "|---|" + "---|" * len(TABLE_GPUS)]
     for model in TABLE_MODELS:
         shape, cells = find_shape(model), []

@@ -1,4 +1,4 @@
-"""`lorasb report`: runs to text. Torch-free."""
+"""`lorasb report`: runs as text. Torch-free."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LEGEND = (
 
 
 def render(runs: Sequence[Run], as_markdown: bool) -> str:
-    """A table of the runs, and one of the options in which they differ."""
+    """Return a table of the runs, and one of the options in which they differ."""
     aligned = markdown if as_markdown else columns
     lines = [*aligned(COLUMNS, table(runs)), "", LEGEND]
     if differing := differing_options(runs):

@@ -1,4 +1,4 @@
-"""What a host has to have for a job, and how its answer is judged. Pure."""
+"""What a host must have for a job, and how its answer is judged. Pure."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ PACKAGES = (
 )
 ROOT = WORKERS.parent
 CLOCKS_APART_S = 5.0
-LEAST_DISK = LEAST_MEMORY = 1 << 28  # bytes; `lorasb plan` tells what a run needs
+LEAST_DISK = LEAST_MEMORY = 1 << 28  # bytes; `lorasb plan` says what a run needs
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at on one host."""
+    """The result of one check on one host."""
 
     host: str
     what: str
@@ -33,7 +33,7 @@ class Check:
 
 
 def judged(host: str, what: str, ok: bool, found: str, remedy: str) -> Check:
-    """A check with its remedy, where it is needed."""
+    """Make a check, with its remedy if it has failed."""
     return Check(host, what, ok, found, "" if ok else remedy)
 
 
@@ -42,11 +42,13 @@ class Question:
     """What the hosts are asked.
 
     Args:
-        slots: host -> processes that it is to run.
+        slots: host -> number of processes that it is to run.
         cpu: whether these run on CPUs.
         paths: files and folders that every host must see.
         disk: folders that are written to.
-        thorough: also what takes seconds: accelerators by DeepSpeed, a compiler.
+        timeout: seconds, for every host.
+        thorough: ask for what takes seconds, too: accelerators by DeepSpeed, a compiler.
+        programs: that this host needs.
     """
 
     slots: Mapping[str, int]
@@ -57,14 +59,14 @@ class Question:
     master_port: int = 29500
     network_interface: str | None = None
     ssh_port: int | None = None
-    timeout: float = 20.0  # seconds, for every host
+    timeout: float = 20.0
     thorough: bool = False
-    programs: Sequence[str] = ()  # that this host needs
+    programs: Sequence[str] = ()
 
 
 @dataclass
 class Answer:
-    """What one host said, or why it did not."""
+    """What one host answered, or why it did not."""
 
     host: str
     facts: dict[str, Any] | None
@@ -77,7 +79,7 @@ class Answer:
 def check_answer(
     answer: Answer, mine: Mapping[str, Any], question: Question, local: bool = False
 ) -> list[Check]:
-    """A host's answer held against what the job needs, and against this host. Pure."""
+    """Compare a host's answer with what the job needs, and with this host."""
     host, facts = answer.host, answer.facts
     if facts is None:
         return [Check(host, "ssh", False, answer.error, answer.remedy)]
@@ -136,7 +138,7 @@ def _check_devices(host: str, facts: Mapping[str, Any], question: Question) -> l
     slots, devices, gpus = question.slots[host], facts["devices"], facts["gpus"]
     remedy = "Ask for fewer (slots, --num-gpus), look at nvidia-smi, or take the CPU: --num-procs."
     if devices is not None and "error" in devices:
-        return [Check(host, "accelerators", False, devices["error"], "Set it up again there.")]
+        return [Check(host, "accelerators", False, devices["error"], "Install them again there.")]
     if question.cpu:
         return [Check(host, "accelerators", True, f"CPU, {slots} process(es)")]
     if devices is not None:
@@ -168,7 +170,7 @@ def check_master(host: str, address: str | None, first: Answer, question: Questi
             host, "master address", False, found, "Name one: --network-interface or --master-addr."
         )
     name = next((name for name, its in interfaces.items() if its == address), None)
-    # It may be translated on the way there: whether it is reached, shows.
+    # It may be translated on the way there; `_reach` tries it.
     return Check(host, "master address", True, f"{address} ({name or 'of no interface there'})")
 
 
@@ -178,13 +180,13 @@ def choose_master_addr(
     asked_for: str | None,
     resolved: str | None,
 ) -> str | None:
-    """The address of the first host at which the others meet.
+    """Return the address of the first host at which the others meet; None if it is unclear.
 
     Args:
-        interfaces: of the first host, with their addresses.
+        interfaces: those of the first host, with their addresses.
         routes: another host -> the first host's address on the way to it.
         asked_for: an interface.
-        resolved: what the first host's name means here; on the host itself that may be 127.0.1.1.
+        resolved: what the first host's name resolves to here; on that host it may be 127.0.1.1.
     """
     if asked_for is not None:
         return interfaces.get(asked_for)
@@ -196,7 +198,7 @@ def choose_master_addr(
 
 
 def report(checks: Sequence[Check], color: bool = False) -> str:
-    """The table, and below it what to do about each red line."""
+    """Return the table, and below it what to do about each red line."""
     rows = [("ok" if c.ok else "RED", c.host, c.what, c.found) for c in checks]
     widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
     lines = ["  ".join([*map(str.ljust, row, widths), row[-1]]).rstrip() for row in rows]

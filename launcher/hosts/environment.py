@@ -19,13 +19,13 @@ EXPORTED = re.compile(
     r"FI|UCX|DS|DEEPSPEED|LORASB|WANDB|TRACKIO|TRITON|BNB|CUDA|ROCM|HIP|HSA|XDG_CACHE)_\w+"
     r"|PATH|LD_LIBRARY_PATH|PYTHONHASHSEED"
 )
-# Which of a host's devices a process has is for DeepSpeed to say on each host.
+# DeepSpeed decides on each host which of its devices a process gets.
 NOT_EXPORTED = re.compile(r"(CUDA|HIP|ROCR?)_VISIBLE_DEVICES|DS_ENV_FILE|LORASB_NODE_RANK")
 SECRET = re.compile(r"(^|_)(TOKEN|KEY|APIKEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)", re.I)
 
 
 def exported(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables of the launcher that the ranks of all hosts get without being asked for."""
+    """Return the launcher's variables that the ranks of all hosts get without being asked for."""
     return {
         name: value
         for name, value in environment.items()
@@ -34,7 +34,7 @@ def exported(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def asked_for(environment: Mapping[str, str], asked: Sequence[str]) -> dict[str, str]:
-    """The variables of ``--env``: ``NAME=VALUE``, or ``NAME`` for the launcher's own value.
+    """Return the variables of ``--env``: ``NAME=VALUE``, or ``NAME`` for the launcher's own value.
 
     Raises:
         ConfigError: if one has no name or no value.
@@ -51,17 +51,18 @@ def asked_for(environment: Mapping[str, str], asked: Sequence[str]) -> dict[str,
 
 
 def is_secret(variable: str) -> bool:
-    """Whether a variable's name says so: HF_TOKEN, WANDB_API_KEY; not TOKENIZERS_PARALLELISM."""
+    """Return whether a name is a secret's: HF_TOKEN, WANDB_API_KEY; not TOKENIZERS_PARALLELISM."""
     return SECRET.search(variable) is not None
 
 
 def deepspeed_env(variables: Mapping[str, str], launcher: str) -> str:
-    """The text of a `.deepspeed_env`: what DeepSpeed sets on every host.
+    """Return the text of a `.deepspeed_env`: the variables that DeepSpeed sets on every host.
 
     Raises:
-        ConfigError: for values that do not come through. DeepSpeed puts those that hold more than
-            plain characters between double quotes; a shell on the hosts reads them (pdsh), or
-            they would stay (the others, which use no shell). Slurm's srun cuts at commas.
+        ConfigError: for values that would be changed on the way. DeepSpeed puts double quotes
+            around those that hold more than plain characters; a shell on the hosts reads them
+            (pdsh), or they would stay (the others, which use no shell). Slurm's srun splits at
+            commas.
     """
     problems = []
     for name, value in variables.items():
@@ -85,7 +86,7 @@ def deepspeed_env(variables: Mapping[str, str], launcher: str) -> str:
 
 
 def read_deepspeed_env(path: Path) -> dict[str, str]:
-    """The variables of a user's own `.deepspeed_env`: lines of NAME=VALUE.
+    """Read the variables of a user's own `.deepspeed_env`: lines of NAME=VALUE.
 
     Raises:
         ConfigError: for another line. DeepSpeed ends with a traceback at a comment or a blank one.
@@ -103,7 +104,7 @@ def read_deepspeed_env(path: Path) -> dict[str, str]:
 
 
 def hosts_environment(environment: Mapping[str, str], env_file: str) -> dict[str, str]:
-    """The environment of `deepspeed` itself, where it starts other hosts."""
+    """Return the environment of `deepspeed` itself, where it starts other hosts."""
     result = {name: value for name, value in environment.items() if not _leaks(name)}
     result["DS_ENV_FILE"] = env_file
     given = result.get("PDSH_SSH_ARGS_APPEND", "")
@@ -112,5 +113,5 @@ def hosts_environment(environment: Mapping[str, str], env_file: str) -> dict[str
 
 
 def _leaks(name: str) -> bool:
-    """DeepSpeed would export it, though it is a secret: MLFLOW_TRACKING_PASSWORD."""
+    """Return whether DeepSpeed would export a secret, as MLFLOW_TRACKING_PASSWORD."""
     return is_secret(name) and name.startswith(("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL"))

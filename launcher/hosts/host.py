@@ -1,7 +1,7 @@
-"""What a host says of itself: interpreter, packages, files, network, devices.
+"""What a host reports of itself: interpreter, packages, files, network, devices.
 
 Standard library only. `preflight` sends this file to the interpreter of every host by ssh, so that
-it works where nothing else of the project is to be found: a question (JSON in base64) as its
+it works where nothing else of the project is installed: a question (JSON in base64) as its
 argument, the answer as JSON on its standard output.
 """
 
@@ -28,7 +28,7 @@ SIOCGIFADDR = 0x8915
 
 
 def interfaces() -> dict[str, str]:
-    """Network interface -> its IPv4 address, of those that have one."""
+    """Return network interface -> IPv4 address, for those that have one."""
     found = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
@@ -39,12 +39,12 @@ def interfaces() -> dict[str, str]:
 
 
 def interface_of(address: str | None) -> str | None:
-    """The interface that has an address."""
+    """Return the interface that has an address."""
     return next((name for name, its in interfaces().items() if its == address), None)
 
 
 def route_from(host: str) -> str | None:
-    """The address that this host takes to reach another one; nothing is sent."""
+    """Return this host's address on the way to another one; nothing is sent."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((host, 9))
@@ -54,14 +54,14 @@ def route_from(host: str) -> str | None:
 
 
 def resolve(host: str) -> str | None:
-    """A host's IPv4 address, by its name."""
+    """Return the IPv4 address that a host's name resolves to; None if it does not."""
     with suppress(OSError):
         return socket.gethostbyname(host)
     return None
 
 
 def describe(question: dict[str, Any]) -> dict[str, Any]:
-    """The answer to what `preflight` asks."""
+    """Answer what `preflight` asks."""
     return {
         "hostname": socket.gethostname(),
         "python": platform.python_version(),
@@ -85,7 +85,7 @@ def describe(question: dict[str, Any]) -> dict[str, Any]:
 
 
 def size_of(path: Path) -> int | None:
-    """Bytes of a file, or of the files in a folder; None where it is not there."""
+    """Return the bytes of a file, or of the files in a folder; None if it does not exist."""
     try:
         if path.is_dir():
             return sum(file.stat().st_size for file in path.iterdir() if file.is_file())
@@ -95,9 +95,9 @@ def size_of(path: Path) -> int | None:
 
 
 def code_digest(root: Path) -> str | None:
-    """Of the project's modules, by which two hosts see whether they run the same."""
+    """Return a digest of the project's modules, which tells whether two hosts run the same."""
     files = sorted(
-        file for part in ("launcher", "lorasb_ds") for file in (root / part).glob("*.py")
+        file for part in ("launcher", "lorasb_ds") for file in (root / part).rglob("*.py")
     )
     if not files:
         return None
@@ -108,13 +108,13 @@ def code_digest(root: Path) -> str | None:
 
 
 def extensions_folder() -> Path:
-    """Where torch builds DeepSpeed's operators, unless TORCH_EXTENSIONS_DIR names another place."""
+    """Return the folder in which torch builds DeepSpeed's operators."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or default).resolve()
 
 
 def old_build_locks(older_than: float = 600.0) -> list[str]:
-    """Locks of builds that were killed: torch waits for them, for ever."""
+    """Return locks of builds that were killed, which torch would wait for for ever."""
     found = []
     with suppress(OSError):
         for lock in extensions_folder().glob("**/lock"):
@@ -124,7 +124,7 @@ def old_build_locks(older_than: float = 600.0) -> list[str]:
 
 
 def listen(port: int, seconds: float) -> dict[str, Any]:
-    """Let others try to reach a port of this host for a while; on all addresses, as torch does."""
+    """Listen on a port, on all addresses as torch does, for others to try to reach it."""
     with socket.socket() as server:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -144,7 +144,7 @@ def listen(port: int, seconds: float) -> dict[str, Any]:
 
 
 def connect(address: str, port: int, interface: str | None, seconds: float) -> dict[str, Any]:
-    """Whether a port of another host is reached, from an interface if one is named."""
+    """Try to reach a port of another host, from an interface if one is named."""
     source = interfaces().get(interface) if interface else None
     if interface and source is None:
         return {"error": f"there is no interface {interface}", "interface": None}
@@ -167,7 +167,7 @@ def _version(package: str) -> str | None:
 
 
 def _free_disk(path: Path) -> int | None:
-    """Where a folder is, or would be made."""
+    """Return the bytes free where a folder is or would be made; None if it cannot be written."""
     for folder in (path, *path.parents):
         if folder.is_dir():
             return shutil.disk_usage(folder).free if os.access(folder, os.W_OK) else None
@@ -188,7 +188,7 @@ def _beside_python(program: str) -> str | None:
 
 
 def _gpus(seconds: float) -> list[int] | None:
-    """Memory of NVIDIA's, in bytes; None where their driver is not installed."""
+    """Return the bytes of each NVIDIA GPU; None where their driver is not installed."""
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     if shutil.which(command[0]) is None:
         return None
@@ -201,7 +201,7 @@ def _gpus(seconds: float) -> list[int] | None:
 
 
 def _devices(root: str, seconds: float) -> dict[str, Any]:
-    """What DeepSpeed and torch see, in a process of its own: it takes seconds, and may fail."""
+    """Ask DeepSpeed and torch in a process of its own: it takes seconds, and may fail."""
     program = (
         "import json; from deepspeed.accelerator import get_accelerator; a = get_accelerator();"
         "n = a.device_count() if a.device_name() != 'cpu' else 0;"

@@ -1,4 +1,4 @@
-"""Hosts and their slots: DeepSpeed's hostfile, and a choice of it. Torch-free."""
+"""Hosts and their slots: DeepSpeed's hostfile, and the hosts that a job gets. Torch-free."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ NAMES = (
 
 
 def read_hostfile(path: str) -> dict[str, int]:
-    """Host -> its slots, in the file's order, of lines ``host slots=N``; ``#`` begins a comment.
+    """Read host -> number of slots from lines ``host slots=N``; ``#`` begins a comment.
 
     DeepSpeed's `fetch_hostfile` reads the same from every file that this accepts.
 
     Raises:
-        ConfigError: if there is no such file (DeepSpeed would run on this host alone), or a line is
-            no such line; one paragraph per line.
+        ConfigError: if there is no such file (DeepSpeed would run on this host alone), or a line
+            has another form; one paragraph per line.
     """
     file = Path(os.path.expanduser(path))  # noqa: PTH111, Path's raises for ~nobody
     try:
         if not file.is_file():
-            what = "this is no file" if file.exists() else "there is no such file"
+            what = "this is not a file" if file.exists() else "there is no such file"
             raise ConfigError(f"--hostfile {path}: {what}. Name one of lines `host slots=N`.")
         text = file.read_bytes().decode("utf-8", errors="surrogateescape")
     except OSError as error:
         raise ConfigError(f"--hostfile {path}: {error.strerror}. Make it readable.") from error
     hosts: dict[str, int] = {}
-    lines: dict[str, int] = {}  # of each host, to tell of a second one; ssh ignores case
+    lines: dict[str, int] = {}  # of each host, to find a second one; ssh ignores case
     problems: list[str] = []
     # Only these end a line for DeepSpeed; str.splitlines knows more.
     for number, line in enumerate(re.split(r"\r\n|\r|\n", text), 1):
@@ -75,7 +75,7 @@ class _LineError(Exception):
 
 
 def _entry(line: str) -> tuple[str, int, int] | None:
-    """Host, its column and slots of a line; None where it holds only a comment."""
+    """Parse a line into host, column and slots; None if it has only a comment."""
     if bad := re.search(r"[\0\udc80-\udcff]", line):
         what = "a NUL byte" if bad[0] == "\0" else "a byte that is not UTF-8"
         raise _LineError(bad.start() + 1, f"{what}. Save the file as plain text")
@@ -88,12 +88,12 @@ def _entry(line: str) -> tuple[str, int, int] | None:
         position, why = problem
         raise _LineError(column + position, f"{why} in a host's name. {NAMES[:-1]}")
     if len(words) == 1:
-        raise _LineError(len(entry) + 1, f"no slots behind {host}. Add how many GPUs it has")
+        raise _LineError(len(entry) + 1, f"no slots after {host}. Add how many GPUs it has")
     slots, column_of_slots = words[1][0], words[1].start() + 1
     match = re.fullmatch(r"slots=([0-9]+)", slots)
     if match is None:
         raise _LineError(
-            column_of_slots, f"{short(slots)} is not `slots=` and a number. Mend it, as slots=8"
+            column_of_slots, f"{short(slots)} is not `slots=` and a number. Write it as slots=8"
         )
     digits = match[1].lstrip("0")
     if not digits or len(digits) > 4 or int(digits) > MAX_SLOTS:
@@ -103,13 +103,13 @@ def _entry(line: str) -> tuple[str, int, int] | None:
     if len(words) > 2:
         raise _LineError(
             words[2].start() + 1,
-            f"{short(words[2][0])} behind the entry. Remove it, or put # before it",
+            f"{short(words[2][0])} after the entry. Remove it, or put # before it",
         )
     return host, column, int(digits)
 
 
 def bad_name(host: str) -> tuple[int, str] | None:
-    """The position (from 0) of what does not belong into a host's name, and what it is."""
+    """Return the position (from 0) of what is not allowed in a host's name, and what it is."""
     good = HOST.match(host)
     position = good.end() if good else 0
     if good and position == len(host):
@@ -123,7 +123,7 @@ def short(text: str) -> str:
 
 
 def write_hostfile(hosts: Mapping[str, int]) -> str:
-    """The text of a hostfile."""
+    """Return the text of a hostfile."""
     return "".join(f"{host} slots={slots}\n" for host, slots in hosts.items())
 
 
@@ -135,19 +135,20 @@ def select(
     num_slots: int | None = None,
     slots_option: str = "--num-gpus",
 ) -> dict[str, list[int]]:
-    """Host -> ids of the slots that a job gets, in the order of the hostfile.
+    """Return host -> ids of the slots that a job gets, in the order of the hostfile.
 
-    What DeepSpeed's `--include`, `--exclude`, `--num_nodes` and `--num_gpus` select, but for three
-    things. DeepSpeed takes more slots than a host has, and a host that a filter names both whole
-    and by slots (it would forget the "whole"): these are refused. It refuses a filter beside a
-    number of hosts or slots: these count what the filter leaves.
+    They are those that DeepSpeed's `--include`, `--exclude`, `--num_nodes` and `--num_gpus` select,
+    except for three things. DeepSpeed accepts more slots than a host has, and a host that a filter
+    names both whole and by slots (it would forget the "whole"): these are refused here. DeepSpeed
+    refuses a filter together with a number of hosts or slots: here, these count what the filter
+    leaves.
 
     Args:
-        include: only these, as in ``host1@host2:0,2``; a host without slots is all of it.
-        exclude: all but these.
-        num_nodes: the first so many hosts of these.
-        num_slots: the first so many slots of each.
-        slots_option: what the command line calls num_slots.
+        include: only these, as in ``host1@host2:0,2``; a host without slots means all of its slots.
+        exclude: all but these, in the same form.
+        num_nodes: number of hosts to take, the first ones of those.
+        num_slots: number of slots to take of each, the first ones.
+        slots_option: name of num_slots on the command line.
     Raises:
         ConfigError: if the hosts do not have what is asked for, or nothing is left.
     """
@@ -188,7 +189,7 @@ def select(
 
 
 def _parse_filter(option: str, text: str, hosts: Mapping[str, int]) -> dict[str, list[int]]:
-    """Host -> the slots that a filter names, ascending; none: the host as a whole."""
+    """Parse a filter into host -> its slots, ascending; an empty list means the whole host."""
     found: dict[str, list[int]] = {}
     problems: list[str] = []
     for spec in text.split("@"):
@@ -196,7 +197,7 @@ def _parse_filter(option: str, text: str, hosts: Mapping[str, int]) -> dict[str,
         if match is None:
             problems.append(
                 f"{option} {short(text)}: {short(spec)} is not HOST or HOST:SLOT,SLOT (hosts "
-                "stand apart by @). Write it as host1@host2:0,2."
+                "are separated by @). Write it as host1@host2:0,2."
             )
             continue
         host, ids = match[1], [int(i) for i in (match[2] or "").split(",") if i]

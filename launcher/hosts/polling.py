@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def readable(fds: Iterable[int], seconds: float) -> set[int]:
-    """Those that have something to read, as soon as one has; ``select`` stops at 1024."""
+    """Wait until one can be read, and return those that can. (``select`` allows 1024 only.)"""
     waiting = select.poll()
     for fd in fds:
         waiting.register(fd, select.POLLIN)

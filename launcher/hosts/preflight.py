@@ -1,7 +1,7 @@
-"""What must hold on every host before a job starts there: asked of all of them at once, by ssh.
+"""Checks of every host before a job starts there, all at once, by ssh.
 
 `host.py` is sent to the interpreter of each host and answers; the answers are compared with this
-host's. `lorasb doctor` shows all of it, `lorasb train` runs what takes no more than a moment.
+host's. `lorasb doctor` makes all checks, `lorasb train` those that take no more than a moment.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from launcher.hosts.polling import readable
 PROGRAM = Path(this_host.__file__).read_text(encoding="utf-8")
 REACH_S = 4.0
 SSH_REMEDIES = {
-    "resolve": "No DNS, /etc/hosts or ~/.ssh/config knows the name. Mend it, or write the address.",
+    "resolve": "No DNS, /etc/hosts or ~/.ssh/config knows the name. Fix that, or give the address.",
     "refused": "No sshd listens there. Start it, or give --ssh-port.",
     "Permission denied": "Let this host in without a password: ssh-copy-id HOST.",
     "Host key": "Accept its key once: ssh HOST true.",
     "timed out": "The host or its network is down, or a firewall drops ssh.",
-    "No route": "No way leads there: look at the host's network, and at this one's.",
-    "unreachable": "No way leads there: look at the host's network, and at this one's.",
+    "No route": "There is no route to it: look at the host's network, and at this one's.",
+    "unreachable": "There is no route to it: look at the host's network, and at this one's.",
 }
 PACKAGED_IN = {
     "ssh": "openssh-client",
@@ -58,7 +58,7 @@ PACKAGED_IN = {
 
 @dataclass
 class Findings:
-    """Of all hosts; where the master is, if that could be found out."""
+    """The checks of all hosts, and the master's address if it could be found."""
 
     checks: list[Check] = field(default_factory=list)
     master_addr: str | None = None
@@ -69,10 +69,10 @@ class Findings:
 
 
 def examine(question: Question, local: bool = False) -> Findings:
-    """Ask every host, in parallel; no host takes longer than the time limit, twice.
+    """Ask all hosts in parallel; none takes longer than twice the time limit.
 
     Args:
-        local: this host alone, without ssh.
+        local: ask this host alone, without ssh.
     """
     hosts = list(question.slots)
     with ThreadPoolExecutor(max_workers=max(1, len(hosts))) as pool:
@@ -108,7 +108,7 @@ def examine(question: Question, local: bool = False) -> Findings:
 
 
 def twins(answers: Sequence[Answer]) -> list[Check]:
-    """Names that mean the same machine, whose GPUs would be given away twice."""
+    """Return a failed check for each name of a machine that has another name, too."""
     found: list[Check] = []
     seen: dict[str, str] = {}
     for answer in answers:
@@ -123,7 +123,7 @@ def twins(answers: Sequence[Answer]) -> list[Check]:
 
 
 def _reach(address: str, first: str, hosts: Sequence[str], question: Question) -> list[Check]:
-    """Whether the master's port is free, and every host reaches it."""
+    """Check that the master's port is free, and that every host reaches it."""
     port, what = question.master_port, f"reaches {address}:{question.master_port}"
     ask = {"verb": "listen", "port": port, "seconds": 2 * question.timeout}
     listener = subprocess.Popen(
@@ -184,7 +184,7 @@ def _ask(host: str, question: Question, local: bool) -> Answer:
 
 
 def _answer_of(host: str, request: Mapping[str, Any], question: Question) -> Answer:
-    """By ssh; an error that says what to do when there is no answer."""
+    """Ask a host by ssh; without an answer, say what to do."""
     command = remote_command(host, request, question)
     before, limit = time.time(), question.timeout
     try:
@@ -214,7 +214,7 @@ def _answer_of(host: str, request: Mapping[str, Any], question: Question) -> Ans
 
 
 def remote_command(host: str, request: Mapping[str, Any], question: Question) -> list[str]:
-    """ssh that runs `host.py`, which comes by standard input; no shell reads the question."""
+    """Return the ssh command that runs `host.py` from standard input; no shell reads a question."""
     argument = base64.urlsafe_b64encode(json.dumps(request).encode()).decode()
     port = [] if question.ssh_port is None else ["-p", str(question.ssh_port)]
     limit = f"ConnectTimeout={max(1, int(question.timeout / 2))}"
@@ -225,7 +225,7 @@ def remote_command(host: str, request: Mapping[str, Any], question: Question) ->
 
 
 def _first_json(fd: int, seconds: float) -> dict[str, Any] | None:
-    """The first answer of a command that goes on."""
+    """Read the first answer of a command that goes on."""
     text, deadline = b"", time.monotonic() + seconds
     while (left := deadline - time.monotonic()) > 0 and readable([fd], left):
         data = os.read(fd, 1 << 16)
@@ -237,7 +237,7 @@ def _first_json(fd: int, seconds: float) -> dict[str, Any] | None:
 
 
 def _last_json(text: str) -> dict[str, Any] | None:
-    """The answer; a login script may have written lines before it."""
+    """Return the answer; a login script may have written lines before it."""
     for line in reversed(text.splitlines()):
         if line.startswith("{"):
             try:

@@ -12,10 +12,10 @@ from lorasb_ds.errors import ConfigError
 
 
 def expand_hostlist(text: str) -> list[str]:
-    """The hosts of Slurm's ``gpu[01-03,07],login1``, in its order (`scontrol show hostnames`).
+    """Expand Slurm's ``gpu[01-03,07],login1``, in the order of `scontrol show hostnames`.
 
     Raises:
-        ConfigError: if it is no such list, names a host twice, or more than 65536 hosts.
+        ConfigError: if it has another form, names a host twice, or more than 65536 hosts.
     """
     items: list[list[str]] = [[]]
     for piece in re.findall(r"\[[^\[\]]*\]|,|[^,\[]+|\[", text):
@@ -42,7 +42,7 @@ def expand_hostlist(text: str) -> list[str]:
 
 
 def _ranges(text: str, whole: str) -> list[tuple[range, int]]:
-    """``[01-03,07]`` -> the numbers of each range, and their width."""
+    """Parse ``[01-03,07]`` into the numbers of each range, and their width."""
     result = []
     for one in text[1:-1].split(","):
         match = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", one)
@@ -64,10 +64,10 @@ def _bad_hostlist(text: str, part: str) -> ConfigError:
 
 
 def slurm_slots(text: str) -> list[int]:
-    """A number for each host, of Slurm's ``8(x3),4`` (SLURM_TASKS_PER_NODE).
+    """Expand Slurm's ``8(x3),4`` (SLURM_TASKS_PER_NODE) into a number for each host.
 
     Raises:
-        ConfigError: if it is no such list, or a number is out of range.
+        ConfigError: if it has another form, or a number is out of range.
     """
     result: list[int] = []
     for item in text.split(","):
@@ -83,17 +83,17 @@ def slurm_slots(text: str) -> list[int]:
 
 
 def from_slurm(environment: Mapping[str, str], slots: int | None = None) -> dict[str, int]:
-    """Host -> its slots, of the Slurm allocation that this process runs in.
+    """Return host -> number of slots of the Slurm allocation that this process runs in.
 
     Args:
-        slots: of every host, whatever Slurm says.
+        slots: number for every host, whatever Slurm says.
     Raises:
-        ConfigError: if this is no allocation, or Slurm does not say how many slots there are.
+        ConfigError: if this is not an allocation, or Slurm does not say how many slots there are.
     """
     nodes = environment.get("SLURM_JOB_NODELIST") or environment.get("SLURM_NODELIST")
     if not nodes:
         raise ConfigError(
-            "This is no Slurm allocation: SLURM_JOB_NODELIST is not set. Run it by salloc or "
+            "This is not a Slurm allocation: SLURM_JOB_NODELIST is not set. Run it by salloc or "
             "sbatch, or write the hostfile yourself."
         )
     hosts = expand_hostlist(nodes)

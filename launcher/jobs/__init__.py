@@ -1,5 +1,7 @@
-"""One job: its command, started, watched, and ended with a true status.
+"""One job: started, watched, restarted, and ended with a status that is true.
 
-`start` runs a job and its restarts; `supervisor` watches the agents of all ranks; `agent` is what
-DeepSpeed starts on every rank. Imports `hosts` and what is below it. Torch-free.
+`start` is the whole. `make_job` chooses a `LocalJob`, an `SshJob` or a `ByHandJob`; `command` makes
+DeepSpeed's argument lists; `supervisor` watches the agents of all ranks, and `verdict` says why
+a job has failed; `agent` is what DeepSpeed starts on every rank, beside its `worker_process`.
+Imports `hosts` and what is below it. Torch-free.
 """

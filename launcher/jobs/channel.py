@@ -1,4 +1,4 @@
-"""What an agent and the supervisor say to each other: a JSON object on each line, over TCP."""
+"""Messages between an agent and the supervisor: a JSON object on each line, over TCP."""
 
 from __future__ import annotations
 
@@ -7,36 +7,36 @@ import os
 import socket
 from typing import Any
 
-# Told to the agents through the environment of the job.
+# Environment variables of the agents.
 SUPERVISOR = "LORASB_SUPERVISOR"  # host:port
-SESSION = "LORASB_SESSION"  # a secret word: what does not say it is no agent of this job
+SESSION = "LORASB_SESSION"  # a secret word, by which an agent of this job is known
 FAILURE_TIMEOUT = "LORASB_FAILURE_TIMEOUT"  # seconds
 START_TIMEOUT = "LORASB_START_TIMEOUT"  # seconds
 LOGS = "LORASB_LOGS"  # the folder of the ranks' logs
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 NODE_RANK = "LORASB_NODE_RANK"  # where hosts are started by hand
-# Told to a worker by its agent.
+# Environment variable of a worker, set by its agent.
 REPORT_TO = "LORASB_AGENT_FD"  # a pipe
 
-STOPPED = "stopped on request"  # an agent's word to the launcher of its own host
+STOPPED = "stopped on request"  # from an agent to the launcher of its own host
 LONGEST_MESSAGE = 1 << 22  # bytes
 READS_AT_ONCE = 64
-LONGEST_GREETING = 1 << 14  # of who may be a stranger
+LONGEST_GREETING = 1 << 14  # bytes, from what may not be an agent
 
 
 def beat_interval(failure_timeout: float) -> float:
-    """Seconds between two signs of life."""
+    """Return the seconds between two signs of life."""
     return min(2.0, failure_timeout / 5)
 
 
 def tell_agent(word: str) -> None:
-    """A worker's word to its agent, where it has one."""
+    """Send a word from a worker to its agent, if it has one."""
     if REPORT_TO in os.environ:
         os.write(int(os.environ[REPORT_TO]), f"{word}\n".encode())
 
 
 class Channel:
-    """One end of a connection; nothing of it blocks."""
+    """One end of a connection; no method blocks."""
 
     def __init__(self, connection: socket.socket, limit: int = LONGEST_MESSAGE) -> None:
         connection.setblocking(False)
@@ -49,12 +49,12 @@ class Channel:
         return self._connection.fileno()
 
     def send(self, **message: Any) -> None:
-        """Sent as far as the other side takes it; the rest at the next ``flush``."""
+        """Send what the other side takes now; the rest follows at the next ``flush``."""
         self._unsent += json.dumps(message).encode() + b"\n"
         self.flush()
 
     def flush(self) -> bool:
-        """Whether all has been sent."""
+        """Send what is left; return whether all has been sent."""
         try:
             while self._unsent and not self.closed:
                 self._unsent = self._unsent[self._connection.send(self._unsent) :]
@@ -65,10 +65,10 @@ class Channel:
         return not self._unsent
 
     def receive(self) -> list[dict[str, Any]]:
-        """Whole messages that have come. ``closed`` is true when there will be no more."""
+        """Return whole messages that have come. ``closed`` is true when there will be no more."""
         lines: list[bytes] = []
         try:
-            for _ in range(READS_AT_ONCE):  # others want to be heard, too
+            for _ in range(READS_AT_ONCE):  # others wait, too
                 data = b"" if self.closed else self._connection.recv(1 << 16)
                 *whole, self._received = (self._received + data).split(b"\n")
                 lines += whole
@@ -91,3 +91,29 @@ class Channel:
     def close(self) -> None:
         self.closed = True
         self._connection.close()
+
+
+def listen_for_agents(
+    address: str, port: int = 0, seen_as: str | None = None
+) -> tuple[socket.socket, str]:
+    """Open the socket that agents connect to.
+
+    Args:
+        address: to listen on; empty for all of this host.
+        port: 0 for any that is free.
+        seen_as: the address that the agents use, in place of ``address``.
+    Returns:
+        The socket, and ``host:port`` for the agents.
+    Raises:
+        OSError: if the port is taken.
+    """
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((address, port))
+    except OSError:
+        listener.close()
+        raise
+    listener.listen(1024)
+    listener.setblocking(False)
+    return listener, f"{seen_as or address}:{listener.getsockname()[1]}"

@@ -1,4 +1,4 @@
-"""What to run: the argument list and environment of a job. Pure."""
+"""Argument lists and environment of a job. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from launcher.paths import WORKERS
 from lorasb_ds.errors import ConfigError
 
-# Tells the workers that the CPU, which DeepSpeed falls back to, is not what was asked for.
+# Set where GPUs were asked for: the workers refuse the CPU, which DeepSpeed falls back to.
 GPUS_ASKED_FOR = "LORASB_NUM_GPUS"
 BACKENDS = ("pdsh", "openmpi", "mpich", "impi", "slurm", "mvapich")
 PLAIN = re.compile(r"[\w@+=:,./-]+", re.ASCII)  # read by no shell, and not by pdsh
@@ -21,22 +21,18 @@ PLAIN = re.compile(r"[\w@+=:,./-]+", re.ASCII)  # read by no shell, and not by p
 
 @dataclass(frozen=True)
 class Hosts:
-    """The hosts of a job as DeepSpeed is told of them.
+    """The hosts of a job, as DeepSpeed gets them.
 
     Args:
         slots: host -> its slots' numbers, in the order of the ranks.
         hostfile: path of a hostfile that names all of them (``hostfile.write_hostfile``).
-        node_rank: this host's place, where every host is started by hand or by a scheduler
-            (``--no-ssh``); None where DeepSpeed starts them all from here.
+        master_addr: address of the first host, where all ranks meet.
     """
 
     slots: Mapping[str, Sequence[int]]
     hostfile: str
     master_addr: str
-    launcher: str = "pdsh"
-    launcher_args: str = ""
-    ssh_port: int | None = None
-    node_rank: int | None = None
+    master_port: int
 
 
 def local_command(
@@ -46,7 +42,7 @@ def local_command(
     master_port: int,
     python: str = sys.executable,
 ) -> list[str]:
-    """The argument list of `deepspeed` for a job on this host.
+    """Return the argument list of `deepspeed` for a job on this host.
 
     Args:
         count: processes. None: one for each GPU that DeepSpeed finds, or that
@@ -59,41 +55,56 @@ def local_command(
     return [*command, "--master_port", str(master_port), _agent(), *worker_arguments]
 
 
-def hosts_command(
+def by_hand_command(
     worker_arguments: Sequence[str],
     hosts: Hosts,
     *,
-    master_port: int,
+    node_rank: int,
     python: str = sys.executable,
 ) -> list[str]:
-    """The argument list of `deepspeed` for a job on the hosts of a hostfile.
+    """Return the argument list of `deepspeed` for one host of a job that is started host by host.
 
+    Args:
+        node_rank: of this host, among those of the hostfile.
+    """
+    return [
+        *_on_hosts(python, hosts),
+        *_include(hosts),
+        *("--no_ssh", "--node_rank", str(node_rank)),
+        *(_agent(), *worker_arguments),
+    ]
+
+
+def ssh_command(
+    worker_arguments: Sequence[str],
+    hosts: Hosts,
+    *,
+    launcher: str = "pdsh",
+    launcher_args: str = "",
+    ssh_port: int | None = None,
+    python: str = sys.executable,
+) -> list[str]:
+    """Return the argument list of `deepspeed` for a job that starts all hosts from here.
+
+    Args:
+        launcher: one of ``BACKENDS``.
+        launcher_args: more arguments for it, in one word.
     Raises:
         ConfigError: for an argument that would be read by a shell on the way and cannot be quoted.
     """
-    command = [*_runner(python), "--hostfile", hosts.hostfile]
-    command += ["--master_addr", hosts.master_addr, "--master_port", str(master_port)]
-    selected = [slots for slots in hosts.slots.values() if list(slots) != list(range(len(slots)))]
-    if selected:
-        if hosts.launcher != "pdsh":
-            raise ConfigError(
-                f"--launcher {hosts.launcher} starts processes by their number and cannot choose "
-                "slots. Choose whole hosts by --include or --exclude, or use --launcher pdsh."
-            )
-        named = (f"{host}:{','.join(map(str, slots))}" for host, slots in hosts.slots.items())
-        command += ["--include", "@".join(named)]
-    if hosts.node_rank is not None:
-        return [
-            *(*command, "--no_ssh", "--node_rank", str(hosts.node_rank)),
-            *(_agent(), *worker_arguments),
-        ]
-    # A single host is remote, too: without this DeepSpeed would start it here.
-    command += ["--force_multi", "--launcher", hosts.launcher]
-    if hosts.launcher_args:
-        command.append(f"--launcher_args={hosts.launcher_args}")
-    if hosts.ssh_port is not None:
-        command += ["--ssh_port", str(hosts.ssh_port)]
-    if hosts.launcher != "pdsh":  # these start a program, without a shell
+    include = _include(hosts)
+    if include and launcher != "pdsh":
+        raise ConfigError(
+            f"--launcher {launcher} starts processes by their number and cannot choose slots. "
+            "Choose whole hosts by --include or --exclude, or use --launcher pdsh."
+        )
+    # A single host is remote, too: without --force_multi DeepSpeed would start it here.
+    command = [*_on_hosts(python, hosts), *include, "--force_multi", "--launcher", launcher]
+    if launcher_args:
+        command.append(f"--launcher_args={launcher_args}")
+    if ssh_port is not None:
+        command += ["--ssh_port", str(ssh_port)]
+    if launcher != "pdsh":  # these start a program, without a shell
         return [*command, _agent(), *worker_arguments]
     for what, path in (
         ("The interpreter", python),
@@ -109,14 +120,14 @@ def hosts_command(
 
 
 def pdsh_word(word: str) -> str:
-    """A word of the worker's command line as it has to be, to come out of pdsh as it was.
+    """Quote a word of the worker's command line so that it comes out of pdsh unchanged.
 
     DeepSpeed puts a word that holds a space between double quotes (and escapes only those) and
     leaves others as they are; a shell on the host reads them. On the way pdsh puts hosts' names,
     numbers and users in place of %h, %n and %u, and % in place of %%.
 
     Raises:
-        ConfigError: for what cannot come through.
+        ConfigError: for a word that would be changed.
     """
     word_has_space = " " in word
     if "\0" in word or (word_has_space and re.search(r"[$`\\!]", word)):
@@ -133,12 +144,25 @@ def _runner(python: str) -> list[str]:
     return [python, "-m", "deepspeed.launcher.runner"]
 
 
+def _on_hosts(python: str, hosts: Hosts) -> list[str]:
+    command = [*_runner(python), "--hostfile", hosts.hostfile]
+    return [*command, "--master_addr", hosts.master_addr, "--master_port", str(hosts.master_port)]
+
+
+def _include(hosts: Hosts) -> list[str]:
+    """Name the slots, where some host does not give its first ones."""
+    if all(list(ids) == list(range(len(ids))) for ids in hosts.slots.values()):
+        return []
+    named = (f"{host}:{','.join(map(str, ids))}" for host, ids in hosts.slots.items())
+    return ["--include", "@".join(named)]
+
+
 def _agent() -> str:
     return str(WORKERS / "jobs" / "agent.py")
 
 
 def visible_gpus(environment: Mapping[str, str], num_gpus: int | None) -> str | None:
-    """CUDA_VISIBLE_DEVICES of a job: the first ``num_gpus`` of those that are visible now.
+    """Return CUDA_VISIBLE_DEVICES of a job: the first ``num_gpus`` of those visible now.
 
     Returns:
         None where the variable is not set; all GPUs are visible then.
@@ -162,16 +186,16 @@ def job_environment(
     num_gpus: int | None,
     num_cores: int | None,
 ) -> dict[str, str]:
-    """A job's environment: ninja is found, and on the CPU the ranks share the cores.
+    """Return a job's environment: ninja is found, and on the CPU the ranks share the cores.
 
     Args:
-        num_cores: of this host, where the job runs on it alone; None leaves the threads to the
-            ranks, which count the cores of theirs.
+        num_cores: of this host, where the job runs on it alone; with None every rank chooses its
+            number of threads by the cores of its own host.
     """
     result = dict(environment)
     # Some generated data depends on it, and all ranks must see the same rows.
     result.setdefault("PYTHONHASHSEED", "0")
-    # ninja lies beside the interpreter, whose environment need not be active.
+    # ninja is installed beside the interpreter, whose environment need not be active.
     bin_dir = str(Path(sys.executable).parent)
     result["PATH"] = os.pathsep.join([bin_dir, *filter(None, [result.get("PATH")])])
     if num_procs is not None:

@@ -1,4 +1,4 @@
-"""What the ranks print, on this terminal."""
+"""Writes what the ranks print to this terminal."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from contextlib import suppress
 
 
 class Console:
-    """Writes from a thread of its own: a terminal that is held (Ctrl-S) must hold nothing else."""
+    """Writes from a thread of its own: a terminal that is held (Ctrl-S) must not block the rest."""
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[tuple[int, str] | threading.Event] = queue.SimpleQueue()
         threading.Thread(target=self._work, daemon=True).start()
 
     def write(self, stream: int, text: str) -> None:
-        """To standard output (1) or error (2)."""
+        """Write to standard output (1) or error (2)."""
         self._queue.put((stream, text))
 
     def flush(self, timeout: float = 5.0) -> None:
-        """Wait until all has been written, for so many seconds at most."""
+        """Wait until everything has been written, at most ``timeout`` seconds."""
         done = threading.Event()
         self._queue.put(done)
         done.wait(timeout)

@@ -1,4 +1,4 @@
-"""Where a job runs and how it is watched: the options that `lorasb train` keeps to itself."""
+"""Where a job runs and how it is watched: options of the launcher that workers do not see."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SECONDS = click.FloatRange(min=1)
 
 @dataclass(frozen=True)
 class LaunchOptions:
-    """As the command line has them; what was not given is None, "" or False."""
+    """Options as the command line has them; what was not given is None, "" or False."""
 
     num_procs: int | None
     num_gpus: int | None
@@ -45,10 +45,10 @@ class LaunchOptions:
     dry_run: bool
 
     def check(self) -> None:
-        """What does not go together.
+        """Refuse options that do not go together.
 
         Raises:
-            ConfigError: with one paragraph for every problem.
+            ConfigError: with a paragraph for each problem.
         """
         problems = []
         if self.num_procs is not None and self.num_gpus is not None:
@@ -67,7 +67,7 @@ class LaunchOptions:
             }
             if alone := [name for name, value in given.items() if value]:
                 problems.append(
-                    f"{alone[0]} is about several hosts. Name them by --hostfile FILE, or give "
+                    f"{alone[0]} is for several hosts. Name them by --hostfile FILE, or give "
                     "--no-ssh where a scheduler starts every host."
                 )
         if self.no_ssh:
@@ -121,46 +121,49 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "type": click.Choice(BACKENDS),
         "default": "pdsh",
         "show_default": True,
-        "help": "How DeepSpeed starts the hosts.",
+        "help": "Back-end by which DeepSpeed starts the hosts.",
     },
-    "launcher_args": {"default": "", "help": "More arguments for it, in one word."},
-    "ssh_port": {"type": PORT, "help": "[default: ssh's]"},
+    "launcher_args": {"default": "", "help": "More arguments for --launcher, in one word."},
+    "ssh_port": {"type": PORT, "help": "Port of sshd on the hosts. [default: ssh's]"},
     "no_ssh": {
         "is_flag": True,
-        "help": "Start this host only, as one of several that are all started this way.",
+        "help": "Start this host only; each of the others is started with the same options.",
     },
-    "node_rank": {"type": click.IntRange(min=0), "help": "This host's place, with --no-ssh."},
-    "master_addr": {"help": "Address of the first host. [default: found out]"},
-    "master_port": {"type": PORT, "help": "[default: a free one]"},
+    "node_rank": {
+        "type": click.IntRange(min=0),
+        "help": "Number of this host, from 0, with --no-ssh.",
+    },
+    "master_addr": {"help": "Address of the first host. [default: found by preflight]"},
+    "master_port": {"type": PORT, "help": "Port on the first host. [default: a free one]"},
     "network_interface": {
-        "help": "Network that the hosts meet on, by its name on every host. [default: the one "
-        "that routes to the master]"
+        "help": "Network interface that the ranks use, by its name on every host. [default: the "
+        "one with the route to the first host]"
     },
     "env": {
         "multiple": True,
         "metavar": "NAME[=VALUE]",
         "help": "A variable for the ranks of all hosts. HF_*, NCCL_*, OMP_* and the like are "
-        "handed on without; tokens and keys only if asked for (`ps` on the hosts shows them).",
+        "exported anyway; tokens and keys only by --env (`ps` on the hosts shows them).",
     },
     "failure_timeout": {
         "type": SECONDS,
         "default": 60.0,
         "show_default": True,
         "metavar": "SECONDS",
-        "help": "A host that is not heard of for so long has failed, and the job ends.",
+        "help": "A host that is silent for so long has failed, and the job ends.",
     },
     "start_timeout": {
         "type": SECONDS,
         "default": 600.0,
         "show_default": True,
         "metavar": "SECONDS",
-        "help": "For all ranks to begin, and, once one waits for the others, for all to join it.",
+        "help": "Time for all ranks to start, and, once one waits for the others, for all to join.",
     },
     "max_restarts": {
         "type": click.IntRange(min=0),
         "default": 0,
         "show_default": True,
-        "help": "After a failure, go on from the last checkpoint, at most so often.",
+        "help": "Restarts from the last checkpoint after a failure, at most.",
     },
     "allow_fewer_hosts": {
         "is_flag": True,
@@ -168,14 +171,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "skip_preflight": {
         "is_flag": True,
-        "help": "Do not look at the hosts before the start (see `lorasb doctor`).",
+        "help": "Do not check the hosts before the start (see `lorasb doctor`).",
     },
     "dry_run": {"is_flag": True, "help": "Check, print the command, and stop."},
 }
 
 
 def launch_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add them all; the command gets them as ``launch``."""
+    """Add all launch options to a command, which gets them as ``launch``."""
     names = [field.name for field in fields(LaunchOptions)]
 
     @wraps(command)

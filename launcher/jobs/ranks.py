@@ -1,4 +1,4 @@
-"""What the processes of a job are, need to meet, and leave behind. Standard library only."""
+"""Ranks of a job: their commands, variables, ports and remains. Standard library only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from launcher.paths import WORKERS
 
-EVAL = "--worker=eval"  # told to the agents: the worker is eval.py, not train.py
+EVAL = "--worker=eval"  # tells the agents that the worker is eval.py, not train.py
 
 # RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_SIZE as MPI's and Slurm's launchers name them. DeepSpeed's
 # own launcher sets them; under the others it would ask mpi4py.
@@ -33,13 +33,13 @@ FOREIGN_NAMES = {
 def worker_command(
     worker: str, worker_arguments: Sequence[str], python: str = sys.executable
 ) -> list[str]:
-    """The argument list of a worker: ``train``, ``eval`` or ``preview``."""
+    """Return the argument list of a worker: ``train``, ``eval``, ``preview`` or ``adapters``."""
     folder = WORKERS if worker == "train" else WORKERS / "workers"
     return [python, str(folder / f"{worker}.py"), *worker_arguments]
 
 
 def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """Which rank a process is, by the variables of whatever launcher has started it."""
+    """Return RANK and the like of this process, from the variables of any launcher."""
     found = {}
     for name, others in FOREIGN_NAMES.items():
         values = [environment[other] for other in (name, *others) if other in environment]
@@ -49,12 +49,12 @@ def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def shell_status(returncode: int) -> int:
-    """A returncode of subprocess, which is negative for a signal, as a shell has it."""
+    """Convert a returncode of subprocess, which is negative for a signal, to a shell's status."""
     return returncode if returncode >= 0 else 128 - returncode
 
 
 def run_here(command: Sequence[str], environment: dict[str, str]) -> int:
-    """Run a command in a process session of its own; pass signals on; its status."""
+    """Run a command in a process session of its own, passing signals on; return its status."""
     child = subprocess.Popen(command, env=environment, start_new_session=True)
 
     def pass_on(signum: int, _frame: object) -> None:
@@ -65,21 +65,21 @@ def run_here(command: Sequence[str], environment: dict[str, str]) -> int:
 
 
 def listen_to(signals: Iterable[int], handler: Callable[[int, object], None]) -> None:
-    """Handle signals, but for SIGHUP where it is ignored, as under nohup: it stays so."""
+    """Handle signals, except for a SIGHUP that is ignored, as under nohup."""
     for signum in signals:
         if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, handler)
 
 
 def free_port() -> int:
-    """A port that nothing listens on now."""
+    """Return a port that nothing listens on now."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
 
 
 def rank_environment(rank: int, world_size: int, port: int, threads: int) -> dict[str, str]:
-    """What DeepSpeed's launcher would tell a rank on this host's CPU."""
+    """Return the variables that DeepSpeed's launcher sets for a rank on this host's CPU."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -93,6 +93,6 @@ def rank_environment(rank: int, world_size: int, port: int, threads: int) -> dic
 
 
 def remove_shared_memory(port: int) -> None:
-    """DeepSpeed's collectives on CPUs leave 66 MiB of it behind for every process of a job."""
+    """Remove what DeepSpeed's collectives on CPUs leave: 66 MiB for every process of a job."""
     for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):  # noqa: S108
         buffer.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Whether a job has failed, by what its agents have said, and in which words. Pure."""
+"""Decides from what the agents have said whether a job has failed, and words the reason. Pure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EXIT_FAILED, EXIT_REFUSED = 1, 2
 
 @dataclass
 class Member:
-    """A rank, as its agent describes it. Times are of ``time.monotonic``."""
+    """A rank, as its agent describes it. Times are those of ``time.monotonic``."""
 
     channel: Channel
     rank: int
@@ -23,16 +23,16 @@ class Member:
     log: str
     interface: str | None
     heard: float  # when
-    stage: str = ""  # what its worker has told last: joining, joined
-    lock: str | None = None  # of a build, that it may be waiting for
+    stage: str = ""  # what its worker has reported last: joining, joined
+    lock: str | None = None  # of a build that it may be waiting for
     stopped_at: float | None = None  # by SIGSTOP
     returncode: int | None = None  # as subprocess has it: negative for a signal
-    ended: float = 0.0  # when that was heard
+    ended: float = 0.0  # when its end was reported
     joining: float | None = None  # since when it waits for the others
     tail: Sequence[str] = ()  # of its log, once it has ended
 
     @property
-    def place(self) -> str:
+    def where(self) -> str:
         return f"rank {self.rank} on {self.host}"
 
 
@@ -44,42 +44,44 @@ class Failure:
     cause: str
     tail: Sequence[str] = ()  # of a rank's log that the console has not seen
     show_launcher_log: bool = False  # what DeepSpeed's launcher has printed tells more
-    told: bool = False  # rank 0 has said what was wrong, on the console
+    is_reported: bool = False  # rank 0 has said what was wrong, on the console
 
 
 def failed_rank(members: Iterable[Member]) -> Failure | None:
-    """The first rank that has ended as it should not: the others end because of it."""
+    """Return the first rank that has failed: the others end because of it."""
     failed = [m for m in members if m.returncode not in (None, 0, EXIT_STOPPED)]
     if not failed:
         return None
-    # Of two that were heard of at once, a signal is rather the cause than an exception.
+    # Of two that were reported at once, a signal is more likely the cause than an exception.
     first = min(failed, key=lambda m: (m.ended, (m.returncode or 0) > 0))
     assert first.returncode is not None
     return Failure(
         status=shell_status(first.returncode),
-        cause=f"{first.place} {_how(first.returncode)}. Its log: {first.log}",
+        cause=f"{first.where} {_describe_end(first.returncode)}. Its log: {first.log}",
         tail=() if first.rank == 0 else first.tail,
-        told=first.rank == 0 and first.returncode == EXIT_REFUSED,
+        is_reported=first.rank == 0 and first.returncode == EXIT_REFUSED,
     )
 
 
 def lost_rank(members: Iterable[Member], now: float, limit: float) -> Failure | None:
-    """A rank whose agent has gone, that is not heard of, or that is stopped.
+    """Return a rank whose agent has gone, that is not heard of, or that is stopped.
 
     Args:
-        limit: of silence, in seconds (``--failure-timeout``).
+        limit: seconds of silence that are allowed (``--failure-timeout``).
     """
     alive = [m for m in members if m.returncode is None]
     gone = [m for m in alive if m.channel.closed]
     silent = [m for m in alive if now - m.heard > limit]
     stopped = [m for m in alive if m.stopped_at is not None and now - m.stopped_at > limit]
     if gone:
-        return _several(gone, "has gone: the connection to its agent broke")
+        return _shared_failure(gone, "has gone: the connection to its agent broke")
     if silent:
         what = f"was not heard of for {limit:g} s (--failure-timeout): its host or network is down"
-        return _several(silent, what)
+        return _shared_failure(silent, what)
     if stopped:
-        return _several(stopped, f"has been stopped for {limit:g} s (SIGSTOP; --failure-timeout)")
+        return _shared_failure(
+            stopped, f"has been stopped for {limit:g} s (SIGSTOP; --failure-timeout)"
+        )
     return None
 
 
@@ -92,14 +94,14 @@ def late_rank(
     now: float,
     launcher_log: str,
 ) -> Failure | None:
-    """A rank that has not started in time, or keeps the others waiting.
+    """Return a rank that has not started in time, or keeps the others waiting.
 
     How long all of them prepare (a model is downloaded, rows are tokenized) is not limited: the
     time runs from the start until they have come, and again from the first that waits to join.
 
     Args:
-        hosts: of every rank, where that is known.
-        world_size: None as long as no agent has told it.
+        hosts: host of every rank, where that is known.
+        world_size: None as long as no agent has reported it.
         limit: that time, in seconds (``--start-timeout``).
     """
     members = list(members)
@@ -118,7 +120,7 @@ def late_rank(
     late = [m for m in out if m.stage != "joining"] or out
     locks = [m.lock for m in late if m.lock is not None]
     hint = f" Did a killed build leave {locks[0]}? Remove it." if locks else ""
-    return _several(late, f"did not join the others {within}", hint)
+    return _shared_failure(late, f"did not join the others {within}", hint)
 
 
 def launcher_gone(
@@ -128,45 +130,45 @@ def launcher_gone(
     status: int,
     launcher_log: str,
 ) -> Failure:
-    """DeepSpeed's launcher has ended, and ranks have not said how they did.
+    """Return the failure where DeepSpeed's launcher has ended before its ranks.
 
     Args:
-        status: of the launcher, as subprocess has it.
+        status: the launcher's, as subprocess has it: negative for a signal.
     """
     members = list(members)
-    how = f"DeepSpeed's launcher ended with {_told(status)}"
+    how = f"DeepSpeed's launcher ended with {_status_name(status)}"
     own = status if status > 0 else EXIT_FAILED
     if not members:
         cause = f"{how} before any rank began. Its log: {launcher_log}"
         return Failure(own, cause, show_launcher_log=True)
     begun = {m.rank: m for m in members}
     left = [r for r in range(world_size or 0) if r not in begun or begun[r].returncode is None]
-    places = (begun[r].host if r in begun else hosts[r] if hosts else "?" for r in left)
-    cause = f"{how} while ranks {left} ({_listed(places)}) had not. Its log: {launcher_log}"
+    left_on = (begun[r].host if r in begun else hosts[r] if hosts else "?" for r in left)
+    cause = f"{how} while ranks {left} ({_listed(left_on)}) had not. Its log: {launcher_log}"
     return Failure(own, cause, show_launcher_log=True)
 
 
-def _several(lost: Sequence[Member], what: str, hint: str = "") -> Failure:
-    """Of ranks that share a fate, the first one speaks."""
+def _shared_failure(lost: Sequence[Member], what: str, hint: str = "") -> Failure:
+    """Name the first of several ranks with the same failure, and how many more there are."""
     first, *others = sorted(lost, key=lambda m: m.rank)
     more = f" (and {len(others)} more, on {_listed(m.host for m in others)})" if others else ""
-    return Failure(EXIT_FAILED, f"{first.place} {what}{more}.{hint} Its log: {first.log}")
+    return Failure(EXIT_FAILED, f"{first.where} {what}{more}.{hint} Its log: {first.log}")
 
 
 def _listed(hosts: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(hosts))
 
 
-def _how(returncode: int) -> str:
+def _describe_end(returncode: int) -> str:
     if returncode > 0:
         return f"ended with status {returncode}"
     memory = ", as the kernel does when memory runs out (see dmesg there)"
     cause = memory if returncode == -signal.SIGKILL else ""
-    return f"was ended by {_told(returncode)}{cause}"
+    return f"was ended by {_status_name(returncode)}{cause}"
 
 
-def _told(returncode: int) -> str:
-    """``status 1`` or ``SIGKILL``."""
+def _status_name(returncode: int) -> str:
+    """Return ``status 1`` or ``SIGKILL``."""
     if returncode >= 0:
         return f"status {returncode}"
     known = -returncode in [int(one) for one in signal.Signals]

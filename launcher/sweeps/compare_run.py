@@ -1,4 +1,4 @@
-"""A comparison at work: its runs are started, and what they come to is written. Torch-free."""
+"""Runs a comparison: starts its runs, and writes their results. Torch-free."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from launcher.jobs.verdict import EXIT_REFUSED
 from launcher.options import EVAL_FIELDS, to_arguments
 from launcher.sweeps.grid import Sweep, Trial, is_file, label
 from launcher.sweeps.plots import PICTURES, draw_sweep
-from launcher.sweeps.pool import Place, Work
+from launcher.sweeps.pool import Allocation, Work
 from launcher.sweeps.results import EVALUATION, Result, base_loss, read_result
 from launcher.sweeps.runs import (
     LORASB,
+    NUMBERS,
     RUNS,
+    TABLE,
     Conductor,
     errors_in,
     launch_arguments,
@@ -31,14 +33,12 @@ from launcher.sweeps.runs import (
     sweep_folder,
     train_command,
 )
-from launcher.sweeps.table import COLUMNS, LEGEND, as_dict, outcomes, ranking, table
+from launcher.sweeps.table import COLUMNS, LEGEND, as_dict, method_results, ranking, table
 from launcher.text import columns, markdown
 from lorasb_ds.config.run_layout import REPORT
 from lorasb_ds.system.files import write_json, write_text
 from lorasb_ds.system.signals import EXIT_STOPPED
 
-COMMAND = "compare"
-JSON, MARKDOWN = f"{COMMAND}.json", f"{COMMAND}.md"
 ASKED = EVALUATION.with_name("asked.json")  # what an evaluation was asked
 
 
@@ -48,8 +48,8 @@ class Comparison:
 
     Args:
         given: options of all runs, fields of RunConfig; what is None was not given.
-        own: method -> options of its runs.
-        options: all that must be the same when it goes on.
+        own: method -> options of its runs only.
+        options: all that must be the same when it is resumed.
     """
 
     folder: Path
@@ -66,17 +66,21 @@ class Comparison:
         return self.folder / RUNS / trial.name
 
     def options_of(self, trial: Trial) -> dict[str, Any]:
-        """Of a run, as fields of RunConfig."""
+        """Return the options of a run, fields of RunConfig."""
         own = {**self.given, **self.own.get(trial.method, {}), **trial.options}
         return {**own, "resume": "auto", "output_dir": str(self.run_folder(trial))}
 
-    def train_command(self, trial: Trial, place: Place, port: int | None = None) -> list[str]:
-        return train_command(self.launch, self.options_of(trial), place, port)
+    def train_command(
+        self, trial: Trial, allocation: Allocation, port: int | None = None
+    ) -> list[str]:
+        return train_command(self.launch, self.options_of(trial), allocation, port)
 
-    def eval_command(self, trial: Trial, place: Place, port: int | None = None) -> list[str]:
-        """In one process where the run had one, or else in as many as it had."""
+    def eval_command(
+        self, trial: Trial, allocation: Allocation, port: int | None = None
+    ) -> list[str]:
+        """Return `lorasb eval` for a run, in as many processes as the run had."""
         folder = self.run_folder(trial)
-        launch, on = launch_in(self.launch, place), []
+        launch, on = launch_in(self.launch, allocation), []
         if launch.hostfile or (launch.num_procs or launch.num_gpus or 1) > 1:
             on = launch_arguments(replace(launch, max_restarts=0), port)
         given = {name: self.given[name] for name in EVAL_FIELDS if name in self.given}
@@ -93,7 +97,7 @@ class Comparison:
 
     @property
     def questions(self) -> dict[str, Any]:
-        """What a run is asked, as it then stands beside its answers."""
+        """What a run is asked, as it is stored beside its answers."""
         return {"num_samples": self.eval_samples, "max_new_tokens": self.max_new_tokens}
 
     def has_answered(self, trial: Trial) -> bool:
@@ -104,21 +108,23 @@ class Comparison:
         return False
 
 
-def run_comparison(comparison: Comparison, places: Sequence[Place], overwrite: bool) -> int:
-    """All runs, and what they came to.
+def run_comparison(
+    comparison: Comparison, allocations: Sequence[Allocation], overwrite: bool
+) -> int:
+    """Do all runs, and write and print their results.
 
     Returns:
         The status for the shell: 1 if a run has failed, 75 if it was stopped.
     Raises:
-        ConfigError: if the folder is not one for this comparison.
+        ConfigError: if the folder is not one for this comparison, or is in use.
     """
     folder, options = comparison.folder, comparison.options
-    with sweep_folder(folder, COMMAND, options, overwrite, PICTURES):
-        return _Work(comparison, Conductor(places)).run()
+    with sweep_folder(folder, options, overwrite, PICTURES):
+        return _ComparisonRunner(comparison, Conductor(allocations)).run()
 
 
-class _Work:
-    """One stage after the other; what is known is written after every run."""
+class _ComparisonRunner:
+    """Does one stage after the other, and writes what is known after every run."""
 
     def __init__(self, comparison: Comparison, conductor: Conductor) -> None:
         self._of, self._conductor = comparison, conductor
@@ -133,14 +139,14 @@ class _Work:
         if of.eval_samples:
             self._evaluate()
         self._write(pictures=True)
-        self._tell()
+        self._print()
         if conductor.stopped:
             say("stopped: the same command goes on")
             return EXIT_STOPPED
         return 1 if conductor.failed else 0
 
     def _train(self, trials: Sequence[Trial]) -> None:
-        """Those that have no report yet."""
+        """Train those that have no report yet."""
         of = self._of
         due = [trial for trial in trials if not (of.run_folder(trial) / REPORT).is_file()]
         if len(due) < len(trials):
@@ -154,17 +160,17 @@ class _Work:
         self._see_to(due, of.train_command, ended)
 
     def _evaluate(self) -> None:
-        """Runs at their best learning rate, that have not been asked the same before."""
+        """Evaluate the runs at their best learning rate that have not answered the same before."""
         of = self._of
-        rows = outcomes(of.sweep, self._results())
+        rows = method_results(of.sweep, self._results())
         chosen = [result.trial for row in rows for result in row.results]
         refused: set[str] = set()  # methods
 
         def ended(trial: Trial, work: Work, status: int, seconds: float) -> None:
             if status == EXIT_REFUSED and is_file(trial.method):  # no plain LoRA, as a rule
                 if trial.method not in refused:
-                    told = " ".join(errors_in(work.log).split())
-                    say(f"{label(trial.method)} has no accuracy: {told or f'see {work.log}'}")
+                    why = " ".join(errors_in(work.log).split())
+                    say(f"{label(trial.method)} has no accuracy: {why or f'see {work.log}'}")
                 refused.add(trial.method)
                 return
             if status == 0:
@@ -180,16 +186,16 @@ class _Work:
     def _see_to(
         self,
         trials: Sequence[Trial],
-        command: Callable[[Trial, Place, int], list[str]],
+        command: Callable[[Trial, Allocation, int], list[str]],
         ended: Callable[[Trial, Work, int, float], None],
         what: str = "",
     ) -> None:
-        """Jobs for some trials, which are called ``what`` and the trial's name."""
+        """Run jobs for some trials, which are called ``what`` and the trial's name."""
         by_name = {f"{what}{trial.name}": trial for trial in trials}
 
         def work(name: str, trial: Trial) -> Work:
             log = log_of(self._of.folder, trial.name)
-            return Work(name, lambda place, port: command(trial, place, port), log)
+            return Work(name, lambda allocation, port: command(trial, allocation, port), log)
 
         self._conductor.run(
             [work(name, trial) for name, trial in by_name.items()],
@@ -197,12 +203,12 @@ class _Work:
         )
 
     def _results(self) -> dict[Trial, Result]:
-        """Of all trials that there are by now, as far as they have come."""
+        """Return the results of all trials that are known by now, finished or not."""
         sweep, failed = self._of.sweep, self._conductor.failed
         found = self._read(sweep.first())
         if any(not result.finished and t.name not in failed for t, result in found.items()):
             return found  # what is best is not known yet
-        return found | self._read(sweep.then(ranking(outcomes(sweep, found))))
+        return found | self._read(sweep.then(ranking(method_results(sweep, found))))
 
     def _read(self, trials: Iterable[Trial]) -> dict[Trial, Result]:
         found = {}
@@ -213,17 +219,17 @@ class _Work:
         return found
 
     def _write(self, pictures: bool = False) -> None:
-        """``compare.json`` and ``compare.md``; and the pictures."""
+        """Write ``compare.json`` and ``compare.md``; and the pictures."""
         of, results = self._of, self._results()
         content = {"options": of.options, **as_dict(of.sweep, results)}
-        write_json(of.folder / JSON, content)
-        rows = outcomes(of.sweep, results)
+        write_json(of.folder / NUMBERS, content)
+        rows = method_results(of.sweep, results)
         base = base_loss(results.values())
         drawn = draw_sweep(of.folder, of.folder / RUNS, rows, base) if pictures else []
         lines = ["# Comparison", "", *markdown(COLUMNS, table(rows)), "", LEGEND, ""]
         lines += [f"{note}\n" for note in self._notes(results)]
         lines += [f"![{path.stem.replace('-', ' ')}]({path.name})\n" for path in drawn]
-        write_text(of.folder / MARKDOWN, "\n".join(lines))
+        write_text(of.folder / TABLE, "\n".join(lines))
 
     def _notes(self, results: Mapping[Trial, Result]) -> list[str]:
         notes = []
@@ -243,10 +249,10 @@ class _Work:
             notes.append(f"Not asked for now, and not in the table: {', '.join(sorted(others))}.")
         return notes
 
-    def _tell(self) -> None:
-        """The table, and what has failed."""
+    def _print(self) -> None:
+        """Print the table, and what has failed."""
         of, results, failed = self._of, self._results(), self._conductor.failed
-        lines = [*columns(COLUMNS, table(outcomes(of.sweep, results))), "", LEGEND]
+        lines = [*columns(COLUMNS, table(method_results(of.sweep, results))), "", LEGEND]
         lines += [*self._notes(results), "", f"table, numbers and pictures: {of.folder}"]
         with suppress(OSError):  # a terminal that was closed
             click.echo("\n".join(["", *lines]))

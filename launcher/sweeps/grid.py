@@ -16,9 +16,9 @@ from lorasb_ds.errors import ConfigError, option_name
 
 Number = TypeVar("Number", int, float)
 
-# What a sweep sets in its runs, and the user sets for the sweep.
+# Options that a sweep sets in its runs, and that the user gives for the sweep.
 SWEPT = ("method", "lr", "r", "seed", "output_dir", "overwrite", "resume")
-# What a method may have for itself: all but rows, batches and the number of steps.
+# Options that a method may have for itself: all but rows, batches and the number of steps.
 OWN = (
     *("lora_alpha", "gamma", "precondition", "target_modules"),
     *("init_lr", "init_update", "init_samples", "init_data", "init_seed"),
@@ -50,7 +50,7 @@ class Trial:
 
 
 def label(method: str) -> str:
-    """What a method is called in names of runs: PEFT's by their file."""
+    """Return a method's name in names of runs; PEFT's are called by their file."""
     return Path(method.removeprefix(PEFT_PREFIX)).stem if is_file(method) else method
 
 
@@ -59,7 +59,7 @@ def is_file(method: str) -> bool:
 
 
 def short(number: float) -> str:
-    """The shortest text of a number that gives it back: 2e-3, 1.2e-2, 1e0."""
+    """Return the shortest text that a number can be read back from: 2e-3, 1.2e-2, 1e0."""
     _, digits, exponent = Decimal(repr(number)).normalize().as_tuple()
     assert isinstance(exponent, int)
     first, *rest = map(str, digits)
@@ -72,8 +72,8 @@ class Sweep:
     """Learning rates and ranks of every method; seeds, the first of which every trial has.
 
     Args:
-        best: so many (method, r) get the other seeds, at their best learning rate; None: all do,
-            at all of them.
+        best: number of (method, r) that get the other seeds, at their best learning rate; with None
+            all do, at all learning rates.
     """
 
     lrs: Mapping[str, tuple[float, ...]]
@@ -83,11 +83,11 @@ class Sweep:
 
     @property
     def contenders(self) -> list[tuple[str, int | None]]:
-        """Every (method, r): what a row of the table is about."""
+        """Every (method, r), each of which is a row of the table."""
         return [(method, r) for method, ranks in self.ranks.items() for r in ranks]
 
     def first(self) -> list[Trial]:
-        """Trials that do not depend on results."""
+        """Return the trials that do not depend on results."""
         seeds = self.seeds if self.best is None else self.seeds[:1]
         return [
             Trial(method, lr, r, seed)
@@ -97,7 +97,7 @@ class Sweep:
         ]
 
     def then(self, ranking: Sequence[tuple[str, int | None, float]]) -> list[Trial]:
-        """Those that do.
+        """Return the trials that depend on results.
 
         Args:
             ranking: (method, r, its best learning rate), the best one first.
@@ -111,7 +111,7 @@ class Sweep:
         ]
 
     def describe(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return it for JSON."""
         return {
             "lrs": {method: list(lrs) for method, lrs in self.lrs.items()},
             "ranks": {method: list(ranks) for method, ranks in self.ranks.items()},
@@ -128,14 +128,14 @@ def make_sweep(
     best: int | None = None,
     files: Mapping[str, int | None] | None = None,
 ) -> Sweep:
-    """A sweep from the words of a command line.
+    """Make a sweep from the words of a command line.
 
     Args:
         lrs, ranks: lists as ``1e-3,2e-3`` for all methods, or ``METHOD=1e-4,3e-4`` for one.
         seeds: lists.
         files: the rank that each PEFT configuration among the methods has.
     Raises:
-        ConfigError: if it is none, or has two runs of the same name.
+        ConfigError: if they do not make a sweep, or two runs would have the same name.
     """
     problems = [
         f"--method {method!r} is not known. Give one of {', '.join(METHODS)}, or "
@@ -172,7 +172,7 @@ def make_sweep(
 
 
 def check_names(methods: Iterable[str], sweep: Sweep) -> None:
-    """Refuse a sweep in which two runs are called the same: they would share a folder.
+    """Refuse a sweep in which two runs have the same name, and so the same folder.
 
     Raises:
         ConfigError: with what was given twice.
@@ -199,10 +199,10 @@ def check_names(methods: Iterable[str], sweep: Sweep) -> None:
 
 
 def own_options(given: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Method -> its own options, of words ``METHOD:OPTION=VALUE``.
+    """Parse words ``METHOD:OPTION=VALUE`` into method -> its own options.
 
     Raises:
-        ConfigError: for a word that is none.
+        ConfigError: for a word of another form, or an option that methods cannot have.
     """
     found: dict[str, dict[str, str]] = {}
     for word in given:
@@ -222,18 +222,18 @@ def own_options(given: Sequence[str], methods: Sequence[str]) -> dict[str, dict[
 
 
 def _method(what: str, name: str, methods: Sequence[str]) -> str:
-    """The one that is meant: as --method has it, or by its label."""
+    """Find a method by what --method has, or by its label."""
     for method in methods:
         if name in (method, label(method)):
             return method
     known = ", ".join(map(label, methods)) or "there is none"
-    raise ConfigError(f"{what}: {name} is no --method of this sweep ({known}). Give it, too.")
+    raise ConfigError(f"{what}: {name} is not a --method of this sweep ({known}). Give it, too.")
 
 
 def _by_method(
     option: str, given: Sequence[str], methods: Sequence[str], number: Callable[[str], Number]
 ) -> dict[str, tuple[Number, ...]]:
-    """Method -> its own list, or the one of all."""
+    """Return method -> its own list, or the one of all methods."""
     of_all: list[Number] = []
     own: dict[str, list[Number]] = {}
     for word in given:
@@ -262,5 +262,5 @@ def _numbers(
     except ValueError:
         kind = "whole numbers" if number is int else "finite numbers"
         raise ConfigError(
-            f"{option} {','.join(words)} must be {kind}, separated by commas. Mend it."
+            f"{option} {','.join(words)} must be {kind}, separated by commas. Fix it."
         ) from None

@@ -1,16 +1,14 @@
-"""Pictures of sweeps: losses over steps, learning rates, parameters, samples. Torch-free."""
+"""Pictures of a sweep: losses over steps, learning rates and parameters. Torch-free."""
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.sweeps.grid import label, short
-from launcher.sweeps.sensitivity import SIDES, Pair, Size
-from launcher.sweeps.table import Outcome
+from launcher.sweeps.table import MethodResult
 from lorasb_ds.config.run_layout import METRICS
 from lorasb_ds.runs.history import read_rows
 from lorasb_ds.runs.plots import draw_comparison
@@ -24,13 +22,17 @@ PICTURES = ("loss-over-steps.png", "loss-over-lr.png", "loss-over-parameters.png
 MARKERS = "osD^vP*X"
 
 
-def draw_sweep(folder: Path, runs: Path, rows: Sequence[Outcome], base_loss: float) -> list[Path]:
-    """The three pictures; none as long as no run has come to its end.
+def draw_sweep(
+    folder: Path, runs: Path, rows: Sequence[MethodResult], base_loss: float
+) -> list[Path]:
+    """Draw the three pictures; none as long as no run is finished.
 
     Args:
-        folder: where they go.
-        runs: the folder of the runs' folders.
-        base_loss: held out; nan where it is not known.
+        folder: where they are written.
+        runs: folder of the runs' folders.
+        base_loss: held-out loss of the base; nan where it is not known.
+    Returns:
+        Paths of the pictures.
     """
     known = [row for row in rows if row.best_lr is not None]
     if not known:
@@ -48,11 +50,11 @@ def draw_sweep(folder: Path, runs: Path, rows: Sequence[Outcome], base_loss: flo
     return paths
 
 
-def _draw_over_lr(path: Path, rows: Sequence[Outcome], base_loss: float) -> None:
+def _draw_over_lr(path: Path, rows: Sequence[MethodResult], base_loss: float) -> None:
     figure, axes = _new("learning rate")
     for row in rows:
         most = max(rate.seeds for rate in row.rates.values())
-        # A mean over fewer seeds is none to be compared.
+        # Means over fewer seeds cannot be compared with it.
         lrs = sorted(lr for lr, rate in row.rates.items() if rate.seeds == most)
         color, marker = _style(row, rows)
         losses = [row.rates[lr].loss for lr in lrs]
@@ -60,7 +62,7 @@ def _draw_over_lr(path: Path, rows: Sequence[Outcome], base_loss: float) -> None
     _save(path, figure, axes, base_loss)
 
 
-def _draw_over_parameters(path: Path, rows: Sequence[Outcome], base_loss: float) -> None:
+def _draw_over_parameters(path: Path, rows: Sequence[MethodResult], base_loss: float) -> None:
     figure, axes = _new("trainable parameters")
     for method in dict.fromkeys(row.method for row in rows):
         own = [row for row in rows if row.method == method and row.trainable]
@@ -90,7 +92,7 @@ def _new(xlabel: str) -> tuple[Figure, Axes]:
 
 
 def _save(path: Path, figure: Figure, axes: Axes, base_loss: float) -> None:
-    """With the base's loss where some are worse: these are cut off above it."""
+    """Save a figure, with a line for the base's loss where some are worse: these are cut off."""
     import numpy as np
 
     sizes, losses = np.concatenate([np.asarray(line.get_xydata()) for line in axes.lines]).T
@@ -104,50 +106,16 @@ def _save(path: Path, figure: Figure, axes: Axes, base_loss: float) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _name(row: Outcome, rows: Sequence[Outcome]) -> str:
-    """With r where a method has several."""
+def _name(row: MethodResult, rows: Sequence[MethodResult]) -> str:
+    """Return a method's name, with r where there are several."""
     several = len({other.r for other in rows}) > 1
     has_rank = several and row.r is not None
     return f"{label(row.method)}, r = {row.r}" if has_rank else label(row.method)
 
 
-def _style(row: Outcome, rows: Sequence[Outcome]) -> tuple[str, str]:
-    """A colour for each method, and a marker for each r."""
+def _style(row: MethodResult, rows: Sequence[MethodResult]) -> tuple[str, str]:
+    """Choose a colour for each method, and a marker for each r."""
     methods = sorted({other.method for other in rows})
     ranks = sorted({other.r or 0 for other in rows})
     color, marker = methods.index(row.method) % 10, ranks.index(row.r or 0) % len(MARKERS)
     return f"C{color}", MARKERS[marker]
-
-
-def draw_sensitivity(path: Path, sizes: Sequence[Size], chance: Pair) -> None:
-    """A PNG: overlaps of the bases and held-out losses, over the rows of a sample."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    overlap, loss = figure.subplots(1, 2)
-    numbers = [size.num_rows for size in sizes]
-    for i, side in enumerate(SIDES):
-        between, largest = ([getattr(s, a)[i] for s in sizes] for a in ("between", "with_largest"))
-        overlap.plot(numbers, between, "o-", color=f"C{i}", label=f"{side}, between seeds")
-        overlap.plot(numbers, largest, "s--", color=f"C{i}", label=f"{side}, with most rows")
-        overlap.axhline(chance[i], color=f"C{i}", ls=":", lw=1, label=f"{side}, by chance")
-    overlap.set(ylim=(0, 1.02), ylabel="overlap of subspaces (1: the same)")
-    for i, (name, when) in enumerate((("init_loss", "after the init"), ("loss", "at the end"))):
-        for size in sizes:
-            found = [getattr(result, name) for result in size.results]
-            loss.plot([size.num_rows] * len(found), found, ".", color=f"C{i}", alpha=0.5)
-        means = [statistics.fmean(getattr(r, name) for r in size.results) for size in sizes]
-        loss.plot(numbers, means, "o-", color=f"C{i}", label=f"{when}, mean")
-    loss.set(ylabel="held-out loss")
-    for axes in (overlap, loss):
-        _finish(axes, numbers)
-    figure.savefig(path, dpi=120)
-
-
-def _finish(axes: Axes, numbers: Sequence[int]) -> None:
-    axes.set_xscale("log")
-    axes.set_xticks(numbers, [f"{number:,}" for number in numbers])
-    axes.minorticks_off()
-    axes.set_xlabel("rows of the init's sample")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")

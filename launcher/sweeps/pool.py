@@ -1,4 +1,4 @@
-"""Several jobs of this command line at a time: each in a place of its own. Torch-free."""
+"""Several commands at a time, each on an allocation of its own. Torch-free."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a job can run: a share of this host, or another host.
+class Allocation:
+    """What one job gets: a part of this host, or another host.
 
     Args:
         include: the host and its slots, as --include names them; empty for this host.
-        environment: what is to be set for the job.
+        environment: variables to be set for the job.
     """
 
     include: str = ""
@@ -34,15 +34,15 @@ class Place:
 
 @dataclass(frozen=True)
 class Work:
-    """A job.
+    """A run of a sweep, or its evaluation, as a command.
 
     Args:
-        command: its argument list in a place, given a port that no other job here has.
-        log: what it prints is added there.
+        command: makes its argument list, from an allocation and a port that no other job here has.
+        log: its output is appended there.
     """
 
     name: str
-    command: Callable[[Place, int], Sequence[str]]
+    command: Callable[[Allocation, int], Sequence[str]]
     log: Path
 
 
@@ -55,44 +55,45 @@ class _Running:
 
 
 class Pool:
-    """Starts jobs while there are places, and passes on what asks this process to end."""
+    """Starts jobs while allocations are free, and passes on the signals that ask to end."""
 
-    def __init__(self, places: Sequence[Place]) -> None:
-        self.places = places
-        self.asked: list[int] = []  # signals
+    def __init__(self, allocations: Sequence[Allocation]) -> None:
+        self.allocations = allocations
+        self.stop_signals: list[int] = []
         self._running: dict[int, _Running] = {}
 
     @property
     def stopped(self) -> bool:
-        return bool(self.asked)
+        return bool(self.stop_signals)
 
     def listen(self) -> None:
-        """From the main thread only."""
+        """Handle signals; call it from the main thread."""
         listen_to((*SIGNALS, signal.SIGHUP), self._pass_on)
 
     def _pass_on(self, signum: int, _frame: object) -> None:
-        self.asked.append(signum)
+        self.stop_signals.append(signum)
         for running in list(self._running.values()):
             _send(running.child, signum)
 
     def run(
         self,
         jobs: Sequence[Work],
-        began: Callable[[Work, Place], None],
+        began: Callable[[Work, Allocation], None],
         ended: Callable[[Work, int, float], None],
     ) -> None:
-        """See all jobs to their end; after a signal only those that run.
+        """See all jobs to their end; after a signal, only those that run.
 
         Args:
-            ended: is told the status, as a shell has it, and the seconds.
+            began: is called with a job and its allocation.
+            ended: is called with a job, its status as a shell has it, and its seconds.
         """
         waiting = deque(jobs)
         while self._running or (waiting and not self.stopped):
-            for i, place in enumerate(self.places):
+            for i, allocation in enumerate(self.allocations):
                 if i not in self._running and waiting and not self.stopped:
                     work = waiting.popleft()
-                    began(work, place)
-                    self._start(i, work, place)
+                    began(work, allocation)
+                    self._start(i, work, allocation)
             for i, running in list(self._running.items()):
                 status = running.child.poll()
                 if status is not None:
@@ -103,16 +104,16 @@ class Pool:
                     ended(running.work, status, time.monotonic() - running.since)
             time.sleep(POLL_S)
 
-    def _start(self, i: int, work: Work, place: Place) -> None:
+    def _start(self, i: int, work: Work, allocation: Allocation) -> None:
         taken = {running.port for running in self._running.values()}
         while (port := free_port()) in taken:
             pass
         work.log.parent.mkdir(parents=True, exist_ok=True)
-        told = len(self.asked)
+        sent = len(self.stop_signals)
         with work.log.open("ab") as log:
             child = subprocess.Popen(
-                work.command(place, port),
-                env={**os.environ, **place.environment},
+                work.command(allocation, port),
+                env={**os.environ, **allocation.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -120,7 +121,7 @@ class Pool:
                 preexec_fn=_end_with_parent,
             )
         self._running[i] = _Running(work, child, port, time.monotonic())
-        for signum in self.asked[told:]:  # it came while the job was started
+        for signum in self.stop_signals[sent:]:  # it came while the job was started
             _send(child, signum)
 
 
@@ -128,11 +129,11 @@ _LIBC = ctypes.CDLL(None)  # not loaded between fork and exec
 
 
 def _end_with_parent() -> None:
-    """In the child: if this process is killed, the job is asked to end, and saves."""
+    """Run in the child: if this process is killed, the job is asked to end, and saves."""
     _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _send(child: subprocess.Popen[bytes], signum: int) -> None:
-    """Ctrl-C as such, since a second one means more; all others as what every job knows."""
+    """Pass Ctrl-C on as it is, since a second one means more; all others as SIGTERM."""
     if child.poll() is None:
         child.send_signal(signum if signum == signal.SIGINT else signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""What the runs of a sweep came to, read from their folders. Torch-free."""
+"""Results of a sweep's runs, read from their folders. Torch-free."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EVALUATION = Path("eval", EVAL_RESULT)  # in a run's folder
 
 @dataclass(frozen=True)
 class Result:
-    """A trial's folder, as far as there is one. What is not known is nan, or None."""
+    """The result of a trial, as far as its folder has one. What is not known is nan, or None."""
 
     trial: Trial
     finished: bool
@@ -49,12 +49,12 @@ class Result:
             **{name: known(value) for name, value in numbers.items()},
             "trainable_parameters": self.trainable,
             "memory_bytes": self.memory_bytes,
-            "accuracy": describe_share(self.accuracy),
+            "accuracy": describe_accuracy(self.accuracy),
         }
 
 
 def read_result(folder: Path, trial: Trial) -> Result:
-    """What the folder of a trial's run says, whatever state it is in."""
+    """Read the folder of a trial's run, whatever state it is in."""
     run = Run(trial.name, {}, (), "")
     if (folder / RUN_JSON).is_file():
         (run,) = read_runs([str(folder)])
@@ -75,7 +75,7 @@ def read_result(folder: Path, trial: Trial) -> Result:
 
 
 def base_loss(results: Iterable[Result]) -> float:
-    """Held out, before any adapter: that of the first run which has one."""
+    """Return the held-out loss of the base, from the first run that has it; nan if none has."""
     found = (result.base_loss for result in results if math.isfinite(result.base_loss))
     return next(found, math.nan)
 
@@ -88,7 +88,7 @@ def _init_seconds(folder: Path) -> float:
 
 
 def _accuracy(folder: Path) -> Share | None:
-    """The first score of an evaluation: exact match, or accuracy."""
+    """Return the first score of an evaluation: exact match, or accuracy."""
     try:
         content = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
         score = next(iter(content["results"][0]["scores"].values()))
@@ -97,7 +97,7 @@ def _accuracy(folder: Path) -> Share | None:
         return None
 
 
-def describe_share(accuracy: Share | None) -> dict[str, Any] | None:
+def describe_accuracy(accuracy: Share | None) -> dict[str, Any] | None:
     """For JSON."""
     if accuracy is None:
         return None

@@ -1,4 +1,4 @@
-"""Runs of a sweep: each a `lorasb train` with a name, in one folder that can be gone on with.
+"""Runs of a sweep: each is a `lorasb train` with a name; their common folder can be resumed.
 
 Torch-free.
 """
@@ -22,14 +22,14 @@ from filelock import FileLock, Timeout
 
 from launcher.jobs.launch_options import OPTIONS, LaunchOptions
 from launcher.options import to_arguments
-from launcher.sweeps.pool import Place, Pool, Work
+from launcher.sweeps.pool import Allocation, Pool, Work
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.errors import ConfigError, option_name
 from lorasb_ds.runs.compare import NOT_COMPARED
 from lorasb_ds.system.files import write_json
 
 LORASB = (sys.executable, "-m", "launcher.cli")
-# Options that do not change what a run comes to.
+# Options that do not change the result of a run.
 OF_NO_CONSEQUENCE = {*NOT_COMPARED, "save_every", "keep_last", "on_save_error", "profile"}
 PARALLEL = click.option(
     "--parallel",
@@ -38,18 +38,20 @@ PARALLEL = click.option(
     show_default=True,
     help="Runs at a time on this host.",
 )
-RUNS = "runs"  # in the folder of a sweep
+# In the folder of a sweep.
+RUNS = "runs"
+NUMBERS, TABLE, LOCK = "compare.json", "compare.md", "compare.lock"
 
 
-def launch_in(launch: LaunchOptions, place: Place) -> LaunchOptions:
-    """The launch options of a place's jobs."""
+def launch_in(launch: LaunchOptions, allocation: Allocation) -> LaunchOptions:
+    """Return the launch options of a job on an allocation."""
     if launch.hostfile is None:
         return launch
-    return replace(launch, include=place.include, exclude="", num_nodes=None)
+    return replace(launch, include=allocation.include, exclude="", num_nodes=None)
 
 
 def launch_arguments(launch: LaunchOptions, port: int | None) -> list[str]:
-    """Launch options as words of a command line; those that were not given are left out."""
+    """Return launch options as words of a command line, without those that were not given."""
     given = {
         name: value
         for name, option in OPTIONS.items()
@@ -60,85 +62,84 @@ def launch_arguments(launch: LaunchOptions, port: int | None) -> list[str]:
 
 
 def train_command(
-    launch: LaunchOptions, options: Mapping[str, Any], place: Place, port: int | None = None
+    launch: LaunchOptions,
+    options: Mapping[str, Any],
+    allocation: Allocation,
+    port: int | None = None,
 ) -> list[str]:
-    """`lorasb train` in a place.
+    """Return `lorasb train` on an allocation, as an argument list.
 
     Args:
         options: fields of RunConfig.
     """
     return [
         *(*LORASB, "train"),
-        *launch_arguments(launch_in(launch, place), port),
+        *launch_arguments(launch_in(launch, allocation), port),
         *to_arguments(options),
     ]
 
 
 def shown(name: str, command: Sequence[str]) -> str:
-    """A run and its command, as a dry run tells them."""
+    """Return a run and its command, as a dry run prints them."""
     return f"{name}: {shlex.join(['lorasb', *command[len(LORASB) :]])}"
 
 
 def log_of(folder: Path, name: str) -> Path:
-    """What a run of the sweep in ``folder`` prints."""
+    """Return the log of a run of the sweep in ``folder``."""
     return folder / RUNS / f"{name}.log"
 
 
 @contextmanager
 def sweep_folder(
-    folder: Path,
-    command: str,
-    options: Mapping[str, Any],
-    overwrite: bool,
-    pictures: Sequence[str] = (),
+    folder: Path, options: Mapping[str, Any], overwrite: bool, pictures: Sequence[str] = ()
 ) -> Iterator[None]:
-    """The folder of a sweep, to this process alone.
+    """Hold the folder of a sweep for this process alone.
+
+    It has a ``compare.json`` from now on, which marks it as the folder of a sweep.
 
     Args:
-        command: ``compare`` for `lorasb compare`, whose numbers are in ``compare.json``: from now
-            on it is there, by which the folder is known as one of this command.
         options: all that must be the same when a sweep goes on.
-        overwrite: delete what is there of an earlier one.
-        pictures: names of those that the command leaves there.
+        overwrite: delete what an earlier sweep has left there.
+        pictures: names of the pictures that a sweep leaves there.
     Raises:
         ConfigError: if it is not a folder for this sweep, or another process is at work there.
     """
-    check_folder(folder, command, options, overwrite)
+    check_folder(folder, options, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / f"{command}.lock")
+    lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         raise ConfigError(
-            f"--output-dir {folder}: another `lorasb {command}` is at work there. Wait for its "
-            "end, or name another folder."
+            f"--output-dir {folder}: another `lorasb compare` is at work there. Wait for its end, "
+            "or name another folder."
         ) from None
     with lock:
         if overwrite:
-            _remove(folder, [f"{command}.md", *pictures])
+            _remove(folder, [TABLE, *pictures])
         # After all else: if this is killed before, the folder can be overwritten again.
-        if overwrite or not (folder / f"{command}.json").exists():
-            write_json(folder / f"{command}.json", {"options": options})
+        if overwrite or not (folder / NUMBERS).exists():
+            write_json(folder / NUMBERS, {"options": options})
         yield
 
 
-def check_folder(folder: Path, command: str, options: Mapping[str, Any], overwrite: bool) -> None:
-    """Refuse a folder that is none of such a sweep, or of one with other options.
+def check_folder(folder: Path, options: Mapping[str, Any], overwrite: bool) -> None:
+    """Refuse a folder that is not one of a sweep, or one of a sweep with other options.
 
     Raises:
         ConfigError: with what differs.
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--output-dir {folder} is a file. Name a folder.")
-    if not folder.is_dir() or not {path.name for path in folder.iterdir()} - {f"{command}.lock"}:
+    if not folder.is_dir() or not {path.name for path in folder.iterdir()} - {LOCK}:
         return
     try:
-        stored = json.loads((folder / f"{command}.json").read_text(encoding="utf-8"))["options"]
+        stored = json.loads((folder / NUMBERS).read_text(encoding="utf-8"))["options"]
         differ = differing(options, stored)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(
-            f"--output-dir {folder} is not empty, and has no {command}.json of a `lorasb "
-            f"{command}`. Name another folder."
+            f"--output-dir {folder} is not empty, and has no {NUMBERS} of a `lorasb compare`. Name "
+            "another folder."
         ) from None
     if differ and not overwrite:
         raise ConfigError(
@@ -150,7 +151,7 @@ def check_folder(folder: Path, command: str, options: Mapping[str, Any], overwri
 
 
 def differing(options: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
-    """What was given otherwise than before: a line for each."""
+    """Return a line for each option that differs from before."""
     fields = {name: value for name, value in stored.items() if name in RunConfig.model_fields}
     defaults = json.loads(RunConfig.model_validate(fields).model_dump_json())
     before = {name: stored.get(name, defaults.get(name)) for name in options}
@@ -162,7 +163,7 @@ def differing(options: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str
 def _differing(
     now: Mapping[str, Any], before: Mapping[str, Any], known: Mapping[str, Any], of: str = ""
 ) -> list[str]:
-    """Options of a group are named with it; ``own`` are the groups of single methods."""
+    """Name options of a group with it; ``own`` holds the groups of single methods."""
     lines = []
     for name in dict.fromkeys([*now, *before]):
         new, old = now.get(name), before.get(name)
@@ -175,7 +176,7 @@ def _differing(
 
 
 def _remove(folder: Path, names: Sequence[str]) -> None:
-    """The runs, and some files."""
+    """Remove the runs, and some files."""
     if (folder / RUNS).exists():
         shutil.rmtree(folder / RUNS)
     for name in names:
@@ -183,10 +184,10 @@ def _remove(folder: Path, names: Sequence[str]) -> None:
 
 
 class Conductor:
-    """Jobs are started, and how each of them begins and ends is told."""
+    """Runs jobs in a pool, and prints how each of them begins and ends."""
 
-    def __init__(self, places: Sequence[Place]) -> None:
-        self.pool = Pool(places)
+    def __init__(self, allocations: Sequence[Allocation]) -> None:
+        self.pool = Pool(allocations)
         self.failed: dict[str, str] = {}  # name -> why
 
     @property
@@ -194,25 +195,25 @@ class Conductor:
         return self.pool.stopped
 
     def run(self, work: Sequence[Work], ended: Callable[[Work, int, float], None]) -> None:
-        """See them to their end.
+        """See jobs to their end.
 
         Args:
-            ended: is told the status, as a shell has it, and the seconds.
+            ended: is called with a job, its status as a shell has it, and its seconds.
         """
         total, begun = len(work), iter(range(1, len(work) + 1))
 
-        def began(work: Work, place: Place) -> None:
-            where = f" on {place.include}" if place.include else ""
+        def began(work: Work, allocation: Allocation) -> None:
+            where = f" on {allocation.include}" if allocation.include else ""
             say(f"{work.name} begins ({next(begun)} of {total}){where}")
 
         if work and not self.stopped:
             self.pool.run(work, began, ended)
 
     def end(self, work: Work, status: int, seconds: float, came_to: str) -> None:
-        """Tell it, and keep why it has failed.
+        """Print how a job has ended, and keep why it has failed.
 
         Args:
-            came_to: what is told of a job that did not fail.
+            came_to: what to print of a job that did not fail.
         """
         took = timedelta(seconds=round(seconds))
         if status == 0:
@@ -225,13 +226,13 @@ class Conductor:
 
 
 def errors_in(log: Path) -> str:
-    """The last paragraph in which a job said why it has failed."""
+    """Return the last paragraph in which a job said why it has failed."""
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     _, found, last = text.rpartition("lorasb: error: ")
     return last.partition("\nlorasb: ")[0].strip()[:500] if found else ""
 
 
 def say(text: str) -> None:
-    """A line on the console, with the time."""
+    """Print a line with the time."""
     with suppress(OSError):  # a terminal that was closed
         click.echo(f"{time.strftime('%H:%M:%S')} {text}")

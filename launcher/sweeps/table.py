@@ -1,4 +1,4 @@
-"""The table of a sweep: which learning rate and which method is best. Torch-free, pure."""
+"""The table of a sweep: the best learning rate of each method, and the best method. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 from launcher.sweeps.grid import Sweep, Trial, label, short
-from launcher.sweeps.results import Result, base_loss, describe_share
+from launcher.sweeps.results import Result, base_loss, describe_accuracy
 from lorasb_ds.evaluation.proportions import Share
 from lorasb_ds.runs.compare import known
 from lorasb_ds.system.units import GIB
@@ -37,12 +37,12 @@ LEGEND = (
 
 @dataclass(frozen=True)
 class Rate:
-    """A learning rate of a row, by the seeds that all its learning rates were asked for.
+    """A learning rate of a row, over the seeds that all its learning rates were asked for.
 
     Attributes:
         loss: held out, mean over the seeds that have a result; nan where there is none.
-        seeds: which have one, so many.
-        asked: all of them.
+        seeds: number of seeds that have a result.
+        asked: number of all of them.
     """
 
     loss: float
@@ -51,7 +51,7 @@ class Rate:
 
     @property
     def order(self) -> tuple[int, float]:
-        """The least is the best: one that fails on a seed comes after those that do not."""
+        """Sort key, best first: a rate that fails on a seed comes after those that do not."""
         return -self.seeds, self.loss
 
     def __str__(self) -> str:
@@ -60,15 +60,14 @@ class Rate:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """A method with an r: a row of the table.
+class MethodResult:
+    """The results of a method with one r: a row of the table.
 
     Attributes:
-        rates: by their learning rates.
-        best_lr: the first of those with most seeds and least loss; None if no run has come to an
-            end.
+        rates: learning rate -> its results.
+        best_lr: the first of those with most seeds and lowest loss; None if no run is finished.
         results: at that learning rate, of all seeds that have one.
-        asked: seeds of that learning rate, with or without a result.
+        asked: number of seeds of that learning rate, with or without a result.
     """
 
     method: str
@@ -80,7 +79,7 @@ class Outcome:
 
     @property
     def edge(self) -> str:
-        """Where the best learning rate is at an end of the list, so that it is not tuned."""
+        """Mark of a best learning rate at an end of its list, where a better one may lie beyond."""
         if self.best_lr is None:
             return ""
         if len(self.rates) == 1:
@@ -90,18 +89,18 @@ class Outcome:
 
     @property
     def loss(self) -> float:
-        """Over the seeds, at the best learning rate."""
+        """Held-out loss, mean over the seeds at the best learning rate."""
         return _mean(result.loss for result in self.results)
 
     @property
     def spread(self) -> float:
-        """Standard deviation of a seed's loss; nan with one seed."""
+        """Standard deviation of the loss over seeds; nan with one seed."""
         found = [result.loss for result in self.results]
         return statistics.stdev(found) if len(found) > 1 else math.nan
 
     @property
     def accuracy(self) -> Share | None:
-        """Of all seeds together, none of which counts for more than its rows."""
+        """Accuracy over the rows of all seeds together."""
         found = [result.accuracy for result in self.results if result.accuracy is not None]
         if not found:
             return None
@@ -124,7 +123,7 @@ class Outcome:
         return max((result.memory_bytes or 0 for result in self.results), default=0) or None
 
     def describe(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return its numbers, for JSON."""
         return {
             "method": self.method,
             "r": self.r,
@@ -138,7 +137,7 @@ class Outcome:
             "seeds_asked": self.asked,
             "loss": known(self.loss),
             "loss_std": known(self.spread),
-            "accuracy": describe_share(self.accuracy),
+            "accuracy": describe_accuracy(self.accuracy),
             "trainable_parameters": self.trainable,
             "seconds": known(self.seconds),
             "init_seconds": known(self.init_seconds),
@@ -146,17 +145,17 @@ class Outcome:
         }
 
 
-def outcomes(sweep: Sweep, results: Mapping[Trial, Result]) -> list[Outcome]:
-    """A row for each method and r: the best first, those without a result last."""
-    rows = [_outcome(method, r, sweep.lrs[method], results) for method, r in sweep.contenders]
+def method_results(sweep: Sweep, results: Mapping[Trial, Result]) -> list[MethodResult]:
+    """Return a row for each method and r: the best first, those without a result last."""
+    rows = [_method_result(method, r, sweep.lrs[method], results) for method, r in sweep.contenders]
     return sorted(rows, key=lambda row: (math.isnan(row.loss), row.loss))
 
 
-def ranking(rows: Iterable[Outcome]) -> list[tuple[str, int | None, float]]:
-    """``Sweep.then``'s: by the losses that chose the learning rates, which all have seeds for.
+def ranking(rows: Iterable[MethodResult]) -> list[tuple[str, int | None, float]]:
+    """Rank methods for ``Sweep.then``, by the losses that chose their learning rates.
 
-    Not by the mean over all seeds, of which the best have more: what is best must not change
-    when these are there.
+    The mean over all seeds would not do: the best have more seeds, and the ranking must not change
+    when these are finished.
     """
     best = [
         (row.rates[row.best_lr].loss, row.method, row.r, row.best_lr)
@@ -166,14 +165,14 @@ def ranking(rows: Iterable[Outcome]) -> list[tuple[str, int | None, float]]:
     return [(method, r, lr) for _, method, r, lr in sorted(best, key=lambda entry: entry[0])]
 
 
-def _outcome(
+def _method_result(
     method: str, r: int | None, lrs: Sequence[float], results: Mapping[Trial, Result]
-) -> Outcome:
+) -> MethodResult:
     by_lr: dict[float, dict[int, Result]] = {lr: {} for lr in lrs}
     for trial, result in results.items():
         if (trial.method, trial.r) == (method, r):
             by_lr[trial.lr][trial.seed] = result
-    # The best have more seeds: a mean over these would be compared with one over fewer.
+    # The best have more seeds, and means over different seeds must not be compared.
     compared = set.intersection(*(set(found) for found in by_lr.values()))
     rates = {}
     for lr, found in by_lr.items():
@@ -183,15 +182,15 @@ def _outcome(
     best_lr = min(with_loss, key=lambda lr: rates[lr].order, default=None)
     chosen = by_lr[best_lr].values() if best_lr is not None else ()
     finished = [result for result in chosen if math.isfinite(result.loss)]
-    return Outcome(method, r, rates, best_lr, finished, len(chosen))
+    return MethodResult(method, r, rates, best_lr, finished, len(chosen))
 
 
-def table(rows: Iterable[Outcome]) -> list[list[str]]:
-    """A row of text for each, under ``COLUMNS``; what is not known is a "-"."""
+def table(rows: Iterable[MethodResult]) -> list[list[str]]:
+    """Return cells under ``COLUMNS`` for each row; "-" stands for what is not known."""
     return [_cells(row) for row in rows]
 
 
-def _cells(row: Outcome) -> list[str]:
+def _cells(row: MethodResult) -> list[str]:
     loss = "" if math.isnan(row.loss) else f"{row.loss:.4f}"
     if len(row.results) > 1:
         loss += f" ± {row.spread:.4f}"
@@ -205,7 +204,7 @@ def _cells(row: Outcome) -> list[str]:
         f"{row.trainable:,}" if row.trainable else "",
         f"{short(row.best_lr)}{row.edge}" if row.best_lr is not None else "",
         loss,
-        _share(accuracy) if accuracy else "",
+        _accuracy_text(accuracy) if accuracy else "",
         _time(row.seconds),
         _time(row.init_seconds),
         f"{row.memory_bytes / GIB:.2f}" if row.memory_bytes else "",
@@ -215,16 +214,16 @@ def _cells(row: Outcome) -> list[str]:
 
 
 def as_dict(sweep: Sweep, results: Mapping[Trial, Result]) -> dict[str, Any]:
-    """All numbers."""
+    """Return all numbers, for JSON."""
     return {
         "sweep": sweep.describe(),
         "base_loss": known(base_loss(results.values())),
         "runs": [result.describe() for result in results.values()],
-        "results": [row.describe() for row in outcomes(sweep, results)],
+        "results": [row.describe() for row in method_results(sweep, results)],
     }
 
 
-def _share(accuracy: Share) -> str:
+def _accuracy_text(accuracy: Share) -> str:
     low, high = accuracy.interval
     return f"{accuracy.share:.1%} ({low:.1%} to {high:.1%})"
 

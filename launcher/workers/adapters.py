@@ -1,4 +1,4 @@
-"""`lorasb export`, `merge`, `inspect` and `combine`: what can be done with a trained adapter."""
+"""`lorasb export`, `merge`, `inspect` and `combine`: work with trained adapters."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ OUT = click.Path(path_type=Path)
 
 @click.group(context_settings=CONTEXT)
 def main() -> None:
-    """What can be done with a trained adapter.
+    """Work with trained adapters.
 
-    RUN is a run's folder (its adapter is meant, or else its newest checkpoint), one of its
+    RUN is a run's folder (of which the adapter is taken, or else the newest checkpoint), one of its
     checkpoints, or a PEFT LoRA folder.
     """
     quiet_libraries()
@@ -44,14 +44,14 @@ def main() -> None:
     "--to", type=click.Choice(["peft"]), default="peft", show_default=True, help="Plain LoRA."
 )
 @click.option("--out", type=OUT, help="[default: exported/ in the run's folder]")
-@click.option("--r", type=POSITIVE, help="Cut to rank R, exactly. [default: the adapter's]")
+@click.option("--r", type=POSITIVE, help="Cut to rank R, by an exact SVD. [default: the adapter's]")
 @click.option(
     "--energy",
     type=click.FloatRange(0, 1, min_open=True),
-    help="Cut to the smallest rank that keeps this share of the update's squared norm.",
+    help="Cut to the smallest rank that keeps this fraction of the update's squared norm.",
 )
 @click.option("--dtype", type=DTYPE, default="fp32", show_default=True)
-@click.option("--overwrite", is_flag=True, help="Replace --out if it is there.")
+@click.option("--overwrite", is_flag=True, help="Replace --out if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="The energy kept at every rank, as JSON.")
 @reports_problems
 def export(
@@ -66,19 +66,19 @@ def export(
 ) -> None:
     """Write an adapter as a plain LoRA folder, which PEFT, vLLM and others load.
 
-    A smaller rank is the best one there is: it is cut by the SVD of B R A, found from the factors.
+    A smaller rank is the best approximation: the SVD of B R A is found from the factors, and cut.
     """
     if r is not None and energy is not None:
         raise ConfigError("--r and --energy both choose the rank. Give one of them.")
     if energy is not None and math.isnan(energy):
-        raise ConfigError("--energy must be a share above 0, at most 1.")
+        raise ConfigError("--energy must be above 0 and at most 1.")
     from lorasb_ds.export.adapter_reader import read_adapter
     from lorasb_ds.export.to_peft import check_folder, export_adapter, max_lora_rank, measure_energy
 
     adapter = read_adapter(run)
     if out is None:
         if adapter.run is None:
-            raise ConfigError(f"{run} is in no run's folder: name a new one by --out.")
+            raise ConfigError(f"{run} is not in a run's folder. Name a new folder by --out.")
         out = adapter.run / EXPORTED
     check_folder(out, [adapter], overwrite)
     kept = measure_energy(adapter)
@@ -101,7 +101,7 @@ def export(
 
 
 def warn_of_peft(model_type: str | None, layers: Iterable[str], base: str | None) -> None:
-    """Say so if PEFT would not read the folder that was written; beside the output, not in it."""
+    """Warn, on standard error, if PEFT would misread the folder that was written."""
     if warning := peft_warning(model_type, layers, base):
         click.echo(f"lorasb: warning: {warning}", err=True)
 
@@ -122,14 +122,14 @@ def energy_table(kept: EnergyKept, rank: int) -> list[str]:
 @click.option("--model", help="The base. [default: as the run or the adapter names it]")
 @click.option("--load-in-4bit", is_flag=True, help="Write linear layers in bitsandbytes' NF4.")
 @click.option("--num-procs", type=POSITIVE, default=1, show_default=True, help="Files at a time.")
-@click.option("--overwrite", is_flag=True, help="Replace --out if it is there.")
+@click.option("--overwrite", is_flag=True, help="Replace --out if it exists.")
 @click.option("--trust-remote-code", is_flag=True, help="Run model code that comes with the base.")
 @reports_problems
 def merge(run: str, out: Path, model: str | None, **options: Any) -> None:
     """Write base and adapter as one model: W0 + B R A, computed in fp32 and rounded once.
 
-    Streams over the base's files: a few rows are in memory at a time, whatever the model's size. A
-    merge that was killed goes on when it is called again.
+    Streams over the base's files: a few rows are in memory at a time, whatever the model's size.
+    The same command goes on with a merge that was killed.
     """
     from lorasb_ds.export.adapter_reader import read_adapter
     from lorasb_ds.export.merge import merge_adapter
@@ -143,8 +143,8 @@ def merge(run: str, out: Path, model: str | None, **options: Any) -> None:
         click.echo(
             f"lorasb: the adapter was trained on the base in {trained_on} bits, and is added to "
             "its full weights: where these differ from the quantized ones, the merged model "
-            "differs from what was trained, by the quantization's error. As a rule it is none the "
-            "worse; `lorasb eval` tells."
+            "differs from the one that was trained, by the quantization's error. Mostly it is no "
+            "worse; check by `lorasb eval`."
         )
     result = merge_adapter(
         adapter, model, out, say=lambda text: click.echo(f"lorasb: {text}"), **options
@@ -165,9 +165,11 @@ def merge(run: str, out: Path, model: str | None, **options: Any) -> None:
     type=click.Path(dir_okay=False, path_type=Path),
     default=Path("inspect.png"),
     show_default=True,
-    help="Picture, blocks by modules.",
+    help="Picture: blocks of the model by modules.",
 )
-@click.option("--json", "as_json", is_flag=True, help="All numbers, with all singular values.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="All numbers, with all singular values, as JSON."
+)
 @reports_problems
 def inspect(
     run: str,
@@ -177,7 +179,7 @@ def inspect(
     output: Path,
     as_json: bool,
 ) -> None:
-    """What an adapter has learned, layer by layer: its rank, its size, and what training added."""
+    """Show what an adapter has learned, layer by layer: rank, size, and what training added."""
     check_picture(output)
     from lorasb_ds.export.adapter_reader import read_adapter
     from lorasb_ds.export.inspection import draw_updates, inspect_adapter
@@ -221,11 +223,11 @@ def layer_table(layers: dict[str, LayerUpdate]) -> list[str]:
 
 @main.command(context_settings=CONTEXT)
 @click.argument("runs", metavar="RUN RUN [RUN...]", nargs=-1, required=True)
-@click.option("--weights", required=True, help="One for each, separated by commas: 0.5,0.5")
+@click.option("--weights", required=True, help="One for each adapter, separated by commas: 0.5,0.5")
 @click.option("--out", type=OUT, required=True, help="Folder of the new adapter.")
-@click.option("--r", type=POSITIVE, help="Cut to rank R, exactly. [default: the sum's]")
+@click.option("--r", type=POSITIVE, help="Cut to rank R, by an exact SVD. [default: the sum's]")
 @click.option("--dtype", type=DTYPE, default="fp32", show_default=True)
-@click.option("--overwrite", is_flag=True, help="Replace --out if it is there.")
+@click.option("--overwrite", is_flag=True, help="Replace --out if it exists.")
 @reports_problems
 def combine(
     runs: Sequence[str], weights: str, out: Path, r: int | None, dtype: str, overwrite: bool

@@ -1,4 +1,4 @@
-"""What the workers of a DeepSpeed job have in common: their device, and their end."""
+"""Common parts of the workers of a DeepSpeed job: their device, and their end."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ GRACE_S = 10.0
 
 
 def answer_agent() -> None:
-    """Write stacks to the log when the agent asks where this process is; it would end otherwise."""
+    """Write stacks to the log when the agent asks for them; its signal would end the worker."""
     faulthandler.register(signal.SIGUSR2, all_threads=True)
 
 
 def end_when_asked() -> None:
-    """For workers that have nothing to save: end at once, with the status of what was stopped."""
-    signal.signal(signal.SIGUSR1, lambda *_: os._exit(EXIT_STOPPED))  # its agent's word
+    """End at once when asked to stop, with EXIT_STOPPED; for workers with nothing to save."""
+    signal.signal(signal.SIGUSR1, lambda *_: os._exit(EXIT_STOPPED))  # from its agent
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # by hand: no traceback, and 130
 
 
 def check_device() -> None:
-    """Whether this process has the device that it is meant to have.
+    """Check that this process has the device that it was started for.
 
     Raises:
-        ConfigError: if not.
+        ConfigError: if it has not.
     """
     from lorasb_ds.distributed import accelerator
 
@@ -62,22 +62,22 @@ def join() -> None:
 
 
 def refuse(error: Exception, status: int = 2) -> NoReturn:
-    """Say what is wrong, and end. Rank 0 speaks for all.
+    """Print what is wrong, and end. Rank 0 speaks for all.
 
-    The other ranks find the same as a rule, and DeepSpeed ends them when rank 0 has gone. One that
-    is still there after a while found something of its own, and says it.
+    The other ranks mostly find the same, and DeepSpeed ends them when rank 0 has gone. One that is
+    still there after ``GRACE_S`` has found something else, and prints it.
     """
     rank = int(os.environ.get("RANK", 0))
     if rank != 0:
         time.sleep(GRACE_S)
-    place = f" on rank {rank}" if rank else ""
-    click.echo(f"lorasb: error{place}: {error}", err=True)
+    where = f" on rank {rank}" if rank else ""
+    click.echo(f"lorasb: error{where}: {error}", err=True)
     sys.stderr.flush()
     os._exit(status)  # not sys.exit: destructors of a process group may wait for the other ranks
 
 
 def end(status: int = 0) -> NoReturn:
-    """End when everything is saved.
+    """End the process when everything is saved.
 
     On CPUs a thread of gloo's may outlive its group, and would abort the process on its way out
     ("terminate called without an active exception", seen in 2 of some 200 jobs): a run that is done

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @reports_problems
 @eval_options
 def main(own: dict[str, Any], given: dict[str, Any]) -> None:
-    """Loss and scores of a model on held-out rows, with or without an adapter."""
+    """Measure loss and scores of a model on held-out rows, with or without an adapter."""
     quiet_libraries()
     end_when_asked()
     in_job = "RANK" in os.environ
@@ -92,8 +92,8 @@ def render(rows: EvalRows, result: EvalResult, named: bool) -> str:
         f"{perplexity(result.loss):.4g}{scores}   {result.num_rows} rows   {result.seconds:.0f} s"
     ]
     if rows.skipped:
-        told = rows.examples.describe() if rows.examples else f"{rows.skipped} without choices"
-        lines.append(f"rows: {told}")
+        kept = rows.examples.describe() if rows.examples else f"{rows.skipped} without choices"
+        lines.append(f"rows: {kept}")
     if result.cut_off:
         lines.append(
             f"{result.cut_off} answers were cut off at {rows.max_new_tokens} tokens; "

@@ -1,4 +1,4 @@
-"""`lorasb data preview`: rows as the model sees them, what is learned set apart from the rest."""
+"""`lorasb data preview`: rows as the model sees them, with the tokens that are trained on."""
 
 from __future__ import annotations
 
@@ -36,12 +36,14 @@ FIELDS = (
 @click.command(context_settings=CONTEXT)
 @field_options(*FIELDS)
 @click.option("-n", "--num-rows", type=click.IntRange(min=0), default=3, show_default=True)
-@click.option("--row", type=click.IntRange(min=1), help="This row of each --data, from 1 on.")
+@click.option(
+    "--row", type=click.IntRange(min=1), help="Show this row of each --data, counted from 1."
+)
 @click.option("--color/--no-color", default=None, help="[default: color on a terminal]")
 def main(num_rows: int, row: int | None, color: bool | None, **given: Any) -> None:
-    """Show rows as the model sees them, and how many there are of which length.
+    """Show rows as the model sees them, and statistics of their lengths.
 
-    What is not learned is dimmed; without color, what is learned stands between ⟦ and ⟧.
+    Tokens that are not trained on are dimmed; without color, those that are stand between ⟦ and ⟧.
     """
     quiet_libraries()
     try:
@@ -81,7 +83,7 @@ def preview(config: RunConfig, num_rows: int, row: int | None, color: bool) -> I
 
 
 def why_skipped(config: RunConfig, tokenizer: Any, row: int) -> Iterator[str]:
-    """What became of a row of each source, where it was not kept."""
+    """Say of each source why it has no such row, or why the row was skipped."""
     from lorasb_ds.data.dataset import KEPT, tokenize_columns
     from lorasb_ds.data.sources import load_rows
 
@@ -96,7 +98,7 @@ def why_skipped(config: RunConfig, tokenizer: Any, row: int) -> Iterator[str]:
 
 
 def show(tokenizer: Any, example: Example, color: bool) -> str:
-    """An example's text with special tokens; what is masked is dimmed, or the rest bracketed."""
+    """Return an example's text with special tokens; masked parts dimmed, or the others in ⟦⟧."""
     shown, end, so_far = "", 0, ""
     for masked, group in groupby(label < 0 for label in example.labels):
         end += len(list(group))

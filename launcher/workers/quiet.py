@@ -1,4 +1,4 @@
-"""Keeps what does not concern a user off the console; every rank would say it."""
+"""Silences messages of libraries that do not concern a user, and that every rank would print."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import warnings
 
 
 def quiet_libraries() -> None:
-    """Call it before transformers is imported. Errors and DeepSpeed's own log are left alone."""
+    """Silence libraries, except for errors and DeepSpeed's log; call it before transformers."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # torch warns of every host whose address has no name.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -22,7 +22,7 @@ COLUMNS = ("", "GPUs", "base", "rows", "load", "init", "train", "needs", "of", "
 
 
 def commands(model: str) -> list[list[str]]:
-    """The words of the `lorasb plan` commands of a model's recipe, for each machine."""
+    """Return the words of the `lorasb plan` commands of a model's recipe, for each machine."""
     recipe = ROOT / "scripts/recipes" / f"{MODELS[model]}.sh"
     shown = subprocess.run(
         [recipe, "--model", model, "--plan", "--dry-run"],
@@ -38,7 +38,7 @@ def commands(model: str) -> list[list[str]]:
 
 
 def planned(words: list[str]) -> dict[str, Any]:
-    """What a `lorasb plan` command says, by name."""
+    """Return the output of a `lorasb plan` command."""
     result = CliRunner().invoke(main, [*words, "--json"])
     if result.exit_code != 0:
         raise SystemExit(result.output)

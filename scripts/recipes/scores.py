@@ -13,7 +13,7 @@ from typing import Any
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """The score of every set."""
+    """Return the score of every set."""
     results = json.loads((folder / "eval.json").read_text())["results"]
     return [r["scores"].get("accuracy") or r["scores"]["exact_match"] for r in results]
 

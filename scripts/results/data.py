@@ -18,7 +18,7 @@ SIZES = {"train": (1, 1200), "test": (2, 128)}  # seed, rows
 
 
 def rows(seed: int, size: int) -> list[dict[str, str]]:
-    """Of one seed; a template that has no worked answer is passed over."""
+    """Make the rows of one seed; a template without a worked answer is skipped."""
     made = reasoning_gym.create_dataset("gsm_symbolic", seed=seed, size=2 * size)
     found = [
         {"question": row["question"], "answer": row["metadata"]["answer_cot"]}

@@ -138,3 +138,65 @@ def test_what_is_no_basis_is_refused(made: Path, tiny_model: Path, rows: str, tm
     (broken / "init.json").write_text("{}")
     assert "not a basis of this version" in refused(broken, **same)
     assert "would be overwritten" in refused(made, **same, output_dir=str(made), overwrite=True)
+
+
+SUMS = [{"problem": f"What is {i} + {i}?", "solution": str(2 * i)} for i in range(30)]
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("rows")
+    return {
+        "words": write_jsonl(folder / "words.jsonl", word_rows(40)),
+        "sums": write_jsonl(folder / "sums.jsonl", SUMS),
+        "eval": write_jsonl(folder / "eval.jsonl", word_rows(6)),
+    }
+
+
+@pytest.fixture(scope="module")
+def on_one_task(
+    tiny_model: Path, tasks: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Inits on two ZeRO-3 ranks of the rows of sums: as what is trained on, and beside that."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = {"sums": f"--data {tasks['sums']}"}
+    rows["words"] = f"--data {tasks['words']} --init-data {tasks['sums']}"
+    for name, given in rows.items():
+        output = run_worker(
+            *f"--init-only --model {tiny_model} {given} --r 4 --dtype fp32 "
+            f"--init-samples 6 --init-seed 3 --output-dir {folder / name}".split(),
+            world_size=2,
+        )
+    assert f"rows for the init ({tasks['sums']}): 30 kept" in output
+    assert "training rows: 40 kept" in output
+    return {name: folder / name for name in rows}
+
+
+def test_the_init_is_that_of_its_own_rows(on_one_task: dict[str, Path]) -> None:
+    """Gradients and eta: to the bit, whatever is to be trained on."""
+    alone, beside = (load_file(folder / "basis.safetensors") for folder in on_one_task.values())
+    assert alone.keys() == beside.keys()
+    assert all(torch.equal(tensor, beside[name]) for name, tensor in alone.items())
+    reports = [json.loads((f / "init.json").read_text()) for f in on_one_task.values()]
+    assert reports[0]["step"]["losses"] == reports[1]["step"]["losses"]
+    assert reports[0]["loss"] == reports[1]["loss"]
+    described = json.loads((on_one_task["words"] / "run.json").read_text())
+    assert described["rows"]["init"] == {"kept": 30}
+    assert described["rows"]["train"] == {"kept": 40}
+    assert (
+        f"adapter; init on {described['config']['init_data'][0]}."
+        in (on_one_task["words"] / "report.md").read_text()
+    )
+
+
+def test_one_init_serves_several_tasks(
+    on_one_task: dict[str, Path], tiny_model: Path, tasks: dict[str, str]
+) -> None:
+    """With --init-from and the rows that it was made of; a replay on other data keeps them."""
+    made = on_one_task["words"]
+    common = {"model": str(tiny_model), "dtype": "fp32", "r": 4, "init_samples": 6, "init_seed": 3}
+    given = common | {"init_from": str(made), "init_data": tasks["sums"]}
+    for data in (tasks["sums"], tasks["eval"]):
+        assert prepare(load_run_config(given | {"data": data}), 1).stored_init is not None
+    replayed = load_run_config({"data": tasks["eval"]}, str(made / "run.json"))
+    assert replayed.init_data == (tasks["sums"],)

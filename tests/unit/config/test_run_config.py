@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from launcher.jobs.job import make_job
 from launcher.jobs.launch_options import OPTIONS, LaunchOptions
-from launcher.jobs.start import again
+from launcher.jobs.make_job import make_job
 from lorasb_ds.config.data_options import DEMO_EVAL_DATA
 from lorasb_ds.config.ds_config import resolve_ds_config
 from lorasb_ds.config.paths import SHIPPED_DS_CONFIGS
@@ -121,7 +120,7 @@ def test_trust_in_code_is_not_replayed(tmp_path: Path) -> None:
         launch = LaunchOptions(
             **{name: option.get("default") for name, option in OPTIONS.items()} | {"num_procs": 1}
         )
-        job = again(make_job(launch, [], run_json, given))
+        job = make_job(launch, [], run_json, given).restarted()
         assert job.config.trust_remote_code, "a restart has the flags of its job"
         assert "--trust-remote-code" in job.arguments
     assert "trust_remote_code" not in with_adapter({}, str(tmp_path))

@@ -627,7 +627,7 @@ def test_exports_that_are_refused(folders: list[Path], tmp_path: Path, case: str
 
 def test_places_that_are_refused(folders: list[Path], tmp_path: Path) -> None:
     folder = folders[0]
-    assert "is in no run's folder: name a new one by --out" in run("export", folder, status=2)
+    assert "is not in a run's folder. Name a new folder by --out" in run("export", folder, status=2)
     for out in (folder, folder.parent, folder / ".." / folder.name):
         text = run("export", folder, "--out", out, "--overwrite", status=2)
         assert "holds what is read" in text

@@ -16,8 +16,9 @@ from torch.utils.file_baton import FileBaton
 
 from launcher.hosts.host import old_build_locks
 from launcher.hosts.polling import readable
-from launcher.jobs.agent import LONGEST_LINE, Log, build_locks, process_state
 from launcher.jobs.channel import LONGEST_GREETING, Channel
+from launcher.jobs.rank_log import LONGEST_LINE, Log
+from launcher.jobs.worker_process import build_locks, process_state
 
 
 @pytest.fixture

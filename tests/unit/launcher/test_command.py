@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from launcher.hosts.environment import (
     is_secret,
     read_deepspeed_env,
 )
-from launcher.jobs.command import BACKENDS, Hosts, hosts_command, job_environment
+from launcher.jobs.command import BACKENDS, Hosts, by_hand_command, job_environment, ssh_command
 from launcher.jobs.ranks import rank_variables
 from lorasb_ds.errors import ConfigError
 
@@ -33,8 +34,7 @@ SLOTS = {"gpu1": [0, 1], "gpu2": [0, 1]}
 AGENT = str(Path(__file__).resolve().parents[3] / "launcher" / "jobs" / "agent.py")
 
 
-def hosts(**changes: Any) -> Hosts:
-    return Hosts(**{"slots": SLOTS, "hostfile": "/r/hostfile", "master_addr": "10.0.0.1"} | changes)
+HOSTS = Hosts(SLOTS, hostfile="/r/hostfile", master_addr="10.0.0.1", master_port=29501)
 
 
 def read_by_deepspeed(command: Sequence[str]) -> Any:
@@ -44,7 +44,7 @@ def read_by_deepspeed(command: Sequence[str]) -> Any:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_backend(backend: str) -> None:
-    command = hosts_command(["--r", "8"], hosts(launcher=backend), master_port=29501)
+    command = ssh_command(["--r", "8"], HOSTS, launcher=backend)
     asked = read_by_deepspeed(command)
     assert (asked.launcher, asked.hostfile, asked.force_multi) == (backend, "/r/hostfile", True)
     assert (asked.master_addr, asked.master_port) == ("10.0.0.1", 29501)
@@ -54,13 +54,13 @@ def test_every_backend(backend: str) -> None:
 
 
 def test_ssh_port_and_launcher_args() -> None:
-    command = hosts_command([], hosts(ssh_port=2222, launcher_args="-t 5 -b"), master_port=1)
+    command = ssh_command([], HOSTS, ssh_port=2222, launcher_args="-t 5 -b")
     asked = read_by_deepspeed(command)
     assert (asked.ssh_port, asked.launcher_args) == (2222, "-t 5 -b")
 
 
 def test_by_hand() -> None:
-    command = hosts_command(["--model", "a b"], hosts(node_rank=1), master_port=1)
+    command = by_hand_command(["--model", "a b"], HOSTS, node_rank=1)
     asked = read_by_deepspeed(command)
     assert (asked.no_ssh, asked.node_rank, asked.force_multi) == (True, 1, False)
     assert asked.user_args == ["--model", "a b"], "no shell reads it"
@@ -68,11 +68,12 @@ def test_by_hand() -> None:
 
 def test_chosen_slots() -> None:
     some = {"gpu1": [0, 1], "gpu2": [1, 3]}
-    asked = read_by_deepspeed(hosts_command([], hosts(slots=some), master_port=1))
+    hosts = replace(HOSTS, slots=some)
+    asked = read_by_deepspeed(ssh_command([], hosts))
     pool = {"gpu1": 2, "gpu2": 4}
     assert deepspeed_runner.parse_inclusion_exclusion(pool, asked.include, asked.exclude) == some
     with pytest.raises(ConfigError, match=r"--launcher slurm .*cannot choose slots.*--include"):
-        hosts_command([], hosts(slots=some, launcher="slurm"), master_port=1)
+        ssh_command([], hosts, launcher="slurm")
 
 
 def by_pdsh(command: str) -> str:
@@ -83,7 +84,7 @@ def by_pdsh(command: str) -> str:
 
 def after_pdsh(words: Sequence[str], tmp_path: Path) -> list[str]:
     """The worker's arguments as they arrive: by DeepSpeed's own runner, then a shell."""
-    asked = read_by_deepspeed(hosts_command(words, hosts(), master_port=1))
+    asked = read_by_deepspeed(ssh_command(words, HOSTS))
     remote, _, _ = deepspeed_runner.PDSHRunner(asked, "e30=").get_cmd({}, SLOTS)
     line = by_pdsh(" ".join(remote[remote.index(AGENT) + 1 :]))
     done = subprocess.run(
@@ -134,13 +135,13 @@ def test_hostile_arguments(word: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("word", ["a $(reboot)", "a `b`", "a \\ b", "a !b"])
 def test_what_cannot_come_through_is_refused(word: str) -> None:
     with pytest.raises(ConfigError, match=r"cannot be handed to the hosts.*--config"):
-        hosts_command([word], hosts(), master_port=1)
-    hosts_command([word], hosts(launcher="openmpi"), master_port=1)
+        ssh_command([word], HOSTS)
+    ssh_command([word], HOSTS, launcher="openmpi")
 
 
 def test_a_path_that_a_shell_would_read() -> None:
     with pytest.raises(ConfigError, match="The interpreter is '/my env/bin/python'"):
-        hosts_command([], hosts(), master_port=1, python="/my env/bin/python")
+        ssh_command([], HOSTS, python="/my env/bin/python")
 
 
 ENVIRONMENT = {
@@ -182,7 +183,7 @@ def test_variables_that_are_refused(asked: str, message: str) -> None:
 def arrives(variables: Mapping[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """What a shell on a host makes of our `.deepspeed_env`, after DeepSpeed has read it."""
     (tmp_path / "env").write_text(deepspeed_env(variables, "pdsh"))
-    asked = read_by_deepspeed(hosts_command([], hosts(), master_port=1))
+    asked = read_by_deepspeed(ssh_command([], HOSTS))
     runner = deepspeed_runner.PDSHRunner(asked, "e30=")
     for line in (tmp_path / "env").read_text().splitlines(keepends=True):
         runner.add_export(*line.split("=", maxsplit=1))  # as DeepSpeed's main does
@@ -280,8 +281,8 @@ def test_dry_run_of_several_hosts(hostfile: str, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--hostfile", "nowhere"], "there is no such file"),
-        (["--include", "gpu1"], "--include is about several hosts"),
-        (["--num-nodes", "2"], "--num-nodes is about several hosts"),
+        (["--include", "gpu1"], "--include is for several hosts"),
+        (["--num-nodes", "2"], "--num-nodes is for several hosts"),
         (["--hostfile", "HOSTS", "--include", "gpu3"], "gpu3"),
         (["--hostfile", "HOSTS", "--num-gpus", "8"], "--num-gpus 8, but gpu1 has 4"),
         (["--hostfile", "HOSTS", "--num-procs", "8"], "--num-procs 8, but gpu1 has 4"),
@@ -293,7 +294,7 @@ def test_dry_run_of_several_hosts(hostfile: str, tmp_path: Path) -> None:
         (["--hostfile", "HOSTS", "--env", "NO_SUCH_VARIABLE"], "it is not set here"),
         (["--hostfile", "HOSTS", "--failure-timeout", "0"], "0.0 is not in the range x>=1"),
         (["--hostfile", "HOSTS", "--data", "a $(b)"], "cannot be handed to the hosts"),
-        (["--allow-fewer-hosts"], "--allow-fewer-hosts is about several hosts"),
+        (["--allow-fewer-hosts"], "--allow-fewer-hosts is for several hosts"),
     ],
 )
 def test_refusals(arguments: list[str], message: str, hostfile: str) -> None:

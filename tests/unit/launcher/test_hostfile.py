@@ -71,8 +71,8 @@ def test_read(hostfile: Path, text: str, hosts: dict[str, int]) -> None:
         ("a\u00a0slots=1".encode(), 1, 2, "'\\xa0' in"),
         ("\ufeffa slots=1".encode(), 1, 1, "'\\ufeff' in"),
         (b"a\x0b slots=1", 1, 2, "'\\x0b' in"),
-        (b"a", 1, 2, "no slots behind a. Add"),
-        (b"a  # slots=8", 1, 2, "no slots behind a"),
+        (b"a", 1, 2, "no slots after a. Add"),
+        (b"a  # slots=8", 1, 2, "no slots after a"),
         (b"a slots=0", 1, 3, "'slots=0' is not from 1 to 1024"),
         (b"a slots=1025", 1, 3, "'slots=1025' is not from 1 to 1024"),
         (b"a slots=" + b"9" * 9999, 1, 3, "99…' is not from 1 to 1024"),
@@ -81,8 +81,8 @@ def test_read(hostfile: Path, text: str, hosts: dict[str, int]) -> None:
         ("a slots=\u0664".encode(), 1, 3, "is not `slots=` and a number"),
         (b"a slots = 4", 1, 3, "'slots' is not"),
         (b"a 4", 1, 3, "'4' is not"),
-        (b"a slots=4 max_slots=8", 1, 11, "'max_slots=8' behind the entry. Remove it"),
-        (b"a slots=4 b slots=4", 1, 11, "'b' behind the entry"),
+        (b"a slots=4 max_slots=8", 1, 11, "'max_slots=8' after the entry. Remove it"),
+        (b"a slots=4 b slots=4", 1, 11, "'b' after the entry"),
         (b"a slots=4\n\nb slots=4\na slots=2", 4, 1, "line 1 names a already"),
         (b"Node slots=4\n node slots=2", 2, 2, "line 1 names node already"),
         (b"a slots=4 # \0", 1, 13, "a NUL byte"),
@@ -110,7 +110,7 @@ def test_no_hosts(tmp_path: Path, hostfile: Path) -> None:
     with refused("--hostfile nowhere: there is no such file", "host slots=N"):
         read_hostfile("nowhere")
     for name in (str(tmp_path), "/dev/null"):
-        with refused(f"--hostfile {name}: this is no file"):
+        with refused(f"--hostfile {name}: this is not a file"):
             read_hostfile(name)
     for text in ("", "# none\n\n"):
         hostfile.write_text(text)
@@ -321,7 +321,7 @@ def test_from_slurm(environment: dict[str, str], slots: list[int]) -> None:
 @pytest.mark.parametrize(
     ("environment", "slots", "problem"),
     [
-        ({}, 8, "This is no Slurm allocation: SLURM_JOB_NODELIST is not set. Run it by salloc"),
+        ({}, 8, "This is not a Slurm allocation: SLURM_JOB_NODELIST is not set. Run it by salloc"),
         ({"JOB_NODELIST": "n[1-2]"}, None, "Give --slots N."),
         ({"JOB_NODELIST": "n[1-2]", "TASKS_PER_NODE": "8"}, None, "counts 1 hosts, but"),
         ({"JOB_NODELIST": "n[1-2]", "GPUS_ON_NODE": "8(x3)"}, None, "counts 3 hosts, but"),

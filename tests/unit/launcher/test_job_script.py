@@ -17,7 +17,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.hosts.job_script import _literal, inner_command, k8s_manifest, slurm_script
+from launcher.hosts.job_script import inner_command
+from launcher.hosts.k8s_manifest import _literal, k8s_manifest
+from launcher.hosts.slurm_script import slurm_script
 from lorasb_ds.errors import ConfigError
 
 HOSTILE = ["--model", "a b", "--data", 'it\'s $HOME `x` "q" \\', "--eval-data", "*\n$(touch no)\n"]
@@ -209,8 +211,8 @@ def test_slurm_directives(bin_dir: Path) -> None:
         ({"job_name": "a b"}, "--job-name 'a b' is not letters"),
         ({"partition": "-x"}, "--partition '-x' is not letters"),
         ({"account": ""}, "--account '' is not letters"),
-        ({"time_limit": "2h"}, "--time-limit '2h' is no time of Slurm's. Write minutes, HH:MM:SS"),
-        ({"environment": {"A B": ""}}, "'A B' is no name of an environment variable"),
+        ({"time_limit": "2h"}, "--time-limit '2h' is not a time as Slurm writes it. Give minutes"),
+        ({"environment": {"A B": ""}}, "'A B' is not a name of an environment variable"),
         ({"environment": {"HF_TOKEN": "hf_x"}}, "HF_TOKEN looks like a secret"),
     ],
 )
@@ -324,17 +326,17 @@ def test_k8s_holds_no_secret() -> None:
     ("given", "problem"),
     [
         *(
-            ({"job_name": name}, f"--job-name {name!r} is no DNS label: a-z, 0-9 and '-' only")
+            ({"job_name": name}, f"--job-name {name!r} is not a DNS label: a-z, 0-9 and '-' only")
             for name in ("", "A", "a_b", "a.b", "-a", "a-", "1a", "a\n", "ä", "a" * 62)
         ),
         ({"job_name": "a" * 61, "nodes": 11}, "60 characters at most. Choose another."),
-        ({"claim": "My_Claim"}, "--claim 'My_Claim' is no name"),
-        ({"mount": "data"}, "--mount 'data' is no folder's absolute path"),
-        ({"mount": "/"}, "--mount '/' is no folder's absolute path"),
+        ({"claim": "My_Claim"}, "--claim 'My_Claim' is not a name"),
+        ({"mount": "data"}, "--mount 'data' is not the absolute path of a folder"),
+        ({"mount": "/"}, "--mount '/' is not the absolute path of a folder"),
         ({"output_dir": "runs/x"}, "--output-dir runs/x is not below --mount /data"),
         ({"output_dir": "/database/x"}, "Put it there, as /data/my-run."),
         ({"output_dir": "/data/../x"}, "is not below --mount /data"),
-        ({"environment": {"1": ""}}, "'1' is no name of an environment variable"),
+        ({"environment": {"1": ""}}, "'1' is not a name of an environment variable"),
     ],
 )
 def test_k8s_refuses(given: dict[str, Any], problem: str) -> None:

@@ -1,4 +1,4 @@
-"""Jobs side by side, in places that do not get into each other's way."""
+"""Jobs side by side, in allocations that do not get into each other's way."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pytest
 
 from launcher.jobs.launch_options import OPTIONS, LaunchOptions
 from launcher.jobs.ranks import run_here
-from launcher.sweeps.places import find_places
-from launcher.sweeps.pool import Place, Pool, Work
+from launcher.sweeps.allocations import find_allocations
+from launcher.sweeps.pool import Allocation, Pool, Work
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.system.signals import EXIT_STOPPED
 
@@ -29,30 +29,30 @@ def launch(**given: object) -> LaunchOptions:
 
 def refusal(options: LaunchOptions, parallel: int = 1, has_batch: bool = False) -> str:
     with pytest.raises(ConfigError) as caught:
-        find_places(options, parallel, has_batch)
+        find_allocations(options, parallel, has_batch)
     return str(caught.value)
 
 
-# -- places
+# -- allocations
 
 
 def test_processes_on_the_cpu_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    (alone,) = find_places(launch(num_procs=2), 1, has_batch=False)
-    assert alone == Place("", {"DS_ACCELERATOR": "cpu"}), "`lorasb train` counts the threads"
-    three = find_places(launch(num_procs=2), 3, has_batch=False)
-    assert three == [Place("", {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "2"})] * 3
-    many = find_places(launch(num_procs=4), 5, has_batch=False)
+    (alone,) = find_allocations(launch(num_procs=2), 1, has_batch=False)
+    assert alone == Allocation("", {"DS_ACCELERATOR": "cpu"}), "`lorasb train` counts the threads"
+    three = find_allocations(launch(num_procs=2), 3, has_batch=False)
+    assert three == [Allocation("", {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "2"})] * 3
+    many = find_allocations(launch(num_procs=4), 5, has_batch=False)
     assert many[0].environment["OMP_NUM_THREADS"] == "1"
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert "OMP_NUM_THREADS" not in find_places(launch(num_procs=2), 3, False)[0].environment
+    assert "OMP_NUM_THREADS" not in find_allocations(launch(num_procs=2), 3, False)[0].environment
 
 
 def test_gpus_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    found = find_places(launch(num_gpus=2), 2, has_batch=False)
-    assert [place.environment for place in found] == [
+    found = find_allocations(launch(num_gpus=2), 2, has_batch=False)
+    assert [allocation.environment for allocation in found] == [
         {"CUDA_VISIBLE_DEVICES": "4,5"},
         {"CUDA_VISIBLE_DEVICES": "6,7"},
     ]
@@ -67,14 +67,14 @@ def test_a_host_for_each_run(tmp_path: Path) -> None:
     file = tmp_path / "hostfile"
     file.write_text("a slots=4\nb slots=4\nc slots=2\n")
     several = launch(hostfile=str(file))
-    found = find_places(replace(several, exclude="c"), 1, has_batch=False)
-    assert found == [Place("a"), Place("b")]
-    found = find_places(replace(several, num_gpus=2), 1, has_batch=False)
-    assert found == [Place("a:0,1"), Place("b:0,1"), Place("c")]
-    found = find_places(replace(several, include="a:1,3@c"), 1, has_batch=False)
-    assert found == [Place("a:1,3"), Place("c")]
+    found = find_allocations(replace(several, exclude="c"), 1, has_batch=False)
+    assert found == [Allocation("a"), Allocation("b")]
+    found = find_allocations(replace(several, num_gpus=2), 1, has_batch=False)
+    assert found == [Allocation("a:0,1"), Allocation("b:0,1"), Allocation("c")]
+    found = find_allocations(replace(several, include="a:1,3@c"), 1, has_batch=False)
+    assert found == [Allocation("a:1,3"), Allocation("c")]
     assert "(a: 4, b: 4, c: 2)" in refusal(several), "steps of different sizes"
-    assert len(find_places(several, 1, has_batch=True)) == 3
+    assert len(find_allocations(several, 1, has_batch=True)) == 3
     assert "--parallel is about this host" in refusal(several, parallel=2)
     assert "--master-port" in refusal(replace(several, master_port=1), has_batch=True)
     assert "--allow-fewer-hosts" in refusal(replace(several, allow_fewer_hosts=True))
@@ -92,14 +92,14 @@ def _handlers() -> Iterator[None]:
 
 
 def python(folder: Path, name: str, code: str) -> Work:
-    """``argv``: the program, the place's name, the port."""
+    """``argv``: the program, the allocation's name, the port."""
 
-    def command(place: Place, port: int) -> list[str]:
+    def command(allocation: Allocation, port: int) -> list[str]:
         return [
             sys.executable,
             "-c",
             f"import os, sys, time, signal\n{code}",
-            place.include,
+            allocation.include,
             f"{port}",
         ]
 
@@ -113,7 +113,7 @@ class Told:
         self.lines: list[str] = []
         self.running = self.most = 0
 
-    def began(self, work: Work, place: Place) -> None:
+    def began(self, work: Work, allocation: Allocation) -> None:
         self.running += 1
         self.most = max(self.most, self.running)
 
@@ -125,13 +125,15 @@ class Told:
 def test_as_many_at_a_time_as_there_are_places(tmp_path: Path) -> None:
     told = Told()
     code = "print(sys.argv[1], sys.argv[2], os.environ['MINE']); time.sleep(0.3)"
-    places = [Place(name, {"MINE": f"of {name}"}) for name in ("a", "b")]
-    Pool(places).run([python(tmp_path, f"job-{i}", code) for i in range(5)], told.began, told.ended)
+    allocations = [Allocation(name, {"MINE": f"of {name}"}) for name in ("a", "b")]
+    Pool(allocations).run(
+        [python(tmp_path, f"job-{i}", code) for i in range(5)], told.began, told.ended
+    )
     assert sorted(told.lines) == [f"job-{i} 0" for i in range(5)]
     assert told.most == 2
     printed = [log.read_text().split() for log in sorted((tmp_path / "logs").iterdir())]
     assert {line[0] for line in printed} == {"a", "b"}
-    assert all(line[0] == line[3] for line in printed), "the environment of its place"
+    assert all(line[0] == line[3] for line in printed), "the environment of its allocation"
     assert all(1024 <= int(line[1]) < 65536 for line in printed)
 
 
@@ -139,7 +141,7 @@ def test_a_job_that_fails_stops_no_other(tmp_path: Path) -> None:
     told = Told()
     codes = ["sys.exit(3)", "os.kill(os.getpid(), 9)", "pass"]
     jobs = [python(tmp_path, f"job-{i}", code) for i, code in enumerate(codes)]
-    pool = Pool([Place()])
+    pool = Pool([Allocation()])
     pool.run(jobs, told.began, told.ended)
     assert told.lines == ["job-0 3", "job-1 137", "job-2 0"]
     assert not pool.stopped
@@ -157,16 +159,17 @@ LISTENS = (
 def test_what_asks_to_stop_reaches_all(tmp_path: Path, who: str) -> None:
     """Those that run end with 75; those that wait are not begun."""
     told = Told()
-    places = [Place(str(tmp_path / name)) for name in ("a", "b")]
-    pool = Pool(places)
+    allocations = [Allocation(str(tmp_path / name)) for name in ("a", "b")]
+    pool = Pool(allocations)
     pool.listen()
     jobs = [python(tmp_path, f"job-{i}", LISTENS) for i in range(2)]
+    begun = [allocation.include for allocation in allocations]
     asks = (
-        f"while not all(map(os.path.exists, {[p.include for p in places]})): time.sleep(0.02)\n"
+        f"while not all(map(os.path.exists, {begun})): time.sleep(0.02)\n"
         f"{'os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)' if who == 'the pool' else ''}\n"
         "sys.exit(75)"
     )
-    pool.places = [*places, Place(str(tmp_path / "c"))]
+    pool.allocations = [*allocations, Allocation(str(tmp_path / "c"))]
     jobs += [python(tmp_path, "asks", asks), python(tmp_path, "waits", "pass")]
     start = time.monotonic()
     pool.run(jobs, told.began, told.ended)
@@ -182,13 +185,13 @@ def test_under_nohup_a_closed_terminal_asks_nobody_to_stop(earlier: bool) -> Non
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if earlier:
         run_here(["true"], dict(os.environ))
-    pool = Pool([Place()])
+    pool = Pool([Allocation()])
     pool.listen()
     signal.raise_signal(signal.SIGHUP)
     assert not pool.stopped
     signal.raise_signal(signal.SIGTERM)
-    assert pool.asked == [signal.SIGTERM]
+    assert pool.stop_signals == [signal.SIGTERM]
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     pool.listen()
     signal.raise_signal(signal.SIGHUP)
-    assert pool.asked == [signal.SIGTERM, signal.SIGHUP]
+    assert pool.stop_signals == [signal.SIGTERM, signal.SIGHUP]

@@ -148,3 +148,14 @@ def test_what_ssh_runs_is_one_word_for_a_shell(tmp_path: Path) -> None:
     assert answer["sizes"] == dict.fromkeys(hostile.paths)
     assert answer["code"] is None
     assert answer["python"] == this_host.platform.python_version()
+
+
+def test_the_digest_is_of_all_wings(tmp_path: Path) -> None:
+    """A module of any depth that differs makes another digest."""
+    module = tmp_path / "lorasb_ds" / "init" / "factors.py"
+    module.parent.mkdir(parents=True)
+    module.write_text("r = 1\n")
+    before = this_host.code_digest(tmp_path)
+    module.write_text("r = 2\n")
+    assert before is not None
+    assert this_host.code_digest(tmp_path) not in (before, None)

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from launcher.sweeps.grid import Sweep, Trial, make_sweep, own_options, short
 from launcher.sweeps.plots import draw_sweep
 from launcher.sweeps.results import Result, read_result
-from launcher.sweeps.table import COLUMNS, Outcome, as_dict, outcomes, ranking, table
+from launcher.sweeps.table import COLUMNS, MethodResult, as_dict, method_results, ranking, table
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.evaluation.proportions import Share
 from tests.runs import made_up_run
@@ -161,7 +161,7 @@ def test_the_best_get_the_other_seeds() -> None:
         ({"lrs": ["lora-sb=inf"]}, "--lr inf must be finite numbers"),
         ({"lrs": ["-1e999"]}, "--lr -1e999 must be finite numbers"),
         ({"ranks": ["8.5"]}, "--r 8.5 must be whole numbers"),
-        ({"lrs": ["lora=1e-3"]}, "--lr lora=1e-3: lora is no --method of this sweep (lora-sb)"),
+        ({"lrs": ["lora=1e-3"]}, "--lr lora=1e-3: lora is not a --method of this sweep (lora-sb)"),
     ],
 )
 def test_refusals(words: dict[str, Any], said: str) -> None:
@@ -184,7 +184,7 @@ def test_options_of_one_method() -> None:
         ("lora-one:lr=1", "a method cannot have a --lr of its own"),
         ("lora-one:max-steps=9", "a method cannot have a --max-steps of its own"),
         ("lora-one:nonsense=9", "cannot have a --nonsense"),
-        ("lora:gamma=9", "lora is no --method of this sweep (lora-one)"),
+        ("lora:gamma=9", "lora is not a --method of this sweep (lora-one)"),
     ],
 )
 def test_what_a_method_cannot_have(word: str, said: str) -> None:
@@ -200,7 +200,7 @@ def test_what_a_method_cannot_have(word: str, said: str) -> None:
 def test_the_best_learning_rate_is_that_of_the_least_mean(values: list[float]) -> None:
     found = sweep("lora-sb", "lora", lr="1e-3,2e-3,3e-3", seed="1,2")
     by_trial = dict(zip(found.first(), values, strict=True))
-    rows = outcomes(found, came_to(by_trial))
+    rows = method_results(found, came_to(by_trial))
     table_of = np.array(values).reshape(2, 3, 2).mean(2)  # method, lr
     best = {m: min(means) for m, means in zip(("lora-sb", "lora"), table_of, strict=True)}
     assert [row.method for row in rows] == sorted(best, key=lambda method: best[method])
@@ -219,10 +219,10 @@ def test_more_seeds_of_the_best_do_not_make_another_the_best(
     """However they come out: else a command that goes on would run others than before."""
     found = sweep("lora-sb", "lora", lr="1e-3,2e-3,3e-3", seed="1,2,3", best=2)
     first = came_to(dict(zip(found.first(), values, strict=True)))
-    chosen = ranking(outcomes(found, first))
+    chosen = ranking(method_results(found, first))
     for count in range(5):
         more = dict(zip(found.then(chosen)[:count], later, strict=False))
-        assert ranking(outcomes(found, first | came_to(more))) == chosen
+        assert ranking(method_results(found, first | came_to(more))) == chosen
 
 
 def test_over_the_seeds() -> None:
@@ -233,7 +233,7 @@ def test_over_the_seeds() -> None:
     shares = [Share(40, 80), Share(20, 83), Share(21, 100)]
     for trial, share in zip([high, *more], shares, strict=True):
         results[trial] = result(trial, results[trial].loss, share)
-    (row,) = outcomes(found, results)
+    (row,) = method_results(found, results)
     by_lr = {lr: rate.loss for lr, rate in row.rates.items()}
     assert by_lr == {1e-3: 0.9, 4e-3: 0.8}, "those of the seed that both have"
     assert row.loss == pytest.approx(np.mean([0.8, 0.9, 1.3]))
@@ -271,7 +271,7 @@ def test_an_end_of_the_list_is_not_tuned(values: list[float], edge: str) -> None
     trials = sweep("lora-sb", lr=",".join(lrs)).first()
     backwards = sweep("lora-sb", lr=",".join(reversed(lrs)))
     results = came_to(dict(zip(trials, values, strict=True)))
-    (row,) = outcomes(backwards, results)
+    (row,) = method_results(backwards, results)
     assert row.edge == edge, "by the numbers, in whatever order they were given"
 
 
@@ -281,7 +281,7 @@ def test_runs_that_are_missing() -> None:
     xs = Trial("lora-xs", 4e-3, 32, 2)
     results = {trial: result(trial, math.nan, finished=False) for trial in found.first()}
     results |= came_to({sb[0]: 0.7, sb[2]: 0.9, sb[3]: 0.5, xs: 0.6})
-    rows = outcomes(found, results)
+    rows = method_results(found, results)
     assert [row.method for row in rows] == ["lora-xs", "lora-sb", "lora"], "the empty one last"
     assert rows[2].best_lr is None
     assert [(*row[3:5], row[-1]) for row in table(rows)] == [
@@ -302,7 +302,7 @@ def test_what_fails_on_a_seed_is_not_the_best(values: list[float], best: int | N
     found = sweep("lora-sb", lr="1e-3,2e-3,3e-3,4e-3", seed="1,2,3", best=best)
     by_seeds = np.array(values).reshape(4, 3)[:, : 3 if best is None else 1]
     results = came_to(dict(zip(found.first(), by_seeds.ravel().tolist(), strict=True)))
-    (row,) = outcomes(found, results)
+    (row,) = method_results(found, results)
     known = np.isfinite(by_seeds)
     whole = [i for i in range(4) if (known[i] | ~known.any(0)).all() and known.any()]
     if not known.any():
@@ -318,9 +318,9 @@ def test_a_further_seed_that_fails_is_told_and_changes_no_choice() -> None:
     found = sweep("lora-sb", seed="1,2,3", best=1)
     low, high = found.first()
     results = came_to({low: 0.9, high: 0.8})
-    second, third = found.then(ranking(outcomes(found, results)))
+    second, third = found.then(ranking(method_results(found, results)))
     results |= came_to({second: 1.2, third: math.nan})
-    (row,) = outcomes(found, results)
+    (row,) = method_results(found, results)
     assert table([row])[0][3:5] == ["4e-3↑", "1.0000 ± 0.2828 (n = 2 of 3)"]
     described = row.describe()
     assert (len(described["runs"]), described["seeds_asked"]) == (2, 3)
@@ -393,10 +393,10 @@ def png_size(path: Path) -> tuple[int, int]:
 
 def test_pictures(tmp_path: Path, figures: list[Figure]) -> None:
     found = sweep("lora-sb", "lora", lr="1e-3,2e-3,4e-3", r="4,8", seed="1,2", best=2)
-    assert draw_sweep(tmp_path, tmp_path, outcomes(found, {}), math.nan) == []
+    assert draw_sweep(tmp_path, tmp_path, method_results(found, {}), math.nan) == []
     values = [0.9, 0.7, math.nan, 0.8, 0.6, 40.0] * 2
     results = came_to(dict(zip(found.first(), values, strict=True)))
-    rows: list[Outcome] = outcomes(found, results)
+    rows: list[MethodResult] = method_results(found, results)
     for row in rows:
         made_up_run(tmp_path / "runs" / row.results[0].trial.name, row.results[0].trial.options)
     pictures = draw_sweep(tmp_path, tmp_path / "runs", rows, 3.0)
@@ -407,7 +407,7 @@ def test_pictures(tmp_path: Path, figures: list[Figure]) -> None:
     ]
     alone = Trial("lora-sb", 1e-3, 32, 42)
     made_up_run(tmp_path / "runs" / alone.name, alone.options)
-    one = outcomes(sweep("lora-sb", lr="1e-3"), came_to({alone: 0.5}))
+    one = method_results(sweep("lora-sb", lr="1e-3"), came_to({alone: 0.5}))
     assert draw_sweep(tmp_path, tmp_path / "runs", one, 3.0) == pictures
     over_steps, over_lr, over_parameters = map(drawn, figures[:3])
     assert "lora-sb, r = 8, lr 2e-3" in over_steps

@@ -58,12 +58,12 @@ def test_rank_0_has_said_what_was_refused(members: list[Member]) -> None:
     change(members[0], returncode=2, tail=["lorasb: error: --r"])
     failure = failed_rank(members)
     assert failure is not None
-    assert (failure.status, failure.told, failure.tail) == (2, True, ())
+    assert (failure.status, failure.is_reported, failure.tail) == (2, True, ())
     change(members[0], returncode=None)
     change(members[1], returncode=2)
     failure = failed_rank(members)
     assert failure is not None
-    assert not failure.told
+    assert not failure.is_reported
     change(members[1], returncode=-63)
     failure = failed_rank(members)
     assert failure is not None

@@ -167,7 +167,7 @@ def test_hostfile_as_deepspeed_reads_it() -> None:
     [
         ([], "--model is missing"),
         (["--model", "no/such-model"], r"no hub name in the cache.*llama-7b"),
-        (["--model", "a b c"], "none of the shapes"),
+        (["--model", "a b c"], "nor one of the shapes"),
         (["--model", "llama-7b", "--r", "5000"], "--r 5000 exceeds 4096"),
         (["--model", "llama-7b", "--nodes", "0"], "--nodes"),
         (["--model", "llama-7b", "--gpu-memory-gib", "0"], "--gpu-memory-gib"),

@@ -1,4 +1,4 @@
-"""Where runs go side by side: hosts of a hostfile, or shares of this one. Torch-free."""
+"""Where runs go side by side: hosts of a hostfile, or parts of this one. Torch-free."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Mapping
 
 from launcher.hosts.hostfile import read_hostfile, select
 from launcher.jobs.launch_options import LaunchOptions
-from launcher.sweeps.pool import Place
+from launcher.sweeps.pool import Allocation
 from lorasb_ds.errors import ConfigError
 
 
-def find_places(launch: LaunchOptions, parallel: int, has_batch: bool) -> list[Place]:
-    """As many as runs may go on at a time.
+def find_allocations(launch: LaunchOptions, parallel: int, has_batch: bool) -> list[Allocation]:
+    """Return an allocation for each of the runs that may go on at a time.
 
     Args:
         parallel: runs at a time on this host.
         has_batch: whether --train-batch-size is given, so that hosts of different sizes take the
             same steps.
     Raises:
-        ConfigError: for options that do not go with several runs.
+        ConfigError: for options that several runs cannot have.
     """
     launch.check()
     unfit = {"--no-ssh": launch.no_ssh, "--allow-fewer-hosts": launch.allow_fewer_hosts}
@@ -29,23 +29,27 @@ def find_places(launch: LaunchOptions, parallel: int, has_batch: bool) -> list[P
             "one host. Leave it out."
         )
     if launch.hostfile is None:
-        places = _shares(launch, parallel, os.environ, len(os.sched_getaffinity(0)))
+        allocations = _parts_of_this_host(
+            launch, parallel, os.environ, len(os.sched_getaffinity(0))
+        )
     elif parallel > 1:
         raise ConfigError(
             "--parallel is about this host, and --hostfile gives each run a host of its own. "
             "Leave one of them out."
         )
     else:
-        places = _hosts(launch, launch.hostfile, has_batch)
+        allocations = _hosts(launch, launch.hostfile, has_batch)
     alone = {"--master-port": launch.master_port, "--master-addr": launch.master_addr}
-    if len(places) > 1 and (given := [name for name, value in alone.items() if value is not None]):
+    if len(allocations) > 1 and (
+        given := [name for name, value in alone.items() if value is not None]
+    ):
         raise ConfigError(
-            f"{given[0]} cannot be that of {len(places)} runs at a time. Leave it out."
+            f"{given[0]} cannot be that of {len(allocations)} runs at a time. Leave it out."
         )
-    return places
+    return allocations
 
 
-def _hosts(launch: LaunchOptions, hostfile: str, has_batch: bool) -> list[Place]:
+def _hosts(launch: LaunchOptions, hostfile: str, has_batch: bool) -> list[Allocation]:
     hosts = read_hostfile(hostfile)
     option = "--num-procs" if launch.num_procs is not None else "--num-gpus"
     count = launch.num_procs or launch.num_gpus
@@ -53,29 +57,29 @@ def _hosts(launch: LaunchOptions, hostfile: str, has_batch: bool) -> list[Place]
     slots = select(hosts, *filters, count, slots_option=option)
     sizes = {host: len(ids) for host, ids in slots.items()}
     if len(set(sizes.values())) > 1 and not has_batch:
-        told = ", ".join(f"{host}: {size}" for host, size in sizes.items())
+        listed = ", ".join(f"{host}: {size}" for host, size in sizes.items())
         raise ConfigError(
-            f"The hosts have different numbers of slots ({told}), and so runs would take steps of "
-            "different sizes. Give --train-batch-size, or the same --num-gpus for all."
+            f"The hosts have different numbers of slots ({listed}), and so runs would take steps "
+            "of different sizes. Give --train-batch-size, or the same --num-gpus for all."
         )
     whole = {host: ids == list(range(hosts[host])) for host, ids in slots.items()}
     return [
-        Place(include=host if whole[host] else f"{host}:{','.join(map(str, ids))}")
+        Allocation(include=host if whole[host] else f"{host}:{','.join(map(str, ids))}")
         for host, ids in slots.items()
     ]
 
 
-def _shares(
+def _parts_of_this_host(
     launch: LaunchOptions, parallel: int, environment: Mapping[str, str], cores: int
-) -> list[Place]:
-    # An evaluation in one process is told so by nothing else.
+) -> list[Allocation]:
+    # Nothing else says so to an evaluation in one process.
     cpu = {} if launch.num_procs is None else {"DS_ACCELERATOR": "cpu"}
     if parallel == 1:
-        return [Place(environment=cpu)]
+        return [Allocation(environment=cpu)]
     if launch.num_procs is not None:
         threads = max(1, cores // (parallel * launch.num_procs))
         own = {} if "OMP_NUM_THREADS" in environment else {"OMP_NUM_THREADS": str(threads)}
-        return [Place(environment=cpu | own)] * parallel
+        return [Allocation(environment=cpu | own)] * parallel
     gpus = [gpu for gpu in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
     if launch.num_gpus is None or len(gpus) != parallel * launch.num_gpus:
         wanted = f"{parallel} x --num-gpus"
@@ -88,6 +92,6 @@ def _shares(
         )
     n = launch.num_gpus
     return [
-        Place(environment={"CUDA_VISIBLE_DEVICES": ",".join(gpus[i * n : (i + 1) * n])})
+        Allocation(environment={"CUDA_VISIBLE_DEVICES": ",".join(gpus[i * n : (i + 1) * n])})
         for i in range(parallel)
     ]

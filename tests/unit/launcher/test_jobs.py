@@ -1,0 +1,123 @@
+"""The three kinds of jobs: which is chosen, and what each writes and tells its agents."""
+
+from __future__ import annotations
+
+import socket
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.jobs import channel
+from launcher.jobs.by_hand_job import ByHandJob
+from launcher.jobs.job import Job
+from launcher.jobs.launch_options import OPTIONS, LaunchOptions
+from launcher.jobs.local_job import LocalJob
+from launcher.jobs.make_job import make_job
+from launcher.jobs.ranks import free_port
+from launcher.jobs.ssh_job import SshJob
+from lorasb_ds.errors import ConfigError
+
+
+@pytest.fixture
+def hostfile(tmp_path: Path) -> str:
+    file = tmp_path / "hosts"
+    file.write_text("gpu1 slots=4\ngpu2 slots=4\n")
+    return str(file)
+
+
+def job_of(folder: Path, **given: Any) -> Job:
+    """A job whose run is written into ``folder``, made from launch options."""
+    defaults = {name: option.get("default") for name, option in OPTIONS.items()}
+    flags = {name: False for name, option in OPTIONS.items() if option.get("is_flag")}
+    launch = LaunchOptions(**{**defaults, **flags, "env": (), **given})
+    (folder / "launch").mkdir(parents=True, exist_ok=True)
+    return make_job(launch, [], None, {"output_dir": str(folder)})
+
+
+def by_hand(folder: Path, port: int, **given: Any) -> Job:
+    where: dict[str, Any] = {"no_ssh": True, "num_nodes": 2, "num_procs": 1, "node_rank": 1}
+    where |= {"master_addr": "127.0.0.1", "master_port": port}
+    return job_of(folder, **where | given)
+
+
+def test_one_place_chooses(tmp_path: Path, hostfile: str) -> None:
+    run = tmp_path / "run"
+    assert isinstance(job_of(run, num_procs=2), LocalJob)
+    assert isinstance(job_of(run, hostfile=hostfile), SshJob)
+    assert isinstance(job_of(run, hostfile=hostfile, launcher="openmpi"), SshJob)
+    assert isinstance(by_hand(run, 29500), ByHandJob)
+    Path(hostfile).write_text("localhost slots=2\n")
+    assert isinstance(job_of(run, hostfile=hostfile), LocalJob), "it needs no ssh to itself"
+    assert isinstance(job_of(run, hostfile=hostfile, launcher="openmpi"), SshJob)
+    assert isinstance(by_hand(run, 29500, hostfile=hostfile, num_nodes=1, node_rank=0), ByHandJob)
+
+
+def test_hosts_that_are_asked(tmp_path: Path, hostfile: str) -> None:
+    """pdsh's are; MPI reaches them in its own way; by hand, each host answers for itself."""
+    run, here = tmp_path / "run", socket.gethostname()
+    assert job_of(run, num_procs=2).question().slots == {here: 2}
+    assert by_hand(run, 29500, num_procs=3).question().slots == {here: 3}
+    assert job_of(run, hostfile=hostfile).question(port=7).slots == {"gpu1": 4, "gpu2": 4}
+    mpi = job_of(run, hostfile=hostfile, launcher="openmpi").question()
+    assert (mpi.slots, mpi.programs) == ({}, ("mpirun", "ompi_info"))
+
+
+def test_a_local_job(tmp_path: Path) -> None:
+    job = job_of(tmp_path / "run", num_procs=2)
+    assert (job.rank_hosts, job.launcher_log.name) == (None, "deepspeed.log")
+    call = job.prepare({"A": "1"}, 29501, None)
+    assert call.listener is not None
+    with closing(call.listener):
+        port = call.listener.getsockname()[1]
+        assert call.environment == {"A": "1", channel.SUPERVISOR: f"127.0.0.1:{port}"}
+    assert job.restarted().given["resume"] == "auto"
+
+
+def test_a_job_of_mpi(tmp_path: Path, hostfile: str) -> None:
+    """DeepSpeed's file of variables names the master, is for the user alone, and has no secret."""
+    job = job_of(tmp_path / "run", hostfile=hostfile, launcher="openmpi", include="gpu2")
+    assert job.rank_hosts is None, "MPI numbers the ranks"
+    call = job.prepare({"HF_HOME": "/hf", "HF_TOKEN": "x", "HOME": "/h"}, 29501, "10.0.0.7")
+    assert call.listener is not None
+    with closing(call.listener):
+        folder = tmp_path / "run" / "launch"
+        assert (folder / "hostfile").read_text() == "gpu2 slots=4\n"
+        variables = (folder / "deepspeed_env").read_text().splitlines()
+        assert {"HF_HOME=/hf", "MASTER_ADDR=10.0.0.7", "MASTER_PORT=29501"} <= set(variables)
+        assert not [line for line in variables if "TOKEN" in line]
+        assert (folder / "deepspeed_env").stat().st_mode & 0o777 == 0o600
+        assert call.environment["DS_ENV_FILE"] == str(folder / "deepspeed_env")
+    with pytest.raises(ConfigError, match=r"The address of the first host, gpu2, .*--master-addr"):
+        job.prepare({}, 29501, "127.0.1.1")
+
+
+def test_hosts_by_hand_meet_by_their_options(tmp_path: Path) -> None:
+    """The same word on all hosts; the first one's supervisor has the port after the master's."""
+    port = free_port()
+    first, second = (by_hand(tmp_path / "run", port, node_rank=i) for i in (0, 1))
+    assert [job.launcher_log.name for job in (first, second)] == ["deepspeed.log", "deepspeed1.log"]
+    call, other = first.prepare({}, port, None), second.prepare({}, port, None)
+    assert call.listener is not None
+    assert other.listener is None
+    with closing(call.listener):
+        assert call.listener.getsockname()[1] == port + 1
+        assert call.environment[channel.SUPERVISOR] == f"127.0.0.1:{port + 1}"
+        words = [each.environment[channel.SESSION] for each in (call, other)]
+        assert words[0] == words[1]
+        apart = by_hand(tmp_path / "run", port, num_nodes=3).prepare({}, port, None)
+        assert apart.environment[channel.SESSION] != words[0]
+        with pytest.raises(ConfigError, match=rf"the next port, {port + 1}, is needed, too"):
+            first.prepare({}, port, None)
+    text = (tmp_path / "run" / "launch" / "hostfile-0").read_text()
+    assert text == "node-0 slots=1\nnode-1 slots=1\n"
+
+
+def test_only_hosts_by_hand_leave_logs_of_others(tmp_path: Path) -> None:
+    log = tmp_path / "run" / "launch" / "deepspeed.log"
+    jobs = (by_hand(tmp_path / "run", 29500), job_of(tmp_path / "run", num_procs=1))
+    log.touch()
+    for job, left in zip(jobs, (True, False), strict=True):
+        job.remove_earlier_logs()
+        assert log.exists() == left
