@@ -94,7 +94,7 @@ def load_eval_rows(
         if not choices:
             raise ConfigError(
                 f"--task multiple-choice: no row of {source} has choices and a right one among "
-                "them. The forms that are known are in the README (Evaluate)."
+                "them. docs/evaluating.md lists the forms."
             )
     else:
         examples = tokenize_rows(rows, tokenizer, config)
