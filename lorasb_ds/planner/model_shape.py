@@ -20,24 +20,13 @@ class ModelShape:
     hidden_size: int
     intermediate_size: int  # of all that one token passes at once: experts_per_token of an MoE's
     num_heads: int
-    num_kv_heads: int
     head_dim: int
     num_blocks: int
-    normed_width: int  # numbers of a token that one block's norms take in, together
-    num_experts: int = 1
-    experts_per_token: int = 1
+    normed_width: int  # numbers of a token that one block's norms read, together
 
     @property
     def num_parameters(self) -> int:
         return sum(out * in_ for out, in_ in self.layers.values()) + sum(self.others.values())
-
-    @property
-    def num_active(self) -> int:
-        """Parameters that a token is multiplied with: the head, but no embeddings."""
-        experts = sum(n for name, n in self.others.items() if ".experts." in name)
-        layers = sum(out * in_ for out, in_ in self.layers.values())
-        head = self.vocab_size * self.hidden_size
-        return layers + head + experts * self.experts_per_token // self.num_experts
 
 
 @dataclass(frozen=True)
@@ -118,13 +107,10 @@ def shape_from_config(name: str, config: Mapping[str, Any]) -> ModelShape:
         hidden_size=hidden,
         intermediate_size=sides.intermediate * per_token,
         num_heads=heads,
-        num_kv_heads=sides.keys // head_dim,
         head_dim=head_dim,
         num_blocks=blocks,
         normed_width=len(family.norms) * hidden
         + (sides.queries + sides.keys if family.query_norm else 0),
-        num_experts=num_experts,
-        experts_per_token=per_token,
     )
 
 
