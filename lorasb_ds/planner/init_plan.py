@@ -124,7 +124,7 @@ def takes_gram_way(short_side: int, r: int) -> bool:
 
 
 def blocks_prefix(names: Iterable[str]) -> str | None:
-    """Return ``model.layers.`` of ``model.layers.3.mlp.up_proj``; None unless shared by all names."""
+    """Return the prefix shared by all names, such as ``model.layers.``; None if there is none."""
     prefixes = {match[1] if (match := re.match(r"(.*?\.)\d+\.", name)) else None for name in names}
     return prefixes.pop() if len(prefixes) == 1 else None
 

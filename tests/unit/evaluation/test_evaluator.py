@@ -176,7 +176,7 @@ def test_more_than_the_model_has_positions(
     tiny_model: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", word_rows(3))
-    with pytest.raises(ConfigError, match=r"row \d may come to \d+ tokens .* 2048 positions"):
+    with pytest.raises(ConfigError, match=r"row \d may need \d+ tokens .* 2048 positions"):
         evaluate_model(str(tiny_model), data=data, max_new_tokens=2040)
 
 

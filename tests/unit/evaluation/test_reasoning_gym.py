@@ -1,4 +1,4 @@
-"""Scorers that evaluate answers, held against what they do with some."""
+"""Scorers that evaluate answers, compared with what they do with some."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from reasoning_gym.dataset import ProceduralDataset
 from reasoning_gym.factory import DATASETS
 
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.evaluation.scorers import check_scorer, what_evaluates
+from lorasb_ds.evaluation.reasoning_gym import check_scorer, what_evaluates
 
 EVALUATE = {"binary_matrix", "spiral_matrix", "string_insertion", "n_queens", "puzzle24"}
 EVALUATE |= {"countdown", "simple_integration", "intermediate_integration"}
