@@ -16,7 +16,8 @@ from lorasb_ds.config.ds_config import resolve_ds_config
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.export.adapter_reader import StoredAdapter, read_adapter
+from lorasb_ds.export.adapter_reader import read_adapter
+from lorasb_ds.export.stored_adapter import StoredAdapter
 from lorasb_ds.models.base import Base, open_base
 from lorasb_ds.models.generation import stop_tokens
 from lorasb_ds.models.linear_layers import Shapes

@@ -26,9 +26,9 @@ from lorasb_ds.export.adapter_reader import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CONFIG_BYTES,
-    StoredAdapter,
     read_adapter,
 )
+from lorasb_ds.export.stored_adapter import StoredAdapter
 from lorasb_ds.models.base import Base
 from lorasb_ds.models.checkpoint_files import read_header
 from lorasb_ds.runs.checkpoint import TrainerState, write_checkpoint
@@ -207,7 +207,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = config_faults() | {
         lambda f: (f / ADAPTER_WEIGHTS).unlink(),
         r"has no adapter_model\.safetensors\.$",
     ),
-    "no configuration": (lambda f: (f / ADAPTER_CONFIG).unlink(), "is no adapter. Name the folder"),
+    "no configuration": (
+        lambda f: (f / ADAPTER_CONFIG).unlink(),
+        "is not an adapter. Name the folder",
+    ),
     "configuration is a list": (
         lambda f: (f / ADAPTER_CONFIG).write_text("[]"),
         "must hold a JSON object, not list",
@@ -237,19 +240,19 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = config_faults() | {
     ),
     "magnitudes of DoRA": (
         lambda f: set_tensor(f, "lora_magnitude_vector", torch.ones(48)),
-        "lora_magnitude_vector .* is no factor of a LoRA",
+        "lora_magnitude_vector .* is not a factor of a LoRA",
     ),
     "bias of B": (
         lambda f: set_tensor(f, "lora_B.bias", torch.ones(48)),
-        r"lora_B\.bias .* is no factor of a LoRA",
+        r"lora_B\.bias .* is not a factor of a LoRA",
     ),
     "an embedding": (
         lambda f: set_tensor(f, "lora_embedding_A", torch.ones(4, 48)),
-        "lora_embedding_A .* is no factor of a LoRA",
+        "lora_embedding_A .* is not a factor of a LoRA",
     ),
     "another tensor": (
         lambda f: edit_tensors(f, lambda t: t.update({"lm_head.weight": torch.ones(2)})),
-        r"lm_head\.weight .* is no factor of a LoRA",
+        r"lm_head\.weight .* is not a factor of a LoRA",
     ),
     "whole numbers": (
         lambda f: set_tensor(f, "lora_A.weight", torch.ones(4, 48, dtype=torch.int32)),
@@ -321,7 +324,7 @@ def test_a_rank_that_no_one_means(copy: Path) -> None:
 
 @pytest.mark.parametrize("path", ["nowhere", "~no-such-user-here/run", "x" * 300, "a\0b"])
 def test_a_path_that_is_none(tmp_path: Path, path: str) -> None:
-    with pytest.raises(ConfigError, match=r"is no adapter|cannot be read"):
+    with pytest.raises(ConfigError, match=r"is not an adapter|cannot be read"):
         read_adapter(path if path.startswith("~") else str(tmp_path / path))
 
 

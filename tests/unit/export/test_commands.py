@@ -24,9 +24,10 @@ from lorasb_ds.adapters.peft_writer import peft_target_modules, peft_tensors, sa
 from lorasb_ds.config.paths import demo_model_dir
 from lorasb_ds.config.run_layout import BASIS_FILE
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.export.adapter_reader import ADAPTER_WEIGHTS, StoredAdapter, read_adapter
+from lorasb_ds.export.adapter_reader import ADAPTER_WEIGHTS, read_adapter
 from lorasb_ds.export.combine import combine_adapters
 from lorasb_ds.export.inspection import LayerUpdate, draw_updates, inspect_adapter
+from lorasb_ds.export.stored_adapter import StoredAdapter
 from lorasb_ds.export.to_peft import EnergyKept, export_adapter, max_lora_rank, measure_energy
 from lorasb_ds.models.base import Base
 from lorasb_ds.models.linear_layers import linear_layers, select_targets
@@ -634,7 +635,7 @@ def test_places_that_are_refused(folders: list[Path], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("kept")
     run("export", folder, "--out", tmp_path / "file", "--overwrite", status=2)
     assert (tmp_path / "file").read_text() == "kept"
-    assert "is no adapter" in run("export", tmp_path, "--out", tmp_path / "out", status=2)
+    assert "is not an adapter" in run("export", tmp_path, "--out", tmp_path / "out", status=2)
 
 
 @pytest.mark.parametrize("out", [".", "link", "file/below", "x" * 300])

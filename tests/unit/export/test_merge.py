@@ -232,7 +232,7 @@ def test_run_with_its_r(tiny_model: Path, tmp_path: Path) -> None:
     stored = write_adapter(tiny_model, run / "adapter", ["k_proj"])
     found = read_adapter(str(stored))
     save_file({"A": A, "B": B, "R": R}, run / "factors.safetensors")
-    from lorasb_ds.export.adapter_reader import Factors, StoredAdapter
+    from lorasb_ds.export.stored_adapter import Factors, StoredAdapter
     from lorasb_ds.models.checkpoint_files import read_header
 
     header = read_header(run / "factors.safetensors", "test")
@@ -455,7 +455,7 @@ def test_refused_places(
 ) -> None:
     base = shutil.copytree(sharded, tmp_path / "base")
     for out in (base, base / "in", adapter, adapter / "in", tmp_path):
-        with pytest.raises(ConfigError, match="are one, or lie in each other"):
+        with pytest.raises(ConfigError, match="are the same, or one contains the other"):
             merged(adapter, base, out, overwrite=True)
     out = tmp_path / "out"
     out.mkdir()
@@ -469,7 +469,7 @@ def test_refused_places(
         merged(adapter, base, out / "own.txt")
     (tmp_path / "new.partial").mkdir()
     (tmp_path / "new.partial" / "own.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="something else than an unfinished merge"):
+    with pytest.raises(ConfigError, match="holds something else"):
         merged(adapter, base, tmp_path / "new")
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1, 1, 1 << 20))
