@@ -37,7 +37,7 @@ CONFIG_BYTES = 1 << 20  # at most
 def read_adapter(path: str) -> StoredAdapter:
     """Open the adapter of a run, of one of its checkpoints, or of a PEFT LoRA folder.
 
-    A run without an adapter yet stands for its newest whole checkpoint.
+    A run without an adapter yet stands for its newest complete checkpoint.
 
     Raises:
         ConfigError: if the folder is none of them, broken, or not a plain LoRA.
@@ -48,7 +48,7 @@ def read_adapter(path: str) -> StoredAdapter:
         raise ConfigError(f"{path} cannot be read: {error}. Name another folder.") from error
     if found is None:
         raise ConfigError(
-            f"{path} is not an adapter. Name the folder of a run, one of its checkpoints, or a PEFT "
+            f"{path} is not an adapter. Name a run's folder, one of its checkpoints, or a PEFT "
             f"LoRA folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}."
         )
     return found
@@ -67,7 +67,7 @@ def _read(folder: Path) -> StoredAdapter | None:
         if isinstance(read_checkpoint(found), Checkpoint):
             return _checkpoint(found, folder)
     raise ConfigError(
-        f"{folder}: the run has no adapter and no whole checkpoint. Finish it by `lorasb train "
+        f"{folder}: the run has no adapter and no complete checkpoint. Finish it by `lorasb train "
         f"--resume {folder}`."
     )
 

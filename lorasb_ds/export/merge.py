@@ -42,8 +42,7 @@ from lorasb_ds.export.merge_plan import plan_merge
 from lorasb_ds.export.stored_adapter import StoredAdapter
 from lorasb_ds.models.base import Base
 from lorasb_ds.system.files import check_replaceable, file_digest, write_json
-
-GIB = 1 << 30
+from lorasb_ds.system.units import GIB
 
 
 @dataclass(frozen=True)

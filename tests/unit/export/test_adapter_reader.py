@@ -209,7 +209,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = config_faults() | {
     ),
     "no configuration": (
         lambda f: (f / ADAPTER_CONFIG).unlink(),
-        "is not an adapter. Name the folder",
+        "is not an adapter. Name a run's",
     ),
     "configuration is a list": (
         lambda f: (f / ADAPTER_CONFIG).write_text("[]"),
@@ -393,7 +393,7 @@ def holds(
 def test_a_run_is_its_adapter_or_its_newest_whole_checkpoint(lora: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     basis = make_run(run)
-    with pytest.raises(ConfigError, match="has no adapter and no whole checkpoint"):
+    with pytest.raises(ConfigError, match="has no adapter and no complete checkpoint"):
         read_adapter(str(run))
     trained = {step: make_checkpoint(run, step) for step in (2, 10, 9)}
     found = read_adapter(str(run))
@@ -487,22 +487,22 @@ RUN_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another version": (
         lambda run: edit_trainer(run, '{"format": 99, "progress": {}}'),
-        "no whole checkpoint",
+        "no complete checkpoint",
     ),
     "progress of another kind": (
         lambda run: edit_trainer(run, '{"format": 1, "progress": {"steps": 1}}'),
-        "no whole checkpoint",
+        "no complete checkpoint",
     ),
-    "no progress": (lambda run: edit_trainer(run, "{}"), "no whole checkpoint"),
-    "no JSON beside the state": (lambda run: edit_trainer(run, "{"), "no whole checkpoint"),
+    "no progress": (lambda run: edit_trainer(run, "{}"), "no complete checkpoint"),
+    "no JSON beside the state": (lambda run: edit_trainer(run, "{"), "no complete checkpoint"),
     "no sums": (
         lambda run: (run / "checkpoints" / "step-00000003" / SUMS_FILE).unlink(),
-        "no whole checkpoint",
+        "no complete checkpoint",
     ),
     "run.json is no JSON": (lambda run: (run / "run.json").write_text("{"), "is not valid JSON"),
     "a number that int() cannot read": (
         lambda run: (run / "checkpoints" / "step-00000003").rename(run / "checkpoints" / "step-²"),
-        "no whole checkpoint",
+        "no complete checkpoint",
     ),
 }
 

@@ -93,7 +93,7 @@ def test_any_flipped_byte_or_cut_is_found(run: Path, name: str) -> None:
     found = resumed(run)
     assert found.step == 4
     (warning,) = found.warnings
-    assert warning.startswith("checkpoint step-00000006 is passed over: ")
+    assert warning.startswith("checkpoint step-00000006 is skipped: ")
     for length in {0, 1, len(whole) // 2, len(whole) - 1}:
         path.write_bytes(whole[:length])
         assert isinstance(read_checkpoint(path.parent), str), length
@@ -163,10 +163,10 @@ def test_a_named_checkpoint(run: Path) -> None:
         resumed(run, str(checkpoint_path(run, 4)))
     with pytest.raises(ConfigError, match=r"neither a run's folder"):
         load_run_config({"resume": "/no/such/run"})
-    with pytest.raises(ConfigError, match=r"goes on in .*--init-from"):
+    with pytest.raises(ConfigError, match=r"continues in .*--init-from"):
         find_resume(RunConfig(resume=str(run), output_dir="elsewhere"))
     shutil.rmtree(run / "checkpoints")
-    with pytest.raises(ConfigError, match=r"no whole checkpoint and no finished init"):
+    with pytest.raises(ConfigError, match=r"no complete checkpoint and no finished init"):
         resumed(run, str(run))
 
 

@@ -1,4 +1,4 @@
-"""--profile: the trace, and the table of the dearest operations."""
+"""--profile: the trace, and the table of the most expensive operations."""
 
 from __future__ import annotations
 
