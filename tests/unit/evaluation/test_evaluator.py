@@ -1,4 +1,4 @@
-"""Evaluations as a whole, against transformers and PEFT by themselves."""
+"""Compare whole evaluations with transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_more_than_the_model_has_positions(
 def test_tasks_that_evaluate_answers_are_refused(
     tiny_model: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before the model is loaded; what the rows are otherwise used for is as ever."""
+    """Refused before the model is loaded; other uses of the rows still work."""
     source = "reasoning-gym:countdown?size=2&seed=1"
     monkeypatch.setattr(
         "lorasb_ds.evaluation.evaluator.start_model", lambda run: pytest.fail("loaded")

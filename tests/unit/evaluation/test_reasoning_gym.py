@@ -27,7 +27,7 @@ ANSWERS = (MARK, f"[{MARK}]", f"[[{MARK}]]", f"{MARK} + 1", f'{{"a": {MARK}}}', 
 
 @pytest.fixture
 def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Texts that Python was to evaluate."""
+    """Record the texts that Python evaluates."""
     found: list[str] = []
 
     def spy(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,7 +87,7 @@ SCORERS = {
 
 
 def module_of(code: str) -> ModuleType:
-    """A module of the package."""
+    """Make a module of the package."""
     module = ModuleType("reasoning_gym.new")
     exec(code, vars(module))  # noqa: S102 - the code is this file's own
     return module
@@ -95,7 +95,7 @@ def module_of(code: str) -> ModuleType:
 
 @pytest.mark.parametrize("code", SCORERS.values(), ids=SCORERS)
 def test_scorers_of_another_version(code: str) -> None:
-    """Whatever way leads to the evaluation."""
+    """Any way to evaluate the answer is found."""
     module = module_of(code)
     parent: Any = type("P", (ProceduralDataset,), {"__module__": module.__name__})
     if "super" in code:

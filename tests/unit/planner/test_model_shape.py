@@ -1,4 +1,4 @@
-"""Shapes from a config.json against what transformers builds."""
+"""Compare shapes from a config.json with what transformers builds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Strategies on clusters, traffic, the command `lorasb plan`, and what `train` makes of it."""
+"""Strategies on clusters, their bytes, `lorasb plan`, and how `train` uses it."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def test_uneven_hosts(tmp_path: Path) -> None:
 
 
 def test_instant() -> None:
-    """Without torch, on the largest shape; processor time, since the machine may be busy."""
+    """No torch, on the largest shape. Measures processor time, since the machine may be busy."""
     code = (
         "import resource, sys; from launcher.cli import main\n"
         "main(['plan', '--model', 'llama-3-405b', '--nodes', '4'], standalone_mode=False)\n"
