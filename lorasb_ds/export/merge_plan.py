@@ -77,7 +77,7 @@ def weights_of(
 
 
 def _sources(base: Base) -> dict[str, WeightSource]:
-    """Parameter of the base -> where it comes from. Raises ConfigError for a quantized base."""
+    """Map the base's parameters -> their sources. Raises ConfigError for a quantized base."""
     if base.quantization is not None:
         raise _quantized_base(base.name, "its config.json says so")
     return {target: source for source in base.sources for target in source.targets}
