@@ -146,7 +146,7 @@ def preview(arguments: Sequence[str]) -> None:
 )
 @reports_problems
 def plan(model: str | None, as_json: bool, table: bool, **options: Any) -> None:
-    """Plan memory, traffic and time of every way to hold a base on a cluster."""
+    """Compare the ways to hold a base on a cluster: memory, bytes sent, and which to take."""
     if table:
         click.echo(plan_command.table(options))
         return
@@ -155,10 +155,10 @@ def plan(model: str | None, as_json: bool, table: bool, **options: Any) -> None:
     shape = plan_command.find_shape(model)
     cluster = plan_command.find_cluster(**{name: options[name] for name in CLUSTER_OPTIONS})
     work = plan_command.find_workload(shape, options)
-    outcomes = make_plan(shape, cluster, work)
-    line = plan_command.command_line(outcomes, cluster, model, options["hostfile"], options)
+    plans = make_plan(shape, cluster, work)
+    line = plan_command.command_line(plans, cluster, model, options["hostfile"], options)
     show = plan_command.as_json if as_json else plan_command.render
-    click.echo(show(shape, cluster, outcomes, line))
+    click.echo(show(shape, cluster, plans, line))
 
 
 @main.command(context_settings=CONTEXT)

@@ -24,7 +24,7 @@ SIZES = {
     "200M": (1024, 2816, 12, 16, 8),
     "530M": (1536, 4096, 16, 12, 4),
 }
-PLACES: dict[str, tuple[str, dict[str, Any]]] = {
+HELD: dict[str, tuple[str, dict[str, Any]]] = {
     "replicated bf16": ("zero2.json", {}),
     "ZeRO-3 bf16": ("zero3.json", {}),
     "ZeRO-3 bf16, nothing kept": ("really", {}),
@@ -117,7 +117,7 @@ def _storages(tensors: Iterator[torch.Tensor]) -> dict[int, int]:
 def _tensor_bytes(engine: Any, there: set[int]) -> dict[str, int]:
     """Return the bytes of all tensors that are new since the load, by what they are for.
 
-    Whatever is no parameter, and was made by all the work until now, counts as the optimizer's.
+    Tensors that are not parameters count as the optimizer's.
     """
     gc.collect()
     left = {a: n for a, n in _storages(_all_tensors()).items() if a not in there}
@@ -135,7 +135,7 @@ def _tensor_bytes(engine: Any, there: set[int]) -> dict[str, int]:
 
 
 def really_sharded(folder: Path) -> str:
-    """The shipped zero3.json with nothing kept whole, as it is with a model larger than memory."""
+    """Write zero3.json with nothing kept whole, as with a model larger than memory."""
     content = json.loads((ROOT / "ds_configs/zero3.json").read_text())
     content["zero_optimization"] |= {
         "stage3_max_live_parameters": 0,
@@ -148,7 +148,7 @@ def really_sharded(folder: Path) -> str:
 
 
 def inputs(folder: Path, rows: int = 24) -> dict[str, Any]:
-    """Options of a run on rows that all are as long as allowed."""
+    """Return the options of a run on rows that all have the maximum length."""
     text = json.dumps({"question": "Count.", "answer": " ".join(map(str, range(1000)))})
     data = folder / "rows.jsonl"
     data.write_text(f"{text}\n" * rows)
@@ -156,7 +156,7 @@ def inputs(folder: Path, rows: int = 24) -> dict[str, Any]:
 
 
 def model_folder(folder: Path, size: tuple[int, ...]) -> str:
-    """A random Llama, tied."""
+    """Write a random Llama with tied embeddings."""
     keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     shape = dict(zip((*keys, "num_key_value_heads"), size, strict=True))
     write_llama(folder, shape | {"tie_word_embeddings": True})
@@ -164,21 +164,21 @@ def model_folder(folder: Path, size: tuple[int, ...]) -> str:
 
 
 def ratios(result: Mapping[str, Any]) -> dict[str, float]:
-    """Predicted to measured, of tensors and peaks."""
+    """Return predicted / measured, for tensors and peaks."""
     measured = result["tensors"] | result["peaks"]
     return {key: result["predicted"][key] / measured[key] for key in (*TENSORS, *PEAKS)}
 
 
 def table(found: Mapping[tuple[str, str, int], Mapping[str, Any]]) -> str:
-    """Predicted / measured MiB, and their ratio."""
+    """Return a table of predicted / measured MiB and their ratio."""
     columns = ("ranks", *TENSORS, *(f"peak: {phase}" for phase in PEAKS))
     lines = [row("", columns), "|---|" + "---:|" * len(columns)]
-    for (size, place, ranks), result in found.items():
+    for (size, held, ranks), result in found.items():
         cells = [str(ranks)]
         for key, ratio in ratios(result).items():
             got = (result["tensors"] | result["peaks"])[key]
             cells.append(f"{result['predicted'][key] / MIB:.4g} / {got / MIB:.4g} = {ratio:.2f}")
-        lines.append(row(f"{size}, {place}", cells))
+        lines.append(row(f"{size}, {held}", cells))
     return "\n".join(lines)
 
 
@@ -188,7 +188,7 @@ def table(found: Mapping[tuple[str, str, int], Mapping[str, Any]]) -> str:
 @click.option("--out", type=Path, default=ROOT / "docs/benchmarks/plan.json", show_default=True)
 def plan(quick: bool, cases: str, out: Path) -> None:
     """Tensors and peak memory of runs on random models: predicted / measured, MiB a rank."""
-    # glibc keeps freed pieces below 32 MiB, which no plan can tell and GPUs have no like of.
+    # glibc keeps freed pieces below 32 MiB, which cannot be predicted and does not occur on GPUs.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
     sizes, worlds = (["50M"], [2]) if quick else (list(SIZES), [1, 2, 4])
     found: dict[tuple[str, str, int], Any] = {}
@@ -197,10 +197,10 @@ def plan(quick: bool, cases: str, out: Path) -> None:
         common, really = inputs(folder), really_sharded(folder)
         for size in sizes:
             model = model_folder(folder / size, SIZES[size])
-            for place, (file, options) in PLACES.items():
+            for held, (file, options) in HELD.items():
                 for ranks in worlds:
-                    key = (size, place, ranks)
-                    if not re.search(cases, f"{size}, {place}, {ranks}"):
+                    key = (size, held, ranks)
+                    if not re.search(cases, f"{size}, {held}, {ranks}"):
                         continue
                     ds_config = really if file == "really" else str(ROOT / "ds_configs" / file)
                     case = common | options | {"model": model, "ds_config": ds_config}

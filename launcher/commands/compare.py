@@ -26,7 +26,7 @@ from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.data.sources import REASONING_GYM
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.evaluation.scorers import check_scorer
+from lorasb_ds.evaluation.reasoning_gym import check_scorer
 
 POSITIVE = click.IntRange(min=1)
 FREE = {*SWEPT, *OF_NO_CONSEQUENCE, "dataset_num_proc", "generate_samples", "trust_remote_code"}

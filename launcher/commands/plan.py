@@ -1,4 +1,4 @@
-"""`lorasb plan`: options to cluster, shape and workload; outcomes to text. Torch-free."""
+"""`lorasb plan`: its options as cluster, shape and workload; its plans as text. Torch-free."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ from lorasb_ds.config.paths import read_json
 from lorasb_ds.errors import ConfigError, option_name
 from lorasb_ds.models.checkpoint_files import model_path
 from lorasb_ds.planner.model_shape import BUILT_IN, ModelShape, shape_from_config
-from lorasb_ds.planner.strategies import Cluster, Outcome, command, cpu_cluster, plan, recommended
+from lorasb_ds.planner.strategies import (
+    Cluster,
+    StrategyPlan,
+    command,
+    cpu_cluster,
+    plan,
+    recommended,
+)
 from lorasb_ds.planner.workload import Workload
 from lorasb_ds.system.host_memory import available_bytes
 from lorasb_ds.system.units import GIB
@@ -25,7 +32,11 @@ TABLE_GPUS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 def find_shape(model: str) -> ModelShape:
-    """Find a shape by a built-in name, a folder with a config.json, or a hub name in the cache."""
+    """Return the shape of a built-in name, of a folder with a config.json, or of a cached hub name.
+
+    Raises:
+        ConfigError: if the model is none of these.
+    """
     if model in BUILT_IN:
         return shape_from_config(model, BUILT_IN[model])
     path = Path(model_path(model))
@@ -40,9 +51,8 @@ def find_shape(model: str) -> ModelShape:
         cached = None
     if not isinstance(cached, str):
         raise ConfigError(
-            f"--model {model} is neither a folder with a config.json, nor a hub name in the cache "
-            f"(`lorasb plan` asks no network), nor one of the shapes it knows: "
-            f"{', '.join(BUILT_IN)}."
+            f"--model {model} is no folder with a config.json, no hub name in the cache (`lorasb "
+            f"plan` downloads nothing), and none of the built-in shapes: {', '.join(BUILT_IN)}."
         )
     return shape_from_config(model, read_json(cached, "--model"))
 
@@ -55,7 +65,11 @@ def find_cluster(
     hostfile: str | None,
     num_procs: int | None,
 ) -> Cluster:
-    """Make a cluster of the options; a hostfile gives the number of hosts, and of GPUs in each."""
+    """Return the cluster of the options; a hostfile sets the numbers of hosts and of GPUs in each.
+
+    Raises:
+        ConfigError: if the hostfile's hosts have different numbers of slots.
+    """
     if num_procs is not None:
         memory = host_memory_gib * GIB if host_memory_gib else available_bytes()
         return cpu_cluster(num_procs, int(memory))
@@ -73,7 +87,11 @@ def find_cluster(
 
 
 def find_workload(shape: ModelShape, options: Mapping[str, Any]) -> Workload:
-    """Make the largest workload: rows as long as allowed, with labels everywhere."""
+    """Return the largest workload of the options: rows as long as allowed, labels everywhere.
+
+    Raises:
+        ConfigError: if r exceeds the shortest side of a layer.
+    """
     r, budget = options["r"], options["init_memory_gib"]
     # As select_targets takes them: gates with one output have no adapter.
     targets = {name: sides for name, sides in shape.layers.items() if min(sides) > 1}
@@ -93,14 +111,14 @@ def find_workload(shape: ModelShape, options: Mapping[str, Any]) -> Workload:
 
 
 def given_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of the printed command that are not the strategy's."""
+    """Return the options that the printed command needs beside the strategy's."""
     names = ("r", "max_length", "micro_batch_size", "init_samples", "init_memory_gib")
     given = {name: options[name] for name in names if options[name] is not None}
     return {option_name(name): f"{value:g}" for name, value in given.items()}
 
 
 def render(
-    shape: ModelShape, cluster: Cluster, outcomes: Sequence[Outcome], command_line: str | None
+    shape: ModelShape, cluster: Cluster, plans: Sequence[StrategyPlan], command_line: str | None
 ) -> str:
     """Return a table of strategies, the parts of the recommended one, and its command."""
     ranks = f"{cluster.world_size} {'process(es)' if cluster.cpu else 'GPU(s)'}"
@@ -110,40 +128,27 @@ def render(
         + (f", {cluster.nodes} hosts" if cluster.nodes > 1 else ""),
         "",
         *columns(
-            (
-                "",
-                "needs",
-                "load",
-                "init",
-                "train",
-                "headroom",
-                "host",
-                "a step",
-                "sent",
-                "in",
-                "with",
-            ),
+            ("", "needs", "load", "init", "train", "headroom", "host", "sent", "fetched", "with"),
             [
                 (
-                    o.strategy.name,
-                    _gib(o.needed_bytes),
-                    *map(_gib, o.memory.phases(cluster.cpu).values()),
-                    _gib(o.headroom_bytes) if o.fits else "no",
-                    _gib(o.host_needed_bytes),
-                    f"{o.step_s:.2g} s",
-                    f"{o.step.bytes / GIB:.1f}",
-                    f"{o.step.messages}",
-                    " ".join(o.added),
+                    p.strategy.name,
+                    _gib(p.needed_bytes),
+                    *map(_gib, p.memory.phases(cluster.cpu).values()),
+                    _gib(p.headroom_bytes) if p.fits else "no",
+                    _gib(p.host_needed_bytes),
+                    f"{p.step.bytes / GIB:.1f}",
+                    f"{p.step.host_bytes / GIB:.1f}",
+                    " ".join(p.added),
                 )
-                for o in outcomes
+                for p in plans
             ],
         ),
         "",
-        "GiB of a rank; host: of the first host; sent: GiB a rank receives in a step, in so many "
-        "messages. Seconds are from assumed speeds (docs/planning.md).",
+        "GiB of a rank; host: of the first host. In a step a rank receives what is sent by other "
+        "ranks and fetched from its host.",
         "",
     ]
-    best = recommended(outcomes)
+    best = recommended(plans)
     if best is None:
         return "\n".join(
             [
@@ -156,17 +161,17 @@ def render(
     lines += columns(("GiB of a rank", ""), [(k, _gib(v)) for k, v in parts(best).items()])
     lines += [
         "",
-        f"The init: {len(best.memory.init.groups)} group(s) of layers; {best.init.bytes / GIB:.1f} "
-        f"GiB received in {best.init.messages} messages.",
+        f"The init: {len(best.memory.init.groups)} group(s) of layers, {best.init.bytes / GIB:.1f} "
+        f"GiB received.",
     ]
     if command_line is not None:
         lines += ["", command_line]
     return "\n".join(lines)
 
 
-def parts(outcome: Outcome) -> dict[str, int]:
-    """Return the bytes of a rank, by what they are for."""
-    memory = outcome.memory
+def parts(plan: StrategyPlan) -> dict[str, int]:
+    """Return the bytes of a rank by what they hold."""
+    memory = plan.memory
     return {
         "base": memory.base,
         "quantization state": memory.quantization,
@@ -185,29 +190,29 @@ def parts(outcome: Outcome) -> dict[str, int]:
 
 
 def as_json(
-    shape: ModelShape, cluster: Cluster, outcomes: Sequence[Outcome], command_line: str | None
+    shape: ModelShape, cluster: Cluster, plans: Sequence[StrategyPlan], command_line: str | None
 ) -> str:
-    best = recommended(outcomes)
+    """Return the plans, the recommended strategy's name and its command as JSON."""
+    best = recommended(plans)
     described = {
         "model": shape.name,
         "parameters": shape.num_parameters,
         "cluster": asdict(cluster),
         "strategies": [
             {
-                "name": o.strategy.name,
-                "fits": o.fits,
-                "options": list(o.options),
-                "needed_bytes": o.needed_bytes,
-                "headroom_bytes": o.headroom_bytes,
-                "host_needed_bytes": o.host_needed_bytes,
-                "peak_bytes": o.memory.phases(cluster.cpu),
-                "bytes": parts(o),
-                "init_groups": len(o.memory.init.groups),
-                "step": asdict(o.step),
-                "init": asdict(o.init),
-                "step_s": o.step_s,
+                "name": p.strategy.name,
+                "fits": p.fits,
+                "options": list(p.options),
+                "needed_bytes": p.needed_bytes,
+                "headroom_bytes": p.headroom_bytes,
+                "host_needed_bytes": p.host_needed_bytes,
+                "peak_bytes": p.memory.phases(cluster.cpu),
+                "bytes": parts(p),
+                "init_groups": len(p.memory.init.groups),
+                "step": asdict(p.step),
+                "init": asdict(p.init),
             }
-            for o in outcomes
+            for p in plans
         ],
         "recommended": best and best.strategy.name,
         "command": command_line,
@@ -216,20 +221,21 @@ def as_json(
 
 
 def command_line(
-    outcomes: Sequence[Outcome],
+    plans: Sequence[StrategyPlan],
     cluster: Cluster,
     model: str,
     hostfile: str | None,
     options: Mapping[str, Any],
 ) -> str | None:
-    best = recommended(outcomes)
+    """Return the recommended strategy's command; None if nothing fits."""
+    best = recommended(plans)
     if best is None:
         return None
     return shlex.join(command(best, cluster, model, hostfile, given_options(options)))
 
 
 def table(options: Mapping[str, Any]) -> str:
-    """Return Markdown: strategies for known models on 1 to 128 GPUs, 8 in a host."""
+    """Return the recommended strategies of known models on 1 to 128 GPUs in Markdown, 8 a host."""
     lines = ["| | " + " | ".join(map(str, TABLE_GPUS)) + " |", "|---|" + "---|" * len(TABLE_GPUS)]
     for model in TABLE_MODELS:
         shape, cells = find_shape(model), []
@@ -243,7 +249,7 @@ def table(options: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _cell(best: Outcome) -> str:
+def _cell(best: StrategyPlan) -> str:
     marks = {"--gradient-checkpointing": "c", "--init-memory-gib": "b"}
     added = "".join(marks.get(word, "") for word in best.added)
     return f"{best.strategy.name}{f' ({added})' if added else ''}, {best.needed_bytes / GIB:.0f}"

@@ -11,7 +11,7 @@ from typing import Any
 
 from launcher.sweeps.grid import Trial
 from lorasb_ds.config.run_layout import EVAL_RESULT, INIT_REPORT, RUN_JSON
-from lorasb_ds.evaluation.proportions import Share
+from lorasb_ds.evaluation.proportions import Proportion
 from lorasb_ds.runs.compare import Run, known, read_runs
 from lorasb_ds.runs.history import summarize
 
@@ -31,7 +31,7 @@ class Result:
     seconds: float  # of training
     init_seconds: float
     memory_bytes: int | None
-    accuracy: Share | None
+    accuracy: Proportion | None
 
     def describe(self) -> dict[str, Any]:
         """For JSON."""
@@ -87,18 +87,18 @@ def _init_seconds(folder: Path) -> float:
         return math.nan
 
 
-def _accuracy(folder: Path) -> Share | None:
+def _accuracy(folder: Path) -> Proportion | None:
     """Return the first score of an evaluation: exact match, or accuracy."""
     try:
         content = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
         score = next(iter(content["results"][0]["scores"].values()))
-        return Share(int(score["right"]), int(score["rows"]))
+        return Proportion(int(score["right"]), int(score["rows"]))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration):
         return None
 
 
-def describe_accuracy(accuracy: Share | None) -> dict[str, Any] | None:
+def describe_accuracy(accuracy: Proportion | None) -> dict[str, Any] | None:
     """For JSON."""
     if accuracy is None:
         return None
-    return {**vars(accuracy), "share": accuracy.share, "interval": list(accuracy.interval)}
+    return {**vars(accuracy), "share": accuracy.value, "interval": list(accuracy.interval)}

@@ -11,7 +11,7 @@ from typing import Any
 
 from launcher.sweeps.grid import Sweep, Trial, label, short
 from launcher.sweeps.results import Result, base_loss, describe_accuracy
-from lorasb_ds.evaluation.proportions import Share
+from lorasb_ds.evaluation.proportions import Proportion
 from lorasb_ds.runs.compare import known
 from lorasb_ds.system.units import GIB
 
@@ -99,12 +99,12 @@ class MethodResult:
         return statistics.stdev(found) if len(found) > 1 else math.nan
 
     @property
-    def accuracy(self) -> Share | None:
+    def accuracy(self) -> Proportion | None:
         """Accuracy over the rows of all seeds together."""
         found = [result.accuracy for result in self.results if result.accuracy is not None]
         if not found:
             return None
-        return Share(sum(share.right for share in found), sum(share.rows for share in found))
+        return Proportion(sum(share.right for share in found), sum(share.rows for share in found))
 
     @property
     def trainable(self) -> int | None:
@@ -223,9 +223,9 @@ def as_dict(sweep: Sweep, results: Mapping[Trial, Result]) -> dict[str, Any]:
     }
 
 
-def _accuracy_text(accuracy: Share) -> str:
+def _accuracy_text(accuracy: Proportion) -> str:
     low, high = accuracy.interval
-    return f"{accuracy.share:.1%} ({low:.1%} to {high:.1%})"
+    return f"{accuracy.value:.1%} ({low:.1%} to {high:.1%})"
 
 
 def _time(seconds: float) -> str:

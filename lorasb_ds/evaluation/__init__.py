@@ -1,6 +1,8 @@
-"""What a model answers, and whether it is right: `lorasb eval`.
+"""Generate a model's answers and score them: `lorasb eval`.
 
-`evaluator` is the whole; `model` loads a base with an adapter, not trained; `rows` and `tasks` say
-what is asked; `scoring` what counts as right; `lm_eval` runs lm-evaluation-harness.
+`evaluator.evaluate` runs it all on a model of `model.prepare_model` and `model.start_model`.
+`rows.load_eval_rows` makes questions of rows, `tasks` finds their task and choices, `scoring`
+judges answers, `reasoning_gym` checks the scorers of that package, `proportions.Proportion` is a
+score with its interval, and `lm_eval` runs lm-evaluation-harness instead.
 Imports `export` and what is below it; `training` neither imports it nor is imported by it.
 """

@@ -1,4 +1,4 @@
-"""An evaluation: base and adapter loaded, rows answered, and what of it is right."""
+"""Evaluate a base with an adapter: losses, answers and scores."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lorasb_ds.data.batch import collate, rank_batches
 from lorasb_ds.distributed import accelerator
 from lorasb_ds.distributed.collectives import rank_and_size
 from lorasb_ds.evaluation.model import PreparedModel, prepare_model, start_model
-from lorasb_ds.evaluation.proportions import Share
+from lorasb_ds.evaluation.proportions import Proportion
 from lorasb_ds.evaluation.rows import EvalRows, load_eval_rows
 from lorasb_ds.models.generation import Generated, from_all_ranks, generate, rounds
 from lorasb_ds.models.loss import eval_mode, held_out_loss, log_likelihoods
@@ -30,20 +30,20 @@ from lorasb_ds.system.files import write_json, write_text
 
 @dataclass(frozen=True)
 class EvalResult:
-    """The outcome of an evaluation, on every rank.
+    """The result of an evaluation, on every rank.
 
     Attributes:
-        loss: mean cross-entropy over the response's tokens; of the right choices' where the task
-            is multiple choice.
-        scores: by name: exact_match; or accuracy and accuracy_norm. {} if no row asks for anything.
-        cut_off: answers that were not at their end after so many tokens as were allowed.
+        loss: mean cross-entropy over the tokens of the responses, or of the right choices where the
+            task is multiple choice.
+        scores: "exact_match", or "accuracy" and "accuracy_norm"; {} if no row has a question.
+        cut_off: number of answers that were stopped at ``max_new_tokens``.
         answers: a record for each row, in order.
     """
 
     task: str
     num_rows: int
     loss: float
-    scores: dict[str, Share]
+    scores: dict[str, Proportion]
     cut_off: int
     seconds: float
     answers: list[dict[str, Any]]
@@ -60,13 +60,13 @@ def evaluate_model(
     batch_size: int = 16,
     **fields: Any,
 ) -> EvalResult:
-    """Loss and scores of a base with an adapter, in this process: `lorasb eval` for Python.
+    """Evaluate a base with an adapter in this process: `lorasb eval` for Python.
 
     Args:
-        model: this and the others as the command's options.
-        fields: of RunConfig, such as ``load_in_4bit`` or ``dtype``.
+        model: as the command's option, like all other arguments.
+        fields: further fields of RunConfig, such as ``load_in_4bit`` or ``dtype``.
     Raises:
-        ConfigError: what is wrong and what to do about it.
+        ConfigError: says what is wrong and what to do about it.
     """
     source = data or DEMO_EVAL_DATA
     given = {"model": model, "data": source, "micro_batch_size": batch_size, **fields}
@@ -85,10 +85,10 @@ def evaluate_model(
 
 
 def evaluate(run: PreparedModel, rows: EvalRows, model: Any) -> EvalResult:
-    """Losses and scores of some rows. Collective if a job is running.
+    """Compute losses and scores of rows. Collective if a job is running.
 
     Args:
-        model: of ``start_model(run)``.
+        model: from ``start_model(run)``.
     """
     start = time.perf_counter()
     with eval_mode(model):
@@ -125,11 +125,11 @@ def _loss(run: PreparedModel, rows: EvalRows, model: nn.Module) -> float:
 
 def _answer(
     run: PreparedModel, rows: EvalRows, model: Any
-) -> tuple[dict[str, Share], list[dict[str, Any]]]:
-    """Greedy answers, and which of them are right."""
+) -> tuple[dict[str, Proportion], list[dict[str, Any]]]:
+    """Generate greedy answers and judge them."""
     found: dict[int, tuple[Generated, bool]] = {}
     lengths = [len(question.ids) for question in rows.questions]
-    for batch, counts in _shown(lengths, run.config.micro_batch_size):
+    for batch, counts in _tracked(lengths, run.config.micro_batch_size):
         prompts = [rows.questions[i].ids for i in batch]
         texts = generate(
             model,
@@ -157,20 +157,20 @@ def _answer(
     ]
     if not answers:
         return {}, []
-    return {"exact_match": _share(answers, "right")}, answers
+    return {"exact_match": _proportion(answers, "right")}, answers
 
 
 def _choose(
     run: PreparedModel, rows: EvalRows, model: nn.Module
-) -> tuple[float, dict[str, Share], list[dict[str, Any]]]:
-    """The likeliest choices: by log p, and by log p over the choice's characters.
+) -> tuple[float, dict[str, Proportion], list[dict[str, Any]]]:
+    """Choose by likelihood: log p, and log p divided by the choice's characters.
 
-    Both as lm-evaluation-harness has them (its acc and acc_norm).
+    These are lm-evaluation-harness's acc and acc_norm.
     """
     examples = [example for question in rows.choices for example in question.examples]
     lengths = [len(example.input_ids) for example in examples]
     found: dict[int, float] = {}
-    for batch, counts in _shown(lengths, run.config.micro_batch_size):
+    for batch, counts in _tracked(lengths, run.config.micro_batch_size):
         collated = collate([examples[i] for i in batch], run.base.tokenizer.pad_token_id)
         values = log_likelihoods(model, collated.to(accelerator.device()))
         if counts:
@@ -199,18 +199,21 @@ def _choose(
                 "right_norm": normed == right,
             }
         )
-    scores = {"accuracy": _share(answers, "right"), "accuracy_norm": _share(answers, "right_norm")}
+    scores = {
+        "accuracy": _proportion(answers, "right"),
+        "accuracy_norm": _proportion(answers, "right_norm"),
+    }
     return loss / num_tokens, scores, answers
 
 
-def _shown(lengths: Sequence[int], batch_size: int) -> Iterable[tuple[list[int], bool]]:
-    """``rounds``, with a bar where there is a terminal."""
+def _tracked(lengths: Sequence[int], batch_size: int) -> Iterable[tuple[list[int], bool]]:
+    """Iterate over ``rounds``, with a progress bar in a terminal."""
     all_rounds = list(rounds(lengths, batch_size))
     return track(all_rounds, "answers", transient=True, disable=not sys.stdout.isatty())
 
 
-def _share(answers: Sequence[dict[str, Any]], key: str) -> Share:
-    return Share(sum(bool(answer[key]) for answer in answers), len(answers))
+def _proportion(answers: Sequence[dict[str, Any]], key: str) -> Proportion:
+    return Proportion(sum(bool(answer[key]) for answer in answers), len(answers))
 
 
 def _argmax(values: Sequence[float]) -> int:
@@ -218,7 +221,7 @@ def _argmax(values: Sequence[float]) -> int:
 
 
 def describe_run(run: PreparedModel) -> dict[str, Any]:
-    """What was evaluated, and how."""
+    """Describe what was evaluated and how, for ``eval.json``."""
     return {
         "model": run.config.model,
         "adapter": run.adapter and str(run.adapter.path),
@@ -235,7 +238,7 @@ def describe_run(run: PreparedModel) -> dict[str, Any]:
 def write_results(
     folder: Path, run: PreparedModel, results: Sequence[tuple[EvalRows, EvalResult]]
 ) -> None:
-    """``answers.jsonl``, a record for each row, then ``eval.json``: the scores, what they are of.
+    """Write ``answers.jsonl``, a record for each row, then ``eval.json``, scores and setup.
 
     Raises:
         OSError: if they cannot be written.
@@ -258,7 +261,7 @@ def _describe(rows: EvalRows, result: EvalResult) -> dict[str, Any]:
         "max_new_tokens": rows.max_new_tokens,
         "loss": result.loss,
         "scores": {
-            name: {**asdict(score), "share": score.share, "interval": score.interval}
+            name: {**asdict(score), "share": score.value, "interval": score.interval}
             for name, score in result.scores.items()
         },
         "cut_off": result.cut_off,

@@ -1,4 +1,4 @@
-"""lorasb eval --lm-eval: tasks of lm-evaluation-harness on a base with its adapter."""
+"""`lorasb eval --lm-eval`: run tasks of lm-evaluation-harness on a base with its adapter."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lorasb_ds.system.files import write_json
 
 
 def evaluate_by_harness(run: PreparedModel, tasks: str, num_samples: int | None = None) -> str:
-    """Run the tasks, in one process.
+    """Run the tasks in one process, and write their results to ``eval.json``.
 
     Args:
+        run: its output folder may be None: then nothing is written.
         tasks: names or YAML files, separated by commas.
-        num_samples: of each task.
+        num_samples: rows of each task; None: all.
     Returns:
-        The harness's own table. Its results are in ``eval.json`` of the output folder, if there is
-        one.
+        The harness's own table.
     Raises:
         ConfigError: if lm-eval is not installed, or does not know a task.
     """

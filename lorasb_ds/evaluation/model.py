@@ -1,4 +1,4 @@
-"""A base with an adapter, to be asked and not trained, in any of the ways to hold a base."""
+"""Load a base with an adapter for inference, whole, sharded or quantized."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from lorasb_ds.config.ds_config import resolve_ds_config
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.export.adapter_reader import StoredAdapter, read_adapter
+from lorasb_ds.export.adapter_reader import read_adapter
+from lorasb_ds.export.stored_adapter import StoredAdapter
 from lorasb_ds.models.base import Base, open_base
 from lorasb_ds.models.generation import stop_tokens
 from lorasb_ds.models.linear_layers import Shapes
@@ -26,7 +27,7 @@ from lorasb_ds.models.loss import add_loss_head, check_loss_head
 
 @dataclass(frozen=True)
 class PreparedModel:
-    """A base and an adapter that have been checked as far as one process can."""
+    """A base and an adapter that one process has checked; nothing is loaded yet."""
 
     config: RunConfig
     ds_config: dict[str, Any]
@@ -36,7 +37,7 @@ class PreparedModel:
 
     @property
     def max_positions(self) -> int | None:
-        """Of the model's configuration."""
+        """Return the positions that the model's configuration allows; None if it names none."""
         return getattr(self.base.hf_config.get_text_config(), "max_position_embeddings", None)
 
     @property
@@ -51,16 +52,16 @@ def prepare_model(
 
     Args:
         config: its fields about the base, the ds_config and the dtype are read.
-        adapter: a run's folder, a checkpoint of it, or a PEFT LoRA folder.
+        adapter: a run's folder, a checkpoint of it, or a PEFT LoRA folder; None: the base alone.
     Raises:
-        ConfigError: what is wrong and what to do about it.
+        ConfigError: says what is wrong and what to do about it.
     """
     base, config = open_base(config)
     ds_config, config = resolve_ds_config(config, world_size, local_size)
     zero.check_ds_config(ds_config, config.ds_config)
     stored_adapter = read_adapter(adapter) if adapter is not None else None
     if stored_adapter is not None:
-        _check_fits(stored_adapter, dict(base.shape.layers), config.model)
+        _check_base(stored_adapter, dict(base.shape.layers), config.model)
     tokenizer, others = base.tokenizer, None
     if (base.folder / "generation_config.json").is_file():
         others = GenerationConfig.from_pretrained(base.folder).eos_token_id
@@ -74,13 +75,14 @@ def prepare_model(
 
 
 def start_model(run: PreparedModel) -> Any:
-    """Base and adapter where they are wanted, in eval mode. Collective.
+    """Load base and adapter onto their devices, in eval mode. Collective.
 
-    A quantized or sharded base has no place for PEFT's layers: the adapter's pairs are put into
-    ours, with R = I.
+    PEFT's layers do not work on our quantized or sharded bases: our own layers take the adapter's
+    A and B, with R = I.
 
     Raises:
-        ConfigError: if it is to be sharded, and there is no job.
+        ConfigError: if the base is to be sharded and no job is running, or a factor exceeds the
+            range of ``--dtype``.
     """
     config = run.config
     if run.is_sharded and not dist.is_initialized():
@@ -89,7 +91,7 @@ def start_model(run: PreparedModel) -> Any:
             "is one process. Give --num-procs or --num-gpus, or leave it out."
         )
     model = load_base(run.base, config, run.ds_config)
-    # The base's own may ask for beams, or punish repetitions: greedy is greedy.
+    # The base's own may ask for beams or penalize repetitions; answers are greedy.
     model.generation_config = GenerationConfig()
     adapters: dict[str, LoraSBLinear] = {}
     for r, shapes in _by_rank(run.adapter).items():
@@ -114,7 +116,7 @@ def start_model(run: PreparedModel) -> Any:
 
 
 def _by_rank(adapter: StoredAdapter | None) -> dict[int, Shapes]:
-    """Rank -> layers; a rank beyond a layer's sides is cut to them, which loses nothing."""
+    """Map r -> layers; an r larger than a layer's shorter side is cut to it without loss."""
     found: dict[int, Shapes] = {}
     for name, shape in (adapter.shapes if adapter is not None else {}).items():
         assert adapter is not None
@@ -123,7 +125,7 @@ def _by_rank(adapter: StoredAdapter | None) -> dict[int, Shapes]:
     return found
 
 
-def _check_fits(adapter: StoredAdapter, layers: Shapes, name: str) -> None:
+def _check_base(adapter: StoredAdapter, layers: Shapes, name: str) -> None:
     """Refuse an adapter of another base."""
     for layer, shape in adapter.shapes.items():
         if layers.get(layer) != shape:
@@ -131,5 +133,5 @@ def _check_fits(adapter: StoredAdapter, layers: Shapes, name: str) -> None:
             raise ConfigError(
                 f"--adapter {adapter.path} does not fit --model {name}: it has {layer} of shape "
                 f"{shape}, where the model has {has}. Name the base that it was trained on. "
-                "(Heads and shared layers take no adapter here: evaluate the merged model.)"
+                "(Heads and shared layers cannot have an adapter here: evaluate the merged model.)"
             )

@@ -1,4 +1,4 @@
-"""What an evaluation asks: rows with their task, their prompts, and how answers are judged."""
+"""Load the rows of an evaluation: their task, their questions, and how to score answers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorasb_ds.data.formats import Row, RowError, parse_row
 from lorasb_ds.data.sources import load_rows
 from lorasb_ds.data.tokenization import IGNORE_INDEX, Example
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.evaluation.scorers import check_scorer
+from lorasb_ds.evaluation.reasoning_gym import check_scorer
 from lorasb_ds.evaluation.scoring import SCORES, Score, is_equal_math
 from lorasb_ds.evaluation.tasks import Choices, choices_of, find_task
 
@@ -22,7 +22,7 @@ LONG_ANSWERS = ("gsm8k", "metamath", "math")  # which reason before they answer
 
 @dataclass(frozen=True)
 class Question:
-    """A row that asks for something."""
+    """A row whose answer is generated."""
 
     row: int  # counted from 1
     content: Mapping[str, Any]
@@ -33,21 +33,21 @@ class Question:
 
 @dataclass(frozen=True)
 class ChoiceQuestion:
-    """A row that asks to choose."""
+    """A row whose answer is one of several choices."""
 
     row: int  # counted from 1
     choices: Choices
-    examples: list[Example]  # prompt and choice, whose tokens alone are labels
+    examples: list[Example]  # prompt and choice; only the choice's tokens are labels
 
 
 @dataclass(frozen=True)
 class EvalRows:
-    """Rows to be evaluated on.
+    """The rows of one source.
 
     Attributes:
-        task: of ``questions.TASKS``; never "auto".
+        task: one of ``tasks.TASKS``; never "auto".
         examples: all rows with a response, for their loss; None for multiple choice.
-        skipped: rows that are no use.
+        skipped: number of rows that cannot be used.
     """
 
     source: str
@@ -70,15 +70,17 @@ def load_eval_rows(
     max_new_tokens: int | None = None,
     max_positions: int | None = None,
 ) -> EvalRows:
-    """Rows of a source, which is named as ``--data`` does.
+    """Load the rows of a source.
 
     Args:
-        config: its columns and ``max_length`` are read.
-        num_samples: first rows only.
+        source: as ``--data`` takes it.
+        config: its columns and ``max_length`` are used.
+        task: one of ``tasks.TASKS``; "auto": the one that the rows look like.
+        num_samples: take the first rows only; None: all.
         max_new_tokens: of an answer. [default: 512 where answers reason, else 128]
         max_positions: of the model; rows that need more are refused.
     Raises:
-        ConfigError: if they cannot be read, ask for nothing that the task knows, or are too long.
+        ConfigError: if rows cannot be read, have no question of this task, or are too long.
     """
     check_tokenizer(tokenizer, config)
     rows = load_rows(source, held_out=True)
@@ -115,51 +117,51 @@ def load_eval_rows(
 
 
 def _check_length(rows: EvalRows, max_positions: int | None) -> None:
-    """Refuse what a model has no positions for: those that learn them end with an index error.
+    """Refuse rows that exceed the model's positions; learned ones raise an index error later.
 
     Raises:
-        ConfigError: naming the longest row.
+        ConfigError: names the longest row.
     """
     asked = {q.row: len(q.ids) + rows.max_new_tokens for q in rows.questions}
     asked |= {q.row: max(len(e.input_ids) for e in q.examples) for q in rows.choices}
     row = max(asked, key=lambda row: asked[row], default=0)
     if max_positions is not None and asked and asked[row] > max_positions:
         raise ConfigError(
-            f"{rows.source}: row {row} may come to {asked[row]} tokens with its answer, and the "
+            f"{rows.source}: row {row} may need {asked[row]} tokens with its answer, and the "
             f"model has {max_positions} positions. Lower --max-new-tokens (now "
             f"{rows.max_new_tokens}), or leave such rows out."
         )
 
 
 def _scorer(task: str, source: str) -> Score:
-    """How an answer is judged. reasoning-gym's tasks bring their own scorer; 1.0 is right.
+    """Return the function that judges answers. reasoning-gym's scorers return 1.0 if right.
 
     Raises:
-        ConfigError: if a package is missing for it, or Python would evaluate the answers.
+        ConfigError: if a package is missing, or the scorer could evaluate answers as code.
     """
     if task in ("metamath", "math"):
-        is_equal_math("", "")  # tells before anything is loaded
+        is_equal_math("", "")  # raises before anything is loaded
     if task != "reasoning-gym":
         return SCORES.get(task, SCORES["exact"])
-    remedy = "Give --task exact, which counts answers that are the row's own text, or other rows."
+    remedy = "Give --task exact, which accepts only the row's own text, or use other rows."
     dataset = check_scorer(source, "--data", remedy)
 
     def score(text: str, row: Row, _: str) -> bool:
         try:
             return bool(dataset.score_answer(text, row) >= 1.0)
-        except Exception:  # a hundred scorers, and whatever a model may write: it is not right
+        except Exception:  # a hundred scorers fail in their own ways on what a model writes
             return False
 
     return score
 
 
 def _questions(tokenizer: Any, rows: Sequence[Any], config: RunConfig) -> list[Question]:
-    """Rows that ask for a response."""
+    """Make a question of every row with a prompt and a response."""
     asked = []
     for number, row in enumerate(rows, 1):
         try:
             _, said = parse_row(row, config.prompt_column, config.response_column)
-            if not isinstance(said, str):  # plain text asks for nothing
+            if not isinstance(said, str):  # plain text has no question
                 ids = render_prompt(tokenizer, said[:-1])
                 asked.append(Question(number, row, said[-2]["content"], said[-1]["content"], ids))
         except RowError:
@@ -185,7 +187,7 @@ def _choices(tokenizer: Any, rows: Sequence[Any]) -> list[ChoiceQuestion]:
 
 
 def _continued(tokenizer: Any, prompt: str, text: str) -> Example:
-    """A prompt and a choice; no mark of the end."""
+    """Tokenize a prompt and a choice, without an end token."""
     tokens = tokenizer(prompt + text, add_special_tokens=False, return_offsets_mapping=True)
     labels = [
         token if end > len(prompt) else IGNORE_INDEX

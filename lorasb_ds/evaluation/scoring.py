@@ -1,4 +1,4 @@
-"""How a generated text is held against a reference."""
+"""Compare a generated answer with a reference: exact text, final numbers, mathematics."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from lorasb_ds.errors import ConfigError
 
 Score = Callable[[str, Row, str], bool]  # (generated, row, response) -> right
 
-# What announces an answer: GSM8K, MetaMathQA and Minerva's prompts. \boxed{} is found apart.
+# Marks of a final answer: GSM8K's, MetaMathQA's and Minerva's. \boxed{} is found by ``_last_box``.
 MARK = re.compile(r"####+|\bthe\s+(?:final\s+)?answer\s+is\b\s*:?|\banswer[*_]*\s*:", re.IGNORECASE)
-# An escaped brace is a character; so is one behind a line break, but not the box behind it.
+# An escaped brace is a character; so is one after a line break (\\), but a box after it is a box.
 BRACE = re.compile(r"\\boxed\s*\{|\\\\(?!boxed)|\\[{}]|[{}]")
 
-# No pattern may run over a text again from every place in it: hence the bound on groups.
+# No pattern may scan a text again from every position (quadratic time): hence the bound on groups.
 INTEGER = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3}){1,12}(?!,?[0-9])|[0-9]+)"
 NUMBER = re.compile(
-    # A hyphen behind a digit, word or bracket joins (3-4, non-5); before a space it opens a list.
+    # A hyphen after a digit, word or bracket joins (3-4, non-5); before a space it starts a list.
     r"(?P<sign>(?<![^\W_])(?<![)\]}%-])-[$€£¥]?(?=\.?[0-9]))?"
     r"(?:"
     rf"(?:(?P<whole>{INTEGER})[ ])?"
@@ -36,20 +36,21 @@ FRAC = re.compile(
     rf"[ ]?(?:\{{[ ]?(-?{INTEGER})[ ]?\}}|([0-9]))"
     rf"[ ]?(?:\{{[ ]?({INTEGER})[ ]?\}}|([0-9]))"
 )
-# A number alone, or with its currency, per cent sign or unit of more than one letter.
+# A number alone, or with its currency, percent sign or unit of more than one letter.
 PLAIN = re.compile(rf"[$€£¥]?{NUMBER.pattern}(?:\s*%)?(?:\s*[^\W\d_]{{2}}[^\\^_=+*/(){{}}\d]*)?")
-MAX_DIGITS = 400  # also the largest exponent: longer ones take ever longer to compute with
+MAX_DIGITS = 400  # also the largest exponent: arithmetic on longer ones gets slow
 MAX_LATEX = 1000  # characters; no answer is longer, and math-verify's patterns are slow on more
 
 
 def final_answer(text: str) -> str | None:
-    r"""The text behind the last mark of an answer: its first line, or a box's content.
+    r"""Return the answer after the last mark: its first line, or a box's content.
+
+    White space at its ends and a final full stop are removed.
 
     Returns:
-        Without white space at its ends and a full stop; None if there is no "####", "the answer
-        is", "Answer:" or closed ``\boxed{}``.
+        None if there is no "####", "the answer is", "Answer:" or closed ``\boxed{}``.
     """
-    answer, boxed = _behind_the_last_mark(text)
+    answer, boxed = _after_the_last_mark(text)
     if answer is None:
         return None
     answer = answer.strip()
@@ -59,14 +60,15 @@ def final_answer(text: str) -> str | None:
 
 
 def extract_number(text: str) -> Fraction | None:
-    """The final number: the first behind the last mark of an answer, or else the last of the text.
+    """Return the first number after the last mark of an answer, or else the text's last number.
 
-    Percentages and units are left off: "18 %" is 18. Linear in the text's length.
+    Percent signs and units are ignored: "18 %" is 18. Takes linear time in the text's length.
 
     Returns:
-        Exact; None without a number there, for a division by zero, and beyond 400 digits.
+        The exact number; None without one there. Divisions by zero and numbers of more than 400
+        digits do not count.
     """
-    answer, _ = _behind_the_last_mark(text)
+    answer, _ = _after_the_last_mark(text)
     if answer is not None:
         return next(_numbers(answer), None)
     last = deque(_numbers(text), maxlen=1)
@@ -74,16 +76,17 @@ def extract_number(text: str) -> Fraction | None:
 
 
 def is_equal_number(text: str, reference: str) -> bool:
-    """Whether both have the same final number, exactly: 18.00 is 18, but 0.33 is not 1/3."""
+    """Tell whether both have the same final number, exactly: 18.00 is 18, but 0.33 is not 1/3."""
     number = extract_number(text)
     return number is not None and number == extract_number(reference)
 
 
 def is_equal_math(text: str, reference: str) -> bool:
-    """Whether both final answers are the same mathematics, by math-verify (5 s for each step).
+    """Tell whether both final answers are mathematically equal, by math-verify.
 
-    Its time limits are signals, so outside of the main thread there are none. A reference without
-    a mark is an answer itself; in a text without one, math-verify looks for the last formula.
+    It has 5 s for each of its steps. Its time limits are signals: outside of the main thread there
+    are none. A reference without a mark is an answer itself; in a text without one, math-verify
+    looks for the last formula.
 
     Raises:
         ConfigError: if math-verify is not installed.
@@ -108,12 +111,15 @@ def is_equal_math(text: str, reference: str) -> bool:
         expected = parse(_latex(gold), parsing_timeout=limit)
         found = text[-MAX_LATEX:] if answer is None else _latex(answer)
         return bool(verify(expected, parse(found, parsing_timeout=limit), timeout_seconds=limit))
-    except (Exception, TimeoutException):  # of some dozen types: what cannot be read is not right
+    except (Exception, TimeoutException):  # of some dozen types: what cannot be parsed is not right
         return False
 
 
-def _behind_the_last_mark(text: str) -> tuple[str | None, bool]:
-    """The rest of the text, or a box's content and True; whichever begins last."""
+def _after_the_last_mark(text: str) -> tuple[str | None, bool]:
+    """Return the text after the last mark and False, or the last box's content and True.
+
+    Whichever begins last counts; without either, None and False.
+    """
     mark = deque(MARK.finditer(text), maxlen=1)
     start, end = _last_box(text)
     if mark and mark[0].start() > start:
@@ -122,7 +128,7 @@ def _behind_the_last_mark(text: str) -> tuple[str | None, bool]:
 
 
 def _last_box(text: str) -> tuple[int, int]:
-    """Where the content of the last closed box begins and ends; -1, -1 without one."""
+    """Return where the content of the last closed box begins and ends; (-1, -1) without one."""
     last = (-1, -1)
     open_braces: list[int] = []  # where their contents begin; -2 if not a box's
     for brace in BRACE.finditer(text):
@@ -149,7 +155,7 @@ def _numbers(text: str) -> Iterator[Fraction]:
         if bottom == 0:
             continue
         part = Fraction(top, bottom)
-        if match["whole"] and part >= 1:  # no mixed number, but one behind the other
+        if match["whole"] and part >= 1:  # not a mixed number, but two numbers
             yield Fraction(sign * whole)
             yield part
         else:
@@ -157,7 +163,7 @@ def _numbers(text: str) -> Iterator[Fraction]:
 
 
 def _without_latex(text: str) -> str:
-    r"""``-\dfrac12`` as -1/2, and thousands and signs as in plain text."""
+    r"""Rewrite fractions, thousands and signs as plain text: ``-\dfrac12`` as -1/2."""
     for latex, plain in (("\u2212", "-"), ("{,}", ","), (r"\!", ""), (r"\$", "$"), (r"\%", "%")):
         text = text.replace(latex, plain)
     text = re.sub(r"(?<=[0-9])\\[,;:](?=[0-9]{3}(?![0-9]))", ",", text)
@@ -166,7 +172,10 @@ def _without_latex(text: str) -> str:
 
 
 def _latex(answer: str) -> str:
-    """In a box, if only a part of it is LaTeX then as a sentence; math-verify knows both."""
+    """Put an answer into a box, or into a sentence if only a part of it is LaTeX.
+
+    math-verify reads both.
+    """
     if answer.count("$") > 1 or r"\(" in answer:
         return f"The final answer is {answer}"
     return rf"\boxed{{{answer}}}"
@@ -179,7 +188,7 @@ def _score_gsm8k(text: str, _: Row, response: str) -> bool:
 def _score_metamath(text: str, _: Row, response: str) -> bool:
     reference = final_answer(response) or response
     answer = final_answer(text) or text
-    # 2 is not 2x, nor 2\sqrt{3}; a sentence without a mark is read by its last number.
+    # 2 is neither 2x nor 2\sqrt{3}; in a sentence without a mark the last number counts.
     plain = [PLAIN.fullmatch(_without_latex(said).strip()) for said in (reference, answer)]
     if plain[0] and (plain[1] or answer is text):
         return is_equal_number(text, reference)

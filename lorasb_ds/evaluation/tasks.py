@@ -1,4 +1,4 @@
-"""What a row asks for in an evaluation, and which task a data set is."""
+"""Find the task of a data set and the choices of a row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lorasb_ds.data.formats import RESPONSE_COLUMNS, Row, is_list
 from lorasb_ds.data.sources import REASONING_GYM
 
 TASKS = ("auto", "exact", "gsm8k", "metamath", "math", "multiple-choice", "reasoning-gym")
-# What the responses of each task have in common. MetaMathQA's have GSM8K's mark, too.
+# What the responses of each task contain. MetaMathQA's also contain GSM8K's mark.
 SIGNS = {
     "metamath": re.compile(r"the answer is:", re.IGNORECASE),
     "gsm8k": re.compile(r"^####[^\n]*[0-9]", re.MULTILINE),
@@ -20,46 +20,39 @@ SIGNS = {
 }
 NUM_ROWS_READ = 32  # to find the task
 
-# LLM-Adapters' commonsense sets name the answers in the prompt and spell them out in the response.
+# LLM-Adapters' commonsense sets list the answers' names in the prompt; responses are this sentence.
 ANSWER_FORMAT = re.compile(r"answer format:([^\n]*)", re.IGNORECASE)
 RESPONSE = "the correct answer is "
 
 
 @dataclass(frozen=True)
 class Choices:
+    """A multiple-choice row."""
+
     prompt: str
     texts: tuple[str, ...]  # the responses to choose from
-    answer: int  # which of them is right
+    answer: int  # index of the right one
 
 
 def choices_of(row: Row) -> Choices | None:
-    """The choices of a multiple-choice row; None if it is none, or its answer is not among them.
+    """Return the choices of a row; None if it has none, or its answer is not among them.
 
-    Known are the commonsense sets of LLM-Adapters (instruction with "Answer format: a/b", answer),
-    question with a list of choices (answer: its index from 0, letter or text), and ARC's and
-    OpenBookQA's form (choices with text and label, answerKey).
+    Two forms are known: the commonsense sets of LLM-Adapters (instruction with "Answer format:
+    a/b", answer), and a question with a list of choices (answer: its index from 0, letter or text).
     """
     if isinstance(row.get("instruction"), str):
         return _named_in_the_prompt(row)
-    prompt = row.get("question", row.get("question_stem"))
     choices: Any = row.get("choices")
-    if isinstance(choices, Mapping):
-        texts: Any = choices.get("text")
-        labels: Any = choices.get("label")
-        if not is_list(labels) or not is_list(texts) or len(labels) != len(texts):
-            return None
-        key = row.get("answerKey")
-        return _choices(prompt, texts, labels.index(key) if key in labels else None)
     if not is_list(choices):
         return None
-    return _choices(prompt, choices, _index(row.get("answer"), choices))
+    return _choices(row.get("question"), choices, _index(row.get("answer"), choices))
 
 
 def find_task(source: str, rows: Sequence[Any]) -> str:
-    """Which of ``TASKS`` the rows of a source are, by what most of the first 32 have.
+    """Find the task that most of a source's first 32 rows look like.
 
     Returns:
-        "exact" where nothing else fits; never "auto".
+        One of ``TASKS``: "exact" where nothing else fits; never "auto".
     """
     if source.startswith(REASONING_GYM):
         return "reasoning-gym"
@@ -83,7 +76,7 @@ def _named_in_the_prompt(row: Row) -> Choices | None:
         return None
     names = [name.strip() for name in formats[-1].split("/")]
     right = row.get("answer")
-    if right not in names:  # some rows have it in the response only
+    if right not in names:  # some rows name it in the response only
         response = row.get("output")
         right = response.strip().removeprefix(RESPONSE) if isinstance(response, str) else None
     if isinstance(extra, str) and extra.strip():
@@ -95,7 +88,7 @@ def _named_in_the_prompt(row: Row) -> Choices | None:
 
 
 def _index(answer: Any, choices: Sequence[Any]) -> int | None:
-    """Which choice an answer names: by its index, its text, or its letter."""
+    """Return the index of the choice that an answer names by its index, text or letter."""
     if isinstance(answer, bool) or not isinstance(answer, int | str):
         return None
     if isinstance(answer, int):

@@ -1,6 +1,8 @@
-"""Adapters on disk: read, truncated, combined, inspected, merged into a base.
+"""Read stored adapters; truncate, combine and inspect them, and merge them into a base.
 
-`adapter_reader` reads any adapter a layer at a time; `to_peft`, `combine` and `inspection` compute
-with it; `merge` (with `merge_plan`, `merge_folder`, `merge_file`) writes a whole model.
+`adapter_reader.read_adapter` opens any adapter's folder as a `stored_adapter.StoredAdapter`, whose
+factors are read a layer at a time. `to_peft.export_adapter`, `combine.combine_adapters` and
+`inspection.inspect_adapter` work on it; `merge.merge_adapter` (with `merge_plan`, `merge_folder`
+and `merge_file`) writes a whole model.
 Imports `init` and what is below it.
 """

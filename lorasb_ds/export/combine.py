@@ -1,4 +1,4 @@
-"""Weighted sums of stored adapters."""
+"""Add stored adapters with weights."""
 
 from __future__ import annotations
 
@@ -12,15 +12,23 @@ import torch
 from lorasb_ds.adapters.low_rank import padded, product_svd, weighted_sum
 from lorasb_ds.adapters.peft_writer import peft_tensors
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.export.adapter_reader import StoredAdapter
+from lorasb_ds.export.stored_adapter import StoredAdapter
 from lorasb_ds.export.to_peft import check_folder, rounded, write_adapter
 
 
 @dataclass(frozen=True)
 class Combined:
+    """What ``combine_adapters`` wrote.
+
+    Attributes:
+        r: the rank of the sum.
+        one_basis: all adapters have the same A in every layer, and R's are summed.
+        energy_kept: fraction of the sum's ``‖ΔW‖²``; 1 where nothing was truncated.
+    """
+
     r: int
-    one_basis: bool  # all adapters have the same A in every layer: summed in R's space
-    energy_kept: float  # share of the sum's ``‖ΔW‖²``; 1 where nothing was cut
+    one_basis: bool
+    energy_kept: float
 
 
 def combine_adapters(
@@ -34,12 +42,15 @@ def combine_adapters(
 ) -> Combined:
     """Write ``Σ wᵢ ΔWᵢ`` as a PEFT LoRA folder.
 
-    Adapters of one basis (the same A) are summed exactly at their rank, whatever the weights. Else
-    the factors are stacked, which is exact at the sum of the ranks; with ``r``, the QR and SVD of
-    the stack give the best update of that rank. A layer that an adapter lacks counts as 0 in it.
+    Adapters of one basis (the same A) are summed exactly at their rank, whatever the weights. Other
+    factors are stacked, which is exact at the sum of the ranks; with ``r``, the QR and SVD of the
+    stack give the best update of that rank. A layer that an adapter lacks counts as 0.
 
     Args:
-        overwrite: replace an adapter that is there.
+        weights: one for each adapter.
+        r: truncate the sum to this rank. [default: the rank at which it is exact]
+        dtype: of the written tensors: "fp32", "bf16" or "fp16".
+        overwrite: replace an adapter that is already in ``out``.
     Raises:
         ConfigError: if they cannot be added (their layers have different shapes, …), or ``out`` may
             not be written.
@@ -55,7 +66,7 @@ def combine_adapters(
         if not sums[name].B.isfinite().all():
             raise ConfigError(f"--weights: the sum of {name} exceeds fp32's range.")
         one_basis &= len(sums[name].A) == len(pairs[0].A)
-    # More than a side's directions no update has.
+    # An update's rank is at most its shorter side.
     largest = max(min(len(pair.A), *shapes[name]) for name, pair in sums.items())
     if r is not None and not 1 <= r <= largest:
         raise ConfigError(f"--r {r}: the sum has rank {largest} at most; give 1 to {largest}.")
@@ -72,7 +83,7 @@ def combine_adapters(
                 pair = svd.pair(wanted)
         tensors |= peft_tensors(name, *rounded(name, padded(pair, wanted), dtype))
     first = adapters[0]
-    same = set(shapes) == set(first.layers)  # else its target_modules would name too few
+    same = set(shapes) == set(first.layers)  # else its target_modules would miss some
     targets = first.target_modules if same else list(shapes)
     write_adapter(folder, tensors, wanted, targets, first.base_path)
     return Combined(wanted, one_basis, kept / whole if whole else 1.0)

@@ -1,4 +1,4 @@
-"""What an adapter has learned, layer by layer."""
+"""Measure what an adapter has learned, layer by layer."""
 
 from __future__ import annotations
 
@@ -21,13 +21,12 @@ from lorasb_ds.adapters.low_rank import (
 )
 from lorasb_ds.config.run_layout import BASIS_FILE
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.export.adapter_reader import StoredAdapter, read_init
+from lorasb_ds.export.adapter_reader import read_init
+from lorasb_ds.export.stored_adapter import StoredAdapter
 from lorasb_ds.models.checkpoint_files import StoredTensor
 from lorasb_ds.models.streaming import TensorReader
 
 SIDES = ("lora_A", "lora_B")
-
-
 BLOCK = re.compile(r"(.*?)\.?([0-9]{1,6})\.(.+)")  # before a block, its number, and within it
 
 
@@ -36,12 +35,12 @@ class LayerUpdate:
     """One layer's ``ΔW = B R A``. With orthonormal A and B, R has its singular values.
 
     Attributes:
-        orthonormality_error: the largest entry of ``|AAᵀ - I|`` and, where the basis is at hand,
+        orthonormality_error: the largest entry of ``|AAᵀ - I|`` and, where the basis is available,
             ``|BᵀB - I|``.
         norm: ``‖ΔW‖`` (Frobenius).
         relative_norm: ``‖ΔW‖ / ‖W0‖``; None where the base was not read.
         trained_share: ``‖ΔW - ΔW_init‖ / ‖ΔW‖``, what training has added to the init; None where
-            no basis says what the init was.
+            no basis is available.
     """
 
     r: int
@@ -57,10 +56,13 @@ class LayerUpdate:
 def inspect_adapter(
     adapter: StoredAdapter, base: Mapping[str, StoredTensor] | None = None
 ) -> dict[str, LayerUpdate]:
-    """Layer -> its update, in the adapter's order.
+    """Measure the update of every layer.
 
     Args:
-        base: layer -> its weight in the base's files; a few rows are read at a time.
+        base: layer -> its weight in the base's files, of which a few rows are read at a time; None:
+            ``relative_norm`` is not measured.
+    Returns:
+        Layer -> its update, in the adapter's order.
     """
     found, start = {}, read_init(adapter)
     for name, shape in adapter.shapes.items():
@@ -87,7 +89,7 @@ def inspect_adapter(
 
 
 def _norm(name: str, weight: StoredTensor) -> float:
-    """Frobenius norm of a stored tensor, a few rows at a time."""
+    """Compute a stored tensor's Frobenius norm, a few rows at a time."""
     total = 0.0
     try:
         with closing(TensorReader({name: weight})) as reader:
@@ -99,17 +101,17 @@ def _norm(name: str, weight: StoredTensor) -> float:
 
 
 def draw_updates(path: Path, layers: Mapping[str, LayerUpdate]) -> None:
-    """A PNG of heat maps, blocks of the model by modules: size, effective rank, what was trained.
+    """Draw heat maps of blocks by modules as a PNG: norm, effective rank, what was trained.
 
     Args:
-        layers: of ``inspect_adapter``.
+        layers: from ``inspect_adapter``.
     """
     import numpy as np
     from matplotlib.figure import Figure
 
-    places = _places(layers)
-    modules = list(dict.fromkeys(module for _, module in places.values()))
-    blocks = sorted({block for block, _ in places.values()})
+    cells = _blocks_and_modules(layers)
+    modules = list(dict.fromkeys(module for _, module in cells.values()))
+    blocks = sorted({block for block, _ in cells.values()})
     has_base = any(layer.relative_norm is not None for layer in layers.values())
     panels: dict[str, str] = {
         "relative_norm" if has_base else "norm": "‖ΔW‖ / ‖W0‖" if has_base else "‖ΔW‖",
@@ -122,7 +124,7 @@ def draw_updates(path: Path, layers: Mapping[str, LayerUpdate]) -> None:
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, (field, title) in zip(axes, panels.items(), strict=True):
         grid = np.full((len(blocks), len(modules)), np.nan)
-        for name, (block, module) in places.items():
+        for name, (block, module) in cells.items():
             value: Any = getattr(layers[name], field)
             if value is not None:
                 grid[blocks.index(block), modules.index(module)] = value
@@ -136,8 +138,8 @@ def draw_updates(path: Path, layers: Mapping[str, LayerUpdate]) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _places(names: Iterable[str]) -> dict[str, tuple[int, str]]:
-    """Layer -> its block (-1: none), and what it is in it, in as few words as tell it apart."""
+def _blocks_and_modules(names: Iterable[str]) -> dict[str, tuple[int, str]]:
+    """Map layer -> its block (-1: none), and the shortest unambiguous name of its module there."""
     parts = {name: BLOCK.fullmatch(name) for name in names}
     wholes = {
         name: (-1, name) if found is None else (int(found[2]), f"{found[1]}.{found[3]}")

@@ -1,4 +1,4 @@
-"""``W0 + scale · B R A`` as a model's folder, file by file: no model is ever in memory."""
+"""Write ``W0 + scale · B R A`` as a model's folder, file by file: no model is ever in memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.export.adapter_reader import StoredAdapter, trained_on
+from lorasb_ds.export.adapter_reader import trained_on
 from lorasb_ds.export.merge_file import (
     FileJob,
     Written,
@@ -39,18 +39,20 @@ from lorasb_ds.export.merge_folder import (
     write_index,
 )
 from lorasb_ds.export.merge_plan import plan_merge
+from lorasb_ds.export.stored_adapter import StoredAdapter
 from lorasb_ds.models.base import Base
 from lorasb_ds.system.files import check_replaceable, file_digest, write_json
-
-GIB = 1 << 30
+from lorasb_ds.system.units import GIB
 
 
 @dataclass(frozen=True)
 class MergeResult:
-    """
+    """What a merge wrote.
+
     Attributes:
-        files: of weights; resumed_files: those of them that an earlier attempt had finished.
-        bytes: of the weights' files.
+        files: number of weight files.
+        bytes: of these files together.
+        resumed_files: those of them that an earlier attempt had finished.
     """
 
     files: int
@@ -73,18 +75,19 @@ def merge_adapter(
 ) -> MergeResult:
     """Write a base with an adapter in its weights, as a folder like the base's.
 
-    Files are written into ``OUT.partial`` beside ``out``, which becomes ``out`` when it is whole;
-    a second call goes on with what a killed one has finished. ``merge.json`` in it says what was
-    merged, and stays.
+    Files are written into ``OUT.partial`` beside ``out``, which becomes ``out`` when it is
+    complete; a second call continues with the files that a killed one has finished. ``merge.json``
+    in it says what was merged, and stays.
 
     Args:
-        model: a folder or hub name; the weights' dtypes are kept.
+        model: the base: a folder or hub name. The weights' dtypes are kept.
         load_in_4bit: write all linear layers but the head in NF4 with double quantization.
-        num_procs: processes that merge a file each, at a time.
-        overwrite: replace ``out``, which must be a model's folder, when the new one is whole.
+        num_procs: processes, each of which merges one file at a time.
+        overwrite: replace ``out``, which must be a model's folder, when the new one is complete.
+        say: called with each message to the user.
     Raises:
-        ConfigError: before anything is written, if base, adapter and ``out`` do not go together or
-            the disk is too small; later if it fills up or a merged number is not finite.
+        ConfigError: before anything is written, if base, adapter and ``out`` do not match or the
+            disk is too small; later if it fills up or a merged number is not finite.
     """
     start = time.perf_counter()
     base, out = Base(model, trust_remote_code), out.expanduser().resolve()
@@ -95,7 +98,7 @@ def merge_adapter(
     if trained_on(adapter) not in (None, record["made_of"]["base"]):
         say(
             f"warning: --model {model} has other files than the base that the run was trained on: "
-            "another copy or revision, or another model of its shape."
+            "another copy or revision, or another model of the same shape."
         )
     bounds = {job: size_bound(job) for job in jobs}
     _check_disk(partial, bounds, finished_files(partial, record, jobs))
@@ -120,8 +123,8 @@ def merge_adapter(
             put_in_place(partial, out)
         except OSError as error:
             raise ConfigError(
-                f"--out {out} cannot be written: {error}. What is finished lies in {partial}: the "
-                "same command goes on from there."
+                f"--out {out} cannot be written: {error}. The finished files are in {partial}: the "
+                "same command continues from there."
             ) from error
     return MergeResult(
         files=len(finished),
@@ -136,20 +139,20 @@ def _check_out(out: Path, base: Path, adapter: Path, overwrite: bool) -> None:
     for what, folder in (("the base's", base.resolve()), ("the adapter's", adapter.resolve())):
         if out.is_relative_to(folder) or folder.is_relative_to(out):
             raise ConfigError(
-                f"--out {out} and {what} folder {folder} are one, or lie in each other. Name "
-                "another folder."
+                f"--out {out} and {what} folder {folder} are the same, or one contains the other. "
+                "Name another folder."
             )
     check_replaceable(out, overwrite, _is_model, "model's folder")
 
 
 def _is_model(folder: Path) -> bool:
-    """And not where this process is."""
+    """Tell whether it is a model's folder, and not this process's."""
     has_model = (folder / RECORD).is_file() or any(folder.glob("model*.safetensors"))
     return has_model and not Path.cwd().is_relative_to(folder)
 
 
 def _record(adapter: StoredAdapter, base: Base, load_in_4bit: bool) -> dict[str, Any]:
-    """What is merged: two merges that are made of the same write the same files."""
+    """Describe what is merged; merges with the same ``made_of`` write the same files."""
     files = sorted({tensor.file for tensor in adapter.stored.values()})
     made_of = {
         "base": base.digest,
@@ -167,13 +170,13 @@ def _check_disk(partial: Path, bounds: Mapping[FileJob, int], finished: Mapping[
     free = shutil.disk_usage(parent).free + sum(path.stat().st_size for path in stale)
     if needed > free:
         raise ConfigError(
-            f"--out {partial.with_suffix('')}: {needed / GIB:.2f} GiB are still to be written, and "
+            f"--out {partial.with_suffix('')}: {needed / GIB:.2f} GiB must still be written, and "
             f"{parent} has {free / GIB:.2f} GiB left. Free some, or name a folder on another disk."
         )
 
 
 def _written(jobs: Sequence[FileJob], num_procs: int) -> Iterator[tuple[FileJob, Written]]:
-    """Files in the order in which they are finished."""
+    """Merge the files and yield them in the order in which they are finished."""
     if num_procs == 1 or len(jobs) < 2:
         with _threads(max(1, _num_cores() - 1)):
             yield from _written_here(jobs)
@@ -197,7 +200,7 @@ def _written(jobs: Sequence[FileJob], num_procs: int) -> Iterator[tuple[FileJob,
 
 
 def _written_here(jobs: Sequence[FileJob]) -> Iterator[tuple[FileJob, Written]]:
-    """By this process: a file is read again for its digest, and synced, beside the next."""
+    """Merge the files in this process; each is hashed and synced while the next is written."""
     with ThreadPoolExecutor(1) as behind:
         waiting: list[tuple[FileJob, Future[Written]]] = []
         for job in jobs:
@@ -216,7 +219,7 @@ def _num_cores() -> int:
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """A core is left for digests: torch's threads wait for work without a pause."""
+    """Limit torch's threads, which spin while they wait, so that a core is left for digests."""
     before = torch.get_num_threads()
     torch.set_num_threads(min(count, before))
     try:

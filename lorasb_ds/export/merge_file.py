@@ -1,6 +1,6 @@
-"""One file of a base with updates of low rank added, written in memory for a few rows of it.
+"""Write one file of a base with low-rank updates added, a few rows in memory at a time.
 
-This is what a merge's processes import: torch, and nothing that takes more memory than it.
+A merge's processes import this module: torch, and nothing that takes more memory than torch.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from lorasb_ds.system.safetensors_writer import (
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in FLOATS.items()} | {torch.uint8: "U8"}
-CHUNK_BYTES = 4 << 20  # that are copied at a time
-CHUNK = 1 << 18  # elements that are merged at a time: they stay in a cache
-# The parts of a 4-bit weight beside its codes: how many, and at most so many bytes of those whose
-# size does not depend on the weight's (maps of 16 and 256 numbers, a JSON of its shape).
+CHUNK_BYTES = 4 << 20  # copied at a time
+CHUNK = 1 << 18  # elements merged at a time: they stay in a cache
+# A 4-bit weight's parts beside its codes: their number, and an upper bound for the bytes of those
+# whose size does not depend on the weight's (tables of 16 and 256 numbers, a JSON of its shape).
 NUM_PARTS, PARTS_BYTES = 6, 4 * (16 + 256) + 1024
 
 
 @dataclass(frozen=True)
 class Update:
-    """``W += scale · B R A``, by where the factors are stored; without R, ``scale · B A``.
+    """The stored factors of ``W += scale · B R A``; without R, ``scale · B A``.
 
     Attributes:
-        transposed: whether W is stored as (in, out).
+        transposed: W is stored as (in, out).
     """
 
     A: StoredTensor
@@ -52,7 +52,7 @@ class Update:
     transposed: bool
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """L and R of ``L R``, as W is stored; fp32."""
+        """Read the two factors of the product that is added to W as stored; fp32."""
         A, B = _read_fp32(self.A), _read_fp32(self.B)
         if self.R is not None:
             B = B @ _read_fp32(self.R)
@@ -63,12 +63,12 @@ class Update:
 
 @dataclass(frozen=True, eq=False)
 class FileJob:
-    """What one file of a base becomes.
+    """The merge of one file of a base.
 
     Attributes:
-        target: where it goes; complete or not there.
-        updates: by the stored name of the weight.
-        quantized: stored names of weights to be written in 4 bits.
+        target: the file to write, complete or not there.
+        updates: stored name of a weight -> its update.
+        quantized: stored names of weights to write in 4 bits.
     """
 
     source: Path
@@ -79,22 +79,24 @@ class FileJob:
 
 @dataclass(frozen=True)
 class Written:
+    """A file that is complete."""
+
     sha256: str
     num_bytes: int
 
 
 def merge_file(job: FileJob) -> Written:
-    """Write a file, and give it its name when it is on the disk.
+    """Write a file, and rename it to its target when it is on disk.
 
     Raises:
-        ConfigError: naming the file, and the tensor if there is one, where it cannot be read or
-            written, or a merged number is not finite.
+        ConfigError: if it cannot be read or written, or a merged number is not finite; names the
+            file, and the tensor if there is one.
     """
     return finish_file(job, write_aside(job))
 
 
 def write_aside(job: FileJob) -> Path:
-    """Write a file under another name; not yet through to the disk. Raises as ``merge_file``."""
+    """Write a file under another name, without syncing it to disk. Raises like ``merge_file``."""
     aside = job.target.with_name(job.target.name + ".tmp")
     try:
         aside.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +107,7 @@ def write_aside(job: FileJob) -> Path:
 
 
 def finish_file(job: FileJob, aside: Path) -> Written:
-    """What is left to do. Raises as ``merge_file``."""
+    """Hash the written file, sync it and rename it to its target. Raises like ``merge_file``."""
     try:
         digest = file_digest(aside)
         publish(aside, job.target)
@@ -115,7 +117,7 @@ def finish_file(job: FileJob, aside: Path) -> Written:
 
 
 def use_threads(count: int) -> None:
-    """How a process of several begins: with its share of the cores, and with its parent's life."""
+    """Set up one of several processes: limit its threads, and end it when its parent ends."""
     import multiprocessing
     from threading import Thread
 
@@ -124,7 +126,7 @@ def use_threads(count: int) -> None:
     assert parent is not None
 
     def end_with_parent() -> None:
-        # It would else go on writing beside the merge that resumes a killed one.
+        # Otherwise it would still write while another merge resumes the killed one.
         parent.join()
         os._exit(1)
 
@@ -132,7 +134,7 @@ def use_threads(count: int) -> None:
 
 
 def size_bound(job: FileJob) -> int:
-    """Bytes of the file that is written, at most."""
+    """Return an upper bound for the bytes of the written file."""
     return sum(_bounds(job, read_header(job.source, str(job.source)), metadata_of(job.source)))
 
 
@@ -149,7 +151,7 @@ def _write(job: FileJob, aside: Path) -> None:
             found = _quantized(job, name, tensors[name], descriptor)
             parts[name] = list(found)
             for part, made in found.items():
-                if made.nbytes % ALIGNMENT:  # what comes after it would not be aligned
+                if made.nbytes % ALIGNMENT:  # the tensors after it would not be aligned
                     late[part] = made
                 else:
                     writer.add(part, NAMES[made.dtype], made.shape, [bytes_of(made)])
@@ -168,7 +170,10 @@ def _write(job: FileJob, aside: Path) -> None:
 def _in_order(
     tensors: Mapping[str, StoredTensor], quantized: frozenset[str]
 ) -> list[tuple[str, StoredTensor]]:
-    """What is not quantized, as it lies; where something is, the largest numbers first: aligned."""
+    """Order the tensors that are not quantized.
+
+    As stored; or, where others are quantized, by descending item size, so that all are aligned.
+    """
     found = [(name, tensor) for name, tensor in tensors.items() if name not in quantized]
     if quantized:
         return sorted(found, key=lambda item: (-ITEM_BYTES.get(item[1].dtype, 8), item[1].begin))
@@ -178,7 +183,7 @@ def _in_order(
 def _bounds(
     job: FileJob, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]
 ) -> tuple[int, int]:
-    """Bytes of the header and of the tensors, at most."""
+    """Return upper bounds for the bytes of the header and of the tensors."""
     sizes = {
         name: _bound_4bit(*t.shape) if name in job.quantized else t.end - t.begin
         for name, t in tensors.items()
@@ -200,7 +205,7 @@ def _bound_4bit(rows: int, columns: int) -> int:
 
 
 def _copied(tensor: StoredTensor, descriptor: int) -> Iterator[memoryview]:
-    """A tensor's bytes; a chunk is overwritten by the next."""
+    """Yield a tensor's bytes in chunks; each is overwritten by the next."""
     size = tensor.end - tensor.begin
     buffer = memoryview(bytearray(min(size, CHUNK_BYTES)))
     for first in range(0, size, CHUNK_BYTES):
@@ -212,7 +217,9 @@ def _copied(tensor: StoredTensor, descriptor: int) -> Iterator[memoryview]:
 def _rows(
     name: str, tensor: StoredTensor, descriptor: int, update: Update | None
 ) -> Iterator[torch.Tensor]:
-    """A weight's rows with its update, in fp32 and rounded once; the next overwrite them.
+    """Yield a weight's rows with its update, summed in fp32 and rounded once.
+
+    Each chunk of rows is overwritten by the next.
 
     Raises:
         ConfigError: if a number is not finite.
@@ -227,12 +234,12 @@ def _rows(
         if left is not None and right is not None:
             W = wide[: len(rows)].copy_(rows)
             rows.copy_(W.addmm_(left[first : first + step], right))
-        # The bounds are NaN if there is one: no tensor of truth values is made.
+        # The extrema are NaN if any element is: this needs no boolean tensor, unlike isfinite().
         if not all(math.isfinite(bound) for bound in rows.aminmax()):
             raise ConfigError(
                 f"{name} in {Path(tensor.file).name} is not finite in {tensor.dtype} once merged: "
                 "the base or the adapter holds such numbers, or their sum exceeds "
-                f"{torch.finfo(dtype).max:.3g}. Nothing of it can be used."
+                f"{torch.finfo(dtype).max:.3g}. The merged model would be unusable."
             )
         yield rows
 
@@ -240,7 +247,7 @@ def _rows(
 def _quantized(
     job: FileJob, name: str, tensor: StoredTensor, descriptor: int
 ) -> dict[str, torch.Tensor]:
-    """A merged weight in 4 bits: stored name -> tensor."""
+    """Merge and quantize a weight to 4 bits: stored name -> tensor."""
     from lorasb_ds.models.quantization import stored_4bit
 
     W = torch.empty(tensor.shape, dtype=FLOATS[tensor.dtype])
@@ -263,6 +270,6 @@ def _disk_error(job: FileJob, error: OSError) -> ConfigError:
     with suppress(OSError):  # space for another attempt
         job.target.with_name(job.target.name + ".tmp").unlink()
     return ConfigError(
-        f"{job.target} cannot be written: {error.strerror or error}. What is finished is kept: the "
-        "same command goes on from there."
+        f"{job.target} cannot be written: {error.strerror or error}. Finished files are kept: the "
+        "same command continues from there."
     )

@@ -1,4 +1,4 @@
-"""The folder that a merge writes into until it is whole: what of it is finished, and the rest."""
+"""The folder of an unfinished merge: lock, finished files, and the files beside the weights."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from lorasb_ds.models.checkpoint_files import DOWNLOADED, INDEX, WEIGHTS, read_h
 from lorasb_ds.system.files import SUMS_FILE, file_digest, fsync, publish, write_json, write_text
 
 RECORD, LOCK = "merge.json", "merge.lock"
-# Of the base's folder: what a model needs beside its weights, and what must go with it.
+# Copied from the base's folder: what a model needs beside its weights, and what must accompany it.
 COPIED = (*DOWNLOADED, "additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*")
-# Other weights' indices, other adapters, and an earlier merge's record would say what is not so.
+# Not copied: indices of other weights, adapters and an earlier merge's record would be wrong there.
 LEFT = ("*.index.json", "adapter_*", RECORD, "config.json", "README*")
 
 
 @contextmanager
 def locked(partial: Path) -> Iterator[None]:
-    """One merge at a time writes there.
+    """Lock the folder against other merges.
 
     Raises:
-        ConfigError: if another one does, or the folder is none of a merge.
+        ConfigError: if another merge is writing there, or the folder is not a merge's.
     """
     there = {path.name for path in partial.iterdir()} if partial.is_dir() else set()
     if there and not there & {LOCK, RECORD}:
         raise ConfigError(
-            f"--out: {partial} holds something else than an unfinished merge, which is written "
-            "there. Move it away, or give another name."
+            f"--out: {partial}, where an unfinished merge is kept, holds something else. Move it "
+            "away, or give another name."
         )
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def locked(partial: Path) -> Iterator[None]:
 def finished_files(
     partial: Path, record: Mapping[str, Any], jobs: Sequence[FileJob]
 ) -> dict[str, Written]:
-    """Files that an earlier merge of the same things has finished."""
+    """Return the files that an earlier merge with the same ``made_of`` has finished."""
     try:
         found = json.loads((partial / RECORD).read_text())
         files = {name: Written(**entry) for name, entry in found.pop("files").items()}
@@ -71,11 +71,12 @@ def _size(path: Path) -> int | None:
 
 
 def name_in(path: Path, partial: Path) -> str:
+    """Return a file's name in the record: its path relative to the folder."""
     return str(path.relative_to(partial))
 
 
 def remove_unfinished(partial: Path, finished: Mapping[str, Any]) -> None:
-    """Remove what is not finished."""
+    """Remove all files that are not finished."""
     kept = {*finished, LOCK, *([RECORD] if finished else [])}
     for path in [p for p in partial.rglob("*") if not p.is_dir()]:
         if name_in(path, partial) not in kept:
@@ -83,7 +84,11 @@ def remove_unfinished(partial: Path, finished: Mapping[str, Any]) -> None:
 
 
 def copy_rest(base: Path, partial: Path, changed: Mapping[str, Any] | None) -> None:
-    """Configuration, tokenizer, templates and licences; not through to the disk."""
+    """Copy configuration, tokenizer, templates and licences, without syncing them to disk.
+
+    Args:
+        changed: fields to set in config.json; None: copy it unchanged.
+    """
     config = base / "config.json"
     if changed is None:
         shutil.copyfile(config, partial / config.name)
@@ -98,24 +103,24 @@ def copy_rest(base: Path, partial: Path, changed: Mapping[str, Any] | None) -> N
 
 
 def write_index(base: Path, partial: Path, jobs: Sequence[FileJob], rewritten: bool) -> None:
-    """The base's own; or one of what is there. A single file has none."""
+    """Copy the base's index, or write one of the ``rewritten`` files. A single file has none."""
     if [job.source.name for job in jobs] == [WEIGHTS]:
         return
     if not rewritten:
         shutil.copyfile(base / INDEX, partial / INDEX)
         return
     index = json.loads((base / INDEX).read_text())
-    places, total = {}, 0
+    weight_map, total = {}, 0
     for job in jobs:
         for key, tensor in read_header(job.target, str(job.target)).items():
-            places[key] = name_in(job.target, partial)
+            weight_map[key] = name_in(job.target, partial)
             total += tensor.end - tensor.begin
     metadata = (index.get("metadata") or {}) | {"total_size": total}
-    write_json(partial / INDEX, index | {"metadata": metadata, "weight_map": places})
+    write_json(partial / INDEX, index | {"metadata": metadata, "weight_map": weight_map})
 
 
 def write_all_sums(partial: Path, finished: Mapping[str, Written]) -> None:
-    """``SHA256SUMS`` over all files, which are then on the disk."""
+    """Sync all files to disk, and write their ``SHA256SUMS``."""
     lines = []
     for path in sorted(path for path in partial.rglob("*") if path.is_file()):
         name = name_in(path, partial)
@@ -129,10 +134,10 @@ def write_all_sums(partial: Path, finished: Mapping[str, Written]) -> None:
 
 
 def put_in_place(partial: Path, out: Path) -> None:
-    """Where ``out`` holds something it is set aside, and removed when the new one is there."""
+    """Rename ``partial`` to ``out``; what is there is set aside first and removed afterwards."""
     aside = out.with_name(out.name + ".lorasb-replaced")
     if out.is_dir() and any(out.iterdir()):
-        if aside.exists():  # of a merge that was killed between the lines below
+        if aside.exists():  # left by a merge that was killed between the lines below
             shutil.rmtree(aside)
         out.replace(aside)
     publish(partial, out)

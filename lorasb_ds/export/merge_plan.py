@@ -1,4 +1,4 @@
-"""Which stored tensors of a base an adapter changes, and whether the two go together."""
+"""Find the stored tensors of a base that an adapter changes, and check that the two match."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.export.adapter_reader import StoredAdapter
 from lorasb_ds.export.merge_file import FLOATS, FileJob, Update
+from lorasb_ds.export.stored_adapter import StoredAdapter
 from lorasb_ds.models.base import Base
 from lorasb_ds.models.checkpoint_files import StoredTensor
 from lorasb_ds.models.linear_layers import layer_shape, linear_layers
@@ -22,12 +22,14 @@ from lorasb_ds.models.weight_map import WeightSource
 def plan_merge(
     adapter: StoredAdapter, base: Base, partial: Path, load_in_4bit: bool
 ) -> tuple[list[FileJob], dict[str, Any] | None]:
-    """A job for every file of the base; and what is set in config.json, or None.
+    """Plan a merge.
 
     Args:
         partial: the folder that is written into.
+    Returns:
+        A job for every file of the base; and the fields to set in config.json, None if none.
     Raises:
-        ConfigError: if the adapter does not go with the base.
+        ConfigError: if the adapter does not match the base.
     """
     name, model, stored, sources = base.name, base.model, base.stored, _sources(base)
     updates: dict[str, Update] = {}
@@ -65,7 +67,7 @@ def plan_merge(
 def weights_of(
     adapter: StoredAdapter, model: str, trust_remote_code: bool = False
 ) -> dict[str, StoredTensor]:
-    """Layer of the adapter -> its weight in the base's files. Raises as ``plan_merge``."""
+    """Map the adapter's layers to their weights in the base's files. Raises like ``plan_merge``."""
     base = Base(model, trust_remote_code)
     sources = _sources(base)
     return {
@@ -75,7 +77,7 @@ def weights_of(
 
 
 def _sources(base: Base) -> dict[str, WeightSource]:
-    """Parameter of the base -> where it comes from. Raises ConfigError for a quantized base."""
+    """Map the base's parameters -> their sources. Raises ConfigError for a quantized base."""
     if base.quantization is not None:
         raise _quantized_base(base.name, "its config.json says so")
     return {target: source for source in base.sources for target in source.targets}
@@ -89,7 +91,7 @@ def _changed(
     stored: Mapping[str, StoredTensor],
     name: str,
 ) -> str:
-    """The stored name of the weight that an adapter's layer changes."""
+    """Return the stored name of the weight that an adapter's layer changes."""
     _check_layer(model, layer, shape, name)
     return _stored_weight(layer, sources, stored, name)
 
@@ -126,12 +128,12 @@ def _stored_weight(
     stored: Mapping[str, StoredTensor],
     name: str,
 ) -> str:
-    """The checkpoint's name of a layer's weight, which is stored by itself and in floats."""
+    """Return the stored name of a layer's weight, which must be one tensor of floats."""
     source = sources.get(f"{layer}.weight")
     if source is None or source.converter is not None:
         keys = "another weight" if source is None else ", ".join(source.keys[:3])
         raise ConfigError(
-            f"--model {name}: transformers makes {layer}.weight from {keys}, and no stored tensor "
+            f"--model {name}: transformers builds {layer}.weight from {keys}, and no stored tensor "
             "is that weight alone. Merge the adapter by PEFT's merge_and_unload."
         )
     (key,) = source.keys
@@ -147,13 +149,13 @@ def _stored_weight(
 
 def _quantized_base(name: str, why: str) -> ConfigError:
     return ConfigError(
-        f"--model {name} is quantized ({why}), and what rounding left of it is not what the "
-        "adapter is to be added to. Give the base that it was made from by --model."
+        f"--model {name} is quantized ({why}); an adapter must be added to the weights before "
+        "rounding. Give the base that it was made from by --model."
     )
 
 
 def _layers_in_4bit(model: Any, name: str) -> list[str]:
-    """All linear layers but the head, and those that the model keeps in fp32."""
+    """Return all linear layers but the head and those that the model keeps in fp32."""
     layers = linear_layers(model)
     if transposed := [n for n in layers if isinstance(model.get_submodule(n), Conv1D)]:
         raise ConfigError(
@@ -163,8 +165,8 @@ def _layers_in_4bit(model: Any, name: str) -> list[str]:
     layers = {n: s for n, s in layers.items() if model.get_submodule(n).weight.dtype.itemsize == 2}
     if odd := [n for n, (rows, columns) in layers.items() if rows * columns % 2]:
         raise ConfigError(
-            f"--load-in-4bit: {odd[0]} of --model {name} is {layers[odd[0]]}, an odd count of "
-            "numbers, and a byte holds two. Merge without it."
+            f"--load-in-4bit: {odd[0]} of --model {name} is {layers[odd[0]]}, an odd number of "
+            "elements, and a byte holds two. Merge without it."
         )
     return list(layers)
 

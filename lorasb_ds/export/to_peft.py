@@ -1,4 +1,4 @@
-"""A stored adapter as a plain LoRA folder, cut to a smaller rank where that is asked for."""
+"""Write a stored adapter as a plain LoRA folder, truncated to a smaller rank if asked for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lorasb_ds.adapters.low_rank import LoraPair, energy_kept, padded, product_s
 from lorasb_ds.adapters.peft_writer import peft_tensors, save_peft_adapter
 from lorasb_ds.config.run_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.export.adapter_reader import StoredAdapter
+from lorasb_ds.export.stored_adapter import StoredAdapter
 from lorasb_ds.models.loading import DTYPES
 from lorasb_ds.system.files import check_replaceable
 
@@ -22,19 +22,19 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 @dataclass(frozen=True)
 class EnergyKept:
-    """Shares of ``‖ΔW‖²`` that the first k directions of every layer hold, k = 1, 2, …, r."""
+    """Fractions of ``‖ΔW‖²`` in the first k directions of every layer, k = 1, 2, …, r."""
 
     total: list[float]  # of all layers together
     lowest: list[float]  # of the layer that loses most
 
     def smallest_r(self, energy: float) -> int:
-        """The first k that keeps so much in all."""
-        enough = energy - 1e-12  # sums of shares end below 1 by their rounding
+        """Return the smallest k that keeps this fraction of all layers together."""
+        enough = energy - 1e-12  # rounding leaves sums of fractions below 1
         return next((k for k, kept in enumerate(self.total, 1) if kept >= enough), len(self.total))
 
 
 def measure_energy(adapter: StoredAdapter) -> EnergyKept:
-    """What every smaller rank would keep, from the exact SVD of every layer's update."""
+    """Compute what every smaller rank would keep, by the exact SVD of every layer's update."""
     kept = torch.ones(len(adapter.layers), adapter.r, dtype=torch.float64)
     energies = torch.zeros(len(adapter.layers), dtype=torch.float64)
     for i, name in enumerate(adapter.layers):
@@ -57,12 +57,13 @@ def export_adapter(
     """Write a PEFT LoRA folder with alpha = r, every layer of rank r.
 
     Args:
-        r: cut to it, by the best approximation of that rank. [default: the adapter's]
-        overwrite: replace an adapter that is there.
+        r: truncate to the best approximation of this rank. [default: the adapter's]
+        dtype: of the written tensors: "fp32", "bf16" or "fp16".
+        overwrite: replace an adapter that is already in ``out``.
     Returns:
         The bytes of its tensors.
     Raises:
-        ConfigError: if r is larger than the adapter's, a number does not fit into ``dtype``, or
+        ConfigError: if r is larger than the adapter's, a number exceeds the range of ``dtype``, or
             ``out`` may not be written.
     """
     folder = check_folder(out, [adapter], overwrite)
@@ -78,7 +79,11 @@ def export_adapter(
 
 
 def rounded(name: str, pair: LoraPair, dtype: str) -> LoraPair:
-    """In ``dtype``. ConfigError if a number becomes infinite there."""
+    """Round a layer's factors to ``dtype``.
+
+    Raises:
+        ConfigError: if a number exceeds its range.
+    """
     result = LoraPair(*(factor.to(DTYPES[dtype]) for factor in pair))
     if not all(factor.isfinite().all() for factor in result):
         raise ConfigError(f"--dtype {dtype}: the factors of {name} exceed its range.")
@@ -92,17 +97,17 @@ def write_adapter(
     target_modules: list[str],
     base: str | None,
 ) -> None:
-    """A PEFT folder, in the place of one that is there: see ``check_folder``."""
+    """Write a PEFT folder, replacing one that is there (see ``check_folder``)."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     save_peft_adapter(folder, tensors, r=r, target_modules=target_modules, base_model=base)
 
 
 def check_folder(out: Path, adapters: Sequence[StoredAdapter], overwrite: bool) -> Path:
-    """The folder of ``--out``, which may be written.
+    """Return the folder of ``--out`` if it may be written.
 
     Raises:
-        ConfigError: if something is there that is no adapter or may not be replaced, or that is
-            read.
+        ConfigError: if it holds something that is not an adapter or may not be replaced, one of the
+            ``adapters``, or this shell.
     """
     folder = out.expanduser().resolve()
     sources = [adapter.path.resolve() for adapter in adapters]
@@ -118,5 +123,5 @@ def check_folder(out: Path, adapters: Sequence[StoredAdapter], overwrite: bool) 
 
 
 def max_lora_rank(r: int) -> int | None:
-    """The smallest ``--max-lora-rank`` with which vLLM loads an adapter of rank r."""
+    """Return the smallest ``--max-lora-rank`` with which vLLM loads rank r; None if it cannot."""
     return next((allowed for allowed in VLLM_RANKS if r <= allowed), None)

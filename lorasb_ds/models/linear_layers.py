@@ -121,10 +121,7 @@ def shape_of(name: str, model: Any) -> ModelShape:
         hidden_size=config.hidden_size,
         intermediate_size=size("intermediate_size", default=4 * config.hidden_size) * per_token,
         num_heads=heads,
-        num_kv_heads=kv_heads,
         head_dim=head_dim,
         num_blocks=blocks,
         normed_width=normed // blocks,  # the model's last norm is in no block
-        num_experts=size("num_local_experts", "num_experts", default=1),
-        experts_per_token=per_token,
     )

@@ -1,6 +1,8 @@
-"""What a run needs, from sizes alone: bytes held and messages sent, under every strategy.
+"""Predict what a run needs from sizes alone: memory and bytes sent, for every strategy.
 
-`strategies.plan` compares the ways to hold a base on a cluster; `footprint` counts memory;
-`model_shape` knows sizes by a config.json; `placement` what a ds_config makes of them.
+`strategies.plan` compares the ways to hold a base on a cluster. `footprint.footprint` counts the
+memory of a rank, `traffic.step_traffic` and `traffic.init_traffic` the bytes that it receives, and
+`init_plan.plan_init` divides the init's layers into groups. They all read a `ModelShape` (the sizes
+of a config.json), a `Placement` (how a ds_config holds a base) and a `Workload` (adapter and rows).
 Imports `config`, `system`, `errors`. Torch-free.
 """

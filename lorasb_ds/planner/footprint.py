@@ -1,7 +1,7 @@
-"""Bytes that a rank holds while it loads, initializes and trains. Pure and torch-free.
+"""Bytes that a rank holds while it loads, initializes and trains. Torch-free.
 
-Formulas and their sources are told in docs/planning.md; `scripts/bench.py plan` compares them with
-what is measured.
+docs/planning.md has the formulas and their sources; `scripts/bench.py plan` compares them with
+measured bytes.
 """
 
 from __future__ import annotations
@@ -16,32 +16,33 @@ from lorasb_ds.planner.model_shape import ModelShape
 from lorasb_ds.planner.placement import Placement
 from lorasb_ds.planner.workload import Workload
 
-# AdamW's fp32 master and two moments; and the fp32 sum of gradients, which ZeRO-3 keeps for good.
+# AdamW's fp32 master and two moments; and the fp32 sum of gradients, which ZeRO-3 always keeps.
 OPTIMIZER_BYTES, GRADIENT_BYTES = 12, 4
-# Of each trained number on every rank, where the optimizer works on whole matrices: a state, and in
-# the step value and gradient. Muon's, at most; the master itself is sharded.
+# For each trained element on every rank where the optimizer works on whole matrices: a state, and
+# value and gradient during the step. Muon's, at most; the master itself is sharded.
 MATRIX_BYTES, MASTER_BYTES = 12, 4
-# What a process takes beside tensors, once work has begun: kernels made on first use, buffers of
+# What a process holds beside tensors once it computes: kernels compiled on first use, buffers of
 # gloo. Measured.
 CPU_RUNTIME_BYTES = 100 << 20
-# Logits are made so many at a time (loss.py), but of no fewer rows than keep a product efficient.
+# The loss computes so many logits at a time (loss.py), but at least so many rows, since fewer would
+# make the matrix product inefficient.
 LOGITS_AT_ONCE, MIN_LOGIT_ROWS = 1 << 23, 128
-# Of each: in the compute dtype, in fp32, its softmax, and the gradient in the compute dtype.
+# For each: in the compute dtype, in fp32, its softmax, and the gradient in the compute dtype.
 LOGIT_BYTES = 12
-# While it loads: what DeepSpeed's engine and modules that are imported on the way take (measured).
+# During the load: DeepSpeed's engine and modules that are imported then. Measured.
 CPU_LOAD_BYTES = 40 << 20
-# The loader reads and quantizes so many numbers at a time. As read and in the compute dtype each
-# takes up to 8 bytes, and bitsandbytes' intermediates 14 on a CPU.
+# The loader reads and quantizes so many elements at a time. As read and in the compute dtype each
+# takes up to 8 bytes, and bitsandbytes' intermediates take 14 on a CPU.
 LOAD_CHUNK, READ_BYTES, QUANTIZE_BYTES = 1 << 20, 8, 14
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes on the rank with most, by what they are of; on its device but for those ``host_``."""
+    """Bytes on the rank with most; ``host_`` ones are in host memory, the others on its device."""
 
-    base: int  # its share of weights and what it keeps whole
-    quantization: int  # scales; its share
-    adapters: int  # A, B, R; its share and what it keeps whole
+    base: int  # its shards of weights and what it keeps whole
+    quantization: int  # its shards of scales
+    adapters: int  # A, B, R: its shards and what it keeps whole
     optimizer: int  # master and moments of R; ZeRO-3: and gradients, and the bucket to reduce them
     load_in_flight: int
     gathered: int  # by ZeRO-3 at a time
@@ -51,24 +52,26 @@ class Footprint:
     block_backward: int  # one block's activations where they are recomputed, and its gradients
     init: InitPlan
     init_activations: int  # with the layers' inputs that the init needs
-    host_base: int  # offloaded share
+    host_base: int  # offloaded shards
     host_init: int  # offloaded gradients and hidden states
     host_basis: int  # A and B as the init leaves them
-    host_rank0: int  # A and B as the adapter in fp32, while they are saved
-    tracks_gradient: bool  # the training goes through the gradient of the init now and then
+    host_rank0: int  # A and B of the adapter in fp32, while it is saved
+    tracks_gradient: bool  # training computes the init's gradient now and then
 
     @property
     def resident(self) -> int:
-        """What stays on the device all the time."""
+        """Return what stays on the device all the time."""
         return self.base + self.quantization + self.adapters + self.optimizer
 
     @property
     def load_peak(self) -> int:
+        """Return the device's peak during the load."""
         engine = self.adapters + self.optimizer
         return self.base + self.quantization + max(self.load_in_flight, engine)
 
     @property
     def init_peak(self) -> int:
+        """Return the device's peak during the init."""
         kept = self.init.boundary_bytes + self.init.shard_bytes - self.host_init
         backward = (
             self.gathered
@@ -80,6 +83,7 @@ class Footprint:
 
     @property
     def train_peak(self) -> int:
+        """Return the device's peak during training."""
         step = (
             self.resident
             + self.gathered
@@ -91,11 +95,16 @@ class Footprint:
 
     @property
     def host(self) -> int:
-        """Of every rank, on the host."""
+        """Return what every rank holds in host memory."""
         return self.host_base + self.host_init
 
     def phases(self, one_memory: bool) -> dict[str, int]:
-        """Peaks of tensors on a rank's device; with one memory, on CPUs, of rank 0's process."""
+        """Return the peaks of "load", "init" and "train".
+
+        Args:
+            one_memory: device and host are the same, as on CPUs: the peaks are those of rank 0's
+                process. Otherwise they are those of the tensors on a rank's device.
+        """
         if not one_memory:
             return {"load": self.load_peak, "init": self.init_peak, "train": self.train_peak}
         trained = max(self.train_peak, self.resident + self.host_rank0)
@@ -107,7 +116,11 @@ class Footprint:
 
 
 def footprint(shape: ModelShape, placement: Placement, work: Workload, init: InitPlan) -> Footprint:
-    """What a run will hold."""
+    """Predict what a run holds.
+
+    Args:
+        init: of ``init_plan`` for the same shape and workload.
+    """
     d = placement.dtype_bytes
     parts = {name: placement.stored(sides) for name, sides in shape.layers.items()}
     scales = sum(s for _, s in parts.values())
@@ -115,8 +128,8 @@ def footprint(shape: ModelShape, placement: Placement, work: Workload, init: Ini
     base_kept, base_shards = _held(stored, placement)
     adapter_kept, adapter_shards = _held(list(_adapter_bytes(work, d)), placement)
     on_device = placement.offload == "none"
-    # Scales are sharded with the numbers that they scale.
-    scale_share = scales * base_shards // sum(stored)
+    # Scales are sharded with the weights that they scale.
+    scale_shards = scales * base_shards // sum(stored)
     hosted = base_shards + adapter_shards
     if placement.offload == "nvme":
         hosted = min(hosted, placement.nvme_buffer_elements * d)
@@ -124,10 +137,9 @@ def footprint(shape: ModelShape, placement: Placement, work: Workload, init: Ini
     kept_gradients = GRADIENT_BYTES * num_optimized + placement.reduce_bucket_size * 4
     both_sides = sum(out + in_ for out, in_ in work.targets.values())
     blocks_at_once = _blocks_at_once(init, shape.num_blocks)
-    # A layer with an adapter keeps A x. For others zero.Init puts a linear function of its own into
-    # torch's place (zero3_linear_wrap), whose autograd keeps the input; torch's keeps a view of the
-    # weight, which pins what was gathered.
-    # Where A is trained, its layer keeps the input.
+    # A layer with an adapter keeps A x; where A is trained, the input. For other layers zero.Init
+    # replaces torch's linear function by its own (zero3_linear_wrap), whose autograd keeps the
+    # input; torch's keeps a view of the weight, which keeps the gathered weight alive.
     inputs = not work.trains_r or (placement.sharded and len(work.targets) < len(shape.layers))
     block = block_activation_bytes(shape, work, d, inputs=inputs)
     init_block = block_activation_bytes(shape, work, d, inputs=True, branches=False)
@@ -136,8 +148,8 @@ def footprint(shape: ModelShape, placement: Placement, work: Workload, init: Ini
     recomputed = work.gradient_checkpointing
     labels = work.micro_batch_size * work.num_labels
     return Footprint(
-        base=base_kept + (base_shards - scale_share if on_device else 0),
-        quantization=scale_share if on_device else 0,
+        base=base_kept + (base_shards - scale_shards if on_device else 0),
+        quantization=scale_shards if on_device else 0,
         adapters=adapter_kept + (adapter_shards if on_device else 0),
         optimizer=_optimizer_bytes(work, num_optimized)
         + (kept_gradients if placement.sharded else 0),
@@ -163,16 +175,19 @@ def footprint(shape: ModelShape, placement: Placement, work: Workload, init: Ini
 
 
 def logit_rows(num_labels: int, vocab_size: int) -> int:
-    """Rows of logits that the loss makes at a time: as many of all ``num_labels`` every time."""
+    """Return how many rows of logits the loss computes at a time.
+
+    The chunks are of equal size, as far as ``num_labels`` allows.
+    """
     limit = max(MIN_LOGIT_ROWS, LOGITS_AT_ONCE // vocab_size)
     times = -(-num_labels // limit)
     return -(-num_labels // max(1, times)) or 1
 
 
 def init_plan(shape: ModelShape, work: Workload, world_size: int, dtype_bytes: int) -> InitPlan:
-    """The init's groups of layers for a workload.
+    """Plan the init's groups of layers for a workload.
 
-    Without a gradient there is one group, and a layer's work on each rank at the most.
+    An init without a gradient has one group, and works on at most one layer on each rank.
     """
     if work.decomposes != "gradient" and not work.tracks_gradient:
         svd = 0
@@ -204,16 +219,16 @@ def init_plan(shape: ModelShape, work: Workload, world_size: int, dtype_bytes: i
 def block_activation_bytes(
     shape: ModelShape, work: Workload, dtype_bytes: int, *, inputs: bool, branches: bool = True
 ) -> int:
-    """What autograd keeps of one decoder block for its backward pass, for one micro-batch.
+    """Return what autograd keeps of one decoder block for one micro-batch's backward pass.
 
     The base is frozen: its linear layers keep nothing. Kept are fp32 inputs of the norms; queries,
     keys and values (for all heads: keys and values are repeated where there is a padding mask),
-    the mask as numbers and what attention returns; both factors of the MLP's product and
-    what goes into its activation function; and what goes into every R.
+    the mask in the compute dtype and the output of attention; both factors of the MLP's product and
+    the input of its activation function; and the input of every R.
 
     Args:
-        inputs: whether those of the linear layers are kept, too, as the init needs them.
-        branches: whether adapters take part.
+        inputs: keep the inputs of the linear layers, too, as the init needs them.
+        branches: include the adapters.
     """
     queries = shape.num_heads * shape.head_dim
     numbers = 4 * queries + work.max_length + 3 * shape.intermediate_size
@@ -226,14 +241,14 @@ def block_activation_bytes(
 
 
 def _optimizer_bytes(work: Workload, num_optimized: int) -> int:
-    """Of masters and states, where a rank has ``num_optimized`` numbers to optimize."""
+    """Count masters and states of a rank that optimizes ``num_optimized`` elements."""
     if work.whole_matrices:
         return MASTER_BYTES * num_optimized + MATRIX_BYTES * work.num_trainable
     return OPTIMIZER_BYTES * num_optimized
 
 
 def _adapter_bytes(work: Workload, dtype_bytes: int) -> Iterator[int]:
-    """Of every factor: A, B and R, or A and B and perhaps what they were at first."""
+    """Yield the bytes of every factor: A, B and R; or A and B, perhaps with an offset's two."""
     if work.trained_sizes is not None:
         yield from (size * dtype_bytes for size in work.trained_sizes)
         yield work.num_kept * dtype_bytes
@@ -246,7 +261,7 @@ def _adapter_bytes(work: Workload, dtype_bytes: int) -> Iterator[int]:
 
 
 def _held(stored: list[int], placement: Placement) -> tuple[int, int]:
-    """Bytes of parameters that a rank keeps whole beside its shards, and of the shards."""
+    """Return the bytes that a rank keeps whole, and those of its shards."""
     if not placement.sharded:
         return sum(stored), 0
     threshold = placement.persistence_threshold * placement.dtype_bytes
@@ -258,10 +273,10 @@ def _held(stored: list[int], placement: Placement) -> tuple[int, int]:
 
 
 def _in_flight_bytes(stored: list[int], placement: Placement) -> int:
-    """What the load takes at its peak beyond what it leaves behind.
+    """Return what the load holds at its peak beyond what remains afterwards.
 
-    Tensors come largest first, as many at a time as there are ranks, each of which has read one of
-    them. One after the other is received and sharded; a rank keeps its own until its turn.
+    Tensors come largest first, as many at a time as there are ranks; each rank has read one of
+    them. They are received and sharded one by one; a rank keeps its own until its turn.
     (streaming.stream_weights)
     """
     order, world_size = sorted(stored, reverse=True), placement.world_size
@@ -270,8 +285,8 @@ def _in_flight_bytes(stored: list[int], placement: Placement) -> int:
         turn = order[first : first + world_size]
         for i, size in enumerate(turn):
             own = turn[i + 1] if i + 1 < len(turn) else 0
-            share = -(-size // placement.shard_ranks) if placement.sharded else 0
-            on_device = share if placement.offload == "none" else 0
+            shard = -(-size // placement.shard_ranks) if placement.sharded else 0
+            on_device = shard if placement.offload == "none" else 0
             peak = max(peak, held + own + size + on_device)
             held += on_device if placement.sharded else size
     return peak - held
@@ -285,7 +300,7 @@ def _dequantized_bytes(shape: ModelShape, placement: Placement) -> int:
 
 
 def _blocks_at_once(init: InitPlan, num_blocks: int) -> int:
-    """The most blocks whose activations the init holds: of one segment."""
+    """Return the blocks of the longest segment: the init holds the activations of one segment."""
     if init.prefix is None or len(init.groups) == 1:
         return num_blocks
     spans = [[block_of(name, init.prefix) for name in group] for group in init.groups]

@@ -1,4 +1,4 @@
-"""What ZeRO-3 gathers at a time: a layer, or a decoder block. Pure and torch-free."""
+"""What ZeRO-3 gathers at a time: a layer or a decoder block. Torch-free."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lorasb_ds.planner.workload import Workload
 
 
 def gathered_bytes(shape: ModelShape, placement: Placement, work: Workload) -> int:
-    """The most that ZeRO-3 has gathered at a time, beside what it keeps whole anyway.
+    """Return the most bytes that ZeRO-3 has gathered at a time, without what it keeps whole.
 
-    Its coordinator gathers what the module at hand needs (a linear layer with its A and B; where
-    activations are recomputed, all of its block: ``trainer.gather_together``), and prefetches
-    while less than ``stage3_max_live_parameters`` elements are there, in buckets that the last
+    Its coordinator gathers what the current module needs (a linear layer with its A and B; where
+    activations are recomputed, its whole block: ``trainer.gather_together``). It prefetches while
+    fewer than ``stage3_max_live_parameters`` elements are gathered, in buckets that the last
     parameter may overshoot; parts of a bucket are copied out of it.
     (deepspeed/runtime/zero/partitioned_param_coordinator.py, partition_parameters.py)
     """
@@ -36,11 +36,11 @@ def gathered_bytes(shape: ModelShape, placement: Placement, work: Workload) -> i
 
 
 def gathers_blocks(shape: ModelShape, placement: Placement, work: Workload) -> bool:
-    """Whether ZeRO-3 shall gather a decoder block at a time (``trainer.gather_together``).
+    """Tell whether ZeRO-3 should gather a decoder block at a time (``trainer.gather_together``).
 
-    It saves a third gather where activations are recomputed. Not where DeepSpeed would no longer
-    prefetch, since a block leaves too little of ``stage3_max_live_parameters``; and not from NVMe,
-    for which it has a few buffers, one a parameter.
+    This saves a third gather where activations are recomputed. It does not pay where a block leaves
+    so little of ``stage3_max_live_parameters`` that DeepSpeed stops prefetching. From NVMe it is
+    impossible: DeepSpeed has only a few buffers there, one a parameter.
     """
     prefix = blocks_prefix(work.targets)
     if not work.gradient_checkpointing or not placement.sharded or prefix is None:
@@ -54,7 +54,7 @@ def gathers_blocks(shape: ModelShape, placement: Placement, work: Workload) -> b
 
 
 def _gathered_by_name(shape: ModelShape, placement: Placement, work: Workload) -> dict[str, int]:
-    """Bytes of each linear layer, with A and B, and of all other parameters."""
+    """Return the bytes of each linear layer with its A and B, and of each other parameter."""
     d = placement.dtype_bytes
     factors = {name: work.pairs * work.r * sum(sides) * d for name, sides in work.targets.items()}
     layers = {n: sum(placement.stored(s)) + factors.get(n, 0) for n, s in shape.layers.items()}
@@ -62,7 +62,7 @@ def _gathered_by_name(shape: ModelShape, placement: Placement, work: Workload) -
 
 
 def _by_block(by_name: Mapping[str, int], work: Workload) -> dict[str | int, int]:
-    """What is in a decoder block summed up, by its number."""
+    """Sum up the parameters of each decoder block under its number."""
     prefix = blocks_prefix(work.targets) or ""
     together: Counter[str | int] = Counter()
     for name, n in by_name.items():

@@ -1,4 +1,4 @@
-"""What the init phase will hold in memory, and in how many passes it is done. Torch-free."""
+"""The init's groups of layers, one pass each, and the memory that they take. Torch-free."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from itertools import groupby
 
 FP32_BYTES = 4
-# On several ranks linalg takes the Gram way where n <= max(GRAM_SIDE_SHARED, GRAM_SHARE * r): it
-# saves an all-reduce a step. Numbers from `scripts/bench.py svd` (docs/benchmarks.md).
+# On several ranks sharded_svd decomposes the Gram matrix where the shorter side is at most
+# max(GRAM_SIDE_SHARED, GRAM_SHARE * r): it saves an all-reduce a step. Numbers from
+# `scripts/bench.py svd` (docs/benchmarks.md).
 GRAM_SIDE_SHARED, GRAM_SHARE = 1024, 6
 # Columns of a Krylov block: wider ones need larger bases, narrower ones more steps.
 KRYLOV_BLOCK = 16
@@ -17,24 +18,33 @@ KRYLOV_BLOCK = 16
 
 @dataclass(frozen=True)
 class InitPlan:
-    """Groups of layers, of which the gradients are held at the same time."""
+    """Groups of layers whose gradients are held at the same time.
+
+    Attributes:
+        prefix: of the decoder blocks' names; None where groups cannot be cut between blocks.
+        shard_bytes: gradients of the largest group, on the rank with most.
+        backward_bytes: work on one layer in the backward pass, for the layer with most.
+        svd_bytes: work on one layer in its decomposition, for the layer with most.
+        boundary_bytes: hidden states stored between groups, on the rank with most.
+        budget_bytes: --init-memory-gib; None without a limit.
+    """
 
     groups: tuple[tuple[str, ...], ...]
-    prefix: str | None  # of the names of decoder blocks, where groups can be cut between them
-    shard_bytes: int  # of the largest group, on the rank with most
-    backward_bytes: int  # of the layer with most, in the backward pass
-    svd_bytes: int  # and in its decomposition
-    boundary_bytes: int  # of what is stored between groups, on the rank with most
+    prefix: str | None
+    shard_bytes: int
+    backward_bytes: int
+    svd_bytes: int
+    boundary_bytes: int
     budget_bytes: int | None
 
     @property
     def workspace_bytes(self) -> int:
-        """What work on one layer takes."""
+        """Return the most bytes that work on one layer takes."""
         return max(self.backward_bytes, self.svd_bytes)
 
     @property
     def predicted_bytes(self) -> int:
-        """The most that a rank holds at a time beside base, activations and the finished basis."""
+        """Return the peak of a rank beside base, activations and the finished basis."""
         return self.shard_bytes + self.workspace_bytes + self.boundary_bytes
 
     @property
@@ -52,14 +62,17 @@ def plan_init(
     boundary_bytes: int,
     budget_bytes: int | None,
 ) -> InitPlan:
-    """As few groups as the budget allows, or those that take least; a layer is never divided.
+    """Plan as few groups as the budget allows; where none fits, those that take least.
+
+    A layer is never divided.
 
     Args:
         targets: layer -> (out, in), in the model's order.
+        r: the rank of the SVD.
         update: of the gradient, as --init-update.
-        tokens_per_micro_batch: at most; the layer's inputs and output gradients are worked on
-            in fp32.
+        tokens_per_micro_batch: at most. A layer's inputs and output gradients are fp32.
         boundary_bytes: hidden states of the whole sample, on the rank with most.
+        budget_bytes: for ``predicted_bytes``; None: no limit, one group.
     """
     shapes = set(targets.values())
     backward = max(_backward_bytes(*s, world_size, tokens_per_micro_batch) for s in shapes)
@@ -72,7 +85,7 @@ def plan_init(
         units = [list(unit) for _, unit in groupby(targets, lambda name: block_of(name, prefix))]
 
     def stored_bytes(num_groups: int) -> int:
-        """Between segments: the inputs of all but the first, and gradients at both ends of one."""
+        """Count the inputs of all segments but the first, and gradients at both ends of one."""
         if prefix is None or num_groups == 1:
             return 0
         return (min(num_groups, len(units)) + 1) * boundary_bytes
@@ -91,40 +104,40 @@ def plan_init(
     plan = plan_of([list(targets)])
     if budget_bytes is None or not plan.exceeds_budget:
         return plan
-    # What is stored between groups takes room, too. A room makes as few groups as it can: where
-    # they are too many for what it leaves them, those many are the next number to try.
+    # What is stored between groups takes part of the budget, and more groups store more: where
+    # the groups that fit into the rest are more than assumed, try their number next.
     number, largest = 2, max(sizes.values())
     while (room := budget_bytes - workspace - stored_bytes(number)) >= largest:
         fitting = plan_of(_fill(units, sizes, room))
         if not fitting.exceeds_budget:
             return fitting
         number = max(number + 1, len(fitting.groups))
-    # Nothing fits. From some number on more groups take more: the least of several even shares.
+    # Nothing fits. Beyond some number of groups more of them take more: try several sizes.
     rooms = {largest, *(plan.shard_bytes // n for n in range(2, 33))}
     plans = [plan, *(plan_of(_fill(units, sizes, room)) for room in sorted(rooms))]
     return min(plans, key=lambda plan: (plan.predicted_bytes, len(plan.groups)))
 
 
 def takes_gram_way(short_side: int, r: int) -> bool:
-    """Whether a layer's SVD goes by its Gram matrix, on several ranks."""
+    """Tell whether several ranks decompose a layer by its Gram matrix."""
     return short_side <= max(GRAM_SIDE_SHARED, GRAM_SHARE * r)
 
 
 def blocks_prefix(names: Iterable[str]) -> str | None:
-    """``model.layers.`` of ``model.layers.3.mlp.up_proj``; None unless all names share it."""
+    """Return the prefix shared by all names, such as ``model.layers.``; None if there is none."""
     prefixes = {match[1] if (match := re.match(r"(.*?\.)\d+\.", name)) else None for name in names}
     return prefixes.pop() if len(prefixes) == 1 else None
 
 
 def block_of(name: str, prefix: str) -> int:
-    """The number of the block that a layer lies in."""
+    """Return the number of a layer's block."""
     return int(name.removeprefix(prefix).partition(".")[0])
 
 
 def _fill(
     units: Iterable[Sequence[str]], sizes: Mapping[str, int], available: int
 ) -> list[list[str]]:
-    """Whole units while they fit; one that is too large by itself is taken layer by layer."""
+    """Fill groups with whole units; one that is too large by itself is divided into layers."""
     groups: list[list[str]] = []
     room = -1
     for unit in units:
@@ -147,13 +160,13 @@ def _shard_bytes(out_features: int, in_features: int, world_size: int) -> int:
 
 
 def _backward_bytes(out_features: int, in_features: int, world_size: int, tokens: int) -> int:
-    """Of one layer: its fp32 x and δ, and a block of ``δᵀx``."""
+    """Count one layer's fp32 x and δ, and a block of ``δᵀx``."""
     shard = _shard_bytes(out_features, in_features, world_size)
     return tokens * (out_features + in_features) * FP32_BYTES + shard
 
 
 def svd_bytes(out_features: int, in_features: int, r: int, world_size: int, update: str) -> int:
-    """Of one layer: what ``linalg`` says, for the updates of as many layers as there are ranks."""
+    """Return what decomposing one layer takes (``sharded_svd``), with ``world_size`` updates."""
     shard = _shard_bytes(out_features, in_features, world_size)
     short_side, both_sides = min(out_features, in_features), out_features + in_features
     # int8 signs multiplied in bf16, or fp32 numbers in fp64.

@@ -1,4 +1,4 @@
-"""The sizes of a model's parameters, from its config.json alone. Torch-free."""
+"""Sizes of a model's parameters, from its config.json alone. Torch-free."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lorasb_ds.errors import ConfigError
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a plan must know of a causal language model."""
+    """The sizes of a causal language model that a plan depends on."""
 
     name: str
     layers: Mapping[str, tuple[int, int]]  # linear layers but the head -> (out, in), model's order
@@ -20,29 +20,18 @@ class ModelShape:
     hidden_size: int
     intermediate_size: int  # of all that one token passes at once: experts_per_token of an MoE's
     num_heads: int
-    num_kv_heads: int
     head_dim: int
     num_blocks: int
-    normed_width: int  # numbers of a token that one block's norms take in, together
-    num_experts: int = 1
-    experts_per_token: int = 1
+    normed_width: int  # numbers of a token that one block's norms read, together
 
     @property
     def num_parameters(self) -> int:
         return sum(out * in_ for out, in_ in self.layers.values()) + sum(self.others.values())
 
-    @property
-    def num_active(self) -> int:
-        """Parameters that a token is multiplied with: the head, but no embeddings."""
-        experts = sum(n for name, n in self.others.items() if ".experts." in name)
-        layers = sum(out * in_ for out, in_ in self.layers.values())
-        head = self.vocab_size * self.hidden_size
-        return layers + head + experts * self.experts_per_token // self.num_experts
-
 
 @dataclass(frozen=True)
 class _Family:
-    """How transformers 5 builds the blocks of one model type."""
+    """How transformers 5 builds the decoder blocks of one model type."""
 
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     tied: bool = False  # where the file does not say
@@ -66,7 +55,7 @@ FAMILIES = {
 
 
 def shape_from_config(name: str, config: Mapping[str, Any]) -> ModelShape:
-    """The shape of the model that transformers would build from a ``config.json``.
+    """Return the shape of the model that transformers builds from a ``config.json``.
 
     Raises:
         ConfigError: if the model type is none of ``FAMILIES``, or a size is missing.
@@ -85,7 +74,7 @@ def shape_from_config(name: str, config: Mapping[str, Any]) -> ModelShape:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(
                 f"--model {name}: {key} in its config.json is {value!r}; it must be a whole number "
-                "above 0. Mend the file, or name another model."
+                "above 0. Fix the file, or name another model."
             )
         return value
 
@@ -118,13 +107,10 @@ def shape_from_config(name: str, config: Mapping[str, Any]) -> ModelShape:
         hidden_size=hidden,
         intermediate_size=sides.intermediate * per_token,
         num_heads=heads,
-        num_kv_heads=sides.keys // head_dim,
         head_dim=head_dim,
         num_blocks=blocks,
         normed_width=len(family.norms) * hidden
         + (sides.queries + sides.keys if family.query_norm else 0),
-        num_experts=num_experts,
-        experts_per_token=per_token,
     )
 
 
@@ -139,7 +125,7 @@ class _Sides:
 
 
 def _linear(family: _Family, sides: _Sides) -> Iterator[tuple[str, tuple[int, int]]]:
-    """(name, (out, in)) of one block's linear layers, in the model's order."""
+    """Yield (name, (out, in)) of one block's linear layers, in the model's order."""
     hidden, intermediate = sides.hidden, sides.intermediate
     if family.fused:  # Phi3Attention and Phi3MLP make the outer projection first
         yield "self_attn.o_proj", (hidden, sides.queries)
@@ -158,7 +144,7 @@ def _linear(family: _Family, sides: _Sides) -> Iterator[tuple[str, tuple[int, in
 
 
 def _other(family: _Family, sides: _Sides, config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """(name, elements) of one block's other parameters."""
+    """Yield (name, elements) of one block's other parameters."""
     for norm in family.norms:
         yield f"{norm}.weight", sides.hidden
     if family.query_norm:
@@ -183,14 +169,14 @@ def _other(family: _Family, sides: _Sides, config: Mapping[str, Any]) -> Iterato
 
 
 def _config(model_type: str, sizes: str, **more: Any) -> dict[str, Any]:
-    """``hidden intermediate blocks heads kv-heads vocabulary`` as a config.json has them."""
+    """Return ``hidden intermediate blocks heads kv-heads vocabulary`` under config.json's keys."""
     keys = "hidden_size intermediate_size num_hidden_layers num_attention_heads "
     keys += "num_key_value_heads vocab_size"
     numbers = dict(zip(keys.split(), map(int, sizes.split()), strict=True))
     return {"model_type": model_type, **numbers, **more}
 
 
-# The published config.json of each, cut to what decides about shapes.
+# From each model's published config.json: what its shape depends on.
 BUILT_IN = {
     "llama-7b": _config("llama", "4096 11008 32 32 32 32000"),
     "llama-13b": _config("llama", "5120 13824 40 40 40 32000"),

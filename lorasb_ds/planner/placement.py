@@ -1,4 +1,4 @@
-"""Where the base lies and in which form: what a ds_config and the options say of it. Torch-free."""
+"""How a ds_config and the options hold the base: its form, its shards, offloading. Torch-free."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ BLOCKSIZE, NESTED_BLOCKSIZE = 64, 256
 
 @dataclass(frozen=True)
 class Placement:
-    """One way to hold the base on a job's ranks. Numbers of DeepSpeed's count stored elements."""
+    """One way to hold the base on a job's ranks.
+
+    DeepSpeed's numbers (from ``max_live_parameters`` on) count stored elements.
+    """
 
     form: Form
     world_size: int
     stage: int = 3
     offload: Literal["none", "cpu", "nvme"] = "none"
-    secondary_ranks: int = 1  # ZeRO++: that hold a second copy together, within a node
+    secondary_ranks: int = 1  # ZeRO++: ranks of a node that share a second copy
     max_live_parameters: int = 0
     prefetch_bucket_size: int = 0
     persistence_threshold: int = 0
@@ -33,17 +36,19 @@ class Placement:
 
     @property
     def shard_ranks(self) -> int:
-        """That hold one copy of the base together."""
+        """Return how many ranks share one copy of the base."""
         return self.world_size if self.sharded else 1
 
     @property
     def dtype_bytes(self) -> int:
-        """Of the numbers that are computed with."""
+        """Return the bytes of an element in the compute dtype."""
         return 4 if self.form == "fp32" else 2
 
     def stored(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """Bytes of a linear layer's weight (out, in) as it is kept: of its numbers, and of their
-        scales; together an even number where it is quantized (quantization.py)."""
+        """Return the bytes of a stored (out, in) weight and of its scales.
+
+        Where it is quantized, their sum is padded to an even number (quantization.py).
+        """
         if self.form == "nf4":
             numbers, *scales = bytes_4bit(*shape)
         elif self.form == "int8":
@@ -56,9 +61,11 @@ class Placement:
 def bytes_4bit(
     out_features: int, in_features: int, blocksize: int = BLOCKSIZE, nested: bool = True
 ) -> list[int]:
-    """Of the parts of a 4-bit weight (QLoRA, arXiv 2305.14314): half a byte for each number; with
-    double quantization (``nested``) one for every block of them, 4 for every 256 of those and 4
-    for the layer, else 4 for every block."""
+    """Return the bytes of each part of a 4-bit weight (QLoRA, arXiv 2305.14314).
+
+    An element takes half a byte. With double quantization (``nested``) every block of elements
+    takes one more, every 256 blocks 4 and the layer 4; without it every block takes 4.
+    """
     numel = out_features * in_features
     blocks = -(-numel // blocksize)
     scales = [blocks, 4 * -(-blocks // NESTED_BLOCKSIZE), 4] if nested else [4 * blocks]
@@ -66,14 +73,15 @@ def bytes_4bit(
 
 
 def bytes_8bit(out_features: int, in_features: int) -> list[int]:
-    """Of the parts of an 8-bit weight: one for each number, 4 for every row."""
+    """Return the bytes of each part of an 8-bit weight: one for an element, 4 for a row."""
     return [out_features * in_features, 4 * out_features]
 
 
 def placement_of(ds_config: Mapping[str, Any], form: Form, world_size: int) -> Placement:
-    """What a resolved ds_config makes of a base. What it does not say is DeepSpeed's default.
+    """Return how a resolved ds_config holds a base.
 
-    Defaults: DeepSpeedZeroConfig (deepspeed/runtime/zero/config.py), OffloadParam's.
+    What it leaves out has the default of DeepSpeed's DeepSpeedZeroConfig
+    (deepspeed/runtime/zero/config.py) and of its OffloadParam.
     """
     zero = ds_config.get("zero_optimization", {})
     stage = zero.get("stage", 0)

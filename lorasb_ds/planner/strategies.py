@@ -1,4 +1,4 @@
-"""What fits where: every way to hold a base on a cluster, and the one to take. Torch-free."""
+"""Compare the ways to hold a base on a cluster, and recommend one. Torch-free."""
 
 from __future__ import annotations
 
@@ -9,34 +9,25 @@ from lorasb_ds.config.paths import SHIPPED_DS_CONFIGS, read_json
 from lorasb_ds.planner.footprint import Footprint, footprint, init_plan
 from lorasb_ds.planner.model_shape import ModelShape
 from lorasb_ds.planner.placement import Form, Placement, placement_of
-from lorasb_ds.planner.traffic import (
-    CPU_SPEEDS,
-    GPU_SPEEDS,
-    Speeds,
-    Traffic,
-    init_traffic,
-    step_seconds,
-    step_traffic,
-)
+from lorasb_ds.planner.traffic import Traffic, init_traffic, step_traffic
 from lorasb_ds.planner.workload import Workload
 from lorasb_ds.system.units import GIB
 
 # The driver's context, NCCL's buffers, what torch's allocator keeps back. Assumed.
 GPU_RUNTIME_BYTES = 3 << 29
-# What --init-memory-gib may be where the gradients of all layers do not fit.
+# Values of --init-memory-gib that are tried where the gradients of all layers do not fit.
 BUDGETS_GIB = (64, 32, 16, 8, 4, 2, 1, 0.5, 0.25)
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Hosts alike, with ranks alike."""
+    """Equal hosts with equal ranks."""
 
     nodes: int
     ranks_per_node: int
     memory_bytes: int  # of a rank's device; on CPUs its share of the host's
-    host_memory_bytes: int | None = None  # of a host, where known
+    host_memory_bytes: int | None = None  # of a host; None: not limited
     cpu: bool = False
-    speeds: Speeds = GPU_SPEEDS
 
     @property
     def world_size(self) -> int:
@@ -44,17 +35,19 @@ class Cluster:
 
     @property
     def runtime_bytes(self) -> int:
-        """Of a device beside what torch's tensors take."""
+        """Return what a device holds beside torch's tensors."""
         return 0 if self.cpu else GPU_RUNTIME_BYTES
 
 
 def cpu_cluster(num_procs: int, memory_bytes: int) -> Cluster:
-    """Processes on one host's CPU that share so much memory."""
-    return Cluster(1, num_procs, memory_bytes // num_procs, cpu=True, speeds=CPU_SPEEDS)
+    """Return one host whose processes share ``memory_bytes`` and compute on its CPU."""
+    return Cluster(1, num_procs, memory_bytes // num_procs, cpu=True)
 
 
 @dataclass(frozen=True)
 class Strategy:
+    """A way to hold a base."""
+
     name: str
     form: Form
     ds_config: str  # a shipped one
@@ -73,8 +66,17 @@ STRATEGIES = (
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """One strategy on a cluster, with what was added to the workload so that it fits."""
+class StrategyPlan:
+    """What one strategy takes on a cluster.
+
+    Attributes:
+        work: as asked for, or changed by the options in ``added`` so that it fits.
+        step: received by a rank in a step of one micro-batch.
+        init: received by a rank in the whole init.
+        needed_bytes: of a rank's device.
+        host_needed_bytes: of the first host; 0 on CPUs, where ``needed_bytes`` includes it.
+        added: options beyond those that were asked for.
+    """
 
     strategy: Strategy
     placement: Placement
@@ -82,24 +84,23 @@ class Outcome:
     memory: Footprint
     step: Traffic
     init: Traffic
-    step_s: float
-    needed_bytes: int  # of a rank's device
+    needed_bytes: int
     headroom_bytes: int
-    host_needed_bytes: int  # of the first host; 0 on CPUs, where it is in needed_bytes
+    host_needed_bytes: int
     fits: bool
-    added: tuple[str, ...]  # options beyond those that were asked for
+    added: tuple[str, ...]
 
     @property
     def options(self) -> tuple[str, ...]:
-        """Of `lorasb train`, that make it this strategy."""
+        """Return the options of `lorasb train` that select this strategy."""
         file = f"ds_configs/{self.strategy.ds_config}"
         return ("--ds-config", file, *self.strategy.options, *self.added)
 
 
 def needed(memory: Footprint, cluster: Cluster) -> tuple[int, int]:
-    """Bytes of a rank's device and of the first host, with what runs beside tensors.
+    """Return the bytes of a rank's device and of the first host, runtime included.
 
-    On CPUs the first is rank 0's process, and the second 0.
+    On CPUs the first number is that of rank 0's process, and the second is 0.
     """
     device = max(memory.phases(cluster.cpu).values()) + cluster.runtime_bytes
     if cluster.cpu:
@@ -108,28 +109,40 @@ def needed(memory: Footprint, cluster: Cluster) -> tuple[int, int]:
 
 
 def fits(memory: Footprint, cluster: Cluster) -> bool:
+    """Tell whether device, host and the init's budget are large enough."""
     device, host = needed(memory, cluster)
     host_fits = cluster.host_memory_bytes is None or host <= cluster.host_memory_bytes
     return device <= cluster.memory_bytes and host_fits and not memory.init.exceeds_budget
 
 
-def plan(shape: ModelShape, cluster: Cluster, work: Workload) -> list[Outcome]:
-    """Every strategy that makes sense there, as asked for or with the least change that fits."""
+def plan(shape: ModelShape, cluster: Cluster, work: Workload) -> list[StrategyPlan]:
+    """Plan every strategy that makes sense there, as asked for or with the least change that fits.
+
+    One rank has nothing to shard, and on CPUs there is no other memory to offload to.
+    """
     return [
         _fitted(shape, cluster, strategy, work)
         for strategy in STRATEGIES
         if not (cluster.world_size == 1 and strategy.ds_config == "zero3.json")
-        and not (cluster.cpu and "offload" in strategy.ds_config)  # to the memory it is in anyway
+        and not (cluster.cpu and "offload" in strategy.ds_config)
     ]
 
 
-def recommended(outcomes: Sequence[Outcome]) -> Outcome | None:
-    """Of those that fit, the one with the shortest step; the first of equals."""
-    fitting = [outcome for outcome in outcomes if outcome.fits]
-    return min(fitting, key=lambda outcome: outcome.step_s) if fitting else None
+def recommended(plans: Sequence[StrategyPlan]) -> StrategyPlan | None:
+    """Choose among the strategies that fit, by counts alone; None if none fits.
+
+    First come those that compute no forward pass twice, then those that move the fewest bytes in a
+    step, from other ranks and from the host; of equals, the first of ``STRATEGIES``.
+    """
+    fitting = [plan for plan in plans if plan.fits]
+    if not fitting:
+        return None
+    return min(fitting, key=lambda p: (p.work.gradient_checkpointing, p.step.total_bytes))
 
 
-def _fitted(shape: ModelShape, cluster: Cluster, strategy: Strategy, work: Workload) -> Outcome:
+def _fitted(
+    shape: ModelShape, cluster: Cluster, strategy: Strategy, work: Workload
+) -> StrategyPlan:
     ds_config = read_json(str(SHIPPED_DS_CONFIGS / strategy.ds_config), "--ds-config")
     placement = placement_of(ds_config, strategy.form, cluster.world_size)
 
@@ -147,16 +160,14 @@ def _fitted(shape: ModelShape, cluster: Cluster, strategy: Strategy, work: Workl
                 work, memory, added = changed, other, options
             if is_fit:
                 break
-    step = step_traffic(shape, placement, work)
     device, host = needed(memory, cluster)
-    return Outcome(
+    return StrategyPlan(
         strategy=strategy,
         placement=placement,
         work=work,
         memory=memory,
-        step=step,
+        step=step_traffic(shape, placement, work),
         init=init_traffic(shape, placement, work, memory),
-        step_s=step_seconds(shape, placement, work, step, cluster.speeds, cluster.nodes),
         needed_bytes=device,
         headroom_bytes=cluster.memory_bytes - device,
         host_needed_bytes=host,
@@ -166,7 +177,7 @@ def _fitted(shape: ModelShape, cluster: Cluster, strategy: Strategy, work: Workl
 
 
 def _changes(work: Workload, init_bytes: int) -> Iterator[tuple[Workload, tuple[str, ...]]]:
-    """Workloads that take less memory for more time, the cheapest first."""
+    """Yield workloads that take less memory and more time, the cheapest first."""
     variants: list[tuple[Workload, tuple[str, ...]]] = [(work, ())]
     if not work.gradient_checkpointing:
         checkpointed = replace(work, gradient_checkpointing=True)
@@ -182,18 +193,18 @@ def _changes(work: Workload, init_bytes: int) -> Iterator[tuple[Workload, tuple[
 
 
 def command(
-    outcome: Outcome,
+    plan: StrategyPlan,
     cluster: Cluster,
     model: str,
     hostfile: str | None,
     options: Mapping[str, object],
 ) -> list[str]:
-    """What starts it. ``TRAIN.jsonl`` stands for the data."""
+    """Return the command that starts it, with ``TRAIN.jsonl`` as the data."""
     work = {"--model": model, "--data": "TRAIN.jsonl", **options}
     arguments = [word for pair in work.items() for word in map(str, pair)]
-    if outcome.work.gradient_checkpointing and "--gradient-checkpointing" not in outcome.added:
+    if plan.work.gradient_checkpointing and "--gradient-checkpointing" not in plan.added:
         arguments.append("--gradient-checkpointing")
-    arguments += outcome.options
+    arguments += plan.options
     if cluster.nodes > 1:
         return ["deepspeed", "--hostfile", hostfile or "HOSTFILE", "launcher/train.py", *arguments]
     count = "--num-procs" if cluster.cpu else "--num-gpus"

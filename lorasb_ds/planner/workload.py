@@ -1,4 +1,4 @@
-"""What is computed, as far as bytes and messages depend on it. Torch-free."""
+"""The adapter, the batches and the init's sample, as far as bytes depend on them. Torch-free."""
 
 from __future__ import annotations
 
@@ -8,42 +8,42 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Workload:
-    """What is computed: the adapter, the batches and the init's sample."""
+    """What a run computes: the adapter, the batches and the init's sample."""
 
     targets: Mapping[str, tuple[int, int]]  # layers with an adapter
     r: int
     max_length: int  # tokens of the longest row
-    num_labels: int  # positions of a micro-batch from which some row predicts a label, at most
+    num_labels: int  # most positions of a micro-batch from which some row predicts a label
     micro_batch_size: int
     gradient_checkpointing: bool
     init_samples: int  # rows of the gradient
     init_memory_bytes: int | None = None
     init_update: str = "sign"
     init_offload: bool = False
-    trains_r: bool = True  # or A and B
-    offset: bool = False  # of two more factors like A and B, frozen
+    trains_r: bool = True  # else A and B
+    offset: bool = False  # a layer has two more frozen factors like A and B
     directions: int = 1  # of the init's SVD, times r
-    tracks_gradient: bool = False  # while it trains (--track-alignment)
+    tracks_gradient: bool = False  # in training, too (--track-alignment)
     decomposes: str = "gradient"  # in the init; or "weight", or "nothing"
-    whole_matrices: bool = False  # the optimizer's (matrix_optimizer.py)
-    # Numbers of every parameter that is trained, where PEFT's configuration says which there are,
-    # and of all that its layers keep beside them.
+    whole_matrices: bool = False  # the optimizer works on them (matrix_optimizer.py)
+    # Elements of every trained parameter where PEFT's configuration decides which there are, and
+    # of everything else that its layers keep.
     trained_sizes: tuple[int, ...] | None = None
     num_kept: int = 0
 
     @property
     def tokens(self) -> int:
-        """Of a rank's micro-batch."""
+        """Return the tokens of a rank's micro-batch."""
         return self.micro_batch_size * self.max_length
 
     @property
     def pairs(self) -> int:
-        """Factors like A and B of a layer, by twos."""
+        """Return how many pairs of factors like A and B a layer has."""
         return 2 if self.offset else 1
 
     @property
     def num_trainable(self) -> int:
-        """Numbers."""
+        """Return the number of trained elements."""
         if self.trained_sizes is not None:
             return sum(self.trained_sizes)
         if self.trains_r:
@@ -51,5 +51,5 @@ class Workload:
         return sum(self.r * (out + in_) for out, in_ in self.targets.values())
 
     def init_rounds(self, world_size: int) -> int:
-        """Micro-batches of each rank in the init: rows are dealt out in those."""
+        """Return the micro-batches that each rank computes in the init."""
         return -(-self.init_samples // (self.micro_batch_size * world_size))

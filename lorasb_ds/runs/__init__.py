@@ -1,6 +1,8 @@
-"""What a run leaves on disk, and how it is read again.
+"""Write what a run leaves on disk, and read it again.
 
-`output_dir` prepares the folder; `run_log`, `tracking` and `progress` write numbers to files,
-trackers and the console; `checkpoint` writes and finds checkpoints; `history`, `plots` and
-`compare` read them back. Imports `data`, `distributed`, `planner` and what is below them.
+`output_dir.make_output_dir` prepares the folder. `run_log.RunLog` writes rows of numbers to files,
+by `tracking` to a tracker and by `progress` to the console; `profiler` profiles steps. `checkpoint`
+writes and finds checkpoints. `history` reads the rows back, `plots` draws them, and `compare` puts
+several runs side by side.
+Imports `data`, `distributed`, `planner` and what is below them.
 """

@@ -1,13 +1,13 @@
-"""Checkpoints: R and all that its training depends on, independent of the number of processes.
+"""Write and find checkpoints: R and its training's state, for any number of processes.
 
-    checkpoints/index.json                     which there are, for people and tools
+    checkpoints/index.json                     a list of them, for people and tools
     checkpoints/step-00000100/
         state.safetensors     R and its optimizer's state, whole, fp32; every rank's generators
         trainer.json          progress, and what the run was made from
         SHA256SUMS            of both; `sha256sum -c` reads it
 
-A checkpoint is written aside, fsynced and renamed: it is whole or not there. A few megabytes for a
-7B model; A and B lie beside it once, in the run's basis.safetensors.
+A checkpoint is written under another name, fsynced and renamed: it is complete or not there. It has
+a few megabytes for a 7B model; A and B are stored once, in the run's basis.safetensors.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ FORMAT = 1
 class TrainerState:
     """How far a run is. ``step`` is also the data's position: batches are a function of it."""
 
-    step: int = 0  # optimizer steps done or left out
-    updates: int = 0  # those that were done: the schedule's position
+    step: int = 0  # optimizer steps done or skipped
+    updates: int = 0  # steps done: the schedule's position
     skipped_in_a_row: int = 0
     best_step: int | None = None
     best_loss: float | None = None
@@ -56,7 +56,7 @@ class TrainerState:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a folder holds but its tensors."""
+    """A checkpoint without its tensors."""
 
     path: Path
     state: TrainerState
@@ -67,12 +67,13 @@ class Checkpoint:
     loss_scale: dict[str, float]
 
     def tensors(self) -> dict[str, torch.Tensor]:
+        """Load the tensors of state.safetensors, on the CPU."""
         return load_file(self.path / STATE_FILE)
 
 
 @dataclass(frozen=True)
 class Resume:
-    """Where a run goes on: a folder whose init is finished, and its checkpoint if it has one."""
+    """Where a run continues: a folder with a finished init, and its checkpoint if it has one."""
 
     folder: Path
     checkpoint: Checkpoint | None
@@ -86,8 +87,13 @@ class Resume:
 def write_checkpoint(
     folder: Path, tensors: Mapping[str, torch.Tensor], content: Mapping[str, Any], step: int
 ) -> int:
-    """Write ``checkpoints/step-N``; its size in bytes. One process does it.
+    """Write ``checkpoints/step-N``. Not collective: one process calls it.
 
+    Args:
+        tensors: for state.safetensors.
+        content: for trainer.json.
+    Returns:
+        Its size in bytes.
     Raises:
         OSError: if it cannot be written; nothing of it is left then.
     """
@@ -101,7 +107,7 @@ def write_checkpoint(
         write_sums(aside, CHECKPOINT_FILES)
         size = sum(file.stat().st_size for file in aside.iterdir())
         old = path.with_name(path.name + ".old")
-        if path.exists():  # of the same step: a finished run that goes on
+        if path.exists():  # of the same step: a finished run that continues
             path.replace(old)
         publish(aside, path)
         shutil.rmtree(old, ignore_errors=True)
@@ -112,23 +118,24 @@ def write_checkpoint(
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
+    """Return the checkpoint's folder in a run's folder."""
     return folder / CHECKPOINTS / f"{CHECKPOINT_PREFIX}{step:08d}"
 
 
 def step_of(path: Path) -> int:
-    """The reverse of ``checkpoint_path``."""
+    """Return the step of a ``checkpoint_path``."""
     return int(path.name.removeprefix(CHECKPOINT_PREFIX))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Oldest first; whole ones and others that bear a checkpoint's name."""
+    """List all folders with a checkpoint's name, complete or not, oldest first."""
     found = (folder / CHECKPOINTS).glob(f"{CHECKPOINT_PREFIX}*")
     named = [path for path in found if path.name.removeprefix(CHECKPOINT_PREFIX).isdecimal()]
     return sorted(named, key=step_of)
 
 
 def tidy(folder: Path, keep_last: int, best_step: int | None) -> None:
-    """Remove what is not to be kept, and what a crash has left; then list what there is."""
+    """Remove old checkpoints and what a crash has left; then write ``index.json``."""
     paths = list_checkpoints(folder)
     keep = {*paths[-keep_last:]}
     if best_step is not None:
@@ -147,7 +154,7 @@ def tidy(folder: Path, keep_last: int, best_step: int | None) -> None:
 
 
 def read_checkpoint(path: Path) -> Checkpoint | str:
-    """What a folder holds, or what is wrong with it."""
+    """Read a checkpoint; return what is wrong if it is not complete."""
     problem = check_sums(path, CHECKPOINT_FILES)
     if problem is not None:
         return problem
@@ -157,28 +164,28 @@ def read_checkpoint(path: Path) -> Checkpoint | str:
             return "it was written by another version"
         return Checkpoint(path, TrainerState(**content.pop("progress")), **content)
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
-        return f"{TRAINER_FILE} does not say what a checkpoint's does"
+        return f"{TRAINER_FILE} lacks fields of a checkpoint, or has others"
 
 
 def find_resume(config: RunConfig) -> Resume | None:
-    """What ``--resume`` means: the newest whole checkpoint, or that which it names.
+    """Find what ``--resume`` continues: the newest complete checkpoint, or the named one.
 
     Returns:
-        None where there is nothing to go on from: the run starts anew.
+        None where there is nothing to continue: the run starts anew.
     Raises:
-        ConfigError: if a folder or checkpoint that was named cannot be taken.
+        ConfigError: if a folder or checkpoint that was named cannot be used.
     """
     if config.resume is None:
         return None
-    assert config.output_dir is not None, "check_output_dir has seen to it"
+    assert config.output_dir is not None, "check_output_dir has set it"
     option, folder = f"--resume {config.resume}", Path(config.output_dir)
     candidates, exact = list_checkpoints(folder), False
     if config.resume != "auto":
         source, named = resumed_run(config.resume), Path(config.resume)
         if source.resolve() != folder.resolve():
             raise ConfigError(
-                f"{option} goes on in {source}. Leave --output-dir {folder} out; to try something "
-                "else from its basis, start a new run with --init-from."
+                f"{option} continues in {source}. Leave out --output-dir {folder}; to try other "
+                "options from its basis, start a new run with --init-from."
             )
         exact = named.resolve() != source.resolve()
         candidates = [named] if exact else candidates
@@ -189,13 +196,13 @@ def find_resume(config: RunConfig) -> Resume | None:
             return Resume(folder, found, warnings)
         if exact:
             raise ConfigError(f"{option}: {found}. Name another one, or the run's folder.")
-        warnings.append(f"checkpoint {path.name} is passed over: {found}")
+        warnings.append(f"checkpoint {path.name} is skipped: {found}")
     if (folder / SUMS_FILE).is_file():  # written when the init is done
         return Resume(folder, None, warnings)
     if config.resume != "auto" or candidates or (folder / ADAPTER).exists():
         raise ConfigError(
-            f"{option}: the run has no whole checkpoint and no finished init to go on from. Start "
-            f"it anew, with --overwrite --output-dir {folder}."
+            f"{option}: the run has no complete checkpoint and no finished init to continue from. "
+            f"Start it anew, with --overwrite --output-dir {folder}."
         )
     return None
 
@@ -204,7 +211,7 @@ def check_same_run(option: str, checkpoint: Checkpoint, made_from: Mapping[str, 
     """Refuse a checkpoint of another run.
 
     Raises:
-        ConfigError: with what differs.
+        ConfigError: says what differs.
     """
     differ = [
         what if _is_hash(value) else f"{what} (the checkpoint has {theirs}, this run {value})"
@@ -214,13 +221,13 @@ def check_same_run(option: str, checkpoint: Checkpoint, made_from: Mapping[str, 
     if differ:
         raise ConfigError(
             f"{option}: {checkpoint.path.name} is of another run. What differs: "
-            f"{'; '.join(differ)}. Give the options it was made with (run.json has them), or start "
+            f"{'; '.join(differ)}. Give the options of that run (see its run.json), or start "
             "a new run in another --output-dir."
         )
 
 
 def changed_options(checkpoint: Checkpoint, options: Mapping[str, Any]) -> list[str]:
-    """Options that may change, and did, in words."""
+    """Describe the options that may change and have changed."""
     return [
         name if _is_hash(value) else f"{name} {checkpoint.options[name]} -> {value}"
         for name, value in options.items()
@@ -229,7 +236,7 @@ def changed_options(checkpoint: Checkpoint, options: Mapping[str, Any]) -> list[
 
 
 def set_newer_aside(folder: Path, step: int) -> list[str]:
-    """Rename checkpoints that a run which was set back will not pass through again."""
+    """Rename checkpoints after the step that a run continues from, and return their new names."""
     moved = []
     for path in list_checkpoints(folder):
         if step_of(path) > step:

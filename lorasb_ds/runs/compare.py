@@ -1,4 +1,4 @@
-"""Finished runs side by side: what their folders tell. Torch-free."""
+"""Compare runs by their folders. Torch-free."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lorasb_ds.errors import ConfigError
 from lorasb_ds.runs.history import Row, Summary, read_rows, summarize
 from lorasb_ds.system.units import GIB
 
-# Of no interest beside another run's: where it was written, and how.
+# Options that do not matter in a comparison: where and how a run was written.
 NOT_COMPARED = {"output_dir", "overwrite", "force", "report_to"}
 COLUMNS = (
     "run",
@@ -38,18 +38,18 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder, as far as it can be read."""
+    """The readable content of a run's folder."""
 
     name: str
     description: Mapping[str, Any]  # run.json
     rows: Sequence[Row]
-    problem: str  # why it is not a finished run; empty if it is one
+    problem: str  # why it is not a finished run; empty if it is
 
     @property
     def options(self) -> dict[str, Any]:
-        """All that was chosen, and on how many processes.
+        """Return all options, the accelerator and the number of processes.
 
-        What an older version did not know yet is at its default. Empty for a broken run.json.
+        Options that an older version lacks have their defaults. Empty for a broken run.json.
         """
         if not self.description:
             return {}
@@ -60,23 +60,23 @@ class Run:
 
     @property
     def loss(self) -> float:
-        """Held out, of the adapter that a finished run has saved; nan where there is none."""
+        """Return the held-out loss of the adapter that a finished run has saved; nan if unknown."""
         found, config = summarize(self.rows), self.description.get("config", {})
         takes_best = config.get("load_best_model_at_end") or config.get("early_stopping_patience")
         return found.best_loss if takes_best else found.last_loss
 
     @property
     def peak_memory_bytes(self) -> int:
-        """Of rank 0 in any phase; of its training rows where it did not get to the end."""
+        """Return rank 0's peak in any phase; from the training rows if the run has not finished."""
         measured = self.description.get("memory", {}).get("measured", {})
         return int(max(summarize(self.rows).memory_bytes, *measured.values(), 0))
 
 
 def read_runs(folders: Sequence[str]) -> list[Run]:
-    """The runs in some folders, under the shortest names that tell them apart.
+    """Read the runs in some folders, and name them by the shortest names that differ.
 
     Raises:
-        ConfigError: for a folder that is none of a run.
+        ConfigError: if a folder is not a run's.
     """
     missing = [folder for folder in folders if not (Path(folder) / RUN_JSON).is_file()]
     if missing:
@@ -112,9 +112,9 @@ def _read(name: str, folder: Path) -> Run:
 
 
 def differing_options(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """Options that are not the same in all runs -> their values; None where a run has no such.
+    """Map options that differ between the runs -> their values; None where a run lacks one.
 
-    Runs whose options could not be read are passed over.
+    Runs whose options cannot be read are skipped.
     """
     options = [run.options for run in runs if run.description]
     names = dict.fromkeys(name for chosen in options for name in chosen)
@@ -123,12 +123,12 @@ def differing_options(runs: Sequence[Run]) -> dict[str, list[Any]]:
 
 
 def table(runs: Sequence[Run]) -> list[list[str]]:
-    """A row of text for each run, under ``COLUMNS``; what is not known is a "-"."""
+    """Return a row of text for each run, under ``COLUMNS``; "-" stands for what is unknown."""
     return [_cells(run) for run in runs]
 
 
 def _sources(data: str | Sequence[str]) -> str:
-    """Short names; older versions had one source."""
+    """Shorten the sources' names; older versions had one source."""
     sources = [data] if isinstance(data, str) else data
     return " + ".join(Path(str(source).split("?")[0]).name for source in sources)
 
@@ -168,12 +168,12 @@ def _number(value: float, form: str) -> str:
 
 
 def known(value: float) -> float | None:
-    """For JSON, which lacks nan and infinity."""
+    """Replace nan and infinity, which JSON lacks, by None."""
     return value if math.isfinite(value) else None
 
 
 def as_dict(run: Run) -> dict[str, Any]:
-    """The same in numbers; None where one is not known."""
+    """Return a run's numbers and options for JSON; None where one is unknown."""
     found = summarize(run.rows)
     numbers = {**vars(found), "tokens_per_s": found.tokens_per_s}
     return {

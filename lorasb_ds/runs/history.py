@@ -1,4 +1,4 @@
-"""A run's rows of numbers on disk, and what they come to. Torch-free."""
+"""Write, read and summarize a run's rows of numbers. Torch-free."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 
 def to_line(row: Mapping[str, Any]) -> str:
-    """A row as ``metrics.jsonl`` has it; null stands for nan and infinity, which JSON lacks."""
+    """Format a row as a line of ``metrics.jsonl``; nan and infinity, which JSON lacks, are null."""
     finite = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in row.items()
@@ -25,12 +25,12 @@ def to_line(row: Mapping[str, Any]) -> str:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a ``metrics.jsonl``, nan where there is null; none where there is no file.
+    """Read the rows of a ``metrics.jsonl``, with nan for null; [] if there is no file.
 
     A last line that was cut off, as by a crash, is left out.
 
     Raises:
-        ConfigError: if a line before the last is no row.
+        ConfigError: if a line before the last is not a row.
     """
     if not path.is_file():
         return []
@@ -42,13 +42,13 @@ def read_rows(path: Path) -> list[Row]:
             rows.append(row)
         elif number < len(lines):
             raise ConfigError(
-                f"{path}, line {number}, is not a JSON object with a step. Mend or remove the line."
+                f"{path}, line {number}, is not a JSON object with a step. Fix or remove the line."
             )
     return rows
 
 
 def _row(line: bytes) -> Row | None:
-    """None if it is none, or not whole."""
+    """Parse a line; return None if it is cut off or not a row."""
     if not line.endswith(b"\n"):
         return None
     try:
@@ -62,21 +62,21 @@ def _row(line: bytes) -> Row | None:
 
 @dataclass(frozen=True)
 class Summary:
-    """What the rows of a run come to. A loss is nan where there is none."""
+    """Totals of a run's rows. A loss is nan where there is none."""
 
     steps: int  # the last one
     seconds: float  # of training
     tokens: int
-    padding_share: float  # of all positions of the micro-batches; nan where it was not counted
-    skipped: int  # steps
+    padding_share: float  # of all positions of the micro-batches; nan if it was not counted
+    skipped: int  # number of steps
     first_loss: float  # of training
     final_loss: float  # the mean over the last tenth of the steps
-    base_loss: float  # held out, as all that follow
+    base_loss: float  # held out, like the following losses
     init_loss: float
     best_loss: float  # after the init
     best_step: int
     last_loss: float
-    memory_bytes: int  # the most of a training row; 0 where it was not measured
+    memory_bytes: int  # the largest of a training row; 0 if it was not measured
 
     @property
     def tokens_per_s(self) -> float:
@@ -84,6 +84,7 @@ class Summary:
 
 
 def summarize(rows: Sequence[Mapping[str, Any]]) -> Summary:
+    """Sum up the rows of a run, of training and of evaluations."""
     train = training_rows(rows)
     losses = [row["loss"] for row in train if math.isfinite(row["loss"])]
     counted = [row for row in train if row.get("padding_share", 1) < 1]
@@ -114,16 +115,20 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> Summary:
 
 
 def training_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """A row for each optimizer step."""
+    """Return the rows of optimizer steps."""
     return [row for row in rows if "loss" in row]
 
 
 def evaluations(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Held-out losses, by their ``stage``: of the base, after the init, after a step, trained."""
+    """Return the rows of held-out losses.
+
+    Their ``stage`` says of what: the base, after the init, after a step, or at the end.
+    """
     return [row for row in rows if "eval_loss" in row]
 
 
 def perplexity(loss: float) -> float:
+    """Return ``exp(loss)``; infinity where a double overflows."""
     return math.inf if loss > MAX_EXPONENT else math.exp(loss)
 
 

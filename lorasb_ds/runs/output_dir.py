@@ -1,4 +1,4 @@
-"""The folder of a run."""
+"""Prepare a run's output folder."""
 
 from __future__ import annotations
 
@@ -64,23 +64,25 @@ OUTPUTS = (
 
 
 def say(text: str) -> None:
-    """A line on rank 0's console."""
+    """Print a line on rank 0's console."""
     if zero.rank() == 0:
-        with suppress(OSError):  # a terminal that was closed ends no run
+        with suppress(OSError):  # a closed terminal must not end a run
             print(f"lorasb: {text}", flush=True)
 
 
 def _torn(folder: Path) -> list[str]:
-    """Files of a run that was killed while it wrote them."""
+    """Return the files that a killed run has left half written."""
     names = [f"{name}.tmp" for name in OUTPUTS]
     return [name for name in names if (folder / name).is_file()]
 
 
 def make_output_dir(config: RunConfig, resumed: bool) -> Path:
-    """Rank 0 makes the folder, without what an overwritten run left; all hear of it. Collective.
+    """Create the output folder, and remove what an overwritten run left there. Collective.
+
+    Rank 0 does it, and broadcasts the folder.
 
     Args:
-        resumed: everything in it stays but the report.
+        resumed: keep everything but the report.
     """
     name: list[str] = [""]
     if zero.rank() == 0:

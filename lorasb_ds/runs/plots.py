@@ -1,4 +1,4 @@
-"""Pictures of runs: losses over steps, and alignment over steps and layers. Torch-free."""
+"""Draw losses over steps, and alignment over steps and layers. Torch-free."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ PANELS = {
     "sign_cosine": "the same of its sign,\n‖P(sign G)‖ / ‖sign G‖",
     "update_cosine": "step made and full AdamW's,\ncosine of ΔW and -sign(G)",
 }
-TICKS = 8  # that name steps, at most
+TICKS = 8  # labels on the axis of steps, at most
 
 
 def draw_loss_curve(path: Path, rows: Rows) -> None:
-    """A PNG of one run: training loss and its running mean, held-out losses, learning rate."""
+    """Draw one run as a PNG: training loss and running mean, held-out losses, learning rate."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 5), layout="constrained")
@@ -43,7 +43,11 @@ def draw_loss_curve(path: Path, rows: Rows) -> None:
 
 
 def draw_comparison(path: Path, runs: Mapping[str, Rows]) -> None:
-    """A PNG of several runs, by their names: running means of training losses; held-out losses."""
+    """Draw several runs as a PNG: running means of their training losses, and held-out losses.
+
+    Args:
+        runs: name -> rows.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 5), layout="constrained")
@@ -59,9 +63,9 @@ def draw_comparison(path: Path, runs: Mapping[str, Rows]) -> None:
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Of each value and up to ``window - 1`` before it; those that are not finite are passed over.
+    """Average each value with up to ``window - 1`` values before it.
 
-    nan where there is no finite one among them.
+    Values that are not finite are skipped; the mean is nan if none is finite.
     """
     import numpy as np
 
@@ -85,7 +89,7 @@ def _draw_training(axes: Axes, rows: Rows, color: str, label: str) -> None:
 
 
 def _draw_held_out(axes: Axes, rows: Rows, color: str, label: str) -> None:
-    """From the init on. The base has no adapter: it is no point of this curve."""
+    """Draw held-out losses from the init on; the base has no adapter and is not on this curve."""
     curve = [row for row in evaluations(rows) if row["stage"] != "base"]
     if curve:
         steps = [row["step"] for row in curve]
@@ -100,7 +104,7 @@ def _finish(*all_axes: Axes) -> None:
 
 
 def mean_alignment(rows: Rows, field: str) -> dict[int, float]:
-    """Step -> the mean over layers that have a number; nan where none has."""
+    """Map step -> the mean over layers with a finite value; nan if there are none."""
     found: dict[int, list[float]] = {}
     for row in rows:
         values = found.setdefault(row["step"], [])
@@ -110,7 +114,7 @@ def mean_alignment(rows: Rows, field: str) -> dict[int, float]:
 
 
 def describe_alignment(rows: Rows) -> str:
-    """The last step in one line, beside the first."""
+    """Describe the last step, compared with the first, in one line."""
     held = mean_alignment(rows, "gradient_cosine")
     first, last = min(held), max(held)
     text = f"step {last}: the adapter holds {held[last]:.0%} of the gradient"
@@ -124,8 +128,9 @@ def describe_alignment(rows: Rows) -> str:
 
 
 def draw_alignment(path: Path, rows: Rows) -> None:
-    """A PNG of heat maps, layers by steps. Layers of one kind are together, from the first block
-    to the last.
+    """Draw heat maps of layers by steps as a PNG.
+
+    Layers of one kind are together, from the first block to the last.
 
     Args:
         rows: at least one.
@@ -158,7 +163,7 @@ def draw_alignment(path: Path, rows: Rows) -> None:
 
 
 def _colors(field: str, grid: Any) -> dict[str, Any]:
-    """From 0 up; a cosine that may be negative has 0 in the middle."""
+    """Choose a color scale from 0 upwards; for a signed cosine, with 0 in the middle."""
     import numpy as np
 
     most = float(np.nanmax(np.abs(grid), initial=1e-3))

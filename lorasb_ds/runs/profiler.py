@@ -1,4 +1,4 @@
-"""A profile of a few steps: a trace to look at, and the dearest operations in one table."""
+"""Profile a few steps: a trace to look at, and a table of the most expensive operations."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ ROWS = 10
 
 @contextmanager
 def profiled(folder: Path, num_steps: int | None) -> Iterator[Callable[[], None]]:
-    """Profile steps after the first one, which warms up; the profile is written when they are done.
+    """Profile steps after the first one, which is a warm-up, and write the profile after them.
 
     Args:
-        num_steps: None: nothing is profiled.
+        num_steps: to profile; None: do nothing.
     Yields:
-        What is to be called at the end of every step.
+        A function to call at the end of every step.
     """
     if num_steps is None:
         yield lambda: None
@@ -42,23 +42,23 @@ def profiled(folder: Path, num_steps: int | None) -> Iterator[Callable[[], None]
     ) as profiler:
         yield profiler.step
     if not path.exists():
-        say("no profile: the first step warms up, and there was no other")
+        say("no profile: the first step is a warm-up, and there was no other")
 
 
 def _write(done: Any, folder: Path) -> None:
     if done.step_num < 2:
-        return  # it ended with the step that warms up
+        return  # the run ended with the warm-up
     aside = folder / PROFILE_ASIDE
     done.export_chrome_trace(str(aside))
     publish(aside, folder / PROFILE)
     say(
-        f"profile: {folder / PROFILE} (https://ui.perfetto.dev or chrome://tracing shows it)\n"
-        + dearest(done.key_averages())
+        f"profile: {folder / PROFILE} (open it in https://ui.perfetto.dev or chrome://tracing)\n"
+        + most_expensive(done.key_averages())
     )
 
 
-def dearest(events: Any) -> str:
-    """The operations that take most time themselves, by their share of all."""
+def most_expensive(events: Any) -> str:
+    """Return a table of the operations that take most time themselves, with their shares of it."""
     attribute = "self_cpu_time_total"
     if any(event.self_device_time_total > 0 for event in events):
         attribute = "self_device_time_total"

@@ -1,4 +1,4 @@
-"""What the console of rank 0 shows while a run trains."""
+"""Show a run's progress on the console of rank 0."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 from lorasb_ds.system.units import GIB
 
-LINE_EVERY_S = 5.0  # where there is no terminal
-ETA_STEPS = 100  # whose times tell how long a step takes
+LINE_EVERY_S = 5.0  # without a terminal
+ETA_STEPS = 100  # the last steps, whose mean time predicts the time left
 
 
 class Progress:
-    """A bar where there is a terminal, plain lines elsewhere; messages go above the bar."""
+    """A bar in a terminal, plain lines elsewhere; messages go above the bar."""
 
     def __init__(self) -> None:
         self._bar: Any = None
@@ -24,6 +24,7 @@ class Progress:
         self._step_times: deque[float] = deque(maxlen=ETA_STEPS)
 
     def say(self, text: str) -> None:
+        """Print a message to the user."""
         if self._bar is None:
             print(f"lorasb: {text}", flush=True)
         else:
@@ -32,7 +33,7 @@ class Progress:
             )
 
     def show(self, row: Mapping[str, Any], num_steps: int) -> None:
-        """A training row: on the bar, or now and then (the first, the last) as a line."""
+        """Show a training row on the bar; or as a line every few seconds, at the first and last."""
         self._step_times.append(row["step_time_s"])
         step, text = row["step"], describe(row)
         left = time_left(self._step_times, num_steps - step)
@@ -45,7 +46,7 @@ class Progress:
             print(f"step {step}/{num_steps}  {text}  left {left}", flush=True)
 
     def stop(self) -> None:
-        """Leave the bar as it is; what comes next goes below it."""
+        """Stop the bar where it is; later output goes below it."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -56,7 +57,7 @@ class Progress:
         from rich.table import Column
 
         if self._bar is None:
-            # In a narrow terminal the text is cut, not the count.
+            # In a narrow terminal cut the text, not the count.
             cut = Column(ratio=1, no_wrap=True, overflow="ellipsis")
             text_column = TextColumn("{task.fields[text]}", markup=False, table_column=cut)
             bar = BarColumn(bar_width=20)
@@ -67,7 +68,7 @@ class Progress:
 
 
 def describe(row: Mapping[str, Any]) -> str:
-    """A training row on one line."""
+    """Describe a training row on one line."""
     parts = [
         f"loss {row['loss']:.4f}",
         f"lr {row['lr']:.2e}",
@@ -83,5 +84,5 @@ def describe(row: Mapping[str, Any]) -> str:
 
 
 def time_left(step_times: deque[float], num_steps: int) -> timedelta:
-    """By the mean of the steps seen: a single one may be far off."""
+    """Predict the time left from the mean of the given step times."""
     return timedelta(seconds=round(sum(step_times) / len(step_times) * num_steps))

@@ -1,4 +1,4 @@
-"""What a run tells while it runs, and to whom; and where it comes from."""
+"""Log a running run to files, trackers and the console; and describe its provenance."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "bitsandbytes", "p
 
 
 class RunLog:
-    """Rows of numbers to ``metrics.jsonl``, TensorBoard and a tracker, and progress to the console.
+    """Write rows to ``metrics.jsonl``, TensorBoard and a tracker, and progress to the console.
 
-    One process of a job makes one (rank 0); the others make none. A row has a ``step``, and is one
-    of training, or an evaluation if it has a ``stage``.
+    Only rank 0 of a job has one. A row has a ``step``; it is of an evaluation if it has a
+    ``stage``, else of training.
     """
 
     def __init__(
         self, folder: Path, first_step: int = 0, config: Mapping[str, Any] | None = None
     ) -> None:
-        """
+        """Open the files, and start the tracker.
+
         Args:
-            first_step: steps that are done. What the folder has of them is kept, and what an
-                earlier process has written of later ones is forgotten.
-            config: of the run, for the tracker that its ``report_to`` names. None: no tracker.
+            first_step: number of steps that are done. Their rows in the folder are kept; rows of
+                later steps, from an earlier process, are removed.
+            config: of the run, for the tracker that its ``report_to`` names; None: no tracker.
         Raises:
             ConfigError: if ``metrics.jsonl`` is there and damaged.
         """
@@ -49,7 +50,7 @@ class RunLog:
         write_text(path, "".join(map(to_line, self.rows)))
         if (samples := folder / SAMPLES).is_file():
             write_text(samples, "".join(map(to_line, _kept(samples, first_step))))
-        # A run that begins at step 0 measures there itself.
+        # A run that begins at step 0 measures step 0 itself.
         self.alignment = _kept(folder / ALIGNMENT, first_step or -1)
         if (folder / ALIGNMENT).is_file():
             write_text(folder / ALIGNMENT, "".join(map(to_line, self.alignment)))
@@ -62,7 +63,7 @@ class RunLog:
             self._try_tracker(lambda: self._start_tracker(package, folder, config))
 
     def write(self, row: Row) -> None:
-        """One row; it is on disk when this returns, as far as the operating system is concerned."""
+        """Write one row; it is flushed to the operating system when this returns."""
         self.rows.append(row)
         self._file.write(to_line(row))
         self._file.flush()
@@ -74,30 +75,30 @@ class RunLog:
             self._try_tracker(lambda: tracker.log(values, row["step"]))
 
     def write_sample(self, row: Row) -> None:
-        """A generated answer, to ``samples.jsonl``."""
+        """Append a generated answer to ``samples.jsonl``."""
         with (self._folder / SAMPLES).open("a", encoding="utf-8") as file:
             file.write(to_line(row))
 
     def write_alignment(self, rows: list[Row]) -> None:
-        """Of all layers at one step, to ``alignment.jsonl``."""
+        """Append the rows of all layers at one step to ``alignment.jsonl``."""
         self.alignment += rows
         with (self._folder / ALIGNMENT).open("a", encoding="utf-8") as file:
             file.write("".join(map(to_line, rows)))
 
     def progress(self, row: Row, num_steps: int) -> None:
-        """Show a training row: a bar in a terminal, else a line now and then and at the end."""
-        with suppress(OSError):  # a terminal that was closed ends no run
+        """Show a training row on the console, by ``Progress.show``."""
+        with suppress(OSError):  # a closed terminal must not end a run
             self._progress.show(row, num_steps)
             if row["step"] == num_steps:
                 self._progress.stop()
 
     def say(self, text: str) -> None:
-        """A message to the user; above the bar, if there is one."""
+        """Print a message to the user, above the bar if there is one."""
         with suppress(OSError):
             self._progress.say(text)
 
     def close(self) -> None:
-        """Everything is written. A second call does nothing."""
+        """Close files and tracker, and stop the bar. A second call does nothing."""
         with suppress(OSError):
             self._progress.stop()
         self._file.close()
@@ -110,24 +111,27 @@ class RunLog:
         self._tracker = Tracker(package, folder, config)
 
     def _try_tracker(self, action: Callable[[], None]) -> None:
-        """A run does not end because a tracker fails: it is named once, and left alone."""
+        """Call a tracker; if it fails, warn once and stop using it: the run goes on."""
         try:
             action()
         except Exception as error:  # whatever a tracker raises: no account, no network, …
             self._tracker = None
             self.say(
-                f"warning: --report-to: {type(error).__name__}: {error}. Nothing more is reported "
+                f"warning: --report-to: {type(error).__name__}: {error}. Nothing more is sent "
                 f"there; {METRICS} has all rows"
             )
 
 
 def _kept(path: Path, last_step: int) -> list[Row]:
-    """The rows of a file up to a step; none where there is no file."""
+    """Return the rows of a file up to a step; [] if there is no file."""
     return [row for row in read_rows(path) if row["step"] <= last_step]
 
 
 def provenance() -> dict[str, Any]:
-    """What else a run depends on: versions, commit, command, machine. No environment variables."""
+    """Describe what else a run depends on: versions, commit, command, machine.
+
+    Environment variables are left out.
+    """
     root = Path(__file__).resolve().parents[2]
     commit = None
     if (root / ".git").exists():

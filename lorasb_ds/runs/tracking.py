@@ -1,4 +1,4 @@
-"""Rows to an experiment tracker: Weights & Biases or Trackio, whose calls have one shape."""
+"""Send rows to an experiment tracker: Weights & Biases or Trackio, which share an API."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ PROJECT = "lorasb-ds"
 
 
 def check_tracker(config: RunConfig) -> None:
-    """Refuse --report-to where its package is missing.
+    """Refuse --report-to if its package is missing.
 
     Raises:
-        ConfigError: with the command that installs it.
+        ConfigError: names the command that installs it.
     """
     package = config.report_to
     if package == "none":
         return
     spec = find_spec(package)
-    # wandb leaves a folder of its own name behind, which Python takes for a package without files.
+    # wandb leaves a folder "wandb" behind, which Python takes for a package without files.
     if spec is None or spec.origin is None:
         raise ConfigError(
             f"--report-to {package} needs the package {package}: pip install {package}"
@@ -38,15 +38,16 @@ def check_tracker(config: RunConfig) -> None:
 class Tracker:
     """A run at a tracker: a new one, or the one that the folder's ``tracking.json`` names.
 
-    Where it goes and by which account is the tracker's own business (`wandb login`,
-    TRACKIO_SPACE_ID, …). What its calls raise is left to the caller.
+    Server and account are configured by the tracker's own means (`wandb login`,
+    TRACKIO_SPACE_ID, …). Its exceptions pass through to the caller.
     """
 
     def __init__(self, package: str, folder: Path, config: Mapping[str, Any]) -> None:
-        """
+        """Start or continue the run there.
+
         Args:
             package: "wandb" or "trackio".
-            config: of the run, to be shown beside its rows.
+            config: of the run, shown beside its rows.
         """
         self._module: Any = importlib.import_module(package)
         known = _known(folder / TRACKING, package)
@@ -58,14 +59,15 @@ class Tracker:
         }
         if package == "wandb":
             given.update(id=known.get("id"), resume="allow", dir=str(folder))
-            # Nothing but the rows: it would also send all that is printed.
+            # Otherwise wandb would also send the console's output.
             given["settings"] = {"console": "off"}
-        else:  # trackio knows a run by its name, and takes the latest of those that share it
+        else:  # trackio identifies a run by its name, and takes the latest of several
             given["resume"] = "allow" if known else "never"
         run = self._module.init(**given)
         write_json(folder / TRACKING, {"tracker": package, "id": run.id, "name": name})
 
     def log(self, values: Mapping[str, float], step: int) -> None:
+        """Send one row."""
         self._module.log(dict(values), step=step)
 
     def finish(self) -> None:
@@ -74,7 +76,7 @@ class Tracker:
 
 
 def _known(path: Path, package: str) -> dict[str, str]:
-    """What an earlier part of the run was called there; empty if there was none."""
+    """Return id and name of the run's earlier part at this tracker; {} if there was none."""
     if not path.is_file():
         return {}
     content = json.loads(path.read_text(encoding="utf-8"))

@@ -20,7 +20,6 @@ from lorasb_ds.planner.footprint import Footprint, footprint, init_plan
 from lorasb_ds.planner.model_shape import ModelShape
 from lorasb_ds.planner.placement import Form, Placement, placement_of
 from lorasb_ds.planner.strategies import Cluster, needed, plan, recommended
-from lorasb_ds.planner.traffic import CPU_SPEEDS, GPU_SPEEDS
 from lorasb_ds.planner.workload import Workload
 from lorasb_ds.system.host_memory import available_bytes, ranks_of_host
 from lorasb_ds.system.units import GIB
@@ -219,5 +218,4 @@ def this_cluster(world_size: int) -> Cluster:
         memory_bytes=host // local_ranks if cpu else accelerator.free_device_bytes(),
         host_memory_bytes=host,
         cpu=cpu,
-        speeds=CPU_SPEEDS if cpu else GPU_SPEEDS,
     )

@@ -20,7 +20,7 @@ from lorasb_ds.planner.footprint import (
 )
 from lorasb_ds.planner.placement import Placement, placement_of
 from lorasb_ds.planner.strategies import BUDGETS_GIB
-from lorasb_ds.planner.traffic import step_seconds, step_traffic
+from lorasb_ds.planner.traffic import step_traffic
 from lorasb_ds.planner.workload import Workload
 from lorasb_ds.system.units import GIB
 from lorasb_ds.training.memory import RunMemory
@@ -62,8 +62,9 @@ class Remedy:
 
     options: str
     saved_bytes: int  # planned, for one process
-    step_time: float  # time of an optimizer step, as a multiple of what it takes now
-    price: str  # what it costs beside time; empty: nothing
+    recomputes: bool  # the forward pass, which is not recomputed now
+    more_traffic_bytes: int  # received by a process in an optimizer step, beyond what it is now
+    price: str  # what it changes in the result or the machine; empty: nothing
 
 
 def explain(
@@ -151,28 +152,34 @@ def parts(memory: Footprint, phase: Phase, one_memory: bool) -> dict[str, int]:
 
 
 def remedies(phase: Phase, memory: RunMemory, config: RunConfig) -> list[Remedy]:
-    """Return the changes that make a phase smaller: free ones by a step's time, then the others."""
-    shape, cluster = memory.shape, memory.cluster
+    """Return the changes that make a phase smaller.
+
+    First those that change neither result nor machine, in the planner's order (no pass recomputed,
+    then the fewest bytes received in a step); then those with a price.
+    """
+    shape, cluster, work = memory.shape, memory.cluster, memory.workload
 
     def bytes_of(placement: Placement, work: Workload) -> int:
         init = init_plan(shape, work, placement.world_size, placement.dtype_bytes)
         return sum(parts(footprint(shape, placement, work, init), phase, cluster.cpu).values())
 
-    def seconds_of(placement: Placement, work: Workload) -> float:
-        traffic = step_traffic(shape, placement, work)
-        return step_seconds(shape, placement, work, traffic, cluster.speeds, cluster.nodes)
+    def traffic_of(placement: Placement, work: Workload, micro_batches: int) -> int:
+        traffic = step_traffic(shape, placement, work).total_bytes
+        return traffic * micro_batches * config.gradient_accumulation_steps
 
-    before = bytes_of(memory.placement, memory.workload)
-    step_s = seconds_of(memory.placement, memory.workload)
+    before = bytes_of(memory.placement, work)
+    traffic_before = traffic_of(memory.placement, work, 1)
     found = []
     for change in _changes(phase, memory, config):
         saved = before - bytes_of(change.placement, change.work)
         if saved >= SHOWN_BYTES:
-            step_time = change.micro_batches * seconds_of(change.placement, change.work) / step_s
-            found.append(Remedy(change.options, saved, step_time, change.price))
+            recomputes = change.work.gradient_checkpointing and not work.gradient_checkpointing
+            traffic = traffic_of(change.placement, change.work, change.micro_batches)
+            more = traffic - traffic_before
+            found.append(Remedy(change.options, saved, recomputes, more, change.price))
     free = [remedy for remedy in found if not remedy.price]
     priced = [remedy for remedy in found if remedy.price]
-    return sorted(free, key=lambda remedy: round(remedy.step_time, 1)) + priced
+    return sorted(free, key=lambda r: (r.recomputes, r.more_traffic_bytes)) + priced
 
 
 @dataclass(frozen=True)
@@ -185,7 +192,7 @@ class _Change:
 
 
 def _changes(phase: Phase, memory: RunMemory, config: RunConfig) -> Iterator[_Change]:
-    """Yield every option that may help and is not on already; of equal times, the best first.
+    """Yield every option that may help and is not on already; of equals, the best first.
 
     Those with a price come last, the lowest price first.
     """
@@ -244,10 +251,15 @@ def _larger(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
 
 
 def _describe(remedy: Remedy) -> str:
-    time = "a step takes about as long as now"
-    if not 0.95 <= remedy.step_time < 1.05:
-        time = f"a step takes about {remedy.step_time:.1f} times as long"
-    return "; ".join(filter(None, (f"{_gib(remedy.saved_bytes)} GiB less", time, remedy.price)))
+    costs = []
+    if remedy.recomputes:
+        costs.append("the forward pass is computed twice")
+    if remedy.more_traffic_bytes >= SHOWN_BYTES:
+        costs.append(f"each process receives {_gib(remedy.more_traffic_bytes)} GiB more in a step")
+    if remedy.price:
+        costs.append(remedy.price)
+    cost = "; ".join(costs) or "a step computes and sends as much as now"
+    return f"{_gib(remedy.saved_bytes)} GiB less; {cost}"
 
 
 def _gib(num_bytes: int) -> str:

@@ -18,7 +18,7 @@ from launcher.cli import main
 ROOT = Path(__file__).resolve().parent.parent.parent
 MODELS = {"mistral-7b": "arithmetic", "gemma-2-9b": "arithmetic", "llama-3.2-3b": "commonsense"}
 GIB = 1 << 30
-COLUMNS = ("", "GPUs", "base", "rows", "load", "init", "train", "needs", "of", "a step")
+COLUMNS = ("", "GPUs", "base", "rows", "load", "init", "train", "needs", "of")
 
 
 def commands(model: str) -> list[list[str]]:
@@ -63,7 +63,6 @@ def line(words: list[str]) -> str:
         *peaks,
         f"{best['needed_bytes'] / GIB:.1f}",
         f"{cluster['memory_bytes'] // GIB}",
-        f"{best['step_s']:.2f} s",
     )
     return f"| {' | '.join(cells)} |"
 

@@ -1,4 +1,4 @@
-"""`scripts/bench.py plan` on a tiny model: predicted bytes of tensors are those that are there."""
+"""`scripts/bench.py plan` on a tiny model: tensors have the predicted bytes."""
 
 from __future__ import annotations
 

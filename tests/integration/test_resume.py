@@ -192,14 +192,14 @@ def test_another_run_is_refused(options: list[str], alone: Path, tmp_path: Path)
 
 
 def test_damage(options: list[str], alone: Path, tmp_path: Path) -> None:
-    """A torn checkpoint is passed over; a basis that is not the run's is refused."""
+    """A torn checkpoint is skipped; a basis that is not the run's is refused."""
     run = Path(shutil.copytree(alone, tmp_path / "run"))
     shutil.rmtree(run / "adapter")
     state = checkpoint_path(run, 24) / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-1])
     again = [*options, "--output-dir", str(run), "--resume", "auto"]
     output = run_worker(*again)
-    assert "warning: checkpoint step-00000024 is passed over: state.safetensors is not" in output
+    assert "warning: checkpoint step-00000024 is skipped: state.safetensors is not" in output
     assert "resumed after step 20" in output
     assert training(run).keys() == set(range(1, STEPS + 1))
     assert isinstance(read_checkpoint(state.parent), str) is False, "written anew"

@@ -1,4 +1,4 @@
-"""Evaluations as a whole, against transformers and PEFT by themselves."""
+"""Compare whole evaluations with transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -176,14 +176,14 @@ def test_more_than_the_model_has_positions(
     tiny_model: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", word_rows(3))
-    with pytest.raises(ConfigError, match=r"row \d may come to \d+ tokens .* 2048 positions"):
+    with pytest.raises(ConfigError, match=r"row \d may need \d+ tokens .* 2048 positions"):
         evaluate_model(str(tiny_model), data=data, max_new_tokens=2040)
 
 
 def test_tasks_that_evaluate_answers_are_refused(
     tiny_model: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before the model is loaded; what the rows are otherwise used for is as ever."""
+    """Refused before the model is loaded; other uses of the rows still work."""
     source = "reasoning-gym:countdown?size=2&seed=1"
     monkeypatch.setattr(
         "lorasb_ds.evaluation.evaluator.start_model", lambda run: pytest.fail("loaded")

@@ -1,4 +1,4 @@
-"""Which answers are right."""
+"""Right and wrong answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What rows ask for."""
+"""The tasks of data sets and the choices of rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from lorasb_ds.evaluation.tasks import TASKS, Choices, choices_of, find_task
 
 FOUR = "answer1/answer2/answer3/answer4"
 BOWL = {"question": "What holds soup?", "choices": ["a fork", "a bowl"]}
-ARC = {"text": ["heat", "sound", "light"], "label": ["A", "B", "C"]}
 
 
 def adapters_row(question: str, answers: str, answer: str) -> dict[str, str]:
@@ -66,25 +65,10 @@ def test_commonsense_rows_with_an_input_or_without_an_answer() -> None:
         (BOWL | {"choices": ["1", "0"], "answer": 1}, ("1", "0"), 1),
         (BOWL | {"choices": ["B", "A"], "answer": "B"}, ("B", "A"), 0),
         (BOWL | {"choices": ("a", "b"), "answer": 0}, ("a", "b"), 0),
-        ({"question": "What?", "choices": ARC, "answerKey": "C"}, ("heat", "sound", "light"), 2),
-        (
-            {"question_stem": "What?", "choices": ARC, "answerKey": "A"},
-            ("heat", "sound", "light"),
-            0,
-        ),
-        (
-            {
-                "question": "What?",
-                "choices": {"text": ["a", "b"], "label": ["1", "2"]},
-                "answerKey": "2",
-            },
-            ("a", "b"),
-            1,
-        ),
     ],
 )
 def test_choices(row: dict[str, Any], texts: tuple[str, ...], answer: int) -> None:
-    assert choices_of(row) == Choices(row.get("question", "What?"), texts, answer)
+    assert choices_of(row) == Choices(row["question"], texts, answer)
 
 
 @pytest.mark.parametrize(
@@ -114,12 +98,7 @@ def test_choices(row: dict[str, Any], texts: tuple[str, ...], answer: int) -> No
         BOWL | {"answer": 0, "choices": "ab"},
         BOWL | {"answer": 0, "question": " "},
         BOWL | {"answer": 0, "question": None},
-        {"question": "What?", "choices": ARC},
-        {"question": "What?", "choices": ARC, "answerKey": "D"},
-        {"question": "What?", "choices": ARC, "answerKey": ["A"]},
-        {"question": "What?", "choices": ARC | {"label": ["A"]}, "answerKey": "A"},
-        {"question": "What?", "choices": {"text": ["a", "b"]}, "answerKey": "A"},
-        {"choices": ARC, "answerKey": "A"},
+        {"choices": ["a", "b"], "answer": 0},
     ],
 )
 def test_rows_without_choices(row: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Adapters as PEFT and a run leave them, and files that are damaged or made to harm."""
+"""Adapters of PEFT and of runs; damaged and malicious files."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from lorasb_ds.export.adapter_reader import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CONFIG_BYTES,
-    StoredAdapter,
     read_adapter,
 )
+from lorasb_ds.export.stored_adapter import StoredAdapter
 from lorasb_ds.models.base import Base
 from lorasb_ds.models.checkpoint_files import read_header
 from lorasb_ds.runs.checkpoint import TrainerState, write_checkpoint
@@ -40,7 +40,7 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
 def save_lora(model: Any, folder: Path, *, seed: int = 0, dtype: Any = None, **config: Any) -> Path:
-    """A folder that PEFT itself has written, B not zero."""
+    """Let PEFT write an adapter whose B is not zero."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         lora = LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "target_modules": TARGETS, **config})
@@ -59,7 +59,7 @@ def load(folder: Path, **options: Any) -> Any:
 
 
 def peft_deltas(base: Any, folder: Path) -> dict[str, torch.Tensor]:
-    """Layer -> ΔW, as PEFT computes it in fp32 from what it loads."""
+    """Map layer -> ΔW, computed in fp32 by PEFT from what it loads."""
     peft = PeftModel.from_pretrained(base, folder)
     return {
         name.removeprefix("base_model.model."): module.get_delta_weight("default").detach()
@@ -207,7 +207,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = config_faults() | {
         lambda f: (f / ADAPTER_WEIGHTS).unlink(),
         r"has no adapter_model\.safetensors\.$",
     ),
-    "no configuration": (lambda f: (f / ADAPTER_CONFIG).unlink(), "is no adapter. Name the folder"),
+    "no configuration": (
+        lambda f: (f / ADAPTER_CONFIG).unlink(),
+        "is not an adapter. Name a run's",
+    ),
     "configuration is a list": (
         lambda f: (f / ADAPTER_CONFIG).write_text("[]"),
         "must hold a JSON object, not list",
@@ -237,19 +240,19 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = config_faults() | {
     ),
     "magnitudes of DoRA": (
         lambda f: set_tensor(f, "lora_magnitude_vector", torch.ones(48)),
-        "lora_magnitude_vector .* is no factor of a LoRA",
+        "lora_magnitude_vector .* is not a factor of a LoRA",
     ),
     "bias of B": (
         lambda f: set_tensor(f, "lora_B.bias", torch.ones(48)),
-        r"lora_B\.bias .* is no factor of a LoRA",
+        r"lora_B\.bias .* is not a factor of a LoRA",
     ),
     "an embedding": (
         lambda f: set_tensor(f, "lora_embedding_A", torch.ones(4, 48)),
-        "lora_embedding_A .* is no factor of a LoRA",
+        "lora_embedding_A .* is not a factor of a LoRA",
     ),
     "another tensor": (
         lambda f: edit_tensors(f, lambda t: t.update({"lm_head.weight": torch.ones(2)})),
-        r"lm_head\.weight .* is no factor of a LoRA",
+        r"lm_head\.weight .* is not a factor of a LoRA",
     ),
     "whole numbers": (
         lambda f: set_tensor(f, "lora_A.weight", torch.ones(4, 48, dtype=torch.int32)),
@@ -290,7 +293,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = config_faults() | {
 
 
 def read_all(folder: Path) -> StoredAdapter:
-    """An adapter, every number of it looked at."""
+    """Read an adapter with all its numbers."""
     adapter = read_adapter(str(folder))
     for name, (out, inner) in adapter.shapes.items():
         A, B = adapter.pair(name)
@@ -321,7 +324,7 @@ def test_a_rank_that_no_one_means(copy: Path) -> None:
 
 @pytest.mark.parametrize("path", ["nowhere", "~no-such-user-here/run", "x" * 300, "a\0b"])
 def test_a_path_that_is_none(tmp_path: Path, path: str) -> None:
-    with pytest.raises(ConfigError, match=r"is no adapter|cannot be read"):
+    with pytest.raises(ConfigError, match=r"is not an adapter|cannot be read"):
         read_adapter(path if path.startswith("~") else str(tmp_path / path))
 
 
@@ -338,7 +341,7 @@ LAYERS = {"model.layers.0.self_attn.q_proj": (48, 48), "model.layers.1.mlp.down_
 
 
 def make_run(folder: Path, r: int = 4, **options: Any) -> dict[str, torch.Tensor]:
-    """A run's folder as it is when the init is done; the tensors of its basis."""
+    """Write a run's folder as after the init; return the tensors of its basis."""
     generator = torch.Generator().manual_seed(5)
     basis = {}
     for name, (out, inner) in LAYERS.items():
@@ -355,7 +358,7 @@ def make_run(folder: Path, r: int = 4, **options: Any) -> dict[str, torch.Tensor
 
 
 def make_checkpoint(run: Path, step: int, r: int = 4) -> dict[str, torch.Tensor]:
-    """Layer -> the R of a checkpoint."""
+    """Map layer -> R of a checkpoint."""
     generator = torch.Generator().manual_seed(step)
     trained = {name: torch.randn(r, r, generator=generator) for name in LAYERS}
     tensors = {"rank0.cpu": torch.zeros(9, dtype=torch.uint8)}
@@ -376,7 +379,7 @@ def make_checkpoint(run: Path, step: int, r: int = 4) -> dict[str, torch.Tensor]
 def holds(
     adapter: StoredAdapter, basis: dict[str, torch.Tensor], trained: dict[str, torch.Tensor]
 ) -> bool:
-    """Whether an adapter's updates are B R A."""
+    """Check that an adapter's updates are B R A."""
     assert list(adapter.layers) == list(LAYERS)
     assert adapter.shapes == LAYERS
     for name, R in trained.items():
@@ -390,7 +393,7 @@ def holds(
 def test_a_run_is_its_adapter_or_its_newest_whole_checkpoint(lora: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     basis = make_run(run)
-    with pytest.raises(ConfigError, match="has no adapter and no whole checkpoint"):
+    with pytest.raises(ConfigError, match="has no adapter and no complete checkpoint"):
         read_adapter(str(run))
     trained = {step: make_checkpoint(run, step) for step in (2, 10, 9)}
     found = read_adapter(str(run))
@@ -439,7 +442,7 @@ def edit_basis(run: Path, change: Callable[[dict[str, torch.Tensor]], object]) -
 
 
 def edit_state(run: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    """A checkpoint with other tensors and sums that are right."""
+    """Replace a checkpoint's tensors, with matching checksums."""
     folder = run / "checkpoints" / "step-00000003"
     tensors = load_file(folder / STATE_FILE)
     change(tensors)
@@ -484,22 +487,22 @@ RUN_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another version": (
         lambda run: edit_trainer(run, '{"format": 99, "progress": {}}'),
-        "no whole checkpoint",
+        "no complete checkpoint",
     ),
     "progress of another kind": (
         lambda run: edit_trainer(run, '{"format": 1, "progress": {"steps": 1}}'),
-        "no whole checkpoint",
+        "no complete checkpoint",
     ),
-    "no progress": (lambda run: edit_trainer(run, "{}"), "no whole checkpoint"),
-    "no JSON beside the state": (lambda run: edit_trainer(run, "{"), "no whole checkpoint"),
+    "no progress": (lambda run: edit_trainer(run, "{}"), "no complete checkpoint"),
+    "no JSON beside the state": (lambda run: edit_trainer(run, "{"), "no complete checkpoint"),
     "no sums": (
         lambda run: (run / "checkpoints" / "step-00000003" / SUMS_FILE).unlink(),
-        "no whole checkpoint",
+        "no complete checkpoint",
     ),
     "run.json is no JSON": (lambda run: (run / "run.json").write_text("{"), "is not valid JSON"),
     "a number that int() cannot read": (
         lambda run: (run / "checkpoints" / "step-00000003").rename(run / "checkpoints" / "step-²"),
-        "no whole checkpoint",
+        "no complete checkpoint",
     ),
 }
 
@@ -563,7 +566,7 @@ def with_header(header: bytes, data: bytes = b"", length: int | None = None) -> 
 
 
 def works_or_refuses(folder: Path) -> str | None:
-    """Read an adapter; why it was refused. Whatever else is raised is a failure."""
+    """Read an adapter and return why it was refused; any other exception is a failure."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     try:
@@ -645,7 +648,7 @@ def test_headers_of_any_json(fuzzed: Path, header: Any) -> None:
 
 
 def entry(key: str, value: str) -> str:
-    """A header in which one part of A's entry is as given."""
+    """Write a header in which one field of A's entry is as given."""
     parts = {k: json.dumps(v) for k, v in A_ENTRY.items()} | {key: value}
     inside = ", ".join(f'"{k}": {v}' for k, v in parts.items())
     return f'{{"{A_KEY}": {{{inside}}}, "{B_KEY}": {json.dumps(B_ENTRY)}}}'
@@ -710,7 +713,7 @@ def test_lying_headers(fuzzed: Path, case: str, rslora: bool) -> None:
 
 
 def test_the_small_header_is_read(fuzzed: Path) -> None:
-    """So that what the cases above refuse is what they change."""
+    """The cases above are refused because of what they change."""
     write_small(fuzzed, with_header(entry("dtype", '"F32"').encode(), b"\0" * 40))
     assert works_or_refuses(fuzzed) is None
     (fuzzed / ADAPTER_WEIGHTS).write_bytes(b"")

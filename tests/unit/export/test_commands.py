@@ -1,4 +1,4 @@
-"""What is made of stored adapters: against dense updates, and through PEFT."""
+"""Compare exported and combined adapters with dense updates, and load them by PEFT."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ from lorasb_ds.adapters.peft_writer import peft_target_modules, peft_tensors, sa
 from lorasb_ds.config.paths import demo_model_dir
 from lorasb_ds.config.run_layout import BASIS_FILE
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.export.adapter_reader import ADAPTER_WEIGHTS, StoredAdapter, read_adapter
+from lorasb_ds.export.adapter_reader import ADAPTER_WEIGHTS, read_adapter
 from lorasb_ds.export.combine import combine_adapters
 from lorasb_ds.export.inspection import LayerUpdate, draw_updates, inspect_adapter
+from lorasb_ds.export.stored_adapter import StoredAdapter
 from lorasb_ds.export.to_peft import EnergyKept, export_adapter, max_lora_rank, measure_energy
 from lorasb_ds.models.base import Base
 from lorasb_ds.models.linear_layers import linear_layers, select_targets
@@ -44,7 +45,7 @@ INPUT_IDS = torch.arange(3, 23).view(2, 10)
 
 
 def deltas(adapter: StoredAdapter) -> dict[str, torch.Tensor]:
-    """Layer -> ΔW, fp64."""
+    """Map layer -> ΔW, fp64."""
     pairs = {name: adapter.pair(name) for name in adapter.layers}
     return {name: pair.B.double() @ pair.A.double() for name, pair in pairs.items()}
 
@@ -60,7 +61,7 @@ def near(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
 
 @pytest.fixture(scope="module")
 def folders(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Of PEFT's own: two with other ranks and scalings, one of other layers, of other modules."""
+    """Let PEFT write adapters: two with different ranks and scalings, one of other layers."""
     folder = tmp_path_factory.mktemp("adapters")
     kinds: list[dict[str, Any]] = [
         {"lora_alpha": 10},
@@ -76,7 +77,7 @@ def folders(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 
 def written(folder: Path, layers: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> StoredAdapter:
-    """An adapter of given factors A and B."""
+    """Write an adapter with the given factors A and B."""
     tensors = {k: t for name, (A, B) in layers.items() for k, t in peft_tensors(name, A, B).items()}
     r = max(len(A) for A, _ in layers.values())
     save_peft_adapter(folder, tensors, r=r, target_modules=list(layers), base_model="base")
@@ -634,14 +635,14 @@ def test_places_that_are_refused(folders: list[Path], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("kept")
     run("export", folder, "--out", tmp_path / "file", "--overwrite", status=2)
     assert (tmp_path / "file").read_text() == "kept"
-    assert "is no adapter" in run("export", tmp_path, "--out", tmp_path / "out", status=2)
+    assert "is not an adapter" in run("export", tmp_path, "--out", tmp_path / "out", status=2)
 
 
 @pytest.mark.parametrize("out", [".", "link", "file/below", "x" * 300])
 def test_odd_places(
     folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
 ) -> None:
-    """They are written, or refused in words."""
+    """They are written, or refused with a message."""
     (tmp_path / "here" / "real").mkdir(parents=True)
     (tmp_path / "here" / "link").symlink_to("real")
     (tmp_path / "here" / "file").write_text("kept")
@@ -655,7 +656,7 @@ def test_odd_places(
 
 
 def test_a_name_that_is_no_text(tmp_path: Path) -> None:
-    """JSON may hold half of a character; it is written on, or refused in words."""
+    """JSON may hold half of a surrogate pair; it is written, or refused with a message."""
     adapter = random_adapter(tmp_path / "a", 1, names=("a",))
     path = adapter.path / ADAPTER_WEIGHTS
     content = path.read_bytes()
@@ -725,7 +726,7 @@ def test_an_export_of_some_blocks_names_them(
 
 
 def test_a_target_module_that_is_no_name(folders: list[Path], tmp_path: Path) -> None:
-    """What a folder's configuration says is not written on unless PEFT can take it."""
+    """Fields of a folder's configuration are copied only if PEFT accepts them."""
     adapter = read_adapter(str(folders[0]))
     copy = tmp_path / "copy"
     export_adapter(adapter, copy)
@@ -783,7 +784,7 @@ BASES: dict[str, tuple[str, dict[str, Any], str, int]] = {
 
 @pytest.mark.parametrize("kind", BASES)
 def test_layers_that_peft_leaves_out_are_named(kind: str, tmp_path: Path) -> None:
-    """Precisely those whose factors are not in the model that PEFT and transformers make."""
+    """Exactly those whose factors PEFT and transformers leave out of the model."""
     model_type, options, modules, count = BASES[kind]
     known = AutoConfig.for_model(model_type)
     config = AutoConfig.for_model(

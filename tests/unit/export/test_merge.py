@@ -1,4 +1,4 @@
-"""Merged folders against PEFT, transformers and bitsandbytes; merges killed and refused."""
+"""Compare merged folders with PEFT, transformers and bitsandbytes; kill and refuse merges."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TOKENS = torch.arange(5, 29).view(2, 12)
 
 
 def write_base(model: Path, folder: Path, dtype: torch.dtype, shard: str = "50GB") -> Path:
-    """A copy in another dtype or in several files, with its tokenizer."""
+    """Copy a model to another dtype or into several files, with its tokenizer."""
     AutoModelForCausalLM.from_pretrained(model, dtype=dtype).save_pretrained(
         folder, max_shard_size=shard
     )
@@ -50,7 +50,7 @@ def write_base(model: Path, folder: Path, dtype: torch.dtype, shard: str = "50GB
 
 
 def write_adapter(model: Path, folder: Path, layers: Any = LAYERS, **options: Any) -> Path:
-    """A PEFT folder by PEFT, with a random B."""
+    """Let PEFT write an adapter with a random B."""
     torch.manual_seed(7)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     config = LoraConfig(**{"r": 4, "lora_alpha": 12, "target_modules": layers} | options)
@@ -69,7 +69,7 @@ def merged(adapter: Path, model: Path, out: Path, **options: Any) -> Any:
 
 
 def by_peft(model: Path, adapter: Path) -> dict[str, torch.Tensor]:
-    """The merged weights in fp32."""
+    """Return the merged weights in fp32."""
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     return PeftModel.from_pretrained(base, adapter).merge_and_unload().state_dict()
 
@@ -82,7 +82,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def ulps(a: torch.Tensor, b: torch.Tensor) -> int:
-    """The largest distance of two bf16 tensors, in steps from one number to the next."""
+    """Return the largest distance of two bf16 tensors in units in the last place."""
     bits = (t.view(torch.int16).int() for t in (a, b))
     ordered = [torch.where(i < 0, -(i & 0x7FFF), i) for i in bits]
     return int((ordered[0] - ordered[1]).abs().max())
@@ -226,13 +226,13 @@ def test_processes_write_the_same(sharded: Path, adapter: Path, tmp_path: Path) 
 
 
 def test_run_with_its_r(tiny_model: Path, tmp_path: Path) -> None:
-    """B R A of a checkpoint, as ``StoredAdapter.pair`` has it."""
+    """Merge B R A of a checkpoint, as ``StoredAdapter.pair`` computes it."""
     run, name = tmp_path / "run", "model.layers.1.self_attn.k_proj"
     A, B, R = torch.randn(3, 48), torch.randn(24, 3), torch.randn(3, 3)
     stored = write_adapter(tiny_model, run / "adapter", ["k_proj"])
     found = read_adapter(str(stored))
     save_file({"A": A, "B": B, "R": R}, run / "factors.safetensors")
-    from lorasb_ds.export.adapter_reader import Factors, StoredAdapter
+    from lorasb_ds.export.stored_adapter import Factors, StoredAdapter
     from lorasb_ds.models.checkpoint_files import read_header
 
     header = read_header(run / "factors.safetensors", "test")
@@ -359,7 +359,7 @@ def test_4bit_is_loaded_by_both(base: str, tmp_path: Path, request: pytest.Fixtu
 
 
 def test_names_and_codes_of_4bit(sharded: Path, adapter: Path, tmp_path: Path) -> None:
-    """What transformers itself saves of the merged model, bit by bit."""
+    """The same bits as transformers saves of the merged model."""
     from transformers import BitsAndBytesConfig
 
     merged(adapter, sharded, tmp_path / "plain")
@@ -381,7 +381,7 @@ def test_names_and_codes_of_4bit(sharded: Path, adapter: Path, tmp_path: Path) -
 
 
 def edited(model: Path, folder: Path, name: str, change: Any) -> Path:
-    """A copy with one tensor changed."""
+    """Copy a model with one tensor changed."""
     shutil.copytree(model, folder)
     (file,) = folder.glob("*.safetensors")
     stored = load_file(file)
@@ -455,7 +455,7 @@ def test_refused_places(
 ) -> None:
     base = shutil.copytree(sharded, tmp_path / "base")
     for out in (base, base / "in", adapter, adapter / "in", tmp_path):
-        with pytest.raises(ConfigError, match="are one, or lie in each other"):
+        with pytest.raises(ConfigError, match="are the same, or one contains the other"):
             merged(adapter, base, out, overwrite=True)
     out = tmp_path / "out"
     out.mkdir()
@@ -469,7 +469,7 @@ def test_refused_places(
         merged(adapter, base, out / "own.txt")
     (tmp_path / "new.partial").mkdir()
     (tmp_path / "new.partial" / "own.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="something else than an unfinished merge"):
+    with pytest.raises(ConfigError, match="holds something else"):
         merged(adapter, base, tmp_path / "new")
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1, 1, 1 << 20))
@@ -493,7 +493,7 @@ def test_code_goes_with_auto_map(sharded: Path, adapter: Path, tmp_path: Path) -
 
 
 def made_up_run(model: Path, folder: Path, digest: str, **options: Any) -> Path:
-    """A run's folder around an adapter."""
+    """Put an adapter into a run's folder."""
     write_adapter(model, folder / "adapter", ["q_proj"])
     basis = {
         "x.lora_A": torch.ones(1, 2),

@@ -21,7 +21,7 @@ from launcher.sweeps.plots import draw_sweep
 from launcher.sweeps.results import Result, read_result
 from launcher.sweeps.table import COLUMNS, MethodResult, as_dict, method_results, ranking, table
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.evaluation.proportions import Share
+from lorasb_ds.evaluation.proportions import Proportion
 from tests.runs import made_up_run
 from tests.unit.runs.test_plots import drawn, figures
 
@@ -38,7 +38,7 @@ def sweep(
 
 
 def result(
-    trial: Trial, loss: float, accuracy: Share | None = None, finished: bool = True
+    trial: Trial, loss: float, accuracy: Proportion | None = None, finished: bool = True
 ) -> Result:
     return Result(
         trial=trial,
@@ -230,7 +230,7 @@ def test_over_the_seeds() -> None:
     low, high = (Trial("lora-sb", lr, 32, 1) for lr in (1e-3, 4e-3))
     more = {Trial("lora-sb", 4e-3, 32, 2): 0.9, Trial("lora-sb", 4e-3, 32, 3): 1.3}
     results = came_to({low: 0.9, high: 0.8, **more})
-    shares = [Share(40, 80), Share(20, 83), Share(21, 100)]
+    shares = [Proportion(40, 80), Proportion(20, 83), Proportion(21, 100)]
     for trial, share in zip([high, *more], shares, strict=True):
         results[trial] = result(trial, results[trial].loss, share)
     (row,) = method_results(found, results)
@@ -238,7 +238,7 @@ def test_over_the_seeds() -> None:
     assert by_lr == {1e-3: 0.9, 4e-3: 0.8}, "those of the seed that both have"
     assert row.loss == pytest.approx(np.mean([0.8, 0.9, 1.3]))
     assert row.spread == pytest.approx(np.std([0.8, 0.9, 1.3], ddof=1))
-    assert row.accuracy == Share(81, 263)
+    assert row.accuracy == Proportion(81, 263)
     assert row.seconds == 62
     assert row.memory_bytes == 3 << 30
     assert dict(zip(COLUMNS, *table([row]), strict=True)) == {
@@ -368,7 +368,7 @@ def test_a_folder_in_every_state(tmp_path: Path) -> None:
     assert found.loss == 0.75, "of the last step"
     assert (found.base_loss, found.init_seconds, found.seconds) == (3.0, 12.5, 20.0)
     assert (found.trainable, found.memory_bytes) == (12345, 6 << 30)
-    assert found.accuracy == Share(3, 8)
+    assert found.accuracy == Proportion(3, 8)
     best = made_up_run(tmp_path / "best", {"load_best_model_at_end": True, "eval_every": 5})
     assert read_result(best, trial).loss == 0.5, "of the step whose adapter it has saved"
     for broken in ("", "[]", '{"results": []}', '{"results": [{"scores": {}}]}'):

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from lorasb_ds.adapters.peft_writer import peft_target_modules, peft_tensors, save_peft_adapter
 from lorasb_ds.data.batch import collate
 from lorasb_ds.data.tokenization import IGNORE_INDEX, Example
-from lorasb_ds.evaluation.proportions import Share, wilson_interval
+from lorasb_ds.evaluation.proportions import Proportion, wilson_interval
 from lorasb_ds.models import generation
 from lorasb_ds.models.generation import generate, rounds, stop_tokens
 from lorasb_ds.models.loss import log_likelihoods
@@ -29,7 +29,7 @@ def test_wilson_interval() -> None:
 
 
 def test_a_share_says_how_sure_it_is() -> None:
-    assert str(Share(81, 263)) == "30.8% (95 %: 25.5% to 36.6%)"
+    assert str(Proportion(81, 263)) == "30.8% (95 %: 25.5% to 36.6%)"
 
 
 def test_a_batch_generates_what_single_prompts_do(tiny_model: Path, tokenizer: Any) -> None:

@@ -1,4 +1,4 @@
-"""Predicted bytes against tensors that torch, bitsandbytes and autograd make."""
+"""Compare predicted bytes with the tensors of torch, bitsandbytes and autograd."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_stored_as_bitsandbytes_has_it(sides: tuple[int, int]) -> None:
 
 
 class _Kept:
-    """A tap, as the init's is for autograd."""
+    """Identity with a custom backward pass, like the init's taps."""
 
     _calls: list[str]
 
@@ -80,7 +80,7 @@ class _Kept:
 @pytest.mark.parametrize("inputs", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_activations_are_what_autograd_keeps(kind: Any, inputs: bool, dtype: torch.dtype) -> None:
-    """Bytes of one block more, saved in the forward pass: not of parameters, each once."""
+    """Count the bytes that one more block saves in the forward pass, parameters excluded."""
 
     def kept(num_blocks: int) -> tuple[int, Any]:
         config = kind(
@@ -187,7 +187,7 @@ def test_a_budget_and_checkpointing_bound_what_they_should() -> None:
 
 
 def test_methods_that_train_a_and_b() -> None:
-    """Llama-7B, r = 64 in all linear layers: numbers by hand, from its shapes."""
+    """Llama-7B, r = 64 in all linear layers: computed by hand from its shapes."""
     placement = Placement("bf16", 2)
     sides = sum(out + in_ for out, in_ in LLAMA_7B.layers.values())
     sb = footprint_of(LLAMA_7B, placement)

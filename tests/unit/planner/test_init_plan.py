@@ -1,4 +1,4 @@
-"""Groups of layers under a budget."""
+"""Groups of layers within a memory budget."""
 
 from __future__ import annotations
 

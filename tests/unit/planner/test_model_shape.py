@@ -1,4 +1,4 @@
-"""Shapes from a config.json against what transformers builds."""
+"""Compare shapes from a config.json with what transformers builds."""
 
 from __future__ import annotations
 
@@ -47,18 +47,12 @@ def test_as_transformers_builds_it(name: str, tmp_path: Path) -> None:
         ("llama-3.2-3b", 3.213),
         ("llama-3-70b", 70.554),
         ("llama-3-405b", 405.853),
+        ("mixtral-8x7b", 46.703),
     ],
 )
 def test_published_numbers_of_parameters(name: str, billions: float) -> None:
     shape = shape_from_config(name, BUILT_IN[name])
     assert round(shape.num_parameters / 1e9, 3) == billions
-
-
-def test_active_parameters_of_an_moe() -> None:
-    """Mistral AI names 46.7 billion in all and 12.9 that a token uses (embeddings counted)."""
-    shape = shape_from_config("mixtral-8x7b", BUILT_IN["mixtral-8x7b"])
-    assert round(shape.num_parameters / 1e9, 1) == 46.7
-    assert round((shape.num_active + 32000 * 4096) / 1e9, 1) == 12.9
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Strategies on clusters, traffic, the command `lorasb plan`, and what `train` makes of it."""
+"""Strategies on clusters, their bytes, `lorasb plan`, and how `train` uses it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lorasb_ds.errors import ConfigError
 from lorasb_ds.planner.model_shape import BUILT_IN, shape_from_config
 from lorasb_ds.planner.placement import Placement
 from lorasb_ds.planner.strategies import Cluster, cpu_cluster, plan, recommended
-from lorasb_ds.planner.traffic import CPU_SPEEDS, GPU_SPEEDS, step_seconds, step_traffic
+from lorasb_ds.planner.traffic import step_traffic
 from lorasb_ds.planner.workload import Workload
 from lorasb_ds.system.host_memory import available_bytes
 from lorasb_ds.system.units import GIB
@@ -50,7 +50,7 @@ def test_what_fits_is_recommended() -> None:
     best = recommended(large)
     assert best is not None
     assert best.strategy.name == "bf16 on every rank"
-    # With little memory beside it, too: bf16 from there is as fast by the plan.
+    # Its host has no room for bf16 either.
     small = plan(LLAMA_7B, Cluster(1, 1, 16 * GIB, host_memory_bytes=8 * GIB), work_of())
     best = recommended(small)
     assert best is not None
@@ -61,26 +61,26 @@ def test_what_fits_is_recommended() -> None:
     assert recommended(plan(LLAMA_7B, Cluster(1, 1, 2 * GIB), work_of())) is None
 
 
-def test_every_outcome_says_the_truth_about_itself() -> None:
+def test_every_plan_is_consistent() -> None:
     for memory_gib in (4, 16, 40, 80):
         cluster = Cluster(2, 4, memory_gib * GIB, host_memory_bytes=30 * GIB)
-        for outcome in plan(LLAMA_7B, cluster, work_of()):
-            within = outcome.needed_bytes <= cluster.memory_bytes
-            hosted = outcome.host_needed_bytes <= 30 * GIB
-            assert outcome.fits == (within and hosted and not outcome.memory.init.exceeds_budget)
-            assert outcome.headroom_bytes == cluster.memory_bytes - outcome.needed_bytes
+        for found in plan(LLAMA_7B, cluster, work_of()):
+            within = found.needed_bytes <= cluster.memory_bytes
+            hosted = found.host_needed_bytes <= 30 * GIB
+            assert found.fits == (within and hosted and not found.memory.init.exceeds_budget)
+            assert found.headroom_bytes == cluster.memory_bytes - found.needed_bytes
             asked = (
-                "--gradient-checkpointing" in outcome.added,
-                "--init-memory-gib" in outcome.added,
+                "--gradient-checkpointing" in found.added,
+                "--init-memory-gib" in found.added,
             )
-            held = (outcome.work.gradient_checkpointing, outcome.work.init_memory_bytes is not None)
+            held = (found.work.gradient_checkpointing, found.work.init_memory_bytes is not None)
             assert asked == held
 
 
 def test_what_makes_no_sense_is_left_out() -> None:
-    one = [o.strategy.name for o in plan(LLAMA_7B, Cluster(1, 1, 80 * GIB), work_of())]
+    one = [p.strategy.name for p in plan(LLAMA_7B, Cluster(1, 1, 80 * GIB), work_of())]
     assert "bf16, ZeRO-3" not in one, "one rank has nothing to share"
-    cpu = [o.strategy.name for o in plan(LLAMA_7B, cpu_cluster(2, 160 * GIB), work_of())]
+    cpu = [p.strategy.name for p in plan(LLAMA_7B, cpu_cluster(2, 160 * GIB), work_of())]
     assert not any("offloaded" in name for name in cpu), "to where it is already"
 
 
@@ -94,7 +94,6 @@ def test_traffic_of_a_step() -> None:
     whole = 2 * 2 * (LLAMA_7B.num_parameters - tables + factors) + 2 * tables
     step = step_traffic(LLAMA_7B, sharded, work)
     assert step.bytes == pytest.approx(whole * 3 / 4, rel=1e-3)
-    assert whole / 2e8 < step.messages < 2 * whole / 1e8
     recomputed = replace(work, gradient_checkpointing=True)
     roomy = replace(sharded, max_live_parameters=int(3e8))  # for a block and a bucket
     assert step_traffic(LLAMA_7B, roomy, recomputed) == step
@@ -107,21 +106,18 @@ def test_traffic_of_a_step() -> None:
     assert hosted.host_bytes == pytest.approx(whole / 4, rel=1e-3)
 
 
-def test_time_of_a_step() -> None:
-    """4 operations a parameter and token; slower networks where they are waited for."""
-    work = work_of(max_length=16)
-    alone = Placement("bf16", 1, stage=2)
-    seconds = step_seconds(
-        LLAMA_7B, alone, work, step_traffic(LLAMA_7B, alone, work), CPU_SPEEDS, num_nodes=1
-    )
-    active = LLAMA_7B.num_parameters - 32000 * 4096  # without embeddings
-    assert seconds == pytest.approx(4 * active * 64 / 2.5e10, rel=0.01)
-    sharded = Placement("bf16", 16, prefetch_bucket_size=int(5e7))
-    traffic = step_traffic(LLAMA_7B, sharded, work)
-    near, far = (
-        step_seconds(LLAMA_7B, sharded, work, traffic, GPU_SPEEDS, num_nodes=n) for n in (1, 2)
-    )
-    assert far > near
+def test_the_order_of_those_that_fit() -> None:
+    """Nothing computed twice, then the fewest bytes, then the order of the strategies."""
+    plans = plan(LLAMA_7B, Cluster(1, 4, 80 * GIB), work_of())
+    whole, rounded, sharded, *_ = plans
+    assert whole.step.total_bytes == rounded.step.total_bytes < sharded.step.total_bytes
+    assert recommended(plans) is whole
+    assert recommended([*plans[::-1]]) is rounded
+    recomputing = replace(whole, work=replace(whole.work, gradient_checkpointing=True))
+    assert recommended([recomputing, sharded]) is sharded
+    assert recommended([recomputing, replace(sharded, fits=False)]) is recomputing
+    offloaded = replace(sharded, step=replace(sharded.step, host_bytes=1))
+    assert recommended([offloaded, sharded]) is sharded
 
 
 def test_the_command_as_a_user_sees_it() -> None:
@@ -167,7 +163,7 @@ def test_hostfile_as_deepspeed_reads_it() -> None:
     [
         ([], "--model is missing"),
         (["--model", "no/such-model"], r"no hub name in the cache.*llama-7b"),
-        (["--model", "a b c"], "nor one of the shapes"),
+        (["--model", "a b c"], "none of the built-in shapes"),
         (["--model", "llama-7b", "--r", "5000"], "--r 5000 exceeds 4096"),
         (["--model", "llama-7b", "--nodes", "0"], "--nodes"),
         (["--model", "llama-7b", "--gpu-memory-gib", "0"], "--gpu-memory-gib"),
@@ -192,7 +188,7 @@ def test_uneven_hosts(tmp_path: Path) -> None:
 
 
 def test_instant() -> None:
-    """Without torch, on the largest shape; processor time, since the machine may be busy."""
+    """No torch, on the largest shape. Measures processor time, since the machine may be busy."""
     code = (
         "import resource, sys; from launcher.cli import main\n"
         "main(['plan', '--model', 'llama-3-405b', '--nodes', '4'], standalone_mode=False)\n"
@@ -213,8 +209,8 @@ def test_the_table_in_the_docs_is_the_command_s() -> None:
 
 def test_a_run_that_cannot_fit_is_refused_with_what_would() -> None:
     roomy = Cluster(1, 2, 999 * GIB)  # so that nothing is changed to fit
-    outcomes = {o.strategy.name: o for o in plan(LLAMA_7B, roomy, work_of())}
-    whole = outcomes["bf16 on every rank"]
+    plans = {p.strategy.name: p for p in plan(LLAMA_7B, roomy, work_of())}
+    whole = plans["bf16 on every rank"]
     cluster = Cluster(1, 2, 24 * GIB, host_memory_bytes=64 * GIB)
     found = RunMemory(LLAMA_7B, whole.placement, work_of(), whole.memory, cluster)
     with pytest.raises(ConfigError, match=r"24.00 are free.*What would fit: --ds-config .*--force"):

@@ -1,4 +1,4 @@
-"""Checkpoints as files: whole, or passed over."""
+"""Checkpoints as files: complete, or skipped."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def write(folder: Path, step: int) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run with checkpoints of steps 2, 4 and 6."""
+    """Write a run with checkpoints of steps 2, 4 and 6."""
     (tmp_path / "run.json").write_text(json.dumps({"config": RunConfig().model_dump()}))
     for step in (2, 4, 6):
         write(tmp_path, step)
@@ -80,7 +80,7 @@ def test_sha256sum_reads_the_sums(run: Path) -> None:
 
 @pytest.mark.parametrize("name", [*CHECKPOINT_FILES, SUMS_FILE])
 def test_any_flipped_byte_or_cut_is_found(run: Path, name: str) -> None:
-    """Every byte of the small files, many of the tensors'; any file cut anywhere, or missing."""
+    """Change every byte of the small files and many of the tensors'; cut or remove any file."""
     path = checkpoint_path(run, 6) / name
     whole = path.read_bytes()
     generator = random.Random(0)  # noqa: S311
@@ -93,7 +93,7 @@ def test_any_flipped_byte_or_cut_is_found(run: Path, name: str) -> None:
     found = resumed(run)
     assert found.step == 4
     (warning,) = found.warnings
-    assert warning.startswith("checkpoint step-00000006 is passed over: ")
+    assert warning.startswith("checkpoint step-00000006 is skipped: ")
     for length in {0, 1, len(whole) // 2, len(whole) - 1}:
         path.write_bytes(whole[:length])
         assert isinstance(read_checkpoint(path.parent), str), length
@@ -108,7 +108,7 @@ def test_any_flipped_byte_or_cut_is_found(run: Path, name: str) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system")
 @pytest.mark.parametrize("num_floats", [1000, 5000, 9000, 50_000])
 def test_a_full_disk_leaves_no_part(tmp_path: Path, num_floats: int) -> None:
-    """Whether the tensors' file fails or one of the small ones after it: always an OSError."""
+    """Writing the tensors or a later small file fails: always an OSError."""
     write(tmp_path, 2)
     folder = tmp_path / "checkpoints"
     mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(folder)]
@@ -163,10 +163,10 @@ def test_a_named_checkpoint(run: Path) -> None:
         resumed(run, str(checkpoint_path(run, 4)))
     with pytest.raises(ConfigError, match=r"neither a run's folder"):
         load_run_config({"resume": "/no/such/run"})
-    with pytest.raises(ConfigError, match=r"goes on in .*--init-from"):
+    with pytest.raises(ConfigError, match=r"continues in .*--init-from"):
         find_resume(RunConfig(resume=str(run), output_dir="elsewhere"))
     shutil.rmtree(run / "checkpoints")
-    with pytest.raises(ConfigError, match=r"no whole checkpoint and no finished init"):
+    with pytest.raises(ConfigError, match=r"no complete checkpoint and no finished init"):
         resumed(run, str(run))
 
 

@@ -1,4 +1,4 @@
-"""`lorasb report`: runs side by side, whatever state their folders are in."""
+"""`lorasb report`: runs side by side, in any state of their folders."""
 
 from __future__ import annotations
 

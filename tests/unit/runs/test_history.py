@@ -1,4 +1,4 @@
-"""Rows on disk and what they come to."""
+"""Rows on disk and their totals."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ROWS = st.lists(
 def test_what_is_written_is_read(
     rows: list[dict[str, Any]], cut: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Also when a crash has cut off the last line, wherever."""
+    """Also when a crash has cut the last line anywhere."""
     path = tmp_path_factory.mktemp("rows") / "metrics.jsonl"
     lines = [to_line(row).encode() for row in rows]
     for line in lines:

@@ -1,4 +1,4 @@
-"""Pictures are made of any number of rows, and show what the rows say."""
+"""Plots of any number of rows show the rows' values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EVALUATIONS = [
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """Those that were saved."""
+    """Collect the figures that are saved."""
     saved: list[Figure] = []
     save = Figure.savefig
 
@@ -36,7 +36,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 
 
 def drawn(figure: Figure) -> dict[str, list[tuple[float, float]]]:
-    """Label -> the points of its line."""
+    """Map label -> the points of its line."""
     return {
         str(line.get_label()): [(float(x), float(y)) for x, y in np.asarray(line.get_xydata())]
         for axes in figure.axes

@@ -1,4 +1,4 @@
-"""--profile: the trace, and the table of the dearest operations."""
+"""--profile: the trace, and the table of the most expensive operations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def names(folder: Path) -> list[str]:
 def test_steps_after_the_first(
     num_steps: int, profiled_steps: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of a run of 4 steps, which may end before all that were wanted are profiled."""
+    """Profile a run of 4 steps, which may end before all requested steps are profiled."""
     weight = torch.randn(300, 300)
     with profiled(tmp_path, num_steps) as step_done:
         for _ in range(4):

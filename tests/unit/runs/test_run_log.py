@@ -1,4 +1,4 @@
-"""What a run writes and shows while it runs, and how it goes on after a stop."""
+"""What a run writes and shows, and how it continues after a stop."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from tests.unit.runs.test_history import training_row
 
 
 def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
-    """What TensorBoard would show."""
+    """Read what TensorBoard would show."""
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     return [(event.step, event.value) for event in events.Scalars(name)]
 
 
 def write_run(folder: Path) -> None:
-    """Two evaluations and six steps."""
+    """Make the rows of two evaluations and six steps."""
     log = RunLog(folder)
     for stage in ("base", "init"):
         log.write({"step": 0, "stage": stage, "eval_loss": 3.0})
@@ -123,7 +123,7 @@ progress.say("after")
 
 
 def test_a_bar_on_a_terminal_and_messages_above_it() -> None:
-    """On a real one: what a pseudo-terminal gets to see."""
+    """Run it on a pseudo-terminal and read what that receives."""
     ours, theirs = pty.openpty()
     environment: dict[str, Any] = os.environ | {"TERM": "xterm", "COLUMNS": "160"}
     command = [sys.executable, "-c", SCRIPT]

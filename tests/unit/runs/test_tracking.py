@@ -1,4 +1,4 @@
-"""Rows at a tracker: with the packages where they are installed, and with one that notes calls."""
+"""Rows at a tracker: by the installed packages, and by a fake one that records its calls."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def finish():
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A module named trackio, and the file of its calls."""
+    """Write a module named trackio that records its calls; return their file."""
     module = tmp_path / "modules" / "trackio.py"
     module.parent.mkdir()
     module.write_text(FAKE)
@@ -141,7 +141,7 @@ def test_no_tracker_unless_asked(fake: Path, folder: Path) -> None:
 
 
 def test_a_missing_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where wandb has left its folder of runs: Python would import that."""
+    """Also where wandb has left its folder of runs, which Python would import."""
     config = RunConfig(report_to="wandb")
     for name in [name for name in sys.modules if name.partition(".")[0] == "wandb"]:
         monkeypatch.delitem(sys.modules, name)

@@ -1,4 +1,4 @@
-"""Scorers that evaluate answers, held against what they do with some."""
+"""Scorers that evaluate answers, compared with what they do with some."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from reasoning_gym.dataset import ProceduralDataset
 from reasoning_gym.factory import DATASETS
 
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.evaluation.scorers import check_scorer, what_evaluates
+from lorasb_ds.evaluation.reasoning_gym import check_scorer, what_evaluates
 
 EVALUATE = {"binary_matrix", "spiral_matrix", "string_insertion", "n_queens", "puzzle24"}
 EVALUATE |= {"countdown", "simple_integration", "intermediate_integration"}
@@ -27,7 +27,7 @@ ANSWERS = (MARK, f"[{MARK}]", f"[[{MARK}]]", f"{MARK} + 1", f'{{"a": {MARK}}}', 
 
 @pytest.fixture
 def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Texts that Python was to evaluate."""
+    """Record the texts that Python evaluates."""
     found: list[str] = []
 
     def spy(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,7 +87,7 @@ SCORERS = {
 
 
 def module_of(code: str) -> ModuleType:
-    """A module of the package."""
+    """Make a module of the package."""
     module = ModuleType("reasoning_gym.new")
     exec(code, vars(module))  # noqa: S102 - the code is this file's own
     return module
@@ -95,7 +95,7 @@ def module_of(code: str) -> ModuleType:
 
 @pytest.mark.parametrize("code", SCORERS.values(), ids=SCORERS)
 def test_scorers_of_another_version(code: str) -> None:
-    """Whatever way leads to the evaluation."""
+    """Any way to evaluate the answer is found."""
     module = module_of(code)
     parent: Any = type("P", (ProceduralDataset,), {"__module__": module.__name__})
     if "super" in code:

@@ -1,7 +1,7 @@
-"""Which of reasoning-gym's scorers may judge what a model said. Torch-free.
+"""Refuse the scorers of reasoning-gym that could run a model's answer as code. Torch-free.
 
-Some have Python evaluate the answer, and with it whatever a model wrote there. Looking at the text
-first does not help: ``(exec)("…")`` and names in full-width letters are evaluated, too.
+Some of them evaluate the answer as Python, whatever a model wrote. Checking the text first does
+not help: ``(exec)("…")`` and names in full-width letters are evaluated, too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lorasb_ds.errors import ConfigError
 
 PACKAGE = "reasoning_gym"
 EVALUATES = ("eval", "exec", "__import__")
-# What a scorer may use beside its own package, having been looked at: none of it evaluates a text.
+# Modules that a scorer may use besides its own package: we have checked that none evaluates a text.
 # sympy does, in more functions than its parsers.
 HARMLESS = {"abc", "calendar", "collections", "copy", "dataclasses", "datetime", "decimal", "enum"}
 HARMLESS |= {"fractions", "functools", "itertools", "json", "magiccube", "math", "numpy", "random"}
@@ -26,36 +26,39 @@ HARMLESS |= {"re", "string", "typing", "zss"}
 
 
 def check_scorer(source: str, option: str, remedy: str) -> Any:
-    """The task ``reasoning-gym:NAME?…``, whose scorer evaluates no answers.
+    """Load the task ``reasoning-gym:NAME?…``, if its scorer evaluates no answers.
 
     Args:
-        remedy: what can be done about a scorer that does, for the message.
+        option: that named it, for the message.
+        remedy: what to do about a scorer that does, for the message.
     Raises:
-        ConfigError: if it may, or if there is no such task.
+        ConfigError: if its scorer may evaluate an answer, or there is no such task.
     """
     dataset = reasoning_gym_dataset(source, option)
     if found := what_evaluates(type(dataset)):
         raise ConfigError(
-            f"{option} {source}: answers to this task are not judged. Its scorer uses {found}, by "
+            f"{option} {source}: answers to this task are not scored. Its scorer uses {found}, by "
             f"which Python may run what the model wrote. {remedy}"
         )
     return dataset
 
 
 def what_evaluates(task: type) -> str | None:
-    """What a task's scorer uses, itself or in what it calls, that may evaluate a text.
+    """Find what a task's scorer uses, directly or in what it calls, that may evaluate a text.
 
-    Every name in its code is followed, so that the scorers of another version are known, too; what
-    is not known to be harmless counts.
+    Every name in its code is followed, so that this works for the scorers of other versions, too.
+    Whatever is not known to be harmless counts.
 
     Returns:
-        Its name; None if there is nothing of that kind.
+        A name for the message; None if nothing is found.
     """
     todo: list[Any] = _of_class(task, "score_answer")
     seen: set[int] = set()
     while todo:
         used = _unwrapped(todo.pop())
-        if id(used) in seen or used is task:  # of whose methods only those that are named count
+        if (
+            id(used) in seen or used is task
+        ):  # of the task's methods only those that are named count
             continue
         seen.add(id(used))
         if any(used is getattr(builtins, name) for name in EVALUATES):
@@ -79,11 +82,11 @@ def what_evaluates(task: type) -> str | None:
 
 
 def _meant(name: str, function: FunctionType, names: set[str], task: type) -> Iterator[Any]:
-    """All that a name in a function's code may stand for: a global, or an attribute."""
+    """Yield everything that a name in a function's code may refer to: a global or an attribute."""
     scope = {**vars(builtins), **function.__globals__}
     if name in scope:
         yield scope[name]
-    if name in EVALUATES:  # of whatever object
+    if name in EVALUATES:  # of any object
         yield vars(builtins)[name]
     yield from _of_class(task, name)
     for module in (scope.get(other) for other in names):
@@ -92,12 +95,12 @@ def _meant(name: str, function: FunctionType, names: set[str], task: type) -> It
 
 
 def _of_class(task: type, name: str) -> list[Any]:
-    """An attribute, and those of the same name that it hides: super() calls them."""
+    """Return an attribute and those that it overrides, which super() may call."""
     return [vars(base)[name] for base in task.__mro__ if name in vars(base)]
 
 
 def _unwrapped(thing: Any) -> Any:
-    """The function of a method, a property, or a decorated one."""
+    """Return the function behind a method, a property or a decorator."""
     if isinstance(thing, ModuleType | type):
         return thing
     for attribute in ("__func__", "fget", "func"):
@@ -106,7 +109,7 @@ def _unwrapped(thing: Any) -> Any:
 
 
 def _names(code: CodeType) -> tuple[set[str], set[str]]:
-    """The packages that code imports, and all other names in it and in what is defined in it."""
+    """Return the packages that code imports, and all names in it and in the code within it."""
     imported = {
         str(step.argval).partition(".")[0]
         for step in dis.get_instructions(code)

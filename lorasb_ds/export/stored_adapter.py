@@ -1,0 +1,176 @@
+"""An adapter on disk, whose factors are read a layer at a time.
+
+Only safetensors and JSON are read, and their content is checked before it is used.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorasb_ds.adapters.low_rank import LoraPair
+from lorasb_ds.adapters.peft_config import NARROWING
+from lorasb_ds.config.paths import DEMO_MODEL, demo_model_dir, read_json
+from lorasb_ds.config.run_layout import RUN_JSON
+from lorasb_ds.errors import ConfigError
+from lorasb_ds.models.checkpoint_files import StoredTensor, model_type_of
+from lorasb_ds.models.streaming import TensorReader
+
+FLOATS = ("F32", "F16", "BF16")
+MAX_RANK = 1 << 16
+# Names that torch and people give to modules; no control characters, which a console would obey.
+LAYER_NAME = re.compile(r"[A-Za-z0-9_.-]{1,512}")
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The stored names of a layer's factors: ``ΔW = scale · (B R A - B0 A0)``.
+
+    Without R, it is I; without an offset (A0, B0), ``B0 A0`` is 0.
+    """
+
+    A: str
+    B: str
+    R: str | None = None
+    scale: float = 1.0
+    offset: tuple[str, str] | None = None  # A0 and B0
+
+    @property
+    def all(self) -> list[str]:
+        """Return the names that are there."""
+        return [key for key in (self.A, self.B, self.R, *(self.offset or ())) if key is not None]
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter on disk.
+
+    Attributes:
+        path: the folder that was read.
+        run: the folder of its run; None if it is not in one.
+        run_config: the options of that run; {} without one.
+        peft_config: adapter_config.json; {} where R was read from a checkpoint.
+        layers: layer -> its factors, as names in ``stored``.
+    """
+
+    path: Path
+    run: Path | None
+    run_config: Mapping[str, Any]
+    peft_config: Mapping[str, Any]
+    layers: Mapping[str, Factors]
+    stored: Mapping[str, StoredTensor]
+
+    @property
+    def base_model(self) -> str | None:
+        """Return the base as the run names it, or else as adapter_config.json does."""
+        named = self.run_config.get("model") or self.peft_config.get("base_model_name_or_path")
+        return named if isinstance(named, str) else None
+
+    @property
+    def base_path(self) -> str | None:
+        """Return the base for other tools, which do not know "demo"."""
+        named = self.peft_config.get("base_model_name_or_path") or self.base_model
+        named = str(demo_model_dir()) if named == DEMO_MODEL else named
+        return named if isinstance(named, str) else None
+
+    @property
+    def model_type(self) -> str | None:
+        """Return the base's type from the run or its config.json; None where neither is here."""
+        if self.run is not None:
+            named = read_json(str(self.run / RUN_JSON), "RUN").get("model_type")
+            if isinstance(named, str):
+                return named
+        return next(filter(None, map(model_type_of, (self.base_model, self.base_path))), None)
+
+    @property
+    def target_modules(self) -> list[str]:
+        """Return PEFT's short names if they match exactly these layers, else the layers' names."""
+        named = self.peft_config.get("target_modules")
+        narrowed = any(self.peft_config.get(field) for field in NARROWING)
+        if isinstance(named, list) and all(isinstance(n, str) for n in named) and not narrowed:
+            return named
+        return list(self.layers)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Return layer -> (out, in)."""
+        stored = self.stored
+        return {n: (stored[f.B].shape[0], stored[f.A].shape[1]) for n, f in self.layers.items()}
+
+    @property
+    def r(self) -> int:
+        """Return the largest rank of a layer."""
+        return max(self.rank_of(name) for name in self.layers)
+
+    def rank_of(self, name: str) -> int:
+        """Return the rank of a layer's factors, plus that of its offset."""
+        factors = self.layers[name]
+        keys = [factors.A, *(factors.offset or ())[:1]]
+        return sum(self.stored[key].shape[0] for key in keys)
+
+    def pair(self, name: str) -> LoraPair:
+        """Read a layer's update, fp32 on the CPU.
+
+        Raises:
+            ConfigError: if the file cannot be read, or a number is not finite.
+        """
+        factors = self.layers[name]
+        A, B = self.read(factors.A), self.read(factors.B)
+        if factors.R is not None:
+            B = B @ self.read(factors.R)
+        if factors.offset is not None:
+            first_A, first_B = (self.read(key) for key in factors.offset)
+            A, B = torch.cat([A, first_A]), torch.cat([B, -first_B], 1)
+        if factors.scale != 1:
+            B = B * factors.scale
+        if not B.isfinite().all():
+            raise ConfigError(f"{self.path}: the update of {name} exceeds fp32's range.")
+        return LoraPair(A, B)
+
+    def read(self, key: str) -> torch.Tensor:
+        """Read one tensor of ``stored``, fp32 on the CPU. Raises like ``pair``."""
+        try:
+            with closing(TensorReader(self.stored)) as reader:
+                return reader.read(key, torch.float32).cpu()
+        except ValueError as error:
+            raise ConfigError(f"{self.path}: {error}. Fetch it again.") from error
+
+
+def check_factors(
+    folder: Path, layers: Mapping[str, Factors], stored: Mapping[str, StoredTensor]
+) -> None:
+    """Check that the factors exist, are floats, and have matching shapes.
+
+    Raises:
+        ConfigError: says which factor is wrong.
+    """
+    if not layers:
+        raise ConfigError(f"{folder} holds no factors of a LoRA.")
+    for name, factors in layers.items():
+        if not LAYER_NAME.fullmatch(name):
+            raise ConfigError(f"{folder}: {name[:80]!r} is not a layer's name.")
+        for key in factors.all:
+            if key not in stored:
+                raise ConfigError(f"{folder}: {key} is missing. Fetch it again.")
+            if stored[key].dtype not in FLOATS:
+                raise ConfigError(
+                    f"{folder}: {key} is stored as {stored[key].dtype}; {', '.join(FLOATS)} are "
+                    "allowed."
+                )
+        A, B = stored[factors.A].shape, stored[factors.B].shape
+        R = stored[factors.R].shape if factors.R else (A[0], A[0]) if A else ()
+        if factors.offset is not None:
+            fits = [stored[key].shape for key in factors.offset] == [A, B]
+            R = R if fits else ()
+        fit = len(A) == len(B) == 2 and A[0] == B[1] and (A[0], A[0]) == R and min(*A, *B) > 0
+        if not fit or A[0] > MAX_RANK:
+            raise ConfigError(
+                f"{folder}: the factors of {name} have shapes {A} and {B}, which make no update: "
+                "they must be (r, in) and (out, r)."
+            )
