@@ -19,6 +19,7 @@ from lorasb_ds.data.cache import Data, load_data
 from lorasb_ds.data.dataset import TokenizedRows
 from lorasb_ds.data.sampler import Pack, StepSampler, init_sample
 from lorasb_ds.distributed import accelerator, zero
+from lorasb_ds.distributed.ds_config_check import check_ds_config
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.init.basis import PEFT_FILE, fingerprint
 from lorasb_ds.init.init_report import InitReport
@@ -140,7 +141,7 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
     if resume is not None and resume.checkpoint is not None:
         config = with_global_batch(config, resume.checkpoint)
     ds_config, config = resolve_ds_config(config, world_size, local_size)
-    zero.check_ds_config(ds_config, config.ds_config)
+    check_ds_config(ds_config, config.ds_config)
     ds_config_file = read_json(config.ds_config, "--ds-config")
 
     base.check_files()
