@@ -35,7 +35,7 @@ from lorasb_ds.config.run_layout import (
     TRAINER_FILE,
 )
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.init.basis import SCALING
+from lorasb_ds.init.basis import SCALING_KEY
 from lorasb_ds.models.checkpoint_files import StoredTensor, model_type_of, read_header
 from lorasb_ds.models.streaming import TensorReader
 from lorasb_ds.runs.checkpoint import Checkpoint, list_checkpoints, read_checkpoint
@@ -242,7 +242,7 @@ def _method_of(run: Path) -> Method:
 
 def _of_basis(stored: Mapping[str, StoredTensor], run: Path) -> dict[str, Factors]:
     """Of a run whose basis these are, with or without those of a checkpoint."""
-    method, scale = _method_of(run), _made_from(run).get(SCALING, 1.0)
+    method, scale = _method_of(run), _made_from(run).get(SCALING_KEY, 1.0)
     if not isinstance(scale, int | float) or not math.isfinite(scale):
         raise ConfigError(f"{run}: {BASIS_FILE} has {scale!r} as its scaling. Fetch it again.")
     layers = {}

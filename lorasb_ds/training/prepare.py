@@ -21,7 +21,7 @@ from lorasb_ds.data.sampler import Pack, StepSampler, init_sample
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.distributed.ds_config_check import check_ds_config
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.init.basis import PEFT_FILE, fingerprint
+from lorasb_ds.init.basis import PEFT_FILE_KEY, fingerprint
 from lorasb_ds.init.init_report import InitReport
 from lorasb_ds.models.base import Base, open_base
 from lorasb_ds.runs.checkpoint import Resume, find_resume
@@ -246,7 +246,7 @@ def check_ranks_agree(run: Prepared) -> None:
         "the held-out rows": run.data.held_out.digest if run.data.held_out else "",
         "the rows for the init": run.data.init.digest,
         "the model's files": run.made_from["model files"],
-        "the file of --method peft:": repr(run.adapter.peft) + run.made_from.get(PEFT_FILE, ""),
+        "the file of --method peft:": repr(run.adapter.peft) + run.made_from.get(PEFT_FILE_KEY, ""),
         "the basis": repr(run.stored_init),
         "the checkpoint": repr(run.resume),
     }

@@ -14,7 +14,7 @@ from lorasb_ds.config.run_layout import BASIS_FILE
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.distributed.optimizer_state import loss_scale_state, set_loss_scale_state
 from lorasb_ds.errors import option_name
-from lorasb_ds.init.basis import put_back, stored_digest
+from lorasb_ds.init.basis import load_factors, stored_digest
 from lorasb_ds.init.init_report import InitReport
 from lorasb_ds.runs.checkpoint import (
     Checkpoint,
@@ -111,7 +111,7 @@ def resume(training: TrainingRun, found: Resume) -> InitReport:
     if run.adapter.peft is not None:
         fill_peft(training.engine.module, training.folder / BASIS_FILE)
     else:
-        put_back(training.folder, training.adapters)
+        load_factors(training.folder, training.adapters)
     if zero.rank() == 0:
         for name in set_newer_aside(training.folder, found.step):
             say(f"set aside, since this run continues from before it: checkpoints/{name}")

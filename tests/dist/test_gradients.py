@@ -111,7 +111,7 @@ def test_checkpointing_any_ranks(
 def tapped(
     model: nn.Module, config: dict[str, Any], tokenizer: Any, world_size: int
 ) -> dict[str, torch.Tensor]:
-    """The same taps on a whole model in this process, with the ranks' micro-batches."""
+    """The same hooks on a whole model in this process, with the ranks' micro-batches."""
     adapters = inject(model, linear_layers(model), 8, torch.bfloat16)
     batches = batches_of(config, tokenizer, world_size)
     add_loss_head(model)

@@ -1,4 +1,4 @@
-"""The layer, its selection and injection, and gradient taps in one process."""
+"""The layer, its selection and injection, and gradient hooks in one process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lorasb_ds.adapters.inject import inject
-from lorasb_ds.adapters.lora_sb import LoraSBLinear, to_plain_lora
+from lorasb_ds.adapters.lora_sb import LoraSBLinear
 from lorasb_ds.adapters.peft_writer import peft_target_modules
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.data.batch import collate
@@ -179,7 +179,7 @@ def test_r_sees_the_projection_of_the_full_gradient() -> None:
 
 def test_plain_lora_is_the_same_update() -> None:
     adapter = layer(torch.float32)
-    A, B = to_plain_lora(adapter.lora_A, adapter.lora_B, adapter.lora_R)
+    A, B = adapter.plain_lora(dict(adapter.named_parameters(recurse=False)))
     torch.testing.assert_close(B @ A, adapter.lora_B @ adapter.lora_R @ adapter.lora_A)
 
 
@@ -278,7 +278,7 @@ def test_taps_equal_grad_whatever_the_batches(
         torch.testing.assert_close(G, weight_gradient, atol=1e-6, rtol=1e-4)
     assert not model.training, "the mode is given back"
     assert model.config.attention_dropout == 0.5
-    assert all(a.tap is None and a.scale == 1 for a in adapters.values())
+    assert all(a.gradient_hook is None and a.scale == 1 for a in adapters.values())
     assert all(p.grad is None for p in model.parameters()), "no parameter got a gradient"
 
 

@@ -18,7 +18,7 @@ from peft.tuners.lora.config import LoraGAConfig
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 
-from lorasb_ds.adapters.inject import layer_kind
+from lorasb_ds.adapters.inject import layer_class
 from lorasb_ds.adapters.layer import AdapterLinear
 from lorasb_ds.adapters.lora_sb import LoraSBLinear
 from lorasb_ds.config.methods import DEFAULT_ALPHA, METHODS
@@ -26,8 +26,14 @@ from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.distributed import zero
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.init.factors import Recipe, fill_layer, own_directions, weight_rows, whole_directions
-from lorasb_ds.init.initialize import decompose
+from lorasb_ds.init.factors import (
+    InitSettings,
+    fill_layer,
+    gather_directions,
+    random_directions,
+    weight_rows,
+)
+from lorasb_ds.init.decomposition import decompose
 from lorasb_ds.init.sharded_svd import truncated_svd
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -51,21 +57,21 @@ def filled(
 ) -> AdapterLinear:
     """A layer around W0, filled by a method whose gradient is G."""
     config = RunConfig(method=method, r=r, **options)
-    recipe = Recipe.of(config)
+    settings = InitSettings.from_config(config)
     linear = nn.Linear(W.shape[1], W.shape[0], bias=False)
     linear.weight.data = W.clone()
     linear.requires_grad_(False)
-    layer = layer_kind(config)(linear, r, torch.float32)
-    k = r * recipe.method.directions
-    if recipe.method.needs_gradient:
+    layer = layer_class(config)(linear, r, torch.float32)
+    k = r * settings.method.directions
+    if settings.method.needs_gradient:
         transposed = G.shape[1] > G.shape[0]
-        ((svd, _),) = decompose({"layer": G.T if transposed else G}, k, recipe.update).values()
-        directions = whole_directions(layer, svd, None)
-    elif recipe.method.matrix == "weight":
-        directions = whole_directions(layer, truncated_svd(weight_rows(layer), k), None)
+        ((svd, _),) = decompose({"layer": G.T if transposed else G}, k, settings.update).values()
+        directions = gather_directions(layer, svd, None)
+    elif settings.method.matrix == "weight":
+        directions = gather_directions(layer, truncated_svd(weight_rows(layer), k), None)
     else:
-        directions = own_directions("layer", layer, recipe)
-    fill_layer("layer", layer, directions, recipe)
+        directions = random_directions("layer", layer, settings)
+    fill_layer("layer", layer, directions, settings)
     return layer
 
 
@@ -234,9 +240,9 @@ def test_seeds_and_layers_differ_and_repeat() -> None:
     first, again, other = (filled("lora", W, W, seed=s).lora_A for s in (1, 1, 2))
     assert torch.equal(first, again)
     assert (first - other).abs().max() > 0.01
-    layer, recipe = filled("lora", W, W), Recipe.of(RunConfig(method="lora", r=R))
+    layer, settings = filled("lora", W, W), InitSettings.from_config(RunConfig(method="lora", r=R))
     before = torch.get_rng_state()
-    fill_layer("layer", layer, own_directions("layer", layer, recipe), recipe)
+    fill_layer("layer", layer, random_directions("layer", layer, settings), settings)
     assert torch.equal(torch.get_rng_state(), before), "global generators are left alone"
 
 
@@ -257,8 +263,8 @@ def test_scalings(r: int, alpha: float, method: str) -> None:
 def test_lora_sb_s_row_is_the_paper_s() -> None:
     config = RunConfig()
     assert (config.method, config.update_rule) == ("lora-sb", "sign")
-    assert layer_kind(config) is LoraSBLinear
-    assert Recipe.of(config).scaling == 1
+    assert layer_class(config) is LoraSBLinear
+    assert InitSettings.from_config(config).scaling == 1
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -1,4 +1,4 @@
-"""Gradient taps on awkward models, against autograd's own gradients. One process."""
+"""Gradient hooks on awkward models, against autograd's own gradients. One process."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_shared_blocks_tied_weights_and_layers_that_are_not_reached() -> None:
         G = G.T if layer.in_features > layer.out_features else G
         torch.testing.assert_close(G * num_tokens, layer.weight.grad, atol=1e-5, rtol=1e-4)
     assert not found.shards["unused"].any()
-    assert dict(found.reached) == dict.fromkeys(layers, 3) | {"long": 1, "unused": 0}
+    assert dict(found.batches_reached) == dict.fromkeys(layers, 3) | {"long": 1, "unused": 0}
 
 
 def test_a_group_that_no_batch_reaches() -> None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lorasb_ds.init.decomposition import decompose, describe_layer
 from lorasb_ds.init.init_report import LayerInit
-from lorasb_ds.init.initialize import decompose, describe
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
 
 def layer_of(G: torch.Tensor, r: int = 1, update: str = "sign") -> LayerInit:
     svd, slopes = decompose({"layer": G}, r, update)["layer"]
-    return describe(svd, slopes, torch.bfloat16, 1, None)
+    return describe_layer(svd, slopes, torch.bfloat16, 1, None)
 
 
 @pytest.mark.parametrize("update", ["sign", "adam", "raw"])

@@ -16,7 +16,7 @@ from lorasb_ds.adapters.lora_sb import LoraSBLinear
 from lorasb_ds.data.batch import Batch, Sample
 from lorasb_ds.init.gradients import average_gradients
 from lorasb_ds.init.initialize import gradients_by_group
-from lorasb_ds.init.segments import Segment, SegmentError, cut, gradients_by_segment
+from lorasb_ds.init.segments import Segment, SegmentError, cut_segments, gradients_by_segment
 from lorasb_ds.models.linear_layers import linear_layers
 from lorasb_ds.planner.init_plan import plan_init
 from tests.unit.init.test_gradients import batch_of
@@ -136,7 +136,7 @@ def test_only_a_segment_is_run() -> None:
 
 def test_cut() -> None:
     groups = [["b.1.q"], ["b.2.q", "b.3.q"], ["b.4.q"], ["b.4.k"]]
-    assert cut(groups, "b.", 7) == [
+    assert cut_segments(groups, "b.", 7) == [
         Segment(4, 6, ("b.4.k",)),
         Segment(4, 6, ("b.4.q",)),
         Segment(2, 3, ("b.2.q", "b.3.q")),

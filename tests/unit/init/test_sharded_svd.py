@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lorasb_ds.distributed.collectives import row_range
 from lorasb_ds.init import sharded_svd
-from lorasb_ds.init.sharded_svd import Method, truncated_svd
+from lorasb_ds.init.sharded_svd import SVDMethod, truncated_svd
 
 METHODS = ("gram", "krylov")
 
@@ -119,7 +119,7 @@ def test_large_and_rank_deficient(m: int, n: int, r: int, directions: int) -> No
     ],
 )
 def test_both_ways_on_noisy_signs(
-    m: int, n: int, directions: int, noise: float, r: int, method: Method
+    m: int, n: int, directions: int, noise: float, r: int, method: SVDMethod
 ) -> None:
     M = noisy_signs(m, n, directions, noise)
     assert_optimal(truncated_svd(M, r, method=method), M)
@@ -136,7 +136,7 @@ def test_both_ways_on_noisy_signs(
     seed=st.integers(0, 2**31),
 )
 def test_any_shape_any_way(
-    m: int, n: int, share: float, directions: int, noise: float, method: Method, seed: int
+    m: int, n: int, share: float, directions: int, noise: float, method: SVDMethod, seed: int
 ) -> None:
     m, n = max(m, n), min(m, n)
     M = noisy_signs(m, n, directions, noise)
@@ -144,7 +144,7 @@ def test_any_shape_any_way(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_clustered_and_multiple_values(method: Method) -> None:
+def test_clustered_and_multiple_values(method: SVDMethod) -> None:
     """Where no gap helps: many equal singular values, exactly or nearly."""
     hadamard = torch.ones(1, 1)
     for _ in range(7):
@@ -163,7 +163,7 @@ def test_clustered_and_multiple_values(method: Method) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("directions", [0, 1, 3])
-def test_fewer_directions_than_r(directions: int, method: Method) -> None:
+def test_fewer_directions_than_r(directions: int, method: SVDMethod) -> None:
     generator = torch.Generator().manual_seed(directions)
     M = torch.zeros(350, 250, dtype=torch.int8)
     for i in range(directions):  # of disjoint rows: rank is their number
@@ -178,7 +178,7 @@ def test_fewer_directions_than_r(directions: int, method: Method) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("n", [60, 400])
-def test_real_values_to_a_hundred_thousandth_of_the_largest(n: int, method: Method) -> None:
+def test_real_values_to_a_hundred_thousandth_of_the_largest(n: int, method: SVDMethod) -> None:
     generator = torch.Generator().manual_seed(n)
     U, _ = torch.linalg.qr(torch.randn(n + 60, 50, generator=generator, dtype=torch.float64))
     V, _ = torch.linalg.qr(torch.randn(n, 50, generator=generator, dtype=torch.float64))

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.config.training_options import FIRST_STEPS
-from lorasb_ds.init.initialize import decompose
-from lorasb_ds.init.update_rules import UPDATES, step_scale
+from lorasb_ds.init.decomposition import decompose
+from lorasb_ds.init.update_rules import UPDATE_RULES, step_scale
 from tests.runs import run_ranks
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -51,7 +51,7 @@ def real_step(name: str, W: torch.Tensor, G: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", [(24, 10), (10, 24), (16, 16)])
-@pytest.mark.parametrize("name", UPDATES)
+@pytest.mark.parametrize("name", UPDATE_RULES)
 def test_an_update_is_the_optimizer_s_first_step(name: str, shape: tuple[int, int]) -> None:
     """All directions of it, scale included, from the gradient's rows or its transpose's."""
     G = 1e-3 * gradient(*shape)
@@ -101,19 +101,19 @@ def test_adafactor_s_update_of_small_and_missing_gradients() -> None:
     """Sizes do not matter, as in the paper (its epsilon is 1e-30); rows of zeros stay zeros."""
     G = gradient(12, 8)
     G[3], G[:, 5] = 0.0, 0.0
-    update = UPDATES["adafactor"].matrix(G, None)
+    update = UPDATE_RULES["adafactor"].matrix(G, None)
     assert not update[3].any()
     assert not update[:, 5].any()
     assert update.square().mean().sqrt() <= 1.0 + 1e-5
-    tiny = UPDATES["adafactor"].matrix(1e-9 * G, None)
+    tiny = UPDATE_RULES["adafactor"].matrix(1e-9 * G, None)
     torch.testing.assert_close(tiny, update, atol=1e-4, rtol=1e-4)
-    assert not UPDATES["adafactor"].matrix(torch.zeros(4, 3), None).any()
+    assert not UPDATE_RULES["adafactor"].matrix(torch.zeros(4, 3), None).any()
 
 
 def test_every_optimizer_has_its_update() -> None:
     found = {name: RunConfig(optimizer=name).update_rule for name in FIRST_STEPS}  # type: ignore[arg-type]
     assert found == FIRST_STEPS
-    assert set(found.values()) <= UPDATES.keys()
+    assert set(found.values()) <= UPDATE_RULES.keys()
     assert RunConfig(optimizer="muon", init_update="sign").update_rule == "sign"
 
 
@@ -124,7 +124,7 @@ def test_sharded_as_whole(tmp_path: Any) -> None:
     save_file({"G": G}, tmp_path / "G")
     run_ranks("updates", 2, gradient=str(tmp_path / "G"), out=str(tmp_path))
     parts = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(2)]
-    for name in UPDATES:
+    for name in UPDATE_RULES:
         alone, slopes = decompose({"layer": G}, 4, name)["layer"]
         whole = (alone.U_local * alone.S) @ alone.Vh
         U = torch.cat([part[f"{name}.U"] for part in parts])
