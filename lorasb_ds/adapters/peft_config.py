@@ -82,8 +82,8 @@ def scale_of(folder: Path, config: Mapping[str, Any], layer: str, r: int) -> flo
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict) or any(set(p) & set("\\^$*+?()[]{}|") for p in patterns):
         raise ConfigError(
-            f"{folder}: alpha_pattern in {ADAPTER_CONFIG} must name layers; regular expressions are "
-            "not supported."
+            f"{folder}: alpha_pattern in {ADAPTER_CONFIG} must name layers; regular expressions "
+            "are not supported."
         )
     named = [p for p in patterns if layer == p or layer.endswith(f".{p}")]
     alpha = patterns[named[0]] if named else alpha

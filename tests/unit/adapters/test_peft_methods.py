@@ -1,4 +1,4 @@
-"""Files of --method peft: what is refused, and what a configuration comes to in a model."""
+"""Files of --method peft: what is rejected, and what a configuration makes of a model."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def options(folder: Path, content: Any, **more: Any) -> dict[str, Any]:
         ({"peft_type": 3}, "the file has no peft_type"),
     ],
 )
-def test_files_that_say_nothing(content: Any, problem: str, tmp_path: Path) -> None:
+def test_invalid_files(content: Any, problem: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=problem):
         load_run_config(options(tmp_path, content))
 
 
-def test_a_file_that_is_not_there() -> None:
+def test_missing_file() -> None:
     with pytest.raises(ConfigError, match="there is no such file"):
         load_run_config({"method": "peft:nowhere.json"})
 
@@ -69,7 +69,7 @@ def test_a_file_that_is_not_there() -> None:
         ({"target_modules": "q_proj"}, "the file decides it"),
     ],
 )
-def test_options_that_mean_nothing(given: dict[str, Any], problem: str, tmp_path: Path) -> None:
+def test_options_that_do_not_apply(given: dict[str, Any], problem: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=problem):
         load_run_config(options(tmp_path, {"peft_type": "LOHA"}, **given))
 
@@ -95,7 +95,7 @@ def test_options_that_mean_nothing(given: dict[str, Any], problem: str, tmp_path
         ({"peft_type": "C3A", "block_size": 7}, "PEFT cannot inject its layers"),
     ],
 )
-def test_configurations_that_are_refused(
+def test_rejected_configurations(
     content: dict[str, Any], problem: str, tmp_path: Path, tiny_model: Path
 ) -> None:
     config = load_run_config(options(tmp_path, content, model=str(tiny_model)))
@@ -104,15 +104,15 @@ def test_configurations_that_are_refused(
     assert "method.json" in str(error.value)
 
 
-def test_muon_wants_matrices(tmp_path: Path, tiny_model: Path) -> None:
+def test_muon_needs_matrices(tmp_path: Path, tiny_model: Path) -> None:
     given = options(tmp_path, {"peft_type": "LORA", "use_dora": True}, model=str(tiny_model))
     config = load_run_config({**given, "optimizer": "muon"})
     with pytest.raises(ConfigError, match=r"muon trains matrices only.*magnitude"):
         plan_peft(config, Base(str(tiny_model)).empty_model(torch.float32))
 
 
-def test_an_adapter_config_of_pefts_is_a_file_for_it(tmp_path: Path) -> None:
-    """As it lies beside an adapter, whose base and use it names."""
+def test_an_adapter_config_of_peft_is_a_valid_file(tmp_path: Path) -> None:
+    """As PEFT saves it with an adapter, naming base and task."""
     LoraConfig(r=3, target_modules=["q_proj"], base_model_name_or_path="x").save_pretrained(
         str(tmp_path)
     )
@@ -126,7 +126,7 @@ def plan_of(folder: Path, model: Path, content: dict[str, Any]) -> tuple[Any, Pe
     return config, plan_peft(config, Base(str(model)).empty_model(torch.float32))
 
 
-def test_what_a_configuration_comes_to(tmp_path: Path, tiny_model: Path) -> None:
+def test_plan_of_a_configuration(tmp_path: Path, tiny_model: Path) -> None:
     _, dora = plan_of(tmp_path, tiny_model, {"peft_type": "LORA", "use_dora": True, "r": 4})
     assert len(dora.layers) == 14
     assert dora.layers["model.layers.1.mlp.up_proj"] == (80, 48)
@@ -167,7 +167,7 @@ def test_the_seed_makes_the_layers(tmp_path: Path, tiny_model: Path) -> None:
 def test_an_init_that_changes_the_base(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever PEFT's class does: seen in the weights, before anything is trained."""
+    """Found by comparing weights, whichever of PEFT's classes does it."""
     config, plan = plan_of(tmp_path, tiny_model, {"peft_type": "LORA", "r": 4})
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     before = base.model.layers[0].self_attn.q_proj.weight.clone()

@@ -44,7 +44,7 @@ BASES = {"weight", "gradient", "sign", "random"}
 
 @pytest.fixture(autouse=True)
 def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without an engine there is no fp32 master: the parameter is all there is to fill."""
+    """Fill parameters only: without an engine there are no fp32 masters."""
     monkeypatch.setattr(zero, "fill_trainable", lambda param, value: param.data.copy_(value))
 
 
@@ -55,7 +55,7 @@ def matrix(seed: int, out: int = OUT, in_: int = IN) -> torch.Tensor:
 def filled(
     method: str, W: torch.Tensor, G: torch.Tensor, r: int = R, **options: Any
 ) -> AdapterLinear:
-    """A layer around W0, filled by a method whose gradient is G."""
+    """Return a layer around W0, filled by a method whose gradient is G."""
     config = RunConfig(method=method, r=r, **options)
     settings = InitSettings.from_config(config)
     linear = nn.Linear(W.shape[1], W.shape[0], bias=False)
@@ -76,7 +76,7 @@ def filled(
 
 
 def update(layer: AdapterLinear) -> torch.Tensor:
-    """ΔW as the model computes it."""
+    """Return ΔW as the model computes it."""
     with torch.no_grad():
         return (
             layer(torch.eye(layer.in_features)) - layer.base_layer(torch.eye(layer.in_features))
@@ -84,13 +84,13 @@ def update(layer: AdapterLinear) -> torch.Tensor:
 
 
 def best(M: torch.Tensor, r: int) -> torch.Tensor:
-    """Of rank r, by numpy's way (Eckart and Young)."""
+    """Return the best rank-r approximation by numpy (Eckart and Young)."""
     U, S, Vh = torch.linalg.svd(M.double(), full_matrices=False)
     return ((U[:, :r] * S[:r]) @ Vh[:r]).float()
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 2e-5) -> None:
-    """fp32's rounding, through an SVD: of the largest entry."""
+    """Compare to fp32's rounding through an SVD, relative to the largest entry."""
     atol = tolerance * max(1e-6, wanted.abs().max().item())
     torch.testing.assert_close(found, wanted, atol=atol, rtol=0)
 
@@ -146,7 +146,7 @@ def test_the_bases_of_the_ablations(method: str) -> None:
 
 
 def peft_layer(W: torch.Tensor, **options: Any) -> tuple[Any, Any]:
-    """PEFT's layer around W0, and its model."""
+    """Return PEFT's layer around W0, and its model."""
     model = nn.Sequential(nn.Linear(W.shape[1], W.shape[0], bias=False))
     model[0].weight.data = W.clone()
     config = LoraConfig(target_modules=["0"], r=R, lora_alpha=DEFAULT_ALPHA, **options)
@@ -283,14 +283,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("given", REFUSED)
-def test_refused(given: str) -> None:
+def test_rejected_options(given: str) -> None:
     options, message = REFUSED[given]
     with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
         load_run_config(options)
 
 
 def test_a_replay_with_another_method(tmp_path: Path) -> None:
-    """What belongs to the method of the run that is replayed does not go on."""
+    """Options of the replayed run's method are not taken over."""
     options = {"method": "lora-one", "lr": 7e-4, "precondition": 0.1, "gamma": 3.0}
     config = load_run_config(options)
     file = tmp_path / "run.json"
@@ -309,7 +309,7 @@ def test_each_method_s_learning_rate() -> None:
 
 
 @pytest.mark.parametrize("make", [lambda: filled("lora-ga", matrix(0), matrix(1), r=R)])
-def test_offsets_are_told_as_rank(make: Callable[[], AdapterLinear]) -> None:
+def test_plain_lora_of_an_offset_has_twice_the_rank(make: Callable[[], AdapterLinear]) -> None:
     layer = make()
     values = {n: layer.factor(n).detach() for n in layer.trained + layer.frozen}
     pair = layer.plain_lora(values | {"lora_A": values["lora_A"] + 1})

@@ -15,7 +15,7 @@ METHODS = ("gram", "krylov")
 
 
 def noisy_signs(m: int, n: int, directions: int, noise: float) -> torch.Tensor:
-    """Signs of directions whose strength falls like 1/sqrt(i), and noise: as gradients' are."""
+    """Return signs of directions that fall like 1/sqrt(i), plus noise: similar to gradients."""
     generator = torch.Generator().manual_seed(m + directions)
     scale = torch.arange(1, directions + 1).rsqrt()
     left = torch.randn(m, directions, generator=generator) * scale
@@ -31,12 +31,12 @@ def assert_orthonormal(found: sharded_svd.TruncatedSVD) -> None:
 
 
 def kept_energy(found: sharded_svd.TruncatedSVD, M: torch.Tensor) -> float:
-    """Of M in the span of the bases, whatever S claims."""
+    """Return M's energy in the span of the bases, independent of S."""
     return (found.U_local.T.double() @ M.double() @ found.Vh.T.double()).square().sum().item()
 
 
 def assert_optimal(found: sharded_svd.TruncatedSVD, M: torch.Tensor) -> None:
-    """At least 0.9999 of the energy that as many directions can hold, and S says so."""
+    """Check for 0.9999 of the energy that r directions can hold, and that S agrees."""
     exact = torch.linalg.svdvals(M.double()).square()
     best = exact[: len(found.S)].sum().item()
     assert_orthonormal(found)
@@ -87,7 +87,7 @@ def test_real_valued_with_a_wide_spectrum() -> None:
     ("m", "n", "r", "directions"), [(256, 192, 16, 1), (576, 192, 64, 1), (600, 300, 64, 2)]
 )
 def test_large_and_rank_deficient(m: int, n: int, r: int, directions: int) -> None:
-    """Rounding must not pass for the directions that are not there."""
+    """Rounding errors must not be taken for directions."""
     generator = torch.Generator().manual_seed(m)
     M = (
         torch.randn(m, 1, generator=generator).sign()
@@ -145,7 +145,7 @@ def test_any_shape_any_way(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_clustered_and_multiple_values(method: SVDMethod) -> None:
-    """Where no gap helps: many equal singular values, exactly or nearly."""
+    """Without a gap: many singular values that are equal, exactly or nearly."""
     hadamard = torch.ones(1, 1)
     for _ in range(7):
         hadamard = torch.cat(

@@ -1,4 +1,4 @@
-"""From one layer's gradient to its factors."""
+"""From one layer's gradient to its SVD, slopes and report."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_the_update_and_its_slope(update: str) -> None:
     assert slope > 0
 
 
-def test_a_layer_s_report() -> None:
+def test_report_of_a_layer() -> None:
     G = torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
     layer = layer_of(G, 3)
     assert layer.orthonormality_error < 1e-5 < layer.stored_orthonormality_error < 1e-2
