@@ -80,7 +80,7 @@ def freeze_factors(model: nn.Module) -> Iterator[None]:
             factor.requires_grad_(True)
 
 
-def layer_class(config: RunConfig) -> Callable[[nn.Module, int, torch.dtype], AdapterLinear]:
+def layer_class_of(config: RunConfig) -> Callable[[nn.Module, int, torch.dtype], AdapterLinear]:
     """Return ``inject``'s ``layer_class`` for a run with one of ``METHODS``."""
     method = METHODS[config.method]
     if method.trains_r:

@@ -26,7 +26,7 @@ class GradientHook(Protocol):
         """Note that the layer was called; called again when checkpointing recomputes it."""
 
     def on_backward(self, x: torch.Tensor, grad_y: torch.Tensor) -> None:
-        """Take the layer's input (…, in) and its output's gradient (…, out), in the backward."""
+        """Take the layer's input (…, in) and output gradient (…, out), in the backward pass."""
 
 
 class AdapterLinear(nn.Module, ABC):

@@ -1,4 +1,4 @@
-"""Decompose updates of gradients, and measure how well a decomposition came out."""
+"""From gradients to the SVD of their updates, and the report of one layer."""
 
 from __future__ import annotations
 

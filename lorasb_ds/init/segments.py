@@ -82,7 +82,8 @@ def gradients_by_segment(
 ) -> Iterator[GradientShards]:
     """Yield every group's ``average_gradients``, from the model's end to its beginning. Collective.
 
-    While it is suspended the caller may use the model's parameters, but not run the model.
+    While it is suspended, adapters stay disabled and dropout stays 0: the caller may use the
+    model's parameters, but not run it in another mode.
 
     Args:
         groups, prefix: as for ``cut_segments``; ``prefix`` without its dot names the ModuleList of
@@ -175,8 +176,8 @@ class _Stored:
     """What is kept between the runs of segments.
 
     Attributes:
-        inputs: block -> its input for each batch; for the index after a segment's last block, which
-            serves to check that segment, the first batch is enough.
+        inputs: block -> its input for each batch; number of blocks -> the last block's output for
+            the first batch. Segments are checked against the input of the block after them.
         output_grads: for each batch the gradient of the summed loss at the next segment's output.
         widths: how each block returns its output, see ``_BlockProxy``.
         loss_sum: the summed loss, fp64.

@@ -65,7 +65,7 @@ def choose_step(
     if init_lr == "auto":
         num_entries = sum(a.out_features * a.in_features for a in adapters.values())
         squared_norm = sum(layer.squared_norm for layer in layers.values())
-        # Eta moves every entry by eta in a sign matrix, and by eta in RMS in other updates.
+        # In this unit eta is the RMS by which the update moves an entry; 1 for a sign matrix.
         unit = math.sqrt(num_entries / squared_norm) if squared_norm > 0 else 1.0
         losses = _measure_losses(model, adapters, layers, probe, unit)
         eta = min(losses, key=lambda tried: losses[tried])

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from lorasb_ds.adapters.inject import (
     disable_adapters,
     inject,
-    layer_class,
+    layer_class_of,
     trainable_parameters,
 )
 from lorasb_ds.adapters.peft_methods import (
@@ -197,7 +197,7 @@ def start_engine(run: Prepared) -> tuple[Any, Adapters]:
     if run.adapter.peft is not None:
         inject_peft(model, run.adapter.peft, config, dtype)
     else:
-        adapters = inject(model, run.adapter.targets, config.r, dtype, layer_class(config))
+        adapters = inject(model, run.adapter.targets, config.r, dtype, layer_class_of(config))
     add_loss_head(model)
     trained = list(trainable_parameters(model).values())
     optimizer = make_optimizer(trained, config)

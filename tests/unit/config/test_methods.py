@@ -18,7 +18,7 @@ from peft.tuners.lora.config import LoraGAConfig
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 
-from lorasb_ds.adapters.inject import layer_class
+from lorasb_ds.adapters.inject import layer_class_of
 from lorasb_ds.adapters.layer import AdapterLinear
 from lorasb_ds.adapters.lora_sb import LoraSBLinear
 from lorasb_ds.config.methods import DEFAULT_ALPHA, METHODS
@@ -26,6 +26,7 @@ from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.distributed import zero
 from lorasb_ds.errors import ConfigError
+from lorasb_ds.init.decomposition import decompose
 from lorasb_ds.init.factors import (
     InitSettings,
     fill_layer,
@@ -33,7 +34,6 @@ from lorasb_ds.init.factors import (
     random_directions,
     weight_rows,
 )
-from lorasb_ds.init.decomposition import decompose
 from lorasb_ds.init.sharded_svd import truncated_svd
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -61,7 +61,7 @@ def filled(
     linear = nn.Linear(W.shape[1], W.shape[0], bias=False)
     linear.weight.data = W.clone()
     linear.requires_grad_(False)
-    layer = layer_class(config)(linear, r, torch.float32)
+    layer = layer_class_of(config)(linear, r, torch.float32)
     k = r * settings.method.directions
     if settings.method.needs_gradient:
         transposed = G.shape[1] > G.shape[0]
@@ -263,7 +263,7 @@ def test_scalings(r: int, alpha: float, method: str) -> None:
 def test_lora_sb_s_row_is_the_paper_s() -> None:
     config = RunConfig()
     assert (config.method, config.update_rule) == ("lora-sb", "sign")
-    assert layer_class(config) is LoraSBLinear
+    assert layer_class_of(config) is LoraSBLinear
     assert InitSettings.from_config(config).scaling == 1
 
 
