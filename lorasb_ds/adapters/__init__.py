@@ -1,6 +1,10 @@
-"""Low-rank layers of every kind: LoRA-SB's, LoRA's, PEFT's own.
+"""Layers with a low-rank adapter: LoRA-SB's, LoRA's, and PEFT's own.
 
-`lora_sb` and `lora` are the layers, `inject` puts them into a model, `low_rank` computes with
-factors, `peft_config`, `peft_methods` and `peft_writer` are about PEFT's classes and files.
+- `layer`, `lora_sb`, `lora`: the layers, one per family of methods, and their base class.
+- `inject`: put them into a model, disable and freeze them, list what is trainable.
+- `low_rank`: computations on `B A` by its factors.
+- `peft_config`, `peft_writer`: read and write PEFT's adapter folders.
+- `peft_method_file`, `peft_methods`: train PEFT's own methods (`--method peft:FILE.json`).
+
 Imports `models`, `runs` and what is below them.
 """

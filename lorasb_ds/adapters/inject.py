@@ -1,14 +1,15 @@
-"""Adapters of a whole model: put in place, listed, switched on and off."""
+"""The adapters of a whole model: inject, disable and freeze them, list what is trainable."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import nn
 
-from lorasb_ds.adapters.layer import AdapterLinear, Layer
+from lorasb_ds.adapters.layer import AdapterLinear, AdapterT
 from lorasb_ds.adapters.lora import LoraLinear
 from lorasb_ds.adapters.lora_sb import LoraSBLinear
 from lorasb_ds.config.methods import METHODS
@@ -21,39 +22,66 @@ def inject(
     targets: Shapes,
     r: int,
     dtype: torch.dtype,
-    kind: Callable[[nn.Module, int, torch.dtype], Layer] = LoraSBLinear,  # type: ignore[assignment]
-) -> dict[str, Layer]:
-    """Put a layer with an adapter around every target. The model computes what it did.
+    layer_class: Callable[[nn.Module, int, torch.dtype], AdapterT] = LoraSBLinear,  # type: ignore[assignment]
+) -> dict[str, AdapterT]:
+    """Wrap every target layer in a layer with an adapter, and freeze all other parameters.
 
-    Everything but what the adapters train is frozen.
+    The model's output does not change.
 
+    Args:
+        targets: names of the layers to wrap.
+        dtype: of the adapters' factors.
+        layer_class: makes the new layer from ``(base_layer, r, dtype)``.
     Returns:
-        The new layers by the name of the layer that each one wraps, in the model's order.
+        The new layers by the names of the layers that they wrap, in the model's order.
     """
     model.requires_grad_(False)
     adapters = {}
     for name in targets:
         parent_name, _, child = name.rpartition(".")
         parent = model.get_submodule(parent_name)
-        adapter = kind(parent.get_submodule(child), r, dtype)
+        adapter = layer_class(parent.get_submodule(child), r, dtype)
         setattr(parent, child, adapter)
         adapters[name] = adapter
     return adapters
 
 
-def trained_in(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All that is trained, whatever has put it there: ``<layer>.<factor>`` -> the parameter."""
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that require grad, ours or PEFT's, by name (``<layer>.<factor>``)."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def set_scale(adapters: Mapping[str, AdapterLinear], scale: float) -> None:
-    """Multiply all branches; at 0 the model is exactly the base."""
+    """Set the factor that multiplies all branches; at 0 the model is exactly its base."""
     for adapter in adapters.values():
         adapter.scale = scale
 
 
-def layer_kind(config: RunConfig) -> Callable[[nn.Module, int, torch.dtype], AdapterLinear]:
-    """What ``inject`` puts around the layers of a run with one of ``METHODS``."""
+@contextmanager
+def disable_adapters(adapters: Mapping[str, AdapterLinear]) -> Iterator[None]:
+    """Make the model exactly its base inside the ``with`` block."""
+    set_scale(adapters, 0.0)
+    try:
+        yield
+    finally:
+        set_scale(adapters, 1.0)
+
+
+@contextmanager
+def freeze_factors(model: nn.Module) -> Iterator[None]:
+    """Keep factors from getting gradients, and the engine from reducing any, in the block."""
+    trained = trainable_parameters(model).values()
+    for factor in trained:
+        factor.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for factor in trained:
+            factor.requires_grad_(True)
+
+
+def layer_class_of(config: RunConfig) -> Callable[[nn.Module, int, torch.dtype], AdapterLinear]:
+    """Return ``inject``'s ``layer_class`` for a run with one of ``METHODS``."""
     method = METHODS[config.method]
     if method.trains_r:
         return LoraSBLinear

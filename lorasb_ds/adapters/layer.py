@@ -1,4 +1,4 @@
-"""What every layer with an adapter has in common."""
+"""The base class of linear layers with an adapter, and the hook that sees their gradients."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -15,34 +16,36 @@ from lorasb_ds.distributed import zero
 from lorasb_ds.models.linear_layers import layer_shape
 from lorasb_ds.models.quantization import PackedLinear
 
-Layer = TypeVar("Layer", bound="AdapterLinear")
+AdapterT = TypeVar("AdapterT", bound="AdapterLinear")
 
 
-class Tap(Protocol):
-    """What watches a layer during the init."""
+class GradientHook(Protocol):
+    """Sees a layer's inputs and output gradients, from which its weight gradient is computed."""
 
-    def reached(self) -> None:
-        """The layer was called; again when checkpointing recomputes it."""
+    def on_forward(self) -> None:
+        """Note that the layer was called; called again when checkpointing recomputes it."""
 
-    def add(self, x: torch.Tensor, grad_y: torch.Tensor) -> None:
-        """In the backward pass: the layer's input (…, in) and its output's gradient (…, out)."""
+    def on_backward(self, x: torch.Tensor, grad_y: torch.Tensor) -> None:
+        """Take the layer's input (…, in) and output gradient (…, out), in the backward pass."""
 
 
 class AdapterLinear(nn.Module, ABC):
-    """A frozen linear layer with a low-rank branch, of which some factors are trained.
+    """A frozen linear layer with a low-rank branch, some of whose factors are trained.
 
-    All factors are zero until the init phase fills them: the layer is its base.
+    All factors are zero until the init phase fills them; until then the layer equals its base.
 
     Args:
-        base_layer: ``nn.Linear``, a 4-bit layer, or transformers' ``Conv1D``, whose weight is
-            (in, out); only its output is used, so that any of them and any bias will do.
+        base_layer: ``nn.Linear``, a quantized layer, or transformers' ``Conv1D``, whose weight is
+            (in, out), each with or without a bias.
+        dtype: of the factors.
 
     Attributes:
         lora_A, lora_B: (r, in) and (out, r).
         trained, frozen: names of the factors.
-        scale: multiplies the branch; 1 but in the search for eta. At 0 the branch is not computed
-            and the layer is exactly the base.
-        tap: when set, sees every input and output gradient of the base layer.
+        scale: multiplies the branch. 0 skips the branch, so that the layer is exactly its base; the
+            search for eta uses other values; else 1.
+        gradient_hook: if set, sees every input and output gradient of the base layer.
+        has_plain_base: whether the base computes ``W x + b`` and nothing else.
     """
 
     trained: tuple[str, ...]
@@ -58,64 +61,72 @@ class AdapterLinear(nn.Module, ABC):
         self.add_factor("lora_A", (r, self.in_features), dtype)
         self.add_factor("lora_B", (self.out_features, r), dtype)
         self.scale = 1.0
-        self.tap: Tap | None = None
-        # A subclass may compute something else than a linear layer does.
+        self.gradient_hook: GradientHook | None = None
+        # A subclass of nn.Linear may override forward with something else.
         self.has_plain_base = isinstance(base_layer, PackedLinear) or type(base_layer).forward in (
             nn.Linear.forward,
             Conv1D.forward,
         )
 
     def add_factor(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
-        """A parameter of zeros, which requires grad if it is trained."""
+        """Add a parameter of zeros, which requires grad if it is one of ``trained``."""
         zeros = torch.zeros(shape, dtype=dtype, device=self.weight.device)
         setattr(self, name, nn.Parameter(zeros, requires_grad=name in self.trained))
 
     def factor(self, name: str) -> nn.Parameter:
-        """One of ``trained`` and ``frozen``."""
+        """Return one of the factors ``trained`` and ``frozen``, maybe sharded."""
         parameter: nn.Parameter = getattr(self, name)
         return parameter
 
     def factor_shape(self, name: str) -> torch.Size:
-        """Its whole shape."""
+        """Return the whole shape of a factor that may be sharded."""
         return zero.whole_shape(self.factor(name))
 
     @abstractmethod
     def plain_lora(self, values: Mapping[str, torch.Tensor]) -> LoraPair:
-        """The update that some factors make, without ``scale``; fp32.
+        """Return the update that given factors make as a LoRA pair, without ``scale``; fp32.
 
         Args:
-            values: of all ``trained`` and ``frozen``, whole.
+            values: name -> whole value, of all ``trained`` and ``frozen``.
         """
 
     @property
     def weight(self) -> Any:
-        """The base layer's, for models that look at it."""
+        """The base layer's weight, for models that look at it."""
         return self.base_layer.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.scale != 0 and self.tap is None and self.has_plain_base:
-            return self.fused(x)
+        if self.scale != 0 and self.gradient_hook is None and self.has_plain_base:
+            return self.fused_forward(x)
         y = self.base_layer(x)
-        if self.tap is not None:
-            self.tap.reached()
-            # A leaf that requires grad makes autograd reach this layer although everything below
-            # is frozen, and no further down than the lowest layer that has one.
+        if self.gradient_hook is not None:
+            self.gradient_hook.on_forward()
+            # A leaf that requires grad makes autograd run back to this layer although everything
+            # below is frozen, and no further than the lowest layer with such a leaf.
             anchor = torch.zeros(0, device=x.device, requires_grad=True)
-            y = _TapFunction.apply(y, x, anchor, self.tap)
+            y = _HookFunction.apply(y, x, anchor, self.gradient_hook)
         if self.scale != 0:
             y = y + self.scale * self.branch(x)
         return y
 
     @abstractmethod
-    def fused(self, x: torch.Tensor) -> torch.Tensor:
-        """Base and branch in one, where the base is a plain linear layer."""
+    def fused_forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute base and branch in one autograd function; only where ``has_plain_base``."""
 
     @abstractmethod
     def branch(self, x: torch.Tensor) -> torch.Tensor:
-        """ΔW x, without ``scale``."""
+        """Return ΔW x, without ``scale``."""
+
+    def base_product(self, x: torch.Tensor) -> torch.Tensor:
+        """Return ``W0 x + b0`` of a plain base, in x's dtype."""
+        bias: Any = self.base_layer.bias
+        return F.linear(x, self.base_weight(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def base_weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """W0 (out, in) in a dtype; dequantized anew where it has to be. Gathered, under ZeRO-3."""
+        """Return W0 (out, in) in a dtype, dequantized if necessary.
+
+        Under ZeRO-3 the weight must be gathered.
+        """
         base: Any = self.base_layer
         if isinstance(base, PackedLinear):
             return base.dequantize().to(dtype)
@@ -123,20 +134,26 @@ class AdapterLinear(nn.Module, ABC):
         return W.detach().to(dtype)
 
 
-class _TapFunction(torch.autograd.Function):
-    """The identity on ``y``; its backward shows ``(x, dL/dy)`` to the tap.
+def autocast(x: torch.Tensor) -> torch.Tensor:
+    """Cast x to the dtype of its device's autocast, if that is enabled."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
-    x goes through ``save_for_backward``, so that gradient checkpointing drops and recomputes it.
+
+class _HookFunction(torch.autograd.Function):
+    """The identity on ``y``; its backward passes ``(x, dL/dy)`` to the hook.
+
+    x goes through ``save_for_backward``, so that gradient checkpointing can drop and recompute it.
     """
 
     @staticmethod
-    def forward(ctx, y, x, anchor, tap):
+    def forward(ctx, y, x, anchor, hook):
         ctx.save_for_backward(x)
-        ctx.tap = tap
+        ctx.hook = hook
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx, grad_y):
         (x,) = ctx.saved_tensors
-        ctx.tap.add(x.detach(), grad_y)
+        ctx.hook.on_backward(x.detach(), grad_y)
         return grad_y, None, None, None

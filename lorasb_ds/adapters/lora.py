@@ -1,15 +1,14 @@
-"""The layer of LoRA and its relatives: A and B are trained, from wherever they start."""
+"""The layer of LoRA and its relatives, which train A and B."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from lorasb_ds.adapters.layer import AdapterLinear
+from lorasb_ds.adapters.layer import AdapterLinear, autocast
 from lorasb_ds.adapters.low_rank import LoraPair
 from lorasb_ds.config.methods import TRAIN_AB
 
@@ -19,13 +18,13 @@ class LoraLinear(AdapterLinear):
 
     Args:
         scaling: s.
-        offset: whether there are B0 and A0, which stay what A and B were filled with. W0 is then
-            left as it is where others subtract them from it, so that the adapter stays valid on
+        offset: whether there are B0 and A0, which keep the initial B and A. Other implementations
+            subtract ``s B0 A0`` from W0; here W0 does not change, so that the adapter is valid on
             the original base.
         precondition: λ of ``dB (A Aᵀ + λI)⁻¹`` and ``(Bᵀ B + λI)⁻¹ dA`` (arXiv 2502.01235,
-            algorithm 1), or None. All ranks hold the same A and B and it is linear in the gradient,
-            so that it goes before the engine's reduction as well as after; the norm by which
-            gradients are clipped is that of the result.
+            algorithm 1), or None. It is linear in the gradient, and A and B are the same on all
+            ranks, so it may come before the engine's reduction. Gradients are clipped by the norm
+            of the preconditioned gradient.
     """
 
     trained = TRAIN_AB
@@ -58,14 +57,17 @@ class LoraLinear(AdapterLinear):
         offset_B = self.scaling * values["offset_B"].float()
         return LoraPair(torch.cat([A, values["offset_A"].float()]), torch.cat([B, -offset_B], 1))
 
-    def fused(self, x: torch.Tensor) -> torch.Tensor:
+    def fused_forward(self, x: torch.Tensor) -> torch.Tensor:
         return _LoraFunction.apply(x, self.lora_A, self.lora_B, self, True)
 
     def branch(self, x: torch.Tensor) -> torch.Tensor:
         return _LoraFunction.apply(x, self.lora_A, self.lora_B, self, False) / self.scale
 
-    def stacked(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Factors of the whole scaled branch, (k, in) and (out, k). Gathered, under ZeRO-3."""
+    def stacked_factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the factors of the whole scaled branch in a dtype, (k, in) and (out, k).
+
+        k is r, or 2 r with an offset. Under ZeRO-3 the factors must be gathered.
+        """
         A, B = self.lora_A.detach().to(dtype), self.lora_B.detach().to(dtype)
         if self.frozen:
             A = torch.cat([A, self.offset_A.detach().to(dtype)])
@@ -74,29 +76,26 @@ class LoraLinear(AdapterLinear):
 
 
 class _LoraFunction(torch.autograd.Function):
-    """The branch, with or without the base's product; of it all x and ``A x`` are kept.
+    """The branch, with or without the base's product; saves only x and ``A x``.
 
-    Weights are read from the layer again in the backward pass, as in LoRA-SB's. With h = A x and
-    δ = dL/dy, of one token each::
+    The backward reads the weights from the layer again, as LoRA-SB's does. For one token, with
+    h = A x and δ = dL/dy::
 
         dL/dB = s δ hᵀ        dL/dA = s Bᵀδ xᵀ        dL/dx = W0ᵀδ + s Aᵀ Bᵀδ
     """
 
     @staticmethod
     def forward(ctx, x, A, B, layer, with_base):
-        device, dtype = x.device.type, x.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        x = x.to(dtype)
-        all_A, all_B = layer.stacked(dtype)
+        x = autocast(x)
+        all_A, all_B = layer.stacked_factors(x.dtype)
         h = x.flatten(0, -2) @ all_A.T
         if with_base:
-            bias = layer.base_layer.bias
-            y = F.linear(x, layer.base_weight(dtype), None if bias is None else bias.to(dtype))
+            y = layer.base_product(x)
             y.view(-1, y.shape[-1]).T.addmm_(all_B, h.T)
         else:
             y = (h @ all_B.T).view(*x.shape[:-1], -1)
-        ctx.save_for_backward(x, h[:, : layer.r].contiguous())  # a view would keep the offset's
+        # Contiguous: a view would keep the offset's part in memory.
+        ctx.save_for_backward(x, h[:, : layer.r].contiguous())
         ctx.layer, ctx.with_base = layer, with_base
         ctx.dtypes = A.dtype, B.dtype
         return y
@@ -106,7 +105,7 @@ class _LoraFunction(torch.autograd.Function):
     def backward(ctx, grad_y):
         x, h = ctx.saved_tensors
         layer, dtype = ctx.layer, grad_y.dtype
-        A, B = layer.stacked(dtype)
+        A, B = layer.stacked_factors(dtype)
         delta, r = grad_y.flatten(0, -2), layer.r
         delta_B = delta @ B
         grad_x = grad_A = grad_B = None
@@ -131,7 +130,9 @@ class _LoraFunction(torch.autograd.Function):
 def preconditioned(
     grad_A: torch.Tensor, grad_B: torch.Tensor, A: torch.Tensor, B: torch.Tensor, damping: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(BᵀB + λI)⁻¹ dA`` and ``dB (AAᵀ + λI)⁻¹``, in fp32 (arXiv 2502.01235, algorithm 1).
+    """Return ``(BᵀB + λI)⁻¹ dA`` and ``dB (AAᵀ + λI)⁻¹``, in fp32.
+
+    Source: arXiv 2502.01235, algorithm 1.
 
     Args:
         damping: λ.

@@ -1,6 +1,6 @@
-"""``--method peft:FILE.json``: what PEFT trains, put into the run's one model and engine.
+"""``--method peft:FILE.json``: inject PEFT's own layers, save and restore them, export them.
 
-PEFT makes its layers; here they are made right on sharded weights, kept, put back and exported.
+PEFT makes its layers; this module lets it do so on weights that ZeRO-3 has sharded.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import nn
 
-from lorasb_ds.adapters.inject import trained_in
+from lorasb_ds.adapters.inject import trainable_parameters
 from lorasb_ds.adapters.peft_config import PREFIX
-from lorasb_ds.adapters.peft_file import peft_config, refusal
+from lorasb_ds.adapters.peft_method_file import make_peft_config, refusal_message
 from lorasb_ds.adapters.peft_writer import trained_value, write_adapter
 from lorasb_ds.config.resolve import read_peft_file
 from lorasb_ds.config.run_config import RunConfig
@@ -37,13 +37,13 @@ ADAPTER = "default"  # PEFT's name of the one adapter
 
 @dataclass(frozen=True)
 class PeftPlan:
-    """What a configuration comes to in a model.
+    """What a configuration makes of a model.
 
     Attributes:
         content: of the file.
-        layers: layers with an adapter -> (out, in).
-        trained: parameter -> its shape.
-        num_kept: numbers beside them and the base, such as VeRA's projections.
+        layers: names of the layers with an adapter -> (out, in).
+        trained: names of the trained parameters -> shape.
+        num_kept: count of the other numbers that PEFT adds, such as VeRA's frozen projections.
     """
 
     content: Mapping[str, Any]
@@ -53,80 +53,87 @@ class PeftPlan:
 
 
 def plan_peft(config: RunConfig, model: Any) -> PeftPlan:
-    """What a run's configuration comes to, found on the empty model. Not collective.
+    """Find out what a run's configuration makes of the empty model. Not collective.
 
     Args:
         model: on the meta device; PEFT's layers are in it afterwards.
     Raises:
-        ConfigError: what PEFT says against it, or what cannot be trained here.
+        ConfigError: if PEFT rejects the configuration, or it cannot be trained here.
     """
     content = read_peft_file(config.method)
-    made = peft_config(config.method, content)
-    with _peft_said(config.method):
+    made = make_peft_config(config.method, content)
+    with _peft_errors_reported(config.method):
         get_peft_model(model, made)
     layers = tuner_layers(model)
-    trained = trained_in(model)
+    trained = trainable_parameters(model)
     heads = (model.get_input_embeddings(), model.get_output_embeddings())
     if inside := [name for name, layer in layers.items() if layer in heads]:
         raise ConfigError(
             f"--method {config.method}: {', '.join(inside)} is an embedding or the head, which "
-            "stay as they are here. Leave it out of target_modules."
+            "are not trained here. Leave it out of target_modules."
         )
     if not trained:
-        raise ConfigError(f"--method {config.method}: nothing in it is trained.")
+        raise ConfigError(f"--method {config.method}: it trains no parameter.")
     flat = [name for name, parameter in trained.items() if parameter.ndim != 2]
     if config.optimizer == "muon" and flat:
-        raise ConfigError(f"--optimizer muon is for matrices, and {flat[0]} is none. Try adamw.")
+        raise ConfigError(
+            f"--optimizer muon trains matrices only, and {flat[0]} is not one. Use adamw."
+        )
     return PeftPlan(
         content=content,
-        layers={name: _sides(layer.get_base_layer()) for name, layer in layers.items()},
+        layers={name: _layer_sides(layer.get_base_layer()) for name, layer in layers.items()},
         trained={name: tuple(parameter.shape) for name, parameter in trained.items()},
-        num_kept=sum(tensor.numel() for tensor in kept_in(model).values()),
+        num_kept=sum(tensor.numel() for tensor in frozen_tensors(model).values()),
     )
 
 
-def _sides(layer: Any) -> tuple[int, int]:
-    """(out, in) of a linear layer; of a norm (1, its numbers)."""
+def _layer_sides(layer: Any) -> tuple[int, int]:
+    """Return (out, in) of a linear layer, or (1, number of parameters) of a norm."""
     if isinstance(layer, nn.Linear) or hasattr(layer, "nf"):
         return layer_shape(layer)
     return 1, max(1, sum(parameter.numel() for parameter in layer.parameters()))
 
 
 @contextmanager
-def _peft_said(path: str) -> Iterator[None]:
-    """PEFT's complaints as ours, without its warnings."""
+def _peft_errors_reported(path: str) -> Iterator[None]:
+    """Raise PEFT's errors as ConfigErrors, and suppress its warnings."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError) as error:
-        raise ConfigError(f"--method {path}: PEFT cannot put it into the base: {error}") from error
+        raise ConfigError(f"--method {path}: PEFT cannot inject its layers: {error}") from error
 
 
 def inject_peft(model: Any, plan: PeftPlan, config: RunConfig, dtype: torch.dtype) -> None:
-    """Put PEFT's layers into a base, whose weights may be sharded by ZeRO-3. Collective.
+    """Inject PEFT's layers into a base whose weights ZeRO-3 may have sharded. Collective.
 
-    A layer's weight is gathered while PEFT makes an adapter for it: inits that look at it, such as
-    DoRA's magnitude, see the whole. What PEFT draws at random goes by the run's seed; afterwards
-    all ranks have rank 0's numbers.
+    A layer's weight is gathered while PEFT makes an adapter for it, so that inits that read it,
+    such as DoRA's magnitude, see it whole. PEFT's random numbers come from the run's seed, and are
+    then broadcast from rank 0.
 
     Raises:
-        ConfigError: on every rank alike, if PEFT does not take it, or changes the base.
+        ConfigError: on every rank alike, if PEFT rejects the base, or changes its weights.
     """
-    made = peft_config(config.method, plan.content)
+    made = make_peft_config(config.method, plan.content)
     model.requires_grad_(False)
     kind = _on_shards(PEFT_TYPE_TO_TUNER_MAPPING[PeftType(made.peft_type)], config.method)
-    with _peft_said(config.method), torch.random.fork_rng():
+    with _peft_errors_reported(config.method), torch.random.fork_rng():
         torch.manual_seed(zlib.crc32(f"{config.seed_of_init} peft".encode()))
         kind(model, made, ADAPTER)
-    for tensor in [*trained_in(model).values(), *kept_in(model).values()]:
+    for tensor in [*trainable_parameters(model).values(), *frozen_tensors(model).values()]:
         is_weight = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
         value = tensor.data.to(accelerator.device(), dtype if is_weight else tensor.dtype)
         tensor.data = broadcast(value.contiguous(), 0, None)
 
 
 def _on_shards(kind: Any, path: str) -> Any:
-    """A class of PEFT's that puts layers into a model, for weights that are sharded."""
+    """Return a subclass of one of PEFT's tuners that works on sharded weights.
+
+    Args:
+        kind: PEFT's tuner class, which injects layers into a model.
+        path: ``peft:FILE.json``, for messages.
+    """
 
     class OnShards(kind):
         def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
@@ -139,20 +146,23 @@ def _on_shards(kind: Any, path: str) -> Any:
             del before
             release_freed_memory()
             if not same:
-                why = "its init changes the base's weights, which stay as they are"
-                raise ConfigError(refusal(path, "this configuration", why))
+                why = "its init changes the base's weights, which must not change"
+                raise ConfigError(refusal_message(path, "this configuration", why))
 
     return OnShards
 
 
 def tuner_layers(model: nn.Module) -> dict[str, Any]:
-    """PEFT's layers by the name of the layer that each one wraps."""
+    """Return PEFT's layers by the names of the layers that they wrap."""
     return {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
 
 
-def kept_in(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What PEFT's layers have beside what is trained and the base: buffers, frozen parameters."""
-    seen = {id(parameter) for parameter in trained_in(model).values()}
+def frozen_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return what PEFT's layers hold besides trainable parameters and the base, by name.
+
+    That is, frozen parameters and buffers.
+    """
+    seen = {id(parameter) for parameter in trainable_parameters(model).values()}
     kept: dict[str, torch.Tensor] = {}
     for name, layer in tuner_layers(model).items():
         seen |= {id(tensor) for tensor in layer.get_base_layer().parameters()}
@@ -165,10 +175,10 @@ def kept_in(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def peft_off(model: nn.Module) -> Iterator[None]:
-    """The model is its base."""
+def disable_peft(model: nn.Module) -> Iterator[None]:
+    """Make the model exactly its base inside the ``with`` block."""
     layers = tuner_layers(model).values()
-    trained = trained_in(model).values()
+    trained = trainable_parameters(model).values()
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -183,27 +193,28 @@ def peft_off(model: nn.Module) -> Iterator[None]:
 
 
 def gather_peft_together(model: nn.Module) -> None:
-    """Let ZeRO-3 gather all of a layer at once. PEFT's layers read weights outside the forward of
-    the modules that own them. Not collective.
+    """Have ZeRO-3 gather all parameters of each of PEFT's layers at once. Not collective.
+
+    PEFT's layers read weights outside the forward of the modules that own them.
     """
     for layer in tuner_layers(model).values():
         zero.gather_together(layer, layer.parameters())
 
 
 def collect_peft(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All that PEFT has put into a model, by name, on rank 0's CPU; {} elsewhere. Collective.
+    """Return all tensors that PEFT has added, by name, on rank 0's CPU; {} elsewhere. Collective.
 
-    What is trained is taken from the optimizer's fp32 master.
+    Trainable parameters are read from their fp32 masters.
 
     Raises:
-        FloatingPointError: on every rank, if what was trained is not finite.
+        FloatingPointError: on every rank, if a trainable parameter is not finite.
     """
     tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in trained_in(model).items():
+    for name, parameter in trainable_parameters(model).items():
         value = trained_value(name, parameter)
         if zero.rank() == 0:
             tensors[name] = value.cpu().clone().contiguous()
-    for name, tensor in kept_in(model).items():
+    for name, tensor in frozen_tensors(model).items():
         with zero.gathered([p for p in [tensor] if isinstance(p, nn.Parameter)]):
             if zero.rank() == 0:
                 tensors[name] = tensor.data.cpu().clone().contiguous()
@@ -211,14 +222,14 @@ def collect_peft(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def fill_peft(model: nn.Module, file: Path) -> None:
-    """Put back what ``collect_peft`` gave, from a file that rank 0 reads. Collective."""
-    trained, stored = trained_in(model), {}
+    """Restore what ``collect_peft`` returned, from a file that rank 0 reads. Collective."""
+    trained, stored = trainable_parameters(model), {}
     if zero.rank() == 0:
         with safe_open(file, "pt") as opened:
             stored = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     for name, parameter in trained.items():
         zero.fill_trainable_from(parameter, stored.get(name))
-    for name, tensor in kept_in(model).items():
+    for name, tensor in frozen_tensors(model).items():
         if isinstance(tensor, nn.Parameter):
             zero.fill(tensor, stored.get(name))
         else:
@@ -234,16 +245,17 @@ def save_peft_method(
     tensors: Mapping[str, torch.Tensor],
     base_model: str | None,
 ) -> None:
-    """The folder that PEFT's own ``save_pretrained`` would write. Rank 0's.
+    """Write the folder that PEFT's own ``save_pretrained`` would write. Called on rank 0 only.
 
     Args:
         empty_model: the base on the meta device, for PEFT's names.
-        tensors: of ``collect_peft``.
+        tensors: from ``collect_peft``.
+        base_model: name of the base in adapter_config.json.
     """
-    with _peft_said("peft:"):
-        tuned: Any = get_peft_model(empty_model, peft_config("peft:", plan.content))
-    # What layers share has a name in each of them, and one beside the base. Buffers that PEFT makes
-    # again when it loads an adapter have none.
+    with _peft_errors_reported("peft:"):
+        tuned: Any = get_peft_model(empty_model, make_peft_config("peft:", plan.content))
+    # A tensor that layers share has a name in each of them. Buffers that PEFT computes anew when it
+    # loads an adapter are not in the state dict.
     named = tuned.state_dict(keep_vars=True)
     values = {
         id(named[f"{PREFIX}{name}"]): value

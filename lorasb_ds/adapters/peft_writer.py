@@ -1,4 +1,4 @@
-"""What a run leaves behind: the adapter as a plain PEFT LoRA folder."""
+"""Write adapters as PEFT folders: adapter_config.json and adapter_model.safetensors."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from lorasb_ds.system.safetensors_writer import save_tensors
 
 
 def collect_lora(adapters: Mapping[str, AdapterLinear]) -> dict[str, torch.Tensor]:
-    """The adapter as plain LoRA tensors with PEFT's names, on rank 0's CPU; {} elsewhere.
+    """Return the adapter as plain LoRA tensors with PEFT's names, on rank 0's CPU; {} elsewhere.
 
-    Collective: a layer at a time is gathered. What is trained is taken from the optimizer's fp32
-    master. An offset is folded in: such a pair has rank 2 r.
+    Collective: one layer at a time is gathered. Trainable factors are read from their fp32 masters.
+    An offset is folded in, so that such a pair has rank 2 r.
 
     Raises:
-        FloatingPointError: on every rank, if what was trained is not finite.
+        FloatingPointError: on every rank, if a trainable factor is not finite.
     """
     tensors: dict[str, torch.Tensor] = {}
     for name, adapter in adapters.items():
@@ -43,8 +43,10 @@ def collect_lora(adapters: Mapping[str, AdapterLinear]) -> dict[str, torch.Tenso
 
 
 def trained_value(name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
-    """The whole fp32 master of what was trained. Collective.
+    """Return the whole fp32 master of a trainable parameter. Collective.
 
+    Args:
+        name: of the parameter, for messages.
     Raises:
         FloatingPointError: on every rank, if it is not finite.
     """
@@ -55,7 +57,7 @@ def trained_value(name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
 
 
 def peft_tensors(name: str, A: torch.Tensor, B: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A layer's factors by PEFT's names."""
+    """Return a layer's factors by PEFT's names."""
     prefix = f"{PREFIX}{name}.lora_"
     return {f"{prefix}A.weight": A, f"{prefix}B.weight": B}
 
@@ -68,11 +70,13 @@ def save_peft_adapter(
     target_modules: Sequence[str] | str,
     base_model: str | None,
 ) -> None:
-    """Write a plain LoRA as ``PeftModel.from_pretrained`` loads it; see ``write_adapter``.
+    """Write a plain LoRA that ``PeftModel.from_pretrained`` loads; see ``write_adapter``.
 
     Args:
-        tensors: of ``collect_lora``.
-        target_modules: as PEFT takes them (``peft_target_modules``).
+        tensors: as from ``collect_lora``.
+        r: also written as lora_alpha: scaling is 1.
+        target_modules: as from ``peft_target_modules``.
+        base_model: name of the base in adapter_config.json.
     """
     config: dict[str, Any] = {
         "peft_type": "LORA",
@@ -92,12 +96,12 @@ def save_peft_adapter(
 def write_adapter(
     folder: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]
 ) -> None:
-    """Write a folder of PEFT's; it appears whole or not at all.
+    """Write a PEFT folder, which appears whole or not at all.
 
-    A folder of that name is replaced: whoever calls has asked whether it may be.
+    Replaces an existing folder: the caller has checked that it may.
 
     Args:
-        config: what adapter_config.json holds.
+        config: the content of adapter_config.json.
     """
     aside = folder.with_name(folder.name + ".tmp")
     if aside.exists():
@@ -111,7 +115,12 @@ def write_adapter(
 
 
 def peft_target_modules(targets: Shapes, layers: Shapes) -> list[str]:
-    """PEFT's short names (q_proj, …) where they mean exactly the targets, else the full names."""
+    """Return short names (q_proj, …) if they select exactly the targets, else the full names.
+
+    Args:
+        targets: the layers with an adapter.
+        layers: all linear layers of the model.
+    """
     short = {name.rpartition(".")[2] for name in targets}
     if {name for name in layers if name.rpartition(".")[2] in short} == set(targets):
         return sorted(short)

@@ -1,9 +1,9 @@
-"""The table of methods, LoRA-SB and its relatives: what is decomposed, and what is trained.
+"""The table of methods, LoRA-SB and its relatives: the matrix to decompose and the factors.
 
-    W = W0 + s · B R A  (LoRA-SB's family: R is trained)      W = W0 + s · (B A - B0 A0)  (LoRA's)
+    W = W0 + s · B R A  (LoRA-SB's family trains R)    W = W0 + s · (B A - B0 A0)  (LoRA's: A, B)
 
-A new method is one row, and one short function if none of those here fills its factors.
-Pure functions of tensors; the module itself is torch-free.
+A new method is one row, and one short function unless one of those here computes its factors.
+Pure, and torch-free: the functions are given tensors.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
     Factors = dict[str, torch.Tensor]
 
 
-PEFT_PREFIX = "peft:"  # --method peft:FILE.json, a PEFT configuration
+PEFT_PREFIX = "peft:"  # --method peft:FILE.json
 DEFAULT_METHOD = "lora-sb"
-DEFAULT_ALPHA = 16.0  # for methods with a scaling; from LoRA-GA's and LoRA-One's papers
+DEFAULT_ALPHA = 16.0  # for methods with a scaling (LoRA-GA's and LoRA-One's papers)
 LR_OF_R, LR_OF_AB = 2e-3, 2e-4  # defaults of --lr where R, or A and B, are trained
-XS_DEVIATION = 1e-5  # standard deviation of R (arXiv 2405.17604)
+XS_DEVIATION = 1e-5  # standard deviation of LoRA-XS's initial R (arXiv 2405.17604)
 
-# What is decomposed. "update": the step that --init-update makes of the average gradient.
+# The matrix that is decomposed. "update": --init-update, applied to the average gradient.
 Matrix = Literal["update", "sign", "gradient", "weight", "random", "none"]
 TRAIN_R, TRAIN_AB = ("lora_R",), ("lora_A", "lora_B")
 
 
-class Layer(NamedTuple):
-    """One layer, and the leading directions of its matrix ``M ~ U diag(S) Vh``; fp32.
+class FactorInputs(NamedTuple):
+    """What a layer's factors are computed from: the truncated SVD ``M ~ U diag(S) Vh``; fp32.
 
-    Without a matrix, k is 0.
+    Methods that decompose nothing have k = 0.
     """
 
     U: torch.Tensor  # (out, k)
@@ -42,80 +42,105 @@ class Layer(NamedTuple):
     r: int
     scaling: float  # s
     gamma: float
-    normal: Callable[..., torch.Tensor]  # standard normal numbers of a shape, from the run's seed
-    uniform: Callable[..., torch.Tensor]  # the same, uniform between -1 and 1
+    normal: Callable[..., torch.Tensor]  # shape -> standard normal numbers, from the run's seed
+    uniform: Callable[..., torch.Tensor]  # shape -> uniform numbers in [-1, 1), likewise
 
 
-def _bases(layer: Layer) -> Factors:
-    """Orthonormal ``B = U`` and ``A = Vh``; R is 0, or set by the init's step."""
-    return {"lora_A": layer.Vh, "lora_B": layer.U, "lora_R": layer.S.new_zeros(layer.r, layer.r)}
+def _bases(given: FactorInputs) -> Factors:
+    """Return orthonormal ``B = U`` and ``A = Vh``, and R = 0, which the init's step may replace."""
+    return {"lora_A": given.Vh, "lora_B": given.U, "lora_R": given.S.new_zeros(given.r, given.r)}
 
 
-def _xs(layer: Layer) -> Factors:
-    """``B = U S``, ``A = Vh``, R all but zero (arXiv 2405.17604, section 2)."""
-    R = XS_DEVIATION * layer.normal(layer.r, layer.r)
-    return {"lora_A": layer.Vh, "lora_B": layer.U * layer.S, "lora_R": R}
+def _xs(given: FactorInputs) -> Factors:
+    """Return ``B = U S``, ``A = Vh`` and a nearly zero R (arXiv 2405.17604, section 2)."""
+    R = XS_DEVIATION * given.normal(given.r, given.r)
+    return {"lora_A": given.Vh, "lora_B": given.U * given.S, "lora_R": R}
 
 
-def _lora(layer: Layer) -> Factors:
-    """A Kaiming-uniform (a = √5: ±1/√in), B = 0 (arXiv 2106.09685, as in PEFT)."""
-    out_features, in_features = len(layer.U), layer.Vh.shape[1]
-    A = layer.uniform(layer.r, in_features) / math.sqrt(in_features)
-    return {"lora_A": A, "lora_B": A.new_zeros(out_features, layer.r)}
+def _lora(given: FactorInputs) -> Factors:
+    """Return A from Kaiming's uniform distribution (a = √5: within ±1/√in) and B = 0.
 
-
-def _pissa(layer: Layer) -> Factors:
-    """``s B A`` is the best rank-r part of W0: ``√(S/s)`` in each (arXiv 2404.02948, eq. 2, 3)."""
-    root = (layer.S / layer.scaling).sqrt()
-    return {"lora_A": root[:, None] * layer.Vh, "lora_B": layer.U * root}
-
-
-def _lora_ga(layer: Layer) -> Factors:
-    """A of the first r directions, B of the next r, times ``out^¼ / √gamma`` (arXiv 2407.05000,
-    eq. 9, 10 and its code's "ArB2r", "stable")."""
-    size = len(layer.U) ** 0.25 / math.sqrt(layer.gamma)
-    return {"lora_A": size * layer.Vh[: layer.r], "lora_B": size * layer.U[:, layer.r :]}
-
-
-def _lora_one(layer: Layer) -> Factors:
-    """``√(S / (S₁ gamma))`` in each, of the SVD of -G (arXiv 2502.01235, algorithm 1).
-
-    The layer has the SVD of G: the sign goes to B. If the gradient is 0, B is 0 and A is not.
+    Source: arXiv 2106.09685, as in PEFT.
     """
-    if layer.S[0] == 0:
-        A = layer.Vh / math.sqrt(layer.gamma)
-        return {"lora_A": A, "lora_B": layer.U * 0}
-    root = (layer.S / (layer.S[0] * layer.gamma)).sqrt()
-    return {"lora_A": root[:, None] * layer.Vh, "lora_B": -layer.U * root}
+    out_features, in_features = len(given.U), given.Vh.shape[1]
+    A = given.uniform(given.r, in_features) / math.sqrt(in_features)
+    return {"lora_A": A, "lora_B": A.new_zeros(out_features, given.r)}
+
+
+def _pissa(given: FactorInputs) -> Factors:
+    """Return A and B with ``√(S/s)`` in each, so that ``s B A`` is W0's best rank-r approximation.
+
+    Source: arXiv 2404.02948, eq. 2, 3.
+    """
+    root = (given.S / given.scaling).sqrt()
+    return {"lora_A": root[:, None] * given.Vh, "lora_B": given.U * root}
+
+
+def _lora_ga(given: FactorInputs) -> Factors:
+    """Return A of the first r directions and B of the next r, both times ``out^¼ / √gamma``.
+
+    Source: arXiv 2407.05000, eq. 9, 10, and "ArB2r", "stable" of its code.
+    """
+    size = len(given.U) ** 0.25 / math.sqrt(given.gamma)
+    return {"lora_A": size * given.Vh[: given.r], "lora_B": size * given.U[:, given.r :]}
+
+
+def _lora_one(given: FactorInputs) -> Factors:
+    """Return A and B of the SVD of -G with ``√(S / (S₁ gamma))`` in each.
+
+    The SVD given here is G's; B takes the minus sign. Where G is 0, so is B, but not A.
+
+    Source: arXiv 2502.01235, algorithm 1.
+    """
+    if given.S[0] == 0:
+        A = given.Vh / math.sqrt(given.gamma)
+        return {"lora_A": A, "lora_B": given.U * 0}
+    root = (given.S / (given.S[0] * given.gamma)).sqrt()
+    return {"lora_A": root[:, None] * given.Vh, "lora_B": -given.U * root}
 
 
 @dataclass(frozen=True)
 class Method:
+    """One method.
+
+    Attributes:
+        matrix: the matrix that is decomposed.
+        factors: computes the initial factors of a layer.
+        trained: names of the factors that are trained.
+        takes_step: whether the init ends with a step ``R = -eta S``, eta given or measured.
+        scaling: the formula of s.
+        directions: how many directions the SVD keeps, as a multiple of r.
+        offset: whether ``B0 A0`` is subtracted, B0 and A0 being the initial B and A, so that W
+            starts as W0.
+        gamma: the default of --gamma; 1 where the method has none.
+        paper: the source.
+    """
+
     matrix: Matrix
-    factors: Callable[[Layer], Factors]
+    factors: Callable[[FactorInputs], Factors]
     trained: tuple[str, ...]
-    step: bool = False  # R = -eta S, eta given or measured
+    takes_step: bool = False
     scaling: Literal["1", "alpha/r", "alpha/√r"] = "1"
-    directions: int = 1  # directions of the SVD, in multiples of r
-    offset: bool = False  # B0 A0 are A and B as they were filled: W is W0 at first
-    gamma: float = 1.0  # where --gamma is not given; 1: there is none
+    directions: int = 1
+    offset: bool = False
+    gamma: float = 1.0
     paper: str = ""
 
     def scale(self, r: int, alpha: float | None) -> float:
-        """Return the scaling s."""
+        """Return s; alpha is ``DEFAULT_ALPHA`` where it is None."""
         alpha = DEFAULT_ALPHA if alpha is None else alpha
         return {"1": 1.0, "alpha/r": alpha / r, "alpha/√r": alpha / math.sqrt(r)}[self.scaling]
 
     @property
-    def source(self) -> Literal["gradient", "weight", "nothing"]:
-        """What the decomposed matrix is computed from."""
+    def decomposes(self) -> Literal["gradient", "weight", "nothing"]:
+        """The kind of matrix that is decomposed, as the planner names it."""
         if self.matrix == "weight":
             return "weight"
         return "gradient" if self.matrix in ("update", "sign", "gradient") else "nothing"
 
     @property
     def needs_gradient(self) -> bool:
-        return self.source == "gradient"
+        return self.decomposes == "gradient"
 
     @property
     def trains_r(self) -> bool:
@@ -127,13 +152,15 @@ class Method:
         return LR_OF_R if self.trains_r else LR_OF_AB
 
 
-def _sb(matrix: Matrix, step: bool) -> Method:
-    """Return LoRA-SB with other bases or without its step: the ablations of its paper."""
-    return Method(matrix, _bases, TRAIN_R, step=step, paper="arXiv 2411.19557, ablations")
+def _sb(matrix: Matrix, takes_step: bool) -> Method:
+    """Return a variant of LoRA-SB from its paper's ablations: other bases, or R = 0 at first."""
+    return Method(
+        matrix, _bases, TRAIN_R, takes_step=takes_step, paper="arXiv 2411.19557, ablations"
+    )
 
 
 METHODS: dict[str, Method] = {
-    "lora-sb": Method("update", _bases, TRAIN_R, step=True, paper="arXiv 2411.19557"),
+    "lora-sb": Method("update", _bases, TRAIN_R, takes_step=True, paper="arXiv 2411.19557"),
     "lora-xs": Method("weight", _xs, TRAIN_R, paper="arXiv 2405.17604"),
     "lora-one": Method(
         "gradient",
@@ -158,13 +185,13 @@ METHODS: dict[str, Method] = {
     "pissa": Method(
         "weight", _pissa, TRAIN_AB, scaling="alpha/r", offset=True, paper="arXiv 2404.02948"
     ),
-    "sb-random": _sb("random", step=False),
-    "sb-random-s": _sb("random", step=True),
-    "sb-weight": _sb("weight", step=False),
-    "sb-weight-s": _sb("weight", step=True),
-    "sb-gradient": _sb("gradient", step=False),
-    "sb-gradient-s": _sb("gradient", step=True),
-    "sb-sign": _sb("sign", step=False),
+    "sb-random": _sb("random", takes_step=False),
+    "sb-random-s": _sb("random", takes_step=True),
+    "sb-weight": _sb("weight", takes_step=False),
+    "sb-weight-s": _sb("weight", takes_step=True),
+    "sb-gradient": _sb("gradient", takes_step=False),
+    "sb-gradient-s": _sb("gradient", takes_step=True),
+    "sb-sign": _sb("sign", takes_step=False),
 }
 
 

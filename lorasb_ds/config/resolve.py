@@ -73,7 +73,7 @@ def _method_problems(config: RunConfig, asked: Mapping[str, Any]) -> list[str]:
         "gamma": method.gamma == 1 and "only lora-ga and lora-one have it",
         "precondition": method.trains_r and "it is for methods that train A and B",
         "init_update": method.matrix != "update" and f"what it decomposes is: {method.matrix}",
-        "init_lr": not method.step and "it takes no step in its init",
+        "init_lr": not method.takes_step and "it takes no step in its init",
     }
     if not method.needs_gradient:
         why = "its init looks at no gradient"

@@ -1,6 +1,11 @@
-"""DeepSpeed, its accelerator, and the collectives that the library uses.
+"""DeepSpeed, this process's device, and collectives: everything that knows of other ranks.
 
-`zero` and `accelerator` are the only modules that import deepspeed. `collectives` says which rows
-of a matrix a rank holds; `masters` and `matrix_optimizer` work on ZeRO's flat fp32 masters.
-Imports `config`, `system`, `errors`.
+- `zero`: the process group, the engine, and parameters that ZeRO-3 may have sharded (gather, fill).
+- `optimizer_state`, `masters`: the optimizer state and the flat fp32 masters inside an engine.
+- `matrix_optimizer`: Adafactor and Muon on masters that ZeRO cuts into flat parts.
+- `ds_config_check`: DeepSpeed's own check of a ds_config.
+- `accelerator`: this process's device, its memory and its clock.
+- `collectives`: row ranges of a sharded matrix; all-reduce, reduce, broadcast and gather.
+
+The only wing that imports deepspeed. Imports `config`, `system`, `errors`.
 """

@@ -1,7 +1,4 @@
-"""This process's device, whatever its kind: what it holds, and how long it works.
-
-Of DeepSpeed's accelerator; with ``zero`` the only import of deepspeed.
-"""
+"""This process's device through DeepSpeed's accelerator: its name, memory and clock."""
 
 from __future__ import annotations
 
@@ -16,22 +13,22 @@ from lorasb_ds.system.host_memory import process_bytes, release_freed_memory
 
 
 def device() -> torch.device:
-    """This process's device."""
+    """Return this process's device."""
     return torch.device(get_accelerator().current_device_name())
 
 
 def name() -> str:
-    """``cpu``, ``cuda``, … as DeepSpeed found it."""
+    """Return the kind of device that DeepSpeed found: ``cpu``, ``cuda``, …"""
     return str(get_accelerator().device_name())
 
 
 def device_count() -> int:
-    """Devices of this host that processes can have."""
+    """Return the number of this host's devices."""
     return int(get_accelerator().device_count())
 
 
 class Stopwatch:
-    """Seconds spent inside its ``with`` blocks; on an accelerator, by events on its stream."""
+    """Measure the time spent in its ``with`` blocks; on an accelerator, by events on its stream."""
 
     def __init__(self) -> None:
         self._host_s = 0.0
@@ -53,52 +50,55 @@ class Stopwatch:
             self._events.append((self._start, end))
 
     def seconds(self) -> float:
-        """Of all blocks so far; waits for the device."""
+        """Return the time of all blocks so far; waits for the device."""
         if self._events:
             get_accelerator().synchronize()
         return self._host_s + sum(start.elapsed_time(end) for start, end in self._events) / 1e3
 
 
 def pinned_zeros(*shape: int) -> torch.Tensor:
-    """fp32 zeros in host memory, page-locked where there is another memory."""
+    """Return fp32 zeros in host memory, page-locked unless the device is the CPU."""
     zeros = torch.zeros(shape)
     return zeros if name() == "cpu" else get_accelerator().pin_memory(zeros)
 
 
 def pinned_bytes(size: int) -> torch.Tensor:
-    """Bytes in host memory, of any value; page-locked where there is another memory."""
+    """Return uninitialized bytes in host memory, page-locked unless the device is the CPU."""
     empty = torch.empty(size, dtype=torch.uint8)
     return empty if name() == "cpu" else get_accelerator().pin_memory(empty)
 
 
 def free_device_bytes() -> int:
-    """Of this rank's device, which is not the CPU; before ``init_process_group``, too."""
+    """Return the free memory of this rank's device, which must not be the CPU.
+
+    Works before ``init_process_group``, too.
+    """
     return int(get_accelerator().available_memory(int(os.environ.get("LOCAL_RANK", 0))))
 
 
 def memory_bytes() -> int:
-    """Memory in use now: the device's, on a CPU the process's."""
+    """Return the memory in use now: the device's, or on a CPU the process's."""
     if name() != "cpu":
         return int(get_accelerator().memory_allocated())
     return process_bytes("VmRSS")
 
 
 def peak_memory_bytes() -> int:
-    """Highest memory in use since the last reset: the device's, on a CPU the process's."""
+    """Return the highest ``memory_bytes`` since the last reset."""
     if name() != "cpu":
         return int(get_accelerator().max_memory_allocated())
     return process_bytes("VmHWM")
 
 
 def reset_peak_memory() -> None:
-    """Measure the peak from what is in use now on; on a CPU, freed memory is handed back first."""
+    """Reset the peak to what is in use now; on a CPU, return freed memory to the system first."""
     if name() != "cpu":
         get_accelerator().reset_peak_memory_stats()
         return
     release_freed_memory()
     try:
-        # Linux: 5 sets the high-water mark of this process back to what it holds now.
+        # Linux: 5 resets this process's high-water mark to what it holds now.
         with open("/proc/self/clear_refs", "w") as file:  # noqa: PTH123
             file.write("5")
     except OSError:
-        return  # not Linux, or not allowed: the peak is then that of the whole process
+        return  # not Linux, or not allowed: the peak is then that of the process's whole life

@@ -1,8 +1,8 @@
-"""Optimizers that work on whole matrices, on masters that ZeRO cuts into flat parts. Torch only.
+"""Optimizers of whole matrices, on masters that ZeRO cuts into flat parts. Torch only.
 
-Adafactor keeps means over rows and columns, Muon orthogonalizes: neither is what it is on a part
-of a matrix, nor on several in a row. What is trained is small, so that every rank takes the step of
-every matrix, by torch's own optimizer, and keeps the part of it that is its own.
+Adafactor keeps means over rows and columns, and Muon orthogonalizes: neither can step a flat part
+of a matrix, or several concatenated matrices. Trainable parameters are small, so every rank steps
+every matrix whole, with torch's own optimizer, and keeps its own part of the result.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch
 from lorasb_ds.distributed.collectives import all_reduce
 
 
-class Part(NamedTuple):
-    """Which entries of a matrix, row after row, lie in this rank's flat master; maybe none."""
+class MatrixPart(NamedTuple):
+    """The entries of a matrix, in row-major order, that this rank's flat master holds."""
 
     parameter: torch.nn.Parameter  # the model's, which may be sharded
-    shape: tuple[int, ...]  # of the whole
-    start: int  # in the whole
+    shape: tuple[int, ...]  # of the whole matrix
+    start: int  # in the whole matrix
     start_in_master: int
-    length: int
+    length: int  # may be 0
 
     @property
     def size(self) -> int:
@@ -31,13 +31,13 @@ class Part(NamedTuple):
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
-    """Any of torch's optimizers of matrices, for an engine that has flat masters.
+    """One of torch's optimizers of whole matrices, for an engine that has flat masters.
 
-    ``place`` must come before the first step. The state is whole and equal on every rank.
+    Call ``set_parts`` before the first step. The state is whole and equal on every rank.
 
     Args:
-        params: of the model; the engine puts its masters in their place.
-        make: the optimizer, of a list of whole matrices.
+        params: the model's parameters; the engine replaces them by its flat masters.
+        make: makes the inner optimizer from a list of whole matrices.
         rates: ``lr`` and ``weight_decay``, which schedules may change.
     """
 
@@ -48,29 +48,34 @@ class MatrixOptimizer(torch.optim.Optimizer):
         rates: Mapping[str, float],
     ) -> None:
         super().__init__(params, dict(rates))
-        # Only the state stays from step to step: values and gradients come from the masters.
+        # Only the state outlives a step: values and gradients come from the masters each time.
         self._matrices = {p: torch.nn.Parameter(torch.empty(0, 0)) for p in params}
         self._inner = make(list(self._matrices.values()))
-        self._parts: list[tuple[torch.Tensor, Sequence[Part]]] = []
+        self._parts: list[tuple[torch.Tensor, Sequence[MatrixPart]]] = []
 
-    def place(self, parts: Sequence[tuple[torch.Tensor, Sequence[Part]]]) -> None:
-        """Say what lies in the masters: of each its parts, of the same matrices in the same order
-        on every rank."""
+    def set_parts(self, parts: Sequence[tuple[torch.Tensor, Sequence[MatrixPart]]]) -> None:
+        """Set which parts of which matrices each flat master holds.
+
+        Args:
+            parts: for each flat master its parts, of the same matrices in the same order on every
+                rank.
+        """
         self._parts = list(parts)
 
     def state_of(self, parameter: torch.nn.Parameter) -> dict[str, Any]:
-        """Whole, of a parameter of the model; {} before the first step."""
+        """Return the whole state of one of the model's parameters; {} before the first step."""
         return self._inner.state.get(self._matrices[parameter], {})
 
     def set_state(self, parameter: torch.nn.Parameter, state: dict[str, Any]) -> None:
+        """Set the whole state of one of the model's parameters."""
         self._inner.state[self._matrices[parameter]] = state
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Step the masters that have gradients. Collective.
 
-        Communication: for each an all-reduce of 2 fp32 numbers for each entry of its matrices, to
-        which every rank gives its own part.
+        Communication: for each master one all-reduce of 2 fp32 numbers for each entry of its
+        matrices, to which every rank contributes its own part.
         """
         for group in self.param_groups:
             for flat in group["params"]:

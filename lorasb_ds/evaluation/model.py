@@ -15,6 +15,7 @@ from lorasb_ds.adapters.low_rank import product_svd
 from lorasb_ds.config.ds_config import resolve_ds_config
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.distributed import accelerator, zero
+from lorasb_ds.distributed.ds_config_check import check_ds_config
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export.adapter_reader import read_adapter
 from lorasb_ds.export.stored_adapter import StoredAdapter
@@ -58,7 +59,7 @@ def prepare_model(
     """
     base, config = open_base(config)
     ds_config, config = resolve_ds_config(config, world_size, local_size)
-    zero.check_ds_config(ds_config, config.ds_config)
+    check_ds_config(ds_config, config.ds_config)
     stored_adapter = read_adapter(adapter) if adapter is not None else None
     if stored_adapter is not None:
         _check_base(stored_adapter, dict(base.shape.layers), config.model)

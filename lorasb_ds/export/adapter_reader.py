@@ -26,7 +26,7 @@ from lorasb_ds.config.run_layout import (
 )
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export.stored_adapter import Factors, StoredAdapter, check_factors
-from lorasb_ds.init.basis import SCALING
+from lorasb_ds.init.basis import SCALING_KEY
 from lorasb_ds.models.checkpoint_files import StoredTensor, read_header
 from lorasb_ds.runs.checkpoint import Checkpoint, list_checkpoints, read_checkpoint
 from lorasb_ds.system.safetensors_writer import metadata_of
@@ -117,7 +117,7 @@ def _method_of(run: Path) -> Method:
 
 def _of_basis(stored: Mapping[str, StoredTensor], run: Path) -> dict[str, Factors]:
     """Return the factors of a run's basis, with or without those of a checkpoint."""
-    method, scale = _method_of(run), _made_from(run).get(SCALING, 1.0)
+    method, scale = _method_of(run), _made_from(run).get(SCALING_KEY, 1.0)
     if not isinstance(scale, int | float) or not math.isfinite(scale):
         raise ConfigError(f"{run}: {BASIS_FILE} has {scale!r} as its scaling. Fetch it again.")
     layers = {}

@@ -1,7 +1,11 @@
-"""The init of LoRA-SB: gradients, their update, its sharded SVD, the factors A, B and R.
+"""The init phase: gradients, the optimizer's first step, its sharded SVD, the factors A, B and R.
 
-`initialize` is the whole; `gradients` and `segments` stream weight gradients into row shards;
-`update_rules` takes an optimizer's first step; `sharded_svd` and `lanczos` decompose it exactly;
-`factors` and `step_size` fill the layers; `basis` stores the result.
+- `initialize`: the whole phase, for every method of `config.methods`.
+- `gradients`, `segments`: average weight gradients, one layer at a time, straight into row shards.
+- `update_rules`: what an optimizer's first step makes of a gradient.
+- `decomposition`, `sharded_svd`, `lanczos`: exact truncated SVD of row-sharded updates.
+- `factors`, `step_size`: fill the layers' factors, and choose eta.
+- `init_report`, `basis`: what the init found; the factors on disk, and loading them again.
+
 Imports `adapters` and what is below it.
 """

@@ -1,4 +1,4 @@
-"""The result of an init on disk: what it was made from, and taking it up again."""
+"""The basis of a run on disk: save it, check what it was made from, load it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError, safe_open
 
+from lorasb_ds.adapters.inject import disable_adapters
 from lorasb_ds.adapters.layer import AdapterLinear
 from lorasb_ds.config.methods import DEFAULT_METHOD, METHODS, PEFT_PREFIX
 from lorasb_ds.config.resolve import read_peft_file
@@ -21,27 +22,29 @@ from lorasb_ds.config.run_layout import BASIS_FILE, INIT_REPORT
 from lorasb_ds.data.batch import Sample
 from lorasb_ds.distributed import zero
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.init.factors import Basis, Recipe, fill_factors
-from lorasb_ds.init.gradients import branches_off
-from lorasb_ds.init.init_report import InitReport, LayerInit, Step
+from lorasb_ds.init.factors import Basis, InitSettings, fill_factors
+from lorasb_ds.init.init_report import InitReport, InitStep, LayerInit
 from lorasb_ds.init.step_size import choose_step, measure_step
 from lorasb_ds.models.linear_layers import Shapes
 from lorasb_ds.system.files import SUMS_FILE, check_sums, write_json, write_sums
 from lorasb_ds.system.safetensors_writer import save_tensors
 
 BASIS_FORMAT = "3"
-SCALING = "scaling (--lora-alpha, --r)"
-PEFT_FILE = "--method peft: (its file)"
+SCALING_KEY = "scaling (--lora-alpha, --r)"
+PEFT_FILE_KEY = "--method peft: (its file)"
 
 
 def fingerprint(
     config: RunConfig, base_digest: str, targets: Shapes, rows_digest: str
 ) -> dict[str, Any]:
-    """All that a basis depends on but its rank, by the name under which a difference is told.
+    """Return everything that a basis depends on, except its rank.
+
+    The keys are what messages call a difference. They are stored with every basis: a new one makes
+    the bases of earlier runs unusable.
 
     Args:
         base_digest: ``Base.digest``.
-        rows_digest: of the tokenized rows that the gradient is taken of.
+        rows_digest: of the tokenized rows that the gradient is computed on.
     """
     return {
         "basis format": BASIS_FORMAT,
@@ -50,14 +53,14 @@ def fingerprint(
         "--load-in-8bit": str(config.load_in_8bit),
         "--dtype": config.dtype,
         "target layers": hashlib.sha256(json.dumps(targets).encode()).hexdigest(),
-        **_sample_of(config, rows_digest),
+        **_gradient_entries(config, rows_digest),
         "--seed": str(config.seed_of_init),
-        **_method_of(config),
+        **_method_entries(config),
     }
 
 
-def _sample_of(config: RunConfig, rows_digest: str) -> dict[str, str]:
-    """What a basis owes to a gradient, if to any."""
+def _gradient_entries(config: RunConfig, rows_digest: str) -> dict[str, str]:
+    """Return what the gradient depends on; {} if the method needs none."""
     method = METHODS.get(config.method)
     if method is None or not method.needs_gradient:
         return {}
@@ -65,21 +68,21 @@ def _sample_of(config: RunConfig, rows_digest: str) -> dict[str, str]:
         "rows of the init sample (--data, --init-samples, --seed, --max-length, --loss-on, …)": (
             rows_digest
         ),
-        "--init-update": Recipe.of(config).update,
+        "--init-update": InitSettings.from_config(config).update,
     }
 
 
-def _method_of(config: RunConfig) -> dict[str, Any]:
-    """What the basis of another method than LoRA-SB depends on beside."""
+def _method_entries(config: RunConfig) -> dict[str, Any]:
+    """Return what the basis of a method other than LoRA-SB depends on in addition."""
     if config.method == DEFAULT_METHOD:
         return {}
     if config.method.startswith(PEFT_PREFIX):
         content = json.dumps(read_peft_file(config.method), sort_keys=True)
-        return {PEFT_FILE: hashlib.sha256(content.encode()).hexdigest()}
+        return {PEFT_FILE_KEY: hashlib.sha256(content.encode()).hexdigest()}
     method = METHODS[config.method]
     return {
         "--method": config.method,
-        SCALING: method.scale(config.r, config.lora_alpha),
+        SCALING_KEY: method.scale(config.r, config.lora_alpha),
         "--gamma": config.gamma or method.gamma,
     }
 
@@ -87,13 +90,16 @@ def _method_of(config: RunConfig) -> dict[str, Any]:
 def save_basis(
     folder: Path, basis: Basis, report: InitReport, made_from: Mapping[str, Any]
 ) -> None:
-    """Write ``init.json``, then ``basis.safetensors``: with their ``SHA256SUMS`` the init is done.
+    """Write init.json and basis.safetensors; their SHA256SUMS, written last, marks the init done.
 
-    It holds the factors that the run starts from, frozen ones in its dtype and trained ones in
-    fp32: ``<layer>.lora_A`` (r, in), ``.lora_B`` (out, r), and ``.lora_R`` (r, r) or
-    ``.offset_A`` and ``.offset_B``; and ``.S`` and ``.slopes``, the singular values and
-    ``LayerInit.slopes``, where something was decomposed. Of PEFT's methods: what PEFT has put into
-    the model, by its names there.
+    basis.safetensors holds the initial factors, frozen ones in the run's dtype and trained ones in
+    fp32: ``<layer>.lora_A`` (r, in), ``.lora_B`` (out, r), and ``.lora_R`` (r, r) or ``.offset_A``
+    and ``.offset_B``. If a matrix was decomposed, also ``.S`` and ``.slopes``, the singular values
+    and ``LayerInit.slopes``. For PEFT's methods it holds the tensors that PEFT has added, by PEFT's
+    names.
+
+    Args:
+        made_from: from ``fingerprint``.
     """
     content = asdict(report)
     tensors = dict(basis)
@@ -111,21 +117,22 @@ def save_basis(
 def check_basis(
     folder: Path, option: str, r: int | None, made_from: Mapping[str, Any], uncut: str | None
 ) -> InitReport:
-    """Refuse a basis that this run's settings would not have given.
+    """Reject a basis that other settings than this run's have made.
 
     Args:
-        option: by which the folder was named, for messages.
-        r: of the run; None where PEFT's configuration says what there is.
-        uncut: what to do about an r that is smaller than that of the basis; None: it is cut.
+        option: the option and folder, for messages.
+        r: of the run; None for PEFT's methods, whose configuration decides.
+        made_from: this run's ``fingerprint``.
+        uncut: the remedy to suggest if r is smaller than that of the basis; None: cut the basis.
     Returns:
-        What the init found, cut to r.
+        The stored report, cut to r.
     Raises:
-        ConfigError: what is missing or differs.
+        ConfigError: naming what is missing or differs.
     """
     for file in (BASIS_FILE, INIT_REPORT):
         if not (folder / file).is_file():
             raise ConfigError(
-                f"{option}: there is no {file} in it. Name the output folder of a `lorasb init` or "
+                f"{option}: there is no {file} in it. Give the output folder of a `lorasb init` or "
                 "`lorasb train` whose init has finished."
             )
     try:
@@ -138,30 +145,30 @@ def check_basis(
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise ConfigError(
             f"{option}: {BASIS_FILE} and {INIT_REPORT} are not a basis of this version. Compute it "
-            "again by `lorasb init`."
+            "again with `lorasb init`."
         ) from error
-    # What only one of the two depends on is a difference, too.
+    # A key that only one of the two has is a difference, too.
     differ = [what for what in {**made_from, **theirs} if theirs.get(what) != made_from.get(what)]
     if differ:
         raise ConfigError(
-            f"{option} was made from something else: {', '.join(differ)} differ. Give the options "
+            f"{option} was made with other settings: {', '.join(differ)} differ. Give the options "
             f"that it was made with (its run.json has them), or leave {option.split()[0]} out."
         )
     if r is None:
         return report
     r_max = min(ranks)
     if r < r_max and uncut is not None:
-        raise ConfigError(f"--r {r} is not that of the run, {r_max}. {uncut}")
+        raise ConfigError(f"--r {r} differs from the run's r = {r_max}. {uncut}")
     if r > r_max:
         raise ConfigError(
-            f"--r {r} is larger than the basis of {option}, which has r = {r_max}. A "
-            "smaller r is cut from it exactly; for a larger one compute it again."
+            f"--r {r} exceeds r = {r_max} of the basis of {option}. Give a smaller r, which is cut "
+            "from it exactly, or compute a new basis."
         )
     return report
 
 
 def _read_report(folder: Path, r: int | None, r_max: int | None) -> InitReport:
-    """What a stored init found, cut to the first r of r_max directions, which is exact."""
+    """Read a stored report, cut to the first r of r_max directions, which is exact."""
     cut = r if r is not None and r_max is not None and r < r_max else None
     content = json.loads((folder / INIT_REPORT).read_text(encoding="utf-8"))
     with safe_open(folder / BASIS_FILE, "pt") as file:
@@ -174,21 +181,21 @@ def _read_report(folder: Path, r: int | None, r_max: int | None) -> InitReport:
             )
             for name, layer in content.pop("layers").items()
         }
-    return InitReport(**content | {"step": Step(**content["step"])}, layers=layers)
+    return InitReport(**content | {"step": InitStep(**content["step"])}, layers=layers)
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with the files of a finished init; None if they are as they were written."""
+    """Return what is wrong with the files of a finished init; None if they are undamaged."""
     return check_sums(folder, (BASIS_FILE, INIT_REPORT))
 
 
 def stored_digest(folder: Path) -> str:
-    """SHA-256 of the basis, as it was when it was written."""
+    """Return the SHA-256 that the basis had when it was written."""
     return (folder / SUMS_FILE).read_text(encoding="utf-8").split()[0]
 
 
-def put_back(folder: Path, adapters: Mapping[str, AdapterLinear]) -> Basis:
-    """Fill all factors as an init left them, cut to the adapters' r. Collective; rank 0 reads."""
+def load_factors(folder: Path, adapters: Mapping[str, AdapterLinear]) -> Basis:
+    """Fill all factors from a stored basis, cut to the adapters' r. Collective; rank 0 reads."""
     basis: Basis = {}
     with ExitStack() as stack:
         file: Any = None
@@ -213,7 +220,7 @@ def _cut(scalars: dict[str, Any], S: list[float], slopes: list[float], r: int | 
     return LayerInit(**scalars, spectrum=tuple(S[:r]), slopes=tuple(slopes[:r]))
 
 
-def take_up(
+def load_basis(
     engine: Any,
     adapters: Mapping[str, AdapterLinear],
     folder: str,
@@ -224,14 +231,15 @@ def take_up(
     """Fill all factors from an earlier init, cut to the adapters' r. Collective; rank 0 reads.
 
     Args:
-        report: of ``check_basis``, the same on every rank.
-        init_lr: eta, where another one than the stored is wanted.
+        report: from ``check_basis``, the same on every rank.
+        probe: the rows to measure losses on.
+        init_lr: another eta than the stored one; None: the stored one.
     Returns:
-        As ``initialize``.
+        As ``initialize`` does.
     """
-    basis = put_back(Path(folder), adapters)
+    basis = load_factors(Path(folder), adapters)
     if report.step.init_lr is None:
-        step = measure_step(engine, branches_off(adapters), probe)
+        step = measure_step(engine, disable_adapters(adapters), probe)
     else:
         eta = report.step.init_lr if init_lr is None else init_lr
         step = choose_step(engine, adapters, report.layers, probe, eta)

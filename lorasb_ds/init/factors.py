@@ -1,4 +1,4 @@
-"""From a layer's matrix, or none, to the adapter's factors, in place and as the basis of a run."""
+"""Compute a layer's factors from the SVD of its matrix, fill them, and return them as a basis."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from lorasb_ds.adapters.layer import AdapterLinear
-from lorasb_ds.config.methods import METHODS, Layer, Method
+from lorasb_ds.config.methods import METHODS, FactorInputs, Method
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.distributed import zero
 from lorasb_ds.distributed.collectives import Group, gather_rows, row_range
@@ -21,18 +21,19 @@ if TYPE_CHECKING:
     from lorasb_ds.config.methods import Factors
 
 
-# On rank 0: "<layer>.lora_A" and every other factor, as the run starts from it.
+# The initial factors of a run by name, such as "<layer>.lora_A"; on rank 0, empty elsewhere.
 Basis = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How a run's factors are made.
+class InitSettings:
+    """How a run computes its factors.
 
     Attributes:
-        update: a key of ``UPDATES``: what is decomposed of a gradient.
-        scaling, gamma: as ``methods.Layer`` has them.
-        seed: of random numbers, and of the completion of bases that a matrix does not fill.
+        update: a key of ``UPDATE_RULES``; used if the method decomposes a gradient.
+        scaling, gamma: as in ``FactorInputs``.
+        seed: of random factors, and of the directions that complete a basis if the matrix has a
+            rank below r.
     """
 
     method: Method
@@ -42,8 +43,8 @@ class Recipe:
     seed: int = 0
 
     @classmethod
-    def of(cls, config: RunConfig) -> Recipe:
-        """Of a run with one of ``METHODS``."""
+    def from_config(cls, config: RunConfig) -> InitSettings:
+        """Return the settings of a run with one of ``METHODS``."""
         method = METHODS[config.method]
         fixed = {"sign": "sign", "gradient": "raw"}
         return cls(
@@ -56,9 +57,9 @@ class Recipe:
 
 
 def weight_rows(adapter: AdapterLinear, group: Group = None) -> torch.Tensor:
-    """This rank's rows of W0 along its longer side, or of its transpose; fp32. Collective.
+    """Return this rank's rows of W0, or of its transpose if in > out; fp32. Collective.
 
-    One layer is gathered at a time, and dequantized where it has to be.
+    The layer's weight is gathered, and dequantized if necessary.
     """
     with zero.gathered(adapter.base_layer.parameters()):
         W = adapter.base_weight(torch.float32)
@@ -69,15 +70,15 @@ def weight_rows(adapter: AdapterLinear, group: Group = None) -> torch.Tensor:
 
 
 class Directions(NamedTuple):
-    """Of a layer's matrix, in its own orientation; fp32, on rank 0."""
+    """The SVD of a layer's matrix, whole and not transposed; fp32, on rank 0."""
 
     U: torch.Tensor  # (out, k)
     S: torch.Tensor  # (k,)
     Vh: torch.Tensor  # (k, in)
 
 
-def whole_directions(adapter: AdapterLinear, svd: TruncatedSVD, group: Group) -> Directions | None:
-    """One layer's whole SVD on rank 0, None elsewhere. Collective."""
+def gather_directions(adapter: AdapterLinear, svd: TruncatedSVD, group: Group) -> Directions | None:
+    """Gather one layer's SVD on rank 0; return None elsewhere. Collective."""
     U = gather_rows(svd.U_local, max(adapter.out_features, adapter.in_features), group)
     if U is None:
         return None
@@ -86,17 +87,22 @@ def whole_directions(adapter: AdapterLinear, svd: TruncatedSVD, group: Group) ->
     return Directions(U, svd.S, svd.Vh)
 
 
-def own_directions(name: str, adapter: AdapterLinear, recipe: Recipe) -> Directions | None:
-    """Orthonormal ones of a layer's seed with S = 1, or none at all; on rank 0."""
+def random_directions(
+    name: str, adapter: AdapterLinear, settings: InitSettings
+) -> Directions | None:
+    """Return random orthonormal directions with S = 1, on rank 0; None elsewhere. Not collective.
+
+    k = r, or 0 if the method has no matrix.
+    """
     if zero.rank() != 0:
         return None
-    if recipe.method.matrix == "none":
+    if settings.method.matrix == "none":
         return Directions(
             torch.zeros(adapter.out_features, 0),
             torch.zeros(0),
             torch.zeros(0, adapter.in_features),
         )
-    generator = _generator(recipe.seed, name)
+    generator = _generator(settings.seed, name)
     U, V = (
         torch.linalg.qr(torch.randn(side, adapter.r, generator=generator))[0]
         for side in (adapter.out_features, adapter.in_features)
@@ -105,29 +111,30 @@ def own_directions(name: str, adapter: AdapterLinear, recipe: Recipe) -> Directi
 
 
 def fill_layer(
-    name: str, adapter: AdapterLinear, directions: Directions | None, recipe: Recipe
+    name: str, adapter: AdapterLinear, directions: Directions | None, settings: InitSettings
 ) -> Basis:
-    """Put one layer's factors in place; its part of the basis. Collective.
+    """Compute and fill one layer's factors, and return its part of the basis. Collective.
 
     Args:
-        directions: rank 0's.
+        name: of the layer; with the seed it determines the random numbers.
+        directions: on rank 0; None elsewhere.
     """
     if directions is None:
         return fill_factors(name, adapter, None)
-    generator = _generator(recipe.seed, f"{name}.factors")
+    generator = _generator(settings.seed, f"{name}.factors")
     device = directions.S.device
-    factors = recipe.method.factors(
-        Layer(
+    factors = settings.method.factors(
+        FactorInputs(
             *directions,
             r=adapter.r,
-            scaling=recipe.scaling,
-            gamma=recipe.gamma,
+            scaling=settings.scaling,
+            gamma=settings.gamma,
             normal=lambda *shape: torch.randn(shape, generator=generator).to(device),
             uniform=lambda *shape: 2 * torch.rand(shape, generator=generator).to(device) - 1,
         )
     )
-    if recipe.method.offset:
-        # As the model computes with them, so that the update is 0 to the last bit.
+    if settings.method.offset:
+        # Rounded as the model computes with them, so that the update is exactly 0.
         dtype = adapter.lora_A.dtype
         factors = {key: value.to(dtype).float() for key, value in factors.items()}
         factors |= {"offset_A": factors["lora_A"], "offset_B": factors["lora_B"]}
@@ -135,9 +142,12 @@ def fill_layer(
 
 
 def fill_factors(name: str, adapter: AdapterLinear, factors: Factors | None) -> Basis:
-    """Put rank 0's factors of one layer in place; its part of the basis. Collective.
+    """Fill one layer's factors from rank 0's, and return its part of the basis. Collective.
 
-    Frozen ones are stored as the adapter has them, trained ones in fp32, as their masters are.
+    In the basis frozen factors have the adapter's dtype, trained ones fp32, as their masters.
+
+    Args:
+        factors: whole, on rank 0; None elsewhere.
     """
     basis: Basis = {}
     for key in adapter.frozen:
@@ -149,11 +159,11 @@ def fill_factors(name: str, adapter: AdapterLinear, factors: Factors | None) -> 
         value = None if factors is None else factors[key].float()
         zero.fill_trainable_from(adapter.factor(key), value)
         if value is not None:
-            # A copy: an offset is the same tensor, and a file holds no two names of one.
+            # A copy: an offset is the same tensor, and safetensors stores no tensor twice.
             basis[f"{name}.{key}"] = value.to("cpu", copy=True).contiguous()
     return basis
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
-    """Of one purpose of a run: global generators are left alone."""
+    """Return a generator for one purpose; torch's global generators are not used."""
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))

@@ -1,8 +1,8 @@
-"""The average gradient of every target weight, a layer at a time, straight into row shards.
+"""The average gradient of every target weight, one layer at a time, straight into row shards.
 
-The base never requires grad. Each tapped layer computes its weight gradient ``dL/dW = δᵀ x`` in
-the backward pass from its input x and output gradient δ, in blocks, one for each rank that owns a
-part of it; a block is reduced to its owner at once. Of several ranks none holds a whole gradient.
+The base never requires grad. A hook at each layer computes the weight gradient ``dL/dW = δᵀ x`` in
+the backward pass from the layer's input x and output gradient δ, in one block of rows for each
+rank, and reduces each block to its rank at once. With several ranks none holds a whole gradient.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lorasb_ds.adapters.inject import set_scale, trained_in
+from lorasb_ds.adapters.inject import disable_adapters, freeze_factors
 from lorasb_ds.adapters.layer import AdapterLinear
 from lorasb_ds.data.batch import Batch
 from lorasb_ds.distributed import accelerator
@@ -25,7 +25,7 @@ from lorasb_ds.models.loss import token_loss_sum
 
 
 def is_transposed(out_features: int, in_features: int) -> bool:
-    """Whether a layer's gradient is kept as its transpose: shards lie along the longer side."""
+    """Return whether a layer's gradient is kept transposed: rows are along the longer side."""
     return in_features > out_features
 
 
@@ -33,34 +33,34 @@ class GradientShards:
     """This rank's rows of every layer's gradient, summed over calls, batches and ranks.
 
     A layer that is called several times in a forward pass adds every call's part. Layers that
-    share one weight each have their own part of its gradient, as each has its own adapter.
+    share a weight each have their own part of its gradient, as each has its own adapter.
 
     Attributes:
-        shards: layer -> (rows here, short side), fp32: rows of G (out, in) where out >= in, else
-            rows of Gᵀ. Row ranges are those of ``linalg.row_range``. Sums over label tokens; means
-            after ``finish``.
-        reached: layer -> micro-batches with a label, of all ranks, that called it; complete after
-            ``finish``.
+        shards: layer -> (rows here, short side), fp32: rows of G (out, in) if out >= in, else of
+            Gᵀ, in the range of ``row_range``. Sums over label tokens; means after ``finish``.
+        batches_reached: layer -> number of micro-batches with a label that called it, over all
+            ranks after ``finish``.
         loss: of the whole sample, per label token, at the base; set by ``finish``.
         communication: time in reductions.
-        of_segment: whether only a segment of the model was run for them.
+        from_segment: whether only a segment of the model was run for these gradients.
     """
 
-    of_segment = False
+    from_segment = False
 
     def __init__(
         self, adapters: Mapping[str, AdapterLinear], group: Group = None, offload: bool = False
     ) -> None:
         """
         Args:
-            offload: keep the shards in host memory; pinned where there is another.
+            adapters: the layers whose gradients are wanted, by name.
+            offload: keep the shards in host memory, pinned unless the device is the CPU.
         """
         self.group = group
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
         self.communication = accelerator.Stopwatch()
         self.shards: dict[str, torch.Tensor] = {}
-        self.reached: Counter[str] = Counter()
+        self.batches_reached: Counter[str] = Counter()
         self._calls: list[str] = []  # of the running forward pass, in order
         self._uneven: dict[str, torch.Tensor] = {}  # whole gradients of the running batch
         sides = {n: (a.out_features, a.in_features) for n, a in adapters.items()}
@@ -74,20 +74,20 @@ class GradientShards:
             )
 
     def take(self, name: str) -> torch.Tensor:
-        """A layer's shard on the device; it is not kept."""
+        """Remove a layer's shard and return it, on the device."""
         return self.shards.pop(name).to(accelerator.device())
 
     def after_forward(self, has_labels: bool) -> None:
-        """Find the layers that this batch reached. Collective.
+        """Find the layers that this batch called. Collective.
 
-        Ranks call most layers equally often and in the same order. Where they do not (data decided
-        on the way), a layer's gradient of this batch is summed up here whole, since ranks could not
-        meet in the middle of the backward pass.
+        Usually all ranks call a layer equally often and in the same order. Where they do not (the
+        data decide, as in an MoE), this batch's gradient of the layer is summed whole on each rank,
+        since ranks could not reduce it together during the backward pass.
 
-        Communication: one all-reduce of 2 integers a layer, and 2.
+        Communication: one all-reduce of 2 integers for each layer, and 2 more.
         """
         counts = Counter(self._calls)
-        self.reached.update({name: 1 for name in counts if has_labels})
+        self.batches_reached.update({name: 1 for name in counts if has_labels})
         if self.world_size == 1:
             return
         order = zlib.crc32(" ".join(self._calls).encode())
@@ -100,12 +100,12 @@ class GradientShards:
                 self._uneven[name] = torch.zeros(self._shapes[name], device=accelerator.device())
 
     def add(self, name: str, x: torch.Tensor, grad_y: torch.Tensor) -> None:
-        """Add one call's ``δᵀ x``. Collective: same layers in the same order.
+        """Add one call's ``δᵀ x``. Collective: ranks add the same layers in the same order.
 
         Args:
             x: (…, in), any floating dtype.
             grad_y: (…, out), δ.
-        Communication: one reduce of (rows of that rank, short side) fp32 to every rank.
+        Communication: one reduce of (rows of that rank, short side) fp32 to each rank.
         """
         x, grad_y = x.flatten(0, -2), grad_y.flatten(0, -2)
         long, short = (x, grad_y) if is_transposed(grad_y.shape[1], x.shape[1]) else (grad_y, x)
@@ -118,7 +118,7 @@ class GradientShards:
                     self._reduce(name, long[:, rows.start : rows.stop].T @ short, owner)
 
     def after_backward(self) -> None:
-        """Reduce what ``after_forward`` found to be uneven. Collective.
+        """Reduce the gradients that ``after_forward`` decided to sum whole. Collective.
 
         Communication: that of ``add`` for each of those layers.
         """
@@ -129,10 +129,10 @@ class GradientShards:
         self._calls.clear()
 
     def finish(self, loss_sum: float, num_label_tokens: int) -> None:
-        """Make means of the sums over label tokens, and sum up ``reached`` over ranks. Collective.
+        """Divide the sums by the number of label tokens, and sum ``batches_reached`` over ranks.
 
-        Only here are gradients divided, in fp32: of a loss that is divided before, by a large
-        sample's tokens, many an entry would be 0 in fp16.
+        Collective. Gradients are divided here, in fp32, and not before: if the loss were divided by
+        a large sample's tokens, many entries would be 0 in fp16.
 
         Args:
             loss_sum: of the whole sample.
@@ -142,10 +142,10 @@ class GradientShards:
         for shard in self.shards.values():
             shard /= num_label_tokens
         counts = torch.tensor(
-            [self.reached[name] for name in self.shards], device=accelerator.device()
+            [self.batches_reached[name] for name in self.shards], device=accelerator.device()
         )
         dist.all_reduce(counts, group=self.group)
-        self.reached = Counter(dict(zip(self.shards, counts.tolist(), strict=True)))
+        self.batches_reached = Counter(dict(zip(self.shards, counts.tolist(), strict=True)))
 
     def _blocks(self, num_rows: int) -> Iterator[tuple[int, range]]:
         for owner in range(self.world_size):
@@ -162,7 +162,7 @@ class GradientShards:
 
 @contextmanager
 def _exact_products(*factors: torch.Tensor) -> Iterator[None]:
-    """Let fp32 matrix products of values that are bf16 use bf16 or TF32 hardware.
+    """Let fp32 matrix products use bf16 or TF32 hardware if all factors came from bf16.
 
     Rounding such values to either format changes nothing, and sums stay in fp32: the result is
     that of fp32, at twice its speed on CPUs with AVX512-BF16.
@@ -178,14 +178,16 @@ def _exact_products(*factors: torch.Tensor) -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
-class _LayerTap:
+class _ShardHook:
+    """Passes a layer's inputs and output gradients on to the shards."""
+
     def __init__(self, shards: GradientShards, name: str) -> None:
         self.shards, self.name = shards, name
 
-    def reached(self) -> None:
+    def on_forward(self) -> None:
         self.shards._calls.append(self.name)
 
-    def add(self, x: torch.Tensor, grad_y: torch.Tensor) -> None:
+    def on_backward(self, x: torch.Tensor, grad_y: torch.Tensor) -> None:
         self.shards.add(self.name, x, grad_y)
 
 
@@ -200,35 +202,35 @@ def average_gradients(
     offload: bool = False,
     with_adapters: bool = False,
 ) -> GradientShards:
-    """Gradient of the sample's mean loss over label tokens, at the base's weights, sharded.
+    """Compute the gradient of the sample's mean loss over label tokens, at W0, sharded.
 
-    ``G = Σ_batches Σ_tokens ∂CE/∂W0 / num_label_tokens``: the training loss's own weighting, with
-    no scaling of an engine's in it. Adapter branches are off and dropout is 0 meanwhile.
+    ``G = Σ_batches Σ_tokens ∂CE/∂W0 / num_label_tokens``: weighted as the training loss, without
+    the engine's loss scaling. Adapters are disabled and every dropout is 0 while it runs.
 
-    Collective: every rank gives the same number of batches (weightless ones where it is short).
+    Collective: every rank passes the same number of batches (some without labels if it has fewer).
 
     Args:
-        model: the module itself, not the engine. Train mode is kept on meanwhile: transformers
-            checkpoints activations only then.
-        adapters: all of the model's.
+        model: the module itself, not the engine. It runs in train mode: transformers checkpoints
+            activations only then.
+        adapters: all adapters of the model.
         batches: this rank's micro-batches.
-        num_label_tokens: of the whole sample, all ranks together.
-        names: the layers that are wanted, by default all; the backward pass stops below the lowest.
+        num_label_tokens: of the whole sample, over all ranks.
+        names: the layers that are wanted, by default all; the backward pass ends at the lowest.
         offload: keep the shards in host memory.
-        with_adapters: at the weights as they are, W0 and the adapters' updates: branches stay on.
-            What is trained gets no gradient all the same.
+        with_adapters: compute the gradient at W0 plus the adapters' updates: adapters stay enabled,
+            but their factors get no gradient.
     Returns:
         The shards, with the sample's loss.
     """
     wanted = {name: adapters[name] for name in (adapters if names is None else names)}
     shards = GradientShards(wanted, group, offload)
     loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device())
-    state = factors_fixed(model) if with_adapters else branches_off(adapters)
-    with taps(wanted, shards), state, no_dropout(model):
+    state = freeze_factors(model) if with_adapters else disable_adapters(adapters)
+    with gradient_hooks(wanted, shards), state, no_dropout(model):
         for batch in batches:
             loss = token_loss_sum(model, batch)
             shards.after_forward(batch.num_label_tokens > 0)
-            if loss.requires_grad:  # else no layer of this group was reached here
+            if loss.requires_grad:  # else this batch called none of the layers
                 loss.backward()  # of the sum: see GradientShards.finish
             shards.after_backward()
             loss_sum += loss.detach().double()
@@ -238,45 +240,22 @@ def average_gradients(
 
 
 @contextmanager
-def taps(adapters: Mapping[str, AdapterLinear], shards: GradientShards) -> Iterator[None]:
-    """These layers show their inputs and output gradients to the shards meanwhile."""
+def gradient_hooks(adapters: Mapping[str, AdapterLinear], shards: GradientShards) -> Iterator[None]:
+    """Hook these layers up to the shards inside the ``with`` block."""
     for name, adapter in adapters.items():
-        adapter.tap = _LayerTap(shards, name)
+        adapter.gradient_hook = _ShardHook(shards, name)
     try:
         yield
     finally:
         for adapter in adapters.values():
-            adapter.tap = None
-
-
-@contextmanager
-def branches_off(adapters: Mapping[str, AdapterLinear]) -> Iterator[None]:
-    """The model is exactly its base meanwhile."""
-    set_scale(adapters, 0.0)
-    try:
-        yield
-    finally:
-        set_scale(adapters, 1.0)
-
-
-@contextmanager
-def factors_fixed(model: nn.Module) -> Iterator[None]:
-    """No factor gets a gradient meanwhile, nor does an engine that gathers them hear of any."""
-    trained = trained_in(model).values()
-    for factor in trained:
-        factor.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for factor in trained:
-            factor.requires_grad_(True)
+            adapter.gradient_hook = None
 
 
 @contextmanager
 def no_dropout(model: nn.Module) -> Iterator[None]:
-    """Train mode with every dropout and noise at 0."""
+    """Put the model in train mode with every dropout and noise at 0, inside the ``with`` block."""
     was_training = model.training
-    # nn.Dropout's p, and rates that modules or their configurations keep as attention_dropout,
+    # nn.Dropout's p, and rates in modules or their configurations: attention_dropout,
     # hidden_dropout, attn_pdrop, layerdrop, router_jitter_noise, …
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     rates = [

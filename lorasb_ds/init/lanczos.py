@@ -1,7 +1,7 @@
-"""Leading eigenvectors of a symmetric matrix that can only be multiplied with. Torch only, local.
+"""Leading eigenvectors of a symmetric matrix, given as a product with it. Torch only, local.
 
-Block Lanczos (Golub, Underwood 1977). The energy that a block Krylov space captures converges
-also where no gap lies behind the r-th singular value (Musco, Musco 2015, arXiv 1504.05477).
+Block Lanczos (Golub, Underwood 1977). The energy that a block Krylov space captures converges even
+without a gap after the r-th singular value (Musco, Musco 2015, arXiv 1504.05477).
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch
 from lorasb_ds.planner.init_plan import KRYLOV_BLOCK
 
 # Numbers from `scripts/bench.py svd` (docs/benchmarks.md).
-# Where Krylov stops: when residuals say that this share of the energy found is missing. Really
-# missing was at most half of it, bf16's 1e-5 included, in 798 trials: docs/benchmarks.md.
+# For sign matrices: stop when the residuals say that this share of the energy found is missing. In
+# 798 trials at most half of it was really missing, bf16's 1e-5 included (docs/benchmarks.md).
 ENERGY_TOLERANCE = 8e-5
-# For real-valued matrices: where residuals give every singular value to half of this share.
+# For real-valued matrices: stop when the residuals give every singular value to half of this share.
 VALUE_TOLERANCE = 1e-2
 
 
@@ -29,24 +29,25 @@ def leading_ritz_vectors(
     trace: float,
     agree: Callable[[torch.Tensor], bool],
 ) -> torch.Tensor:
-    """The r leading Ritz vectors of a symmetric, positive semidefinite matrix G: (n, r).
+    """Return the r leading Ritz vectors of a symmetric, positive semidefinite matrix G: (n, r).
 
-    Full reorthogonalisation: basis V, ``H = Vᵀ G V``, and the residual of a Ritz vector ``V z`` is
-    ``B z_last``, where B is what a step leaves outside of V. A space that can grow no more goes on
-    in random directions, since it may have missed copies of a multiple eigenvalue, until it is
-    twice as large or holds all energy; at the latest it ends with all n. (An eigenvalue that occurs
-    more than KRYLOV_BLOCK times, to all digits, before the space is exhausted, is missed.)
+    Full reorthogonalisation: with a basis V, ``H = Vᵀ G V``, and the residual of a Ritz vector
+    ``V z`` is ``B z_last``, where B is the part of a step outside V. An exhausted Krylov space may
+    have missed copies of a multiple eigenvalue; it grows on in random directions until it is twice
+    as large or holds all energy, and ends with all n directions at the latest. (An eigenvalue that
+    occurs more than KRYLOV_BLOCK times, to all digits, before the space is exhausted, is missed.)
 
     Args:
-        product: ``X -> G X`` of (n, up to KRYLOV_BLOCK).
-        like: of the dtype (fp32 for sign matrices, else fp64) and on the device to work with.
+        product: ``X -> G X`` for X of (n, up to KRYLOV_BLOCK).
+        like: a tensor of the dtype (fp32 for sign matrices, else fp64) and the device to work with.
+        seed: of the first block and of random directions.
         trace: of G.
-        agree: whether to stop, from what this rank thinks of it.
+        agree: turns this rank's verdict, a bool tensor, into the one of all ranks: whether to stop.
     """
     generator = torch.Generator().manual_seed(seed)
     block: torch.Tensor = torch.linalg.qr(random_matrix(n, min(KRYLOV_BLOCK, n), generator, like)).Q
     basis = block.new_empty(min(n, 4 * (r + KRYLOV_BLOCK)), n)  # its rows are the vectors
-    columns: list[torch.Tensor] = []  # of H, a block of them each, down to the diagonal
+    columns: list[torch.Tensor] = []  # of H, block by block, down to the diagonal
     k, next_check, exhausted_at = 0, min(2 * r + 3 * KRYLOV_BLOCK, n), 0
     while True:
         if k + block.shape[1] > len(basis):
@@ -72,7 +73,7 @@ def leading_ritz_vectors(
 
 
 def _upper_triangle(columns: list[torch.Tensor]) -> torch.Tensor:
-    """H from its columns; zeros below the diagonal blocks."""
+    """Assemble H from its columns, with zeros below the diagonal blocks."""
     matrix = columns[-1].new_zeros(len(columns[-1]), len(columns[-1]))
     for part in columns:
         matrix[: len(part), len(part) - part.shape[1] : len(part)] = part
@@ -80,15 +81,16 @@ def _upper_triangle(columns: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _converged(values: torch.Tensor, residuals: torch.Tensor) -> torch.Tensor:
-    """Whether Ritz pairs are good enough: a bool.
+    """Return whether the leading Ritz pairs are good enough, as a bool tensor.
 
-    For sign matrices by the energy that is missing: a Ritz value t with residual s is low by about
-    ``s² / (t - u)``, u being the Rayleigh quotient of what has yet to be mixed in (Parlett 1998,
-    section 11.7), for which the next best Ritz values stand. Else by the values: each is within s.
+    Sign matrices are judged by the missing energy: a Ritz value t with residual s is low by about
+    ``s² / (t - u)``, where u is the Rayleigh quotient of the directions yet to be mixed in (Parlett
+    1998, section 11.7), estimated by the next best Ritz values. Other matrices are judged by each
+    value, which is exact to within s.
 
     Args:
         values: (k,), ascending; fp32 for sign matrices, else fp64.
-        residuals: (r,), of the last r of them.
+        residuals: (r,), of the last r values.
     """
     r = len(residuals)
     wanted, next_best = values[-r:], values[-r - KRYLOV_BLOCK : -r]
@@ -101,7 +103,7 @@ def _converged(values: torch.Tensor, residuals: torch.Tensor) -> torch.Tensor:
 
 
 def _complete(values: torch.Tensor, trace: float) -> torch.Tensor:
-    """Whether these eigenvalues leave nothing of the trace: a bool."""
+    """Return whether these eigenvalues make up the whole trace, as a bool tensor."""
     rest = ENERGY_TOLERANCE if values.dtype == torch.float32 else 1e-13
     return torch.ge(values.sum(), (1 - rest) * trace)
 
@@ -109,9 +111,10 @@ def _complete(values: torch.Tensor, trace: float) -> torch.Tensor:
 def _orthogonal_to(
     V: torch.Tensor, Q: torch.Tensor, generator: torch.Generator
 ) -> tuple[torch.Tensor, bool]:
-    """Orthonormal columns, orthogonal to the rows of V, that begin with Q's directions.
+    """Orthonormalize Q's columns against each other and against the rows of V.
 
-    Columns that lie in the span of V are replaced by random ones; whether there were any.
+    Returns:
+        The columns, where those in the span of V are replaced by random ones; whether any were.
     """
     any_lost = False
     while True:
@@ -125,11 +128,12 @@ def _orthogonal_to(
 
 
 def rank_tolerance(work: torch.dtype) -> float:
-    """Directions whose singular value is below this share of the largest are noise."""
+    """Return the share of the largest singular value below which others are noise."""
     return 1e-4 if work == torch.float32 else 1e-7
 
 
 def random_matrix(
     rows: int, columns: int, generator: torch.Generator, like: torch.Tensor
 ) -> torch.Tensor:
+    """Draw standard normal numbers in fp64 on the CPU, for ``like``'s dtype and device."""
     return torch.randn(rows, columns, generator=generator, dtype=torch.float64).to(like)

@@ -1,11 +1,12 @@
-"""Truncated SVD of a matrix whose rows are sharded over ranks. Torch only.
+"""Exact truncated SVD of a matrix whose rows are sharded over ranks. Torch only.
 
-Two ways to the leading right subspace, and one end for both:
+The leading right subspace is found in one of two ways:
 
-- *gram*: ``MᵀM`` of the shorter side and a dense eigensolver;
-- *krylov*: block Lanczos with M and Mᵀ (lanczos.py), never forming the Gram matrix;
-- the end is Rayleigh-Ritz on r vectors in fp64 (Halko, Martinsson, Tropp 2011, section 5.1) and
-  CholeskyQR of the long factor (Yamamoto et al. 2015).
+- *gram*: an eigensolver on the Gram matrix ``MᵀM`` of the shorter side;
+- *krylov*: block Lanczos with M and Mᵀ (lanczos.py), which never forms the Gram matrix.
+
+Both end with Rayleigh-Ritz on r vectors in fp64 (Halko, Martinsson, Tropp 2011, section 5.1) and
+CholeskyQR of the long factor (Yamamoto et al. 2015).
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from lorasb_ds.distributed.collectives import Group, all_reduce, broadcast, rank
 from lorasb_ds.init.lanczos import leading_ritz_vectors, random_matrix, rank_tolerance
 from lorasb_ds.planner.init_plan import GRAM_SHARE, GRAM_SIDE_SHARED
 
-Method = Literal["auto", "gram", "krylov"]
+SVDMethod = Literal["auto", "gram", "krylov"]
 
 # Numbers from `scripts/bench.py svd` (docs/benchmarks.md).
-GRAM_SIDE = 192  # the Gram way where n <= max(GRAM_SIDE, GRAM_SHARE * r); on several ranks plan's
-DENSE_SHARE = 8  # all eigenvectors of the Gram matrix where n <= DENSE_SHARE * r, else Lanczos
+GRAM_SIDE = 192  # gram if n <= max(GRAM_SIDE, GRAM_SHARE * r); GRAM_SIDE_SHARED on several ranks
+DENSE_SHARE = 8  # dense eigensolver on the Gram matrix if n <= DENSE_SHARE * r, else Lanczos
 
-CHUNK_ENTRIES = {"cpu": 2**18}  # of M, converted at a time: what a cache holds
+CHUNK_ENTRIES = {"cpu": 2**18}  # entries of M that are converted at a time: they fit in a cache
 
 
 class TruncatedSVD(NamedTuple):
-    """``M ~ U diag(S) Vh``; U is sharded like M, S and Vh are the same bits on every rank."""
+    """``M ~ U diag(S) Vh``; U is sharded like M, S and Vh are bitwise equal on every rank."""
 
     U_local: torch.Tensor  # (rows here, r), fp32
     S: torch.Tensor  # (r,), fp32, descending
@@ -44,36 +45,35 @@ def truncated_svd(
     *,
     group: Group = None,
     seed: int = 0,
-    method: Method = "auto",
+    method: SVDMethod = "auto",
 ) -> TruncatedSVD:
-    """Rank-r SVD of a row-sharded matrix: at least 0.9999 of the energy that r directions can hold.
+    """Decompose a row-sharded matrix to rank r, with at least 0.9999 of the best possible energy.
 
     Collective: every rank of ``group`` calls it, in the same order.
 
     Args:
         local_rows: (rows here, n), the shard of ``row_range(m, rank, world_size)``; may be empty.
-            int8 for sign matrices (entries -1, 0, 1; m < 2²⁴): their Gram matrix is exact, and so
-            are they in bf16. Any other dtype is worked on in fp64, so that singular values down to
-            1e-5 of the largest come out. Not modified. The whole matrix must have m >= n.
+            int8 for sign matrices (entries -1, 0, 1; m < 2²⁴), which are exact in bf16 and have an
+            exact Gram matrix in fp32. Any other dtype is processed in fp64, which resolves singular
+            values down to 1e-5 of the largest. Not modified. The whole matrix must have m >= n.
         r: 1 <= r <= n.
-        seed: of Krylov's first block, and of the vectors that complete U where M has fewer than r
-            directions.
-        method: "auto" takes the Gram way where n is small or r a large share of it.
+        seed: of Krylov's first block, and of the vectors that complete U if M has a rank below r.
+        method: "auto" takes "gram" if n is small or r a large share of n, else "krylov".
     Returns:
         U orthonormal to 1e-5, also for rank-deficient and zero matrices: singular values that are
         zero come with an arbitrary orthonormal completion. Each row of Vh has its largest entry
-        positive. The same input on as many ranks gives the same bits.
+        positive. The same input on the same number of ranks gives the same bits.
     Raises:
         ValueError: on every rank alike, if a shard is not 2-D or not finite, or r is out of range.
     Communication: all-reduces of (world_size + 1,) and (r, r); broadcasts of (n, r) and
         (r + n + 1, r). Gram: a reduce of (n, n). Krylov: a broadcast and an all-reduce of
         (n, KRYLOV_BLOCK) a step, mostly 3 + r/8 to 3 + r/4 steps, and a few broadcasts of one
-        number. A real-valued matrix needs one (r, r) more; one of a rank below r two, an all-reduce
-        of (r, n) and another broadcast.
-    Memory beside the shard, for sign matrices, in bytes: Gram: 4 n², on its owner four times that.
-        Krylov: 2 for each entry of the shard (4 on processors without bf16) and 4 n for each vector
-        of the basis, mostly 48 + 2 r to 48 + 4 r of them, n at worst. The end: 24 r for each row
-        here and each column.
+        number. A real-valued matrix takes another all-reduce of (r, r); one of a rank below r takes
+        two, an all-reduce of (r, n) and another broadcast.
+    Memory in addition to the shard, for sign matrices, in bytes: Gram: 4 n², and four times that
+        on the rank that solves it. Krylov: 2 for each entry of the shard (4 on processors without
+        bf16) and 4 n for each vector of the basis, mostly 48 + 2 r to 48 + 4 r of them, at most n.
+        Rayleigh-Ritz: 24 r for each row here and each column.
     """
     return truncated_svds([local_rows], r, group=group, seed=seed, method=method)[0]
 
@@ -84,13 +84,13 @@ def truncated_svds(
     *,
     group: Group = None,
     seed: int = 0,
-    method: Method = "auto",
+    method: SVDMethod = "auto",
 ) -> list[TruncatedSVD]:
-    """``truncated_svd`` of several matrices; Gram matrices are spread over ranks.
+    """Decompose several matrices as ``truncated_svd`` does, their Gram matrices spread over ranks.
 
-    The i-th one is reduced to rank ``i % world_size``, and all ranks solve theirs at the same time:
-    give world_size matrices at once (a rank holds its own ones' Gram matrices together). The same
-    bits as one by one, on ranks with the same processors.
+    The i-th Gram matrix is reduced to rank ``i % world_size``, and all ranks solve theirs at the
+    same time: give world_size matrices at once (a rank holds all of its Gram matrices together).
+    Gives the same bits as one by one, on ranks with the same processors. Collective.
     """
     rank, world_size = rank_and_size(group)
     facts = [_whole_matrix(shard, r, group) for shard in shards]
@@ -118,7 +118,7 @@ def truncated_svds(
 
 
 class _Whole(NamedTuple):
-    """What all ranks know of the whole matrix."""
+    """Facts about the whole matrix, and where this rank's rows are in it."""
 
     num_rows: int
     first_row: int  # of this rank
@@ -150,9 +150,10 @@ def _whole_matrix(local_rows: torch.Tensor, r: int, group: Group) -> _Whole:
 def _rayleigh_ritz(
     local_rows: torch.Tensor, V: torch.Tensor, whole: _Whole, group: Group, seed: int
 ) -> TruncatedSVD:
-    """The SVD of M within the span of V's columns: V is turned so that those of M V are orthogonal.
+    """Return the SVD of M restricted to the span of V's columns.
 
-    In fp64: rounding in fp32 would look like directions where there are none.
+    Rotates V so that the columns of M V are orthogonal. In fp64: fp32's rounding errors would look
+    like directions of a rank-deficient M.
     """
     n, r = V.shape
     V = V.double()
@@ -162,7 +163,7 @@ def _rayleigh_ritz(
         torch.mm(local_rows[rows].double(), V, out=Y[rows])
     squares, W = torch.linalg.eigh(all_reduce(Y.T @ Y, group))
     S, W = squares.clamp_min(0).sqrt().flip(0), W.flip(1)
-    # One rank's result for all: LAPACK need not give the same bits on different processors.
+    # Rank 0's result for all: LAPACK may give other bits on other processors.
     S, W, V = broadcast(torch.cat([S[None], W, V @ W]), 0, group).split([1, r, n])
     S, Vh = S[0], V.T
 
@@ -174,7 +175,7 @@ def _rayleigh_ritz(
         U[:, deficient] = completion[here, deficient] / whole.num_rows**0.5
         for _ in range(2):
             U = _cholesky_qr(U, all_reduce(U.T @ U, group))
-        # Half a step more, exact for M of a rank below r.
+        # Half another iteration, which is exact if M has a rank below r.
         projected = V.new_zeros(r, n)  # UᵀM
         for rows in _chunks(local_rows):
             projected.addmm_(U[rows].T, local_rows[rows].double())
@@ -190,7 +191,7 @@ def _rayleigh_ritz(
 
 
 def _gram_subspace(gram: torch.Tensor, r: int, seed: int, whole: _Whole) -> torch.Tensor:
-    """The r leading eigenvectors of ``MᵀM``: (n, r), fp32 or fp64. Not collective."""
+    """Return the r leading eigenvectors of ``MᵀM``: (n, r), fp32 or fp64. Not collective."""
     if len(gram) > DENSE_SHARE * r:
         trace = whole.squared_norm
         return leading_ritz_vectors(
@@ -201,10 +202,10 @@ def _gram_subspace(gram: torch.Tensor, r: int, seed: int, whole: _Whole) -> torc
 
 
 def _gram(local_rows: torch.Tensor) -> torch.Tensor:
-    """``MᵀM`` of the rows here: (n, n), fp32 and exact for sign matrices, else fp64."""
+    """Return ``MᵀM`` of the rows here: (n, n), fp32 and exact for sign matrices, else fp64."""
     on_cpu = local_rows.device.type == "cpu"
     if _is_signs(local_rows) and on_cpu and torch.cpu._is_vnni_supported() and len(local_rows):
-        # 5 to 8 times as fast as fp32. Without VNNI it would be a plain loop.
+        # 5 to 8 times as fast as fp32; without VNNI it would be a slow loop.
         exact: torch.Tensor = torch._int_mm(local_rows.T.contiguous(), local_rows)
         return exact.float()
     n = local_rows.shape[1]
@@ -218,20 +219,20 @@ def _gram(local_rows: torch.Tensor) -> torch.Tensor:
 def _krylov_subspace(
     local_rows: torch.Tensor, r: int, group: Group, seed: int, whole: _Whole
 ) -> torch.Tensor:
-    """The r leading Ritz vectors of ``MᵀM`` in a block Krylov space: (n, r), fp32 or fp64.
+    """Return the r leading Ritz vectors of ``MᵀM`` in a block Krylov space: (n, r), fp32 or fp64.
 
-    Sign matrices are multiplied in bf16, in which they are exact: to round the other factor costs
-    the square of that rounding, 1e-5 of the energy.
+    Sign matrices are multiplied in bf16, in which they are exact. Rounding the other factor to bf16
+    costs the square of the rounding error: 1e-5 of the energy.
     """
     work = _work_dtype(local_rows)
     M = local_rows.to(_product_dtype(local_rows))
 
     def product(block: torch.Tensor) -> torch.Tensor:
-        # Rank 0's block for all: its basis is the one that counts.
+        # Rank 0's block for all: its result is the one that is used.
         factor = broadcast(block.to(M.dtype).contiguous(), 0, group)
         return all_reduce((M.T @ (M @ factor)).to(work), group)
 
-    def agree(converged: torch.Tensor) -> bool:  # rank 0's word
+    def agree(converged: torch.Tensor) -> bool:  # rank 0's verdict
         return broadcast(converged.float(), 0, group).item() > 0
 
     like = torch.empty(0, dtype=work, device=local_rows.device)
@@ -240,12 +241,13 @@ def _krylov_subspace(
 
 
 def _cholesky_qr(Y: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """Orthonormal columns with the span of Y's, whose error is the square of Y's condition.
+    """Orthonormalize Y's columns, with an error of the square of Y's condition number.
 
-    A column depends on those before it only.
+    A column of the result depends only on the columns of Y up to it.
 
     Args:
-        Y: (rows here, r), fp64, with columns of about unit length. gram: ``YᵀY`` of all rows.
+        Y: (rows here, r), fp64, with columns of about unit length.
+        gram: ``YᵀY`` of all rows.
     """
     L = torch.linalg.cholesky(gram)
     orthonormal: torch.Tensor = torch.linalg.solve_triangular(L, Y.T, upper=False)

@@ -1,4 +1,4 @@
-"""The init's step: eta, given or measured, and R."""
+"""The step at the end of the init: take eta as given or search for it, and fill R."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lorasb_ds.adapters.inject import set_scale
+from lorasb_ds.adapters.inject import disable_adapters, set_scale
 from lorasb_ds.adapters.layer import AdapterLinear
 from lorasb_ds.data.batch import Sample
 from lorasb_ds.distributed import accelerator, zero
-from lorasb_ds.init.gradients import branches_off
-from lorasb_ds.init.init_report import LayerInit, Step
+from lorasb_ds.init.init_report import InitStep, LayerInit
 from lorasb_ds.models.loss import held_out_loss
 
-FIRST_EXPONENT = -13  # 1.2e-4: the best one is within a factor of 4 as a rule
+FIRST_EXPONENT = -13  # 2⁻¹³ = 1.2e-4: the best eta is usually within a factor of 4
 MAX_EVALUATIONS = 9
 
 
-def measure_step(engine: Any, base: AbstractContextManager[None], probe: Sample) -> Step:
-    """What the factors do that are in place, of a method without an eta. Collective.
+def measure_step(engine: Any, base: AbstractContextManager[None], probe: Sample) -> InitStep:
+    """Measure the loss before and after an init that takes no step. Collective.
 
     Args:
-        base: in which the model is its base.
+        engine: around the model with filled factors.
+        base: inside which the model is its base (``disable_adapters``).
+        probe: the rows to measure on.
     """
     start = time.perf_counter()
     with base:
         loss_before = held_out_loss(engine.module, probe.batches, accelerator.device())
-    return Step(
+    return InitStep(
         init_lr=None,
         num_samples=probe.num_rows,
         loss_before=loss_before,
@@ -49,10 +50,14 @@ def choose_step(
     layers: Mapping[str, LayerInit],
     probe: Sample,
     init_lr: float | Literal["auto"],
-) -> Step:
-    """Find eta, unless it is given, and fill R. A and B are in place. Collective.
+) -> InitStep:
+    """Choose eta and fill R, where A and B are filled already. Collective.
 
-    With "auto" the loss of the probe is never above that of the base: eta = 0 is among those tried.
+    Args:
+        layers: what the init found, for R at any eta.
+        probe: the rows to measure losses on.
+        init_lr: eta, or "auto": the one that lowers the probe's loss most. The loss is then never
+            above the base's, since eta = 0 is tried, too.
     """
     start = time.perf_counter()
     model = engine.module
@@ -60,18 +65,18 @@ def choose_step(
     if init_lr == "auto":
         num_entries = sum(a.out_features * a.in_features for a in adapters.values())
         squared_norm = sum(layer.squared_norm for layer in layers.values())
-        # An entry of a sign matrix moves by eta, and so does one of other updates on average.
+        # In this unit eta is the RMS by which the update moves an entry; 1 for a sign matrix.
         unit = math.sqrt(num_entries / squared_norm) if squared_norm > 0 else 1.0
         losses = _measure_losses(model, adapters, layers, probe, unit)
         eta = min(losses, key=lambda tried: losses[tried])
         loss_before = losses[0.0]
     else:
         eta = init_lr
-        with branches_off(adapters):
+        with disable_adapters(adapters):
             loss_before = held_out_loss(model, probe.batches, accelerator.device())
     for name, adapter in adapters.items():
         zero.fill_trainable(adapter.factor("lora_R"), layers[name].R(eta))
-    return Step(
+    return InitStep(
         init_lr=eta,
         num_samples=probe.num_rows,
         loss_before=loss_before,
@@ -88,9 +93,9 @@ def _measure_losses(
     probe: Sample,
     unit: float,
 ) -> dict[float, float]:
-    """Loss of the probe along the update, by a scale on the branch of R at eta = 1. Collective.
+    """Measure the probe's loss at several eta, by scaling the branch of R at eta = 1. Collective.
 
-    Every rank is given rank 0's numbers, so that all take the same steps.
+    All ranks use rank 0's losses, so that they search alike.
     """
     for name, adapter in adapters.items():
         zero.fill(adapter.factor("lora_R"), layers[name].R(1.0))
@@ -112,15 +117,17 @@ def _measure_losses(
 
 
 def search_init_lr(loss_at: Callable[[float], float], unit: float = 1.0) -> dict[float, float]:
-    """Losses at a handful of eta, 0 among them; the best is the one to take.
+    """Measure the loss at 0 and at a few eta around the best one.
 
-    Steps of 4 until the best one lies between two worse ones, then its neighbours at a factor of 2.
-    All are powers of two: multiplying by them is exact, so that the loss that was measured with
-    a scaled branch is, bit for bit, that of the filled adapter.
+    The search moves by factors of 4 until the best eta is between two worse ones, then tries its
+    neighbours at a factor of 2. Every eta is a power of two: multiplying by it is exact, so that
+    the loss measured with a scaled branch is, bit for bit, that of the filled adapter.
 
     Args:
-        loss_at: the loss with the update multiplied by its argument; infinite or nan is bad.
-        unit: what eta is counted in, rounded to a power of two; 1 for a sign matrix.
+        loss_at: returns the loss with the update multiplied by eta; may return inf or nan.
+        unit: the unit of eta, rounded to a power of two; 1 for a sign matrix.
+    Returns:
+        eta -> loss, at most ``MAX_EVALUATIONS`` of them; infinite where it is not finite.
     """
     unit = 2.0 ** round(math.log2(unit))
     losses: dict[int | None, float] = {}

@@ -7,7 +7,7 @@ P is the orthogonal projection onto the changes of W that small changes of the t
 make; Q_B and Q_A are orthonormal bases of B's columns and A's rows. Everything is measured where
 the last step began: there G is dL/dW, with the adapter, on rows that the init's gradient has not
 seen. The first step of full fine-tuning is then compared with the step that was taken. G comes from
-the init's own taps, in row shards; no rank ever holds a whole one.
+the init's own hooks, in row shards; no rank ever holds a whole one.
 """
 
 from __future__ import annotations

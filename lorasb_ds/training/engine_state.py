@@ -12,7 +12,15 @@ from torch import nn
 
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.distributed import accelerator, zero
+from lorasb_ds.distributed.masters import flat_masters
 from lorasb_ds.distributed.matrix_optimizer import MatrixOptimizer
+from lorasb_ds.distributed.optimizer_state import (
+    fill_optimizer_state,
+    full_optimizer_state,
+    optimizer_state,
+    set_optimizer_state,
+    torch_optimizer,
+)
 from lorasb_ds.training.optimizer import fresh_state
 
 
@@ -28,17 +36,17 @@ def collect_state(
         rank 0's CPU, {} elsewhere; and the states that are one number for all parameters, such as
         AdamW's step. Both are the same for any number of processes.
     """
-    optimizer = zero.torch_optimizer(engine)
+    optimizer = torch_optimizer(engine)
     if isinstance(optimizer, MatrixOptimizer):
         return _collect_matrices(optimizer, trained)
-    flat, state = zero.optimizer_state(engine)
+    flat, state = optimizer_state(engine)
     keys = [k for k, v in state.items() if torch.is_tensor(v) and v.shape == flat.shape]
     scalars = {key: float(value) for key, value in state.items() if key not in keys}
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in trained.items():
         whole = {name: zero.full_fp32(parameter)}
         for key in keys:
-            whole[f"{name}.{key}"] = zero.full_optimizer_state(parameter, key)
+            whole[f"{name}.{key}"] = full_optimizer_state(parameter, key)
         if zero.rank() == 0:
             tensors |= {key: value.cpu().clone() for key, value in whole.items()}
     return tensors, scalars
@@ -74,7 +82,7 @@ def restore_state(
     Args:
         tensors: equal on every rank.
     """
-    optimizer = zero.torch_optimizer(engine)
+    optimizer = torch_optimizer(engine)
     if isinstance(optimizer, MatrixOptimizer):
         for name, parameter in trained.items():
             zero.fill_trainable(parameter, tensors[name])
@@ -86,16 +94,16 @@ def restore_state(
         return
     keys = _state_keys(next(iter(trained)), tensors)
     if keys:
-        states = [fresh_state(flat, config) for flat in zero.flat_masters(engine)]
+        states = [fresh_state(flat, config) for flat in flat_masters(engine)]
         for state in states:
             for key, value in scalars.items():
                 old = state[key]
                 state[key] = torch.full_like(old, value) if torch.is_tensor(old) else int(value)
-        zero.set_optimizer_state(engine, states)
+        set_optimizer_state(engine, states)
     for name, parameter in trained.items():
         zero.fill_trainable(parameter, tensors[name])
         for key in keys:
-            zero.fill_optimizer_state(parameter, key, tensors[f"{name}.{key}"])
+            fill_optimizer_state(parameter, key, tensors[f"{name}.{key}"])
 
 
 def _state_keys(name: str, tensors: Mapping[str, torch.Tensor]) -> set[str]:

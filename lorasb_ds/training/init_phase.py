@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from lorasb_ds.adapters.layer import AdapterLinear
-from lorasb_ds.adapters.peft_methods import collect_peft, peft_off
+from lorasb_ds.adapters.peft_methods import collect_peft, disable_peft
 from lorasb_ds.config.methods import METHODS
 from lorasb_ds.data.batch import Sample
 from lorasb_ds.distributed import zero
-from lorasb_ds.init.basis import save_basis, take_up
-from lorasb_ds.init.factors import Basis, Recipe
+from lorasb_ds.init.basis import load_basis, save_basis
+from lorasb_ds.init.factors import Basis, InitSettings
 from lorasb_ds.init.init_report import InitReport, no_gradient_report
 from lorasb_ds.init.initialize import initialize
 from lorasb_ds.init.step_size import measure_step
@@ -31,7 +31,7 @@ def initialize_by(
         sample,
         probe,
         run.memory.footprint.init,
-        Recipe.of(run.config),
+        InitSettings.from_config(run.config),
         init_lr=_init_lr(run, engine) or "auto",
         offload=run.config.init_offload,
     )
@@ -47,7 +47,7 @@ def _init_lr(run: Prepared, engine: Any) -> Any:
 def as_peft_made_it(engine: Any, probe: Sample) -> tuple[InitReport, Basis]:
     """Report the init that PEFT has made already, and collect its tensors. Collective."""
     basis = collect_peft(engine.module)
-    step = measure_step(engine, peft_off(engine.module), probe)
+    step = measure_step(engine, disable_peft(engine.module), probe)
     return no_gradient_report(step), basis
 
 
@@ -61,7 +61,7 @@ def init_phase(
     if run.adapter.peft is not None:
         report, basis = as_peft_made_it(engine, probe)
     elif config.init_from is not None and run.stored_init is not None:
-        report, basis = take_up(
+        report, basis = load_basis(
             engine, adapters, config.init_from, run.stored_init, probe, _init_lr(run, engine)
         )
         say(f"init loaded from {config.init_from}")

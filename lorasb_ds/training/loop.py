@@ -14,6 +14,8 @@ import torch.distributed as dist
 from lorasb_ds.data.batch import Batch
 from lorasb_ds.data.sampler import Pack
 from lorasb_ds.distributed import accelerator, zero
+from lorasb_ds.distributed.masters import squared_norm
+from lorasb_ds.distributed.optimizer_state import loss_scale_state
 from lorasb_ds.models.loss import token_loss_sum
 from lorasb_ds.runs.output_dir import say
 from lorasb_ds.runs.profiler import profiled
@@ -168,7 +170,7 @@ def train_step(engine: Any, batches: list[Batch], stop: bool = False) -> StepRes
         engine.backward(loss * torch.where(loss.detach().isfinite(), scale, math.nan))
         engine.step()
         loss_sum += loss.detach().double()
-    sums = torch.stack([loss_sum, zero.squared_norm(engine)])
+    sums = torch.stack([loss_sum, squared_norm(engine)])
     dist.all_reduce(sums)
     return StepResult(
         loss=(sums[0] / max(1.0, num_label_tokens)).item(),
@@ -192,7 +194,7 @@ def count_skips(training: TrainingRun, result: StepResult, units: list[Pack]) ->
         state.updates += 1
         state.skipped_in_a_row = 0
         return
-    dynamic_scale = "cur_iter" in zero.loss_scale_state(training.engine)
+    dynamic_scale = "cur_iter" in loss_scale_state(training.engine)
     if dynamic_scale and math.isfinite(result.loss):
         return  # fp16's loss scale is adapting; DeepSpeed ends the run if none is small enough
     state.skipped_in_a_row += 1

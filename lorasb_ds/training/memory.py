@@ -15,7 +15,7 @@ from lorasb_ds.data.cache import Data
 from lorasb_ds.data.dataset import TokenizedRows
 from lorasb_ds.distributed import accelerator
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.init.factors import Recipe
+from lorasb_ds.init.factors import InitSettings
 from lorasb_ds.planner.footprint import Footprint, footprint, init_plan
 from lorasb_ds.planner.model_shape import ModelShape
 from lorasb_ds.planner.placement import Form, Placement, placement_of
@@ -187,11 +187,11 @@ def workload_of(
     if method is not None:
         return replace(
             work,
-            init_update=Recipe.of(config).update,
+            init_update=InitSettings.from_config(config).update,
             trains_r=method.trains_r,
             offset=method.offset,
             directions=method.directions,
-            decomposes=method.source,
+            decomposes=method.decomposes,
         )
     peft = adapter.peft
     assert peft is not None, "a method is one of METHODS, or PEFT's"

@@ -19,8 +19,9 @@ from lorasb_ds.data.cache import Data, load_data
 from lorasb_ds.data.dataset import TokenizedRows
 from lorasb_ds.data.sampler import Pack, StepSampler, init_sample
 from lorasb_ds.distributed import accelerator, zero
+from lorasb_ds.distributed.ds_config_check import check_ds_config
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.init.basis import PEFT_FILE, fingerprint
+from lorasb_ds.init.basis import PEFT_FILE_KEY, fingerprint
 from lorasb_ds.init.init_report import InitReport
 from lorasb_ds.models.base import Base, open_base
 from lorasb_ds.runs.checkpoint import Resume, find_resume
@@ -140,7 +141,7 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
     if resume is not None and resume.checkpoint is not None:
         config = with_global_batch(config, resume.checkpoint)
     ds_config, config = resolve_ds_config(config, world_size, local_size)
-    zero.check_ds_config(ds_config, config.ds_config)
+    check_ds_config(ds_config, config.ds_config)
     ds_config_file = read_json(config.ds_config, "--ds-config")
 
     base.check_files()
@@ -245,7 +246,7 @@ def check_ranks_agree(run: Prepared) -> None:
         "the held-out rows": run.data.held_out.digest if run.data.held_out else "",
         "the rows for the init": run.data.init.digest,
         "the model's files": run.made_from["model files"],
-        "the file of --method peft:": repr(run.adapter.peft) + run.made_from.get(PEFT_FILE, ""),
+        "the file of --method peft:": repr(run.adapter.peft) + run.made_from.get(PEFT_FILE_KEY, ""),
         "the basis": repr(run.stored_init),
         "the checkpoint": repr(run.resume),
     }

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from lorasb_ds.adapters.peft_methods import fill_peft
 from lorasb_ds.config.run_layout import BASIS_FILE
 from lorasb_ds.distributed import accelerator, zero
+from lorasb_ds.distributed.optimizer_state import loss_scale_state, set_loss_scale_state
 from lorasb_ds.errors import option_name
-from lorasb_ds.init.basis import put_back, stored_digest
+from lorasb_ds.init.basis import load_factors, stored_digest
 from lorasb_ds.init.init_report import InitReport
 from lorasb_ds.runs.checkpoint import (
     Checkpoint,
@@ -65,7 +66,7 @@ def save(training: TrainingRun) -> bool:
             "options": may_change(training.run),
             "world_size": zero.world_size(),
             "optimizer_scalars": scalars,
-            "loss_scale": zero.loss_scale_state(engine),
+            "loss_scale": loss_scale_state(engine),
         }
         try:
             done[0] = write_checkpoint(training.folder, tensors, content, state.step)
@@ -110,7 +111,7 @@ def resume(training: TrainingRun, found: Resume) -> InitReport:
     if run.adapter.peft is not None:
         fill_peft(training.engine.module, training.folder / BASIS_FILE)
     else:
-        put_back(training.folder, training.adapters)
+        load_factors(training.folder, training.adapters)
     if zero.rank() == 0:
         for name in set_newer_aside(training.folder, found.step):
             say(f"set aside, since this run continues from before it: checkpoints/{name}")
@@ -131,7 +132,7 @@ def restore_training(training: TrainingRun, checkpoint: Checkpoint) -> None:
     set_scheduler(training.engine.lr_scheduler, state.updates)
     training.engine.global_steps = state.step
     if checkpoint.loss_scale:
-        zero.set_loss_scale_state(training.engine, checkpoint.loss_scale)
+        set_loss_scale_state(training.engine, checkpoint.loss_scale)
     prefix = f"rng.{zero.rank()}."
     if states := {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}:
         set_rng_states(states, accelerator.device())

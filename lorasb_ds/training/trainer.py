@@ -9,12 +9,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lorasb_ds.adapters.inject import inject, layer_kind, trained_in
+from lorasb_ds.adapters.inject import (
+    disable_adapters,
+    inject,
+    layer_class_of,
+    trainable_parameters,
+)
 from lorasb_ds.adapters.peft_methods import (
     collect_peft,
+    disable_peft,
     gather_peft_together,
     inject_peft,
-    peft_off,
 )
 from lorasb_ds.adapters.peft_writer import collect_lora
 from lorasb_ds.config.run_layout import (
@@ -27,7 +32,6 @@ from lorasb_ds.config.run_layout import (
 )
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.init.gradients import branches_off
 from lorasb_ds.init.init_report import InitReport
 from lorasb_ds.models.loading import DTYPES, load_base
 from lorasb_ds.models.loss import add_loss_head, check_loss_head, eval_mode
@@ -153,8 +157,8 @@ def initialize_or_resume(training: TrainingRun) -> InitReport:
 def base_alone(training: TrainingRun) -> AbstractContextManager[None]:
     """Return a context in which the model computes as its base alone."""
     if training.run.adapter.peft is not None:
-        return peft_off(training.engine.module)
-    return branches_off(training.adapters)
+        return disable_peft(training.engine.module)
+    return disable_adapters(training.adapters)
 
 
 @contextmanager
@@ -193,9 +197,9 @@ def start_engine(run: Prepared) -> tuple[Any, Adapters]:
     if run.adapter.peft is not None:
         inject_peft(model, run.adapter.peft, config, dtype)
     else:
-        adapters = inject(model, run.adapter.targets, config.r, dtype, layer_kind(config))
+        adapters = inject(model, run.adapter.targets, config.r, dtype, layer_class_of(config))
     add_loss_head(model)
-    trained = list(trained_in(model).values())
+    trained = list(trainable_parameters(model).values())
     optimizer = make_optimizer(trained, config)
     scheduler = make_scheduler(optimizer, config, run.num_steps)
     engine = zero.make_engine(model, trained, optimizer, scheduler, run.ds_config)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lorasb_ds.adapters.inject import trained_in
+from lorasb_ds.adapters.inject import trainable_parameters
 from lorasb_ds.adapters.layer import AdapterLinear
 from lorasb_ds.runs.checkpoint import TrainerState
 from lorasb_ds.runs.run_log import RunLog
@@ -45,4 +45,4 @@ class TrainingRun:
     @property
     def trained(self) -> dict[str, nn.Parameter]:
         """Every trained parameter, by name."""
-        return trained_in(self.engine.module)
+        return trainable_parameters(self.engine.module)

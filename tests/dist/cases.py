@@ -18,10 +18,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 if TYPE_CHECKING:
-    from lorasb_ds.init.sharded_svd import Method
+    from lorasb_ds.init.sharded_svd import SVDMethod
 
 
-def svd(matrices: str, out: str, r: dict[str, int], methods: list[Method]) -> None:
+def svd(matrices: str, out: str, r: dict[str, int], methods: list[SVDMethod]) -> None:
     """Truncated SVD of every matrix of a file, in every way; each rank writes what it has."""
     from lorasb_ds.distributed.collectives import row_range
     from lorasb_ds.init.sharded_svd import truncated_svd, truncated_svds
@@ -52,15 +52,15 @@ def svd(matrices: str, out: str, r: dict[str, int], methods: list[Method]) -> No
 def updates(gradient: str, out: str) -> None:
     """The SVD of every update of a gradient whose rows are sharded; each rank writes its part."""
     from lorasb_ds.distributed.collectives import row_range
-    from lorasb_ds.init.initialize import decompose
-    from lorasb_ds.init.update_rules import UPDATES
+    from lorasb_ds.init.decomposition import decompose
+    from lorasb_ds.init.update_rules import UPDATE_RULES
 
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     G = load_file(gradient)["G"]
     rows = row_range(len(G), rank, dist.get_world_size())
     found = {}
-    for name in UPDATES:
+    for name in UPDATE_RULES:
         svd, slopes = decompose({"layer": G[rows.start : rows.stop].clone()}, 4, name)["layer"]
         found |= {f"{name}.U": svd.U_local, f"{name}.S": svd.S, f"{name}.Vh": svd.Vh}
         found[f"{name}.slopes"] = slopes
@@ -198,7 +198,7 @@ def alignment(
     """Three steps from random factors, and before and after each what `--track-alignment` finds."""
     from dataclasses import asdict
 
-    from lorasb_ds.adapters.inject import trained_in
+    from lorasb_ds.adapters.inject import trainable_parameters
     from lorasb_ds.distributed import zero
     from lorasb_ds.training.alignment import measure_alignment, trained_factors
     from lorasb_ds.training.loop import train_step
@@ -222,7 +222,7 @@ def alignment(
             rows = measure_alignment(engine, adapters, sample, [names[:5], names[5:]], before)
             found.append({name: asdict(row) for name, row in rows.items()})
             _assert_sharded(run, adapters)
-            trained = trained_in(engine.module).values()
+            trained = trainable_parameters(engine.module).values()
             assert all(p.requires_grad and p.grad is None for p in trained)
             with zero.gathered(trained):
                 assert all(torch.equal(p.data, zero.full_fp32(p).to(p.dtype)) for p in trained)
@@ -291,14 +291,14 @@ def steps(config: dict[str, Any], out: str, fp16: bool = False) -> None:
 
 def stretch(config: dict[str, Any], out: str, first: int, last: int, state: str | None) -> None:
     """Some steps of a run, from given factors or from a stored state; losses and the state then."""
-    from lorasb_ds.adapters.inject import trained_in
+    from lorasb_ds.adapters.inject import trainable_parameters
     from lorasb_ds.distributed import zero
     from lorasb_ds.training.engine_state import collect_state, restore_state
     from lorasb_ds.training.loop import train_step
 
     run, engine, adapters = _start(config, {})
     generator = torch.Generator().manual_seed(5)
-    trained = trained_in(engine.module)
+    trained = trainable_parameters(engine.module)
     for name, adapter in adapters.items():
         shapes = {
             "lora_A": (adapter.r, adapter.in_features),
@@ -332,7 +332,7 @@ def not_finite_step(config: dict[str, Any], zero_optimization: dict[str, Any], w
     """One rank's loss or gradient is not finite: no rank steps, and the next step is clean."""
     import copy
 
-    from lorasb_ds.adapters.inject import trained_in
+    from lorasb_ds.adapters.inject import trainable_parameters
     from lorasb_ds.distributed import zero
     from lorasb_ds.training.engine_state import collect_state
     from lorasb_ds.training.loop import train_step
@@ -342,7 +342,7 @@ def not_finite_step(config: dict[str, Any], zero_optimization: dict[str, Any], w
     engine.train()
     all_batches = [run.step_batches(run.order.packs(step)) for step in range(3)]
     assert train_step(engine, all_batches[0]).applied
-    before, scalars = copy.deepcopy(collect_state(engine, trained_in(engine.module)))
+    before, scalars = copy.deepcopy(collect_state(engine, trainable_parameters(engine.module)))
     lr = engine.get_lr()
 
     def spoil(_module: Any, _inputs: Any, output: Any) -> Any:
@@ -368,12 +368,12 @@ def not_finite_step(config: dict[str, Any], zero_optimization: dict[str, Any], w
     assert not torch.isfinite(torch.tensor(result.grad_norm))
     for hook in remove or []:
         hook.remove()
-    after, scalars_after = collect_state(engine, trained_in(engine.module))
+    after, scalars_after = collect_state(engine, trainable_parameters(engine.module))
     assert (scalars, lr) == (scalars_after, engine.get_lr())
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert train_step(engine, all_batches[2]).applied
-    moved, _ = collect_state(engine, trained_in(engine.module))
+    moved, _ = collect_state(engine, trainable_parameters(engine.module))
     assert all(torch.isfinite(value).all() for value in moved.values())
     if zero.rank() == 0:
         assert any(not torch.equal(after[name], moved[name]) for name in after)
@@ -576,7 +576,7 @@ def uneven(out: str) -> None:
         whole = gather_rows(G, max(adapters[name].out_features, adapters[name].in_features), None)
         if whole is not None:
             result[name] = whole
-            result[f"{name}.reached"] = torch.tensor(found.reached[name])
+            result[f"{name}.reached"] = torch.tensor(found.batches_reached[name])
     if zero.rank() == 0:
         save_file(result, out)
 
@@ -584,7 +584,7 @@ def uneven(out: str) -> None:
 def not_finite(config: dict[str, Any]) -> None:
     """A gradient that is not finite on one rank is an error on every rank."""
     from lorasb_ds.distributed import zero
-    from lorasb_ds.init.initialize import decompose
+    from lorasb_ds.init.decomposition import decompose
 
     zero.init_process_group()
     G = torch.ones(3, 2)

@@ -55,7 +55,7 @@ def examples_of(config: dict[str, Any], tokenizer: Any) -> list[Any]:
 
 
 def batches_of(config: dict[str, Any], tokenizer: Any, world_size: int) -> list[Batch]:
-    """The micro-batches of all ranks: what is padded with what decides how sums are rounded."""
+    """Return the micro-batches of all ranks: their padding decides how sums are rounded."""
     examples = examples_of(config, tokenizer)
     lengths = [len(example.input_ids) for example in examples]
     dealt = assign_to_ranks(lengths, config["micro_batch_size"], world_size)
@@ -64,7 +64,7 @@ def batches_of(config: dict[str, Any], tokenizer: Any, world_size: int) -> list[
 
 
 def whole_gradients(model: nn.Module, batches: list[Batch]) -> dict[str, torch.Tensor]:
-    """``true_gradients`` of the mean over all label tokens."""
+    """Return ``true_gradients`` of the mean loss over all label tokens."""
     total = sum(batch.num_label_tokens for batch in batches)
     whole: dict[str, torch.Tensor] = {}
     for batch in batches:
@@ -108,10 +108,10 @@ def test_checkpointing_any_ranks(
     assert_close(captured(config, tmp_path, world_size), expected, tol=1e-4)
 
 
-def tapped(
+def hooked(
     model: nn.Module, config: dict[str, Any], tokenizer: Any, world_size: int
 ) -> dict[str, torch.Tensor]:
-    """The same taps on a whole model in this process, with the ranks' micro-batches."""
+    """Use the same hooks on a whole model in this process, with all ranks' micro-batches."""
     adapters = inject(model, linear_layers(model), 8, torch.bfloat16)
     batches = batches_of(config, tokenizer, world_size)
     add_loss_head(model)
@@ -125,11 +125,11 @@ def tapped(
 
 
 @pytest.mark.usefixtures("one_process")
-def test_bf16_equals_the_unsharded_tap(tiny_model: Path, tmp_path: Path, tokenizer: Any) -> None:
+def test_bf16_equals_the_unsharded_hook(tiny_model: Path, tmp_path: Path, tokenizer: Any) -> None:
     config = setting(tiny_model, tmp_path, dtype="bf16")
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
     # The same bf16 activations; only the order of fp32 sums differs.
-    assert_close(captured(config, tmp_path, 2), tapped(model, config, tokenizer, 2), tol=1e-6)
+    assert_close(captured(config, tmp_path, 2), hooked(model, config, tokenizer, 2), tol=1e-6)
 
 
 @pytest.mark.usefixtures("one_process")
@@ -170,7 +170,7 @@ def test_4bit_equals_the_dequantized_model(
     exact = copy.deepcopy(plain).float()
     expected = whole_gradients(exact, batches_of(config, tokenizer, world_size))
     assert_close(found, expected, tol=0.05)
-    assert_close(found, tapped(plain, config, tokenizer, world_size), tol=1e-6)
+    assert_close(found, hooked(plain, config, tokenizer, world_size), tol=1e-6)
 
 
 def test_ranks_that_call_different_layers(tmp_path: Path) -> None:

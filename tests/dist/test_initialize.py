@@ -32,7 +32,7 @@ def setting(model: Path, tmp_path: Path, **more: Any) -> dict[str, Any]:
 def initialized(
     config: dict[str, Any], tmp_path: Path, world_size: int
 ) -> tuple[Tensors, Tensors, dict[str, Any]]:
-    """What lies in the layers, the basis on disk, and the report."""
+    """Return the layers' factors, the basis on disk, and the report."""
     out = tmp_path / f"{world_size}-{len(list(tmp_path.iterdir()))}"
     out.mkdir()
     run_ranks(
@@ -46,7 +46,7 @@ def initialized(
 def test_init_is_the_paper_s_formula(
     tiny_model: Path, tmp_path: Path, tokenizer: Any, world_size: int
 ) -> None:
-    """B R A in the layers against -eta times the truncated SVD of the sign of autograd's gradient.
+    """B R A in the layers is -eta times the truncated SVD of the sign of autograd's gradient.
 
     Sharded; square layers, and layers longer on either side.
     """
@@ -93,7 +93,7 @@ def test_init_is_the_paper_s_formula(
 def test_a_budget_changes_memory_and_passes_and_nothing_else(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    """Eta by measurement in one of them; 2 ranks in bf16, as most runs are."""
+    """One of them searches for eta; 2 ranks in bf16, as in most runs."""
     config = setting(tiny_model, tmp_path, r=8, dtype="bf16")
     at_once, _, one_pass = initialized(config | {"init_lr": 2.0**-12}, tmp_path, 2)
     budget = {"init_memory_gib": 60e-6, "init_offload": True, "init_lr": "auto"}
@@ -123,7 +123,7 @@ def test_a_budget_changes_memory_and_passes_and_nothing_else(
 
 
 def test_the_gradient_itself_with_its_own_scale_of_eta(tiny_model: Path, tmp_path: Path) -> None:
-    """--init-update raw --init-lr auto on 2 ranks: B R A is that share of G's truncated SVD."""
+    """--init-update raw --init-lr auto on 2 ranks: B R A is -eta times G's truncated SVD."""
     config = setting(tiny_model, tmp_path, r=8, init_update="raw", init_lr="auto")
     live, basis, report = initialized(config, tmp_path, 2)
     step = report["step"]

@@ -59,7 +59,7 @@ def config_of(name: str, model: Path, folder: Path, **options: Any) -> dict[str,
 
 @pytest.fixture(scope="module", params=[2, 1], ids=["2 ZeRO-3 ranks", "1 process"])
 def runs(request, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of every method in a folder of its name."""
+    """Run every method, each in a folder of its name."""
     folder = tmp_path_factory.mktemp("methods")
     write_jsonl(folder / "rows.jsonl", word_rows(24))
     write_jsonl(folder / "held-out.jsonl", word_rows(30)[24:])
@@ -97,7 +97,7 @@ def test_trains_and_exports(name: str, runs: Path, tiny_model: Path) -> None:
         tuned = PeftModel.from_pretrained(base, run / "adapter").eval()
         assert own_loss(tuned, batch).item() == pytest.approx(found["trained"], rel=1e-5)
     assert abs(found["trained"] - found["init"]) > 1e-4, "nothing was trained"
-    if not method.step and name not in ("lora-one", PRECONDITIONED):
+    if not method.takes_step and name not in ("lora-one", PRECONDITIONED):
         assert found["init"] == pytest.approx(found["base"], rel=1e-5)
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == (2 * R if method.offset else R)
@@ -138,8 +138,8 @@ def test_preconditioning_changes_the_path(runs: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["lora", "pissa", "lora-xs"])
-def test_a_basis_is_of_one_method(method: str, runs: Path, tiny_model: Path) -> None:
-    """What another method has made is taken neither up nor on."""
+def test_a_basis_of_another_method_is_rejected(method: str, runs: Path, tiny_model: Path) -> None:
+    """Neither --init-from nor --resume accepts it."""
     config = config_of("lora-sb", tiny_model, runs)
     taken = {**config, "init_from": str(runs / method), "output_dir": str(runs / "new")}
     resumed = {**config, "resume": "auto", "output_dir": str(runs / method)}
@@ -148,7 +148,9 @@ def test_a_basis_is_of_one_method(method: str, runs: Path, tiny_model: Path) -> 
             prepare(load_run_config(given), 1)
 
 
-def test_a_scaling_of_1_is_no_r(runs: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_checkpoint_and_init_of_lora_with_scaling_1(
+    runs: Path, tiny_model: Path, tmp_path: Path
+) -> None:
     """LoRA with alpha = r, read from its checkpoint and from its init."""
     config = config_of("lora", tiny_model, runs, lora_alpha=R, output_dir=str(tmp_path / "run"))
     run_ranks("methods", 1, runs=[config], zero_optimization={"stage": 2})

@@ -51,7 +51,7 @@ def matrices() -> dict[str, torch.Tensor]:
 def results(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, torch.Tensor]]:
-    """What every rank returned for every matrix, in every way."""
+    """Return what every rank returned for every matrix and method."""
     folder = tmp_path_factory.mktemp(f"svd-{request.param}")
     save_file(matrices(), folder / "matrices")
     given = {"matrices": str(folder / "matrices"), "out": str(folder), "r": RANKS}
@@ -94,7 +94,7 @@ def test_equals_the_whole_svd(results: list[dict[str, torch.Tensor]], method: st
 def test_the_same_subspace_as_one_process(
     results: list[dict[str, torch.Tensor]], method: str
 ) -> None:
-    """Where a gap makes it well-defined: behind the 12 directions of "noisy"."""
+    """Where a gap makes it well-defined: after the 12 directions of "noisy"."""
     M = matrices()["noisy"]
     alone = truncated_svd(M, 3, method=method)  # type: ignore[arg-type]
     Vh = results[0][f"{method}.noisy.Vh"]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from lorasb_ds.config.ds_config import resolve_ds_config
 from lorasb_ds.config.paths import SHIPPED_DS_CONFIGS
 from lorasb_ds.config.resolve import load_run_config
-from lorasb_ds.distributed import zero
+from lorasb_ds.distributed.ds_config_check import check_ds_config
 from lorasb_ds.errors import ConfigError
 from tests.runs import REALLY_SHARDED, metrics, run_worker, word_rows, write_jsonl
 
@@ -65,14 +65,14 @@ def test_what_deepspeed_refuses_is_refused_before_loading(
 ) -> None:
     content = resolved("zero3", 2) | {"zero_optimization": section}
     with pytest.raises(ConfigError, match=part):
-        zero.check_ds_config(content, "my.json")
+        check_ds_config(content, "my.json")
 
 
 def test_nvme_without_libaio(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a compiler that links it, to be exact."""
     monkeypatch.setenv("CC", "false")
     with pytest.raises(ConfigError, match=r"libaio is missing.*libaio-dev"):
-        zero.check_ds_config(resolved("zero3_nvme", 2), "zero3_nvme.json")
+        check_ds_config(resolved("zero3_nvme", 2), "zero3_nvme.json")
 
 
 def train(model: Path, folder: Path, ds_config: str, world_size: int, rows: int) -> Path:

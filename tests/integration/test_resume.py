@@ -178,7 +178,7 @@ def test_another_run_is_refused(options: list[str], alone: Path, tmp_path: Path)
         assert what in str(error.value), change
     init_only = Path(shutil.copytree(alone, tmp_path / "init-only"))
     shutil.rmtree(init_only / "checkpoints")
-    with pytest.raises(ConfigError, match=r"--r 3 is not that of the run, 4.*--init-from"):
+    with pytest.raises(ConfigError, match=r"--r 3 differs from the run's r = 4.*--init-from"):
         prepare(load_run_config(given | {"output_dir": str(init_only), "r": "3"}), 2)
     prepare(load_run_config(given | {"output_dir": str(init_only)}), 2)
     with pytest.raises(ConfigError, match="has done 24 steps, more than the 5"):

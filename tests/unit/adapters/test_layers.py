@@ -1,4 +1,4 @@
-"""The layer, its selection and injection, and gradient taps in one process."""
+"""The layer, its selection and injection, and gradient hooks in one process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lorasb_ds.adapters.inject import inject
-from lorasb_ds.adapters.lora_sb import LoraSBLinear, to_plain_lora
+from lorasb_ds.adapters.lora_sb import LoraSBLinear
 from lorasb_ds.adapters.peft_writer import peft_target_modules
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.data.batch import collate
@@ -65,13 +65,13 @@ def test_gradcheck_and_only_r_is_trained(scale: float) -> None:
 
 
 def plain(adapter: LoraSBLinear, x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
-    """The formula, by autograd."""
+    """Compute the formula by autograd."""
     A, B, R = adapter.lora_A, adapter.lora_B, adapter.lora_R
     return F.linear(x, W, adapter.base_layer.bias) + adapter.scale * (x @ A.T @ R.T @ B.T)
 
 
 def assert_is_the_formula(adapter: LoraSBLinear, W: torch.Tensor, **tolerance: float) -> None:
-    """Output, and the gradients of x and R."""
+    """Compare the output and the gradients of x and R."""
     dtype = adapter.lora_A.dtype
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, 4, adapter.in_features, generator=generator).to(dtype).requires_grad_()
@@ -120,8 +120,8 @@ def test_on_conv1d_and_on_a_layer_of_its_own_kind() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_only_what_goes_into_r_is_kept(reentrant: bool) -> None:
-    """r numbers a token, and none of x, y or the weights; checkpointing drops those, too."""
+def test_only_r_s_input_is_saved_for_backward(reentrant: bool) -> None:
+    """r numbers a token, not x, y or the weights; checkpointing drops even those."""
     adapter = layer(torch.float32)
     x = torch.randn(2, 4, 6, requires_grad=True)
     saved: list[torch.Tensor] = []
@@ -136,7 +136,7 @@ def test_only_what_goes_into_r_is_kept(reentrant: bool) -> None:
     assert torch.equal(expected[1], adapter.lora_R.grad)
 
 
-def test_no_gradient_of_an_input_that_wants_none() -> None:
+def test_no_gradient_of_an_input_without_requires_grad() -> None:
     adapter = layer()
     x = torch.randn(2, 4, 6, dtype=torch.float64)
     adapter(x).pow(3).sum().backward()
@@ -179,7 +179,7 @@ def test_r_sees_the_projection_of_the_full_gradient() -> None:
 
 def test_plain_lora_is_the_same_update() -> None:
     adapter = layer(torch.float32)
-    A, B = to_plain_lora(adapter.lora_A, adapter.lora_B, adapter.lora_R)
+    A, B = adapter.plain_lora(dict(adapter.named_parameters(recurse=False)))
     torch.testing.assert_close(B @ A, adapter.lora_B @ adapter.lora_R @ adapter.lora_A)
 
 
@@ -251,7 +251,7 @@ def test_loss_is_transformers_own(tiny: tuple[Any, Any]) -> None:
 
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("checkpointing", [None, True, False], ids=["none", "reentrant", "non"])
-def test_taps_equal_grad_whatever_the_batches(
+def test_hooks_equal_grad_for_any_batches(
     tiny: tuple[Any, Any], tiny_model: Path, tokenizer: Any, checkpointing: bool | None
 ) -> None:
     model, batch = tiny
@@ -278,7 +278,7 @@ def test_taps_equal_grad_whatever_the_batches(
         torch.testing.assert_close(G, weight_gradient, atol=1e-6, rtol=1e-4)
     assert not model.training, "the mode is given back"
     assert model.config.attention_dropout == 0.5
-    assert all(a.tap is None and a.scale == 1 for a in adapters.values())
+    assert all(a.gradient_hook is None and a.scale == 1 for a in adapters.values())
     assert all(p.grad is None for p in model.parameters()), "no parameter got a gradient"
 
 

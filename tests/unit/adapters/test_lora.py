@@ -16,7 +16,7 @@ from lorasb_ds.models.quantization import PackedLinear, PackedLinear4bit, Packed
 
 
 def filled(base: nn.Module, dtype: torch.dtype, **options: Any) -> LoraLinear:
-    """Around a base of 6 inputs and 5 outputs, or more; r = 3, s = 0.7."""
+    """Return a filled layer around a base of 6 inputs and 5 outputs, or more; r = 3, s = 0.7."""
     layer = LoraLinear(base.requires_grad_(False), 3, dtype, scaling=0.7, **options)
     generator = torch.Generator().manual_seed(0)
     for name in layer.trained + layer.frozen:
@@ -33,7 +33,7 @@ def plain(layer: LoraLinear, x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
 
 
 def assert_is_the_formula(layer: LoraLinear, W: torch.Tensor, tolerance: float) -> None:
-    """Output, and the gradients of x, A and B."""
+    """Compare the output and the gradients of x, A and B."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, 4, layer.in_features, generator=generator).to(layer.lora_A.dtype)
     x.requires_grad_()
@@ -89,8 +89,8 @@ def test_on_conv1d_and_on_a_layer_of_its_own_kind() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_what_is_kept(reentrant: bool) -> None:
-    """x and r numbers a token; no weight, so that ZeRO-3 may free them; checkpointing as plain."""
+def test_what_is_saved_for_backward(reentrant: bool) -> None:
+    """x and r numbers a token; no weights, which ZeRO-3 frees; checkpointing drops both."""
     layer = filled(nn.Linear(6, 5), torch.float32, offset=True)
     x = torch.randn(2, 4, 6, requires_grad=True)
     saved: list[torch.Tensor] = []

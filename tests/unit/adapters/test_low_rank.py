@@ -1,4 +1,4 @@
-"""Updates by their factors against the dense SVD in fp64."""
+"""Computations on factors against the dense SVD in fp64."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def dense(pair: LoraPair) -> torch.Tensor:
 
 
 def size(pair: LoraPair) -> float:
-    """What errors are measured by: the update itself may be small by cancellation."""
+    """Return the scale of errors: the update itself may be small by cancellation."""
     return (pair.A.double().norm() * pair.B.double().norm()).item()
 
 
@@ -100,7 +100,7 @@ def test_no_update_of_rank_r_is_nearer(pair: LoraPair, r: int) -> None:
 
 
 def test_directions_of_very_different_size() -> None:
-    """1e-12 of the largest is less than fp32 resolves, and is found by the factors all the same."""
+    """1e-12 of the largest is below fp32's resolution, and the factors still give it."""
     Q, _ = torch.linalg.qr(torch.randn(40, 3, generator=seeded(1), dtype=torch.float64))
     V, _ = torch.linalg.qr(torch.randn(30, 3, generator=seeded(2), dtype=torch.float64))
     S = torch.tensor([1.0, 1e-6, 1e-12], dtype=torch.float64)
@@ -201,7 +201,7 @@ def test_sums_of_different_bases(
 
 
 @given(PAIRS, RANKS)
-def test_zeros_are_added(pair: LoraPair, r: int) -> None:
+def test_padding_with_zeros(pair: LoraPair, r: int) -> None:
     found = padded(pair, r)
     assert len(found.A) == found.B.shape[1] == max(r, len(pair.A))
     assert torch.equal(found.A[: len(pair.A)], pair.A)

@@ -1,4 +1,4 @@
-"""Files of --method peft: what is refused, and what a configuration comes to in a model."""
+"""Files of --method peft: what is rejected, and what a configuration makes of a model."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lorasb_ds.adapters import peft_methods
-from lorasb_ds.adapters.peft_file import peft_config
+from lorasb_ds.adapters.peft_method_file import make_peft_config
 from lorasb_ds.adapters.peft_methods import (
     PeftPlan,
+    disable_peft,
+    frozen_tensors,
     inject_peft,
-    kept_in,
-    peft_off,
     plan_peft,
     save_peft_method,
 )
@@ -46,12 +46,12 @@ def options(folder: Path, content: Any, **more: Any) -> dict[str, Any]:
         ({"peft_type": 3}, "the file has no peft_type"),
     ],
 )
-def test_files_that_say_nothing(content: Any, problem: str, tmp_path: Path) -> None:
+def test_invalid_files(content: Any, problem: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=problem):
         load_run_config(options(tmp_path, content))
 
 
-def test_a_file_that_is_not_there() -> None:
+def test_missing_file() -> None:
     with pytest.raises(ConfigError, match="there is no such file"):
         load_run_config({"method": "peft:nowhere.json"})
 
@@ -69,7 +69,7 @@ def test_a_file_that_is_not_there() -> None:
         ({"target_modules": "q_proj"}, "the file decides it"),
     ],
 )
-def test_options_that_mean_nothing(given: dict[str, Any], problem: str, tmp_path: Path) -> None:
+def test_options_that_do_not_apply(given: dict[str, Any], problem: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=problem):
         load_run_config(options(tmp_path, {"peft_type": "LOHA"}, **given))
 
@@ -77,9 +77,9 @@ def test_options_that_mean_nothing(given: dict[str, Any], problem: str, tmp_path
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        ({"peft_type": "LORAX"}, "'LORAX' is not known .* ADALORA, .* XLORA"),
-        ({"peft_type": "LOHA", "rang": 3}, "rang is no field of PEFT's LOHA"),
-        ({"peft_type": "LOHA", "r": -1}, "PEFT does not take it|PEFT cannot"),
+        ({"peft_type": "LORAX"}, "no peft_type 'LORAX'.* ADALORA, .* XLORA"),
+        ({"peft_type": "LOHA", "rang": 3}, "rang is not a field of PEFT's LOHA"),
+        ({"peft_type": "LOHA", "r": -1}, "PEFT rejects it|PEFT cannot"),
         ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}, "before the input"),
         ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4}, "before the input"),
         ({"peft_type": "P_TUNING", "num_virtual_tokens": 4}, "before the input"),
@@ -89,13 +89,13 @@ def test_options_that_mean_nothing(given: dict[str, Any], problem: str, tmp_path
         ({"peft_type": "LORA", "modules_to_save": ["norm"]}, "whole modules"),
         ({"peft_type": "LORA", "bias": "all"}, "biases of the base"),
         ({"peft_type": "LORA", "init_lora_weights": "pissa"}, "changes the base's weights"),
-        ({"peft_type": "LORA", "target_modules": ["qq_proj"]}, "PEFT cannot put it"),
+        ({"peft_type": "LORA", "target_modules": ["qq_proj"]}, "PEFT cannot inject its layers"),
         ({"peft_type": "LORA", "target_modules": ["lm_head"]}, "an embedding or the head"),
         ({"peft_type": "LORA", "target_modules": ["embed_tokens"]}, "an embedding or the head"),
-        ({"peft_type": "C3A", "block_size": 7}, "PEFT cannot put it"),
+        ({"peft_type": "C3A", "block_size": 7}, "PEFT cannot inject its layers"),
     ],
 )
-def test_configurations_that_are_refused(
+def test_rejected_configurations(
     content: dict[str, Any], problem: str, tmp_path: Path, tiny_model: Path
 ) -> None:
     config = load_run_config(options(tmp_path, content, model=str(tiny_model)))
@@ -104,20 +104,20 @@ def test_configurations_that_are_refused(
     assert "method.json" in str(error.value)
 
 
-def test_muon_wants_matrices(tmp_path: Path, tiny_model: Path) -> None:
+def test_muon_needs_matrices(tmp_path: Path, tiny_model: Path) -> None:
     given = options(tmp_path, {"peft_type": "LORA", "use_dora": True}, model=str(tiny_model))
     config = load_run_config({**given, "optimizer": "muon"})
-    with pytest.raises(ConfigError, match=r"muon is for matrices.*magnitude"):
+    with pytest.raises(ConfigError, match=r"muon trains matrices only.*magnitude"):
         plan_peft(config, Base(str(tiny_model)).empty_model(torch.float32))
 
 
-def test_an_adapter_config_of_pefts_is_a_file_for_it(tmp_path: Path) -> None:
-    """As it lies beside an adapter, whose base and use it names."""
+def test_an_adapter_config_of_peft_is_a_valid_file(tmp_path: Path) -> None:
+    """As PEFT saves it with an adapter, naming base and task."""
     LoraConfig(r=3, target_modules=["q_proj"], base_model_name_or_path="x").save_pretrained(
         str(tmp_path)
     )
     content = json.loads((tmp_path / "adapter_config.json").read_text()) | {"inference_mode": True}
-    made: Any = peft_config("peft:x", content)
+    made: Any = make_peft_config("peft:x", content)
     assert (made.r, made.target_modules, made.inference_mode) == (3, {"q_proj"}, False)
 
 
@@ -126,7 +126,7 @@ def plan_of(folder: Path, model: Path, content: dict[str, Any]) -> tuple[Any, Pe
     return config, plan_peft(config, Base(str(model)).empty_model(torch.float32))
 
 
-def test_what_a_configuration_comes_to(tmp_path: Path, tiny_model: Path) -> None:
+def test_plan_of_a_configuration(tmp_path: Path, tiny_model: Path) -> None:
     _, dora = plan_of(tmp_path, tiny_model, {"peft_type": "LORA", "use_dora": True, "r": 4})
     assert len(dora.layers) == 14
     assert dora.layers["model.layers.1.mlp.up_proj"] == (80, 48)
@@ -157,7 +157,7 @@ def test_the_seed_makes_the_layers(tmp_path: Path, tiny_model: Path) -> None:
         assert torch.equal(one(ids).logits, other(ids).logits)
         base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
         assert not torch.allclose(one(ids).logits, base(ids).logits, atol=1e-3)
-        with peft_off(one):
+        with disable_peft(one):
             assert torch.equal(one(ids).logits, base(ids).logits)
         assert torch.equal(one(ids).logits, other(ids).logits)
     trained = {n: tuple(p.shape) for n, p in one.named_parameters() if p.requires_grad}
@@ -167,7 +167,7 @@ def test_the_seed_makes_the_layers(tmp_path: Path, tiny_model: Path) -> None:
 def test_an_init_that_changes_the_base(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever PEFT's class does: seen in the weights, before anything is trained."""
+    """Found by comparing weights, whichever of PEFT's classes does it."""
     config, plan = plan_of(tmp_path, tiny_model, {"peft_type": "LORA", "r": 4})
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     before = base.model.layers[0].self_attn.q_proj.weight.clone()
@@ -190,11 +190,11 @@ def test_what_is_saved_is_what_peft_saves(kind: str, tmp_path: Path, tiny_model:
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     for parameter in trained.values():
         parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    tensors = {n: t.data.clone() for n, t in {**trained, **kept_in(model)}.items()}
+    tensors = {n: t.data.clone() for n, t in {**trained, **frozen_tensors(model)}.items()}
     empty = Base(str(tiny_model)).empty_model(torch.float32)
     save_peft_method(tmp_path / "ours", plan, empty, tensors, str(tiny_model))
     base: Any = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
-    tuned = get_peft_model(base, peft_config("peft:x", plan.content)).eval()
+    tuned = get_peft_model(base, make_peft_config("peft:x", plan.content)).eval()
     there = dict(tuned.named_parameters()) | dict(tuned.named_buffers(remove_duplicate=False))
     for name, value in tensors.items():
         there[f"base_model.model.{name}"].data.copy_(value)
@@ -220,5 +220,5 @@ def test_what_is_saved_is_what_peft_saves(kind: str, tmp_path: Path, tiny_model:
     with torch.no_grad():
         # OSF's layers decompose W0 anew when they are loaded: fp32's rounding.
         torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
-    with pytest.raises(ConfigError, match="only LORA is known here"):
+    with pytest.raises(ConfigError, match="only LORA is supported"):
         read_adapter(str(tmp_path / "ours"))

@@ -18,7 +18,7 @@ from peft.tuners.lora.config import LoraGAConfig
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 
-from lorasb_ds.adapters.inject import layer_kind
+from lorasb_ds.adapters.inject import layer_class_of
 from lorasb_ds.adapters.layer import AdapterLinear
 from lorasb_ds.adapters.lora_sb import LoraSBLinear
 from lorasb_ds.config.methods import DEFAULT_ALPHA, METHODS
@@ -26,8 +26,14 @@ from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.distributed import zero
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.init.factors import Recipe, fill_layer, own_directions, weight_rows, whole_directions
-from lorasb_ds.init.initialize import decompose
+from lorasb_ds.init.decomposition import decompose
+from lorasb_ds.init.factors import (
+    InitSettings,
+    fill_layer,
+    gather_directions,
+    random_directions,
+    weight_rows,
+)
 from lorasb_ds.init.sharded_svd import truncated_svd
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -38,7 +44,7 @@ BASES = {"weight", "gradient", "sign", "random"}
 
 @pytest.fixture(autouse=True)
 def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without an engine there is no fp32 master: the parameter is all there is to fill."""
+    """Fill parameters only: without an engine there are no fp32 masters."""
     monkeypatch.setattr(zero, "fill_trainable", lambda param, value: param.data.copy_(value))
 
 
@@ -49,28 +55,28 @@ def matrix(seed: int, out: int = OUT, in_: int = IN) -> torch.Tensor:
 def filled(
     method: str, W: torch.Tensor, G: torch.Tensor, r: int = R, **options: Any
 ) -> AdapterLinear:
-    """A layer around W0, filled by a method whose gradient is G."""
+    """Return a layer around W0, filled by a method whose gradient is G."""
     config = RunConfig(method=method, r=r, **options)
-    recipe = Recipe.of(config)
+    settings = InitSettings.from_config(config)
     linear = nn.Linear(W.shape[1], W.shape[0], bias=False)
     linear.weight.data = W.clone()
     linear.requires_grad_(False)
-    layer = layer_kind(config)(linear, r, torch.float32)
-    k = r * recipe.method.directions
-    if recipe.method.needs_gradient:
+    layer = layer_class_of(config)(linear, r, torch.float32)
+    k = r * settings.method.directions
+    if settings.method.needs_gradient:
         transposed = G.shape[1] > G.shape[0]
-        ((svd, _),) = decompose({"layer": G.T if transposed else G}, k, recipe.update).values()
-        directions = whole_directions(layer, svd, None)
-    elif recipe.method.matrix == "weight":
-        directions = whole_directions(layer, truncated_svd(weight_rows(layer), k), None)
+        ((svd, _),) = decompose({"layer": G.T if transposed else G}, k, settings.update).values()
+        directions = gather_directions(layer, svd, None)
+    elif settings.method.matrix == "weight":
+        directions = gather_directions(layer, truncated_svd(weight_rows(layer), k), None)
     else:
-        directions = own_directions("layer", layer, recipe)
-    fill_layer("layer", layer, directions, recipe)
+        directions = random_directions("layer", layer, settings)
+    fill_layer("layer", layer, directions, settings)
     return layer
 
 
 def update(layer: AdapterLinear) -> torch.Tensor:
-    """ΔW as the model computes it."""
+    """Return ΔW as the model computes it."""
     with torch.no_grad():
         return (
             layer(torch.eye(layer.in_features)) - layer.base_layer(torch.eye(layer.in_features))
@@ -78,13 +84,13 @@ def update(layer: AdapterLinear) -> torch.Tensor:
 
 
 def best(M: torch.Tensor, r: int) -> torch.Tensor:
-    """Of rank r, by numpy's way (Eckart and Young)."""
+    """Return the best rank-r approximation by numpy (Eckart and Young)."""
     U, S, Vh = torch.linalg.svd(M.double(), full_matrices=False)
     return ((U[:, :r] * S[:r]) @ Vh[:r]).float()
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 2e-5) -> None:
-    """fp32's rounding, through an SVD: of the largest entry."""
+    """Compare to fp32's rounding through an SVD, relative to the largest entry."""
     atol = tolerance * max(1e-6, wanted.abs().max().item())
     torch.testing.assert_close(found, wanted, atol=atol, rtol=0)
 
@@ -140,7 +146,7 @@ def test_the_bases_of_the_ablations(method: str) -> None:
 
 
 def peft_layer(W: torch.Tensor, **options: Any) -> tuple[Any, Any]:
-    """PEFT's layer around W0, and its model."""
+    """Return PEFT's layer around W0, and its model."""
     model = nn.Sequential(nn.Linear(W.shape[1], W.shape[0], bias=False))
     model[0].weight.data = W.clone()
     config = LoraConfig(target_modules=["0"], r=R, lora_alpha=DEFAULT_ALPHA, **options)
@@ -234,9 +240,9 @@ def test_seeds_and_layers_differ_and_repeat() -> None:
     first, again, other = (filled("lora", W, W, seed=s).lora_A for s in (1, 1, 2))
     assert torch.equal(first, again)
     assert (first - other).abs().max() > 0.01
-    layer, recipe = filled("lora", W, W), Recipe.of(RunConfig(method="lora", r=R))
+    layer, settings = filled("lora", W, W), InitSettings.from_config(RunConfig(method="lora", r=R))
     before = torch.get_rng_state()
-    fill_layer("layer", layer, own_directions("layer", layer, recipe), recipe)
+    fill_layer("layer", layer, random_directions("layer", layer, settings), settings)
     assert torch.equal(torch.get_rng_state(), before), "global generators are left alone"
 
 
@@ -257,8 +263,8 @@ def test_scalings(r: int, alpha: float, method: str) -> None:
 def test_lora_sb_s_row_is_the_paper_s() -> None:
     config = RunConfig()
     assert (config.method, config.update_rule) == ("lora-sb", "sign")
-    assert layer_kind(config) is LoraSBLinear
-    assert Recipe.of(config).scaling == 1
+    assert layer_class_of(config) is LoraSBLinear
+    assert InitSettings.from_config(config).scaling == 1
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -277,14 +283,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("given", REFUSED)
-def test_refused(given: str) -> None:
+def test_rejected_options(given: str) -> None:
     options, message = REFUSED[given]
     with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
         load_run_config(options)
 
 
 def test_a_replay_with_another_method(tmp_path: Path) -> None:
-    """What belongs to the method of the run that is replayed does not go on."""
+    """Options of the replayed run's method are not taken over."""
     options = {"method": "lora-one", "lr": 7e-4, "precondition": 0.1, "gamma": 3.0}
     config = load_run_config(options)
     file = tmp_path / "run.json"
@@ -303,7 +309,7 @@ def test_each_method_s_learning_rate() -> None:
 
 
 @pytest.mark.parametrize("make", [lambda: filled("lora-ga", matrix(0), matrix(1), r=R)])
-def test_offsets_are_told_as_rank(make: Callable[[], AdapterLinear]) -> None:
+def test_plain_lora_of_an_offset_has_twice_the_rank(make: Callable[[], AdapterLinear]) -> None:
     layer = make()
     values = {n: layer.factor(n).detach() for n in layer.trained + layer.frozen}
     pair = layer.plain_lora(values | {"lora_A": values["lora_A"] + 1})

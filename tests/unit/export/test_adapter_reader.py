@@ -170,7 +170,7 @@ def config_faults() -> dict[str, tuple[Callable[[Path], object], str]]:
     }
 
     def fault(name: str, value: Any) -> tuple[Callable[[Path], object], str]:
-        message = rf"{name} = .* makes something else than a plain LoRA\. Merge .* by PEFT"
+        message = rf"{name} = .* makes it another adapter than a plain LoRA\. Merge it with PEFT"
         return lambda folder: edit_config(folder, **{name: value}), message
 
     return {f"{name} {value}": fault(name, value) for name, value in fields.items()}
@@ -182,12 +182,12 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = config_faults() | {
         lambda f: edit_config(f, init_lora_weights="pissa_niter_4"),
         "init_lora_weights = 'pissa_niter_4'",
     ),
-    "IA3": (lambda f: edit_config(f, peft_type="IA3"), "peft_type is 'IA3'; only LORA is known"),
+    "IA3": (lambda f: edit_config(f, peft_type="IA3"), "'IA3'; only LORA is supported"),
     "no type": (lambda f: edit_config(f, peft_type=None), "peft_type is None"),
     "a type that is a list": (lambda f: edit_config(f, peft_type=["LORA"]), r"peft_type is \["),
-    "alpha in words": (lambda f: edit_config(f, lora_alpha="8"), "lora_alpha '8' .* is no number"),
-    "alpha is null": (lambda f: edit_config(f, lora_alpha=None), "lora_alpha None .* is no number"),
-    "alpha is true": (lambda f: edit_config(f, lora_alpha=True), "lora_alpha True .* no number"),
+    "alpha in words": (lambda f: edit_config(f, lora_alpha="8"), "lora_alpha '8' .* not a number"),
+    "alpha is null": (lambda f: edit_config(f, lora_alpha=None), "lora_alpha None .* not a number"),
+    "alpha is true": (lambda f: edit_config(f, lora_alpha=True), "lora_alpha True .* not a number"),
     "alpha is NaN": (lambda f: edit_config(f, lora_alpha=float("nan")), "lora_alpha nan"),
     "alpha is infinite": (lambda f: edit_config(f, lora_alpha=float("inf")), "lora_alpha inf"),
     "alpha of one layer": (

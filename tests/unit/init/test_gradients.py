@@ -1,4 +1,4 @@
-"""Gradient taps on awkward models, against autograd's own gradients. One process."""
+"""Gradient hooks on awkward models, against autograd's own gradients. One process."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def batch_of(rows: int = 3, length: int = 9, vocabulary: int = 50) -> Batch:
 
 
 def gradients_of(model: nn.Module, adapters: dict[str, LoraSBLinear], batch: Batch, **more: Any):
-    """(out, in) of every layer, and what was counted."""
+    """Return (out, in) gradients of every layer, and the counts."""
     found = average_gradients(model, adapters, [batch], batch.num_label_tokens, **more)
     whole = {
         name: G.T if adapters[name].in_features > adapters[name].out_features else G
@@ -97,7 +97,7 @@ def toy() -> Toy:
         return Toy()
 
 
-def test_shared_blocks_tied_weights_and_layers_that_are_not_reached() -> None:
+def test_shared_blocks_tied_weights_and_layers_that_are_not_called() -> None:
     model = toy()
     layers = linear_layers(model)
     assert list(layers) == ["block.0", "block.2", "first", "second", "long", "unused"]
@@ -119,10 +119,10 @@ def test_shared_blocks_tied_weights_and_layers_that_are_not_reached() -> None:
         G = G.T if layer.in_features > layer.out_features else G
         torch.testing.assert_close(G * num_tokens, layer.weight.grad, atol=1e-5, rtol=1e-4)
     assert not found.shards["unused"].any()
-    assert dict(found.reached) == dict.fromkeys(layers, 3) | {"long": 1, "unused": 0}
+    assert dict(found.batches_reached) == dict.fromkeys(layers, 3) | {"long": 1, "unused": 0}
 
 
-def test_a_group_that_no_batch_reaches() -> None:
+def test_a_group_that_no_batch_calls() -> None:
     model = toy()
     adapters = inject(model, linear_layers(model), 2, torch.float32)
     batch = batch_of(2, 5)
@@ -146,7 +146,7 @@ def test_groups_and_offload_change_nothing(offload: bool) -> None:
 
 
 def test_bf16_products_are_those_of_fp32() -> None:
-    """Of bf16 values, whatever hardware the product goes to; summed over 3 calls."""
+    """For bf16 values, on any hardware; summed over 3 calls."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(3, 64, 40, generator=generator).bfloat16()
     grad_y = torch.randn(3, 64, 24, generator=generator).bfloat16()
@@ -162,13 +162,13 @@ def test_bf16_products_are_those_of_fp32() -> None:
 
 
 def test_a_layer_with_two_parents_is_left_out() -> None:
-    """PEFT would load an adapter of it into one of its places only."""
+    """PEFT would load its adapter under one of its names only."""
     shared = nn.Linear(4, 4)
     model = nn.ModuleDict({"a": nn.Sequential(shared, nn.Linear(4, 4)), "b": nn.Sequential(shared)})
     assert list(linear_layers(model)) == ["a.1"]
 
 
-def test_experts_are_no_layers() -> None:
+def test_experts_are_not_layers() -> None:
     config = Qwen2MoeConfig(
         vocab_size=50,
         hidden_size=16,

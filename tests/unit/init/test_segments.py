@@ -16,7 +16,7 @@ from lorasb_ds.adapters.lora_sb import LoraSBLinear
 from lorasb_ds.data.batch import Batch, Sample
 from lorasb_ds.init.gradients import average_gradients
 from lorasb_ds.init.initialize import gradients_by_group
-from lorasb_ds.init.segments import Segment, SegmentError, cut, gradients_by_segment
+from lorasb_ds.init.segments import Segment, SegmentError, cut_segments, gradients_by_segment
 from lorasb_ds.models.linear_layers import linear_layers
 from lorasb_ds.planner.init_plan import plan_init
 from tests.unit.init.test_gradients import batch_of
@@ -87,7 +87,7 @@ def test_the_same_bits_as_one_pass(config: Any, checkpointing: bool | None) -> N
 
 
 def test_fp16_keeps_the_signs_of_a_large_sample() -> None:
-    """Of one pass and of segments. fp16 rounds more finely than bf16, but has no numbers below
+    """By one pass and by segments. fp16 rounds more finely than bf16, but has no numbers below
     6e-8: a loss that is divided by so many tokens first has gradients of that size.
     """
     num_label_tokens = 400_000
@@ -114,7 +114,7 @@ def test_fp16_keeps_the_signs_of_a_large_sample() -> None:
 
 
 def test_blocks_without_a_wanted_layer() -> None:
-    """Below, between and above those that have one."""
+    """Below, between and above blocks that have one."""
     model, adapters = model_of(LLAMA)
     wanted = ["model.layers.1.mlp.up_proj", "model.layers.2.self_attn.q_proj"]
     whole = average_gradients(model, adapters, BATCHES, TOKENS, names=wanted)
@@ -134,9 +134,9 @@ def test_only_a_segment_is_run() -> None:
     assert runs == [2, 2, 2, 2], "one forward pass more than a whole pass takes"
 
 
-def test_cut() -> None:
+def test_cut_segments() -> None:
     groups = [["b.1.q"], ["b.2.q", "b.3.q"], ["b.4.q"], ["b.4.k"]]
-    assert cut(groups, "b.", 7) == [
+    assert cut_segments(groups, "b.", 7) == [
         Segment(4, 6, ("b.4.k",)),
         Segment(4, 6, ("b.4.q",)),
         Segment(2, 3, ("b.2.q", "b.3.q")),
@@ -145,7 +145,7 @@ def test_cut() -> None:
 
 
 class Remembers(nn.Module):
-    """Adds what the block before it was given."""
+    """Adds the input of the block before it."""
 
     def __init__(self, block: nn.Module, before: Remembers | None) -> None:
         super().__init__()

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from lorasb_ds.distributed.collectives import row_range
 from lorasb_ds.init import sharded_svd
-from lorasb_ds.init.sharded_svd import Method, truncated_svd
+from lorasb_ds.init.sharded_svd import SVDMethod, truncated_svd
 
 METHODS = ("gram", "krylov")
 
 
 def noisy_signs(m: int, n: int, directions: int, noise: float) -> torch.Tensor:
-    """Signs of directions whose strength falls like 1/sqrt(i), and noise: as gradients' are."""
+    """Return signs of directions that fall like 1/sqrt(i), plus noise: similar to gradients."""
     generator = torch.Generator().manual_seed(m + directions)
     scale = torch.arange(1, directions + 1).rsqrt()
     left = torch.randn(m, directions, generator=generator) * scale
@@ -31,12 +31,12 @@ def assert_orthonormal(found: sharded_svd.TruncatedSVD) -> None:
 
 
 def kept_energy(found: sharded_svd.TruncatedSVD, M: torch.Tensor) -> float:
-    """Of M in the span of the bases, whatever S claims."""
+    """Return M's energy in the span of the bases, independent of S."""
     return (found.U_local.T.double() @ M.double() @ found.Vh.T.double()).square().sum().item()
 
 
 def assert_optimal(found: sharded_svd.TruncatedSVD, M: torch.Tensor) -> None:
-    """At least 0.9999 of the energy that as many directions can hold, and S says so."""
+    """Check for 0.9999 of the energy that r directions can hold, and that S agrees."""
     exact = torch.linalg.svdvals(M.double()).square()
     best = exact[: len(found.S)].sum().item()
     assert_orthonormal(found)
@@ -87,7 +87,7 @@ def test_real_valued_with_a_wide_spectrum() -> None:
     ("m", "n", "r", "directions"), [(256, 192, 16, 1), (576, 192, 64, 1), (600, 300, 64, 2)]
 )
 def test_large_and_rank_deficient(m: int, n: int, r: int, directions: int) -> None:
-    """Rounding must not pass for the directions that are not there."""
+    """Rounding errors must not be taken for directions."""
     generator = torch.Generator().manual_seed(m)
     M = (
         torch.randn(m, 1, generator=generator).sign()
@@ -119,7 +119,7 @@ def test_large_and_rank_deficient(m: int, n: int, r: int, directions: int) -> No
     ],
 )
 def test_both_ways_on_noisy_signs(
-    m: int, n: int, directions: int, noise: float, r: int, method: Method
+    m: int, n: int, directions: int, noise: float, r: int, method: SVDMethod
 ) -> None:
     M = noisy_signs(m, n, directions, noise)
     assert_optimal(truncated_svd(M, r, method=method), M)
@@ -136,7 +136,7 @@ def test_both_ways_on_noisy_signs(
     seed=st.integers(0, 2**31),
 )
 def test_any_shape_any_way(
-    m: int, n: int, share: float, directions: int, noise: float, method: Method, seed: int
+    m: int, n: int, share: float, directions: int, noise: float, method: SVDMethod, seed: int
 ) -> None:
     m, n = max(m, n), min(m, n)
     M = noisy_signs(m, n, directions, noise)
@@ -144,8 +144,8 @@ def test_any_shape_any_way(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_clustered_and_multiple_values(method: Method) -> None:
-    """Where no gap helps: many equal singular values, exactly or nearly."""
+def test_clustered_and_multiple_values(method: SVDMethod) -> None:
+    """Without a gap: many singular values that are equal, exactly or nearly."""
     hadamard = torch.ones(1, 1)
     for _ in range(7):
         hadamard = torch.cat(
@@ -163,7 +163,7 @@ def test_clustered_and_multiple_values(method: Method) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("directions", [0, 1, 3])
-def test_fewer_directions_than_r(directions: int, method: Method) -> None:
+def test_fewer_directions_than_r(directions: int, method: SVDMethod) -> None:
     generator = torch.Generator().manual_seed(directions)
     M = torch.zeros(350, 250, dtype=torch.int8)
     for i in range(directions):  # of disjoint rows: rank is their number
@@ -178,7 +178,7 @@ def test_fewer_directions_than_r(directions: int, method: Method) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("n", [60, 400])
-def test_real_values_to_a_hundred_thousandth_of_the_largest(n: int, method: Method) -> None:
+def test_real_values_to_a_hundred_thousandth_of_the_largest(n: int, method: SVDMethod) -> None:
     generator = torch.Generator().manual_seed(n)
     U, _ = torch.linalg.qr(torch.randn(n + 60, 50, generator=generator, dtype=torch.float64))
     V, _ = torch.linalg.qr(torch.randn(n, 50, generator=generator, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""Eta by measurement, on curves whose minimum is known."""
+"""The search for eta, on curves with a known minimum."""
 
 from __future__ import annotations
 

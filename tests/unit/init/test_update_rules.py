@@ -1,4 +1,4 @@
-"""The init's updates against one real step of the optimizers that they stand for."""
+"""Updates against one real step of the optimizers that they imitate."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.config.training_options import FIRST_STEPS
-from lorasb_ds.init.initialize import decompose
-from lorasb_ds.init.update_rules import UPDATES, step_scale
+from lorasb_ds.init.decomposition import decompose
+from lorasb_ds.init.update_rules import UPDATE_RULES, step_scale
 from tests.runs import run_ranks
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -24,7 +24,7 @@ EXACT = {"ns_coefficients": (1.5, -0.5, 0.0), "ns_steps": 60}
 
 
 def gradient(out_features: int, in_features: int) -> torch.Tensor:
-    """Rows and columns of different sizes, a few directions that dominate."""
+    """Return a gradient with rows and columns of different sizes and a few dominant directions."""
     generator = torch.Generator().manual_seed(out_features)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -35,7 +35,7 @@ def gradient(out_features: int, in_features: int) -> torch.Tensor:
 
 
 def real_step(name: str, W: torch.Tensor, G: torch.Tensor) -> torch.Tensor:
-    """What torch's optimizer of that name subtracts from W, divided by the learning rate."""
+    """Return what torch's optimizer of that name subtracts from W, divided by the learning rate."""
     parameter = torch.nn.Parameter(W.clone())
     kinds: dict[str, Any] = {
         "sign": lambda p: torch.optim.AdamW(p, lr=LR, eps=1e-30, weight_decay=0.0),
@@ -51,9 +51,9 @@ def real_step(name: str, W: torch.Tensor, G: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", [(24, 10), (10, 24), (16, 16)])
-@pytest.mark.parametrize("name", UPDATES)
+@pytest.mark.parametrize("name", UPDATE_RULES)
 def test_an_update_is_the_optimizer_s_first_step(name: str, shape: tuple[int, int]) -> None:
-    """All directions of it, scale included, from the gradient's rows or its transpose's."""
+    """All of it, scale included, from rows of the gradient or of its transpose."""
     G = 1e-3 * gradient(*shape)
     W = 0.05 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
     wanted = real_step(name, W, G)
@@ -71,7 +71,7 @@ def test_an_update_is_the_optimizer_s_first_step(name: str, shape: tuple[int, in
 
 
 def test_muon_s_update_keeps_the_gradient_s_leading_directions() -> None:
-    """Each as far as the others; what torch's Muon does along them, with its own 5 steps too."""
+    """All equally far; as torch's Muon with its 5 steps, too."""
     G = gradient(24, 10)
     svd, slopes = decompose({"layer": G}, 4, "muon", scales={"layer": math.sqrt(2.4)})["layer"]
     exact = torch.linalg.svd(G, full_matrices=False)
@@ -87,7 +87,7 @@ def test_muon_s_update_keeps_the_gradient_s_leading_directions() -> None:
 
 
 def test_muon_s_update_of_a_gradient_of_a_lower_rank() -> None:
-    """Directions that the gradient does not have are not stepped along."""
+    """No step along directions that the gradient does not have."""
     G = torch.outer(torch.arange(1.0, 10.0), torch.ones(6))
     svd, slopes = decompose({"layer": G}, 3, "muon")["layer"]
     assert svd.S.tolist() == [1.0, 0.0, 0.0]
@@ -101,30 +101,30 @@ def test_adafactor_s_update_of_small_and_missing_gradients() -> None:
     """Sizes do not matter, as in the paper (its epsilon is 1e-30); rows of zeros stay zeros."""
     G = gradient(12, 8)
     G[3], G[:, 5] = 0.0, 0.0
-    update = UPDATES["adafactor"].matrix(G, None)
+    update = UPDATE_RULES["adafactor"].matrix(G, None)
     assert not update[3].any()
     assert not update[:, 5].any()
     assert update.square().mean().sqrt() <= 1.0 + 1e-5
-    tiny = UPDATES["adafactor"].matrix(1e-9 * G, None)
+    tiny = UPDATE_RULES["adafactor"].matrix(1e-9 * G, None)
     torch.testing.assert_close(tiny, update, atol=1e-4, rtol=1e-4)
-    assert not UPDATES["adafactor"].matrix(torch.zeros(4, 3), None).any()
+    assert not UPDATE_RULES["adafactor"].matrix(torch.zeros(4, 3), None).any()
 
 
 def test_every_optimizer_has_its_update() -> None:
     found = {name: RunConfig(optimizer=name).update_rule for name in FIRST_STEPS}  # type: ignore[arg-type]
     assert found == FIRST_STEPS
-    assert set(found.values()) <= UPDATES.keys()
+    assert set(found.values()) <= UPDATE_RULES.keys()
     assert RunConfig(optimizer="muon", init_update="sign").update_rule == "sign"
 
 
 @pytest.mark.xdist_group("ranks")
 def test_sharded_as_whole(tmp_path: Any) -> None:
-    """On 2 ranks, an uneven number of rows; only sums over rows may round differently."""
+    """2 ranks with different numbers of rows; only sums over rows may round differently."""
     G = gradient(25, 10)
     save_file({"G": G}, tmp_path / "G")
     run_ranks("updates", 2, gradient=str(tmp_path / "G"), out=str(tmp_path))
     parts = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(2)]
-    for name in UPDATES:
+    for name in UPDATE_RULES:
         alone, slopes = decompose({"layer": G}, 4, name)["layer"]
         whole = (alone.U_local * alone.S) @ alone.Vh
         U = torch.cat([part[f"{name}.U"] for part in parts])

@@ -125,14 +125,16 @@ def test_no_weight_is_kept_for_the_backward() -> None:
     layer, other = packed(48, 80, 0), packed(48, 80, 1)
     adapter = LoraSBLinear(layer, 4, torch.bfloat16)
     adapter.scale = 0.0
-    adapter.tap = SimpleNamespace(reached=lambda: None, add=lambda x, grad_y: None)
+    adapter.gradient_hook = SimpleNamespace(
+        on_forward=lambda: None, on_backward=lambda x, grad_y: None
+    )
     x = torch.randn(3, 80, dtype=torch.bfloat16, requires_grad=True)
     saved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: (saved.append(t.numel()), t)[1], lambda t: t
     ):
         y = adapter(x)
-    assert saved == [x.numel()], "the tap's input and nothing else"
+    assert saved == [x.numel()], "the hook's input and nothing else"
     y = adapter(x)
     layer.weight.data = other.weight.data
     y.sum().backward()

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 from lorasb_ds.adapters.inject import inject, set_scale
 from lorasb_ds.data.batch import Batch
 from lorasb_ds.data.tokenization import IGNORE_INDEX
-from lorasb_ds.init.gradients import taps
+from lorasb_ds.init.gradients import gradient_hooks
 from lorasb_ds.models.linear_layers import shape_of
 from lorasb_ds.models.loss import token_loss_sum
 from lorasb_ds.planner.footprint import (
@@ -65,7 +65,7 @@ def test_stored_as_bitsandbytes_has_it(sides: tuple[int, int]) -> None:
 
 
 class _Kept:
-    """Identity with a custom backward pass, like the init's taps."""
+    """Stands in for GradientShards: autograd keeps what it keeps in the init."""
 
     _calls: list[str]
 
@@ -114,7 +114,7 @@ def test_activations_are_what_autograd_keeps(kind: Any, inputs: bool, dtype: tor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             if inputs:
-                with taps(adapters, _Kept()):  # type: ignore[arg-type]
+                with gradient_hooks(adapters, _Kept()):  # type: ignore[arg-type]
                     loss = token_loss_sum(model, batch)
             else:
                 loss = token_loss_sum(model, batch)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lorasb_ds.config.run_config import RunConfig
-from lorasb_ds.distributed.matrix_optimizer import MatrixOptimizer, Part
+from lorasb_ds.distributed.matrix_optimizer import MatrixOptimizer, MatrixPart
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.training.optimizer import fresh_state, make_optimizer, make_scheduler, set_scheduler
 
@@ -107,8 +107,8 @@ def test_whole_matrices_in_a_flat_master(name: Any) -> None:
     assert isinstance(optimizer, MatrixOptimizer)
     schedules = [make_scheduler(each, config, 4) for each in (reference, optimizer)]
     flat = torch.cat([*(value.flatten() for value in start), torch.zeros(2)]).requires_grad_()
-    parts = [Part(model[0], (3, 4), 0, 0, 12), Part(model[1], (2, 2), 0, 12, 4)]
-    optimizer.place([(flat, parts)])
+    parts = [MatrixPart(model[0], (3, 4), 0, 0, 12), MatrixPart(model[1], (2, 2), 0, 12, 4)]
+    optimizer.set_parts([(flat, parts)])
     optimizer.param_groups[0]["params"] = [flat]
     for k in range(4):
         for parameter in plain:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lorasb_ds.config.run_config import RunConfig
-from lorasb_ds.init.init_report import InitReport, LayerInit, Step
+from lorasb_ds.init.init_report import InitReport, InitStep, LayerInit
 from lorasb_ds.training.report import write_report
 from tests.unit.runs.test_history import training_row
 
@@ -21,7 +21,7 @@ INIT = InitReport(
     num_label_tokens=900,
     num_batches=8,
     loss=2.5,
-    step=Step(1e-4, 8, 2.5, 2.0, {}, 1.0),
+    step=InitStep(1e-4, 8, 2.5, 2.0, {}, 1.0),
     num_groups=1,
     passes=1,
     by_segments=False,

@@ -1,19 +1,19 @@
-"""From one layer's gradient to its factors."""
+"""From one layer's gradient to its SVD, slopes and report."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from lorasb_ds.init.decomposition import decompose, describe_layer
 from lorasb_ds.init.init_report import LayerInit
-from lorasb_ds.init.initialize import decompose, describe
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
 
 def layer_of(G: torch.Tensor, r: int = 1, update: str = "sign") -> LayerInit:
     svd, slopes = decompose({"layer": G}, r, update)["layer"]
-    return describe(svd, slopes, torch.bfloat16, 1, None)
+    return describe_layer(svd, slopes, torch.bfloat16, 1, None)
 
 
 @pytest.mark.parametrize("update", ["sign", "adam", "raw"])
@@ -34,7 +34,7 @@ def test_the_update_and_its_slope(update: str) -> None:
     assert slope > 0
 
 
-def test_a_layer_s_report() -> None:
+def test_report_of_a_layer() -> None:
     G = torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
     layer = layer_of(G, 3)
     assert layer.orthonormality_error < 1e-5 < layer.stored_orthonormality_error < 1e-2

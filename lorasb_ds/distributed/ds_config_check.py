@@ -1,0 +1,54 @@
+"""Check a ds_config with DeepSpeed's own classes, before anything is loaded."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+from pydantic import ValidationError
+
+from lorasb_ds.distributed import accelerator
+from lorasb_ds.distributed.zero import VERSION
+from lorasb_ds.errors import ConfigError
+
+
+def check_ds_config(ds_config: dict[str, Any], path: str) -> None:
+    """Reject a ds_config now that DeepSpeed would reject after loading the base. Not collective.
+
+    Args:
+        path: the file that it comes from, for messages.
+    Raises:
+        ConfigError: if DeepSpeed's own class rejects it, or an operator that it needs cannot run
+            on this machine.
+    """
+    # Without a process group DeepSpeed counts one process, and train_batch_size would not fit.
+    alone = {k: v for k, v in copy.deepcopy(ds_config).items() if k != "train_batch_size"}
+    try:
+        section = DeepSpeedConfig(alone).zero_config
+    except ValidationError as error:
+        found = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ConfigError(f"{path}: DeepSpeed {VERSION} rejects it: {found}.") from error
+    except (DeepSpeedConfigError, AssertionError, AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: DeepSpeed {VERSION} rejects it: {error}") from error
+    if ds_config.get("fp16", {}).get("enabled") and not get_accelerator().is_fp16_supported():
+        raise ConfigError(
+            f"--dtype fp16: DeepSpeed finds no fp16 arithmetic on this {accelerator.name()}. Use "
+            "bf16, which is more precise where it matters, or fp32."
+        )
+    if section.zero_quantized_weights and accelerator.name() == "cpu":
+        raise ConfigError(
+            f"{path}: zero_quantized_weights is true, but DeepSpeed quantizes on GPUs only. Remove "
+            "it, or use ds_configs/zero3.json."
+        )
+    offload = section.offload_param
+    if offload is not None and offload.device == "nvme":
+        builder = get_accelerator().create_op_builder("AsyncIOBuilder")
+        if builder is None or not builder.is_compatible():
+            raise ConfigError(
+                f"{path}: offload_param.device is nvme, for which DeepSpeed compiles async_io, but "
+                "libaio is missing. Install it (Debian and Ubuntu: libaio-dev), or point CFLAGS "
+                "and LDFLAGS to it; `ds_report` shows what DeepSpeed finds. Or use "
+                "ds_configs/zero3_offload.json, which needs no libaio."
+            )
