@@ -28,7 +28,9 @@ PRELOADED = (
     *("tests.dist.cases", "launcher.train", "launcher.workers.eval", "launcher.workers.adapters"),
     *("lorasb_ds.training.trainer", "lorasb_ds.evaluation.evaluator", "bitsandbytes", "peft"),
     *("transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama"),
-    *("torch.utils.tensorboard", "torch._dynamo", "matplotlib.figure"),
+    *("torch.utils.tensorboard", "torch.utils.cpp_extension", "torch._dynamo", "matplotlib.figure"),
+    *("datasets", "pandas", "deepspeed.ops.op_builder.all_ops"),
+    "deepspeed.module_inject.auto_ep_config",
 )
 WORKERS = {
     "train": "launcher.train",
