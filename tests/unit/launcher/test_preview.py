@@ -70,6 +70,6 @@ def test_a_row_of_each_source(demo_model: Path, rows: str) -> None:
 def test_the_command(demo_model: Path, rows: str) -> None:
     command = ["lorasb", "data", "preview", "--model", str(demo_model), "--data", rows]
     assert "--- rows.jsonl:3: " in run_command(*command)
-    assert "What is not learned is dimmed" in run_command("lorasb", "data", "preview", "--help")
+    assert "not trained on are dimmed" in run_command("lorasb", "data", "preview", "--help")
     message = run_command(*command, "--prompt-column", "title", status=2)
     assert f"lorasb: error: --prompt-column title: --data {rows} has no such column." in message
