@@ -172,7 +172,7 @@ def test_an_init_that_changes_the_base(
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     before = base.model.layers[0].self_attn.q_proj.weight.clone()
     made = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="pissa")
-    monkeypatch.setattr(peft_methods, "peft_config", lambda *_: made)
+    monkeypatch.setattr(peft_methods, "make_peft_config", lambda *_: made)
     with pytest.raises(ConfigError, match="changes the base's weights"):
         inject_peft(base, plan, config, torch.float32)
     changed = base.model.layers[0].self_attn.q_proj.base_layer.weight
