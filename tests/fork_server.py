@@ -67,6 +67,11 @@ def main() -> None:
     caller = Connection(int(sys.argv[1]))
     for module in PRELOADED:
         importlib.import_module(module)
+    # Built here if need be, whatever it takes. A rank that is ended while it builds leaves the lock
+    # of torch's extensions behind, and every later process would wait for that without end.
+    from deepspeed.comm.torch import build_shm_op
+
+    build_shm_op()
     threads = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
     others = [name for name in threads[1:] if name != "jemalloc_bg_thd"]  # begun anew by a fork
     assert not others, f"{others} would be missing in the ranks"
