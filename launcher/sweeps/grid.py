@@ -60,11 +60,12 @@ def is_file(method: str) -> bool:
 
 def short(number: float) -> str:
     """Return the shortest text that a number can be read back from: 2e-3, 1.2e-2, 1e0."""
-    _, digits, exponent = Decimal(repr(number)).normalize().as_tuple()
+    # Not Decimal.normalize: it rounds to the precision of a context that libraries change.
+    _, digits, exponent = Decimal(repr(number)).as_tuple()
     assert isinstance(exponent, int)
     first, *rest = map(str, digits)
-    point = "." if rest else ""
-    return f"{first}{point}{''.join(rest)}e{exponent + len(rest)}"
+    power, decimals = exponent + len(rest), "".join(rest).rstrip("0")
+    return f"{first}{'.' if decimals else ''}{decimals}e{power}"
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,13 @@ from tests.runs import run_ranks, word_rows, write_jsonl
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path: Path) -> Iterator[Path]:
     """The folder of tokenized rows, empty."""
-    monkeypatch.setenv("LORASB_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "tokenized"
+    before = os.environ["LORASB_CACHE"]
+    os.environ["LORASB_CACHE"] = str(tmp_path / "cache")
+    yield tmp_path / "cache" / "tokenized"
+    # Not by monkeypatch: datasets puts a copy in the place of os.environ, and it restores the old.
+    os.environ["LORASB_CACHE"] = before
 
 
 @pytest.fixture

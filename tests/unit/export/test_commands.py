@@ -845,7 +845,7 @@ def test_layers_that_peft_leaves_out_are_named(kind: str, tmp_path: Path) -> Non
     shutil.rmtree(tmp_path / "base")
     text = run("export", tmp_path / "adapter", "--out", tmp_path / "out", "--overwrite")
     assert f"PEFT may not read {count} of {len(targets)} layers" in text
-    assert f"config.json of {tmp_path / 'base'} is not here" in text
+    assert f"config.json of {tmp_path / 'base'}, which would say so, is not available" in text
 
 
 def test_a_run_knows_what_its_base_was(tmp_path: Path) -> None:

@@ -291,7 +291,7 @@ def test_only_the_same_merge_is_resumed(
 
     with monkeypatch.context() as patched:
         patched.setattr(merging, "write_index", fail)
-        with pytest.raises(ConfigError, match=r"No space left .*the same command goes on"):
+        with pytest.raises(ConfigError, match=r"No space left .*the same command continues"):
             merged(adapter, sharded, out)
     some = sorted(partial.glob("*.safetensors"))
     some[0].write_bytes(b"cut")
@@ -462,7 +462,7 @@ def test_refused_places(
     (out / "own.txt").write_text("mine")
     with pytest.raises(ConfigError, match="is not empty"):
         merged(adapter, base, out)
-    with pytest.raises(ConfigError, match="is no model's folder"):
+    with pytest.raises(ConfigError, match="is not a model's folder"):
         merged(adapter, base, out, overwrite=True)
     assert (out / "own.txt").read_text() == "mine"
     with pytest.raises(ConfigError, match="is a file"):
@@ -473,7 +473,7 @@ def test_refused_places(
         merged(adapter, base, tmp_path / "new")
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1, 1, 1 << 20))
-    with pytest.raises(ConfigError, match=r"0\.00 GiB are still .* has 0\.00 GiB left"):
+    with pytest.raises(ConfigError, match=r"0\.00 GiB must still be written.* has 0\.00 GiB left"):
         merged(adapter, base, tmp_path / "full")
     assert not (tmp_path / "full.partial").exists()
 
