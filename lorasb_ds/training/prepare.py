@@ -86,10 +86,10 @@ class Prepared:
         """Return this rank's micro-batches of some rows; every rank has as many."""
         return self._deal(rows, [[i] for i in indices], None, packed=False)
 
-    def step_batches(self, units: Sequence[Pack]) -> list[Batch]:
+    def step_batches(self, packs: Sequence[Pack]) -> list[Batch]:
         """Return this rank's micro-batches of an optimizer step on training rows."""
         rounds = self.config.gradient_accumulation_steps
-        return self._deal(self.data.train, units, rounds, packed=self.config.packing)
+        return self._deal(self.data.train, packs, rounds, packed=self.config.packing)
 
     def sample(self, indices: Sequence[int], rows: TokenizedRows | None = None) -> Sample:
         """Return this rank's micro-batches of some rows, on its device.
@@ -110,12 +110,12 @@ class Prepared:
         return "flash" in (self.base.hf_config._attn_implementation or "")
 
     def _deal(
-        self, rows: TokenizedRows, units: Sequence[Pack], rounds: int | None, packed: bool
+        self, rows: TokenizedRows, packs: Sequence[Pack], rounds: int | None, packed: bool
     ) -> list[Batch]:
         return rank_batches(
             rows.examples,
             rows.lengths,
-            units,
+            packs,
             micro_batch_size=self.config.micro_batch_size,
             pad_token_id=self.base.tokenizer.pad_token_id,
             rank=zero.rank(),
