@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,7 +50,7 @@ class LauncherCall:
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(ABC):
     """What was asked for, checked as far as that goes without torch.
 
     Subclasses say how it is started: ``LocalJob``, ``SshJob`` or ``ByHandJob``.
@@ -148,10 +149,11 @@ class Job:
             for file in launcher_files(self.folder):
                 file.unlink()
 
+    @abstractmethod
     def dry_run(self) -> str:
         """Return the command, and what would be written for it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def prepare(
         self, environment: Mapping[str, str], port: int, master_addr: str | None
     ) -> LauncherCall:
@@ -164,7 +166,6 @@ class Job:
         Raises:
             ConfigError: if the first host's address is not known, or a port is taken.
         """
-        raise NotImplementedError
 
     def restarted(self) -> Job:
         """Return the same run, to go on from its last checkpoint.
