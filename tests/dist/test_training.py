@@ -81,6 +81,7 @@ def test_two_ranks_equal_one_process(two_runs: tuple[Path, Path, Path]) -> None:
     assert sum(losses(one)[-3:]) / 3 < 0.75 * losses(one)[0], "it should have learned these rows"
 
 
+@pytest.mark.slow
 def test_equals_plain_torch(
     two_runs: tuple[Path, Path, Path], demo_model: Path, tokenizer: Any
 ) -> None:
