@@ -24,5 +24,5 @@ ruff format --check .
 codespell
 mypy
 lint-imports
-# Two tests at a time, each of which may start two ranks; a module's tests share a worker.
-pytest -n 2 --dist loadgroup --durations=25 "${tier[@]}" "$@"
+# Two modules at a time (tests/conftest.py), in order: the long ones come first.
+pytest -n 2 --dist loadscope --no-loadscope-reorder --durations=25 "${tier[@]}" "$@"

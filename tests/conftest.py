@@ -28,18 +28,24 @@ settings.register_profile("all", max_examples=250, deadline=None)
 settings.load_profile("quick")
 
 
-@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark unit tests as fast, and keep a module's others on one worker of pytest-xdist."""
-    parallel = config.pluginmanager.hasplugin("xdist")
-    for item in items:
-        folder = item.path.relative_to(ROOT / "tests").parts[0]
-        if folder == "unit":
-            if not item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.fast)
-        elif parallel:  # they share what a module's fixtures have made, or the hosts
-            group = "nodes" if folder == "nodes" else item.path.stem
-            item.add_marker(pytest.mark.xdist_group(group))
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark unit tests as fast."""
+    is_unit_test = item.path.is_relative_to(ROOT / "tests" / "unit")
+    if is_unit_test and not item.get_closest_marker("slow"):
+        item.add_marker(pytest.mark.fast)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Run the tests of a module in one process, and all tests on several hosts in one, too."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByModule(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module = nodeid.split("::")[0]
+            return "tests/nodes" if module.startswith("tests/nodes/") else module
+
+    return ByModule(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

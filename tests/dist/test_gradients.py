@@ -75,6 +75,7 @@ def whole_gradients(model: nn.Module, batches: list[Batch]) -> dict[str, torch.T
     return whole
 
 
+@pytest.mark.slow
 def test_zero3_on_two_ranks_real_model(demo_model: Path, tmp_path: Path, tokenizer: Any) -> None:
     # Micro-batches of 2 and 3 rows: in those of one, a few labels, the head's product over 49152
     # tokens is rounded ten times as much (1.3e-4 of a layer's gradient, in plain torch as well).

@@ -74,6 +74,7 @@ def losses(folder: Path) -> list[float]:
     return [row["loss"] for row in metrics(folder) if "loss" in row]
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_process(two_runs: tuple[Path, Path, Path]) -> None:
     two, one, _ = two_runs
     assert len(losses(two)) == STEPS
@@ -81,6 +82,7 @@ def test_two_ranks_equal_one_process(two_runs: tuple[Path, Path, Path]) -> None:
     assert sum(losses(one)[-3:]) / 3 < 0.75 * losses(one)[0], "it should have learned these rows"
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_equals_plain_torch(
     two_runs: tuple[Path, Path, Path], demo_model: Path, tokenizer: Any
@@ -131,6 +133,7 @@ def test_equals_plain_torch(
         assert difference <= 0.02 * scale, name
 
 
+@pytest.mark.slow
 def test_basis_is_orthonormal_and_descends(two_runs: tuple[Path, Path, Path]) -> None:
     two, _, _ = two_runs
     basis = load_file(two / "basis.safetensors")

@@ -60,10 +60,10 @@ def started(*command: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def wait_for_rows(child: subprocess.Popen[str], folder: Path, count: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while num_rows(folder) < count:
         assert child.poll() is None, child.communicate()[0]
-        assert time.monotonic() < deadline, f"{num_rows(folder)} of {count} steps after 120 s"
+        assert time.monotonic() < deadline, f"{num_rows(folder)} of {count} steps after 240 s"
         time.sleep(0.02)
 
 

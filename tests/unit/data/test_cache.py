@@ -234,7 +234,6 @@ def test_a_full_disk_leaves_nothing_behind(
     assert not [f for f in cache.iterdir() if f.is_dir()]
 
 
-@pytest.mark.xdist_group("ranks")
 def test_of_two_processes_one_does_the_work(
     demo_model: Path, tokenizer: Any, tmp_path: Path, cache: Path
 ) -> None:
@@ -375,7 +374,6 @@ def test_rows_for_the_init(tokenizer: Any, tmp_path: Path, cache: Path) -> None:
         load_data(load_run_config(given | {"init_data": "none.jsonl"}), tokenizer)
 
 
-@pytest.mark.xdist_group("ranks")
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(demo_model: Path, tmp_path: Path, cache: Path) -> None:
     """25,000 more rows of 40 tokens would take some 70 MB as Python's lists of ids and labels."""

@@ -117,7 +117,6 @@ def test_every_optimizer_has_its_update() -> None:
     assert RunConfig(optimizer="muon", init_update="sign").update_rule == "sign"
 
 
-@pytest.mark.xdist_group("ranks")
 def test_sharded_as_whole(tmp_path: Any) -> None:
     """2 ranks with different numbers of rows; only sums over rows may round differently."""
     G = gradient(25, 10)

@@ -14,7 +14,6 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
 
 
-@pytest.mark.xdist_group("ranks")
 def test_watched_tells_kinds_of_memory(tmp_path: Path) -> None:
     """In a process of its own: what others have left in this one's heap would count, too."""
     run_ranks("watched", 1, folder=str(tmp_path))
