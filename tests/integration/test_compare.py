@@ -17,6 +17,7 @@ from filelock import FileLock
 from tests.integration.test_resume import started, wait_for_rows
 from tests.runs import metrics, output_of, run_command, word_rows, write_jsonl
 
+pytestmark = pytest.mark.slow
 STEPS = 200  # a run that is to be stopped must not come to its end before it hears of it
 FIRST, SECOND = "lora-sb-r4-lr1e-3-s42", "lora-sb-r4-lr4e-3-s42"
 LORASB = str(Path(sys.executable).parent / "lorasb")

@@ -110,7 +110,7 @@ def test_what_was_made_from_something_else_is_refused(
 ) -> None:
     same = {"model": str(tiny_model), "data": rows}
     prepare(load_run_config(COMMON | {"init_from": str(made)} | same), 2)
-    assert "r = 12. A smaller r" in refused(made, **same | {"r": 13})
+    assert "exceeds r = 12 of the basis" in refused(made, **same | {"r": 13})
     assert "--seed" in refused(made, **same, seed=7)
     assert ": --dtype differ" in refused(made, **same | {"dtype": "bf16"})
     assert ": --init-update differ" in refused(made, **same, init_update="raw")
