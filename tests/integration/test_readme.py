@@ -172,6 +172,7 @@ def test_data(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, demo_m
     assert "20 kept" in result.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", starting("deepspeed"))
 def test_deepspeed(line: str, tmp_path: Path, demo_model: Path) -> None:
     """For real, cut short."""

@@ -107,6 +107,7 @@ def test_evaluations_while_training(alone: Path) -> None:
         assert row["memory_bytes"] > 0
 
 
+@pytest.mark.slow
 def test_it_goes_on_with_1_and_2_and_3_processes(
     options: list[str], alone: Path, tmp_path: Path
 ) -> None:
