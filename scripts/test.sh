@@ -5,10 +5,10 @@
 # Further arguments go to pytest: scripts/test.sh tests/unit, scripts/test.sh --all -k resume
 set -euo pipefail
 cd "$(dirname "$0")/.."
+profile=(--hypothesis-profile quick) others="not fast and not slow"
 case ${1-} in
-  --fast) tier=(-m fast) && shift ;;
-  --all) tier=(-m "" --hypothesis-profile all) && shift ;;
-  *) tier=(-m "not slow") ;;
+  --fast) others= && shift ;;
+  --all) profile=(--hypothesis-profile all) others="not fast" && shift ;;
 esac
 
 # The tests on several hosts need root; without it they skip, and nothing is installed for them.
@@ -24,5 +24,8 @@ ruff format --check .
 codespell
 mypy
 lint-imports
-# Two modules at a time (tests/conftest.py), in order: the long ones come first.
-pytest -n 2 --dist loadscope --no-loadscope-reorder --durations=25 "${tier[@]}" "$@"
+# pytest ends with 5 where the further arguments leave it no test.
+tests() { pytest --durations=25 "${profile[@]}" "$@" || [ $? = 5 ]; }
+# Unit tests are one process each: two modules at a time. The others start ranks, which want both cores.
+tests -n 2 --dist loadfile -m fast "$@"
+[ -z "$others" ] || tests -m "$others" "$@"
