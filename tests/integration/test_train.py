@@ -19,6 +19,7 @@ from tests.runs import ROOT, metrics, run_command, run_worker, word_rows, write_
 
 TASK = "reasoning-gym:word_sequence_reversal?max_words=4"
 R, STEPS = 32, 12
+pytestmark = pytest.mark.timeout(1600)  # the fixture below, on a slow CPU
 METRICS = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "step_time_s"}
 
 
@@ -28,11 +29,13 @@ def run(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_command(
         *f"lorasb train --num-procs 2 --data {TASK}&size=200&seed=1 "
         f"--eval-data {TASK}&size=24&seed=2 --r {R} --init-samples 32 --micro-batch-size 8 "
-        f"--lr 4e-3 --max-steps {STEPS} --output-dir {folder}".split()
+        f"--lr 4e-3 --max-steps {STEPS} --output-dir {folder}".split(),
+        timeout=1500,  # a CPU without instructions for bf16 takes some ten times as long
     )
     return folder
 
 
+@pytest.mark.slow
 def test_training_lowers_the_held_out_loss(run: Path) -> None:
     base, filled, trained = (row["eval_loss"] for row in metrics(run) if "eval_loss" in row)
     assert filled < base, "eta = 1e-4 descends on this model"
@@ -41,6 +44,7 @@ def test_training_lowers_the_held_out_loss(run: Path) -> None:
     assert trained < 0.6 * filled
 
 
+@pytest.mark.slow
 def test_metrics(run: Path) -> None:
     rows = [row for row in metrics(run) if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
@@ -54,6 +58,7 @@ def test_metrics(run: Path) -> None:
     assert list((run / "tensorboard").glob("events*"))
 
 
+@pytest.mark.slow
 def test_run_json(run: Path) -> None:
     content = json.loads((run / "run.json").read_text())
     assert content["config"]["r"] == R
@@ -71,6 +76,7 @@ def test_run_json(run: Path) -> None:
         assert 0.5 < predicted / memory["measured"][phase] < 2, phase
 
 
+@pytest.mark.slow
 def test_report(run: Path) -> None:
     text = (run / "report.md").read_text()
     assert f"{210 * R * R:,}" in text, "trainable parameters"
@@ -84,6 +90,7 @@ def test_report(run: Path) -> None:
     assert all(0.2 < layer["captured_energy"] <= 1 for layer in init["layers"].values())
 
 
+@pytest.mark.slow
 def test_basis_in_bf16_is_nearly_orthonormal(run: Path) -> None:
     import torch
 
@@ -101,6 +108,7 @@ def test_basis_in_bf16_is_nearly_orthonormal(run: Path) -> None:
         assert torch.linalg.matrix_norm(error, 2) <= 1e-2, name
 
 
+@pytest.mark.slow
 def test_the_adapter_has_the_same_loss(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "eval"
     done = run_command(
@@ -120,6 +128,7 @@ def test_the_adapter_has_the_same_loss(run: Path, tmp_path: Path) -> None:
     assert score["share"] > 0.1, "it has learned something; seen: 0.5"
 
 
+@pytest.mark.slow
 def test_what_comes_out_of_a_run_says_the_same(run: Path, tmp_path: Path) -> None:
     """Its checkpoint on two ZeRO-3 processes, and the merged model: the loss of the run."""
     in_memory = [row for row in metrics(run) if "eval_loss" in row][-1]["eval_loss"]
