@@ -17,14 +17,14 @@ from launcher.jobs.verdict import EXIT_REFUSED
 from launcher.options import EVAL_FIELDS, to_arguments
 from launcher.sweeps.grid import Sweep, Trial, is_file, label
 from launcher.sweeps.plots import PICTURES, draw_sweep
-from launcher.sweeps.pool import Allocation, Work
-from launcher.sweeps.results import EVALUATION, Result, base_loss, read_result
+from launcher.sweeps.pool import Allocation, PoolJob
+from launcher.sweeps.results import EVALUATION, TrialResult, base_loss, read_result
 from launcher.sweeps.runs import (
     LORASB,
     NUMBERS,
     RUNS,
     TABLE,
-    Conductor,
+    PoolRunner,
     errors_in,
     launch_arguments,
     launch_in,
@@ -120,18 +120,18 @@ def run_comparison(
     """
     folder, options = comparison.folder, comparison.options
     with sweep_folder(folder, options, overwrite, PICTURES):
-        return _ComparisonRunner(comparison, Conductor(allocations)).run()
+        return _ComparisonRunner(comparison, PoolRunner(allocations)).run()
 
 
 class _ComparisonRunner:
     """Does one stage after the other, and writes what is known after every run."""
 
-    def __init__(self, comparison: Comparison, conductor: Conductor) -> None:
-        self._of, self._conductor = comparison, conductor
+    def __init__(self, comparison: Comparison, runner: PoolRunner) -> None:
+        self._of, self._runner = comparison, runner
 
     def run(self) -> int:
-        of, conductor = self._of, self._conductor
-        conductor.pool.listen()
+        of, runner = self._of, self._runner
+        runner.pool.listen()
         self._write()
         first = of.sweep.first()
         self._train(first)
@@ -140,10 +140,10 @@ class _ComparisonRunner:
             self._evaluate()
         self._write(pictures=True)
         self._print()
-        if conductor.stopped:
+        if runner.stopped:
             say("stopped: the same command goes on")
             return EXIT_STOPPED
-        return 1 if conductor.failed else 0
+        return 1 if runner.failed else 0
 
     def _train(self, trials: Sequence[Trial]) -> None:
         """Train those that have no report yet."""
@@ -152,9 +152,9 @@ class _ComparisonRunner:
         if len(due) < len(trials):
             say(f"{len(trials) - len(due)} of {len(trials)} runs are there already")
 
-        def ended(trial: Trial, work: Work, status: int, seconds: float) -> None:
+        def ended(trial: Trial, work: PoolJob, status: int, seconds: float) -> None:
             loss = read_result(of.run_folder(trial), trial).loss
-            self._conductor.end(work, status, seconds, f"held-out loss {loss:.4f}")
+            self._runner.end(work, status, seconds, f"held-out loss {loss:.4f}")
             self._write()
 
         self._see_to(due, of.train_command, ended)
@@ -166,7 +166,7 @@ class _ComparisonRunner:
         chosen = [result.trial for row in rows for result in row.results]
         refused: set[str] = set()  # methods
 
-        def ended(trial: Trial, work: Work, status: int, seconds: float) -> None:
+        def ended(trial: Trial, work: PoolJob, status: int, seconds: float) -> None:
             if status == EXIT_REFUSED and is_file(trial.method):  # no plain LoRA, as a rule
                 if trial.method not in refused:
                     why = " ".join(errors_in(work.log).split())
@@ -177,7 +177,7 @@ class _ComparisonRunner:
                 write_json(of.run_folder(trial) / ASKED, of.questions)
             accuracy = read_result(of.run_folder(trial), trial).accuracy
             came_to = "no row asks for an answer" if accuracy is None else f"accuracy {accuracy}"
-            self._conductor.end(work, status, seconds, came_to)
+            self._runner.end(work, status, seconds, came_to)
             self._write()
 
         due = [trial for trial in chosen if not of.has_answered(trial)]
@@ -187,34 +187,34 @@ class _ComparisonRunner:
         self,
         trials: Sequence[Trial],
         command: Callable[[Trial, Allocation, int], list[str]],
-        ended: Callable[[Trial, Work, int, float], None],
+        ended: Callable[[Trial, PoolJob, int, float], None],
         what: str = "",
     ) -> None:
         """Run jobs for some trials, which are called ``what`` and the trial's name."""
         by_name = {f"{what}{trial.name}": trial for trial in trials}
 
-        def work(name: str, trial: Trial) -> Work:
+        def work(name: str, trial: Trial) -> PoolJob:
             log = log_of(self._of.folder, trial.name)
-            return Work(name, lambda allocation, port: command(trial, allocation, port), log)
+            return PoolJob(name, lambda allocation, port: command(trial, allocation, port), log)
 
-        self._conductor.run(
+        self._runner.run(
             [work(name, trial) for name, trial in by_name.items()],
             lambda work, status, seconds: ended(by_name[work.name], work, status, seconds),
         )
 
-    def _results(self) -> dict[Trial, Result]:
+    def _results(self) -> dict[Trial, TrialResult]:
         """Return the results of all trials that are known by now, finished or not."""
-        sweep, failed = self._of.sweep, self._conductor.failed
+        sweep, failed = self._of.sweep, self._runner.failed
         found = self._read(sweep.first())
         if any(not result.finished and t.name not in failed for t, result in found.items()):
             return found  # what is best is not known yet
         return found | self._read(sweep.then(ranking(method_results(sweep, found))))
 
-    def _read(self, trials: Iterable[Trial]) -> dict[Trial, Result]:
+    def _read(self, trials: Iterable[Trial]) -> dict[Trial, TrialResult]:
         found = {}
         for trial in trials:
             result = read_result(self._of.run_folder(trial), trial)
-            why = self._conductor.failed.get(trial.name)
+            why = self._runner.failed.get(trial.name)
             found[trial] = replace(result, problem=f"failed: {why}") if why else result
         return found
 
@@ -231,7 +231,7 @@ class _ComparisonRunner:
         lines += [f"![{path.stem.replace('-', ' ')}]({path.name})\n" for path in drawn]
         write_text(of.folder / TABLE, "\n".join(lines))
 
-    def _notes(self, results: Mapping[Trial, Result]) -> list[str]:
+    def _notes(self, results: Mapping[Trial, TrialResult]) -> list[str]:
         notes = []
         base = base_loss(results.values())
         if math.isfinite(base):
@@ -251,7 +251,7 @@ class _ComparisonRunner:
 
     def _print(self) -> None:
         """Print the table, and what has failed."""
-        of, results, failed = self._of, self._results(), self._conductor.failed
+        of, results, failed = self._of, self._results(), self._runner.failed
         lines = [*columns(COLUMNS, table(method_results(of.sweep, results))), "", LEGEND]
         lines += [*self._notes(results), "", f"table, numbers and pictures: {of.folder}"]
         with suppress(OSError):  # a terminal that was closed

@@ -44,7 +44,7 @@ class Trial:
 
     @property
     def options(self) -> dict[str, Any]:
-        """As fields of RunConfig; the r of a PEFT configuration is in its file."""
+        """Return the fields of RunConfig. The r of a PEFT configuration is in its file."""
         own = {"method": self.method, "lr": self.lr, "seed": self.seed}
         return own if is_file(self.method) else {**own, "r": self.r}
 

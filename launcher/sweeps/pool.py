@@ -33,7 +33,7 @@ class Allocation:
 
 
 @dataclass(frozen=True)
-class Work:
+class PoolJob:
     """A run of a sweep, or its evaluation, as a command.
 
     Args:
@@ -48,7 +48,7 @@ class Work:
 
 @dataclass
 class _Running:
-    work: Work
+    work: PoolJob
     child: subprocess.Popen[bytes]
     port: int
     since: float
@@ -77,9 +77,9 @@ class Pool:
 
     def run(
         self,
-        jobs: Sequence[Work],
-        began: Callable[[Work, Allocation], None],
-        ended: Callable[[Work, int, float], None],
+        jobs: Sequence[PoolJob],
+        began: Callable[[PoolJob, Allocation], None],
+        ended: Callable[[PoolJob, int, float], None],
     ) -> None:
         """See all jobs to their end; after a signal, only those that run.
 
@@ -104,7 +104,7 @@ class Pool:
                     ended(running.work, status, time.monotonic() - running.since)
             time.sleep(POLL_S)
 
-    def _start(self, i: int, work: Work, allocation: Allocation) -> None:
+    def _start(self, i: int, work: PoolJob, allocation: Allocation) -> None:
         taken = {running.port for running in self._running.values()}
         while (port := free_port()) in taken:
             pass

@@ -19,7 +19,7 @@ EVALUATION = Path("eval", EVAL_RESULT)  # in a run's folder
 
 
 @dataclass(frozen=True)
-class Result:
+class TrialResult:
     """The result of a trial, as far as its folder has one. What is not known is nan, or None."""
 
     trial: Trial
@@ -53,14 +53,14 @@ class Result:
         }
 
 
-def read_result(folder: Path, trial: Trial) -> Result:
+def read_result(folder: Path, trial: Trial) -> TrialResult:
     """Read the folder of a trial's run, whatever state it is in."""
     run = Run(trial.name, {}, (), "")
     if (folder / RUN_JSON).is_file():
         (run,) = read_runs([str(folder)])
     found = summarize(run.rows)
     finished = bool(run.rows) and not run.problem
-    return Result(
+    return TrialResult(
         trial=trial,
         finished=finished,
         problem=run.problem,
@@ -74,7 +74,7 @@ def read_result(folder: Path, trial: Trial) -> Result:
     )
 
 
-def base_loss(results: Iterable[Result]) -> float:
+def base_loss(results: Iterable[TrialResult]) -> float:
     """Return the held-out loss of the base, from the first run that has it; nan if none has."""
     found = (result.base_loss for result in results if math.isfinite(result.base_loss))
     return next(found, math.nan)

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from launcher.jobs.launch_options import OPTIONS, LaunchOptions
 from launcher.options import to_arguments
-from launcher.sweeps.pool import Allocation, Pool, Work
+from launcher.sweeps.pool import Allocation, Pool, PoolJob
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.errors import ConfigError, option_name
 from lorasb_ds.runs.compare import NOT_COMPARED
@@ -183,7 +183,7 @@ def _remove(folder: Path, names: Sequence[str]) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-class Conductor:
+class PoolRunner:
     """Runs jobs in a pool, and prints how each of them begins and ends."""
 
     def __init__(self, allocations: Sequence[Allocation]) -> None:
@@ -194,7 +194,7 @@ class Conductor:
     def stopped(self) -> bool:
         return self.pool.stopped
 
-    def run(self, work: Sequence[Work], ended: Callable[[Work, int, float], None]) -> None:
+    def run(self, work: Sequence[PoolJob], ended: Callable[[PoolJob, int, float], None]) -> None:
         """See jobs to their end.
 
         Args:
@@ -202,14 +202,14 @@ class Conductor:
         """
         total, begun = len(work), iter(range(1, len(work) + 1))
 
-        def began(work: Work, allocation: Allocation) -> None:
+        def began(work: PoolJob, allocation: Allocation) -> None:
             where = f" on {allocation.include}" if allocation.include else ""
             say(f"{work.name} begins ({next(begun)} of {total}){where}")
 
         if work and not self.stopped:
             self.pool.run(work, began, ended)
 
-    def end(self, work: Work, status: int, seconds: float, came_to: str) -> None:
+    def end(self, work: PoolJob, status: int, seconds: float, came_to: str) -> None:
         """Print how a job has ended, and keep why it has failed.
 
         Args:

@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 from launcher.sweeps.grid import Sweep, Trial, label, short
-from launcher.sweeps.results import Result, base_loss, describe_accuracy
+from launcher.sweeps.results import TrialResult, base_loss, describe_accuracy
 from lorasb_ds.evaluation.proportions import Proportion
 from lorasb_ds.runs.compare import known
 from lorasb_ds.system.units import GIB
@@ -74,7 +74,7 @@ class MethodResult:
     r: int | None
     rates: Mapping[float, Rate]
     best_lr: float | None
-    results: Sequence[Result]
+    results: Sequence[TrialResult]
     asked: int
 
     @property
@@ -145,7 +145,7 @@ class MethodResult:
         }
 
 
-def method_results(sweep: Sweep, results: Mapping[Trial, Result]) -> list[MethodResult]:
+def method_results(sweep: Sweep, results: Mapping[Trial, TrialResult]) -> list[MethodResult]:
     """Return a row for each method and r: the best first, those without a result last."""
     rows = [_method_result(method, r, sweep.lrs[method], results) for method, r in sweep.contenders]
     return sorted(rows, key=lambda row: (math.isnan(row.loss), row.loss))
@@ -166,9 +166,9 @@ def ranking(rows: Iterable[MethodResult]) -> list[tuple[str, int | None, float]]
 
 
 def _method_result(
-    method: str, r: int | None, lrs: Sequence[float], results: Mapping[Trial, Result]
+    method: str, r: int | None, lrs: Sequence[float], results: Mapping[Trial, TrialResult]
 ) -> MethodResult:
-    by_lr: dict[float, dict[int, Result]] = {lr: {} for lr in lrs}
+    by_lr: dict[float, dict[int, TrialResult]] = {lr: {} for lr in lrs}
     for trial, result in results.items():
         if (trial.method, trial.r) == (method, r):
             by_lr[trial.lr][trial.seed] = result
@@ -213,7 +213,7 @@ def _cells(row: MethodResult) -> list[str]:
     return [cell or "-" for cell in cells]
 
 
-def as_dict(sweep: Sweep, results: Mapping[Trial, Result]) -> dict[str, Any]:
+def as_dict(sweep: Sweep, results: Mapping[Trial, TrialResult]) -> dict[str, Any]:
     """Return all numbers, for JSON."""
     return {
         "sweep": sweep.describe(),

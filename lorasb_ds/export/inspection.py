@@ -188,7 +188,7 @@ def subspace_overlaps(bases: torch.Tensor) -> torch.Tensor:
 
 
 def basis_overlaps(folders: Sequence[Path]) -> Overlaps:
-    """Of the bases in some runs' folders. One layer of every run is in memory at a time.
+    """Return the overlaps of the bases of runs. One layer of every run is in memory at a time.
 
     Raises:
         ConfigError: if one of them is missing or broken, or they are not of the same layers with

@@ -15,7 +15,7 @@ import pytest
 from launcher.jobs.launch_options import OPTIONS, LaunchOptions
 from launcher.jobs.ranks import run_here
 from launcher.sweeps.allocations import find_allocations
-from launcher.sweeps.pool import Allocation, Pool, Work
+from launcher.sweeps.pool import Allocation, Pool, PoolJob
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.system.signals import EXIT_STOPPED
 
@@ -91,7 +91,7 @@ def _handlers() -> Iterator[None]:
         signal.signal(signum, handler)
 
 
-def python(folder: Path, name: str, code: str) -> Work:
+def python(folder: Path, name: str, code: str) -> PoolJob:
     """``argv``: the program, the allocation's name, the port."""
 
     def command(allocation: Allocation, port: int) -> list[str]:
@@ -103,7 +103,7 @@ def python(folder: Path, name: str, code: str) -> Work:
             f"{port}",
         ]
 
-    return Work(name, command, folder / "logs" / f"{name}.log")
+    return PoolJob(name, command, folder / "logs" / f"{name}.log")
 
 
 class Told:
@@ -113,11 +113,11 @@ class Told:
         self.lines: list[str] = []
         self.running = self.most = 0
 
-    def began(self, work: Work, allocation: Allocation) -> None:
+    def began(self, work: PoolJob, allocation: Allocation) -> None:
         self.running += 1
         self.most = max(self.most, self.running)
 
-    def ended(self, work: Work, status: int, seconds: float) -> None:
+    def ended(self, work: PoolJob, status: int, seconds: float) -> None:
         self.running -= 1
         self.lines.append(f"{work.name} {status}")
 

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from launcher.sweeps.grid import Sweep, Trial, make_sweep, own_options, short
 from launcher.sweeps.plots import draw_sweep
-from launcher.sweeps.results import Result, read_result
+from launcher.sweeps.results import TrialResult, read_result
 from launcher.sweeps.table import COLUMNS, MethodResult, as_dict, method_results, ranking, table
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.evaluation.proportions import Proportion
@@ -39,8 +39,8 @@ def sweep(
 
 def result(
     trial: Trial, loss: float, accuracy: Proportion | None = None, finished: bool = True
-) -> Result:
-    return Result(
+) -> TrialResult:
+    return TrialResult(
         trial=trial,
         finished=finished,
         problem="",
@@ -54,7 +54,7 @@ def result(
     )
 
 
-def came_to(found: Mapping[Trial, float]) -> dict[Trial, Result]:
+def came_to(found: Mapping[Trial, float]) -> dict[Trial, TrialResult]:
     return {trial: result(trial, loss) for trial, loss in found.items()}
 
 
