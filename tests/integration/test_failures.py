@@ -164,18 +164,23 @@ def running(tiny_model: Path, tmp_path: Path):
     log = (tmp_path / "log").open("w")
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
     child = subprocess.Popen(command.split(), cwd=ROOT, env=environment, stdout=log, stderr=log)
-    deadline = time.monotonic() + 90
-    while not (folder / "metrics.jsonl").exists() or not (folder / "metrics.jsonl").read_text():
-        assert child.poll() is None, (tmp_path / "log").read_text()
-        log_text = (tmp_path / "log").read_text()
-        assert time.monotonic() < deadline, f"no step within 90 s; the log:\n{log_text[-4000:]}"
-        time.sleep(0.5)
-    yield child, str(folder)
-    child.kill()
-    child.wait()
-    log.close()
-    for pid in workers(str(folder)):
-        os.kill(pid, signal.SIGKILL)
+    metrics = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    try:
+        while not metrics.exists() or not metrics.read_text():
+            log_text = (tmp_path / "log").read_text()
+            assert child.poll() is None, log_text
+            assert time.monotonic() < deadline, (
+                f"no step within 240 s; the log:\n{log_text[-4000:]}"
+            )
+            time.sleep(0.5)
+        yield child, str(folder)
+    finally:  # also where no step came: its ranks would slow all later tests down
+        child.kill()
+        child.wait()
+        log.close()
+        for pid in workers(str(folder)):
+            os.kill(pid, signal.SIGKILL)
 
 
 def shared_memory() -> list[Path]:
