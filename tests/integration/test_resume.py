@@ -294,12 +294,14 @@ def test_a_closed_terminal(options: list[str], tmp_path: Path) -> None:
         os.chdir(ROOT)
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
         os.execv(LORASB[0], [*LORASB, *options, *endless.split()])  # noqa: S606
-    deadline = time.monotonic() + 120
-    while num_rows(folder) < 2:
-        assert os.read(terminal, 1 << 16), "it has ended"
-        assert time.monotonic() < deadline
-    os.close(terminal)
-    _, status = os.waitpid(pid, 0)
+    deadline = time.monotonic() + 240
+    try:
+        while num_rows(folder) < 2:
+            assert os.read(terminal, 1 << 16), "it has ended"
+            assert time.monotonic() < deadline, f"{num_rows(folder)} of 2 steps after 240 s"
+    finally:  # the run ends with the test, also where no step came
+        os.close(terminal)
+        _, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) == EXIT_STOPPED
     (checkpoint,) = list_checkpoints(folder)[-1:]
     found = read_checkpoint(checkpoint)
