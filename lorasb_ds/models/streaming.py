@@ -21,6 +21,7 @@ from lorasb_ds.distributed import accelerator
 from lorasb_ds.distributed.collectives import Group, all_reduce, broadcast, rank_and_size
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.models.checkpoint_files import StoredTensor
+from lorasb_ds.models.experts import ExpertsLinear
 from lorasb_ds.models.quantization import ROW_MULTIPLE, PackedLinear
 from lorasb_ds.models.weight_map import WeightSource
 from lorasb_ds.system.host_memory import release_freed_memory
@@ -71,6 +72,10 @@ class TensorReader:
             rows[start : start + len(chunk)] = chunk
             start += len(chunk)
         return result
+
+    def expert(self, key: str, index: int, dtype: torch.dtype) -> torch.Tensor:
+        """Read one matrix of a tensor (experts, rows, columns)."""
+        return self.read(key, dtype)[index]
 
     def rows(
         self, key: str, dtype: torch.dtype | None, multiple: int = 1
@@ -184,8 +189,9 @@ def stream_weights(
                     if owner == rank:
                         value = values.pop(name)
                     else:
-                        value = torch.empty_like(_get(model, name), device=accelerator.device())
-                    placed = put(model, name, broadcast(value, owner, group))
+                        parameter = _get(model, parameter_name(model, name))
+                        value = torch.empty_like(parameter, device=accelerator.device())
+                    placed = put(model, parameter_name(model, name), broadcast(value, owner, group))
                     del value
                     if shard is not None and isinstance(placed, nn.Parameter):
                         shard(placed)
@@ -209,11 +215,13 @@ def _try_to_read(
 
 def _read(model: Any, source: WeightSource, reader: TensorReader) -> dict[str, torch.Tensor]:
     """Return target -> value, as the model holds it."""
+    target, key = next(iter(source.targets)), source.keys[0]
+    if (experts := experts_layer(model, target)) is not None:
+        return {target: _read_experts(model, source, experts, reader)}
     if source.converter is not None:
-        dtype = _get(model, next(iter(source.targets))).dtype
+        dtype = _get(model, target).dtype
         found = source.convert(model, lambda key: reader.read(key, dtype))
         return {name: _settled(model, name, tensor) for name, tensor in found.items()}
-    (target,), key = source.targets, source.keys[0]
     layer = _packed_layer(model, target)
     for copy in source.copies:
         if not _equal(reader, key, copy):
@@ -231,6 +239,32 @@ def _read(model: Any, source: WeightSource, reader: TensorReader) -> dict[str, t
     return {target: layer.quantize(reader.rows(key, layer.dtype, ROW_MULTIPLE))}
 
 
+def _read_experts(
+    model: Any, source: WeightSource, layer: ExpertsLinear, reader: TensorReader
+) -> torch.Tensor:
+    """Return the value of an experts' projection, read one expert at a time where that is possible.
+
+    It is where the checkpoint stores the experts' matrices by themselves, or as the model has them.
+    """
+    weight, dtype = layer.empty_weight(accelerator.device()), layer.dtype
+
+    def convert(part: WeightSource) -> torch.Tensor:
+        (found,) = part.convert(model, lambda key: reader.read(key, dtype)).values()
+        return found
+
+    one_by_one = source.stores_experts(layer.num_experts)
+    whole = None if source.converter is None or one_by_one else convert(source)
+    for expert in range(layer.num_experts):
+        if one_by_one:
+            W = convert(source.of_expert(expert))[0]
+        elif whole is not None:
+            W = whole[expert]
+        else:
+            W = reader.expert(source.keys[0], expert, dtype)
+        layer.set_expert(weight, expert, W.T if layer.stored_transposed else W)
+    return weight
+
+
 def _equal(reader: TensorReader, key: str, other: str) -> bool:
     if reader.stored[key].shape != reader.stored[other].shape:
         return False
@@ -244,6 +278,18 @@ def _settled(model: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
     if layer is None:
         return tensor.to(_get(model, name).dtype).contiguous()
     return layer.quantize(tensor.split(_rows_at_a_time(layer.in_features, ROW_MULTIPLE)))
+
+
+def experts_layer(model: nn.Module, name: str) -> ExpertsLinear | None:
+    """Return the layer that ``split_experts`` has made of a parameter of transformers' model."""
+    module, _, leaf = name.rpartition(".")
+    layer = getattr(model.get_submodule(module), leaf)
+    return layer if isinstance(layer, ExpertsLinear) else None
+
+
+def parameter_name(model: nn.Module, name: str) -> str:
+    """Return the name of a parameter of transformers' model after ``split_experts``."""
+    return name if experts_layer(model, name) is None else f"{name}.weight"
 
 
 def _packed_layer(model: nn.Module, name: str) -> PackedLinear | None:
