@@ -83,12 +83,27 @@ def grouped_mm(x: torch.Tensor, weights: torch.Tensor, routing: Routing) -> torc
     return result
 
 
-def _has_grouped_mm(x: torch.Tensor, weights: torch.Tensor) -> bool:
-    if x.device.type == "cpu":
-        return True
-    # torch's kernel for GPUs takes bf16, in rows of whole 16 bytes.
-    aligned = all(n * x.element_size() % 16 == 0 for n in weights.shape[1:])
-    return x.device.type == "cuda" and x.dtype == torch.bfloat16 and aligned
+def grouped_outer(a: torch.Tensor, b: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """Return ``Σ a_i b_iᵀ`` (experts, m, n) over the rows i of every expert. Not differentiable.
+
+    Args:
+        a, b: (rows, m) and (rows, n), sorted by expert.
+    """
+    if _has_grouped_mm(a, b):
+        return torch.nn.functional.grouped_mm(a.T, b, offs=routing.offsets)
+    result = a.new_zeros(len(routing.offsets), a.shape[1], b.shape[1])
+    for expert, rows in routing.rows():
+        torch.mm(a[rows].T, b[rows], out=result[expert])
+    return result
+
+
+def _has_grouped_mm(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Return whether torch's kernel takes both: on GPUs bf16, and rows of whole 16 bytes."""
+    sides = (a.shape[1], *b.shape[1:])
+    if any(side * a.element_size() % 16 for side in sides):
+        return False
+    device = a.device.type
+    return device == "cpu" or (device == "cuda" and a.dtype == torch.bfloat16)
 
 
 class ExpertsLinear(nn.Module):
