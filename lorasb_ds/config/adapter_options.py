@@ -19,6 +19,13 @@ class AdapterOptions(OptionGroup):
     r: int = Field(
         64, ge=1, description="Rank of the adapter; r x r numbers are trained for each layer."
     )
+    expert_r: int | None = Field(
+        None,
+        ge=0,
+        description="Rank of the adapter of every expert of a mixture of experts; 0: experts stay "
+        "frozen without one.",
+        json_schema_extra=default_is("--r divided by the experts of a token, at least 4"),
+    )
     target_modules: str = Field(
         ALL_LINEAR,
         min_length=1,

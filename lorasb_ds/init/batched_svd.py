@@ -58,11 +58,11 @@ def _svd(matrices: torch.Tensor, r: int, seed: int) -> BatchedSVD:
     # Rayleigh-Ritz on r vectors. QR completes U where M V has a rank below r.
     V = torch.linalg.qr(V).Q
     Q, R = torch.linalg.qr(M @ V)
-    W, S, Wh = torch.linalg.svd(R)
-    Vh = Wh @ V.mT
+    Y, S, Vh = torch.linalg.svd(R)
+    Vh = Vh @ V.mT
     largest = Vh.gather(2, Vh.abs().argmax(2, keepdim=True))
     signs = torch.where(largest < 0, -1.0, 1.0).to(Vh.dtype)
-    U = (Q @ W) * signs.mT
+    U = (Q @ Y) * signs.mT
     found = S.double().square().sum(1)
     captured = torch.where(energy > 0, found / energy, torch.ones_like(energy)).clamp(max=1.0)
     return BatchedSVD(U.float(), S.float(), (Vh * signs).float(), captured.float())

@@ -21,6 +21,7 @@ from lorasb_ds.models.checkpoint_files import (
     stored_tensors,
     weights_digest,
 )
+from lorasb_ds.models.experts import ExpertShapes, experts_modules, projections
 from lorasb_ds.models.linear_layers import expert_layers, shape_of
 from lorasb_ds.models.quantization import Kind
 from lorasb_ds.models.streaming import put
@@ -105,9 +106,28 @@ class Base:
         return shape_of(self.name, self.model)
 
     @cached_property
-    def experts(self) -> dict[str, int]:
-        """MoE modules with 3-D parameters, which get no adapter -> their number of elements."""
-        return expert_layers(self.model)
+    def experts(self) -> ExpertShapes:
+        """The projections of MoE experts that can be quantized and get an adapter."""
+        return projections(self.model)
+
+    @cached_property
+    def order(self) -> dict[str, int]:
+        """Position in the model of every linear layer and projection of experts."""
+        order = {name: 2 * i for i, (name, _) in enumerate(self.model.named_modules())}
+        of_experts = {}
+        for name in self.experts:
+            module, _, projection = name.rpartition(".")
+            of_experts[name] = order[module] + (projection == "down_proj")
+        return order | of_experts
+
+    @cached_property
+    def other_experts(self) -> dict[str, int]:
+        """Other modules with 3-D parameters -> their number of elements.
+
+        They stay frozen, and as they are stored.
+        """
+        known = experts_modules(self.model)
+        return {name: n for name, n in expert_layers(self.model).items() if name not in known}
 
     @cached_property
     def stored(self) -> dict[str, StoredTensor]:

@@ -29,8 +29,10 @@ from lorasb_ds.models.quantization import (
     PackedLinear8bit,
 )
 
+# Name of a projection, as transformers names its parameter -> (experts, out, in).
+ExpertShapes = dict[str, tuple[int, int, int]]
+
 IMPLEMENTATION = "lorasb"  # in transformers' registry
-PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 ALIGNMENT = 8  # of an expert's packed bytes, in bf16 elements: GPU kernels read 16 bytes at a time
 CHUNK = 1 << 20  # entries of a matrix that are quantized at a time
 
@@ -254,6 +256,23 @@ def experts_modules(model: nn.Module) -> dict[str, Any]:
         # Set by transformers' decorator of such classes.
         if hasattr(module, "is_transposed") and hasattr(module, "has_post_expert_norm")
     }
+
+
+def projections(model: nn.Module) -> ExpertShapes:
+    """Return the projections of experts of an unsplit model, in the model's order."""
+    found: ExpertShapes = {}
+    for prefix, experts in experts_modules(model).items():
+        for name in (up_projection(experts), "down_proj"):
+            num_experts, rows, columns = getattr(experts, name).shape
+            sides = (columns, rows) if experts.is_transposed else (rows, columns)
+            found[f"{prefix}.{name}"] = (num_experts, *sides)
+    return found
+
+
+def experts_per_token(config: Any) -> int:
+    """Return to how many experts a token goes, by a model's text configuration; 1 if unknown."""
+    names = ("num_experts_per_tok", "moe_k", "moe_topk", "num_experts_per_token", "top_k_experts")
+    return next((int(n) for name in names if isinstance(n := getattr(config, name, None), int)), 1)
 
 
 def split_experts(model: nn.Module, dtype: torch.dtype, kind: Kind | None) -> None:

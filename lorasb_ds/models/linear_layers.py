@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -55,7 +56,13 @@ def expert_layers(model: nn.Module) -> dict[str, int]:
     }
 
 
-def select_targets(layers: Shapes, target_modules: str, r: int, directions: int = 1) -> Shapes:
+def select_targets(
+    layers: Shapes,
+    target_modules: str,
+    r: int,
+    directions: int = 1,
+    elsewhere: Iterable[str] = (),
+) -> Shapes:
     """Select the layers that get an adapter, by PEFT's rule: a name, or the end of one.
 
     "all-linear" selects all layers with more than one output: gates such as that of Qwen-MoE's
@@ -66,6 +73,7 @@ def select_targets(layers: Shapes, target_modules: str, r: int, directions: int 
         target_modules: "all-linear", or names separated by commas.
         r: rank of the adapter.
         directions: the method takes ``directions * r`` singular directions of each layer.
+        elsewhere: names that may be selected too, of projections of experts.
     Raises:
         ConfigError: if a name matches nothing, or r is larger than a matched layer allows.
     """
@@ -74,23 +82,33 @@ def select_targets(layers: Shapes, target_modules: str, r: int, directions: int 
         missing = [] if targets else [ALL_LINEAR]
     else:
         wanted = [name.strip() for name in target_modules.split(",") if name.strip()]
-        matches = {w: {n for n in layers if n == w or n.endswith("." + w)} for w in wanted}
-        missing = [w for w, names in matches.items() if not names] or ([] if wanted else ["''"])
+        matches = {w: set(select_names(layers, w)) for w in wanted}
+        missing = [
+            w for w, names in matches.items() if not names and not select_names(elsewhere, w)
+        ] or ([] if wanted else ["''"])
         targets = {n: s for n, s in layers.items() if any(n in m for m in matches.values())}
     if missing:
-        kinds = sorted({name.rpartition(".")[2] for name in layers})
+        kinds = sorted({name.rpartition(".")[2] for name in (*layers, *elsewhere)})
         raise ConfigError(
             f"--target-modules {target_modules}: no linear layer matches {', '.join(missing)}. The "
             f"model has linear layers named {', '.join(kinds) or '(none)'}."
         )
-    name, shape = min(targets.items(), key=lambda item: min(item[1]))
-    if r * directions > min(shape):
+    name, shape = min(targets.items(), key=lambda item: min(item[1]), default=("", (r, r)))
+    if targets and r * directions > min(shape):
         taken = "" if directions == 1 else f" times {directions} (the method takes so many)"
         raise ConfigError(
             f"--r {r}{taken} exceeds min(out, in) = {min(shape)} of {name}; lower --r, or leave "
             "such layers out by --target-modules."
         )
     return targets
+
+
+def select_names(names: Iterable[str], target_modules: str) -> list[str]:
+    """Return the names that ``--target-modules`` selects, by PEFT's rule."""
+    if target_modules == ALL_LINEAR:
+        return list(names)
+    wanted = [part.strip() for part in target_modules.split(",") if part.strip()]
+    return [n for n in names if any(n == w or n.endswith(f".{w}") for w in wanted)]
 
 
 def shape_of(name: str, model: Any) -> ModelShape:

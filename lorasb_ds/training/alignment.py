@@ -103,7 +103,7 @@ def measure_alignment(
                     span, step = (LoraPair(pair.B.T, pair.A.T) for pair in (span, step))
                 found[name] = measure_layer(G, span, step, adapter.trained == TRAIN_R, group)
     dist.destroy_process_group(group)
-    return {name: found[name] for name in adapters}
+    return {name: found[name] for name in adapters if name in found}
 
 
 @contextmanager

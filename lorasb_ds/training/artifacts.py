@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,11 +69,26 @@ def announce(run: Prepared, folder: Path) -> None:
         f"process(es) on {accelerator.name()}, {run.num_steps} steps of "
         f"{run.config.train_batch_size} {'packs' if run.config.packing else 'rows'}"
     )
-    if experts := run.base.experts:
+    adapter = run.adapter
+    if adapter.experts:
+        num_experts = {shape[0] for shape in adapter.experts.values()}
         say(
-            f"{len(experts)} layers of MoE experts ({sum(experts.values()):,} parameters) stay "
-            "frozen without an adapter"
+            f"{len(adapter.experts)} projections of {'/'.join(map(str, sorted(num_experts)))} "
+            f"experts with an adapter of rank {adapter.expert_r} for each"
         )
+    if frozen := frozen_experts(run):
+        why = f": {adapter.frozen_experts}" if adapter.frozen_experts else ""
+        share = sum(frozen.values()) / run.base.shape.num_parameters
+        say(
+            f"{sum(frozen.values()):,} parameters of MoE experts ({share:.0%} of the model) stay "
+            f"frozen without an adapter{why}"
+        )
+
+
+def frozen_experts(run: Prepared) -> dict[str, int]:
+    """Return what has no adapter of the base's MoE experts -> number of elements."""
+    known = {n: math.prod(s) for n, s in run.base.experts.items() if n not in run.adapter.experts}
+    return known | run.base.other_experts
 
 
 def finish(
@@ -90,8 +106,8 @@ def finish(
     if init.layers:
         draw_init(folder / INIT_PICTURE, init)
     # Last: a run that has its report is finished.
-    targets, experts = run.adapter.targets, run.base.experts
-    write_report(folder / REPORT, description, log.rows, init, targets, experts)
+    targets, frozen = run.adapter.targets, frozen_experts(run)
+    write_report(folder / REPORT, description, log.rows, init, targets, frozen)
 
 
 def save_adapter(run: Prepared, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
