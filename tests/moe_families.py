@@ -85,6 +85,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_config(family: str) -> Any:
+def tiny_config(family: str, **more: Any) -> Any:
     """Return a configuration of two blocks and four experts."""
-    return AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family]})
+    return AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family], **more})
