@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.models.checkpoint_files import ITEM_BYTES, StoredTensor, read_header
+from lorasb_ds.models.checkpoint_files import ITEM_BYTES, StoredTensor
+from lorasb_ds.models.stored_formats import EncodedTensor
 from lorasb_ds.planner.placement import bytes_4bit
 from lorasb_ds.system.files import file_digest, publish
 from lorasb_ds.system.safetensors_writer import (
@@ -67,12 +68,14 @@ class FileJob:
 
     Attributes:
         target: the file to write, complete or not there.
+        tensors: those of the base that it holds.
         updates: stored name of a weight -> its update.
         quantized: stored names of weights to write in 4 bits.
     """
 
     source: Path
     target: Path
+    tensors: Mapping[str, StoredTensor]
     updates: Mapping[str, Update]
     quantized: frozenset[str] = frozenset()
 
@@ -135,15 +138,15 @@ def use_threads(count: int) -> None:
 
 def size_bound(job: FileJob) -> int:
     """Return an upper bound for the bytes of the written file."""
-    return sum(_bounds(job, read_header(job.source, str(job.source)), metadata_of(job.source)))
+    return sum(_bounds(job, metadata_of(job.source)))
 
 
 def _write(job: FileJob, aside: Path) -> None:
-    tensors, metadata = read_header(job.source, str(job.source)), metadata_of(job.source)
+    tensors, metadata = job.tensors, metadata_of(job.source)
     parts: dict[str, list[str]] = {name: [name] for name in tensors}
     late: dict[str, torch.Tensor] = {}
     with (
-        closing(TensorWriter(aside, *_bounds(job, tensors, metadata))) as writer,
+        closing(TensorWriter(aside, *_bounds(job, metadata))) as writer,
         job.source.open("rb", buffering=0) as file,
     ):
         descriptor = file.fileno()
@@ -155,9 +158,9 @@ def _write(job: FileJob, aside: Path) -> None:
                     late[part] = made
                 else:
                     writer.add(part, NAMES[made.dtype], made.shape, [bytes_of(made)])
-        for name, tensor in _in_order(tensors, job.quantized):
-            if name in job.updates:
-                rows = _rows(name, tensor, descriptor, job.updates[name])
+        for name, tensor in _in_order(job):
+            if name in job.updates or isinstance(tensor, EncodedTensor):
+                rows = _rows(name, tensor, descriptor, job.updates.get(name))
                 chunks: Iterable[memoryview] = map(bytes_of, rows)
             else:
                 chunks = _copied(tensor, descriptor)
@@ -167,30 +170,27 @@ def _write(job: FileJob, aside: Path) -> None:
         writer.finish([part for found in parts.values() for part in found], metadata)
 
 
-def _in_order(
-    tensors: Mapping[str, StoredTensor], quantized: frozenset[str]
-) -> list[tuple[str, StoredTensor]]:
+def _in_order(job: FileJob) -> list[tuple[str, StoredTensor]]:
     """Order the tensors that are not quantized.
 
-    As stored; or, where others are quantized, by descending item size, so that all are aligned.
+    As stored; or, where others are quantized or decoded, by descending item size, so that all are
+    aligned.
     """
-    found = [(name, tensor) for name, tensor in tensors.items() if name not in quantized]
-    if quantized:
+    found = [(name, tensor) for name, tensor in job.tensors.items() if name not in job.quantized]
+    if job.quantized or any(isinstance(tensor, EncodedTensor) for _, tensor in found):
         return sorted(found, key=lambda item: (-ITEM_BYTES.get(item[1].dtype, 8), item[1].begin))
     return sorted(found, key=lambda item: item[1].begin)
 
 
-def _bounds(
-    job: FileJob, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]
-) -> tuple[int, int]:
+def _bounds(job: FileJob, metadata: Mapping[str, str]) -> tuple[int, int]:
     """Return upper bounds for the bytes of the header and of the tensors."""
     sizes = {
-        name: _bound_4bit(*t.shape) if name in job.quantized else t.end - t.begin
-        for name, t in tensors.items()
+        name: _bound_4bit(*t.shape) if name in job.quantized else _num_bytes(t)
+        for name, t in job.tensors.items()
     }
     data_bytes = sum(sizes.values())
     entries: dict[str, dict[str, Any]] = {}
-    for name, t in tensors.items():
+    for name, t in job.tensors.items():
         entry = {"dtype": t.dtype, "shape": t.shape, "data_offsets": [data_bytes] * 2}
         entries[name] = entry
         if name in job.quantized:
@@ -198,6 +198,13 @@ def _bounds(
             suffix = ".quant_state.bitsandbytes__nf4"  # the longest of them
             entries |= {f"{name}{suffix}{i}": entry | {"shape": shape} for i in range(NUM_PARTS)}
     return len(header_of(entries, metadata)), data_bytes
+
+
+def _num_bytes(tensor: StoredTensor) -> int:
+    """Return the bytes of a tensor that is written as it is, or decoded."""
+    if isinstance(tensor, EncodedTensor):
+        return math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
+    return tensor.end - tensor.begin
 
 
 def _bound_4bit(rows: int, columns: int) -> int:
@@ -224,16 +231,14 @@ def _rows(
     Raises:
         ConfigError: if a number is not finite.
     """
-    dtype, (num_rows, width) = FLOATS[tensor.dtype], tensor.shape
+    dtype, rounded, first = FLOATS[tensor.dtype], torch.empty(0), 0
     left, right = (None, None) if update is None else update.factors()
-    step = max(1, min(num_rows, CHUNK // width))
-    stored, wide = torch.empty(step, width, dtype=dtype), torch.empty(step, width)
-    for first in range(0, num_rows, step):
-        rows = stored[: num_rows - first]
-        fill(bytes_of(rows), descriptor, tensor.begin + first * width * rows.itemsize)
+    for W in _rows_fp32(tensor, descriptor):
         if left is not None and right is not None:
-            W = wide[: len(rows)].copy_(rows)
-            rows.copy_(W.addmm_(left[first : first + step], right))
+            W.addmm_(left[first : first + len(W)], right)
+        if first == 0:  # no later chunk is larger
+            rounded = torch.empty(W.shape, dtype=dtype)
+        rows = rounded[: len(W)].copy_(W)
         # The extrema are NaN if any element is: this needs no boolean tensor, unlike isfinite().
         if not all(math.isfinite(bound) for bound in rows.aminmax()):
             raise ConfigError(
@@ -242,6 +247,33 @@ def _rows(
                 f"{torch.finfo(dtype).max:.3g}. The merged model would be unusable."
             )
         yield rows
+        first += len(W)
+
+
+def _rows_fp32(tensor: StoredTensor, descriptor: int) -> Iterator[torch.Tensor]:
+    """Yield rows (number, last dimension) in fp32; each chunk is overwritten by the next."""
+    num_rows, width = math.prod(tensor.shape[:-1]), tensor.shape[-1]
+    step = max(1, min(num_rows, CHUNK // width))
+    if isinstance(tensor, EncodedTensor):
+        try:
+            yield from tensor.decoder.chunks(
+                _read_bytes, 0, num_rows, step, torch.float32, torch.device("cpu")
+            )
+        except ValueError as error:
+            raise ConfigError(f"The base cannot be merged: {error}.") from error
+        return
+    stored, wide = torch.empty(step, width, dtype=FLOATS[tensor.dtype]), torch.empty(step, width)
+    for first in range(0, num_rows, step):
+        rows = stored[: num_rows - first]
+        fill(bytes_of(rows), descriptor, tensor.begin + first * width * rows.itemsize)
+        yield wide[: len(rows)].copy_(rows)
+
+
+def _read_bytes(_: str, tensor: StoredTensor, begin: int, size: int) -> torch.Tensor:
+    found = torch.empty(size, dtype=torch.uint8)
+    with tensor.file.open("rb", buffering=0) as file:
+        fill(bytes_of(found), file.fileno(), tensor.begin + begin)
+    return found
 
 
 def _quantized(

@@ -18,6 +18,8 @@ from lorasb_ds.models.checkpoint_files import StoredTensor
 from lorasb_ds.models.linear_layers import layer_shape, linear_layers
 from lorasb_ds.models.weight_map import WeightSource
 
+QUANTIZATION = "quantization_config"
+
 
 def plan_merge(
     adapter: StoredAdapter, base: Base, partial: Path, load_in_4bit: bool
@@ -27,7 +29,8 @@ def plan_merge(
     Args:
         partial: the folder that is written into.
     Returns:
-        A job for every file of the base; and the fields to set in config.json, None if none.
+        A job for every file of the base; and the fields to set in config.json (None: to leave out),
+        None if none.
     Raises:
         ConfigError: if the adapter does not match the base.
     """
@@ -45,20 +48,22 @@ def plan_merge(
         transposed = isinstance(model.get_submodule(layer), Conv1D)
         updates[key] = Update(A, B, R, factors.scale, transposed)
     quantized: set[str] = set()
-    config = None
+    # What is decoded is no longer quantized; what is quantized, is so in another way.
+    config: dict[str, Any] | None = None if base.encoding is None else {QUANTIZATION: None}
     if load_in_4bit:
         layers = _layers_in_4bit(model, name)
         quantized = {_stored_weight(layer, sources, stored, name) for layer in layers}
-        config = {"quantization_config": _quantization_config(model, layers)}
+        config = {QUANTIZATION: _quantization_config(model, layers)}
     jobs = []
     for file in sorted({tensor.file for tensor in stored.values()}):
-        mine = {key for key, tensor in stored.items() if tensor.file == file}
+        mine = {key: tensor for key, tensor in stored.items() if tensor.file == file}
         jobs.append(
             FileJob(
                 file,
                 partial / file.relative_to(base.folder),
+                mine,
                 {key: updates[key] for key in sorted(updates.keys() & mine)},
-                frozenset(quantized & mine),
+                frozenset(quantized & mine.keys()),
             )
         )
     return jobs, config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers.core_model_loading import build_glob_alternation
 
+from lorasb_ds.config.paths import read_json
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.models.checkpoint_files import (
@@ -24,6 +26,7 @@ from lorasb_ds.models.checkpoint_files import (
 from lorasb_ds.models.experts import ExpertShapes, experts_modules, projections
 from lorasb_ds.models.linear_layers import expert_layers, shape_of
 from lorasb_ds.models.quantization import Kind
+from lorasb_ds.models.stored_formats import STORED_FORMATS, decoded
 from lorasb_ds.models.streaming import put
 from lorasb_ds.models.tokenizer import choose_pad_token, read_tokenizer
 from lorasb_ds.models.weight_map import WeightSource, map_weights, unused_tensors
@@ -65,15 +68,27 @@ class Base:
 
     @cached_property
     def hf_config(self) -> Any:
-        """The transformers configuration of a causal language model."""
+        """The transformers configuration of a causal language model, without ``encoding``."""
         hf_config = _load_config(self.name, self.folder, self.trust_remote_code)
+        if self.encoding is not None:
+            del hf_config.quantization_config
         if self.attn_implementation is not None:
             hf_config._attn_implementation = self.attn_implementation
         return hf_config
 
+    @cached_property
+    def encoding(self) -> dict[str, Any] | None:
+        """The quantization_config of files in FP8 or MXFP4; None if there is none, or another.
+
+        Such files are decoded as they are read: for all else the base is in full precision.
+        """
+        config = read_json(str(self.folder / "config.json"), "--model")
+        found = config.get("quantization_config")
+        return found if isinstance(found, dict) and _is_encoded(found) else None
+
     @property
     def quantization(self) -> Kind | None:
-        """How bitsandbytes has quantized the files; None if they are not quantized."""
+        """How bitsandbytes has quantized the files; None if it has not."""
         return _stored_quantization(self.hf_config, self.name)
 
     @cached_property
@@ -130,9 +145,14 @@ class Base:
         return {name: n for name, n in expert_layers(self.model).items() if name not in known}
 
     @cached_property
-    def stored(self) -> dict[str, StoredTensor]:
-        """Every tensor of the checkpoint, from the files' headers."""
+    def headers(self) -> dict[str, StoredTensor]:
+        """Every tensor of the checkpoint, as its file's header has it."""
         return stored_tensors(self.name, self.folder)
+
+    @cached_property
+    def stored(self) -> dict[str, StoredTensor]:
+        """Every tensor of the checkpoint, those in FP8 or MXFP4 with the scales decoded into it."""
+        return decoded(self.headers, self.encoding, self.name)
 
     @cached_property
     def sources(self) -> list[WeightSource]:
@@ -145,7 +165,7 @@ class Base:
         if is_hub_name(self.name):
             # A snapshot's folder in the cache is named by its commit.
             return f"{self.name}@{self.folder.name}"
-        return weights_digest(self.folder, self.stored)
+        return weights_digest(self.folder, self.headers)
 
     def check_files(self) -> None:
         """Refuse files that do not make the model of config.json; headers are read, not tensors.
@@ -256,19 +276,25 @@ def _stored_quantization(hf_config: Any, model: str) -> Kind | None:
     """Return how the files are quantized; None if they are not.
 
     Raises:
-        ConfigError: if another library than bitsandbytes has quantized them.
+        ConfigError: if they are quantized in a way that cannot be read.
     """
     found = getattr(hf_config, "quantization_config", None)
     if not found:
         return None
     if not isinstance(found, dict):
         found = found.to_dict() if hasattr(found, "to_dict") else {"quant_method": found}
+    if _is_encoded(found):
+        return None
     if found.get("load_in_4bit"):
         return "4bit"
     if found.get("load_in_8bit"):
         return "8bit"
     raise ConfigError(
         f"--model {model} is quantized by {found.get('quant_method')}; of quantized bases only "
-        "those of bitsandbytes can be trained. Give the base it was made from; --load-in-4bit "
-        "quantizes it."
+        f"those of bitsandbytes and those in {' and '.join(STORED_FORMATS.values())} can be "
+        "trained. Give the base it was made from; --load-in-4bit quantizes it."
     )
+
+
+def _is_encoded(quantization: Mapping[str, Any]) -> bool:
+    return str(quantization.get("quant_method")) in STORED_FORMATS
