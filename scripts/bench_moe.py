@@ -1,4 +1,4 @@
-"""A mixture of experts of Qwen3-30B-A3B's widths: memory, steps and the init, in bf16 and 4 bits."""
+"""Experts of Qwen3-30B-A3B's widths: memory, steps and the init, in bf16 and 4 bits."""
 
 from __future__ import annotations
 

@@ -74,10 +74,6 @@ class TensorReader:
         assert 0 <= index < count
         return self._joined(key, dtype, index * height, (index + 1) * height)
 
-    def expert(self, key: str, index: int, dtype: torch.dtype) -> torch.Tensor:
-        """Read one matrix of a tensor (experts, rows, columns)."""
-        return self.read(key, dtype)[index]
-
     def rows(
         self, key: str, dtype: torch.dtype | None, multiple: int = 1
     ) -> Iterator[torch.Tensor]:

@@ -81,12 +81,14 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def everything(model: Any) -> dict[str, torch.Tensor]:
-    """All parameters and buffers, under transformers' names."""
+    """All parameters and buffers, under transformers' names and in its orientation."""
     found = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-    experts = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, ExpertsLinear)}
-    return {
-        name.removesuffix(".weight") if name in experts else name: found[name] for name in found
-    }
+    for name, module in model.named_modules():
+        if isinstance(module, ExpertsLinear):
+            weight = found.pop(f"{name}.weight")
+            whole_and_transposed = module.kind is None and module.stored_transposed
+            found[name] = weight.mT if whole_and_transposed else weight
+    return found
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
