@@ -150,6 +150,31 @@ def tiny_family(
     return make
 
 
+@pytest.fixture(scope="session")
+def tiny_laguna(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Laguna: a dense block, and one with experts, one of them shared."""
+    from transformers import LagunaConfig, LagunaForCausalLM
+
+    config = LagunaConfig(
+        vocab_size=49152,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=20,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        bos_token_id=2,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-laguna"
+    return _saved(LagunaForCausalLM, config, folder, demo_model)
+
+
 def _saved(kind: Any, config: Any, folder: Path, demo_model: Path) -> Path:
     """A random model with the demo's tokenizer."""
     with torch.random.fork_rng():

@@ -14,12 +14,13 @@ import click
 from launcher.options import CONTEXT, check_picture, reports_problems
 from launcher.text import columns
 from launcher.workers.quiet import quiet_libraries
-from lorasb_ds.adapters.peft_config import peft_warning
+from lorasb_ds.adapters.peft_targets import peft_warning
 from lorasb_ds.config.run_layout import EXPORTED
 from lorasb_ds.errors import ConfigError
 
 if TYPE_CHECKING:
     from lorasb_ds.export.inspection import LayerUpdate
+    from lorasb_ds.export.stored_adapter import StoredAdapter
     from lorasb_ds.export.to_peft import EnergyKept
 
 
@@ -84,7 +85,7 @@ def export(
     kept = measure_energy(adapter)
     rank = kept.smallest_r(energy) if energy is not None else r or adapter.r
     size = export_adapter(adapter, out, r=rank, dtype=dtype, overwrite=overwrite)
-    warn_of_peft(adapter.model_type, adapter.layers, adapter.base_model)
+    warn_of_peft(adapter, adapter.layers)
     if as_json:
         click.echo(json.dumps({"r": rank, "out": str(out), "energy_kept": asdict(kept)}))
         return
@@ -100,9 +101,11 @@ def export(
     )
 
 
-def warn_of_peft(model_type: str | None, layers: Iterable[str], base: str | None) -> None:
-    """Warn, on standard error, if PEFT would misread the folder that was written."""
-    if warning := peft_warning(model_type, layers, base):
+def warn_of_peft(adapter: StoredAdapter, layers: Iterable[str]) -> None:
+    """Warn, on standard error, if PEFT would misread the folder that was written of an adapter."""
+    if adapter.model_type is None and "target_parameters" in adapter.target_fields:
+        return  # it has the form for bases with experts already, and keeps it
+    if warning := peft_warning(adapter.model_type, layers, adapter.base_model):
         click.echo(f"lorasb: warning: {warning}", err=True)
 
 
@@ -250,7 +253,7 @@ def combine(
         click.echo(f"lorasb: warning: the adapters name different bases: {', '.join(bases)}")
     found = combine_adapters(adapters, numbers, out, r=r, dtype=dtype, overwrite=overwrite)
     names = dict.fromkeys(name for adapter in adapters for name in adapter.layers)
-    warn_of_peft(adapters[0].model_type, names, adapters[0].base_model)
+    warn_of_peft(adapters[0], names)
     how = "one basis, summed in it" if found.one_basis else "different bases, stacked"
     click.echo(f"adapter of rank {found.r} ({how}; energy kept {found.energy_kept:.4f}): {out}")
 

@@ -67,16 +67,19 @@ def save_peft_adapter(
     tensors: Mapping[str, torch.Tensor],
     *,
     r: int,
-    target_modules: Sequence[str] | str,
+    target_modules: Sequence[str],
     base_model: str | None,
+    target_parameters: Sequence[str] = (),
+    rank_pattern: Mapping[str, int] | None = None,
 ) -> None:
     """Write a plain LoRA that ``PeftModel.from_pretrained`` loads; see ``write_adapter``.
 
     Args:
-        tensors: as from ``collect_lora``.
+        tensors: as from ``collect_lora`` and ``expert_tensors``.
         r: also written as lora_alpha: scaling is 1.
-        target_modules: as from ``peft_target_modules``.
+        target_modules, target_parameters: as from ``target_fields`` and ``expert_fields``.
         base_model: name of the base in adapter_config.json.
+        rank_pattern: as from ``expert_fields``; also written as alpha_pattern.
     """
     config: dict[str, Any] = {
         "peft_type": "LORA",
@@ -90,6 +93,10 @@ def save_peft_adapter(
         "inference_mode": True,
         "target_modules": target_modules,
     }
+    if target_parameters:
+        config["target_parameters"] = target_parameters
+    if rank_pattern:
+        config |= {"rank_pattern": rank_pattern, "alpha_pattern": rank_pattern}
     write_adapter(folder, tensors, config)
 
 

@@ -13,6 +13,7 @@ from lorasb_ds.adapters.peft_config import (
     check_plain,
     scale_of,
 )
+from lorasb_ds.adapters.peft_experts import find_experts
 from lorasb_ds.config.methods import DEFAULT_METHOD, METHODS, PEFT_PREFIX, Method
 from lorasb_ds.config.paths import read_json
 from lorasb_ds.config.run_layout import (
@@ -183,6 +184,12 @@ def _peft_folder(folder: Path) -> StoredAdapter:
         r = stored[keys[0]].shape[0] if keys[0] in stored and stored[keys[0]].shape else 1
         layers[layer] = Factors(*keys, scale=scale_of(folder, config, layer, r))
     check_factors(folder, layers, stored)
+    rows = {name: stored[factors.A].shape[0] for name, factors in layers.items()}
+    if experts := find_experts(folder, config, rows):
+        raise ConfigError(
+            f"{folder}: LoRAs of parameters that may be those of experts are not read yet: "
+            f"{', '.join(list(experts)[:2])}. Merge such an adapter with PEFT."
+        )
     in_run = folder.name == ADAPTER and (folder.parent / RUN_JSON).is_file()
     run = folder.parent if in_run else None
     run_config = _run_config(run) if run is not None else {}

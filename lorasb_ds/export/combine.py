@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from lorasb_ds.adapters.low_rank import padded, product_svd, weighted_sum
+from lorasb_ds.adapters.peft_targets import TargetFields, target_fields
 from lorasb_ds.adapters.peft_writer import peft_tensors
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export.stored_adapter import StoredAdapter
@@ -84,9 +85,18 @@ def combine_adapters(
         tensors |= peft_tensors(name, *rounded(name, padded(pair, wanted), dtype))
     first = adapters[0]
     same = set(shapes) == set(first.layers)  # else its target_modules would miss some
-    targets = first.target_modules if same else list(shapes)
-    write_adapter(folder, tensors, wanted, targets, first.base_path)
+    fields = first.target_fields if same else _target_fields(adapters, shapes)
+    write_adapter(folder, tensors, wanted, fields, first.base_path)
     return Combined(wanted, one_basis, kept / whole if whole else 1.0)
+
+
+def _target_fields(adapters: Sequence[StoredAdapter], layers: Collection[str]) -> TargetFields:
+    """Return the fields by which PEFT finds exactly these layers, which some adapters have."""
+    by_weight = {
+        name for adapter in adapters for name in adapter.layers if adapter.is_named_by_weight(name)
+    }
+    modules = [name for name in layers if name not in by_weight]
+    return target_fields(adapters[0].model_type, modules, [f"{name}.weight" for name in by_weight])
 
 
 def _check(adapters: Sequence[StoredAdapter], weights: Sequence[float]) -> None:

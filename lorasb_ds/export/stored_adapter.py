@@ -16,6 +16,7 @@ import torch
 
 from lorasb_ds.adapters.low_rank import LoraPair
 from lorasb_ds.adapters.peft_config import NARROWING
+from lorasb_ds.adapters.peft_targets import TargetFields, target_fields
 from lorasb_ds.config.paths import DEMO_MODEL, demo_model_dir, read_json
 from lorasb_ds.config.run_layout import RUN_JSON
 from lorasb_ds.errors import ConfigError
@@ -26,6 +27,7 @@ FLOATS = ("F32", "F16", "BF16")
 MAX_RANK = 1 << 16
 # Names that torch and people give to modules; no control characters, which a console would obey.
 LAYER_NAME = re.compile(r"[A-Za-z0-9_.-]{1,512}")
+SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -90,12 +92,33 @@ class StoredAdapter:
 
     @property
     def target_modules(self) -> list[str]:
-        """Return PEFT's short names if they match exactly these layers, else the layers' names."""
+        """Return PEFT's short names if they match exactly these layers, else the layers' names.
+
+        Those that ``target_parameters`` names are not among them.
+        """
         named = self.peft_config.get("target_modules")
         narrowed = any(self.peft_config.get(field) for field in NARROWING)
         if isinstance(named, list) and all(isinstance(n, str) for n in named) and not narrowed:
             return named
-        return list(self.layers)
+        return [name for name in self.layers if not self.is_named_by_weight(name)]
+
+    @property
+    def target_parameters(self) -> list[str]:
+        """Return the parameters that PEFT finds by their names, the weights of some layers."""
+        named: list[str] = self.peft_config.get("target_parameters") or []
+        return named
+
+    def is_named_by_weight(self, layer: str) -> bool:
+        """Return whether ``target_parameters`` has a layer's weight."""
+        return f".{layer}.weight".endswith(tuple(f".{name}" for name in self.target_parameters))
+
+    @property
+    def target_fields(self) -> TargetFields:
+        """Return the fields of adapter_config.json by which PEFT finds these layers."""
+        # PEFT converts the names of single experts' layers, which only transformers 4 has.
+        of_experts = any(SINGLE_EXPERT.search(name) for name in self.layers)
+        model_type = None if of_experts else self.model_type
+        return target_fields(model_type, self.target_modules, self.target_parameters)
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from lorasb_ds.adapters.low_rank import LoraPair, energy_kept, padded, product_svd
+from lorasb_ds.adapters.peft_targets import TargetFields
 from lorasb_ds.adapters.peft_writer import peft_tensors, save_peft_adapter
 from lorasb_ds.config.run_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lorasb_ds.errors import ConfigError
@@ -74,7 +75,7 @@ def export_adapter(
         pair = adapter.pair(name)
         cut = product_svd(pair).pair(r) if r is not None and r < len(pair.A) else pair
         tensors |= peft_tensors(name, *rounded(name, padded(cut, r or adapter.r), dtype))
-    write_adapter(folder, tensors, r or adapter.r, adapter.target_modules, adapter.base_path)
+    write_adapter(folder, tensors, r or adapter.r, adapter.target_fields, adapter.base_path)
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
@@ -94,12 +95,16 @@ def write_adapter(
     folder: Path,
     tensors: dict[str, torch.Tensor],
     r: int,
-    target_modules: list[str],
+    fields: TargetFields,
     base: str | None,
 ) -> None:
-    """Write a PEFT folder, replacing one that is there (see ``check_folder``)."""
+    """Write a PEFT folder, replacing one that is there (see ``check_folder``).
+
+    Args:
+        fields: as from ``target_fields``.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    save_peft_adapter(folder, tensors, r=r, target_modules=target_modules, base_model=base)
+    save_peft_adapter(folder, tensors, r=r, base_model=base, **fields)
 
 
 def check_folder(out: Path, adapters: Sequence[StoredAdapter], overwrite: bool) -> Path:

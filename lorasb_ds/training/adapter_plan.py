@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lorasb_ds.adapters.peft_config import peft_warning
 from lorasb_ds.adapters.peft_methods import PeftPlan, plan_peft
+from lorasb_ds.adapters.peft_targets import peft_warning
 from lorasb_ds.config.methods import METHODS
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.errors import ConfigError

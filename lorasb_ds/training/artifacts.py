@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lorasb_ds.adapters.peft_methods import save_peft_method
+from lorasb_ds.adapters.peft_targets import target_fields
 from lorasb_ds.adapters.peft_writer import peft_target_modules, save_peft_adapter
 from lorasb_ds.config.run_layout import (
     ADAPTER,
@@ -121,8 +122,11 @@ def save_adapter(run: Prepared, folder: Path, tensors: Mapping[str, torch.Tensor
         folder,
         tensors,
         r=config.r * run.memory.workload.pairs,
-        target_modules=peft_target_modules(run.adapter.targets, dict(run.base.shape.layers)),
         base_model=base_model,
+        **target_fields(
+            run.base.model_type,
+            peft_target_modules(run.adapter.targets, dict(run.base.shape.layers)),
+        ),
     )
     if run.adapter.peft_warning:
         say(f"warning: {run.adapter.peft_warning}")
