@@ -81,6 +81,19 @@ def freeze_factors(model: nn.Module) -> Iterator[None]:
             factor.requires_grad_(True)
 
 
+def lora_sb_layer(
+    base_layer: nn.Module, r: int, dtype: torch.dtype, expert_r: int | None = None
+) -> LoraSBLinear:
+    """Make LoRA-SB's layer around a linear layer or a projection of experts.
+
+    Args:
+        expert_r: rank of the adapters of experts. [default: r]
+    """
+    if isinstance(base_layer, ExpertsLinear):
+        return LoraSBExperts(base_layer, expert_r or r, dtype)
+    return LoraSBLinear(base_layer, r, dtype)
+
+
 def layer_class_of(
     config: RunConfig, expert_r: int = 0
 ) -> Callable[[nn.Module, int, torch.dtype], AdapterLinear]:
@@ -91,13 +104,7 @@ def layer_class_of(
     """
     method = METHODS[config.method]
     if method.trains_r:
-
-        def layer_class(base_layer: nn.Module, r: int, dtype: torch.dtype) -> AdapterLinear:
-            if isinstance(base_layer, ExpertsLinear):
-                return LoraSBExperts(base_layer, expert_r, dtype)
-            return LoraSBLinear(base_layer, r, dtype)
-
-        return layer_class
+        return partial(lora_sb_layer, expert_r=expert_r)
     return partial(
         LoraLinear,
         scaling=method.scale(config.r, config.lora_alpha),

@@ -89,7 +89,7 @@ def expert_tensors(pairs: Mapping[str, ExpertPair]) -> dict[str, torch.Tensor]:
 def expert_fields(
     r: int,
     fields: TargetFields,
-    pairs: Mapping[str, ExpertPair],
+    ranks: Mapping[str, int],
     experts: Collection[str],
 ) -> TargetFields:
     """Return the fields of adapter_config.json of an adapter that has LoRAs of experts, too.
@@ -97,13 +97,12 @@ def expert_fields(
     Args:
         r: the rank of the other layers, and of adapter_config.json.
         fields: of the other layers, as from ``target_fields``.
-        pairs: as in ``expert_tensors``; ranks may differ.
+        ranks: name of the parameter -> rank of each of its experts' LoRAs.
         experts: names of all expert parameters of the model.
     Returns:
         ``fields``, with ``target_parameters`` and, if other ranks than r occur, ``rank_pattern``,
         which is to be written as alpha_pattern too, so that scaling is 1.
     """
-    ranks = {name: pair.A.shape[1] for name, pair in pairs.items()}
     parameters = [*fields.get("target_parameters", ()), *_short_names(ranks, experts)]
     found = TargetFields(
         target_modules=fields["target_modules"], target_parameters=sorted(parameters)

@@ -7,11 +7,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from lorasb_ds.adapters.low_rank import padded, product_svd, weighted_sum
+from lorasb_ds.adapters.low_rank import LoraPair, product_svd, weighted_sum
 from lorasb_ds.adapters.peft_targets import TargetFields, target_fields
-from lorasb_ds.adapters.peft_writer import peft_tensors
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export.stored_adapter import StoredAdapter
 from lorasb_ds.export.to_peft import check_folder, rounded, write_adapter
@@ -72,7 +69,7 @@ def combine_adapters(
     if r is not None and not 1 <= r <= largest:
         raise ConfigError(f"--r {r}: the sum has rank {largest} at most; give 1 to {largest}.")
     wanted = r or largest
-    tensors: dict[str, torch.Tensor] = {}
+    written: dict[str, LoraPair] = {}
     is_cut = any(len(pair.A) > wanted for pair in sums.values())
     kept, whole = 0.0, 0.0
     for name, pair in sums.items():
@@ -82,11 +79,13 @@ def combine_adapters(
             whole += svd.S.square().sum().item()
             if len(pair.A) > wanted:
                 pair = svd.pair(wanted)
-        tensors |= peft_tensors(name, *rounded(name, padded(pair, wanted), dtype))
+        written[name] = rounded(name, pair, dtype)
     first = adapters[0]
     same = set(shapes) == set(first.layers)  # else its target_modules would miss some
-    fields = first.target_fields if same else _target_fields(adapters, shapes)
-    write_adapter(folder, tensors, wanted, fields, first.base_path)
+    experts = {name: expert for of in adapters for name, expert in of.experts.items()}
+    linear = [name for name in shapes if name not in experts]
+    fields = first.target_fields if same else _target_fields(adapters, linear)
+    write_adapter(folder, written, wanted, fields, experts, first.base_path)
     return Combined(wanted, one_basis, kept / whole if whole else 1.0)
 
 

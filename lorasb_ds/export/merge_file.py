@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from lorasb_ds.errors import ConfigError
+from lorasb_ds.export.expert_layers import Expert
 from lorasb_ds.models.checkpoint_files import ITEM_BYTES, StoredTensor
 from lorasb_ds.models.stored_formats import EncodedTensor
 from lorasb_ds.planner.placement import bytes_4bit
@@ -44,6 +45,8 @@ class Update:
 
     Attributes:
         transposed: W is stored as (in, out).
+        expert: of an expert's update, where its columns of B are.
+        rows: of B; None: all. Of an expert some projections are stored in parts.
     """
 
     A: StoredTensor
@@ -51,10 +54,16 @@ class Update:
     R: StoredTensor | None
     scale: float
     transposed: bool
+    expert: Expert | None = None
+    rows: range | None = None
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Read the two factors of the product that is added to W as stored; fp32."""
         A, B = _read_fp32(self.A), _read_fp32(self.B)
+        if self.expert is not None:
+            B = self.expert.columns(B)
+        if self.rows is not None:
+            B = B[self.rows.start : self.rows.stop]
         if self.R is not None:
             B = B @ _read_fp32(self.R)
         if self.scale != 1:
@@ -69,14 +78,15 @@ class FileJob:
     Attributes:
         target: the file to write, complete or not there.
         tensors: those of the base that it holds.
-        updates: stored name of a weight -> its update.
+        updates: stored name of a weight -> the update of each of its matrices: one, or one for each
+            expert (None: it has none).
         quantized: stored names of weights to write in 4 bits.
     """
 
     source: Path
     target: Path
     tensors: Mapping[str, StoredTensor]
-    updates: Mapping[str, Update]
+    updates: Mapping[str, Sequence[Update | None]]
     quantized: frozenset[str] = frozenset()
 
 
@@ -160,7 +170,7 @@ def _write(job: FileJob, aside: Path) -> None:
                     writer.add(part, NAMES[made.dtype], made.shape, [bytes_of(made)])
         for name, tensor in _in_order(job):
             if name in job.updates or isinstance(tensor, EncodedTensor):
-                rows = _rows(name, tensor, descriptor, job.updates.get(name))
+                rows = _rows(name, tensor, descriptor, job.updates.get(name, ()))
                 chunks: Iterable[memoryview] = map(bytes_of, rows)
             else:
                 chunks = _copied(tensor, descriptor)
@@ -222,9 +232,9 @@ def _copied(tensor: StoredTensor, descriptor: int) -> Iterator[memoryview]:
 
 
 def _rows(
-    name: str, tensor: StoredTensor, descriptor: int, update: Update | None
+    name: str, tensor: StoredTensor, descriptor: int, updates: Sequence[Update | None]
 ) -> Iterator[torch.Tensor]:
-    """Yield a weight's rows with its update, summed in fp32 and rounded once.
+    """Yield a weight's rows with its updates, summed in fp32 and rounded once.
 
     Each chunk of rows is overwritten by the next.
 
@@ -232,10 +242,9 @@ def _rows(
         ConfigError: if a number is not finite.
     """
     dtype, rounded, first = FLOATS[tensor.dtype], torch.empty(0), 0
-    left, right = (None, None) if update is None else update.factors()
+    added = _Added(updates, math.prod(tensor.shape[:-1]))
     for W in _rows_fp32(tensor, descriptor):
-        if left is not None and right is not None:
-            W.addmm_(left[first : first + len(W)], right)
+        added.to(W, first)
         if first == 0:  # no later chunk is larger
             rounded = torch.empty(W.shape, dtype=dtype)
         rows = rounded[: len(W)].copy_(W)
@@ -248,6 +257,39 @@ def _rows(
             )
         yield rows
         first += len(W)
+
+
+class _Added:
+    """The updates of a weight's matrices, of which the factors of one are in memory at a time."""
+
+    def __init__(self, updates: Sequence[Update | None], num_rows: int) -> None:
+        """
+        Args:
+            updates: of matrices that are stored one below the other.
+            num_rows: of all of them.
+        """
+        self.updates, self.rows_each = updates, num_rows // max(1, len(updates))
+        self._matrix = -1
+        self._factors: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def to(self, W: torch.Tensor, first: int) -> None:
+        """Add them to some rows of the weight, in place.
+
+        Args:
+            first: number of the first of these rows.
+        """
+        row, end = first, first + len(W)
+        while self.updates and row < end:
+            matrix = row // self.rows_each
+            begin = matrix * self.rows_each
+            stop = min(end, begin + self.rows_each)
+            if matrix != self._matrix:
+                update = self.updates[matrix]
+                self._matrix, self._factors = matrix, update.factors() if update else None
+            if self._factors is not None:
+                left, right = self._factors
+                W[row - first : stop - first].addmm_(left[row - begin : stop - begin], right)
+            row = stop
 
 
 def _rows_fp32(tensor: StoredTensor, descriptor: int) -> Iterator[torch.Tensor]:
@@ -284,7 +326,7 @@ def _quantized(
 
     W = torch.empty(tensor.shape, dtype=FLOATS[tensor.dtype])
     first = 0
-    for rows in _rows(name, tensor, descriptor, job.updates.get(name)):
+    for rows in _rows(name, tensor, descriptor, job.updates.get(name, ())):
         W[first : first + len(rows)] = rows
         first += len(rows)
     found = stored_4bit(W)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lorasb_ds.adapters.peft_experts import expert_fields
 from lorasb_ds.adapters.peft_methods import save_peft_method
 from lorasb_ds.adapters.peft_targets import target_fields
 from lorasb_ds.adapters.peft_writer import peft_target_modules, save_peft_adapter
@@ -118,15 +119,12 @@ def save_adapter(run: Prepared, folder: Path, tensors: Mapping[str, torch.Tensor
         empty = run.base.empty_model(DTYPES[config.dtype])
         save_peft_method(folder, run.adapter.peft, empty, tensors, base_model)
         return
-    save_peft_adapter(
-        folder,
-        tensors,
-        r=config.r * run.memory.workload.pairs,
-        base_model=base_model,
-        **target_fields(
-            run.base.model_type,
-            peft_target_modules(run.adapter.targets, dict(run.base.shape.layers)),
-        ),
-    )
+    adapter, r = run.adapter, config.r * run.memory.workload.pairs
+    modules = peft_target_modules(adapter.targets, dict(run.base.shape.layers))
+    fields = target_fields(run.base.model_type, modules)
+    if adapter.experts:
+        ranks = dict.fromkeys(adapter.experts, adapter.expert_r)
+        fields = expert_fields(r, fields, ranks, run.base.experts)
+    save_peft_adapter(folder, tensors, r=r, base_model=base_model, **fields)
     if run.adapter.peft_warning:
         say(f"warning: {run.adapter.peft_warning}")

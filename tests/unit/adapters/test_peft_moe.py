@@ -191,6 +191,10 @@ def close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
     return bool((found - wanted).abs().max() <= 3e-5 * wanted.abs().max())
 
 
+def ranks_of(pairs: Mapping[str, ExpertPair]) -> dict[str, int]:
+    return {name: pair.A.shape[1] for name, pair in pairs.items()}
+
+
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_adapters_of_layers(model_type: str, models: Any, tmp_path: Path) -> None:
     """Also of dense and shared layers that have the names of experts. PEFT warns of nothing."""
@@ -223,7 +227,7 @@ def test_adapters_of_experts_and_layers(model_type: str, models: Any, tmp_path: 
     wanted = logits(by_hand)
     assert not close(without_experts, wanted)
     fields = target_fields(model_type, peft_target_modules(layers, linear_layers(base)))
-    fields = expert_fields(R, fields, pairs, experts_of(base))
+    fields = expert_fields(R, fields, ranks_of(pairs), experts_of(base))
     save_peft_adapter(tmp_path, tensors | expert_tensors(pairs), r=R, base_model=None, **fields)
     loaded = PeftModel.from_pretrained(base, tmp_path)
     assert close(logits(loaded), wanted)
@@ -254,15 +258,19 @@ def test_adapters_of_experts_alone(only: str, models: Any, tmp_path: Path) -> No
     """Of both parameters, or of one, which PEFT then wraps once."""
     base, by_hand = models("gpt_oss"), models("gpt_oss")
     pairs = add_experts(by_hand, only=only)
-    fields = expert_fields(EXPERT_R, {"target_modules": []}, pairs, experts_of(base))
+    fields = expert_fields(EXPERT_R, {"target_modules": []}, ranks_of(pairs), experts_of(base))
     assert "rank_pattern" not in fields
     save_peft_adapter(tmp_path, expert_tensors(pairs), r=EXPERT_R, base_model=None, **fields)
     wanted = logits(by_hand)
     assert not close(logits(base), wanted)
     assert close(logits(PeftModel.from_pretrained(base, tmp_path)), wanted)
     assert read(tmp_path).keys() == pairs.keys()
-    with pytest.raises(ConfigError, match=r"may be those of experts are not read yet"):
-        read_adapter(str(tmp_path))
+    stored = read_adapter(str(tmp_path))
+    assert {expert.projection for expert in stored.experts.values()} == pairs.keys()
+    for layer, expert in stored.experts.items():
+        A, B = stored.pair(layer)
+        assert torch.equal(A, pairs[expert.projection].A[expert.number])
+        assert torch.equal(B, pairs[expert.projection].B[expert.number])
 
 
 def test_experts_of_some_blocks_and_of_several_ranks(models: Any, tmp_path: Path) -> None:
@@ -273,7 +281,7 @@ def test_experts_of_some_blocks_and_of_several_ranks(models: Any, tmp_path: Path
     pairs |= add_experts(by_hand, r=4, only="layers.1.mlp.experts.gate_up_proj")
     pairs |= add_experts(by_hand, r=R, only="layers.0.mlp.experts.down_proj")
     fields = target_fields("qwen3_moe", peft_target_modules(layers, linear_layers(base)))
-    fields = expert_fields(R, fields, pairs, experts_of(base))
+    fields = expert_fields(R, fields, ranks_of(pairs), experts_of(base))
     assert fields["target_parameters"] == sorted(["mlp.experts.down_proj", list(pairs)[1]])
     save_peft_adapter(tmp_path, tensors | expert_tensors(pairs), r=R, base_model=None, **fields)
     assert close(logits(PeftModel.from_pretrained(base, tmp_path)), logits(by_hand))

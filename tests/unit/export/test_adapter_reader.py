@@ -203,7 +203,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = config_faults() | {
     ),
     "weights of layers that are no experts' names": (
         lambda f: edit_config(f, target_parameters=["q_proj.weight"]),
-        "may be those of experts are not read yet: model.layers.0.self_attn.q_proj.weight",
+        "model.layers.0.self_attn.q_proj.weight in target_parameters is neither",
     ),
     "experts that the file has not": (
         lambda f: edit_config(f, target_parameters=["experts.up_proj"]),
