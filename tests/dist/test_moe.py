@@ -147,9 +147,9 @@ def test_4_bit_experts_resume(tiny_family: Callable[[str], Path], tmp_path: Path
     """On a packed base, over two sharded ranks, with a basis that is loaded, and a resume."""
     folder = tiny_family("qwen3_moe")
     whole = options(folder, tmp_path / "whole", micro_batch_size=2, load_in_4bit=True, dtype="bf16")
-    first = whole | {"output_dir": str(tmp_path / "parts"), "max_steps": 2, "save_steps": 2}
-    first |= {"init_from": str(tmp_path / "whole"), "lr_scheduler_type": "constant"}
-    whole |= {"lr_scheduler_type": "constant"}
+    first = whole | {"output_dir": str(tmp_path / "parts"), "max_steps": 2, "save_every": 2}
+    first |= {"init_from": str(tmp_path / "whole"), "lr_scheduler": "constant", "warmup_ratio": 0.0}
+    whole |= {"lr_scheduler": "constant", "warmup_ratio": 0.0}
     second = first | {"max_steps": 4, "resume": str(tmp_path / "parts")}
     train(2, whole, first)
     train(2, second)
