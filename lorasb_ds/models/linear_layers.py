@@ -27,7 +27,9 @@ def linear_layers(model: Any) -> Shapes:
     """Return every linear layer but the head, in the model's order, quantized ones included.
 
     A layer that two parents share is left out: PEFT would load its adapter into one of them only.
-    (Blocks that are used several times are fine: their layers have one parent.)
+    (Blocks that are used several times are fine: their layers have one parent.) So are routers of
+    experts, which are small, sensitive to rounding, and in some families give several tensors or
+    read the weight themselves.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     parents: defaultdict[nn.Module, set[nn.Module]] = defaultdict(set)
@@ -40,7 +42,18 @@ def linear_layers(model: Any) -> Shapes:
         if isinstance(module, nn.Linear | Conv1D)
         and module is not head
         and len(parents[module]) == 1
+        and not _is_router(name, module, *parents[module])
     }
+
+
+def _is_router(name: str, *modules: nn.Module) -> bool:
+    """Return whether a layer routes tokens to experts, by its name and those of the classes.
+
+    Args:
+        modules: the layer and its parent.
+    """
+    leaf = name.rpartition(".")[2]
+    return leaf in ("gate", "router") or any("router" in type(m).__name__.lower() for m in modules)
 
 
 def expert_layers(model: nn.Module) -> dict[str, int]:
