@@ -63,7 +63,7 @@ def test_the_merged_model_is_in_bf16(models: tuple[Path, Path, Path], tmp_path: 
 
 
 def test_in_4_bits(models: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    """As loading quantizes the merged model in bf16."""
+    """As loading quantizes the merged model in bf16, but for experts, which stay in bf16."""
     stored, _, adapter = models
     merged(adapter, stored, tmp_path / "bf16")
     merged(adapter, stored, tmp_path / "4bit", load_in_4bit=True)
@@ -72,7 +72,10 @@ def test_in_4_bits(models: tuple[Path, Path, Path], tmp_path: Path) -> None:
     )
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
-        assert torch.equal(ours[name].view(torch.uint8), tensor.view(torch.uint8)), name
+        if ours[name].ndim == 3:
+            assert tensor.ndim == 1
+        else:
+            assert torch.equal(ours[name].view(torch.uint8), tensor.view(torch.uint8)), name
 
 
 def test_the_size_of_updates(models: tuple[Path, Path, Path]) -> None:
