@@ -57,6 +57,11 @@ def plan_adapter(config: RunConfig, base: Base) -> AdapterPlan:
     if method is None:
         # PEFT puts its layers into the model that it looks at.
         plan = plan_peft(config, base.empty_model(DTYPES[config.dtype]))
+        if base.experts and plan.content.get("target_parameters"):
+            raise ConfigError(
+                f"--method {config.method}: its target_parameters cannot be trained, since experts "
+                "are layers here. Leave them out, or take a method that trains experts: lora-sb."
+            )
         return AdapterPlan(plan.layers, peft=plan)
     layers = dict(base.shape.layers)
     targets = select_targets(
