@@ -42,8 +42,13 @@ def main() -> None:
 @main.command(context_settings=CONTEXT)
 @click.argument("run")
 @click.option(
-    "--to", type=click.Choice(["peft"]), default="peft", show_default=True, help="Plain LoRA."
+    "--to",
+    type=click.Choice(["peft", "vllm"]),
+    default="peft",
+    show_default=True,
+    help="Plain LoRA. vllm: experts by themselves, by the names of the base's files.",
 )
+@click.option("--model", help="--to vllm: the base. [default: as the run or the adapter names it]")
 @click.option("--out", type=OUT, help="[default: exported/ in the run's folder]")
 @click.option("--r", type=POSITIVE, help="Cut to rank R, by an exact SVD. [default: the adapter's]")
 @click.option(
@@ -58,6 +63,7 @@ def main() -> None:
 def export(
     run: str,
     to: str,
+    model: str | None,
     out: Path | None,
     r: int | None,
     energy: float | None,
@@ -84,8 +90,11 @@ def export(
     check_folder(out, [adapter], overwrite)
     kept = measure_energy(adapter)
     rank = kept.smallest_r(energy) if energy is not None else r or adapter.r
-    size = export_adapter(adapter, out, r=rank, dtype=dtype, overwrite=overwrite)
-    warn_of_peft(adapter, adapter.layers)
+    if to == "vllm" and adapter.experts:
+        size = _export_for_vllm(adapter, model, out, rank, dtype, overwrite)
+    else:
+        size = export_adapter(adapter, out, r=rank, dtype=dtype, overwrite=overwrite)
+        warn_of_peft(adapter, adapter.layers)
     if as_json:
         click.echo(json.dumps({"r": rank, "out": str(out), "energy_kept": asdict(kept)}))
         return
@@ -99,6 +108,18 @@ def export(
         if allowed
         else f"vLLM has no --max-lora-rank for rank {rank}: its largest is 512"
     )
+
+
+def _export_for_vllm(
+    adapter: StoredAdapter, model: str | None, out: Path, r: int, dtype: str, overwrite: bool
+) -> int:
+    from lorasb_ds.export.to_vllm import export_for_vllm
+    from lorasb_ds.models.base import Base
+
+    model = model or adapter.base_model
+    if model is None:
+        raise ConfigError("--to vllm needs the base, which the adapter does not name: --model.")
+    return export_for_vllm(adapter, Base(model), out, r=r, dtype=dtype, overwrite=overwrite)
 
 
 def warn_of_peft(adapter: StoredAdapter, layers: Iterable[str]) -> None:

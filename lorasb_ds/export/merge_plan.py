@@ -37,7 +37,7 @@ def plan_merge(
     """
     name, model, stored, sources = base.name, base.model, base.stored, _sources(base)
     updates: dict[str, list[Update | None]] = {}
-    parts = _parts_of_experts(adapter, base, sources)
+    parts = parts_of_experts(adapter, base)
     for layer, factors in adapter.layers.items():
         if factors.offset is not None:
             raise ConfigError(
@@ -95,10 +95,9 @@ def weights_of(
     }
 
 
-def _parts_of_experts(
-    adapter: StoredAdapter, base: Base, sources: Mapping[str, WeightSource]
-) -> dict[str, list[WeightPart]]:
-    """Return expert's layer -> the stored parts of its weight."""
+def parts_of_experts(adapter: StoredAdapter, base: Base) -> dict[str, list[WeightPart]]:
+    """Return expert's layer -> the stored parts of its weight. Raises like ``plan_merge``."""
+    sources = _sources(base) if adapter.experts else {}
     found: dict[str, list[WeightPart]] = {}
     of_projection: dict[str, list[list[WeightPart]]] = {}
     for layer, expert in adapter.experts.items():
