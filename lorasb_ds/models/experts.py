@@ -28,12 +28,13 @@ from lorasb_ds.models.quantization import (
     PackedLinear4bit,
     PackedLinear8bit,
 )
+from lorasb_ds.planner.placement import EXPERT_ALIGNMENT
 
 # Name of a projection, as transformers names its parameter -> (experts, out, in).
 ExpertShapes = dict[str, tuple[int, int, int]]
 
 IMPLEMENTATION = "lorasb"  # in transformers' registry
-ALIGNMENT = 8  # of an expert's packed bytes, in bf16 elements: GPU kernels read 16 bytes at a time
+ALIGNMENT = EXPERT_ALIGNMENT // 2  # of a packed expert, in bf16 elements
 CHUNK = 1 << 20  # entries of a matrix that are quantized at a time
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lorasb_ds.config.paths import SHIPPED_DS_CONFIGS, read_json
-from lorasb_ds.planner.footprint import Footprint, footprint, init_plan
+from lorasb_ds.planner.footprint import Footprint, base_bytes, footprint, init_plan
 from lorasb_ds.planner.model_shape import ModelShape
 from lorasb_ds.planner.placement import Form, Placement, placement_of
 from lorasb_ds.planner.traffic import Traffic, init_traffic, step_traffic
@@ -15,6 +15,8 @@ from lorasb_ds.system.units import GIB
 
 # The driver's context, NCCL's buffers, what torch's allocator keeps back. Assumed.
 GPU_RUNTIME_BYTES = 3 << 29
+# Quantization that leaves more than this share of the base's bytes is not recommended.
+SAVES_LITTLE = 0.9
 # Values of --init-memory-gib that are tried where the gradients of all layers do not fit.
 BUDGETS_GIB = (64, 32, 16, 8, 4, 2, 1, 0.5, 0.25)
 
@@ -76,6 +78,7 @@ class StrategyPlan:
         needed_bytes: of a rank's device.
         host_needed_bytes: of the first host; 0 on CPUs, where ``needed_bytes`` includes it.
         added: options beyond those that were asked for.
+        saves_little: the base is quantized, and takes hardly less for it.
     """
 
     strategy: Strategy
@@ -89,6 +92,7 @@ class StrategyPlan:
     host_needed_bytes: int
     fits: bool
     added: tuple[str, ...]
+    saves_little: bool = False
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -131,13 +135,17 @@ def plan(shape: ModelShape, cluster: Cluster, work: Workload) -> list[StrategyPl
 def recommended(plans: Sequence[StrategyPlan]) -> StrategyPlan | None:
     """Choose among the strategies that fit, by counts alone; None if none fits.
 
-    First come those that compute no forward pass twice, then those that move the fewest bytes in a
-    step, from other ranks and from the host; of equals, the first of ``STRATEGIES``.
+    Quantization that saves little comes last: it rounds some weights for nothing. Otherwise first
+    come those that compute no forward pass twice, then those that move the fewest bytes in a step,
+    from other ranks and from the host; of equals, the first of ``STRATEGIES``.
     """
     fitting = [plan for plan in plans if plan.fits]
     if not fitting:
         return None
-    return min(fitting, key=lambda p: (p.work.gradient_checkpointing, p.step.total_bytes))
+    return min(
+        fitting,
+        key=lambda p: (p.saves_little, p.work.gradient_checkpointing, p.step.total_bytes),
+    )
 
 
 def _fitted(
@@ -173,6 +181,8 @@ def _fitted(
         host_needed_bytes=host,
         fits=is_fit,
         added=added,
+        saves_little=placement.quantized
+        and base_bytes(shape, placement) > SAVES_LITTLE * shape.num_parameters * 2,
     )
 
 

@@ -11,8 +11,9 @@ from transformers import AutoConfig
 
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.models.base import empty_model
-from lorasb_ds.models.linear_layers import shape_of
-from lorasb_ds.planner.model_shape import BUILT_IN, shape_from_config
+from lorasb_ds.models.shape import shape_of
+from lorasb_ds.planner.config_shape import shape_from_config
+from lorasb_ds.planner.known_models import BUILT_IN
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 99}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
@@ -58,7 +59,7 @@ def test_published_numbers_of_parameters(name: str, billions: float) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, r"type 'gpt2'.*llama.*`lorasb train` plans any model"),
+        ({"model_type": "gpt2"}, r"type 'gpt2'.*without torch only llama"),
         ({"hidden_size": None}, r"hidden_size in its config.json is None"),
         ({"vocab_size": "many"}, r"vocab_size in its config.json is 'many'"),
     ],

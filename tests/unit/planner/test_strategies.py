@@ -20,7 +20,8 @@ from launcher.cli import main
 from launcher.commands.plan import find_workload
 from launcher.hosts.hostfile import read_hostfile
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.planner.model_shape import BUILT_IN, shape_from_config
+from lorasb_ds.planner.config_shape import shape_from_config
+from lorasb_ds.planner.known_models import BUILT_IN
 from lorasb_ds.planner.placement import Placement
 from lorasb_ds.planner.strategies import Cluster, cpu_cluster, plan, recommended
 from lorasb_ds.planner.traffic import step_traffic
