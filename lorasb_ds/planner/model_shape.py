@@ -141,7 +141,7 @@ def full_attention(
         fp32=0 if scores else heads,
         inputs=values + latent,
         scores=scores * heads,
-        more_scores=(scores + 1) * heads if scores else 0,
+        more_scores=min(3, scores + 1) * heads if scores else 0,
     )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from lorasb_ds.config.paths import SHIPPED_DS_CONFIGS, read_json
 from lorasb_ds.planner.footprint import Footprint, base_bytes, footprint, init_plan
+from lorasb_ds.planner.init_plan import InitPlan
 from lorasb_ds.planner.model_shape import ModelShape
 from lorasb_ds.planner.placement import Form, Placement, placement_of
 from lorasb_ds.planner.traffic import Traffic, init_traffic, step_traffic
@@ -56,6 +58,7 @@ class Strategy:
     options: tuple[str, ...] = ()
 
 
+STRATEGY_DTYPE_BYTES = 2  # all of them compute in bf16
 QUANTIZED = ("--load-in-4bit",)
 STRATEGIES = (
     Strategy("bf16 on every rank", "bf16", "zero2.json"),
@@ -124,8 +127,14 @@ def plan(shape: ModelShape, cluster: Cluster, work: Workload) -> list[StrategyPl
 
     One rank has nothing to shard, and on CPUs there is no other memory to offload to.
     """
+
+    @cache  # the strategies differ in the base, not in the init
+    def plan_init(checkpointing: bool, budget: int | None) -> InitPlan:
+        changed = replace(work, gradient_checkpointing=checkpointing, init_memory_bytes=budget)
+        return init_plan(shape, changed, cluster.world_size, STRATEGY_DTYPE_BYTES)
+
     return [
-        _fitted(shape, cluster, strategy, work)
+        _fitted(shape, cluster, strategy, work, plan_init)
         for strategy in STRATEGIES
         if not (cluster.world_size == 1 and strategy.ds_config == "zero3.json")
         and not (cluster.cpu and "offload" in strategy.ds_config)
@@ -149,13 +158,22 @@ def recommended(plans: Sequence[StrategyPlan]) -> StrategyPlan | None:
 
 
 def _fitted(
-    shape: ModelShape, cluster: Cluster, strategy: Strategy, work: Workload
+    shape: ModelShape,
+    cluster: Cluster,
+    strategy: Strategy,
+    work: Workload,
+    plan_init: Callable[[bool, int | None], InitPlan],
 ) -> StrategyPlan:
+    """Plan one strategy.
+
+    Args:
+        plan_init: of the workload with this checkpointing and this budget.
+    """
     ds_config = read_json(str(SHIPPED_DS_CONFIGS / strategy.ds_config), "--ds-config")
     placement = placement_of(ds_config, strategy.form, cluster.world_size)
 
     def memory_of(work: Workload) -> Footprint:
-        init = init_plan(shape, work, cluster.world_size, placement.dtype_bytes)
+        init = plan_init(work.gradient_checkpointing, work.init_memory_bytes)
         return footprint(shape, placement, work, init)
 
     memory = memory_of(work)
