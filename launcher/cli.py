@@ -135,6 +135,9 @@ def preview(arguments: Sequence[str]) -> None:
     "--num-procs", type=click.IntRange(min=1), help="Processes on this host's CPU instead."
 )
 @click.option("--r", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option(
+    "--expert-r", type=click.IntRange(min=0), help="As in `train`; 0: experts stay frozen."
+)
 @click.option("--max-length", type=click.IntRange(min=8), default=1024, show_default=True)
 @click.option("--micro-batch-size", type=click.IntRange(min=1), default=4, show_default=True)
 @click.option("--gradient-checkpointing", is_flag=True)

@@ -13,6 +13,7 @@ from typing import Any
 from launcher.hosts.hostfile import read_hostfile
 from launcher.jobs.ranks import worker_command
 from launcher.text import columns
+from lorasb_ds.config.adapter_options import default_expert_r
 from lorasb_ds.config.paths import read_json
 from lorasb_ds.errors import ConfigError, option_name
 from lorasb_ds.models.checkpoint_files import model_path
@@ -121,14 +122,26 @@ def find_workload(shape: ModelShape, options: Mapping[str, Any]) -> Workload:
     """Return the largest workload of the options: rows as long as allowed, labels everywhere.
 
     Raises:
-        ConfigError: if r exceeds the shortest side of a layer.
+        ConfigError: if r exceeds the shortest side of a layer, or of experts.
     """
     r, budget = options["r"], options["init_memory_gib"]
+    expert_r = options["expert_r"]
+    if shape.experts and expert_r is None:
+        expert_r = default_expert_r(r, shape.experts_per_token)
     # As select_targets takes them: gates with one output have no adapter.
     targets = {name: sides for name, sides in shape.layers.items() if min(sides) > 1}
     smallest = min(min(sides) for sides in targets.values())
     if r > smallest:
         raise ConfigError(f"--r {r} exceeds {smallest}, the shortest side of a layer. Lower --r.")
+    smallest = min((min(sides[1:]) for sides in shape.experts.values()), default=0)
+    if expert_r and expert_r > smallest:
+        raise ConfigError(
+            f"--expert-r {expert_r} exceeds {smallest}, the shortest side of an expert. Lower it; "
+            "0 leaves experts frozen."
+            if shape.experts
+            else f"--expert-r {expert_r}: {shape.name} has no experts that could get an adapter. "
+            "Leave it out."
+        )
     return Workload(
         targets=targets,
         r=r,
@@ -138,12 +151,14 @@ def find_workload(shape: ModelShape, options: Mapping[str, Any]) -> Workload:
         gradient_checkpointing=options["gradient_checkpointing"],
         init_samples=options["init_samples"],
         init_memory_bytes=None if budget is None else int(budget * GIB),
+        expert_targets=shape.experts if expert_r else {},
+        expert_r=expert_r or 0,
     )
 
 
 def given_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that the printed command needs beside the strategy's."""
-    names = ("r", "max_length", "micro_batch_size", "init_samples", "init_memory_gib")
+    names = ("r", "expert_r", "max_length", "micro_batch_size", "init_samples", "init_memory_gib")
     given = {name: options[name] for name in names if options[name] is not None}
     return {option_name(name): f"{value:g}" for name, value in given.items()}
 

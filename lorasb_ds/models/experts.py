@@ -270,12 +270,6 @@ def projections(model: nn.Module) -> ExpertShapes:
     return found
 
 
-def experts_per_token(config: Any) -> int:
-    """Return to how many experts a token goes, by a model's text configuration; 1 if unknown."""
-    names = ("num_experts_per_tok", "moe_k", "moe_topk", "num_experts_per_token", "top_k_experts")
-    return next((int(n) for name in names if isinstance(n := getattr(config, name, None), int)), 1)
-
-
 def split_experts(model: nn.Module, dtype: torch.dtype, kind: Kind | None) -> None:
     """Make an ``ExpertsLinear`` of every projection of an empty model's experts, in place.
 

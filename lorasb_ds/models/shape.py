@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
-from lorasb_ds.models.experts import experts_modules, up_projection
-from lorasb_ds.models.linear_layers import Shapes, linear_layers
+from lorasb_ds.models.experts import experts_modules, projections
+from lorasb_ds.models.linear_layers import Shapes, expert_layers, linear_layers
 from lorasb_ds.planner.model_shape import (
     CASTS_ROUTING,
     EAGER_SCORES,
@@ -34,13 +33,7 @@ def shape_of(name: str, model: Any) -> ModelShape:
     Args:
         model: before ``split_experts``; may be on the meta device.
     """
-    layers, modules = linear_layers(model), experts_modules(model)
-    experts = {}
-    for module_name, module in modules.items():
-        for projection in (up_projection(module), "down_proj"):
-            num_experts, rows, columns = getattr(module, projection).shape
-            sides = (columns, rows) if module.is_transposed else (rows, columns)
-            experts[f"{module_name}.{projection}"] = (num_experts, *sides)
+    layers, experts, modules = linear_layers(model), projections(model), experts_modules(model)
     weights = {f"{layer}.weight" for layer in layers} | set(experts)
     # Tied parameters come once.
     others = {n: p.numel() for n, p in model.named_parameters() if n not in weights}
@@ -59,7 +52,7 @@ def shape_of(name: str, model: Any) -> ModelShape:
         expert_width=max(inside, default=0),
         expert_kept=0 if not experts else OWN_GATE_KEPT if own_gate else GATE_KEPT,
         fp32_routing=bool(experts) and settings.config.model_type not in CASTS_ROUTING,
-        num_unreached=sum(_unreached(model, modules)),
+        num_unreached=sum(n for name, n in expert_layers(model).items() if name not in modules),
     )
 
 
@@ -86,16 +79,6 @@ def _has_own_gate(module: Any) -> bool:
     # transformers' decorator gives the other classes a function of its own file.
     gate = type(module)._apply_gate
     return bool(module.has_gate) and gate.__module__ == type(module).__module__
-
-
-def _unreached(model: nn.Module, modules: Iterable[str]) -> Iterable[int]:
-    """Yield the sizes of experts' parameters that are neither linear layers nor ``modules``."""
-    for name, module in model.named_modules():
-        if name in modules or isinstance(module, nn.Conv1d | nn.Linear):
-            continue
-        for parameter in module.parameters(recurse=False):
-            if parameter.ndim == 3 or (parameter.ndim == 2 and re.search(r"\bexperts\b", name)):
-                yield parameter.numel()
 
 
 def _blocks(

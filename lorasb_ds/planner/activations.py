@@ -129,12 +129,15 @@ def _gradient_bytes(shape: ModelShape, block: Block, work: Workload, dtype_bytes
 
     These are some gradients as wide as the hidden states; and of the scores, of an MLP's three
     products, or of the experts, which are not there at the same time. For each expert of a token
-    they are three of the output (where they are fp32 one more, cast), or of its three products.
+    they are three of the output (where they are fp32 one more, cast), or of its three products;
+    with adapters perhaps those of both products and inputs.
     """
     hidden, scores = shape.hidden_size, block.attention.more_scores * work.max_length
     product_bytes = 4 if shape.fp32_routing else dtype_bytes
     of_output = hidden * (4 * product_bytes - dtype_bytes)
     routed = max(of_output, 3 * shape.expert_width * dtype_bytes)
+    if work.expert_targets:
+        routed = max(routed, 2 * (shape.expert_width + hidden) * dtype_bytes)
     widest = max(
         3 * block.mlp * dtype_bytes,
         scores * dtype_bytes,

@@ -211,7 +211,7 @@ def init_plan(shape: ModelShape, work: Workload, world_size: int, dtype_bytes: i
                 work.r * work.directions,
                 work.expert_r * work.directions,
                 world_size,
-                "raw",
+                "weight",
             )
         return InitPlan(
             groups=(tuple(work.adapted),),
@@ -233,6 +233,7 @@ def init_plan(shape: ModelShape, work: Workload, world_size: int, dtype_bytes: i
         budget_bytes=work.init_memory_bytes,
         experts=work.expert_targets,
         expert_r=work.expert_r * work.directions,
+        experts_per_token=shape.experts_per_token,
     )
 
 

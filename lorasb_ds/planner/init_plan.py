@@ -14,8 +14,12 @@ FP32_BYTES = 4
 GRAM_SIDE_SHARED, GRAM_SHARE = 1024, 6
 # Columns of a Krylov block: wider ones need larger bases, narrower ones more steps.
 KRYLOV_BLOCK = 16
-# Experts are decomposed together as long as their matrices have at most so many elements.
-EXPERTS_AT_ONCE = 1 << 24
+# Experts' gradients are computed and reduced so many bytes at a time, and decomposed so many
+# elements at a time.
+EXPERT_GRADIENT_BYTES, EXPERT_SVD_ENTRIES = 1 << 27, 1 << 26
+# What a matrix of experts takes for each element beside its gradient: while it is made, and then. A
+# sign is made in fp32; W has no gradient.
+MATRIX_BYTES = {"sign": (5, 1), "adam": (8, 4), "raw": (0, 0), "weight": (8, 8)}
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ def plan_init(
     budget_bytes: int | None,
     experts: Mapping[str, tuple[int, int, int]] | None = None,
     expert_r: int = 0,
+    experts_per_token: int = 0,
 ) -> InitPlan:
     """Plan as few groups as the budget allows; where none fits, those that take least.
 
@@ -83,8 +88,10 @@ def plan_init(
     experts = experts or {}
     tokens = tokens_per_micro_batch
     works = [_backward_bytes(*shape, world_size, tokens) for shape in set(targets.values())]
-    # Every token may go to the same expert, whose gradient is whole before it is reduced.
-    works += [_backward_bytes(*shape[1:], 1, tokens) for shape in set(experts.values())]
+    works += [
+        _experts_backward_bytes(*shape, world_size, tokens * experts_per_token)
+        for shape in set(experts.values())
+    ]
     backward = max(works, default=0)
     svd = largest_svd_bytes(targets, experts, r, expert_r, world_size, update)
     workspace = max(backward, svd)
@@ -179,6 +186,15 @@ def _backward_bytes(out_features: int, in_features: int, world_size: int, tokens
     return tokens * (out_features + in_features) * FP32_BYTES + shard
 
 
+def _experts_backward_bytes(
+    num_experts: int, out_features: int, in_features: int, world_size: int, rows: int
+) -> int:
+    """Count the fp32 x and δ of all rows, and a block of experts' ``δᵀx``."""
+    expert = out_features * in_features * FP32_BYTES
+    at_once = min(-(-num_experts // world_size), max(1, EXPERT_GRADIENT_BYTES // expert))
+    return rows * (out_features + in_features) * FP32_BYTES + at_once * expert
+
+
 def largest_svd_bytes(
     targets: Mapping[str, tuple[int, int]],
     experts: Mapping[str, tuple[int, int, int]],
@@ -187,19 +203,26 @@ def largest_svd_bytes(
     world_size: int,
     update: str,
 ) -> int:
-    """Return what decomposing the layer, or the experts, with most takes."""
-    layers = (svd_bytes(*shape, r, world_size, update) for shape in set(targets.values()))
-    of_experts = (
-        experts_at_once(-(-num_experts // world_size), out, in_)
-        * svd_bytes(out, in_, expert_r, 1, update)
-        for num_experts, out, in_ in set(experts.values())
-    )
-    return max([*layers, *of_experts], default=0)
+    """Return what decomposing the layer, or the projection of experts, with most takes."""
+    works = [svd_bytes(*shape, r, world_size, update) for shape in set(targets.values())]
+    works += [
+        experts_svd_bytes(*shape, expert_r, world_size, update) for shape in set(experts.values())
+    ]
+    return max(works, default=0)
 
 
-def experts_at_once(num_experts: int, out_features: int, in_features: int) -> int:
-    """Return how many of a rank's experts it decomposes together."""
-    return max(1, min(num_experts, EXPERTS_AT_ONCE // (out_features * in_features)))
+def experts_svd_bytes(
+    num_experts: int, out_features: int, in_features: int, r: int, world_size: int, update: str
+) -> int:
+    """Return what decomposing a rank's experts takes (``batched_svd``), with their updates."""
+    local, numel = -(-num_experts // world_size), out_features * in_features
+    making, made = MATRIX_BYTES[update]
+    at_once = min(local, max(1, EXPERT_SVD_ENTRIES // numel))
+    # In fp32, or fp64.
+    decomposing = at_once * numel * (4 if update == "sign" else 8)
+    # U and Vh: a rank's, all of them on rank 0, and the factors made of them.
+    factors = 3 * FP32_BYTES * num_experts * r * (out_features + in_features)
+    return max(making * local * numel, made * local * numel + decomposing) + factors
 
 
 def svd_bytes(out_features: int, in_features: int, r: int, world_size: int, update: str) -> int:
