@@ -22,6 +22,7 @@ from lorasb_ds.planner.model_shape import (
     ModelShape,
     delta_attention,
     full_attention,
+    latent_attention,
 )
 
 PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
@@ -138,8 +139,8 @@ def _block(
         )
     elif "kv_b_proj" in ends and "kv_a_layernorm" in ends:
         latent = ends["kv_b_proj"][1] + (ends["q_b_proj"][1] if "q_b_proj" in ends else 0)
-        qk_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
-        attention = full_attention(heads, qk_dim, config.v_head_dim, latent=latent, scores=scores)
+        dims = (config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim)
+        attention = latent_attention(heads, *dims, latent, scores)
     else:
         gated = "q_proj" in ends and ends["q_proj"][0] == 2 * heads * head_dim
         attention = full_attention(heads, head_dim, gated=gated, scores=scores)

@@ -99,7 +99,7 @@ def block_activation_bytes(
     if branches:
         numbers += work.r * len(work.targets) // shape.num_blocks
     if inputs:
-        numbers += 2 * hidden + attention.inputs + block.mlp
+        numbers += hidden * (2 if block.mlp else 1) + attention.inputs + block.mlp
     fp32 = block.normed + attention.fp32
     indices = 0
     if block.num_experts:

@@ -15,6 +15,7 @@ from lorasb_ds.planner.model_shape import (
     ModelShape,
     delta_attention,
     full_attention,
+    latent_attention,
 )
 
 # A parameter's name in its block, and its sizes: (experts, out, in) of a projection of experts,
@@ -172,8 +173,8 @@ def _block(c: ConfigJson, block: int) -> Block:
     if c.is_linear(block):
         attention = delta_attention(*c.delta)
     elif c.family.latent:
-        head_dim = c.size("qk_nope_head_dim") + c.size("qk_rope_head_dim")
-        attention = full_attention(c.heads, head_dim, c.size("v_head_dim"), latent=c.latent)
+        nope, rope, v = (c.size(f"{part}_head_dim") for part in ("qk_nope", "qk_rope", "v"))
+        attention = latent_attention(c.heads, nope, rope, v, c.latent)
         normed += c.latent
     else:
         attention = full_attention(c.heads, c.head_dim, gated=c.family.gated, scores=c.scores)

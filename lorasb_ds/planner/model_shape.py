@@ -116,30 +116,46 @@ DELTA_CHUNK = 64  # tokens that transformers' gated delta rule takes at a time
 def full_attention(
     heads: int,
     head_dim: int,
-    value_dim: int | None = None,
     *,
-    latent: int = 0,
     gated: bool = False,
     scores: int = 0,
 ) -> Attention:
     """Return what softmax attention keeps.
 
     These are queries, keys and values for all heads (keys and values are repeated where there is a
-    padding mask), and the output; without scores also its logarithms.
+    padding mask), and the output, which is the outer projection's input, with its logarithms.
 
     Args:
-        head_dim: of queries and keys.
-        value_dim: of values and output. [default: ``head_dim``]
-        latent: the width of low-rank queries, keys and values (DeepSeek's), together.
         gated: whether the output has a gate of its own width.
-        scores: numbers kept for each position and head, where torch's
+        scores: numbers kept for each position and head, in the place of the output, where torch's
             ``scaled_dot_product_attention`` is not used.
     """
-    values = heads * (value_dim or head_dim)
+    width = heads * head_dim
     return Attention(
-        kept=2 * heads * head_dim + 2 * values * (2 if gated else 1),
+        kept=(3 if scores else 4) * width + (2 * width if gated else 0),
         fp32=0 if scores else heads,
-        inputs=values + latent,
+        inputs=width if scores or gated else 0,
+        scores=scores * heads,
+        more_scores=min(3, scores + 1) * heads if scores else 0,
+    )
+
+
+def latent_attention(
+    heads: int, nope_dim: int, rope_dim: int, value_dim: int, latent: int, scores: int = 0
+) -> Attention:
+    """Return what DeepSeek's attention keeps (arXiv 2405.04434, section 2.1).
+
+    As ``full_attention``, but values are made in one tensor with the part of keys that is not
+    rotated, and keep it; and the output is copied for the outer projection.
+
+    Args:
+        latent: the width of low-rank queries, keys and values, together.
+    """
+    keys, values = heads * (nope_dim + rope_dim), heads * value_dim
+    return Attention(
+        kept=2 * keys + heads * nope_dim + (1 if scores else 2) * values,
+        fp32=0 if scores else heads,
+        inputs=latent + values,
         scores=scores * heads,
         more_scores=min(3, scores + 1) * heads if scores else 0,
     )
