@@ -28,6 +28,7 @@ class Family:
 
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     tied: bool = False  # where the file does not say
+    head_dim: int = 0  # where the file does not say; 0: hidden_size / num_attention_heads
     bias: str = ""  # projections of attention that have one; with a "?", where attention_bias is on
     head_norms: str = ""  # of queries and keys: "always", or "option": where use_qk_norm is on
     fused: bool = False  # qkv_proj and gate_up_proj
@@ -44,18 +45,27 @@ FAMILIES = {
     "mistral": Family(),
     "mixtral": Family(experts=Experts(width="intermediate_size")),
     "qwen2": Family(bias="qkv"),
-    "qwen3": Family(bias="qkvo?", head_norms="always"),
+    "qwen3": Family(bias="qkvo?", head_norms="always", head_dim=128),
     "qwen3_moe": Family(bias="qkvo?", head_norms="always", experts=Experts()),
     "qwen3_next": Family(
-        bias="qkvo?", head_norms="always", gated=True, experts=Experts(shared="shared_expert")
+        bias="qkvo?",
+        head_norms="always",
+        head_dim=256,
+        gated=True,
+        experts=Experts(shared="shared_expert"),
     ),
-    "gemma": Family(bias="qkvo?", tied=True),
+    "gemma": Family(bias="qkvo?", tied=True, head_dim=256),
     "gemma2": Family(
-        norms=Family.norms + _GEMMA2_NORMS, bias="qkvo?", tied=True, scores=EAGER_SCORES
+        norms=Family.norms + _GEMMA2_NORMS,
+        bias="qkvo?",
+        tied=True,
+        head_dim=256,
+        scores=EAGER_SCORES,
     ),
     "phi3": Family(fused=True),
     "gpt_oss": Family(
         bias="qkvo?",
+        head_dim=64,
         sinks=True,
         scores=SINKS_SCORES,
         experts=Experts(width="intermediate_size", router="router", biased=True, own_gate=True),
@@ -113,7 +123,7 @@ class ConfigJson:
 
     @property
     def head_dim(self) -> int:
-        return self.size("head_dim", default=self.hidden // self.heads)
+        return self.size("head_dim", default=self.family.head_dim or self.hidden // self.heads)
 
     @property
     def queries(self) -> int:

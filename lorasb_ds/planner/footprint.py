@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from lorasb_ds.planner.activations import activations
+from lorasb_ds.planner.base_bytes import BaseBytes, base_bytes, held_bytes
 from lorasb_ds.planner.gathers import gathered_bytes
 from lorasb_ds.planner.init_plan import (
     InitPlan,
@@ -38,9 +39,6 @@ LOGITS_AT_ONCE, MIN_LOGIT_ROWS = 1 << 23, 128
 LOGIT_BYTES = 12
 # During the load: DeepSpeed's engine and modules that are imported then. Measured.
 CPU_LOAD_BYTES = 40 << 20
-# The loader reads and quantizes so many elements at a time. As read and in the compute dtype each
-# takes up to 8 bytes, and bitsandbytes' intermediates take 14 on a CPU.
-LOAD_CHUNK, READ_BYTES, QUANTIZE_BYTES = 1 << 20, 8, 14
 
 
 @dataclass(frozen=True)
@@ -122,21 +120,23 @@ class Footprint:
         }
 
 
-def footprint(shape: ModelShape, placement: Placement, work: Workload, init: InitPlan) -> Footprint:
+def footprint(
+    shape: ModelShape,
+    placement: Placement,
+    work: Workload,
+    init: InitPlan,
+    base: BaseBytes | None = None,
+) -> Footprint:
     """Predict what a run holds.
 
     Args:
         init: of ``init_plan`` for the same shape and workload.
+        base: of ``base_bytes`` for the same shape and placement, if that is known.
     """
-    d = placement.dtype_bytes
-    tensors = _tensors(shape, placement)
-    stored, scales = [n for n, _ in tensors], sum(scales for _, scales in tensors)
-    base_kept, base_shards = _held(stored, placement)
-    adapter_kept, adapter_shards = _held(list(_adapter_bytes(work, d)), placement)
+    d, base = placement.dtype_bytes, base or base_bytes(shape, placement)
+    adapter_kept, adapter_shards = held_bytes(list(_adapter_bytes(work, d)), placement)
     on_device = placement.offload == "none"
-    # Scales are sharded with the weights that they scale.
-    scale_shards = scales * base_shards // sum(stored)
-    hosted = base_shards + adapter_shards
+    hosted = base.shards + adapter_shards
     if placement.offload == "nvme":
         hosted = min(hosted, placement.nvme_buffer_elements * d)
     num_optimized = -(-work.num_trainable // placement.world_size)
@@ -145,14 +145,14 @@ def footprint(shape: ModelShape, placement: Placement, work: Workload, init: Ini
     kept = activations(shape, placement, work, _blocks_at_once(init, shape.num_blocks))
     labels = work.micro_batch_size * work.num_labels
     return Footprint(
-        base=base_kept + (base_shards - scale_shards if on_device else 0),
-        quantization=scale_shards if on_device else 0,
+        base=base.kept + (base.shards - base.scale_shards if on_device else 0),
+        quantization=base.scale_shards if on_device else 0,
         adapters=adapter_kept + (adapter_shards if on_device else 0),
         optimizer=_optimizer_bytes(work, num_optimized)
         + (kept_gradients if placement.sharded else 0),
-        load_in_flight=_in_flight_bytes(stored, placement) + _read_bytes(shape, placement),
+        load_in_flight=base.in_flight,
         gathered=gathered_bytes(shape, placement, work),
-        dequantized=_dequantized_bytes(shape, placement),
+        dequantized=base.dequantized,
         activations=kept.in_training,
         # And the hidden states at the labels, with their gradient.
         logits=logit_rows(labels, shape.vocab_size) * shape.vocab_size * LOGIT_BYTES
@@ -166,25 +166,6 @@ def footprint(shape: ModelShape, placement: Placement, work: Workload, init: Ini
         host_rank0=basis_size * 4,
         tracks_gradient=work.tracks_gradient,
     )
-
-
-def base_bytes(shape: ModelShape, placement: Placement) -> int:
-    """Return the bytes of a whole base."""
-    return sum(num_bytes for num_bytes, _ in _tensors(shape, placement))
-
-
-def _tensors(shape: ModelShape, placement: Placement) -> list[tuple[int, int]]:
-    """Return the bytes of every tensor of the base, and those of its scales among them.
-
-    They are in the order in which they are loaded: the largest of the files first.
-    """
-    found = [(out * in_, placement.stored((out, in_))) for out, in_ in shape.layers.values()]
-    for num_experts, out, in_ in shape.experts.values():
-        stored = placement.stored_experts((num_experts, out, in_))
-        found.append((num_experts * out * in_, stored))
-    found += [(n, (n * placement.dtype_bytes, 0)) for n in shape.others.values()]
-    found.sort(reverse=True)
-    return [(numbers + scales, scales) for _, (numbers, scales) in found]
 
 
 def logit_rows(num_labels: int, vocab_size: int) -> int:
@@ -260,60 +241,6 @@ def _adapter_bytes(work: Workload, dtype_bytes: int) -> Iterator[int]:
         sides = [*sides, work.expert_r] if work.trains_r else sides * work.pairs
         for side in sides:
             yield num_experts * work.expert_r * side * dtype_bytes
-
-
-def _held(stored: list[int], placement: Placement) -> tuple[int, int]:
-    """Return the bytes that a rank keeps whole, and those of its shards."""
-    if not placement.sharded:
-        return sum(stored), 0
-    threshold = placement.persistence_threshold * placement.dtype_bytes
-    kept = sum(n for n in stored if n <= threshold) if placement.shard_ranks > 1 else 0
-    shards = sum(-(-n // placement.shard_ranks) for n in stored)
-    if placement.secondary_ranks > 1:
-        kept += sum(-(-n // placement.secondary_ranks) for n in stored)
-    return kept, shards
-
-
-def _in_flight_bytes(stored: list[int], placement: Placement) -> int:
-    """Return what the load holds at its peak beyond what remains afterwards.
-
-    As many tensors come at a time as there are ranks; each rank has read one of them. They are
-    received and sharded one by one; a rank keeps its own until its turn.
-    (streaming.stream_weights)
-
-    Args:
-        stored: bytes of each tensor, in the order in which they are loaded.
-    """
-    world_size = placement.world_size
-    held = peak = 0
-    for first in range(0, len(stored), world_size):
-        turn = stored[first : first + world_size]
-        for i, size in enumerate(turn):
-            own = turn[i + 1] if i + 1 < len(turn) else 0
-            shard = -(-size // placement.shard_ranks) if placement.sharded else 0
-            on_device = shard if placement.offload == "none" else 0
-            peak = max(peak, held + own + size + on_device)
-            held += on_device if placement.sharded else size
-    return peak - held
-
-
-def _read_bytes(shape: ModelShape, placement: Placement) -> int:
-    """Return what a rank holds of what it reads, beside the whole tensor that is made of it.
-
-    These are a few rows; of experts a whole matrix, and the stored ones that are joined to it.
-    """
-    chunk = LOAD_CHUNK * (READ_BYTES + (QUANTIZE_BYTES if placement.quantized else 0))
-    expert = max((out * in_ for _, out, in_ in shape.experts.values()), default=0)
-    return chunk + 2 * expert * placement.dtype_bytes
-
-
-def _dequantized_bytes(shape: ModelShape, placement: Placement) -> int:
-    """Return a layer's or an expert's dequantized matrix, with its scales in fp32."""
-    if not placement.quantized:
-        return 0
-    sides = [*shape.layers.values(), *(sides[1:] for sides in shape.experts.values())]
-    numel = max(out * in_ for out, in_ in sides)
-    return numel * placement.dtype_bytes + numel // 64 * 4
 
 
 def _blocks_at_once(init: InitPlan, num_blocks: int) -> int:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from lorasb_ds.config.paths import SHIPPED_DS_CONFIGS, read_json
-from lorasb_ds.planner.footprint import Footprint, base_bytes, footprint, init_plan
+from lorasb_ds.planner.base_bytes import base_bytes
+from lorasb_ds.planner.footprint import Footprint, footprint, init_plan
 from lorasb_ds.planner.init_plan import InitPlan
 from lorasb_ds.planner.model_shape import ModelShape
 from lorasb_ds.planner.placement import Form, Placement, placement_of
@@ -171,10 +172,11 @@ def _fitted(
     """
     ds_config = read_json(str(SHIPPED_DS_CONFIGS / strategy.ds_config), "--ds-config")
     placement = placement_of(ds_config, strategy.form, cluster.world_size)
+    base = base_bytes(shape, placement)
 
     def memory_of(work: Workload) -> Footprint:
         init = plan_init(work.gradient_checkpointing, work.init_memory_bytes)
-        return footprint(shape, placement, work, init)
+        return footprint(shape, placement, work, init, base)
 
     memory = memory_of(work)
     added: tuple[str, ...] = ()
@@ -200,7 +202,7 @@ def _fitted(
         fits=is_fit,
         added=added,
         saves_little=placement.quantized
-        and base_bytes(shape, placement) > SAVES_LITTLE * shape.num_parameters * 2,
+        and base.whole > SAVES_LITTLE * placement.dtype_bytes * shape.num_parameters,
     )
 
 

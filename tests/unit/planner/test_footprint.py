@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from lorasb_ds.planner.base_bytes import _in_flight_bytes
 from lorasb_ds.planner.config_shape import shape_from_config
 from lorasb_ds.planner.footprint import (
     Footprint,
-    _in_flight_bytes,
     footprint,
     init_plan,
 )

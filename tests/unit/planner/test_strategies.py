@@ -133,6 +133,20 @@ def test_the_command_as_a_user_sees_it() -> None:
     assert dry_run.exit_code == 0, dry_run.output
 
 
+def test_a_mixture_of_experts_as_a_user_sees_it() -> None:
+    text = invoke("--model", "qwen3-30b-a3b")
+    assert "95% of them in experts, of which a token goes to 8 of 128 in a block" in text
+    assert "--expert-r" not in text, "it is the default of `lorasb train`, too"
+    frozen, trained = (
+        json.loads(invoke("--model", "qwen3-30b-a3b", "--expert-r", r, "--json")) for r in "08"
+    )
+    assert "--expert-r 0" in frozen["command"]
+    assert trained["parameters_in_experts"] == 48 * 128 * 3 * 768 * 2048
+    for without, with_experts in zip(frozen["strategies"], trained["strategies"], strict=True):
+        assert without["bytes"]["A, B, R"] < with_experts["bytes"]["A, B, R"]
+        assert without["init"]["bytes"] <= with_experts["init"]["bytes"]
+
+
 def test_json_holds_the_same_numbers() -> None:
     arguments = ("--model", "mixtral-8x7b", "--host-memory-gib", "512")
     found = json.loads(invoke(*arguments, "--json"))
@@ -166,6 +180,8 @@ def test_hostfile_as_deepspeed_reads_it() -> None:
         (["--model", "no/such-model"], r"no hub name in the cache.*llama-7b"),
         (["--model", "a b c"], "none of the built-in shapes"),
         (["--model", "llama-7b", "--r", "5000"], "--r 5000 exceeds 4096"),
+        (["--model", "llama-7b", "--expert-r", "4"], "--expert-r 4: llama-7b has no experts"),
+        (["--model", "qwen3-30b-a3b", "--expert-r", "800"], "--expert-r 800 exceeds 768.*0 leaves"),
         (["--model", "llama-7b", "--nodes", "0"], "--nodes"),
         (["--model", "llama-7b", "--gpu-memory-gib", "0"], "--gpu-memory-gib"),
         (["--model", "llama-7b", "--hostfile", "nowhere"], "there is no such file"),
