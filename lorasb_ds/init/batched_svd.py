@@ -12,10 +12,9 @@ from typing import NamedTuple
 import torch
 
 from lorasb_ds.init.lanczos import ENERGY_TOLERANCE, VALUE_TOLERANCE
-from lorasb_ds.planner.init_plan import GRAM_SHARE, KRYLOV_BLOCK
+from lorasb_ds.planner.init_plan import EXPERT_SVD_ENTRIES, GRAM_SHARE, KRYLOV_BLOCK
 
 GRAM_SIDE = 192
-ENTRIES = 1 << 26  # of the matrices that are decomposed at a time, as floating-point numbers
 
 
 class BatchedSVD(NamedTuple):
@@ -39,7 +38,7 @@ def batched_svd(matrices: torch.Tensor, r: int, seed: int = 0) -> BatchedSVD:
         Each row of Vh has its largest entry positive.
     """
     batch, m, n = matrices.shape
-    at_once = max(1, ENTRIES // (m * n))
+    at_once = max(1, EXPERT_SVD_ENTRIES // (m * n))
     parts = [_svd(part, r, seed) for part in matrices.split(at_once)] if batch else []
     if not parts:
         empty = torch.zeros(0, device=matrices.device)

@@ -27,9 +27,7 @@ from lorasb_ds.distributed import accelerator
 from lorasb_ds.distributed.collectives import Group, row_range
 from lorasb_ds.models.experts import Routing
 from lorasb_ds.models.loss import token_loss_sum
-
-# Of experts' gradients that are computed and reduced at a time.
-EXPERT_BYTES = 1 << 27
+from lorasb_ds.planner.init_plan import EXPERT_GRADIENT_BYTES
 
 
 def is_transposed(out_features: int, in_features: int) -> bool:
@@ -145,7 +143,8 @@ class GradientShards:
 
         Args:
             x, grad_y: (rows, in) and (rows, out), sorted by expert.
-        Communication: for each ``EXPERT_BYTES`` of gradients one reduce to the rank that owns them.
+        Communication: for each ``EXPERT_GRADIENT_BYTES`` of gradients one reduce to the rank that
+            owns them.
         """
         num_experts, *shape = self._shapes[name]
         ends = [0, *routing.ends]
@@ -153,7 +152,7 @@ class GradientShards:
         upto = torch.cat([torch.zeros(1, dtype=torch.int64), with_gradient])[ends]
         self.tokens[name] += upto.diff().to(self.tokens[name].device)
         long, short = (x, grad_y) if is_transposed(grad_y.shape[1], x.shape[1]) else (grad_y, x)
-        at_once = max(1, EXPERT_BYTES // (4 * shape[0] * shape[1]))
+        at_once = max(1, EXPERT_GRADIENT_BYTES // (4 * shape[0] * shape[1]))
         with _exact_products(long, short):
             long, short = long.float(), short.float()
             for owner, owned in self._blocks(num_experts):

@@ -24,8 +24,9 @@ from lorasb_ds.models.checkpoint_files import (
     weights_digest,
 )
 from lorasb_ds.models.experts import ExpertShapes, experts_modules, projections
-from lorasb_ds.models.linear_layers import expert_layers, shape_of
+from lorasb_ds.models.linear_layers import expert_layers
 from lorasb_ds.models.quantization import Kind
+from lorasb_ds.models.shape import shape_of
 from lorasb_ds.models.stored_formats import STORED_FORMATS, decoded
 from lorasb_ds.models.streaming import put
 from lorasb_ds.models.tokenizer import choose_pad_token, read_tokenizer
@@ -212,11 +213,15 @@ def open_base(config: RunConfig) -> tuple[Base, RunConfig]:
     return base, config.model_copy(update={f"load_in_{base.quantization}": True})
 
 
-def empty_model(hf_config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
+def empty_model(
+    hf_config: Any, dtype: torch.dtype, trust_remote_code: bool = False, *, buffers: bool = True
+) -> Any:
     """Make a model without weights: parameters on the meta device, buffers real.
 
     Args:
         dtype: of all floating-point parameters except those that the model keeps in fp32.
+        buffers: False: they are on the meta device, too. Nothing is then allocated; otherwise every
+            parameter is for a moment, and the system may refuse that for a block's experts.
     Raises:
         ConfigError: if transformers cannot make it.
     """
@@ -224,7 +229,7 @@ def empty_model(hf_config: Any, dtype: torch.dtype, trust_remote_code: bool = Fa
     from transformers import AutoModelForCausalLM
 
     try:
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(
                 hf_config, dtype=dtype, trust_remote_code=trust_remote_code
             )

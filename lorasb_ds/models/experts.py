@@ -28,12 +28,13 @@ from lorasb_ds.models.quantization import (
     PackedLinear4bit,
     PackedLinear8bit,
 )
+from lorasb_ds.planner.placement import EXPERT_ALIGNMENT
 
 # Name of a projection, as transformers names its parameter -> (experts, out, in).
 ExpertShapes = dict[str, tuple[int, int, int]]
 
 IMPLEMENTATION = "lorasb"  # in transformers' registry
-ALIGNMENT = 8  # of an expert's packed bytes, in bf16 elements: GPU kernels read 16 bytes at a time
+ALIGNMENT = EXPERT_ALIGNMENT // 2  # of a packed expert, in bf16 elements
 CHUNK = 1 << 20  # entries of a matrix that are quantized at a time
 
 
@@ -267,12 +268,6 @@ def projections(model: nn.Module) -> ExpertShapes:
             sides = (columns, rows) if experts.is_transposed else (rows, columns)
             found[f"{prefix}.{name}"] = (num_experts, *sides)
     return found
-
-
-def experts_per_token(config: Any) -> int:
-    """Return to how many experts a token goes, by a model's text configuration; 1 if unknown."""
-    names = ("num_experts_per_tok", "moe_k", "moe_topk", "num_experts_per_token", "top_k_experts")
-    return next((int(n) for name in names if isinstance(n := getattr(config, name, None), int)), 1)
 
 
 def split_experts(model: nn.Module, dtype: torch.dtype, kind: Kind | None) -> None:

@@ -1,4 +1,4 @@
-"""The layers of a model that can get an adapter, and the sizes of all its parameters."""
+"""The layers of a model that can get an adapter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from transformers.pytorch_utils import Conv1D
 
 from lorasb_ds.config.adapter_options import ALL_LINEAR
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.planner.model_shape import ModelShape
 
 Shapes = dict[str, tuple[int, int]]  # layer name -> (out, in)
 
@@ -122,37 +121,3 @@ def select_names(names: Iterable[str], target_modules: str) -> list[str]:
         return list(names)
     wanted = [part.strip() for part in target_modules.split(",") if part.strip()]
     return [n for n in names if any(n == w or n.endswith(f".{w}") for w in wanted)]
-
-
-def shape_of(name: str, model: Any) -> ModelShape:
-    """Return the shape of any causal language model as transformers makes it."""
-    layers = linear_layers(model)
-    weights = {f"{layer}.weight" for layer in layers}
-    # Tied parameters come once.
-    others = {n: p.numel() for n, p in model.named_parameters() if n not in weights}
-    config = model.config.get_text_config()
-
-    def size(*keys: str, default: int) -> int:
-        """Return the first of some settings that the configuration has; else the usual value."""
-        return next((n for key in keys if (n := getattr(config, key, None))), default)
-
-    blocks = size("num_hidden_layers", default=1)
-    heads = size("num_attention_heads", default=1)
-    head_dim = size("head_dim", default=config.hidden_size // heads)
-    kv_heads = size("num_key_value_heads", default=heads)
-    per_token = size("num_experts_per_tok", default=1)
-    widths = {"q_norm": heads * head_dim, "k_norm": kv_heads * head_dim}
-    norms = [n.split(".")[-2] for n in others if "norm" in n and n.endswith(".weight")]
-    normed = sum(widths.get(norm, config.hidden_size) for norm in norms[:-1])
-    return ModelShape(
-        name=name,
-        layers=layers,
-        others=others,
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=size("intermediate_size", default=4 * config.hidden_size) * per_token,
-        num_heads=heads,
-        head_dim=head_dim,
-        num_blocks=blocks,
-        normed_width=normed // blocks,  # the model's last norm is in no block
-    )

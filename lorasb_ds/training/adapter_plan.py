@@ -6,17 +6,16 @@ from dataclasses import dataclass, field
 
 from lorasb_ds.adapters.peft_methods import PeftPlan, plan_peft
 from lorasb_ds.adapters.peft_targets import peft_warning
+from lorasb_ds.config.adapter_options import default_expert_r
 from lorasb_ds.config.methods import METHODS
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.init.experts import EXPERT_UPDATES
 from lorasb_ds.init.factors import InitSettings
 from lorasb_ds.models.base import Base
-from lorasb_ds.models.experts import ExpertShapes, experts_per_token
+from lorasb_ds.models.experts import ExpertShapes
 from lorasb_ds.models.linear_layers import Shapes, select_names, select_targets
 from lorasb_ds.models.loading import DTYPES
-
-SMALLEST_EXPERT_R = 4
 
 
 @dataclass(frozen=True)
@@ -96,8 +95,7 @@ def _plan_experts(config: RunConfig, base: Base) -> tuple[ExpertShapes, int, str
         return {}, 0, why
     r = config.expert_r
     if r is None:
-        per_token = experts_per_token(base.hf_config.get_text_config())
-        r = max(SMALLEST_EXPERT_R, config.r // per_token)
+        r = default_expert_r(config.r, base.shape.experts_per_token)
     name, shape = min(experts.items(), key=lambda item: min(item[1][1:]))
     if r > min(shape[1:]):
         raise ConfigError(

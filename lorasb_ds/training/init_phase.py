@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from lorasb_ds.init.factors import Basis, InitSettings
 from lorasb_ds.init.init_report import InitReport, no_gradient_report
 from lorasb_ds.init.initialize import initialize
 from lorasb_ds.init.step_size import measure_step
-from lorasb_ds.planner.init_plan import InitPlan, block_of
 from lorasb_ds.runs.output_dir import say
 from lorasb_ds.system.units import GIB
 from lorasb_ds.training.prepare import Prepared
@@ -32,28 +30,11 @@ def initialize_by(
         adapters,
         sample,
         probe,
-        with_experts(run.memory.footprint.init, list(adapters)),
+        run.memory.footprint.init,
         InitSettings.from_config(run.config),
         init_lr=_init_lr(run, engine) or "auto",
         offload=run.config.init_offload,
     )
-
-
-def with_experts(plan: InitPlan, names: list[str]) -> InitPlan:
-    missing = set(names) - {name for group in plan.groups for name in group}
-    if not missing:
-        return plan
-    if len(plan.groups) == 1 or plan.prefix is None:
-        groups = [list(plan.groups[0]), *plan.groups[1:]]
-        groups[0] = [n for n in names if n in missing or n in plan.groups[0]]
-    else:
-        groups = []
-        for group in plan.groups:
-            blocks = {block_of(n, plan.prefix) for n in group}
-            also = {n for n in missing if block_of(n, plan.prefix) in blocks}
-            missing -= also
-            groups.append([n for n in names if n in also or n in group])
-    return replace(plan, groups=tuple(map(tuple, groups)))
 
 
 def _init_lr(run: Prepared, engine: Any) -> Any:
