@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -184,3 +185,11 @@ def test_4_bit_experts_resume(tiny_family: Callable[[str], Path], tmp_path: Path
     ]
     assert adapters[0].keys() == adapters[1].keys()
     assert all(torch.equal(adapters[1][name], A) for name, A in adapters[0].items())
+
+
+def test_alignment_leaves_experts_out(tiny_family: Callable[[str], Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(1, options(tiny_family("qwen3_moe"), run, max_steps=2, track_alignment=1))
+    rows = [json.loads(line) for line in (run / "alignment.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in rows} == {0, 1, 2}
+    assert not any("experts" in row["layer"] for row in rows)
