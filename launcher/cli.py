@@ -135,14 +135,18 @@ def preview(arguments: Sequence[str]) -> None:
     "--num-procs", type=click.IntRange(min=1), help="Processes on this host's CPU instead."
 )
 @click.option("--r", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option(
+    "--expert-r", type=click.IntRange(min=0), help="As in `train`; 0: experts stay frozen."
+)
 @click.option("--max-length", type=click.IntRange(min=8), default=1024, show_default=True)
 @click.option("--micro-batch-size", type=click.IntRange(min=1), default=4, show_default=True)
 @click.option("--gradient-checkpointing", is_flag=True)
 @click.option("--init-memory-gib", type=POSITIVE, help="[default: no limit, or what fits]")
 @click.option("--init-samples", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model has.")
 @click.option("--json", "as_json", is_flag=True, help="All numbers, as JSON, in bytes.")
 @click.option(
-    "--table", is_flag=True, help="7B to 405B on 1 to 128 GPUs instead (docs/planning.md)."
+    "--table", is_flag=True, help="7B to 671B on 1 to 128 GPUs instead (docs/planning.md)."
 )
 @reports_problems
 def plan(model: str | None, as_json: bool, table: bool, **options: Any) -> None:
@@ -152,7 +156,7 @@ def plan(model: str | None, as_json: bool, table: bool, **options: Any) -> None:
         return
     if model is None:
         raise ConfigError("--model is missing. Name a folder, a hub name in the cache, or a shape.")
-    shape = plan_command.find_shape(model)
+    shape = plan_command.find_shape(model, options["trust_remote_code"])
     cluster = plan_command.find_cluster(**{name: options[name] for name in CLUSTER_OPTIONS})
     work = plan_command.find_workload(shape, options)
     plans = make_plan(shape, cluster, work)

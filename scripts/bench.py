@@ -13,12 +13,13 @@ from bench_common import ROOT
 from bench_init import init, scale
 from bench_load import main as load
 from bench_merge import main as merge
+from bench_moe import main as moe
 from bench_plan import plan
 from bench_step import main as step
 from bench_svd import svd
 from bench_wide import main as wide
 
-COMMANDS = (svd, init, scale, load, wide, plan, step, merge)
+COMMANDS = (svd, init, scale, load, wide, plan, step, merge, moe)
 
 
 @click.group(help=__doc__)

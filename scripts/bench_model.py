@@ -14,24 +14,51 @@ from safetensors.torch import save_file
 
 
 def write_llama(folder: Path, shape: Mapping[str, Any]) -> None:
-    """A bf16 Llama with the demo's vocabulary and tokenizer.
-
-    Every decoder block has a file, in order; what is left has the last one. Weights are normal with
-    a deviation of 1/sqrt(hidden size), norms are 1. What is held in memory is one file's tensors.
-    The folder may hold the same model already: it is then left as it is.
+    """Write a bf16 Llama with the demo's vocabulary and tokenizer; see ``write_model``.
 
     Args:
         shape: fields of LlamaConfig.
     """
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import LlamaConfig
+
+    write_model(folder, LlamaConfig(**_demo_tokens(), **shape))
+
+
+def write_qwen3_moe(folder: Path, shape: Mapping[str, Any]) -> None:
+    """Write a bf16 Qwen3-MoE, its experts' matrices by themselves, as they are published.
+
+    Args:
+        shape: fields of Qwen3MoeConfig.
+    """
+    from transformers import Qwen3MoeConfig
+
+    write_model(folder, Qwen3MoeConfig(**_demo_tokens(), **shape))
+
+
+def _demo_tokens() -> dict[str, int]:
+    from transformers import LlamaConfig
 
     from lorasb_ds.config.paths import demo_model_dir
 
-    demo = demo_model_dir()
-    demo_config = LlamaConfig.from_pretrained(demo)
+    config = LlamaConfig.from_pretrained(demo_model_dir())
     tokens = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
-    config = LlamaConfig(**{key: getattr(demo_config, key) for key in tokens}, **shape)
-    config.architectures, config.dtype = ["LlamaForCausalLM"], "bfloat16"
+    return {key: getattr(config, key) for key in tokens}
+
+
+def write_model(folder: Path, config: Any) -> None:
+    """Write a random bf16 model with the demo's tokenizer.
+
+    Every decoder block has a file, in order; what is left has the last one. Weights are normal with
+    a deviation of 1/sqrt(hidden size), norms are 1. What is held in memory is one file's tensors.
+    The folder may hold the same model already: it is then left as it is.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from lorasb_ds.config.paths import demo_model_dir
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    config.architectures, config.dtype = [type(model).__name__], "bfloat16"
     described = config.to_json_string(use_diff=True)
     written = folder / "config.json"  # the last file that is written
     if written.is_file():
@@ -39,8 +66,6 @@ def write_llama(folder: Path, shape: Mapping[str, Any]) -> None:
             raise SystemExit(f"{folder} holds another model. Name an empty folder.")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
     shapes = {name: weight.shape for name, weight in model.named_parameters()}  # tied ones once
     files = [
         [name for name in shapes if name.startswith(f"model.layers.{i}.")]
@@ -55,14 +80,29 @@ def write_llama(folder: Path, shape: Mapping[str, Any]) -> None:
         for weight in tensors.values():
             if weight.dim() > 1:
                 weight.normal_(std=config.hidden_size**-0.5, generator=generator)
+        tensors = {key: part for item in tensors.items() for key, part in _as_published(*item)}
         save_file(tensors, folder / file, metadata={"format": "pt"})
-        index |= dict.fromkeys(names, file)
+        index |= dict.fromkeys(tensors, file)
     total = sum(2 * shape.numel() for shape in shapes.values())
     content = {"metadata": {"total_size": total}, "weight_map": index}
     (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=1))
+    demo = demo_model_dir()
     for file in [*demo.glob("*token*"), demo / "chat_template.jinja"]:
         shutil.copy(file, folder)
     written.write_text(described)
+
+
+def _as_published(name: str, weight: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """Return a parameter as it is stored: a projection of experts as one matrix for each."""
+    module, _, leaf = name.rpartition(".")
+    if leaf not in ("gate_up_proj", "down_proj"):
+        return [(name, weight)]
+    leaves = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
+    return [
+        (f"{module}.{expert}.{part_leaf}.weight", part.clone())
+        for expert, W in enumerate(weight)
+        for part_leaf, part in zip(leaves, W.chunk(len(leaves)), strict=True)
+    ]
 
 
 def read_once(folder: Path) -> None:

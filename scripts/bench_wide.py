@@ -16,7 +16,8 @@ from bench_common import ROOT, machine, measure, row, run_as_rank, write_json
 from bench_memory import held_bytes, watched
 from bench_model import read_once, write_llama
 
-from lorasb_ds.planner.model_shape import BUILT_IN, shape_from_config
+from lorasb_ds.planner.config_shape import shape_from_config
+from lorasb_ds.planner.known_models import BUILT_IN
 from lorasb_ds.planner.strategies import Cluster, plan
 from lorasb_ds.planner.workload import Workload
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,56 @@ def tiny_deepseek(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
     )
     folder = tmp_path_factory.mktemp("tiny") / "tiny-deepseek"
     return _saved(DeepseekV3ForCausalLM, config, folder, demo_model)
+
+
+@pytest.fixture(scope="session")
+def tiny_family(
+    demo_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """A function that makes a tiny random model of an MoE family with the demo's tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    from tests.moe_families import tiny_config
+
+    folders = tmp_path_factory.mktemp("families")
+
+    def make(family: str) -> Path:
+        folder = folders / family
+        if not folder.exists():
+            _saved(
+                AutoModelForCausalLM.from_config,
+                tiny_config(family, vocab_size=49152),
+                folder,
+                demo_model,
+            )
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_laguna(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Laguna: a dense block, and one with experts, one of them shared."""
+    from transformers import LagunaConfig, LagunaForCausalLM
+
+    config = LagunaConfig(
+        vocab_size=49152,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=20,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        bos_token_id=2,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-laguna"
+    return _saved(LagunaForCausalLM, config, folder, demo_model)
 
 
 def _saved(kind: Any, config: Any, folder: Path, demo_model: Path) -> Path:

@@ -13,6 +13,7 @@ from lorasb_ds.config.ds_config import resolve_ds_config
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.data.batch import Batch
 from lorasb_ds.models.base import Base
+from lorasb_ds.models.experts import experts_modules, up_projection
 from lorasb_ds.models.linear_layers import linear_layers
 from lorasb_ds.models.loading import load_base
 
@@ -25,12 +26,19 @@ def own_loss(model: Any, batch: Batch) -> torch.Tensor:
 
 
 def true_gradients(model: Any, batch: Batch) -> dict[str, torch.Tensor]:
-    """`.grad` of every linear weight after one backward of that loss, and the "loss"."""
+    """`.grad` of every linear weight after one backward of that loss, and the "loss".
+
+    Of experts it is that of their projections, (experts, out, in).
+    """
     model.requires_grad_(True)
     loss = own_loss(model, batch)
     loss.backward()
     modules = dict(model.named_modules())
     result = {name: modules[name].weight.grad.float() for name in linear_layers(model)}
+    for module_name, experts in experts_modules(model).items():
+        for name in (up_projection(experts), "down_proj"):
+            G = getattr(experts, name).grad.float()
+            result[f"{module_name}.{name}"] = G.mT if experts.is_transposed else G
     return result | {"loss": loss.detach()}
 
 

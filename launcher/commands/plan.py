@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from launcher.hosts.hostfile import read_hostfile
+from launcher.jobs.ranks import worker_command
 from launcher.text import columns
+from lorasb_ds.config.adapter_options import default_expert_r
 from lorasb_ds.config.paths import read_json
 from lorasb_ds.errors import ConfigError, option_name
 from lorasb_ds.models.checkpoint_files import model_path
-from lorasb_ds.planner.model_shape import BUILT_IN, ModelShape, shape_from_config
+from lorasb_ds.planner.config_shape import shape_from_config
+from lorasb_ds.planner.families import FAMILIES
+from lorasb_ds.planner.known_models import BUILT_IN
+from lorasb_ds.planner.model_shape import ModelShape, shape_from_json
 from lorasb_ds.planner.strategies import (
     Cluster,
     StrategyPlan,
@@ -27,21 +33,47 @@ from lorasb_ds.planner.workload import Workload
 from lorasb_ds.system.host_memory import available_bytes
 from lorasb_ds.system.units import GIB
 
-TABLE_MODELS = ("llama-7b", "llama-13b", "qwen2.5-32b", "llama-3-70b", "llama-3-405b")
+TABLE_MODELS = (
+    *("llama-7b", "llama-13b", "qwen2.5-32b", "llama-3-70b", "llama-3-405b"),
+    *("gpt-oss-20b", "qwen3-30b-a3b", "glm-4.5-air", "qwen3-235b-a22b", "deepseek-v3"),
+)
 TABLE_GPUS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
-def find_shape(model: str) -> ModelShape:
+def find_shape(model: str, trust_remote_code: bool = False) -> ModelShape:
     """Return the shape of a built-in name, of a folder with a config.json, or of a cached hub name.
 
+    Model types that are not known here are made by transformers, in a process with torch.
+
     Raises:
-        ConfigError: if the model is none of these.
+        ConfigError: if the model is none of these, or transformers cannot make it.
     """
     if model in BUILT_IN:
         return shape_from_config(model, BUILT_IN[model])
+    folder = _folder(model)
+    config = read_json(str(folder / "config.json"), "--model")
+    if config.get("model_type") in FAMILIES:
+        return shape_from_config(model, config)
+    arguments = [str(folder), *(["--trust-remote-code"] if trust_remote_code else [])]
+    done = subprocess.run(worker_command("shape", arguments), capture_output=True, text=True)
+    if done.returncode != 0:
+        *_, crash = ["", *done.stderr.splitlines()]
+        raise ConfigError(f"--model {model} cannot be planned: {crash}")
+    *_, line = done.stdout.splitlines()
+    if line.startswith('{"error"'):
+        raise ConfigError(json.loads(line)["error"])
+    return replace(shape_from_json(line), name=model)
+
+
+def _folder(model: str) -> Path:
+    """Return the folder of a model's config.json; hub names are looked up in the cache.
+
+    Raises:
+        ConfigError: if there is none.
+    """
     path = Path(model_path(model))
     if path.is_dir():
-        return shape_from_config(model, read_json(str(path / "config.json"), "--model"))
+        return path
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -54,7 +86,7 @@ def find_shape(model: str) -> ModelShape:
             f"--model {model} is no folder with a config.json, no hub name in the cache (`lorasb "
             f"plan` downloads nothing), and none of the built-in shapes: {', '.join(BUILT_IN)}."
         )
-    return shape_from_config(model, read_json(cached, "--model"))
+    return Path(cached).parent
 
 
 def find_cluster(
@@ -90,14 +122,26 @@ def find_workload(shape: ModelShape, options: Mapping[str, Any]) -> Workload:
     """Return the largest workload of the options: rows as long as allowed, labels everywhere.
 
     Raises:
-        ConfigError: if r exceeds the shortest side of a layer.
+        ConfigError: if r exceeds the shortest side of a layer, or of experts.
     """
     r, budget = options["r"], options["init_memory_gib"]
+    expert_r = options["expert_r"]
+    if shape.experts and expert_r is None:
+        expert_r = default_expert_r(r, shape.experts_per_token)
     # As select_targets takes them: gates with one output have no adapter.
     targets = {name: sides for name, sides in shape.layers.items() if min(sides) > 1}
     smallest = min(min(sides) for sides in targets.values())
     if r > smallest:
         raise ConfigError(f"--r {r} exceeds {smallest}, the shortest side of a layer. Lower --r.")
+    smallest = min((min(sides[1:]) for sides in shape.experts.values()), default=0)
+    if expert_r and expert_r > smallest:
+        raise ConfigError(
+            f"--expert-r {expert_r} exceeds {smallest}, the shortest side of an expert. Lower it; "
+            "0 leaves experts frozen."
+            if shape.experts
+            else f"--expert-r {expert_r}: {shape.name} has no experts that could get an adapter. "
+            "Leave it out."
+        )
     return Workload(
         targets=targets,
         r=r,
@@ -107,12 +151,14 @@ def find_workload(shape: ModelShape, options: Mapping[str, Any]) -> Workload:
         gradient_checkpointing=options["gradient_checkpointing"],
         init_samples=options["init_samples"],
         init_memory_bytes=None if budget is None else int(budget * GIB),
+        expert_targets=shape.experts if expert_r else {},
+        expert_r=expert_r or 0,
     )
 
 
 def given_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that the printed command needs beside the strategy's."""
-    names = ("r", "max_length", "micro_batch_size", "init_samples", "init_memory_gib")
+    names = ("r", "expert_r", "max_length", "micro_batch_size", "init_samples", "init_memory_gib")
     given = {name: options[name] for name in names if options[name] is not None}
     return {option_name(name): f"{value:g}" for name, value in given.items()}
 
@@ -126,6 +172,7 @@ def render(
         f"{shape.name}: {shape.num_parameters / 1e9:.2f} billion parameters on {ranks} with "
         f"{cluster.memory_bytes / GIB:.1f} GiB each"
         + (f", {cluster.nodes} hosts" if cluster.nodes > 1 else ""),
+        *describe_experts(shape),
         "",
         *columns(
             ("", "needs", "load", "init", "train", "headroom", "host", "sent", "fetched", "with"),
@@ -169,6 +216,25 @@ def render(
     return "\n".join(lines)
 
 
+def describe_experts(shape: ModelShape) -> list[str]:
+    """Return a line on the experts of an MoE, and one on those that cannot be quantized."""
+    lines = []
+    share = shape.num_in_experts / shape.num_parameters
+    if shape.experts:
+        num_experts = max(block.num_experts for block in shape.blocks)
+        lines.append(
+            f"{share:.0%} of them in experts, of which a token goes to {shape.experts_per_token} "
+            f"of {num_experts} in a block"
+        )
+    if shape.num_unreached:
+        lines.append(
+            f"{shape.num_unreached / shape.num_parameters:.0%} of them in experts that stay as "
+            "they are under --load-in-4bit and get no adapter: transformers does not compute them "
+            "by its registry of experts' functions"
+        )
+    return lines
+
+
 def parts(plan: StrategyPlan) -> dict[str, int]:
     """Return the bytes of a rank by what they hold."""
     memory = plan.memory
@@ -197,6 +263,8 @@ def as_json(
     described = {
         "model": shape.name,
         "parameters": shape.num_parameters,
+        "parameters_in_experts": shape.num_in_experts,
+        "parameters_not_quantizable": shape.num_unreached,
         "cluster": asdict(cluster),
         "strategies": [
             {
@@ -231,7 +299,8 @@ def command_line(
     best = recommended(plans)
     if best is None:
         return None
-    return shlex.join(command(best, cluster, model, hostfile, given_options(options)))
+    words = command(best, cluster, model, hostfile, given_options(options))
+    return shlex.join([*words, *(["--trust-remote-code"] if options["trust_remote_code"] else [])])
 
 
 def table(options: Mapping[str, Any]) -> str:

@@ -14,12 +14,13 @@ import click
 from launcher.options import CONTEXT, check_picture, reports_problems
 from launcher.text import columns
 from launcher.workers.quiet import quiet_libraries
-from lorasb_ds.adapters.peft_config import peft_warning
+from lorasb_ds.adapters.peft_targets import peft_warning
 from lorasb_ds.config.run_layout import EXPORTED
 from lorasb_ds.errors import ConfigError
 
 if TYPE_CHECKING:
     from lorasb_ds.export.inspection import LayerUpdate
+    from lorasb_ds.export.stored_adapter import StoredAdapter
     from lorasb_ds.export.to_peft import EnergyKept
 
 
@@ -41,8 +42,13 @@ def main() -> None:
 @main.command(context_settings=CONTEXT)
 @click.argument("run")
 @click.option(
-    "--to", type=click.Choice(["peft"]), default="peft", show_default=True, help="Plain LoRA."
+    "--to",
+    type=click.Choice(["peft", "vllm"]),
+    default="peft",
+    show_default=True,
+    help="Plain LoRA. vllm: experts by themselves, by the names of the base's files.",
 )
+@click.option("--model", help="--to vllm: the base. [default: as the run or the adapter names it]")
 @click.option("--out", type=OUT, help="[default: exported/ in the run's folder]")
 @click.option("--r", type=POSITIVE, help="Cut to rank R, by an exact SVD. [default: the adapter's]")
 @click.option(
@@ -57,6 +63,7 @@ def main() -> None:
 def export(
     run: str,
     to: str,
+    model: str | None,
     out: Path | None,
     r: int | None,
     energy: float | None,
@@ -83,8 +90,11 @@ def export(
     check_folder(out, [adapter], overwrite)
     kept = measure_energy(adapter)
     rank = kept.smallest_r(energy) if energy is not None else r or adapter.r
-    size = export_adapter(adapter, out, r=rank, dtype=dtype, overwrite=overwrite)
-    warn_of_peft(adapter.model_type, adapter.layers, adapter.base_model)
+    if to == "vllm" and adapter.experts:
+        size = _export_for_vllm(adapter, model, out, rank, dtype, overwrite)
+    else:
+        size = export_adapter(adapter, out, r=rank, dtype=dtype, overwrite=overwrite)
+        warn_of_peft(adapter, adapter.layers)
     if as_json:
         click.echo(json.dumps({"r": rank, "out": str(out), "energy_kept": asdict(kept)}))
         return
@@ -100,9 +110,23 @@ def export(
     )
 
 
-def warn_of_peft(model_type: str | None, layers: Iterable[str], base: str | None) -> None:
-    """Warn, on standard error, if PEFT would misread the folder that was written."""
-    if warning := peft_warning(model_type, layers, base):
+def _export_for_vllm(
+    adapter: StoredAdapter, model: str | None, out: Path, r: int, dtype: str, overwrite: bool
+) -> int:
+    from lorasb_ds.export.to_vllm import export_for_vllm
+    from lorasb_ds.models.base import Base
+
+    model = model or adapter.base_model
+    if model is None:
+        raise ConfigError("--to vllm needs the base, which the adapter does not name: --model.")
+    return export_for_vllm(adapter, Base(model), out, r=r, dtype=dtype, overwrite=overwrite)
+
+
+def warn_of_peft(adapter: StoredAdapter, layers: Iterable[str]) -> None:
+    """Warn, on standard error, if PEFT would misread the folder that was written of an adapter."""
+    if adapter.model_type is None and "target_parameters" in adapter.target_fields:
+        return  # it has the form for bases with experts already, and keeps it
+    if warning := peft_warning(adapter.model_type, layers, adapter.base_model):
         click.echo(f"lorasb: warning: {warning}", err=True)
 
 
@@ -250,7 +274,7 @@ def combine(
         click.echo(f"lorasb: warning: the adapters name different bases: {', '.join(bases)}")
     found = combine_adapters(adapters, numbers, out, r=r, dtype=dtype, overwrite=overwrite)
     names = dict.fromkeys(name for adapter in adapters for name in adapter.layers)
-    warn_of_peft(adapters[0].model_type, names, adapters[0].base_model)
+    warn_of_peft(adapters[0], names)
     how = "one basis, summed in it" if found.one_basis else "different bases, stacked"
     click.echo(f"adapter of rank {found.r} ({how}; energy kept {found.energy_kept:.4f}): {out}")
 

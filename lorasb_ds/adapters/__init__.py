@@ -4,6 +4,8 @@
 - `inject`: put them into a model, disable and freeze them, list what is trainable.
 - `low_rank`: computations on `B A` by its factors.
 - `peft_config`, `peft_writer`: read and write PEFT's adapter folders.
+- `peft_targets`: the fields by which PEFT finds the layers of an adapter.
+- `peft_experts`: LoRAs of experts in PEFT's files.
 - `peft_method_file`, `peft_methods`: train PEFT's own methods (`--method peft:FILE.json`).
 
 Imports `models`, `runs` and what is below them.

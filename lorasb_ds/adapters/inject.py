@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import nn
 
+from lorasb_ds.adapters.experts import LoraSBExperts
 from lorasb_ds.adapters.layer import AdapterLinear, AdapterT
 from lorasb_ds.adapters.lora import LoraLinear
 from lorasb_ds.adapters.lora_sb import LoraSBLinear
 from lorasb_ds.config.methods import METHODS
 from lorasb_ds.config.run_config import RunConfig
-from lorasb_ds.models.linear_layers import Shapes
+from lorasb_ds.models.experts import ExpertsLinear
 
 
 def inject(
     model: nn.Module,
-    targets: Shapes,
+    targets: Iterable[str],
     r: int,
     dtype: torch.dtype,
     layer_class: Callable[[nn.Module, int, torch.dtype], AdapterT] = LoraSBLinear,  # type: ignore[assignment]
@@ -29,7 +30,7 @@ def inject(
     The model's output does not change.
 
     Args:
-        targets: names of the layers to wrap.
+        targets: names of the layers to wrap, and of projections of experts (``ExpertsLinear``).
         dtype: of the adapters' factors.
         layer_class: makes the new layer from ``(base_layer, r, dtype)``.
     Returns:
@@ -80,11 +81,30 @@ def freeze_factors(model: nn.Module) -> Iterator[None]:
             factor.requires_grad_(True)
 
 
-def layer_class_of(config: RunConfig) -> Callable[[nn.Module, int, torch.dtype], AdapterLinear]:
-    """Return ``inject``'s ``layer_class`` for a run with one of ``METHODS``."""
+def lora_sb_layer(
+    base_layer: nn.Module, r: int, dtype: torch.dtype, expert_r: int | None = None
+) -> LoraSBLinear:
+    """Make LoRA-SB's layer around a linear layer or a projection of experts.
+
+    Args:
+        expert_r: rank of the adapters of experts. [default: r]
+    """
+    if isinstance(base_layer, ExpertsLinear):
+        return LoraSBExperts(base_layer, expert_r or r, dtype)
+    return LoraSBLinear(base_layer, r, dtype)
+
+
+def layer_class_of(
+    config: RunConfig, expert_r: int = 0
+) -> Callable[[nn.Module, int, torch.dtype], AdapterLinear]:
+    """Return ``inject``'s ``layer_class`` for a run with one of ``METHODS``.
+
+    Args:
+        expert_r: rank of the adapters of experts.
+    """
     method = METHODS[config.method]
     if method.trains_r:
-        return LoraSBLinear
+        return partial(lora_sb_layer, expert_r=expert_r)
     return partial(
         LoraLinear,
         scaling=method.scale(config.r, config.lora_alpha),

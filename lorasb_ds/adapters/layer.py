@@ -25,8 +25,12 @@ class GradientHook(Protocol):
     def on_forward(self) -> None:
         """Note that the layer was called; called again when checkpointing recomputes it."""
 
-    def on_backward(self, x: torch.Tensor, grad_y: torch.Tensor) -> None:
-        """Take the layer's input (…, in) and output gradient (…, out), in the backward pass."""
+    def on_backward(self, x: torch.Tensor, grad_y: torch.Tensor, routing: Any = None) -> None:
+        """Take the layer's input (…, in) and output gradient (…, out), in the backward pass.
+
+        Args:
+            routing: a ``Routing`` if the rows belong to experts.
+        """
 
 
 class AdapterLinear(nn.Module, ABC):
@@ -68,7 +72,12 @@ class AdapterLinear(nn.Module, ABC):
             Conv1D.forward,
         )
 
-    def add_factor(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    @property
+    def num_matrices(self) -> int:
+        """How many matrices (out, in) the layer has: one, or one for each expert."""
+        return 1
+
+    def add_factor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         """Add a parameter of zeros, which requires grad if it is one of ``trained``."""
         zeros = torch.zeros(shape, dtype=dtype, device=self.weight.device)
         setattr(self, name, nn.Parameter(zeros, requires_grad=name in self.trained))
@@ -95,26 +104,32 @@ class AdapterLinear(nn.Module, ABC):
         """The base layer's weight, for models that look at it."""
         return self.base_layer.weight
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *routing: Any) -> torch.Tensor:
+        """Compute the layer.
+
+        Args:
+            x: (…, in).
+            routing: the ``Routing`` of x's rows, if they belong to experts.
+        """
         if self.scale != 0 and self.gradient_hook is None and self.has_plain_base:
-            return self.fused_forward(x)
-        y = self.base_layer(x)
+            return self.fused_forward(x, *routing)
+        y = self.base_layer(x, *routing)
         if self.gradient_hook is not None:
             self.gradient_hook.on_forward()
             # A leaf that requires grad makes autograd run back to this layer although everything
             # below is frozen, and no further than the lowest layer with such a leaf.
             anchor = torch.zeros(0, device=x.device, requires_grad=True)
-            y = _HookFunction.apply(y, x, anchor, self.gradient_hook)
+            y = _HookFunction.apply(y, x, anchor, self.gradient_hook, *routing)
         if self.scale != 0:
-            y = y + self.scale * self.branch(x)
+            y = y + self.scale * self.branch(x, *routing)
         return y
 
     @abstractmethod
-    def fused_forward(self, x: torch.Tensor) -> torch.Tensor:
+    def fused_forward(self, x: torch.Tensor, *routing: Any) -> torch.Tensor:
         """Compute base and branch in one autograd function; only where ``has_plain_base``."""
 
     @abstractmethod
-    def branch(self, x: torch.Tensor) -> torch.Tensor:
+    def branch(self, x: torch.Tensor, *routing: Any) -> torch.Tensor:
         """Return ΔW x, without ``scale``."""
 
     def base_product(self, x: torch.Tensor) -> torch.Tensor:
@@ -147,13 +162,13 @@ class _HookFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, y, x, anchor, hook):
+    def forward(ctx, y, x, anchor, hook, *routing):
         ctx.save_for_backward(x)
-        ctx.hook = hook
+        ctx.hook, ctx.routing = hook, routing
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx, grad_y):
         (x,) = ctx.saved_tensors
-        ctx.hook.on_backward(x.detach(), grad_y)
-        return grad_y, None, None, None
+        ctx.hook.on_backward(x.detach(), grad_y, *ctx.routing)
+        return grad_y, *(None for _ in ctx.needs_input_grad[1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -57,10 +58,10 @@ class LoraLinear(AdapterLinear):
         offset_B = self.scaling * values["offset_B"].float()
         return LoraPair(torch.cat([A, values["offset_A"].float()]), torch.cat([B, -offset_B], 1))
 
-    def fused_forward(self, x: torch.Tensor) -> torch.Tensor:
+    def fused_forward(self, x: torch.Tensor, *routing: Any) -> torch.Tensor:
         return _LoraFunction.apply(x, self.lora_A, self.lora_B, self, True)
 
-    def branch(self, x: torch.Tensor) -> torch.Tensor:
+    def branch(self, x: torch.Tensor, *routing: Any) -> torch.Tensor:
         return _LoraFunction.apply(x, self.lora_A, self.lora_B, self, False) / self.scale
 
     def stacked_factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,10 +32,10 @@ class LoraSBLinear(AdapterLinear):
         A, B, R = (values[name].float() for name in ("lora_A", "lora_B", "lora_R"))
         return LoraPair(A, B @ R)
 
-    def fused_forward(self, x: torch.Tensor) -> torch.Tensor:
+    def fused_forward(self, x: torch.Tensor, *routing: Any) -> torch.Tensor:
         return _LoraSBFunction.apply(x, self.lora_R, self)
 
-    def branch(self, x: torch.Tensor) -> torch.Tensor:
+    def branch(self, x: torch.Tensor, *routing: Any) -> torch.Tensor:
         return F.linear(F.linear(F.linear(x, self.lora_A), self.lora_R), self.lora_B)
 
     def cast_factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

@@ -1,11 +1,8 @@
-"""PEFT's adapter_config.json: check for a plain LoRA, read its scaling, find what PEFT misreads.
-
-Torch-free, except for ``peft_warning`` and ``misread_by_peft``, which import PEFT.
-"""
+"""PEFT's adapter_config.json: check for a plain LoRA, read its ranks and scaling. Torch-free."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +56,9 @@ def check_plain(folder: Path, config: Mapping[str, Any]) -> None:
             "such an adapter with PEFT."
         )
     known = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
+    parameters = config.get("target_parameters")
+    if isinstance(parameters, list) and all(isinstance(name, str) for name in parameters):
+        known.add("target_parameters")
     unset: tuple[Any, ...] = (None, False, [], {})
     other = [
         name
@@ -75,75 +75,50 @@ def check_plain(folder: Path, config: Mapping[str, Any]) -> None:
 def scale_of(folder: Path, config: Mapping[str, Any], layer: str, r: int) -> float:
     """Return a layer's scaling: alpha / r, or alpha / sqrt(r) (rsLoRA).
 
+    Args:
+        layer: name of a layer, or of a parameter with a LoRA of its own.
     Raises:
         ConfigError: if alpha_pattern holds regular expressions, or alpha is not a number.
     """
-    alpha = config.get("lora_alpha", 8)
-    patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict) or any(set(p) & set("\\^$*+?()[]{}|") for p in patterns):
-        raise ConfigError(
-            f"{folder}: alpha_pattern in {ADAPTER_CONFIG} must name layers; regular expressions "
-            "are not supported."
-        )
-    named = [p for p in patterns if layer == p or layer.endswith(f".{p}")]
-    alpha = patterns[named[0]] if named else alpha
+    alpha = _of_layer(folder, config, "alpha_pattern", layer, config.get("lora_alpha", 8))
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e9:
         raise ConfigError(f"{folder}: lora_alpha {alpha!r} in {ADAPTER_CONFIG} is not a number.")
     return float(alpha / max(1, r) ** (0.5 if config.get("use_rslora") else 1))
 
 
-def misread_by_peft(model_type: str | None, layers: Iterable[str]) -> list[str]:
-    """Return the layers whose factors PEFT would drop when it loads a plain LoRA of these layers.
+def rank_of(folder: Path, config: Mapping[str, Any], layer: str) -> int:
+    """Return the rank that adapter_config.json gives to a layer.
 
-    Since transformers 5, experts are 3-D parameters. To load adapters made before, PEFT takes
-    targets of certain names for those parameters in some model families, including dense and
-    shared layers of the same names, however target_modules spells them.
-
-    Args:
-        model_type: of the base's config.json; None: any of these families.
-        layers: names of the adapter's layers.
+    Raises:
+        ConfigError: if rank_pattern holds regular expressions, or the rank is no positive integer.
     """
-    named = list(layers)
-    try:
-        from peft.utils import transformers_weight_conversion as peft
-    except ImportError:  # an earlier PEFT, or transformers 4, which has no such experts
-        return []
-    # Private names of PEFT, which a test checks: without them this finds nothing.
-    families: Mapping[str, str] = getattr(peft, "_MODEL_TO_CONVERSION_PATTERN", {})
-    mappings: Mapping[str, Mapping[str, str]] = getattr(peft, "_MOE_TARGET_MODULE_MAPPING", {})
-    if model_type is not None:
-        mappings = {"": mappings.get(families.get(model_type, ""), {})}
-    # A target that maps to its own weight (a router called "gate") is read correctly.
-    taken = {
-        old
-        for mapping in mappings.values()
-        for old, new in mapping.items()
-        if new != f"{old}.weight"
-    }
-    return [name for name in named if name.rpartition(".")[2] in taken]
+    r = _of_layer(folder, config, "rank_pattern", layer, config.get("r", 8))
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        raise ConfigError(f"{folder}: r = {r!r} in {ADAPTER_CONFIG} is no positive integer.")
+    return r
 
 
-def peft_warning(model_type: str | None, layers: Iterable[str], base: str | None) -> str | None:
-    """Return a warning if PEFT would misread a plain LoRA of these layers, else None.
+def _of_layer(folder: Path, config: Mapping[str, Any], field: str, layer: str, default: Any) -> Any:
+    """Return the value of the first pattern that matches a layer.
 
-    Args:
-        model_type: of the base's config.json; None if that is not available.
-        layers: names of the adapter's layers.
-        base: the base's name in the adapter.
+    PEFT's patterns are regular expressions. Names and alternatives of names are read, also with
+    the prefix that PEFT gives to those of experts.
     """
-    named = list(layers)
-    if not (misread := misread_by_peft(model_type, named)):
-        return None
-    some = ", ".join(misread[:3])
-    count = f"{len(misread)} of {len(named)} layers, such as {some}"
-    if model_type is None:
-        return (
-            f"PEFT may not read {count}: it takes their names for those of experts if the base is "
-            f"a mixture of experts such as DeepSeek-V3, and the config.json of "
-            f"{base or 'the base'}, which would say so, is not available. With such a base use "
-            "`lorasb merge` instead of PEFT."
+    patterns = config.get(field) or {}
+    if not isinstance(patterns, dict) or any(map(_is_expression, patterns)):
+        raise ConfigError(
+            f"{folder}: {field} in {ADAPTER_CONFIG} must name layers; regular expressions are not "
+            "supported."
         )
-    return (
-        f"PEFT will not read {count}: in a {model_type} it takes their names for those of experts, "
-        "and drops them or rejects the adapter. Use `lorasb merge` instead of PEFT."
-    )
+    for pattern, value in patterns.items():
+        if any(layer == name or layer.endswith(f".{name}") for name in _alternatives(pattern)):
+            return value
+    return default
+
+
+def _alternatives(pattern: str) -> list[str]:
+    return [name.removeprefix(r".*\.") for name in pattern.split("|")]
+
+
+def _is_expression(pattern: str) -> bool:
+    return any(set(name) & set("\\^$*+?()[]{}") for name in _alternatives(pattern))

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from lorasb_ds.adapters.experts import LoraSBExperts
 from lorasb_ds.adapters.layer import AdapterLinear
 from lorasb_ds.adapters.peft_config import PREFIX
+from lorasb_ds.adapters.peft_experts import ExpertPair, expert_tensors
 from lorasb_ds.config.run_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lorasb_ds.distributed import zero
 from lorasb_ds.models.linear_layers import Shapes
@@ -28,6 +30,7 @@ def collect_lora(adapters: Mapping[str, AdapterLinear]) -> dict[str, torch.Tenso
         FloatingPointError: on every rank, if a trainable factor is not finite.
     """
     tensors: dict[str, torch.Tensor] = {}
+    experts: dict[str, ExpertPair] = {}
     for name, adapter in adapters.items():
         values = {
             key: trained_value(f"{key} of {name}", adapter.factor(key)) for key in adapter.trained
@@ -38,8 +41,12 @@ def collect_lora(adapters: Mapping[str, AdapterLinear]) -> dict[str, torch.Tenso
                 continue
             values |= {key: parameter.data for key, parameter in frozen.items()}
             A, B = adapter.plain_lora(values)
-            tensors |= peft_tensors(name, A.cpu().clone(), B.cpu().clone())
-    return tensors
+            A, B = A.cpu().clone(), B.cpu().clone()
+            if isinstance(adapter, LoraSBExperts):
+                experts[name] = ExpertPair(A, B)
+            else:
+                tensors |= peft_tensors(name, A, B)
+    return tensors | expert_tensors(experts)
 
 
 def trained_value(name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -67,16 +74,19 @@ def save_peft_adapter(
     tensors: Mapping[str, torch.Tensor],
     *,
     r: int,
-    target_modules: Sequence[str] | str,
+    target_modules: Sequence[str],
     base_model: str | None,
+    target_parameters: Sequence[str] = (),
+    rank_pattern: Mapping[str, int] | None = None,
 ) -> None:
     """Write a plain LoRA that ``PeftModel.from_pretrained`` loads; see ``write_adapter``.
 
     Args:
-        tensors: as from ``collect_lora``.
+        tensors: as from ``collect_lora`` and ``expert_tensors``.
         r: also written as lora_alpha: scaling is 1.
-        target_modules: as from ``peft_target_modules``.
+        target_modules, target_parameters: as from ``target_fields`` and ``expert_fields``.
         base_model: name of the base in adapter_config.json.
+        rank_pattern: as from ``expert_fields``; also written as alpha_pattern.
     """
     config: dict[str, Any] = {
         "peft_type": "LORA",
@@ -90,6 +100,10 @@ def save_peft_adapter(
         "inference_mode": True,
         "target_modules": target_modules,
     }
+    if target_parameters:
+        config["target_parameters"] = target_parameters
+    if rank_pattern:
+        config |= {"rank_pattern": rank_pattern, "alpha_pattern": rank_pattern}
     write_adapter(folder, tensors, config)
 
 

@@ -8,6 +8,7 @@ from lorasb_ds.config.methods import DEFAULT_ALPHA, DEFAULT_METHOD, METHODS, PEF
 from lorasb_ds.config.option_group import OptionGroup, default_is
 
 ALL_LINEAR = "all-linear"
+SMALLEST_EXPERT_R = 4
 
 
 class AdapterOptions(OptionGroup):
@@ -18,6 +19,15 @@ class AdapterOptions(OptionGroup):
     )
     r: int = Field(
         64, ge=1, description="Rank of the adapter; r x r numbers are trained for each layer."
+    )
+    expert_r: int | None = Field(
+        None,
+        ge=0,
+        description="Rank of the adapter of every expert of a mixture of experts; 0: experts stay "
+        "frozen without one.",
+        json_schema_extra=default_is(
+            f"--r divided by the experts of a token, at least {SMALLEST_EXPERT_R}"
+        ),
     )
     target_modules: str = Field(
         ALL_LINEAR,
@@ -55,3 +65,8 @@ class AdapterOptions(OptionGroup):
         if value not in METHODS and not value.startswith(PEFT_PREFIX):
             raise ValueError(f"Give one of {', '.join(METHODS)}, or {PEFT_PREFIX}FILE.json")
         return value
+
+
+def default_expert_r(r: int, experts_per_token: int) -> int:
+    """Return the rank of an expert's adapter, if ``--expert-r`` does not give one."""
+    return max(SMALLEST_EXPERT_R, r // experts_per_token)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,19 +10,20 @@ import torch
 import torch.distributed as dist
 from transformers import GenerationConfig
 
-from lorasb_ds.adapters.inject import inject
+from lorasb_ds.adapters.experts import LoraSBExperts
+from lorasb_ds.adapters.inject import inject, lora_sb_layer
 from lorasb_ds.adapters.lora_sb import LoraSBLinear
-from lorasb_ds.adapters.low_rank import product_svd
+from lorasb_ds.adapters.low_rank import LoraPair, product_svd
 from lorasb_ds.config.ds_config import resolve_ds_config
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.distributed.ds_config_check import check_ds_config
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export.adapter_reader import read_adapter
+from lorasb_ds.export.expert_layers import Expert, join
 from lorasb_ds.export.stored_adapter import StoredAdapter
 from lorasb_ds.models.base import Base, open_base
 from lorasb_ds.models.generation import stop_tokens
-from lorasb_ds.models.linear_layers import Shapes
 from lorasb_ds.models.loading import DTYPES, load_base
 from lorasb_ds.models.loss import add_loss_head, check_loss_head
 
@@ -62,7 +64,12 @@ def prepare_model(
     check_ds_config(ds_config, config.ds_config)
     stored_adapter = read_adapter(adapter) if adapter is not None else None
     if stored_adapter is not None:
-        _check_base(stored_adapter, dict(base.shape.layers), config.model)
+        experts = {
+            Expert(name, number, count).name: sides
+            for name, (count, *sides) in base.experts.items()
+            for number in range(count)
+        }
+        _check_base(stored_adapter, {**base.shape.layers, **experts}, config.model)
     tokenizer, others = base.tokenizer, None
     if (base.folder / "generation_config.json").is_file():
         others = GenerationConfig.from_pretrained(base.folder).eos_token_id
@@ -94,42 +101,66 @@ def start_model(run: PreparedModel) -> Any:
     model = load_base(run.base, config, run.ds_config)
     # The base's own may ask for beams or penalize repetitions; answers are greedy.
     model.generation_config = GenerationConfig()
-    adapters: dict[str, LoraSBLinear] = {}
-    for r, shapes in _by_rank(run.adapter).items():
-        adapters |= inject(model, shapes, r, DTYPES[config.dtype])
+    adapters = _inject(model, run.adapter, DTYPES[config.dtype])
     model.requires_grad_(False)
     add_loss_head(model)
     if run.is_sharded:
         model = zero.make_inference_engine(model, run.ds_config).module
     for name, layer in adapters.items():
         assert run.adapter is not None
-        pair = run.adapter.pair(name)
-        if layer.r < len(pair.A):
-            pair = product_svd(pair).pair(layer.r)
-        if not all(factor.to(DTYPES[config.dtype]).isfinite().all() for factor in pair):
+        A, B = _factors(run.adapter, name, layer)
+        if not all(factor.to(DTYPES[config.dtype]).isfinite().all() for factor in (A, B)):
             raise ConfigError(f"--dtype {config.dtype}: the factors of {name} exceed its range.")
-        zero.fill(layer.lora_A, pair.A)
-        zero.fill(layer.lora_B, pair.B)
-        zero.fill(layer.lora_R, torch.eye(layer.r))
+        zero.fill(layer.lora_A, A)
+        zero.fill(layer.lora_B, B)
+        zero.fill(layer.lora_R, torch.eye(layer.r).expand(layer.factor_shape("lora_R")))
     model.eval()
     check_loss_head(model, torch.arange(8, device=accelerator.device())[None])
     return model
 
 
-def _by_rank(adapter: StoredAdapter | None) -> dict[int, Shapes]:
-    """Map r -> layers; an r larger than a layer's shorter side is cut to it without loss."""
-    found: dict[int, Shapes] = {}
-    for name, shape in (adapter.shapes if adapter is not None else {}).items():
-        assert adapter is not None
-        r = min(adapter.rank_of(name), *shape)
-        found.setdefault(r, {})[name] = shape
-    return found
+def _inject(
+    model: Any, adapter: StoredAdapter | None, dtype: torch.dtype
+) -> dict[str, LoraSBLinear]:
+    """Put empty layers of our own in the place of an adapter's layers and projections of experts.
+
+    An r larger than a layer's shorter side is cut to it without loss; the experts of a projection
+    have the highest rank of one of them.
+    """
+    if adapter is None:
+        return {}
+    ranks: dict[str, int] = {}
+    for layer, shape in adapter.shapes.items():
+        expert = adapter.experts.get(layer)
+        name = layer if expert is None else expert.projection
+        ranks[name] = max(ranks.get(name, 0), min(adapter.rank_of(layer), *shape))
+    by_rank: dict[int, list[str]] = {}
+    for name, r in ranks.items():
+        by_rank.setdefault(r, []).append(name)
+    adapters: dict[str, LoraSBLinear] = {}
+    for r, names in by_rank.items():
+        adapters |= inject(model, names, r, dtype, lora_sb_layer)
+    return adapters
 
 
-def _check_base(adapter: StoredAdapter, layers: Shapes, name: str) -> None:
+def _factors(adapter: StoredAdapter, name: str, layer: LoraSBLinear) -> LoraPair:
+    """Read the A and B of a layer, or of all experts of a projection, at the layer's rank."""
+
+    def cut(of: str) -> LoraPair:
+        pair = adapter.pair(of)
+        return product_svd(pair).pair(layer.r) if layer.r < len(pair.A) else pair
+
+    if not isinstance(layer, LoraSBExperts):
+        return cut(name)
+    experts = {of: e for of, e in adapter.experts.items() if e.projection == name}
+    (A, B), *_ = join({of: cut(of) for of in experts}, experts).values()
+    return LoraPair(A, B)
+
+
+def _check_base(adapter: StoredAdapter, layers: Mapping[str, Sequence[int]], name: str) -> None:
     """Refuse an adapter of another base."""
     for layer, shape in adapter.shapes.items():
-        if layers.get(layer) != shape:
+        if tuple(layers.get(layer, ())) != shape:
             has = f"one of {layers[layer]}" if layer in layers else "no such linear layer"
             raise ConfigError(
                 f"--adapter {adapter.path} does not fit --model {name}: it has {layer} of shape "

@@ -13,6 +13,7 @@ from lorasb_ds.adapters.peft_config import (
     check_plain,
     scale_of,
 )
+from lorasb_ds.adapters.peft_experts import REGISTERED, find_experts
 from lorasb_ds.config.methods import DEFAULT_METHOD, METHODS, PEFT_PREFIX, Method
 from lorasb_ds.config.paths import read_json
 from lorasb_ds.config.run_layout import (
@@ -25,6 +26,7 @@ from lorasb_ds.config.run_layout import (
     TRAINER_FILE,
 )
 from lorasb_ds.errors import ConfigError
+from lorasb_ds.export.expert_layers import Expert, split_basis, split_peft
 from lorasb_ds.export.stored_adapter import Factors, StoredAdapter, check_factors
 from lorasb_ds.init.basis import SCALING_KEY
 from lorasb_ds.models.checkpoint_files import StoredTensor, read_header
@@ -83,8 +85,8 @@ def read_init(adapter: StoredAdapter) -> StoredAdapter | None:
     run = adapter.run
     if run is None or not (run / BASIS_FILE).is_file() or _is_pefts(adapter.run_config):
         return None
-    stored = read_header(run / BASIS_FILE, str(run))
-    layers = _of_basis(stored, run)
+    stored, experts = split_basis(read_header(run / BASIS_FILE, str(run)))
+    layers = _of_basis(stored, experts, run)
     check_factors(run, layers, stored)
     return StoredAdapter(run, run, adapter.run_config, {}, layers, stored)
 
@@ -115,8 +117,14 @@ def _method_of(run: Path) -> Method:
     return method
 
 
-def _of_basis(stored: Mapping[str, StoredTensor], run: Path) -> dict[str, Factors]:
-    """Return the factors of a run's basis, with or without those of a checkpoint."""
+def _of_basis(
+    stored: Mapping[str, StoredTensor], experts: Mapping[str, Expert], run: Path
+) -> dict[str, Factors]:
+    """Return the factors of a run's basis, with or without those of a checkpoint.
+
+    Args:
+        experts: layer -> the expert that it is, of ``split_basis``.
+    """
     method, scale = _method_of(run), _made_from(run).get(SCALING_KEY, 1.0)
     if not isinstance(scale, int | float) or not math.isfinite(scale):
         raise ConfigError(f"{run}: {BASIS_FILE} has {scale!r} as its scaling. Fetch it again.")
@@ -128,6 +136,7 @@ def _of_basis(stored: Mapping[str, StoredTensor], run: Path) -> dict[str, Factor
             f"{name}.lora_R" if method.trains_r else None,
             float(scale),
             (f"{name}.offset_A", f"{name}.offset_B") if method.offset else None,
+            experts.get(name),
         )
     return layers
 
@@ -154,8 +163,9 @@ def _checkpoint(folder: Path, run: Path) -> StoredAdapter:
     basis = read_header(run / BASIS_FILE, str(run))
     state = read_header(folder / STATE_FILE, str(folder))
     trained = tuple(f".{factor}" for factor in _method_of(run).trained)
-    stored = {key: t for key, t in basis.items() if not key.endswith(trained)} | state
-    layers = _of_basis(stored, run)
+    whole = {key: t for key, t in basis.items() if not key.endswith(trained)} | state
+    stored, experts = split_basis(whole)
+    layers = _of_basis(stored, experts, run)
     check_factors(folder, layers, stored)
     return StoredAdapter(folder, run, _run_config(run), {}, layers, stored)
 
@@ -182,6 +192,18 @@ def _peft_folder(folder: Path) -> StoredAdapter:
         keys = (f"{name}.lora_A.weight", f"{name}.lora_B.weight")
         r = stored[keys[0]].shape[0] if keys[0] in stored and stored[keys[0]].shape else 1
         layers[layer] = Factors(*keys, scale=scale_of(folder, config, layer, r))
+    check_factors(folder, layers, stored)
+    rows = {name: stored[factors.A].shape[0] for name, factors in layers.items()}
+    for projection, experts in find_experts(folder, config, rows).items():
+        if projection.rpartition(".")[2] not in REGISTERED:
+            raise ConfigError(
+                f"{folder}: {projection} in target_parameters is neither a projection of experts "
+                "nor the weight of a layer with such a name. Merge such an adapter with PEFT."
+            )
+        whole = layers.pop(experts.layer)
+        for expert, A in split_peft(projection, experts, stored[whole.A]).items():
+            stored[key := f"{PREFIX}{expert.name}.lora_A.weight"] = A
+            layers[expert.name] = Factors(key, whole.B, scale=experts.scale, expert=expert)
     check_factors(folder, layers, stored)
     in_run = folder.name == ADAPTER and (folder.parent / RUN_JSON).is_file()
     run = folder.parent if in_run else None

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from lorasb_ds.adapters.low_rank import padded, product_svd, weighted_sum
-from lorasb_ds.adapters.peft_writer import peft_tensors
+from lorasb_ds.adapters.low_rank import LoraPair, product_svd, weighted_sum
+from lorasb_ds.adapters.peft_targets import TargetFields, target_fields
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export.stored_adapter import StoredAdapter
 from lorasb_ds.export.to_peft import check_folder, rounded, write_adapter
@@ -71,7 +69,7 @@ def combine_adapters(
     if r is not None and not 1 <= r <= largest:
         raise ConfigError(f"--r {r}: the sum has rank {largest} at most; give 1 to {largest}.")
     wanted = r or largest
-    tensors: dict[str, torch.Tensor] = {}
+    written: dict[str, LoraPair] = {}
     is_cut = any(len(pair.A) > wanted for pair in sums.values())
     kept, whole = 0.0, 0.0
     for name, pair in sums.items():
@@ -81,12 +79,23 @@ def combine_adapters(
             whole += svd.S.square().sum().item()
             if len(pair.A) > wanted:
                 pair = svd.pair(wanted)
-        tensors |= peft_tensors(name, *rounded(name, padded(pair, wanted), dtype))
+        written[name] = rounded(name, pair, dtype)
     first = adapters[0]
     same = set(shapes) == set(first.layers)  # else its target_modules would miss some
-    targets = first.target_modules if same else list(shapes)
-    write_adapter(folder, tensors, wanted, targets, first.base_path)
+    experts = {name: expert for of in adapters for name, expert in of.experts.items()}
+    linear = [name for name in shapes if name not in experts]
+    fields = first.target_fields if same else _target_fields(adapters, linear)
+    write_adapter(folder, written, wanted, fields, experts, first.base_path)
     return Combined(wanted, one_basis, kept / whole if whole else 1.0)
+
+
+def _target_fields(adapters: Sequence[StoredAdapter], layers: Collection[str]) -> TargetFields:
+    """Return the fields by which PEFT finds exactly these layers, which some adapters have."""
+    by_weight = {
+        name for adapter in adapters for name in adapter.layers if adapter.is_named_by_weight(name)
+    }
+    modules = [name for name in layers if name not in by_weight]
+    return target_fields(adapters[0].model_type, modules, [f"{name}.weight" for name in by_weight])
 
 
 def _check(adapters: Sequence[StoredAdapter], weights: Sequence[float]) -> None:

@@ -80,7 +80,8 @@ def merge_adapter(
     in it says what was merged, and stays.
 
     Args:
-        model: the base: a folder or hub name. The weights' dtypes are kept.
+        model: the base: a folder or hub name. The weights' dtypes are kept; those in FP8 or MXFP4
+            are written in bf16.
         load_in_4bit: write all linear layers but the head in NF4 with double quantization.
         num_procs: processes, each of which merges one file at a time.
         overwrite: replace ``out``, which must be a model's folder, when the new one is complete.
@@ -118,7 +119,7 @@ def merge_adapter(
             say(f"{name}: {len(job.updates)} layers ({len(finished)} of {len(jobs)} files)")
         try:
             copy_rest(base.folder, partial, config)
-            write_index(base.folder, partial, jobs, load_in_4bit)
+            write_index(base.folder, partial, jobs, load_in_4bit or base.encoding is not None)
             write_all_sums(partial, finished)
             put_in_place(partial, out)
         except OSError as error:

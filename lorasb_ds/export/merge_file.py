@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.models.checkpoint_files import ITEM_BYTES, StoredTensor, read_header
+from lorasb_ds.export.expert_layers import Expert
+from lorasb_ds.models.checkpoint_files import ITEM_BYTES, StoredTensor
+from lorasb_ds.models.stored_formats import EncodedTensor
 from lorasb_ds.planner.placement import bytes_4bit
 from lorasb_ds.system.files import file_digest, publish
 from lorasb_ds.system.safetensors_writer import (
@@ -43,6 +45,8 @@ class Update:
 
     Attributes:
         transposed: W is stored as (in, out).
+        expert: of an expert's update, where its columns of B are.
+        rows: of B; None: all. Of an expert some projections are stored in parts.
     """
 
     A: StoredTensor
@@ -50,10 +54,16 @@ class Update:
     R: StoredTensor | None
     scale: float
     transposed: bool
+    expert: Expert | None = None
+    rows: range | None = None
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Read the two factors of the product that is added to W as stored; fp32."""
         A, B = _read_fp32(self.A), _read_fp32(self.B)
+        if self.expert is not None:
+            B = self.expert.columns(B)
+        if self.rows is not None:
+            B = B[self.rows.start : self.rows.stop]
         if self.R is not None:
             B = B @ _read_fp32(self.R)
         if self.scale != 1:
@@ -67,13 +77,16 @@ class FileJob:
 
     Attributes:
         target: the file to write, complete or not there.
-        updates: stored name of a weight -> its update.
+        tensors: those of the base that it holds.
+        updates: stored name of a weight -> the update of each of its matrices: one, or one for each
+            expert (None: it has none).
         quantized: stored names of weights to write in 4 bits.
     """
 
     source: Path
     target: Path
-    updates: Mapping[str, Update]
+    tensors: Mapping[str, StoredTensor]
+    updates: Mapping[str, Sequence[Update | None]]
     quantized: frozenset[str] = frozenset()
 
 
@@ -135,15 +148,15 @@ def use_threads(count: int) -> None:
 
 def size_bound(job: FileJob) -> int:
     """Return an upper bound for the bytes of the written file."""
-    return sum(_bounds(job, read_header(job.source, str(job.source)), metadata_of(job.source)))
+    return sum(_bounds(job, metadata_of(job.source)))
 
 
 def _write(job: FileJob, aside: Path) -> None:
-    tensors, metadata = read_header(job.source, str(job.source)), metadata_of(job.source)
+    tensors, metadata = job.tensors, metadata_of(job.source)
     parts: dict[str, list[str]] = {name: [name] for name in tensors}
     late: dict[str, torch.Tensor] = {}
     with (
-        closing(TensorWriter(aside, *_bounds(job, tensors, metadata))) as writer,
+        closing(TensorWriter(aside, *_bounds(job, metadata))) as writer,
         job.source.open("rb", buffering=0) as file,
     ):
         descriptor = file.fileno()
@@ -155,9 +168,9 @@ def _write(job: FileJob, aside: Path) -> None:
                     late[part] = made
                 else:
                     writer.add(part, NAMES[made.dtype], made.shape, [bytes_of(made)])
-        for name, tensor in _in_order(tensors, job.quantized):
-            if name in job.updates:
-                rows = _rows(name, tensor, descriptor, job.updates[name])
+        for name, tensor in _in_order(job):
+            if name in job.updates or isinstance(tensor, EncodedTensor):
+                rows = _rows(name, tensor, descriptor, job.updates.get(name, ()))
                 chunks: Iterable[memoryview] = map(bytes_of, rows)
             else:
                 chunks = _copied(tensor, descriptor)
@@ -167,30 +180,27 @@ def _write(job: FileJob, aside: Path) -> None:
         writer.finish([part for found in parts.values() for part in found], metadata)
 
 
-def _in_order(
-    tensors: Mapping[str, StoredTensor], quantized: frozenset[str]
-) -> list[tuple[str, StoredTensor]]:
+def _in_order(job: FileJob) -> list[tuple[str, StoredTensor]]:
     """Order the tensors that are not quantized.
 
-    As stored; or, where others are quantized, by descending item size, so that all are aligned.
+    As stored; or, where others are quantized or decoded, by descending item size, so that all are
+    aligned.
     """
-    found = [(name, tensor) for name, tensor in tensors.items() if name not in quantized]
-    if quantized:
+    found = [(name, tensor) for name, tensor in job.tensors.items() if name not in job.quantized]
+    if job.quantized or any(isinstance(tensor, EncodedTensor) for _, tensor in found):
         return sorted(found, key=lambda item: (-ITEM_BYTES.get(item[1].dtype, 8), item[1].begin))
     return sorted(found, key=lambda item: item[1].begin)
 
 
-def _bounds(
-    job: FileJob, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]
-) -> tuple[int, int]:
+def _bounds(job: FileJob, metadata: Mapping[str, str]) -> tuple[int, int]:
     """Return upper bounds for the bytes of the header and of the tensors."""
     sizes = {
-        name: _bound_4bit(*t.shape) if name in job.quantized else t.end - t.begin
-        for name, t in tensors.items()
+        name: _bound_4bit(*t.shape) if name in job.quantized else _num_bytes(t)
+        for name, t in job.tensors.items()
     }
     data_bytes = sum(sizes.values())
     entries: dict[str, dict[str, Any]] = {}
-    for name, t in tensors.items():
+    for name, t in job.tensors.items():
         entry = {"dtype": t.dtype, "shape": t.shape, "data_offsets": [data_bytes] * 2}
         entries[name] = entry
         if name in job.quantized:
@@ -198,6 +208,13 @@ def _bounds(
             suffix = ".quant_state.bitsandbytes__nf4"  # the longest of them
             entries |= {f"{name}{suffix}{i}": entry | {"shape": shape} for i in range(NUM_PARTS)}
     return len(header_of(entries, metadata)), data_bytes
+
+
+def _num_bytes(tensor: StoredTensor) -> int:
+    """Return the bytes of a tensor that is written as it is, or decoded."""
+    if isinstance(tensor, EncodedTensor):
+        return math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
+    return tensor.end - tensor.begin
 
 
 def _bound_4bit(rows: int, columns: int) -> int:
@@ -215,25 +232,22 @@ def _copied(tensor: StoredTensor, descriptor: int) -> Iterator[memoryview]:
 
 
 def _rows(
-    name: str, tensor: StoredTensor, descriptor: int, update: Update | None
+    name: str, tensor: StoredTensor, descriptor: int, updates: Sequence[Update | None]
 ) -> Iterator[torch.Tensor]:
-    """Yield a weight's rows with its update, summed in fp32 and rounded once.
+    """Yield a weight's rows with its updates, summed in fp32 and rounded once.
 
     Each chunk of rows is overwritten by the next.
 
     Raises:
         ConfigError: if a number is not finite.
     """
-    dtype, (num_rows, width) = FLOATS[tensor.dtype], tensor.shape
-    left, right = (None, None) if update is None else update.factors()
-    step = max(1, min(num_rows, CHUNK // width))
-    stored, wide = torch.empty(step, width, dtype=dtype), torch.empty(step, width)
-    for first in range(0, num_rows, step):
-        rows = stored[: num_rows - first]
-        fill(bytes_of(rows), descriptor, tensor.begin + first * width * rows.itemsize)
-        if left is not None and right is not None:
-            W = wide[: len(rows)].copy_(rows)
-            rows.copy_(W.addmm_(left[first : first + step], right))
+    dtype, rounded, first = FLOATS[tensor.dtype], torch.empty(0), 0
+    added = _Added(updates, math.prod(tensor.shape[:-1]))
+    for W in _rows_fp32(tensor, descriptor):
+        added.to(W, first)
+        if first == 0:  # no later chunk is larger
+            rounded = torch.empty(W.shape, dtype=dtype)
+        rows = rounded[: len(W)].copy_(W)
         # The extrema are NaN if any element is: this needs no boolean tensor, unlike isfinite().
         if not all(math.isfinite(bound) for bound in rows.aminmax()):
             raise ConfigError(
@@ -242,6 +256,66 @@ def _rows(
                 f"{torch.finfo(dtype).max:.3g}. The merged model would be unusable."
             )
         yield rows
+        first += len(W)
+
+
+class _Added:
+    """The updates of a weight's matrices, of which the factors of one are in memory at a time."""
+
+    def __init__(self, updates: Sequence[Update | None], num_rows: int) -> None:
+        """
+        Args:
+            updates: of matrices that are stored one below the other.
+            num_rows: of all of them.
+        """
+        self.updates, self.rows_each = updates, num_rows // max(1, len(updates))
+        self._matrix = -1
+        self._factors: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def to(self, W: torch.Tensor, first: int) -> None:
+        """Add them to some rows of the weight, in place.
+
+        Args:
+            first: number of the first of these rows.
+        """
+        row, end = first, first + len(W)
+        while self.updates and row < end:
+            matrix = row // self.rows_each
+            begin = matrix * self.rows_each
+            stop = min(end, begin + self.rows_each)
+            if matrix != self._matrix:
+                update = self.updates[matrix]
+                self._matrix, self._factors = matrix, update.factors() if update else None
+            if self._factors is not None:
+                left, right = self._factors
+                W[row - first : stop - first].addmm_(left[row - begin : stop - begin], right)
+            row = stop
+
+
+def _rows_fp32(tensor: StoredTensor, descriptor: int) -> Iterator[torch.Tensor]:
+    """Yield rows (number, last dimension) in fp32; each chunk is overwritten by the next."""
+    num_rows, width = math.prod(tensor.shape[:-1]), tensor.shape[-1]
+    step = max(1, min(num_rows, CHUNK // width))
+    if isinstance(tensor, EncodedTensor):
+        try:
+            yield from tensor.decoder.chunks(
+                _read_bytes, 0, num_rows, step, torch.float32, torch.device("cpu")
+            )
+        except ValueError as error:
+            raise ConfigError(f"The base cannot be merged: {error}.") from error
+        return
+    stored, wide = torch.empty(step, width, dtype=FLOATS[tensor.dtype]), torch.empty(step, width)
+    for first in range(0, num_rows, step):
+        rows = stored[: num_rows - first]
+        fill(bytes_of(rows), descriptor, tensor.begin + first * width * rows.itemsize)
+        yield wide[: len(rows)].copy_(rows)
+
+
+def _read_bytes(_: str, tensor: StoredTensor, begin: int, size: int) -> torch.Tensor:
+    found = torch.empty(size, dtype=torch.uint8)
+    with tensor.file.open("rb", buffering=0) as file:
+        fill(bytes_of(found), file.fileno(), tensor.begin + begin)
+    return found
 
 
 def _quantized(
@@ -252,7 +326,7 @@ def _quantized(
 
     W = torch.empty(tensor.shape, dtype=FLOATS[tensor.dtype])
     first = 0
-    for rows in _rows(name, tensor, descriptor, job.updates.get(name)):
+    for rows in _rows(name, tensor, descriptor, job.updates.get(name, ())):
         W[first : first + len(rows)] = rows
         first += len(rows)
     found = stored_4bit(W)

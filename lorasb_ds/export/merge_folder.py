@@ -87,13 +87,15 @@ def copy_rest(base: Path, partial: Path, changed: Mapping[str, Any] | None) -> N
     """Copy configuration, tokenizer, templates and licences, without syncing them to disk.
 
     Args:
-        changed: fields to set in config.json; None: copy it unchanged.
+        changed: fields to set in config.json, or to leave out (None); None: copy it unchanged.
     """
     config = base / "config.json"
     if changed is None:
         shutil.copyfile(config, partial / config.name)
     else:
-        write_json(partial / config.name, json.loads(config.read_text()) | dict(changed))
+        content = json.loads(config.read_text()) | dict(changed)
+        kept = {n: v for n, v in content.items() if v is not None or n not in changed}
+        write_json(partial / config.name, kept)
     code = ["*.py"] if json.loads(config.read_text()).get("auto_map") else []
     for path in {path for pattern in (*COPIED, *code) for path in base.glob(pattern)}:
         if path.is_file() and not any(path.match(pattern) for pattern in LEFT):

@@ -11,12 +11,15 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lorasb_ds.errors import ConfigError
+from lorasb_ds.export.expert_weights import WeightPart, expert_parts
 from lorasb_ds.export.merge_file import FLOATS, FileJob, Update
 from lorasb_ds.export.stored_adapter import StoredAdapter
 from lorasb_ds.models.base import Base
 from lorasb_ds.models.checkpoint_files import StoredTensor
 from lorasb_ds.models.linear_layers import layer_shape, linear_layers
 from lorasb_ds.models.weight_map import WeightSource
+
+QUANTIZATION = "quantization_config"
 
 
 def plan_merge(
@@ -27,14 +30,15 @@ def plan_merge(
     Args:
         partial: the folder that is written into.
     Returns:
-        A job for every file of the base; and the fields to set in config.json, None if none.
+        A job for every file of the base; and the fields to set in config.json (None: to leave out),
+        None if none.
     Raises:
         ConfigError: if the adapter does not match the base.
     """
     name, model, stored, sources = base.name, base.model, base.stored, _sources(base)
-    updates: dict[str, Update] = {}
+    updates: dict[str, list[Update | None]] = {}
+    parts = parts_of_experts(adapter, base)
     for layer, factors in adapter.layers.items():
-        key = _changed(model, layer, adapter.shapes[layer], sources, stored, name)
         if factors.offset is not None:
             raise ConfigError(
                 f"{adapter.path}: the adapter of {layer} has an offset. Fold it in by `lorasb "
@@ -42,23 +46,34 @@ def plan_merge(
             )
         A, B = adapter.stored[factors.A], adapter.stored[factors.B]
         R = adapter.stored[factors.R] if factors.R is not None else None
-        transposed = isinstance(model.get_submodule(layer), Conv1D)
-        updates[key] = Update(A, B, R, factors.scale, transposed)
+        if factors.expert is None:
+            key = _changed(model, layer, adapter.shapes[layer], sources, stored, name)
+            transposed = isinstance(model.get_submodule(layer), Conv1D)
+            updates[key] = [Update(A, B, R, factors.scale, transposed)]
+            continue
+        for part in parts[layer]:
+            matrices = stored[part.key].shape[0] if len(stored[part.key].shape) == 3 else 1
+            of_key = updates.setdefault(part.key, [None] * matrices)
+            of_key[part.matrix] = Update(
+                A, B, R, factors.scale, part.transposed, factors.expert, part.rows
+            )
     quantized: set[str] = set()
-    config = None
+    # What is decoded is no longer quantized; what is quantized, is so in another way.
+    config: dict[str, Any] | None = None if base.encoding is None else {QUANTIZATION: None}
     if load_in_4bit:
         layers = _layers_in_4bit(model, name)
         quantized = {_stored_weight(layer, sources, stored, name) for layer in layers}
-        config = {"quantization_config": _quantization_config(model, layers)}
+        config = {QUANTIZATION: _quantization_config(model, layers)}
     jobs = []
     for file in sorted({tensor.file for tensor in stored.values()}):
-        mine = {key for key, tensor in stored.items() if tensor.file == file}
+        mine = {key: tensor for key, tensor in stored.items() if tensor.file == file}
         jobs.append(
             FileJob(
                 file,
                 partial / file.relative_to(base.folder),
+                mine,
                 {key: updates[key] for key in sorted(updates.keys() & mine)},
-                frozenset(quantized & mine),
+                frozenset(quantized & mine.keys()),
             )
         )
     return jobs, config
@@ -67,13 +82,39 @@ def plan_merge(
 def weights_of(
     adapter: StoredAdapter, model: str, trust_remote_code: bool = False
 ) -> dict[str, StoredTensor]:
-    """Map the adapter's layers to their weights in the base's files. Raises like ``plan_merge``."""
+    """Map the adapter's linear layers to their weights in the base's files.
+
+    Raises like ``plan_merge``.
+    """
     base = Base(model, trust_remote_code)
     sources = _sources(base)
     return {
         layer: base.stored[_changed(base.model, layer, shape, sources, base.stored, model)]
         for layer, shape in adapter.shapes.items()
+        if layer not in adapter.experts
     }
+
+
+def parts_of_experts(adapter: StoredAdapter, base: Base) -> dict[str, list[WeightPart]]:
+    """Return expert's layer -> the stored parts of its weight. Raises like ``plan_merge``."""
+    sources = _sources(base) if adapter.experts else {}
+    found: dict[str, list[WeightPart]] = {}
+    of_projection: dict[str, list[list[WeightPart]]] = {}
+    for layer, expert in adapter.experts.items():
+        projection, shape = expert.projection, adapter.shapes[layer]
+        if projection not in of_projection:
+            known = base.experts.get(projection)
+            if known != (expert.count, *shape):
+                raise ConfigError(
+                    f"The adapter's {projection} is (experts, out, in) = {(expert.count, *shape)}; "
+                    f"that of --model {base.name} is {known or 'not there'}. Give the base that it "
+                    "was trained on."
+                )
+            of_projection[projection] = expert_parts(
+                projection, known, sources[projection], base.model, base.stored, base.name
+            )
+        found[layer] = of_projection[projection][expert.number]
+    return found
 
 
 def _sources(base: Base) -> dict[str, WeightSource]:

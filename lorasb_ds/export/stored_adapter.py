@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ import torch
 
 from lorasb_ds.adapters.low_rank import LoraPair
 from lorasb_ds.adapters.peft_config import NARROWING
+from lorasb_ds.adapters.peft_targets import TargetFields, target_fields
 from lorasb_ds.config.paths import DEMO_MODEL, demo_model_dir, read_json
 from lorasb_ds.config.run_layout import RUN_JSON
 from lorasb_ds.errors import ConfigError
+from lorasb_ds.export.expert_layers import Expert
 from lorasb_ds.models.checkpoint_files import StoredTensor, model_type_of
 from lorasb_ds.models.streaming import TensorReader
 
@@ -26,6 +29,7 @@ FLOATS = ("F32", "F16", "BF16")
 MAX_RANK = 1 << 16
 # Names that torch and people give to modules; no control characters, which a console would obey.
 LAYER_NAME = re.compile(r"[A-Za-z0-9_.-]{1,512}")
+SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Factors:
     R: str | None = None
     scale: float = 1.0
     offset: tuple[str, str] | None = None  # A0 and B0
+    expert: Expert | None = None  # that the layer is
 
     @property
     def all(self) -> list[str]:
@@ -90,12 +95,42 @@ class StoredAdapter:
 
     @property
     def target_modules(self) -> list[str]:
-        """Return PEFT's short names if they match exactly these layers, else the layers' names."""
+        """Return PEFT's short names if they match exactly these layers, else the layers' names.
+
+        Those that ``target_parameters`` names are not among them.
+        """
         named = self.peft_config.get("target_modules")
         narrowed = any(self.peft_config.get(field) for field in NARROWING)
         if isinstance(named, list) and all(isinstance(n, str) for n in named) and not narrowed:
             return named
-        return list(self.layers)
+        layers = [name for name in self.layers if name not in self.experts]
+        return [name for name in layers if not self.is_named_by_weight(name)]
+
+    @property
+    def target_parameters(self) -> list[str]:
+        """Return the parameters that PEFT finds by their names, the weights of some layers."""
+        named: list[str] = self.peft_config.get("target_parameters") or []
+        experts = {f".{expert.projection}" for expert in self.experts.values()}
+        return [name for name in named if not any(e.endswith(f".{name}") for e in experts)]
+
+    def is_named_by_weight(self, layer: str) -> bool:
+        """Return whether ``target_parameters`` has a layer's weight."""
+        return f".{layer}.weight".endswith(tuple(f".{name}" for name in self.target_parameters))
+
+    @property
+    def target_fields(self) -> TargetFields:
+        """Return the fields of adapter_config.json by which PEFT finds the linear layers."""
+        # PEFT converts the names of single experts' layers, which only transformers 4 has.
+        layers = [name for name in self.layers if name not in self.experts]
+        of_experts = any(SINGLE_EXPERT.search(name) for name in layers)
+        model_type = None if of_experts else self.model_type
+        return target_fields(model_type, self.target_modules, self.target_parameters)
+
+    @cached_property
+    def experts(self) -> dict[str, Expert]:
+        """Return layer -> the expert that it is, of those that are one."""
+        found = {name: factors.expert for name, factors in self.layers.items()}
+        return {name: expert for name, expert in found.items() if expert is not None}
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -122,6 +157,8 @@ class StoredAdapter:
         """
         factors = self.layers[name]
         A, B = self.read(factors.A), self.read(factors.B)
+        if factors.expert is not None:
+            B = factors.expert.columns(B)
         if factors.R is not None:
             B = B @ self.read(factors.R)
         if factors.offset is not None:
@@ -164,6 +201,8 @@ def check_factors(
                     "allowed."
                 )
         A, B = stored[factors.A].shape, stored[factors.B].shape
+        if factors.expert is not None and factors.expert.interleaved and len(B) == 2:
+            B = (B[0], B[1] // factors.expert.count)
         R = stored[factors.R].shape if factors.R else (A[0], A[0]) if A else ()
         if factors.offset is not None:
             fits = [stored[key].shape for key in factors.offset] == [A, B]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from lorasb_ds.adapters.low_rank import LoraPair, energy_kept, padded, product_svd
+from lorasb_ds.adapters.peft_experts import expert_fields, expert_tensors
+from lorasb_ds.adapters.peft_targets import TargetFields
 from lorasb_ds.adapters.peft_writer import peft_tensors, save_peft_adapter
 from lorasb_ds.config.run_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lorasb_ds.errors import ConfigError
+from lorasb_ds.export.expert_layers import Expert, join
 from lorasb_ds.export.stored_adapter import StoredAdapter
 from lorasb_ds.models.loading import DTYPES
 from lorasb_ds.system.files import check_replaceable
@@ -69,13 +72,13 @@ def export_adapter(
     folder = check_folder(out, [adapter], overwrite)
     if r is not None and not 1 <= r <= adapter.r:
         raise ConfigError(f"--r {r}: the adapter has rank {adapter.r}; give 1 to {adapter.r}.")
-    tensors: dict[str, torch.Tensor] = {}
+    pairs: dict[str, LoraPair] = {}
     for name in adapter.layers:
         pair = adapter.pair(name)
         cut = product_svd(pair).pair(r) if r is not None and r < len(pair.A) else pair
-        tensors |= peft_tensors(name, *rounded(name, padded(cut, r or adapter.r), dtype))
-    write_adapter(folder, tensors, r or adapter.r, adapter.target_modules, adapter.base_path)
-    return sum(tensor.nbytes for tensor in tensors.values())
+        pairs[name] = rounded(name, cut, dtype)
+    fields, experts = adapter.target_fields, adapter.experts
+    return write_adapter(folder, pairs, r or adapter.r, fields, experts, adapter.base_path)
 
 
 def rounded(name: str, pair: LoraPair, dtype: str) -> LoraPair:
@@ -92,14 +95,35 @@ def rounded(name: str, pair: LoraPair, dtype: str) -> LoraPair:
 
 def write_adapter(
     folder: Path,
-    tensors: dict[str, torch.Tensor],
+    pairs: Mapping[str, LoraPair],
     r: int,
-    target_modules: list[str],
+    fields: TargetFields,
+    experts: Mapping[str, Expert],
     base: str | None,
-) -> None:
-    """Write a PEFT folder, replacing one that is there (see ``check_folder``)."""
+) -> int:
+    """Write a PEFT folder, replacing one that is there (see ``check_folder``).
+
+    Linear layers are padded to rank r, experts to the highest rank in their projection.
+
+    Args:
+        pairs: layer -> its update.
+        fields: as from ``target_fields``, of the linear layers.
+        experts: layer -> the expert that it is.
+    Returns:
+        The bytes of the tensors.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for name, pair in pairs.items():
+        if name not in experts:
+            tensors |= peft_tensors(name, *padded(pair, r))
+    if of_experts := join(pairs, experts):
+        tensors |= expert_tensors(of_experts)
+        ranks = {name: pair.A.shape[1] for name, pair in of_experts.items()}
+        # Which other experts the base has is not known here, so that all are named in full.
+        fields = expert_fields(r, fields, ranks, ())
     folder.parent.mkdir(parents=True, exist_ok=True)
-    save_peft_adapter(folder, tensors, r=r, target_modules=target_modules, base_model=base)
+    save_peft_adapter(folder, tensors, r=r, base_model=base, **fields)
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def check_folder(out: Path, adapters: Sequence[StoredAdapter], overwrite: bool) -> Path:

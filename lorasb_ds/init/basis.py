@@ -23,19 +23,26 @@ from lorasb_ds.data.batch import Sample
 from lorasb_ds.distributed import zero
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.init.factors import Basis, InitSettings, fill_factors
-from lorasb_ds.init.init_report import InitReport, InitStep, LayerInit
+from lorasb_ds.init.init_report import ExpertsInit, InitReport, InitStep, LayerInit
 from lorasb_ds.init.step_size import choose_step, measure_step
+from lorasb_ds.models.experts import ExpertShapes
 from lorasb_ds.models.linear_layers import Shapes
 from lorasb_ds.system.files import SUMS_FILE, check_sums, write_json, write_sums
 from lorasb_ds.system.safetensors_writer import save_tensors
 
 BASIS_FORMAT = "3"
+EXPERT_TENSORS = ("captured_energy", "spectrum", "slopes", "tokens")  # of ExpertsInit
 SCALING_KEY = "scaling (--lora-alpha, --r)"
 PEFT_FILE_KEY = "--method peft: (its file)"
 
 
 def fingerprint(
-    config: RunConfig, base_digest: str, targets: Shapes, rows_digest: str
+    config: RunConfig,
+    base_digest: str,
+    targets: Shapes,
+    rows_digest: str,
+    experts: ExpertShapes | None = None,
+    expert_r: int = 0,
 ) -> dict[str, Any]:
     """Return everything that a basis depends on, except its rank.
 
@@ -45,7 +52,12 @@ def fingerprint(
     Args:
         base_digest: ``Base.digest``.
         rows_digest: of the tokenized rows that the gradient is computed on.
+        experts, expert_r: projections of experts with an adapter, and its rank.
     """
+    of_experts = {}
+    if experts:
+        digest = hashlib.sha256(json.dumps(experts).encode()).hexdigest()
+        of_experts = {"projections of experts": digest, "--expert-r": str(expert_r)}
     return {
         "basis format": BASIS_FORMAT,
         "model files": base_digest,
@@ -56,6 +68,7 @@ def fingerprint(
         **_gradient_entries(config, rows_digest),
         "--seed": str(config.seed_of_init),
         **_method_entries(config),
+        **of_experts,
     }
 
 
@@ -103,9 +116,13 @@ def save_basis(
     """
     content = asdict(report)
     tensors = dict(basis)
+    if report.step.init_lr is not None:
+        for name, found in report.decompositions.items():
+            tensors[f"{name}.lora_R"] = found.R(report.step.init_lr)
+    for name, experts in content["experts"].items():
+        for key in EXPERT_TENSORS:
+            tensors[f"{name}.{key}"] = experts.pop(key)
     for name, layer in content["layers"].items():
-        if report.step.init_lr is not None:
-            tensors[f"{name}.lora_R"] = report.layers[name].R(report.step.init_lr)
         tensors[f"{name}.S"] = torch.tensor(layer.pop("spectrum"))
         tensors[f"{name}.slopes"] = torch.tensor(layer.pop("slopes"))
     write_json(folder / INIT_REPORT, content)
@@ -139,9 +156,11 @@ def check_basis(
         with safe_open(folder / BASIS_FILE, "pt") as file:
             metadata = file.metadata() or {}
             names = [name for name in file.keys() if name.endswith(".lora_A")]  # noqa: SIM118
-            ranks = [file.get_slice(name).get_shape()[0] for name in names]
+            shapes = [file.get_slice(name).get_shape() for name in names]
+            # --r cuts those of layers; --expert-r must be the basis's own.
+            ranks = [shape[0] for shape in shapes if len(shape) == 2]
         theirs = json.loads(metadata["made_from"])
-        report = _read_report(folder, r, min(ranks) if r is not None else None)
+        report = _read_report(folder, r, min(ranks, default=None) if r is not None else None)
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise ConfigError(
             f"{option}: {BASIS_FILE} and {INIT_REPORT} are not a basis of this version. Compute it "
@@ -156,7 +175,7 @@ def check_basis(
         )
     if r is None:
         return report
-    r_max = min(ranks)
+    r_max = min(ranks, default=r)
     if r < r_max and uncut is not None:
         raise ConfigError(f"--r {r} differs from the run's r = {r_max}. {uncut}")
     if r > r_max:
@@ -181,7 +200,14 @@ def _read_report(folder: Path, r: int | None, r_max: int | None) -> InitReport:
             )
             for name, layer in content.pop("layers").items()
         }
-    return InitReport(**content | {"step": InitStep(**content["step"])}, layers=layers)
+        experts = {
+            name: ExpertsInit(
+                **scalars, **{key: file.get_tensor(f"{name}.{key}") for key in EXPERT_TENSORS}
+            )
+            for name, scalars in content.pop("experts", {}).items()
+        }
+    step = InitStep(**content.pop("step"))
+    return InitReport(**content, step=step, layers=layers, experts=experts)
 
 
 def damage(folder: Path) -> str | None:
@@ -242,5 +268,5 @@ def load_basis(
         step = measure_step(engine, disable_adapters(adapters), probe)
     else:
         eta = report.step.init_lr if init_lr is None else init_lr
-        step = choose_step(engine, adapters, report.layers, probe, eta)
+        step = choose_step(engine, adapters, report.decompositions, probe, eta)
     return replace(report, step=step), basis

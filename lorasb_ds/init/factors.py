@@ -102,7 +102,7 @@ def random_directions(
             torch.zeros(0),
             torch.zeros(0, adapter.in_features),
         )
-    generator = _generator(settings.seed, name)
+    generator = generator_of(settings.seed, name)
     U, V = (
         torch.linalg.qr(torch.randn(side, adapter.r, generator=generator))[0]
         for side in (adapter.out_features, adapter.in_features)
@@ -121,24 +121,31 @@ def fill_layer(
     """
     if directions is None:
         return fill_factors(name, adapter, None)
-    generator = _generator(settings.seed, f"{name}.factors")
-    device = directions.S.device
-    factors = settings.method.factors(
-        FactorInputs(
-            *directions,
-            r=adapter.r,
-            scaling=settings.scaling,
-            gamma=settings.gamma,
-            normal=lambda *shape: torch.randn(shape, generator=generator).to(device),
-            uniform=lambda *shape: 2 * torch.rand(shape, generator=generator).to(device) - 1,
-        )
-    )
+    generator = generator_of(settings.seed, f"{name}.factors")
+    factors = compute_factors(directions, adapter.r, settings, generator)
     if settings.method.offset:
         # Rounded as the model computes with them, so that the update is exactly 0.
         dtype = adapter.lora_A.dtype
         factors = {key: value.to(dtype).float() for key, value in factors.items()}
         factors |= {"offset_A": factors["lora_A"], "offset_B": factors["lora_B"]}
     return fill_factors(name, adapter, factors)
+
+
+def compute_factors(
+    directions: Directions, r: int, settings: InitSettings, generator: torch.Generator
+) -> Factors:
+    """Return the factors that the run's method makes of one matrix's SVD. Not collective."""
+    device = directions.S.device
+    return settings.method.factors(
+        FactorInputs(
+            *directions,
+            r=r,
+            scaling=settings.scaling,
+            gamma=settings.gamma,
+            normal=lambda *shape: torch.randn(shape, generator=generator).to(device),
+            uniform=lambda *shape: 2 * torch.rand(shape, generator=generator).to(device) - 1,
+        )
+    )
 
 
 def fill_factors(name: str, adapter: AdapterLinear, factors: Factors | None) -> Basis:
@@ -164,6 +171,6 @@ def fill_factors(name: str, adapter: AdapterLinear, factors: Factors | None) -> 
     return basis
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
+def generator_of(seed: int, name: str) -> torch.Generator:
     """Return a generator for one purpose; torch's global generators are not used."""
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))

@@ -3,6 +3,9 @@
 The base never requires grad. A hook at each layer computes the weight gradient ``dL/dW = δᵀ x`` in
 the backward pass from the layer's input x and output gradient δ, in one block of rows for each
 rank, and reduces each block to its rank at once. With several ranks none holds a whole gradient.
+
+Experts of MoE blocks are the exception: each expert's gradient, of the rows that it got, is reduced
+whole to one rank, which also decomposes it.
 """
 
 from __future__ import annotations
@@ -16,12 +19,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from lorasb_ds.adapters.experts import LoraSBExperts
 from lorasb_ds.adapters.inject import disable_adapters, freeze_factors
 from lorasb_ds.adapters.layer import AdapterLinear
 from lorasb_ds.data.batch import Batch
 from lorasb_ds.distributed import accelerator
 from lorasb_ds.distributed.collectives import Group, row_range
+from lorasb_ds.models.experts import Routing
 from lorasb_ds.models.loss import token_loss_sum
+from lorasb_ds.planner.init_plan import EXPERT_GRADIENT_BYTES
 
 
 def is_transposed(out_features: int, in_features: int) -> bool:
@@ -29,15 +35,25 @@ def is_transposed(out_features: int, in_features: int) -> bool:
     return in_features > out_features
 
 
+def gradient_shape(adapter: AdapterLinear) -> tuple[int, ...]:
+    """Return (long side, short side) of a layer's gradient; of experts with their number first."""
+    sides = (adapter.out_features, adapter.in_features)
+    experts = (adapter.num_matrices,) if isinstance(adapter, LoraSBExperts) else ()
+    return (*experts, max(sides), min(sides))
+
+
 class GradientShards:
-    """This rank's rows of every layer's gradient, summed over calls, batches and ranks.
+    """This rank's part of every layer's gradient, summed over calls, batches and ranks.
 
     A layer that is called several times in a forward pass adds every call's part. Layers that
     share a weight each have their own part of its gradient, as each has its own adapter.
 
     Attributes:
         shards: layer -> (rows here, short side), fp32: rows of G (out, in) if out >= in, else of
-            Gᵀ, in the range of ``row_range``. Sums over label tokens; means after ``finish``.
+            Gᵀ, in the range of ``row_range``; of experts (experts here, long side, short side), in
+            the ``row_range`` of experts. Sums over label tokens; means after ``finish``.
+        tokens: layer of experts -> (experts,), how many tokens gave each expert a gradient that is
+            not 0; over all ranks after ``finish``.
         batches_reached: layer -> number of micro-batches with a label that called it, over all
             ranks after ``finish``.
         loss: of the whole sample, per label token, at the base; set by ``finish``.
@@ -63,10 +79,13 @@ class GradientShards:
         self.batches_reached: Counter[str] = Counter()
         self._calls: list[str] = []  # of the running forward pass, in order
         self._uneven: dict[str, torch.Tensor] = {}  # whole gradients of the running batch
-        sides = {n: (a.out_features, a.in_features) for n, a in adapters.items()}
-        self._shapes = {name: (max(pair), min(pair)) for name, pair in sides.items()}  # whole
-        for name, (long_side, short_side) in self._shapes.items():
-            shape = (len(row_range(long_side, self.rank, self.world_size)), short_side)
+        self.tokens: dict[str, torch.Tensor] = {}
+        self._shapes = {name: gradient_shape(adapter) for name, adapter in adapters.items()}
+        for name, (length, *rest) in self._shapes.items():
+            if len(rest) == 2:
+                tokens = torch.zeros(length, dtype=torch.int64)
+                self.tokens[name] = tokens.to(accelerator.device())
+            shape = (len(row_range(length, self.rank, self.world_size)), *rest)
             self.shards[name] = (
                 accelerator.pinned_zeros(*shape)
                 if offload
@@ -117,6 +136,40 @@ class GradientShards:
                 for owner, rows in self._blocks(long.shape[1]):
                     self._reduce(name, long[:, rows.start : rows.stop].T @ short, owner)
 
+    def add_experts(
+        self, name: str, x: torch.Tensor, grad_y: torch.Tensor, routing: Routing
+    ) -> None:
+        """Add one call's ``δᵀ x`` of every expert's rows. Collective, as ``add``.
+
+        Args:
+            x, grad_y: (rows, in) and (rows, out), sorted by expert.
+        Communication: for each ``EXPERT_GRADIENT_BYTES`` of gradients one reduce to the rank that
+            owns them.
+        """
+        num_experts, *shape = self._shapes[name]
+        ends = [0, *routing.ends]
+        with_gradient = grad_y.any(1).cumsum(0).cpu()
+        upto = torch.cat([torch.zeros(1, dtype=torch.int64), with_gradient])[ends]
+        self.tokens[name] += upto.diff().to(self.tokens[name].device)
+        long, short = (x, grad_y) if is_transposed(grad_y.shape[1], x.shape[1]) else (grad_y, x)
+        at_once = max(1, EXPERT_GRADIENT_BYTES // (4 * shape[0] * shape[1]))
+        with _exact_products(long, short):
+            long, short = long.float(), short.float()
+            for owner, owned in self._blocks(num_experts):
+                for first in range(owned.start, owned.stop, at_once):
+                    experts = range(first, min(first + at_once, owned.stop))
+                    if self.world_size == 1 and ends[first] == ends[experts.stop]:
+                        continue  # none of them has rows
+                    block = long.new_zeros(len(experts), *shape)
+                    for G, expert in zip(block, experts, strict=True):
+                        rows = slice(ends[expert], ends[expert + 1])
+                        if rows.stop > rows.start:
+                            torch.mm(long[rows].T, short[rows], out=G)
+                    if name in self._uneven:
+                        self._uneven[name][experts.start : experts.stop] += block
+                    else:
+                        self._reduce(name, block, owner, experts.start - owned.start)
+
     def after_backward(self) -> None:
         """Reduce the gradients that ``after_forward`` decided to sum whole. Collective.
 
@@ -141,6 +194,8 @@ class GradientShards:
         self.loss = loss_sum / num_label_tokens
         for shard in self.shards.values():
             shard /= num_label_tokens
+        for tokens in self.tokens.values():
+            dist.all_reduce(tokens, group=self.group)
         counts = torch.tensor(
             [self.batches_reached[name] for name in self.shards], device=accelerator.device()
         )
@@ -152,12 +207,14 @@ class GradientShards:
             if rows := row_range(num_rows, owner, self.world_size):
                 yield owner, rows
 
-    def _reduce(self, name: str, block: torch.Tensor, owner: int) -> None:
+    def _reduce(self, name: str, block: torch.Tensor, owner: int, first: int = 0) -> None:
+        """Sum a block over ranks into its owner's shard, from the shard's row ``first`` on."""
         if self.world_size > 1:
             with self.communication:
                 dist.reduce(block, group=self.group, group_dst=owner)
         if owner == self.rank:
-            self.shards[name] += block.to(self.shards[name].device)
+            part = self.shards[name][first : first + len(block)]
+            part += block.to(part.device)
 
 
 @contextmanager
@@ -187,8 +244,13 @@ class _ShardHook:
     def on_forward(self) -> None:
         self.shards._calls.append(self.name)
 
-    def on_backward(self, x: torch.Tensor, grad_y: torch.Tensor) -> None:
-        self.shards.add(self.name, x, grad_y)
+    def on_backward(
+        self, x: torch.Tensor, grad_y: torch.Tensor, routing: Routing | None = None
+    ) -> None:
+        if routing is None:
+            self.shards.add(self.name, x, grad_y)
+        else:
+            self.shards.add_experts(self.name, x, grad_y, routing)
 
 
 def average_gradients(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -35,6 +35,33 @@ class LayerInit:
     def R(self, eta: float) -> torch.Tensor:
         """Return R, (r, r) fp32: ``-eta diag(S)``, or 0 where ``slope`` is not positive."""
         return torch.diag((-eta if self.slope > 0 else 0.0) * torch.tensor(self.spectrum))
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertsInit:
+    """The decompositions of the experts of one projection. Tensors are on the CPU."""
+
+    captured_energy: torch.Tensor  # (experts,), as in LayerInit
+    spectrum: torch.Tensor  # (experts, r)
+    slopes: torch.Tensor  # (experts, r)
+    tokens: torch.Tensor  # (experts,), tokens of the sample that gave it a gradient; 0 without one
+    orthonormality_error: float  # the largest of all experts'
+    stored_orthonormality_error: float
+
+    @property
+    def squared_norm(self) -> float:
+        """Squared Frobenius norm of the updates of all experts."""
+        return float((self.spectrum.double().square().sum(1) / self.captured_energy).sum())
+
+    def R(self, eta: float) -> torch.Tensor:
+        """Return R, (experts, r, r) fp32, as ``LayerInit.R``."""
+        descends = self.slopes.sum(1, keepdim=True) > 0
+        return torch.diag_embed(torch.where(descends, -eta * self.spectrum, 0.0))
+
+    @property
+    def unreached(self) -> list[int]:
+        """Numbers of the experts without a gradient, whose R starts at 0."""
+        return torch.nonzero(self.tokens == 0).flatten().tolist()
 
 
 @dataclass(frozen=True)
@@ -70,6 +97,12 @@ class InitReport:
     svd_s: float  # including filling the factors
     total_s: float  # including the step's
     layers: dict[str, LayerInit]
+    experts: dict[str, ExpertsInit] = field(default_factory=dict)  # projections of MoE experts
+
+    @property
+    def decompositions(self) -> dict[str, LayerInit | ExpertsInit]:
+        """All layers and projections of experts."""
+        return {**self.layers, **self.experts}
 
     @property
     def not_descending(self) -> list[str]:

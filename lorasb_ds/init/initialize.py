@@ -15,12 +15,21 @@ from typing import Any, Literal, TypeAlias
 import torch
 import torch.distributed as dist
 
+from lorasb_ds.adapters.experts import LoraSBExperts
 from lorasb_ds.adapters.inject import disable_adapters
 from lorasb_ds.adapters.layer import AdapterLinear
 from lorasb_ds.data.batch import Sample
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.distributed.collectives import Group
 from lorasb_ds.init.decomposition import decompose, describe_layer
+from lorasb_ds.init.experts import (
+    ExpertDirections,
+    decompose_gradients,
+    decompose_weights,
+    fill_experts,
+    random_expert_directions,
+    random_experts_report,
+)
 from lorasb_ds.init.factors import (
     Basis,
     Directions,
@@ -31,7 +40,7 @@ from lorasb_ds.init.factors import (
     weight_rows,
 )
 from lorasb_ds.init.gradients import GradientShards, average_gradients
-from lorasb_ds.init.init_report import InitReport, LayerInit
+from lorasb_ds.init.init_report import ExpertsInit, InitReport, LayerInit
 from lorasb_ds.init.segments import SegmentError, gradients_by_segment
 from lorasb_ds.init.sharded_svd import truncated_svds
 from lorasb_ds.init.step_size import choose_step, measure_step
@@ -39,7 +48,9 @@ from lorasb_ds.init.update_rules import step_scale
 from lorasb_ds.planner.init_plan import InitPlan
 
 # A layer's name, the directions that rank 0 fills it from, and its part of the report.
-LayerResult: TypeAlias = tuple[str, Directions | None, LayerInit | None]
+LayerResult: TypeAlias = tuple[
+    str, Directions | ExpertDirections | None, LayerInit | ExpertsInit | None
+]
 
 
 def initialize(
@@ -83,12 +94,12 @@ def initialize(
         found = _from_weights(adapters, settings, group)
     else:
         found = _without_matrix(adapters, settings)
-    layers: dict[str, LayerInit] = {}
+    layers: dict[str, LayerInit | ExpertsInit] = {}
     basis: Basis = {}
     for name, directions, layer in found:
         if layer is not None:
             layers[name] = layer
-        basis |= fill_layer(name, adapters[name], directions, settings)
+        basis |= _fill(name, adapters[name], directions, settings)
     filled_s = time.perf_counter() - start
     layers = {name: layers[name] for name in adapters if name in layers}
     if method.takes_step:
@@ -115,9 +126,17 @@ def initialize(
         communication_s=gradients.communication_s,
         svd_s=filled_s - gradients.seconds,
         total_s=time.perf_counter() - start,
-        layers=layers,
+        layers={name: of for name, of in layers.items() if isinstance(of, LayerInit)},
+        experts={name: of for name, of in layers.items() if isinstance(of, ExpertsInit)},
     )
     return report, basis
+
+
+def _fill(name: str, adapter: AdapterLinear, directions: Any, settings: InitSettings) -> Basis:
+    """Fill the factors of a layer, or of a projection of experts. Collective."""
+    if isinstance(adapter, LoraSBExperts):
+        return fill_experts(name, adapter, directions, settings)
+    return fill_layer(name, adapter, directions, settings)
 
 
 @dataclass
@@ -157,6 +176,13 @@ def _from_gradients(
         totals.loss = gradients.loss
         totals.communication_s += gradients.communication.seconds()
         totals.seconds += time.perf_counter() - began
+        for name, experts in _experts(adapters, gradients.shards).items():
+            yield (
+                name,
+                *decompose_gradients(
+                    name, experts, gradients.take(name), gradients.tokens[name], settings, group
+                ),
+            )
         for names in _in_turns(gradients.shards):
             G = {name: gradients.take(name) for name in names}
             k = adapters[names[0]].r * settings.method.directions
@@ -184,7 +210,10 @@ def _from_weights(
     adapters: Mapping[str, AdapterLinear], settings: InitSettings, group: Group
 ) -> Iterator[LayerResult]:
     """Yield each layer's SVD of W0. Collective."""
-    for names in _in_turns(adapters):
+    all_experts = _experts(adapters, adapters)
+    for name, experts in all_experts.items():
+        yield name, *decompose_weights(experts, settings, group)
+    for names in _in_turns(name for name in adapters if name not in all_experts):
         rows = [weight_rows(adapters[name], group) for name in names]
         k = adapters[names[0]].r * settings.method.directions
         svds = truncated_svds(rows, k, group=group, seed=settings.seed)
@@ -199,11 +228,23 @@ def _without_matrix(
     adapters: Mapping[str, AdapterLinear], settings: InitSettings
 ) -> Iterator[LayerResult]:
     """Yield each layer's random directions, or none, as the method has it. Not collective."""
+    is_random = settings.method.matrix == "random"
     for name, adapter in adapters.items():
+        if isinstance(adapter, LoraSBExperts):
+            of_experts = random_experts_report(adapter)
+            yield name, random_expert_directions(name, adapter, settings), of_experts
+            continue
         ones = (1.0,) * adapter.r
         random = LayerInit(1.0, ones, 0.0, 0.0, slopes=ones, batches_reached=0)
-        is_random = settings.method.matrix == "random"
         yield name, random_directions(name, adapter, settings), random if is_random else None
+
+
+def _experts(
+    adapters: Mapping[str, AdapterLinear], names: Iterable[str]
+) -> dict[str, LoraSBExperts]:
+    """Return those of the named adapters that are of experts."""
+    named = {name: adapters[name] for name in names}
+    return {name: of for name, of in named.items() if isinstance(of, LoraSBExperts)}
 
 
 def _in_turns(names: Iterable[str]) -> Iterator[list[str]]:

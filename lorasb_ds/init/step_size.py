@@ -16,7 +16,7 @@ from lorasb_ds.adapters.inject import disable_adapters, set_scale
 from lorasb_ds.adapters.layer import AdapterLinear
 from lorasb_ds.data.batch import Sample
 from lorasb_ds.distributed import accelerator, zero
-from lorasb_ds.init.init_report import InitStep, LayerInit
+from lorasb_ds.init.init_report import ExpertsInit, InitStep, LayerInit
 from lorasb_ds.models.loss import held_out_loss
 
 FIRST_EXPONENT = -13  # 2⁻¹³ = 1.2e-4: the best eta is usually within a factor of 4
@@ -47,7 +47,7 @@ def measure_step(engine: Any, base: AbstractContextManager[None], probe: Sample)
 def choose_step(
     engine: Any,
     adapters: Mapping[str, AdapterLinear],
-    layers: Mapping[str, LayerInit],
+    layers: Mapping[str, LayerInit | ExpertsInit],
     probe: Sample,
     init_lr: float | Literal["auto"],
 ) -> InitStep:
@@ -63,7 +63,9 @@ def choose_step(
     model = engine.module
     losses: dict[float, float] = {}
     if init_lr == "auto":
-        num_entries = sum(a.out_features * a.in_features for a in adapters.values())
+        num_entries = sum(
+            a.num_matrices * a.out_features * a.in_features for a in adapters.values()
+        )
         squared_norm = sum(layer.squared_norm for layer in layers.values())
         # In this unit eta is the RMS by which the update moves an entry; 1 for a sign matrix.
         unit = math.sqrt(num_entries / squared_norm) if squared_norm > 0 else 1.0
@@ -89,7 +91,7 @@ def choose_step(
 def _measure_losses(
     model: nn.Module,
     adapters: Mapping[str, AdapterLinear],
-    layers: Mapping[str, LayerInit],
+    layers: Mapping[str, LayerInit | ExpertsInit],
     probe: Sample,
     unit: float,
 ) -> dict[float, float]:

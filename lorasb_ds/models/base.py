@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers.core_model_loading import build_glob_alternation
 
+from lorasb_ds.config.paths import read_json
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.models.checkpoint_files import (
@@ -21,8 +23,11 @@ from lorasb_ds.models.checkpoint_files import (
     stored_tensors,
     weights_digest,
 )
-from lorasb_ds.models.linear_layers import expert_layers, shape_of
+from lorasb_ds.models.experts import ExpertShapes, experts_modules, projections
+from lorasb_ds.models.linear_layers import expert_layers
 from lorasb_ds.models.quantization import Kind
+from lorasb_ds.models.shape import shape_of
+from lorasb_ds.models.stored_formats import STORED_FORMATS, decoded
 from lorasb_ds.models.streaming import put
 from lorasb_ds.models.tokenizer import choose_pad_token, read_tokenizer
 from lorasb_ds.models.weight_map import WeightSource, map_weights, unused_tensors
@@ -64,15 +69,27 @@ class Base:
 
     @cached_property
     def hf_config(self) -> Any:
-        """The transformers configuration of a causal language model."""
+        """The transformers configuration of a causal language model, without ``encoding``."""
         hf_config = _load_config(self.name, self.folder, self.trust_remote_code)
+        if self.encoding is not None:
+            del hf_config.quantization_config
         if self.attn_implementation is not None:
             hf_config._attn_implementation = self.attn_implementation
         return hf_config
 
+    @cached_property
+    def encoding(self) -> dict[str, Any] | None:
+        """The quantization_config of files in FP8 or MXFP4; None if there is none, or another.
+
+        Such files are decoded as they are read: for all else the base is in full precision.
+        """
+        config = read_json(str(self.folder / "config.json"), "--model")
+        found = config.get("quantization_config")
+        return found if isinstance(found, dict) and _is_encoded(found) else None
+
     @property
     def quantization(self) -> Kind | None:
-        """How bitsandbytes has quantized the files; None if they are not quantized."""
+        """How bitsandbytes has quantized the files; None if it has not."""
         return _stored_quantization(self.hf_config, self.name)
 
     @cached_property
@@ -105,14 +122,38 @@ class Base:
         return shape_of(self.name, self.model)
 
     @cached_property
-    def experts(self) -> dict[str, int]:
-        """MoE modules with 3-D parameters, which get no adapter -> their number of elements."""
-        return expert_layers(self.model)
+    def experts(self) -> ExpertShapes:
+        """The projections of MoE experts that can be quantized and get an adapter."""
+        return projections(self.model)
+
+    @cached_property
+    def order(self) -> dict[str, int]:
+        """Position in the model of every linear layer and projection of experts."""
+        order = {name: 2 * i for i, (name, _) in enumerate(self.model.named_modules())}
+        of_experts = {}
+        for name in self.experts:
+            module, _, projection = name.rpartition(".")
+            of_experts[name] = order[module] + (projection == "down_proj")
+        return order | of_experts
+
+    @cached_property
+    def other_experts(self) -> dict[str, int]:
+        """Other modules with 3-D parameters -> their number of elements.
+
+        They stay frozen, and as they are stored.
+        """
+        known = experts_modules(self.model)
+        return {name: n for name, n in expert_layers(self.model).items() if name not in known}
+
+    @cached_property
+    def headers(self) -> dict[str, StoredTensor]:
+        """Every tensor of the checkpoint, as its file's header has it."""
+        return stored_tensors(self.name, self.folder)
 
     @cached_property
     def stored(self) -> dict[str, StoredTensor]:
-        """Every tensor of the checkpoint, from the files' headers."""
-        return stored_tensors(self.name, self.folder)
+        """Every tensor of the checkpoint, those in FP8 or MXFP4 with the scales decoded into it."""
+        return decoded(self.headers, self.encoding, self.name)
 
     @cached_property
     def sources(self) -> list[WeightSource]:
@@ -125,7 +166,7 @@ class Base:
         if is_hub_name(self.name):
             # A snapshot's folder in the cache is named by its commit.
             return f"{self.name}@{self.folder.name}"
-        return weights_digest(self.folder, self.stored)
+        return weights_digest(self.folder, self.headers)
 
     def check_files(self) -> None:
         """Refuse files that do not make the model of config.json; headers are read, not tensors.
@@ -172,11 +213,15 @@ def open_base(config: RunConfig) -> tuple[Base, RunConfig]:
     return base, config.model_copy(update={f"load_in_{base.quantization}": True})
 
 
-def empty_model(hf_config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
+def empty_model(
+    hf_config: Any, dtype: torch.dtype, trust_remote_code: bool = False, *, buffers: bool = True
+) -> Any:
     """Make a model without weights: parameters on the meta device, buffers real.
 
     Args:
         dtype: of all floating-point parameters except those that the model keeps in fp32.
+        buffers: False: they are on the meta device, too. Nothing is then allocated; otherwise every
+            parameter is for a moment, and the system may refuse that for a block's experts.
     Raises:
         ConfigError: if transformers cannot make it.
     """
@@ -184,7 +229,7 @@ def empty_model(hf_config: Any, dtype: torch.dtype, trust_remote_code: bool = Fa
     from transformers import AutoModelForCausalLM
 
     try:
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(
                 hf_config, dtype=dtype, trust_remote_code=trust_remote_code
             )
@@ -236,19 +281,25 @@ def _stored_quantization(hf_config: Any, model: str) -> Kind | None:
     """Return how the files are quantized; None if they are not.
 
     Raises:
-        ConfigError: if another library than bitsandbytes has quantized them.
+        ConfigError: if they are quantized in a way that cannot be read.
     """
     found = getattr(hf_config, "quantization_config", None)
     if not found:
         return None
     if not isinstance(found, dict):
         found = found.to_dict() if hasattr(found, "to_dict") else {"quant_method": found}
+    if _is_encoded(found):
+        return None
     if found.get("load_in_4bit"):
         return "4bit"
     if found.get("load_in_8bit"):
         return "8bit"
     raise ConfigError(
         f"--model {model} is quantized by {found.get('quant_method')}; of quantized bases only "
-        "those of bitsandbytes can be trained. Give the base it was made from; --load-in-4bit "
-        "quantizes it."
+        f"those of bitsandbytes and those in {' and '.join(STORED_FORMATS.values())} can be "
+        "trained. Give the base it was made from; --load-in-4bit quantizes it."
     )
+
+
+def _is_encoded(quantization: Mapping[str, Any]) -> bool:
+    return str(quantization.get("quant_method")) in STORED_FORMATS

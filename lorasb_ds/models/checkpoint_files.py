@@ -19,7 +19,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Files that a base needs beside its weights, which a repository may also hold in other formats.
 DOWNLOADED = ("*.json", "*.jinja", "*.model", "*.txt")
 ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
-ITEM_BYTES |= {"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+ITEM_BYTES |= {"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 HEADER_BYTES = 100_000_000  # safetensors' own limit
 MAX_DIMENSIONS = 16
 

@@ -1,8 +1,9 @@
-"""The layers of a model that can get an adapter, and the sizes of all its parameters."""
+"""The layers of a model that can get an adapter."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -10,7 +11,6 @@ from transformers.pytorch_utils import Conv1D
 
 from lorasb_ds.config.adapter_options import ALL_LINEAR
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.planner.model_shape import ModelShape
 
 Shapes = dict[str, tuple[int, int]]  # layer name -> (out, in)
 
@@ -26,7 +26,9 @@ def linear_layers(model: Any) -> Shapes:
     """Return every linear layer but the head, in the model's order, quantized ones included.
 
     A layer that two parents share is left out: PEFT would load its adapter into one of them only.
-    (Blocks that are used several times are fine: their layers have one parent.)
+    (Blocks that are used several times are fine: their layers have one parent.) So are routers of
+    experts, which are small, sensitive to rounding, and in some families give several tensors or
+    read the weight themselves.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     parents: defaultdict[nn.Module, set[nn.Module]] = defaultdict(set)
@@ -39,7 +41,18 @@ def linear_layers(model: Any) -> Shapes:
         if isinstance(module, nn.Linear | Conv1D)
         and module is not head
         and len(parents[module]) == 1
+        and not _is_router(name, module, *parents[module])
     }
+
+
+def _is_router(name: str, *modules: nn.Module) -> bool:
+    """Return whether a layer routes tokens to experts, by its name and those of the classes.
+
+    Args:
+        modules: the layer and its parent.
+    """
+    leaf = name.rpartition(".")[2]
+    return leaf in ("gate", "router") or any("router" in type(m).__name__.lower() for m in modules)
 
 
 def expert_layers(model: nn.Module) -> dict[str, int]:
@@ -55,7 +68,13 @@ def expert_layers(model: nn.Module) -> dict[str, int]:
     }
 
 
-def select_targets(layers: Shapes, target_modules: str, r: int, directions: int = 1) -> Shapes:
+def select_targets(
+    layers: Shapes,
+    target_modules: str,
+    r: int,
+    directions: int = 1,
+    elsewhere: Iterable[str] = (),
+) -> Shapes:
     """Select the layers that get an adapter, by PEFT's rule: a name, or the end of one.
 
     "all-linear" selects all layers with more than one output: gates such as that of Qwen-MoE's
@@ -66,6 +85,7 @@ def select_targets(layers: Shapes, target_modules: str, r: int, directions: int 
         target_modules: "all-linear", or names separated by commas.
         r: rank of the adapter.
         directions: the method takes ``directions * r`` singular directions of each layer.
+        elsewhere: names that may be selected too, of projections of experts.
     Raises:
         ConfigError: if a name matches nothing, or r is larger than a matched layer allows.
     """
@@ -74,17 +94,19 @@ def select_targets(layers: Shapes, target_modules: str, r: int, directions: int 
         missing = [] if targets else [ALL_LINEAR]
     else:
         wanted = [name.strip() for name in target_modules.split(",") if name.strip()]
-        matches = {w: {n for n in layers if n == w or n.endswith("." + w)} for w in wanted}
-        missing = [w for w, names in matches.items() if not names] or ([] if wanted else ["''"])
+        matches = {w: set(select_names(layers, w)) for w in wanted}
+        missing = [
+            w for w, names in matches.items() if not names and not select_names(elsewhere, w)
+        ] or ([] if wanted else ["''"])
         targets = {n: s for n, s in layers.items() if any(n in m for m in matches.values())}
     if missing:
-        kinds = sorted({name.rpartition(".")[2] for name in layers})
+        kinds = sorted({name.rpartition(".")[2] for name in (*layers, *elsewhere)})
         raise ConfigError(
             f"--target-modules {target_modules}: no linear layer matches {', '.join(missing)}. The "
             f"model has linear layers named {', '.join(kinds) or '(none)'}."
         )
-    name, shape = min(targets.items(), key=lambda item: min(item[1]))
-    if r * directions > min(shape):
+    name, shape = min(targets.items(), key=lambda item: min(item[1]), default=("", (r, r)))
+    if targets and r * directions > min(shape):
         taken = "" if directions == 1 else f" times {directions} (the method takes so many)"
         raise ConfigError(
             f"--r {r}{taken} exceeds min(out, in) = {min(shape)} of {name}; lower --r, or leave "
@@ -93,35 +115,9 @@ def select_targets(layers: Shapes, target_modules: str, r: int, directions: int 
     return targets
 
 
-def shape_of(name: str, model: Any) -> ModelShape:
-    """Return the shape of any causal language model as transformers makes it."""
-    layers = linear_layers(model)
-    weights = {f"{layer}.weight" for layer in layers}
-    # Tied parameters come once.
-    others = {n: p.numel() for n, p in model.named_parameters() if n not in weights}
-    config = model.config.get_text_config()
-
-    def size(*keys: str, default: int) -> int:
-        """Return the first of some settings that the configuration has; else the usual value."""
-        return next((n for key in keys if (n := getattr(config, key, None))), default)
-
-    blocks = size("num_hidden_layers", default=1)
-    heads = size("num_attention_heads", default=1)
-    head_dim = size("head_dim", default=config.hidden_size // heads)
-    kv_heads = size("num_key_value_heads", default=heads)
-    per_token = size("num_experts_per_tok", default=1)
-    widths = {"q_norm": heads * head_dim, "k_norm": kv_heads * head_dim}
-    norms = [n.split(".")[-2] for n in others if "norm" in n and n.endswith(".weight")]
-    normed = sum(widths.get(norm, config.hidden_size) for norm in norms[:-1])
-    return ModelShape(
-        name=name,
-        layers=layers,
-        others=others,
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=size("intermediate_size", default=4 * config.hidden_size) * per_token,
-        num_heads=heads,
-        head_dim=head_dim,
-        num_blocks=blocks,
-        normed_width=normed // blocks,  # the model's last norm is in no block
-    )
+def select_names(names: Iterable[str], target_modules: str) -> list[str]:
+    """Return the names that ``--target-modules`` selects, by PEFT's rule."""
+    if target_modules == ALL_LINEAR:
+        return list(names)
+    wanted = [part.strip() for part in target_modules.split(",") if part.strip()]
+    return [n for n in names if any(n == w or n.endswith(f".{w}") for w in wanted)]

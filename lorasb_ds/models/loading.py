@@ -16,6 +16,7 @@ from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.models.base import Base
 from lorasb_ds.models.checkpoint_files import StoredTensor, first_line
+from lorasb_ds.models.experts import split_experts
 from lorasb_ds.models.linear_layers import layer_shape, linear_layers
 from lorasb_ds.models.quantization import Kind, PackedLinear, PackedLinear4bit, PackedLinear8bit
 from lorasb_ds.models.streaming import TensorReader, put, stream_weights
@@ -57,7 +58,9 @@ def _fill(
     """Fill all weights of an empty model from its files. Collective."""
     stored, sources = base.stored, base.sources
     dtype = model.get_input_embeddings().weight.dtype
-    if any(source.beside for source in sources):
+    as_stored = any(source.beside for source in sources)  # experts are stored unquantized then
+    split_experts(model, dtype, None if as_stored else kind)
+    if as_stored:
         _pack_as_stored(model, sources, stored, dtype)
     elif kind is not None:
         for layer in linear_layers(model):

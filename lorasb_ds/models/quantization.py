@@ -77,8 +77,12 @@ class PackedLinear(nn.Linear, ABC):
         """
 
     @abstractmethod
-    def dequantize(self) -> torch.Tensor:
-        """Return a new W (out, in) in ``dtype``. Under ZeRO-3 the weight must be gathered."""
+    def dequantize(self, packed: torch.Tensor | None = None) -> torch.Tensor:
+        """Return a new W (out, in) in ``dtype``. Under ZeRO-3 the weight must be gathered.
+
+        Args:
+            packed: a value of ``weight``. [default: the layer's own]
+        """
 
     def pack(self, *parts: torch.Tensor) -> torch.Tensor:
         """Join parts of any dtype to one flat bf16 vector of their bytes, of an even length."""
@@ -193,10 +197,10 @@ class PackedLinear4bit(PackedLinear):
             return self.pack(codes, state.absmax)
         return self.pack(codes, state.absmax, state.state2.absmax, state.offset)
 
-    def dequantize(self) -> torch.Tensor:
+    def dequantize(self, packed: torch.Tensor | None = None) -> torch.Tensor:
         from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
 
-        codes, absmax, *fp32 = self.parts()
+        codes, absmax, *fp32 = self.parts(packed)
         if self.nested:
             # Copied, since an fp32 view must be aligned; it is a 16384th of the numbers.
             absmax2, offset = (part.clone().view(torch.float32) for part in fp32)
@@ -253,10 +257,10 @@ class PackedLinear8bit(PackedLinear):
             raise ValueError("its codes are not stored row by row (weight_format is not 0)")
         return self.pack(codes, beside["SCB"].float())
 
-    def dequantize(self) -> torch.Tensor:
+    def dequantize(self, packed: torch.Tensor | None = None) -> torch.Tensor:
         from bitsandbytes.functional import int8_vectorwise_dequant
 
-        codes, scales = self.parts()
+        codes, scales = self.parts(packed)
         codes = codes.view(torch.int8).view(self.out_features, self.in_features)
         scales = scales.clone().view(torch.float32)  # copied, since an fp32 view must be aligned
         W = torch.empty(codes.shape, dtype=self.dtype, device=codes.device)

@@ -21,7 +21,9 @@ from lorasb_ds.distributed import accelerator
 from lorasb_ds.distributed.collectives import Group, all_reduce, broadcast, rank_and_size
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.models.checkpoint_files import StoredTensor
+from lorasb_ds.models.experts import ExpertsLinear
 from lorasb_ds.models.quantization import ROW_MULTIPLE, PackedLinear
+from lorasb_ds.models.stored_formats import EncodedTensor
 from lorasb_ds.models.weight_map import WeightSource
 from lorasb_ds.system.host_memory import release_freed_memory
 
@@ -64,13 +66,13 @@ class TensorReader:
     def read(self, key: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Read a whole tensor in ``dtype``; None: as it is stored, with values not checked."""
         shape = self.stored[key].shape
-        kind = _dtype(key, self.stored[key]) if dtype is None else dtype
-        result = torch.empty(shape, dtype=kind, device=accelerator.device())
-        rows, start = result.view(_num_rows(shape), _width(shape)), 0
-        for chunk in self.rows(key, dtype):
-            rows[start : start + len(chunk)] = chunk
-            start += len(chunk)
-        return result
+        return self._joined(key, dtype, 0, _num_rows(shape)).view(shape)
+
+    def expert(self, key: str, index: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Read one matrix (rows, columns) of a 3-D tensor, as ``read`` does, and no other."""
+        count, height, _ = self.stored[key].shape
+        assert 0 <= index < count
+        return self._joined(key, dtype, index * height, (index + 1) * height)
 
     def rows(
         self, key: str, dtype: torch.dtype | None, multiple: int = 1
@@ -80,6 +82,25 @@ class TensorReader:
         Every chunk but the last has a multiple of ``multiple`` rows. A chunk's memory is
         overwritten by the next one.
         """
+        return self._rows(key, dtype, 0, _num_rows(self.stored[key].shape), multiple)
+
+    def _joined(self, key: str, dtype: torch.dtype | None, first: int, last: int) -> torch.Tensor:
+        """Return some rows as one tensor (rows, last dimension)."""
+        tensor = self.stored[key]
+        kind = _dtype(key, tensor) if dtype is None else dtype
+        size = (last - first, _width(tensor.shape))
+        result, start = torch.empty(size, dtype=kind, device=accelerator.device()), 0
+        for chunk in self._rows(key, dtype, first, last):
+            if len(chunk) == len(result):
+                return chunk  # none comes after it that would overwrite it
+            result[start : start + len(chunk)] = chunk
+            start += len(chunk)
+        return result
+
+    def _rows(
+        self, key: str, dtype: torch.dtype | None, first: int, last: int, multiple: int = 1
+    ) -> Iterator[torch.Tensor]:
+        """Yield rows ``first`` to ``last`` of a tensor, as ``rows`` does."""
         tensor = self.stored[key]
         stored_dtype = _dtype(key, tensor)
         if dtype is not None and dtype.is_floating_point != stored_dtype.is_floating_point:
@@ -87,23 +108,47 @@ class TensorReader:
                 f"{key} in {tensor.file.name} is stored as {tensor.dtype}, but the model has "
                 f"{dtype}"
             )
-        num_rows, width = _num_rows(tensor.shape), _width(tensor.shape)
-        row_bytes = (tensor.end - tensor.begin) // max(1, num_rows)
-        step = _rows_at_a_time(width, multiple)
-        buffer = accelerator.pinned_bytes(min(step, num_rows) * row_bytes)
-        for first in range(0, num_rows, step):
-            count = min(step, num_rows - first)
-            part = buffer[: count * row_bytes]
-            self._fill(part, key, tensor.begin + first * row_bytes)
-            chunk = part.view(stored_dtype).view(count, width).to(accelerator.device(), dtype)
+        if isinstance(tensor, EncodedTensor):
+            chunks = self._decoded_rows(tensor, dtype or stored_dtype, first, last, multiple)
+        else:
+            chunks = self._plain_rows(key, dtype or stored_dtype, first, last, multiple)
+        for chunk in chunks:
             if dtype is not None and not _is_finite(chunk):
                 raise ValueError(
                     f"{key} in {tensor.file.name} holds values that are not finite in {dtype}"
                 )
             yield chunk
 
-    def _fill(self, buffer: torch.Tensor, key: str, offset: int) -> None:
-        path = self.stored[key].file
+    def _plain_rows(
+        self, key: str, dtype: torch.dtype, first: int, last: int, multiple: int
+    ) -> Iterator[torch.Tensor]:
+        tensor = self.stored[key]
+        width = _width(tensor.shape)
+        row_bytes = (tensor.end - tensor.begin) // max(1, _num_rows(tensor.shape))
+        step = _rows_at_a_time(width, multiple)
+        buffer = accelerator.pinned_bytes(min(step, last - first) * row_bytes)
+        for start in range(first, last, step):
+            count = min(step, last - start)
+            part = buffer[: count * row_bytes]
+            self._fill(part, key, tensor, start * row_bytes)
+            chunk = part.view(_dtype(key, tensor)).view(count, width)
+            yield chunk.to(accelerator.device(), dtype)
+
+    def _decoded_rows(
+        self, tensor: EncodedTensor, dtype: torch.dtype, first: int, last: int, multiple: int
+    ) -> Iterator[torch.Tensor]:
+        def read(name: str, part: StoredTensor, begin: int, size: int) -> torch.Tensor:
+            buffer = accelerator.pinned_bytes(size)
+            self._fill(buffer, name, part, begin)
+            return buffer
+
+        assert not tensor.decoder.transposed or tensor.shape[-2] % multiple == 0
+        step = _rows_at_a_time(tensor.decoder.sides[1], multiple)
+        return tensor.decoder.chunks(read, first, last, step, dtype, accelerator.device())
+
+    def _fill(self, buffer: torch.Tensor, key: str, tensor: StoredTensor, begin: int) -> None:
+        """Read bytes of a tensor, from ``begin`` of its own on."""
+        path, offset = tensor.file, tensor.begin + begin
         view = memoryview(buffer.numpy())  # type: ignore[arg-type]
         try:
             if path not in self._descriptors:
@@ -184,8 +229,9 @@ def stream_weights(
                     if owner == rank:
                         value = values.pop(name)
                     else:
-                        value = torch.empty_like(_get(model, name), device=accelerator.device())
-                    placed = put(model, name, broadcast(value, owner, group))
+                        parameter = _get(model, parameter_name(model, name))
+                        value = torch.empty_like(parameter, device=accelerator.device())
+                    placed = put(model, parameter_name(model, name), broadcast(value, owner, group))
                     del value
                     if shard is not None and isinstance(placed, nn.Parameter):
                         shard(placed)
@@ -209,11 +255,13 @@ def _try_to_read(
 
 def _read(model: Any, source: WeightSource, reader: TensorReader) -> dict[str, torch.Tensor]:
     """Return target -> value, as the model holds it."""
+    target, key = next(iter(source.targets)), source.keys[0]
+    if (experts := experts_layer(model, target)) is not None:
+        return {target: _read_experts(model, source, experts, reader)}
     if source.converter is not None:
-        dtype = _get(model, next(iter(source.targets))).dtype
+        dtype = _get(model, target).dtype
         found = source.convert(model, lambda key: reader.read(key, dtype))
         return {name: _settled(model, name, tensor) for name, tensor in found.items()}
-    (target,), key = source.targets, source.keys[0]
     layer = _packed_layer(model, target)
     for copy in source.copies:
         if not _equal(reader, key, copy):
@@ -231,6 +279,32 @@ def _read(model: Any, source: WeightSource, reader: TensorReader) -> dict[str, t
     return {target: layer.quantize(reader.rows(key, layer.dtype, ROW_MULTIPLE))}
 
 
+def _read_experts(
+    model: Any, source: WeightSource, layer: ExpertsLinear, reader: TensorReader
+) -> torch.Tensor:
+    """Return the value of an experts' projection, read one expert at a time where that is possible.
+
+    It is where the checkpoint stores the experts' matrices by themselves, or as the model has them.
+    """
+    weight, dtype = layer.empty_weight(accelerator.device()), layer.dtype
+
+    def convert(part: WeightSource) -> torch.Tensor:
+        (found,) = part.convert(model, lambda key: reader.read(key, dtype)).values()
+        return found
+
+    one_by_one = source.stores_experts(layer.num_experts)
+    whole = None if source.converter is None or one_by_one else convert(source)
+    for expert in range(layer.num_experts):
+        if one_by_one:
+            W = convert(source.of_expert(expert))[0]
+        elif whole is not None:
+            W = whole[expert]
+        else:
+            W = reader.expert(source.keys[0], expert, dtype)
+        layer.set_expert(weight, expert, W.T if layer.stored_transposed else W)
+    return weight
+
+
 def _equal(reader: TensorReader, key: str, other: str) -> bool:
     if reader.stored[key].shape != reader.stored[other].shape:
         return False
@@ -244,6 +318,18 @@ def _settled(model: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
     if layer is None:
         return tensor.to(_get(model, name).dtype).contiguous()
     return layer.quantize(tensor.split(_rows_at_a_time(layer.in_features, ROW_MULTIPLE)))
+
+
+def experts_layer(model: nn.Module, name: str) -> ExpertsLinear | None:
+    """Return the layer that ``split_experts`` has made of a parameter of transformers' model."""
+    module, _, leaf = name.rpartition(".")
+    layer = getattr(model.get_submodule(module), leaf)
+    return layer if isinstance(layer, ExpertsLinear) else None
+
+
+def parameter_name(model: nn.Module, name: str) -> str:
+    """Return the name of a parameter of transformers' model after ``split_experts``."""
+    return name if experts_layer(model, name) is None else f"{name}.weight"
 
 
 def _packed_layer(model: nn.Module, name: str) -> PackedLinear | None:

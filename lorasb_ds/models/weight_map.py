@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -58,6 +58,23 @@ class WeightSource:
             transform.add_tensor(first, key, pattern, partial(read, key))
         found = transform.convert(first, model=model, config=model.config)
         return {name: t[0] if isinstance(t, list) else t for name, t in found.items()}
+
+    def stores_experts(self, num_experts: int) -> bool:
+        """Return whether every expert's matrices are stored by themselves, in the order of keys."""
+        counts = {self.patterns.count(pattern) for pattern in self.patterns}
+        return self.converter is not None and counts == {num_experts}
+
+    def of_expert(self, expert: int) -> WeightSource:
+        """Return the source of one expert, whose tensors are stored by themselves.
+
+        It converts to (1, rows, columns).
+        """
+        groups = [
+            [key for key, of in zip(self.keys, self.patterns, strict=True) if of == pattern]
+            for pattern in dict.fromkeys(self.patterns)
+        ]
+        keys = tuple(group[expert] for group in groups)
+        return replace(self, keys=keys, patterns=tuple(dict.fromkeys(self.patterns)))
 
 
 def map_weights(model: Any, stored: Mapping[str, StoredTensor], name: str) -> list[WeightSource]:

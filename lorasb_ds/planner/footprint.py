@@ -10,8 +10,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
+from lorasb_ds.planner.activations import activations
+from lorasb_ds.planner.base_bytes import BaseBytes, base_bytes, held_bytes
 from lorasb_ds.planner.gathers import gathered_bytes
-from lorasb_ds.planner.init_plan import InitPlan, block_of, blocks_prefix, plan_init, svd_bytes
+from lorasb_ds.planner.init_plan import (
+    InitPlan,
+    block_of,
+    blocks_prefix,
+    largest_svd_bytes,
+    plan_init,
+)
 from lorasb_ds.planner.model_shape import ModelShape
 from lorasb_ds.planner.placement import Placement
 from lorasb_ds.planner.workload import Workload
@@ -31,9 +39,6 @@ LOGITS_AT_ONCE, MIN_LOGIT_ROWS = 1 << 23, 128
 LOGIT_BYTES = 12
 # During the load: DeepSpeed's engine and modules that are imported then. Measured.
 CPU_LOAD_BYTES = 40 << 20
-# The loader reads and quantizes so many elements at a time. As read and in the compute dtype each
-# takes up to 8 bytes, and bitsandbytes' intermediates take 14 on a CPU.
-LOAD_CHUNK, READ_BYTES, QUANTIZE_BYTES = 1 << 20, 8, 14
 
 
 @dataclass(frozen=True)
@@ -115,61 +120,50 @@ class Footprint:
         }
 
 
-def footprint(shape: ModelShape, placement: Placement, work: Workload, init: InitPlan) -> Footprint:
+def footprint(
+    shape: ModelShape,
+    placement: Placement,
+    work: Workload,
+    init: InitPlan,
+    base: BaseBytes | None = None,
+) -> Footprint:
     """Predict what a run holds.
 
     Args:
         init: of ``init_plan`` for the same shape and workload.
+        base: of ``base_bytes`` for the same shape and placement, if that is known.
     """
-    d = placement.dtype_bytes
-    parts = {name: placement.stored(sides) for name, sides in shape.layers.items()}
-    scales = sum(s for _, s in parts.values())
-    stored = [n + s for n, s in parts.values()] + [n * d for n in shape.others.values()]
-    base_kept, base_shards = _held(stored, placement)
-    adapter_kept, adapter_shards = _held(list(_adapter_bytes(work, d)), placement)
+    d, base = placement.dtype_bytes, base or base_bytes(shape, placement)
+    adapter_kept, adapter_shards = held_bytes(list(_adapter_bytes(work, d)), placement)
     on_device = placement.offload == "none"
-    # Scales are sharded with the weights that they scale.
-    scale_shards = scales * base_shards // sum(stored)
-    hosted = base_shards + adapter_shards
+    hosted = base.shards + adapter_shards
     if placement.offload == "nvme":
         hosted = min(hosted, placement.nvme_buffer_elements * d)
     num_optimized = -(-work.num_trainable // placement.world_size)
     kept_gradients = GRADIENT_BYTES * num_optimized + placement.reduce_bucket_size * 4
-    both_sides = sum(out + in_ for out, in_ in work.targets.values())
-    blocks_at_once = _blocks_at_once(init, shape.num_blocks)
-    # A layer with an adapter keeps A x; where A is trained, the input. For other layers zero.Init
-    # replaces torch's linear function by its own (zero3_linear_wrap), whose autograd keeps the
-    # input; torch's keeps a view of the weight, which keeps the gathered weight alive.
-    inputs = not work.trains_r or (placement.sharded and len(work.targets) < len(shape.layers))
-    block = block_activation_bytes(shape, work, d, inputs=inputs)
-    init_block = block_activation_bytes(shape, work, d, inputs=True, branches=False)
-    boundaries = work.tokens * shape.hidden_size * d
-    gradients = work.tokens * (3 * shape.intermediate_size + 6 * shape.hidden_size) * d
-    recomputed = work.gradient_checkpointing
+    basis_size = work.num_in_pairs * work.pairs
+    kept = activations(shape, placement, work, _blocks_at_once(init, shape.num_blocks))
     labels = work.micro_batch_size * work.num_labels
     return Footprint(
-        base=base_kept + (base_shards - scale_shards if on_device else 0),
-        quantization=scale_shards if on_device else 0,
+        base=base.kept + (base.shards - base.scale_shards if on_device else 0),
+        quantization=base.scale_shards if on_device else 0,
         adapters=adapter_kept + (adapter_shards if on_device else 0),
         optimizer=_optimizer_bytes(work, num_optimized)
         + (kept_gradients if placement.sharded else 0),
-        load_in_flight=_in_flight_bytes(stored, placement)
-        + LOAD_CHUNK * (READ_BYTES + (QUANTIZE_BYTES if placement.form in ("nf4", "int8") else 0)),
+        load_in_flight=base.in_flight,
         gathered=gathered_bytes(shape, placement, work),
-        dequantized=_dequantized_bytes(shape, placement),
-        activations=shape.num_blocks * (boundaries if recomputed else block),
+        dequantized=base.dequantized,
+        activations=kept.in_training,
         # And the hidden states at the labels, with their gradient.
         logits=logit_rows(labels, shape.vocab_size) * shape.vocab_size * LOGIT_BYTES
         + 2 * labels * shape.hidden_size * d,
-        block_backward=gradients + (block if recomputed else 0),
+        block_backward=kept.block_backward,
         init=init,
-        init_activations=boundaries * blocks_at_once + init_block
-        if recomputed
-        else init_block * blocks_at_once,
+        init_activations=kept.in_init,
         host_base=0 if on_device else hosted,
         host_init=init.shard_bytes + init.boundary_bytes if work.init_offload else 0,
-        host_basis=both_sides * work.r * work.pairs * (d if work.trains_r else 4),
-        host_rank0=both_sides * work.r * work.pairs * 4,
+        host_basis=basis_size * (d if work.trains_r else 4),
+        host_rank0=basis_size * 4,
         tracks_gradient=work.tracks_gradient,
     )
 
@@ -192,12 +186,17 @@ def init_plan(shape: ModelShape, work: Workload, world_size: int, dtype_bytes: i
     if work.decomposes != "gradient" and not work.tracks_gradient:
         svd = 0
         if work.decomposes == "weight":
-            k = work.r * work.directions
-            shapes = set(work.targets.values())
-            svd = max(svd_bytes(*shape, k, world_size, "raw") for shape in shapes)
+            svd = largest_svd_bytes(
+                work.targets,
+                work.expert_targets,
+                work.r * work.directions,
+                work.expert_r * work.directions,
+                world_size,
+                "weight",
+            )
         return InitPlan(
-            groups=(tuple(work.targets),),
-            prefix=blocks_prefix(work.targets),
+            groups=(tuple(work.adapted),),
+            prefix=blocks_prefix(work.adapted),
             shard_bytes=0,
             backward_bytes=0,
             svd_bytes=svd,
@@ -213,31 +212,10 @@ def init_plan(shape: ModelShape, work: Workload, world_size: int, dtype_bytes: i
         tokens_per_micro_batch=work.tokens,
         boundary_bytes=rows_per_rank * work.max_length * shape.hidden_size * dtype_bytes,
         budget_bytes=work.init_memory_bytes,
+        experts=work.expert_targets,
+        expert_r=work.expert_r * work.directions,
+        experts_per_token=shape.experts_per_token,
     )
-
-
-def block_activation_bytes(
-    shape: ModelShape, work: Workload, dtype_bytes: int, *, inputs: bool, branches: bool = True
-) -> int:
-    """Return what autograd keeps of one decoder block for one micro-batch's backward pass.
-
-    The base is frozen: its linear layers keep nothing. Kept are fp32 inputs of the norms; queries,
-    keys and values (for all heads: keys and values are repeated where there is a padding mask),
-    the mask in the compute dtype and the output of attention; both factors of the MLP's product and
-    the input of its activation function; and the input of every R.
-
-    Args:
-        inputs: keep the inputs of the linear layers, too, as the init needs them.
-        branches: include the adapters.
-    """
-    queries = shape.num_heads * shape.head_dim
-    numbers = 4 * queries + work.max_length + 3 * shape.intermediate_size
-    if branches:
-        numbers += work.r * len(work.targets) // shape.num_blocks
-    if inputs:
-        numbers += 2 * shape.hidden_size + queries + shape.intermediate_size
-    fp32 = shape.normed_width + shape.num_heads
-    return work.tokens * (numbers * dtype_bytes + 4 * fp32)
 
 
 def _optimizer_bytes(work: Workload, num_optimized: int) -> int:
@@ -258,45 +236,11 @@ def _adapter_bytes(work: Workload, dtype_bytes: int) -> Iterator[int]:
         sides = [*sides, work.r] if work.trains_r else sides * work.pairs
         for side in sides:
             yield work.r * side * dtype_bytes
-
-
-def _held(stored: list[int], placement: Placement) -> tuple[int, int]:
-    """Return the bytes that a rank keeps whole, and those of its shards."""
-    if not placement.sharded:
-        return sum(stored), 0
-    threshold = placement.persistence_threshold * placement.dtype_bytes
-    kept = sum(n for n in stored if n <= threshold) if placement.shard_ranks > 1 else 0
-    shards = sum(-(-n // placement.shard_ranks) for n in stored)
-    if placement.secondary_ranks > 1:
-        kept += sum(-(-n // placement.secondary_ranks) for n in stored)
-    return kept, shards
-
-
-def _in_flight_bytes(stored: list[int], placement: Placement) -> int:
-    """Return what the load holds at its peak beyond what remains afterwards.
-
-    Tensors come largest first, as many at a time as there are ranks; each rank has read one of
-    them. They are received and sharded one by one; a rank keeps its own until its turn.
-    (streaming.stream_weights)
-    """
-    order, world_size = sorted(stored, reverse=True), placement.world_size
-    held = peak = 0
-    for first in range(0, len(order), world_size):
-        turn = order[first : first + world_size]
-        for i, size in enumerate(turn):
-            own = turn[i + 1] if i + 1 < len(turn) else 0
-            shard = -(-size // placement.shard_ranks) if placement.sharded else 0
-            on_device = shard if placement.offload == "none" else 0
-            peak = max(peak, held + own + size + on_device)
-            held += on_device if placement.sharded else size
-    return peak - held
-
-
-def _dequantized_bytes(shape: ModelShape, placement: Placement) -> int:
-    if placement.form not in ("nf4", "int8"):
-        return 0
-    numel = max(out * in_ for out, in_ in shape.layers.values())
-    return numel * placement.dtype_bytes + numel // 64 * 4
+    for num_experts, out_features, in_features in work.expert_targets.values():
+        sides = [in_features, out_features]
+        sides = [*sides, work.expert_r] if work.trains_r else sides * work.pairs
+        for side in sides:
+            yield num_experts * work.expert_r * side * dtype_bytes
 
 
 def _blocks_at_once(init: InitPlan, num_blocks: int) -> int:

@@ -14,11 +14,17 @@ FP32_BYTES = 4
 GRAM_SIDE_SHARED, GRAM_SHARE = 1024, 6
 # Columns of a Krylov block: wider ones need larger bases, narrower ones more steps.
 KRYLOV_BLOCK = 16
+# Experts' gradients are computed and reduced so many bytes at a time, and decomposed so many
+# elements at a time.
+EXPERT_GRADIENT_BYTES, EXPERT_SVD_ENTRIES = 1 << 27, 1 << 26
+# What a matrix of experts takes for each element beside its gradient: while it is made, and then. A
+# sign is made in fp32; W has no gradient.
+MATRIX_BYTES = {"sign": (5, 1), "adam": (8, 4), "raw": (0, 0), "weight": (8, 8)}
 
 
 @dataclass(frozen=True)
 class InitPlan:
-    """Groups of layers whose gradients are held at the same time.
+    """Groups of layers, and of projections of experts, whose gradients are held at the same time.
 
     Attributes:
         prefix: of the decoder blocks' names; None where groups cannot be cut between blocks.
@@ -61,10 +67,13 @@ def plan_init(
     tokens_per_micro_batch: int,
     boundary_bytes: int,
     budget_bytes: int | None,
+    experts: Mapping[str, tuple[int, int, int]] | None = None,
+    expert_r: int = 0,
+    experts_per_token: int = 0,
 ) -> InitPlan:
     """Plan as few groups as the budget allows; where none fits, those that take least.
 
-    A layer is never divided.
+    A layer is never divided, nor is a projection of a block's experts.
 
     Args:
         targets: layer -> (out, in), in the model's order.
@@ -73,16 +82,28 @@ def plan_init(
         tokens_per_micro_batch: at most. A layer's inputs and output gradients are fp32.
         boundary_bytes: hidden states of the whole sample, on the rank with most.
         budget_bytes: for ``predicted_bytes``; None: no limit, one group.
+        experts: projections of experts with an adapter -> (experts, out, in).
+        expert_r: as r, of an expert.
     """
-    shapes = set(targets.values())
-    backward = max(_backward_bytes(*s, world_size, tokens_per_micro_batch) for s in shapes)
-    svd = max(svd_bytes(*s, r, world_size, update) for s in shapes)
+    experts = experts or {}
+    tokens = tokens_per_micro_batch
+    works = [_backward_bytes(*shape, world_size, tokens) for shape in set(targets.values())]
+    works += [
+        _experts_backward_bytes(*shape, world_size, tokens * experts_per_token)
+        for shape in set(experts.values())
+    ]
+    backward = max(works, default=0)
+    svd = largest_svd_bytes(targets, experts, r, expert_r, world_size, update)
     workspace = max(backward, svd)
     sizes = {name: _shard_bytes(*shape, world_size) for name, shape in targets.items()}
-    prefix = blocks_prefix(targets)
-    units = [[name] for name in targets]
+    for name, (num_experts, out, in_) in experts.items():
+        sizes[name] = -(-num_experts // world_size) * out * in_ * FP32_BYTES
+    names = list(sizes)
+    prefix = blocks_prefix(names)
+    units = [[name] for name in names]
     if prefix is not None:
-        units = [list(unit) for _, unit in groupby(targets, lambda name: block_of(name, prefix))]
+        names.sort(key=lambda name: block_of(name, prefix))  # experts behind their block's layers
+        units = [list(unit) for _, unit in groupby(names, lambda name: block_of(name, prefix))]
 
     def stored_bytes(num_groups: int) -> int:
         """Count the inputs of all segments but the first, and gradients at both ends of one."""
@@ -101,7 +122,7 @@ def plan_init(
             budget_bytes=budget_bytes,
         )
 
-    plan = plan_of([list(targets)])
+    plan = plan_of([names])
     if budget_bytes is None or not plan.exceeds_budget:
         return plan
     # What is stored between groups takes part of the budget, and more groups store more: where
@@ -163,6 +184,45 @@ def _backward_bytes(out_features: int, in_features: int, world_size: int, tokens
     """Count one layer's fp32 x and δ, and a block of ``δᵀx``."""
     shard = _shard_bytes(out_features, in_features, world_size)
     return tokens * (out_features + in_features) * FP32_BYTES + shard
+
+
+def _experts_backward_bytes(
+    num_experts: int, out_features: int, in_features: int, world_size: int, rows: int
+) -> int:
+    """Count the fp32 x and δ of all rows, and a block of experts' ``δᵀx``."""
+    expert = out_features * in_features * FP32_BYTES
+    at_once = min(-(-num_experts // world_size), max(1, EXPERT_GRADIENT_BYTES // expert))
+    return rows * (out_features + in_features) * FP32_BYTES + at_once * expert
+
+
+def largest_svd_bytes(
+    targets: Mapping[str, tuple[int, int]],
+    experts: Mapping[str, tuple[int, int, int]],
+    r: int,
+    expert_r: int,
+    world_size: int,
+    update: str,
+) -> int:
+    """Return what decomposing the layer, or the projection of experts, with most takes."""
+    works = [svd_bytes(*shape, r, world_size, update) for shape in set(targets.values())]
+    works += [
+        experts_svd_bytes(*shape, expert_r, world_size, update) for shape in set(experts.values())
+    ]
+    return max(works, default=0)
+
+
+def experts_svd_bytes(
+    num_experts: int, out_features: int, in_features: int, r: int, world_size: int, update: str
+) -> int:
+    """Return what decomposing a rank's experts takes (``batched_svd``), with their updates."""
+    local, numel = -(-num_experts // world_size), out_features * in_features
+    making, made = MATRIX_BYTES[update]
+    at_once = min(local, max(1, EXPERT_SVD_ENTRIES // numel))
+    # In fp32, or fp64.
+    decomposing = at_once * numel * (4 if update == "sign" else 8)
+    # U and Vh: a rank's, all of them on rank 0, and the factors made of them.
+    factors = 3 * FP32_BYTES * num_experts * r * (out_features + in_features)
+    return max(making * local * numel, made * local * numel + decomposing) + factors
 
 
 def svd_bytes(out_features: int, in_features: int, r: int, world_size: int, update: str) -> int:

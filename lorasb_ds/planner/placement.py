@@ -10,6 +10,7 @@ Form = Literal["fp32", "fp16", "bf16", "nf4", "int8"]
 
 # bitsandbytes' defaults: QLoRA's block of weights (arXiv 2305.14314), and a block of their scales.
 BLOCKSIZE, NESTED_BLOCKSIZE = 64, 256
+EXPERT_ALIGNMENT = 16  # of a packed expert's bytes, since GPU kernels read so many at a time
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,10 @@ class Placement:
         return self.world_size if self.sharded else 1
 
     @property
+    def quantized(self) -> bool:
+        return self.form in ("nf4", "int8")
+
+    @property
     def dtype_bytes(self) -> int:
         """Return the bytes of an element in the compute dtype."""
         return 4 if self.form == "fp32" else 2
@@ -56,6 +61,17 @@ class Placement:
         else:
             return shape[0] * shape[1] * self.dtype_bytes, 0
         return numbers, sum(scales) + (numbers + sum(scales)) % 2
+
+    def stored_experts(self, shape: tuple[int, int, int]) -> tuple[int, int]:
+        """Return the bytes of a stored (experts, out, in) weight and of its scales.
+
+        Each expert is quantized by itself, and padded to ``EXPERT_ALIGNMENT`` (experts.py).
+        """
+        num_experts, *sides = shape
+        numbers, scales = self.stored((sides[0], sides[1]))
+        if self.quantized:
+            scales += -(numbers + scales) % EXPERT_ALIGNMENT
+        return num_experts * numbers, num_experts * scales
 
 
 def bytes_4bit(

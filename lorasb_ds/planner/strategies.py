@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from lorasb_ds.config.paths import SHIPPED_DS_CONFIGS, read_json
+from lorasb_ds.planner.base_bytes import base_bytes
 from lorasb_ds.planner.footprint import Footprint, footprint, init_plan
+from lorasb_ds.planner.init_plan import InitPlan
 from lorasb_ds.planner.model_shape import ModelShape
 from lorasb_ds.planner.placement import Form, Placement, placement_of
 from lorasb_ds.planner.traffic import Traffic, init_traffic, step_traffic
@@ -15,6 +18,8 @@ from lorasb_ds.system.units import GIB
 
 # The driver's context, NCCL's buffers, what torch's allocator keeps back. Assumed.
 GPU_RUNTIME_BYTES = 3 << 29
+# Quantization that leaves more than this share of the base's bytes is not recommended.
+SAVES_LITTLE = 0.9
 # Values of --init-memory-gib that are tried where the gradients of all layers do not fit.
 BUDGETS_GIB = (64, 32, 16, 8, 4, 2, 1, 0.5, 0.25)
 
@@ -54,6 +59,7 @@ class Strategy:
     options: tuple[str, ...] = ()
 
 
+STRATEGY_DTYPE_BYTES = 2  # all of them compute in bf16
 QUANTIZED = ("--load-in-4bit",)
 STRATEGIES = (
     Strategy("bf16 on every rank", "bf16", "zero2.json"),
@@ -76,6 +82,7 @@ class StrategyPlan:
         needed_bytes: of a rank's device.
         host_needed_bytes: of the first host; 0 on CPUs, where ``needed_bytes`` includes it.
         added: options beyond those that were asked for.
+        saves_little: the base is quantized, and takes hardly less for it.
     """
 
     strategy: Strategy
@@ -89,6 +96,7 @@ class StrategyPlan:
     host_needed_bytes: int
     fits: bool
     added: tuple[str, ...]
+    saves_little: bool = False
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -120,8 +128,14 @@ def plan(shape: ModelShape, cluster: Cluster, work: Workload) -> list[StrategyPl
 
     One rank has nothing to shard, and on CPUs there is no other memory to offload to.
     """
+
+    @cache  # the strategies differ in the base, not in the init
+    def plan_init(checkpointing: bool, budget: int | None) -> InitPlan:
+        changed = replace(work, gradient_checkpointing=checkpointing, init_memory_bytes=budget)
+        return init_plan(shape, changed, cluster.world_size, STRATEGY_DTYPE_BYTES)
+
     return [
-        _fitted(shape, cluster, strategy, work)
+        _fitted(shape, cluster, strategy, work, plan_init)
         for strategy in STRATEGIES
         if not (cluster.world_size == 1 and strategy.ds_config == "zero3.json")
         and not (cluster.cpu and "offload" in strategy.ds_config)
@@ -131,24 +145,38 @@ def plan(shape: ModelShape, cluster: Cluster, work: Workload) -> list[StrategyPl
 def recommended(plans: Sequence[StrategyPlan]) -> StrategyPlan | None:
     """Choose among the strategies that fit, by counts alone; None if none fits.
 
-    First come those that compute no forward pass twice, then those that move the fewest bytes in a
-    step, from other ranks and from the host; of equals, the first of ``STRATEGIES``.
+    Quantization that saves little comes last: it rounds some weights for nothing. Otherwise first
+    come those that compute no forward pass twice, then those that move the fewest bytes in a step,
+    from other ranks and from the host; of equals, the first of ``STRATEGIES``.
     """
     fitting = [plan for plan in plans if plan.fits]
     if not fitting:
         return None
-    return min(fitting, key=lambda p: (p.work.gradient_checkpointing, p.step.total_bytes))
+    return min(
+        fitting,
+        key=lambda p: (p.saves_little, p.work.gradient_checkpointing, p.step.total_bytes),
+    )
 
 
 def _fitted(
-    shape: ModelShape, cluster: Cluster, strategy: Strategy, work: Workload
+    shape: ModelShape,
+    cluster: Cluster,
+    strategy: Strategy,
+    work: Workload,
+    plan_init: Callable[[bool, int | None], InitPlan],
 ) -> StrategyPlan:
+    """Plan one strategy.
+
+    Args:
+        plan_init: of the workload with this checkpointing and this budget.
+    """
     ds_config = read_json(str(SHIPPED_DS_CONFIGS / strategy.ds_config), "--ds-config")
     placement = placement_of(ds_config, strategy.form, cluster.world_size)
+    base = base_bytes(shape, placement)
 
     def memory_of(work: Workload) -> Footprint:
-        init = init_plan(shape, work, cluster.world_size, placement.dtype_bytes)
-        return footprint(shape, placement, work, init)
+        init = plan_init(work.gradient_checkpointing, work.init_memory_bytes)
+        return footprint(shape, placement, work, init, base)
 
     memory = memory_of(work)
     added: tuple[str, ...] = ()
@@ -173,6 +201,8 @@ def _fitted(
         host_needed_bytes=host,
         fits=is_fit,
         added=added,
+        saves_little=placement.quantized
+        and base.whole > SAVES_LITTLE * placement.dtype_bytes * shape.num_parameters,
     )
 
 

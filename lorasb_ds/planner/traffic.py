@@ -53,7 +53,10 @@ def init_traffic(
     sent = gathered.bytes * rounds
     if w > 1:
         numel = sum(out * in_ for out, in_ in work.targets.values())
+        numel += sum(n * out * in_ for n, out, in_ in work.expert_targets.values())
         sent += rounds * _received(4 * numel, placement)
+        # An expert's owner decomposes its gradient alone, and sends the factors.
+        sent += _received(4 * work.num_in_expert_pairs, placement)
         for sides in work.targets.values():
             long, short = max(sides), min(sides)
             steps = 1 if takes_gram_way(short, work.r) else 3 + work.r // 4
@@ -78,7 +81,7 @@ def _gathers(shape: ModelShape, placement: Placement, work: Workload, passes: in
     if not placement.sharded:
         return Traffic(0)
     d, ranks = placement.dtype_bytes, placement.shard_ranks
-    prefix = blocks_prefix(work.targets) or ""
+    prefix = blocks_prefix(work.adapted) or ""
     of_blocks: list[int] = []
     once: list[int] = []
     for name, numel in shape.others.items():
@@ -90,6 +93,11 @@ def _gathers(shape: ModelShape, placement: Placement, work: Workload, passes: in
         of_blocks.append(sum(placement.stored(sides)))
         if name in work.targets:
             of_blocks += [work.r * side * d for side in sides] * work.pairs
+    for name, (num_experts, out, in_) in shape.experts.items():
+        of_blocks.append(sum(placement.stored_experts((num_experts, out, in_))))
+        if name in work.expert_targets:
+            factors = [num_experts * work.expert_r * side * d for side in (out, in_)]
+            of_blocks += factors * work.pairs
     kept = placement.persistence_threshold * d
     total = sum(
         times * sum(n for n in sizes if n > kept)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,14 @@ class Workload:
     # of everything else that its layers keep.
     trained_sizes: tuple[int, ...] | None = None
     num_kept: int = 0
+    # Projections of experts with an adapter, in which every expert has factors of its own.
+    expert_targets: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
+    expert_r: int = 0
+
+    @property
+    def adapted(self) -> list[str]:
+        """Return the names of all layers and projections with an adapter."""
+        return [*self.targets, *self.expert_targets]
 
     @property
     def tokens(self) -> int:
@@ -47,8 +55,23 @@ class Workload:
         if self.trained_sizes is not None:
             return sum(self.trained_sizes)
         if self.trains_r:
-            return len(self.targets) * self.r**2
-        return sum(self.r * (out + in_) for out, in_ in self.targets.values())
+            num_experts = sum(n for n, _, _ in self.expert_targets.values())
+            return len(self.targets) * self.r**2 + num_experts * self.expert_r**2
+        return self.num_in_pairs
+
+    @property
+    def num_in_pairs(self) -> int:
+        """Return the elements of one pair of factors like A and B, of all layers and experts."""
+        layers = sum(self.r * (out + in_) for out, in_ in self.targets.values())
+        return layers + self.num_in_expert_pairs
+
+    @property
+    def num_in_expert_pairs(self) -> int:
+        """Return the elements of one pair of factors like A and B, of all experts."""
+        return sum(
+            num_experts * self.expert_r * (out + in_)
+            for num_experts, out, in_ in self.expert_targets.values()
+        )
 
     def init_rounds(self, world_size: int) -> int:
         """Return the micro-batches that each rank computes in the init."""

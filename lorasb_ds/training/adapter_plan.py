@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from lorasb_ds.adapters.peft_config import peft_warning
 from lorasb_ds.adapters.peft_methods import PeftPlan, plan_peft
+from lorasb_ds.adapters.peft_targets import peft_warning
+from lorasb_ds.config.adapter_options import default_expert_r
 from lorasb_ds.config.methods import METHODS
 from lorasb_ds.config.run_config import RunConfig
+from lorasb_ds.errors import ConfigError
+from lorasb_ds.init.experts import EXPERT_UPDATES
+from lorasb_ds.init.factors import InitSettings
 from lorasb_ds.models.base import Base
-from lorasb_ds.models.linear_layers import Shapes, select_targets
+from lorasb_ds.models.experts import ExpertShapes
+from lorasb_ds.models.linear_layers import Shapes, select_names, select_targets
 from lorasb_ds.models.loading import DTYPES
 
 
@@ -19,26 +24,91 @@ class AdapterPlan:
 
     Attributes:
         targets: layer -> (out, in).
+        experts: projection of MoE experts -> (experts, out, in).
+        expert_r: rank of every expert's adapter.
+        frozen_experts: why projections of experts that --target-modules selects get no adapter;
+            None: they do, or there are none.
         peft: PEFT's plan for ``--method peft:FILE``; None: the layers are this library's.
         peft_warning: why PEFT would not read the adapter as it is written; None: it would.
     """
 
     targets: Shapes
+    experts: ExpertShapes = field(default_factory=dict)
+    expert_r: int = 0
+    frozen_experts: str | None = None
     peft: PeftPlan | None = None
     peft_warning: str | None = None
+
+    def names(self, base: Base) -> list[str]:
+        """Return all layers and projections with an adapter, in the model's order."""
+        order = base.order
+        return sorted((*self.targets, *self.experts), key=order.__getitem__)
 
 
 def plan_adapter(config: RunConfig, base: Base) -> AdapterPlan:
     """Find the layers that get an adapter. Not collective.
 
     Raises:
-        ConfigError: if --target-modules, --r or PEFT's configuration does not fit the base.
+        ConfigError: if --target-modules, --r, --expert-r or PEFT's configuration does not fit the
+            base.
     """
     method = METHODS.get(config.method)
     if method is None:
         # PEFT puts its layers into the model that it looks at.
         plan = plan_peft(config, base.empty_model(DTYPES[config.dtype]))
-        return AdapterPlan(plan.layers, plan)
+        if base.experts and plan.content.get("target_parameters"):
+            raise ConfigError(
+                f"--method {config.method}: its target_parameters cannot be trained, since experts "
+                "are layers here. Leave them out, or take a method that trains experts: lora-sb."
+            )
+        return AdapterPlan(plan.layers, peft=plan)
     layers = dict(base.shape.layers)
-    targets = select_targets(layers, config.target_modules, config.r, method.directions)
-    return AdapterPlan(targets, None, peft_warning(base.model_type, targets, config.model))
+    targets = select_targets(
+        layers, config.target_modules, config.r, method.directions, base.experts
+    )
+    experts, expert_r, why_frozen = _plan_experts(config, base)
+    if not targets and not experts:
+        raise ConfigError(
+            f"--target-modules {config.target_modules} selects nothing but experts, and "
+            f"{why_frozen}. Name other layers, too."
+        )
+    warning = peft_warning(base.model_type, targets, config.model)
+    return AdapterPlan(targets, experts, expert_r, why_frozen, peft_warning=warning)
+
+
+def _plan_experts(config: RunConfig, base: Base) -> tuple[ExpertShapes, int, str | None]:
+    """Return the projections of experts that get an adapter, its rank, and why they get none."""
+    selected = set(select_names(base.experts, config.target_modules))
+    experts = {name: shape for name, shape in base.experts.items() if name in selected}
+    if not experts:
+        if config.expert_r:
+            raise ConfigError(
+                f"--expert-r {config.expert_r}: --target-modules {config.target_modules} selects "
+                f"no experts of this base. Leave --expert-r out."
+            )
+        return {}, 0, None
+    if config.expert_r == 0:
+        return {}, 0, "--expert-r is 0"
+    if why := _why_not(config):
+        if config.expert_r is not None:
+            raise ConfigError(f"--expert-r {config.expert_r}: {why}. Give 0, or leave it out.")
+        return {}, 0, why
+    r = config.expert_r
+    if r is None:
+        r = default_expert_r(config.r, base.shape.experts_per_token)
+    name, shape = min(experts.items(), key=lambda item: min(item[1][1:]))
+    if r > min(shape[1:]):
+        raise ConfigError(
+            f"--expert-r {r} exceeds min(out, in) = {min(shape[1:])} of the experts of {name}. "
+            "Give a smaller one; 0 leaves experts frozen."
+        )
+    return experts, r, None
+
+
+def _why_not(config: RunConfig) -> str | None:
+    """Return why experts cannot be trained with these options; None if they can."""
+    if not METHODS[config.method].trains_r:
+        return f"--method {config.method} trains A and B, which experts do not have yet"
+    if InitSettings.from_config(config).update not in EXPERT_UPDATES:
+        return f"--optimizer {config.optimizer} takes whole matrices, not those of experts yet"
+    return None

@@ -103,7 +103,7 @@ def measure_alignment(
                     span, step = (LoraPair(pair.B.T, pair.A.T) for pair in (span, step))
                 found[name] = measure_layer(G, span, step, adapter.trained == TRAIN_R, group)
     dist.destroy_process_group(group)
-    return {name: found[name] for name in adapters}
+    return {name: found[name] for name in adapters if name in found}
 
 
 @contextmanager
@@ -264,11 +264,14 @@ def track_alignment(training: TrainingRun, before: Mapping[str, Values] | None) 
         before: ``trained_factors`` before that step; None after the init.
     """
     run, step = training.run, training.state.step
+    # Of linear layers: experts are left out.
+    planned = run.memory.footprint.init.groups
+    groups = [[name for name in group if name in run.adapter.targets] for group in planned]
     found = measure_alignment(
         training.engine,
         training.adapters,
         probe_of(run),
-        run.memory.footprint.init.groups,
+        [group for group in groups if group],
         before,
         offload=run.config.init_offload,
     )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lorasb_ds.adapters.peft_experts import expert_fields
 from lorasb_ds.adapters.peft_methods import save_peft_method
+from lorasb_ds.adapters.peft_targets import target_fields
 from lorasb_ds.adapters.peft_writer import peft_target_modules, save_peft_adapter
 from lorasb_ds.config.run_layout import (
     ADAPTER,
@@ -68,11 +71,26 @@ def announce(run: Prepared, folder: Path) -> None:
         f"process(es) on {accelerator.name()}, {run.num_steps} steps of "
         f"{run.config.train_batch_size} {'packs' if run.config.packing else 'rows'}"
     )
-    if experts := run.base.experts:
+    adapter = run.adapter
+    if adapter.experts:
+        num_experts = {shape[0] for shape in adapter.experts.values()}
         say(
-            f"{len(experts)} layers of MoE experts ({sum(experts.values()):,} parameters) stay "
-            "frozen without an adapter"
+            f"{len(adapter.experts)} projections of {'/'.join(map(str, sorted(num_experts)))} "
+            f"experts with an adapter of rank {adapter.expert_r} for each"
         )
+    if frozen := frozen_experts(run):
+        why = f": {adapter.frozen_experts}" if adapter.frozen_experts else ""
+        share = sum(frozen.values()) / run.base.shape.num_parameters
+        say(
+            f"{sum(frozen.values()):,} parameters of MoE experts ({share:.0%} of the model) stay "
+            f"frozen without an adapter{why}"
+        )
+
+
+def frozen_experts(run: Prepared) -> dict[str, int]:
+    """Return what has no adapter of the base's MoE experts -> number of elements."""
+    known = {n: math.prod(s) for n, s in run.base.experts.items() if n not in run.adapter.experts}
+    return known | run.base.other_experts
 
 
 def finish(
@@ -90,8 +108,8 @@ def finish(
     if init.layers:
         draw_init(folder / INIT_PICTURE, init)
     # Last: a run that has its report is finished.
-    targets, experts = run.adapter.targets, run.base.experts
-    write_report(folder / REPORT, description, log.rows, init, targets, experts)
+    targets, frozen = run.adapter.targets, frozen_experts(run)
+    write_report(folder / REPORT, description, log.rows, init, targets, frozen)
 
 
 def save_adapter(run: Prepared, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -101,12 +119,12 @@ def save_adapter(run: Prepared, folder: Path, tensors: Mapping[str, torch.Tensor
         empty = run.base.empty_model(DTYPES[config.dtype])
         save_peft_method(folder, run.adapter.peft, empty, tensors, base_model)
         return
-    save_peft_adapter(
-        folder,
-        tensors,
-        r=config.r * run.memory.workload.pairs,
-        target_modules=peft_target_modules(run.adapter.targets, dict(run.base.shape.layers)),
-        base_model=base_model,
-    )
+    adapter, r = run.adapter, config.r * run.memory.workload.pairs
+    modules = peft_target_modules(adapter.targets, dict(run.base.shape.layers))
+    fields = target_fields(run.base.model_type, modules)
+    if adapter.experts:
+        ranks = dict.fromkeys(adapter.experts, adapter.expert_r)
+        fields = expert_fields(r, fields, ranks, run.base.experts)
+    save_peft_adapter(folder, tensors, r=r, base_model=base_model, **fields)
     if run.adapter.peft_warning:
         say(f"warning: {run.adapter.peft_warning}")

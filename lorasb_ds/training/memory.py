@@ -183,6 +183,8 @@ def workload_of(
         init_offload=config.init_offload,
         whole_matrices=config.optimizer in MATRIX_OPTIMIZERS,
         tracks_gradient=config.track_alignment is not None,
+        expert_targets=adapter.experts,
+        expert_r=adapter.expert_r,
     )
     if method is not None:
         return replace(

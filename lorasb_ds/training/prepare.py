@@ -147,7 +147,7 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
     base.check_files()
     if config.packing:
         _check_packing(base.model)
-    _make_experts_leaves(ds_config, base.experts)
+    _make_experts_leaves(ds_config, base)
     adapter = plan_adapter(config, base)
 
     data = load_data(config, base.tokenizer)
@@ -157,7 +157,9 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
     num_steps = config.max_steps or order.num_steps(config.epochs)
 
     rows_digest = data.init.select(gradient_rows).digest
-    made_from = fingerprint(config, base.digest, adapter.targets, rows_digest)
+    made_from = fingerprint(
+        config, base.digest, adapter.targets, rows_digest, adapter.experts, adapter.expert_r
+    )
     same_run = made_from | what_must_match(config, data.train)
     stored_init = None
     if resume is not None:
@@ -210,16 +212,17 @@ def order_of(config: RunConfig, train: TokenizedRows) -> StepSampler:
     )
 
 
-def _make_experts_leaves(ds_config: dict[str, Any], experts: Iterable[str]) -> None:
+def _make_experts_leaves(ds_config: dict[str, Any], base: Base) -> None:
     """Let ZeRO-3 gather a module of experts at once, and not part by part ("leaf modules").
 
-    Otherwise ranks whose tokens go to different experts would wait for each other. DeepSpeed's own
-    list names whole MoE blocks, whose trainable parameters it would reduce at every backward pass,
-    the init's included.
+    Otherwise ranks whose tokens go to different experts would wait for each other. Experts whose
+    projections are layers (``split_experts``) need not be leaves: every rank calls those in every
+    pass. DeepSpeed's own list names whole MoE blocks, whose trainable parameters it would reduce at
+    every backward pass, the init's included.
     """
-    section, names = ds_config["zero_optimization"], list(experts)
-    if names and section["stage"] == 3:
-        section.setdefault("leaf_module", {"classes": [], "names": names})
+    section = ds_config["zero_optimization"]
+    if section["stage"] == 3 and (base.experts or base.other_experts):
+        section.setdefault("leaf_module", {"classes": [], "names": list(base.other_experts)})
 
 
 def _check_packing(model: Any) -> None:

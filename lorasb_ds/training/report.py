@@ -51,7 +51,7 @@ def write_report(
     rows: Sequence[Mapping[str, Any]],
     init: InitReport,
     targets: Shapes,
-    experts: Mapping[str, int],
+    frozen_experts: Mapping[str, int],
 ) -> None:
     """Write ``report.md``: the init, the training, and the size of the adapter.
 
@@ -60,7 +60,7 @@ def write_report(
         rows: all rows of ``metrics.jsonl``.
         init: report of the init.
         targets: layers with an adapter -> (out, in).
-        experts: frozen modules of MoE experts -> their number of elements.
+        frozen_experts: of MoE experts what has no adapter -> number of elements.
     """
     r, method = run["config"]["r"], run["config"]["method"]
     num_trained = run["trainable_parameters"]
@@ -82,12 +82,14 @@ def write_report(
     lines.append("")
     if run.get("peft_warning"):
         lines += [f"**Not for PEFT**: {run['peft_warning']}", ""]
-    lines += _init_section(init, run["config"]["init_from"], experts)
+    lines += _init_section(init, run["config"]["init_from"], frozen_experts)
     lines += _training_section(rows)
     lines += _held_out_section(rows)
     lines += _memory_section(run["memory"])
     if init.layers:
         lines += _layers_section(init)
+    if init.experts:
+        lines += _experts_section(init)
     write_text(path, "\n".join(lines) + "\n")
 
 
@@ -146,8 +148,8 @@ def _init_section(init: InitReport, taken: str | None, experts: Mapping[str, int
         lines += [f"**Not called by all {init.num_batches} micro-batches**: {counts}.", ""]
     if experts:
         lines += [
-            f"**MoE**: {len(experts)} layers of experts, {sum(experts.values()):,} parameters, stay"
-            " frozen without an adapter.",
+            f"**MoE**: {sum(experts.values()):,} parameters of experts stay frozen without an "
+            "adapter.",
             "",
         ]
     return [*lines, f"![spectra and captured energy]({INIT_PICTURE})", ""] if init.layers else lines
@@ -228,3 +230,34 @@ def _layers_section(init: InitReport) -> list[str]:
             for name, layer in init.layers.items()
         ),
     ]
+
+
+def _experts_section(init: InitReport) -> list[str]:
+    """List the projections of experts; numbers of experts are counted from 0."""
+    lines = [
+        "",
+        "## Init of experts",
+        "",
+        "Every expert of a projection has its own SVD. Tokens are those of the sample that gave "
+        "the expert a gradient.",
+        "",
+        "| projection | captured energy: min / median / max | tokens of an expert: min / median / "
+        "max | experts without a token | orthonormality |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, experts in init.experts.items():
+        energy, tokens = experts.captured_energy, experts.tokens
+        lines.append(
+            f"| {name} | {energy.min():.4f} / {energy.median():.4f} / {energy.max():.4f} | "
+            f"{tokens.min()} / {tokens.median()} / {tokens.max()} | "
+            f"{', '.join(map(str, experts.unreached)) or '-'} | "
+            f"{experts.orthonormality_error:.0e} / {experts.stored_orthonormality_error:.0e} |"
+        )
+    if init.loss is not None and any(of.unreached for of in init.experts.values()):
+        lines += [
+            "",
+            "The basis of an expert without a token is that of the mean gradient of the "
+            "projection's other experts, and its R starts at 0. More --init-samples reach more "
+            "experts.",
+        ]
+    return lines

@@ -197,7 +197,8 @@ def start_engine(run: Prepared) -> tuple[Any, Adapters]:
     if run.adapter.peft is not None:
         inject_peft(model, run.adapter.peft, config, dtype)
     else:
-        adapters = inject(model, run.adapter.targets, config.r, dtype, layer_class_of(config))
+        layer_class = layer_class_of(config, run.adapter.expert_r)
+        adapters = inject(model, run.adapter.names(run.base), config.r, dtype, layer_class)
     add_loss_head(model)
     trained = list(trainable_parameters(model).values())
     optimizer = make_optimizer(trained, config)

@@ -108,7 +108,7 @@ def gradients(config: dict[str, Any], out: str, zero_optimization: dict[str, Any
     """The average gradient of all training rows, gathered whole on rank 0."""
     from lorasb_ds.distributed import zero
     from lorasb_ds.distributed.collectives import gather_rows
-    from lorasb_ds.init.gradients import average_gradients, is_transposed
+    from lorasb_ds.init.gradients import average_gradients, gradient_shape, is_transposed
 
     run, engine, adapters = _start(config, zero_optimization)
     sample = run.sample(range(len(run.data.train.examples)))
@@ -118,11 +118,14 @@ def gradients(config: dict[str, Any], out: str, zero_optimization: dict[str, Any
     assert [n for n, p in engine.module.named_parameters() if p.grad is not None] == []
     whole = {}
     for name, adapter in adapters.items():
-        long_side = max(adapter.out_features, adapter.in_features)
-        G = gather_rows(shards.shards[name], long_side, None)
+        shard, shape = shards.shards[name], gradient_shape(adapter)
+        G = gather_rows(shard.flatten(1), shape[0], None)
         if G is not None:
             transposed = is_transposed(adapter.out_features, adapter.in_features)
-            whole[name] = (G.T if transposed else G).contiguous()
+            G = G.view(shape)
+            whole[name] = (G.mT if transposed else G).contiguous()
+        if name in shards.tokens:
+            assert shards.tokens[name].sum() > 0
     if zero.rank() == 0:
         save_file(whole | {"loss": torch.tensor(shards.loss)}, out)
 

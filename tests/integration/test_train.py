@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from lorasb_ds.system.signals import EXIT_STOPPED
@@ -20,6 +21,7 @@ from tests.runs import ROOT, metrics, run_command, run_worker, word_rows, write_
 TASK = "reasoning-gym:word_sequence_reversal?max_words=4"
 R, STEPS = 32, 12
 pytestmark = pytest.mark.timeout(1600)  # the fixture below, on a slow CPU
+WRITTEN = ("adapter", "exported")
 METRICS = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "step_time_s"}
 
 
@@ -220,23 +222,58 @@ def test_a_run_is_replayed_and_overwritten(tiny_model: Path, tmp_path: Path) -> 
     assert all(row["grad_norm"] > 0 for row in unclipped)
 
 
-def test_an_adapter_that_peft_would_not_read_is_told(tiny_deepseek: Path, tmp_path: Path) -> None:
+def train_once(model: Path, data: Path, run: Path) -> str:
+    return run_worker(
+        *f"--model {model} --data {data} --r 4 --max-steps 1 --init-samples 8 --dtype fp32 "
+        f"--micro-batch-size 4 --output-dir {run}".split()
+    )
+
+
+def test_peft_reads_an_adapter_of_dense_and_shared_layers(
+    tiny_deepseek: Path, tmp_path: Path
+) -> None:
+    """They have the names of experts. Logits are those of the weights with the update added."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    run, model = tmp_path / "run", shutil.copytree(tiny_deepseek, tmp_path / "model")
+    said = train_once(model, write_jsonl(tmp_path / "rows.jsonl", word_rows(12)), run)
+    assert "PEFT" not in said + (run / "report.md").read_text()
+    factors = load_file(run / "adapter" / "adapter_model.safetensors")
+    input_ids, logits = torch.arange(3, 23).view(2, 10), []
+    for kind in ("by hand", "PEFT"):
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        if kind == "PEFT":
+            base = PeftModel.from_pretrained(base, run / "adapter")
+        else:
+            for key in factors:
+                name = key.removesuffix(".lora_A.weight")
+                if name != key:
+                    update = factors[f"{name}.lora_B.weight"] @ factors[key]
+                    weight = base.get_submodule(name.removeprefix("base_model.model.")).weight
+                    weight.data += update
+        with torch.no_grad():
+            logits.append(base(input_ids).logits)
+    assert len(factors) == 2 * 16
+    assert torch.allclose(*logits, rtol=0, atol=1e-5 * logits[0].abs().max().item())  # fp32
+    shutil.rmtree(model)
+    assert "PEFT" not in run_worker("export", str(run), worker="adapters", world_size=None)
+    configs = [json.loads((run / n / "adapter_config.json").read_text()) for n in WRITTEN]
+    assert configs[0] == configs[1]
+    assert configs[0]["target_parameters"] == [f"{n}_proj.weight" for n in ("down", "gate", "up")]
+
+
+def test_an_adapter_that_peft_would_not_read_is_told(tiny_laguna: Path, tmp_path: Path) -> None:
     """Before it is trained, when it is saved, in the report, and at an export without the base."""
-    data = write_jsonl(tmp_path / "rows.jsonl", word_rows(12))
-    model = shutil.copytree(tiny_deepseek, tmp_path / "model")
-    run = tmp_path / "run"
-    train = (
-        f"--model {model} --data {data} --r 4 --max-steps 1 "
-        f"--init-samples 8 --dtype fp32 --micro-batch-size 4 --overwrite --output-dir {run}"
-    ).split()
-    said = run_worker(*train)
-    what = "PEFT will not read 6 of 16 layers, such as model.layers.0.mlp.gate_proj"
+    run, model = tmp_path / "run", shutil.copytree(tiny_laguna, tmp_path / "model")
+    said = train_once(model, write_jsonl(tmp_path / "rows.jsonl", word_rows(12)), run)
+    what = "PEFT will not read 3 of 16 layers, such as model.layers.1.mlp.shared_experts.gate_proj"
     before, _, after = said.partition("trainable parameters")
     assert f"warning: {what}" in before
     assert f"warning: {what}" in after
     assert f"**Not for PEFT**: {what}" in (run / "report.md").read_text()
     shutil.rmtree(model)
-    assert "PEFT will not read 6 of 16 layers" in run_worker(
+    assert "PEFT will not read 3 of 16 layers" in run_worker(
         "export", str(run), worker="adapters", world_size=None
     )
 

@@ -263,7 +263,8 @@ def test_scalings(r: int, alpha: float, method: str) -> None:
 def test_lora_sb_s_row_is_the_paper_s() -> None:
     config = RunConfig()
     assert (config.method, config.update_rule) == ("lora-sb", "sign")
-    assert layer_class_of(config) is LoraSBLinear
+    layer = layer_class_of(config)(torch.nn.Linear(3, 4), 2, torch.float32)
+    assert type(layer) is LoraSBLinear
     assert InitSettings.from_config(config).scaling == 1
 
 

@@ -29,6 +29,7 @@ NAMES = [
     "epochs",
     "eval_data",
     "eval_every",
+    "expert_r",
     "force",
     "gamma",
     "generate_samples",

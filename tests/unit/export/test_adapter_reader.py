@@ -163,7 +163,6 @@ def config_faults() -> dict[str, tuple[Callable[[Path], object], str]]:
         "lora_bias": True,
         "layer_replication": [[0, 2]],
         "trainable_token_indices": [1],
-        "target_parameters": ["experts.up_proj"],
         "use_qalora": True,
         "corda_config": {"corda_method": "kpm"},
         "of_a_later_peft": 1,
@@ -201,6 +200,18 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = config_faults() | {
     "alpha_pattern is a list": (
         lambda f: edit_config(f, alpha_pattern=["q_proj"]),
         "alpha_pattern .* must name layers",
+    ),
+    "weights of layers that are no experts' names": (
+        lambda f: edit_config(f, target_parameters=["q_proj.weight"]),
+        "model.layers.0.self_attn.q_proj.weight in target_parameters is neither",
+    ),
+    "experts that the file has not": (
+        lambda f: edit_config(f, target_parameters=["experts.up_proj"]),
+        "name 'experts.up_proj', of which there is no LoRA in the file",
+    ),
+    "target_parameters is no list": (
+        lambda f: edit_config(f, target_parameters="up_proj.weight"),
+        "target_parameters = 'up_proj.weight' .* another adapter",
     ),
     "pickle": (to_pickle, r"no adapter_model\.safetensors\. .* is a pickle, which can run code"),
     "no weights": (

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.workers.adapters import main
-from lorasb_ds.adapters.peft_config import misread_by_peft
+from lorasb_ds.adapters.peft_targets import misread_by_peft
 from lorasb_ds.adapters.peft_writer import peft_target_modules, peft_tensors, save_peft_adapter
 from lorasb_ds.config.paths import demo_model_dir
 from lorasb_ds.config.run_layout import BASIS_FILE
@@ -753,7 +751,7 @@ MOE = {
 LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "v_head_dim": 8, "n_group": 1, "topk_group": 1}
 LATENT |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "num_key_value_heads": 4}
 DENSE_AND_SHARED = "gate_proj,up_proj,down_proj"
-# A model_type, its options, target modules, and how many layers PEFT leaves out.
+# A model_type, its options, target modules, and how many layers PEFT would take for experts.
 BASES: dict[str, tuple[str, dict[str, Any], str, int]] = {
     "DeepSeek-V3": ("deepseek_v3", MOE | LATENT, "all-linear", 9),
     "its dense layer": (
@@ -783,8 +781,8 @@ BASES: dict[str, tuple[str, dict[str, Any], str, int]] = {
 
 
 @pytest.mark.parametrize("kind", BASES)
-def test_layers_that_peft_leaves_out_are_named(kind: str, tmp_path: Path) -> None:
-    """Exactly those whose factors PEFT and transformers leave out of the model."""
+def test_peft_reads_all_layers_of_an_export(kind: str, tmp_path: Path) -> None:
+    """So does transformers. The adapter was written as earlier versions did."""
     model_type, options, modules, count = BASES[kind]
     known = AutoConfig.for_model(model_type)
     config = AutoConfig.for_model(
@@ -813,39 +811,53 @@ def test_layers_that_peft_leaves_out_are_named(kind: str, tmp_path: Path) -> Non
         target_modules=peft_target_modules(targets, layers),
         base_model=str(tmp_path / "base"),
     )
-    text = run("export", tmp_path / "adapter", "--out", tmp_path / "out")
+    assert len(misread_by_peft(model_type, targets)) == count
+    assert "PEFT" not in run("export", tmp_path / "adapter", "--out", tmp_path / "out")
     stored = load_file(tmp_path / "out" / ADAPTER_WEIGHTS)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's, of what it leaves out
-        by_peft = PeftModel.from_pretrained(base, tmp_path / "out").get_base_model()
-        by_transformers = load(tmp_path / "base")
-        by_transformers.load_adapter(str(tmp_path / "out"))
+    by_peft = PeftModel.from_pretrained(base, tmp_path / "out").get_base_model()
+    by_transformers = load(tmp_path / "base")
+    by_transformers.load_adapter(str(tmp_path / "out"))
     for loaded in (by_peft, by_transformers):
-        found = dict(loaded.named_parameters())
-        left_out = [
-            name
-            for name in targets
-            if not all(
-                (value := found.get(f"{name}.lora_{factor}.default.weight")) is not None
-                and torch.equal(value, stored[f"base_model.model.{name}.lora_{factor}.weight"])
-                for factor in "AB"
-            )
-        ]
-        assert misread_by_peft(model_type, targets) == left_out
-        assert len(left_out) == count
-    if count == 0:
-        assert "PEFT" not in text
-        return
-    some = ", ".join(sorted(left_out)[:3])  # as a file has them
-    what = f"PEFT will not read {count} of {len(targets)} layers, such as {some}: in a {model_type}"
-    assert f"lorasb: warning: {what} it takes their names" in text
-    assert "lorasb merge" in text
-    half = ("--weights", "0.5,0.5", "--out", tmp_path / "sum")
-    assert f"PEFT will not read {count} of" in run("combine", *[tmp_path / "out"] * 2, *half)
-    shutil.rmtree(tmp_path / "base")
-    text = run("export", tmp_path / "adapter", "--out", tmp_path / "out", "--overwrite")
-    assert f"PEFT may not read {count} of {len(targets)} layers" in text
-    assert f"config.json of {tmp_path / 'base'}, which would say so, is not available" in text
+        found = {n: p for n, p in loaded.named_parameters() if n.endswith(".default.weight")}
+        assert len(found) == len(stored) == 2 * len(targets)
+        for name, value in found.items():
+            assert torch.equal(value, stored[f"base_model.model.{name.replace('.default', '')}"])
+
+
+def test_an_export_without_the_base_of_its_experts(tmp_path: Path) -> None:
+    """It keeps the form that the adapter has, and tells what that may mean."""
+    names = ["model.layers.0.mlp.up_proj", "model.layers.0.self_attn.o_proj"]
+    factors = {name: (torch.ones(2, 6), torch.ones(5, 2)) for name in names}
+    for folder, fields in {
+        "old": {"target_modules": ["up_proj", "o_proj"]},
+        "new": {"target_modules": ["o_proj"], "target_parameters": ["up_proj.weight"]},
+    }.items():
+        written(tmp_path / folder, factors)
+        edit_config(tmp_path / folder, **fields)
+        out, half = tmp_path / f"{folder} out", ("--weights", "0.5,0.5")
+        told = run("export", tmp_path / folder, "--out", out)
+        told += run("combine", *[tmp_path / folder] * 2, *half, "--out", tmp_path / f"{folder} sum")
+        assert read_adapter(str(out)).peft_config.items() >= fields.items()
+        assert read_adapter(str(tmp_path / f"{folder} sum")).peft_config.items() >= fields.items()
+        warning = "PEFT may not read 1 of 2 layers, such as model.layers.0.mlp.up_proj"
+        assert told.count(warning) == (2 if folder == "old" else 0)
+        assert told.count("the config.json of base, which") == (2 if folder == "old" else 0)
+    # A sum with an adapter of other layers names them all.
+    written(tmp_path / "more", {"model.layers.0.mlp.x": factors[names[0]]})
+    run("combine", tmp_path / "new", tmp_path / "more", *half, "--out", tmp_path / "sum")
+    found = read_adapter(str(tmp_path / "sum")).peft_config
+    assert found["target_modules"] == [names[1], "model.layers.0.mlp.x"]
+    assert found["target_parameters"] == [f"{names[0]}.weight"]
+
+
+def test_an_adapter_of_single_experts_keeps_its_names(tmp_path: Path) -> None:
+    """PEFT converts them, as transformers 4 has them."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "qwen3_moe"}')
+    name = "model.layers.0.mlp.experts.3.up_proj"
+    adapter = written(tmp_path / "adapter", {name: (torch.ones(2, 6), torch.ones(5, 2))})
+    edit_config(adapter.path, base_model_name_or_path=str(tmp_path / "base"))
+    assert read_adapter(str(adapter.path)).target_fields == {"target_modules": [name]}
 
 
 def test_a_run_knows_what_its_base_was(tmp_path: Path) -> None:

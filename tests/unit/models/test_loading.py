@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.models.base import Base, open_base
+from lorasb_ds.models.experts import ExpertsLinear
 from lorasb_ds.models.linear_layers import linear_layers
 from lorasb_ds.models.loading import load_base
 from lorasb_ds.models.quantization import PackedLinear, PackedLinear4bit, PackedLinear8bit
@@ -80,7 +81,14 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def everything(model: Any) -> dict[str, torch.Tensor]:
-    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    """All parameters and buffers, under transformers' names and in its orientation."""
+    found = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    for name, module in model.named_modules():
+        if isinstance(module, ExpertsLinear):
+            weight = found.pop(f"{name}.weight")
+            whole_and_transposed = module.kind is None and module.stored_transposed
+            found[name] = weight.mT if whole_and_transposed else weight
+    return found
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -128,6 +136,10 @@ def test_4bit_equals_transformers_and_bitsandbytes(architecture: str, tmp_path: 
     assert kinds == {PackedLinear4bit}
     assert linear_layers(found).keys() == linear_layers(expected).keys()
     assert not isinstance(found.lm_head, PackedLinear)
+    for name, layer in found.named_modules():
+        if isinstance(layer, ExpertsLinear):  # transformers leaves them in bf16
+            weight = expected.get_parameter(name)
+            weight.data.copy_(torch.stack([layer.expert_weight(e) for e in range(len(weight))]))
     input_ids = torch.arange(1, 9).view(1, 8)
     with torch.no_grad():
         assert torch.equal(found(input_ids).logits, expected(input_ids).logits)

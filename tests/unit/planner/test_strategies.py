@@ -20,7 +20,8 @@ from launcher.cli import main
 from launcher.commands.plan import find_workload
 from launcher.hosts.hostfile import read_hostfile
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.planner.model_shape import BUILT_IN, shape_from_config
+from lorasb_ds.planner.config_shape import shape_from_config
+from lorasb_ds.planner.known_models import BUILT_IN
 from lorasb_ds.planner.placement import Placement
 from lorasb_ds.planner.strategies import Cluster, cpu_cluster, plan, recommended
 from lorasb_ds.planner.traffic import step_traffic
@@ -31,7 +32,7 @@ from lorasb_ds.training.memory import RunMemory
 from tests.runs import ROOT
 
 OPTIONS: dict[str, Any] = {"r": 64, "max_length": 1024, "micro_batch_size": 4, "init_samples": 64}
-OPTIONS |= {"gradient_checkpointing": False, "init_memory_gib": None}
+OPTIONS |= {"gradient_checkpointing": False, "init_memory_gib": None, "expert_r": None}
 LLAMA_7B = shape_from_config("llama-7b", BUILT_IN["llama-7b"])
 
 
@@ -132,6 +133,20 @@ def test_the_command_as_a_user_sees_it() -> None:
     assert dry_run.exit_code == 0, dry_run.output
 
 
+def test_a_mixture_of_experts_as_a_user_sees_it() -> None:
+    text = invoke("--model", "qwen3-30b-a3b")
+    assert "95% of them in experts, of which a token goes to 8 of 128 in a block" in text
+    assert "--expert-r" not in text, "it is the default of `lorasb train`, too"
+    frozen, trained = (
+        json.loads(invoke("--model", "qwen3-30b-a3b", "--expert-r", r, "--json")) for r in "08"
+    )
+    assert "--expert-r 0" in frozen["command"]
+    assert trained["parameters_in_experts"] == 48 * 128 * 3 * 768 * 2048
+    for without, with_experts in zip(frozen["strategies"], trained["strategies"], strict=True):
+        assert without["bytes"]["A, B, R"] < with_experts["bytes"]["A, B, R"]
+        assert without["init"]["bytes"] <= with_experts["init"]["bytes"]
+
+
 def test_json_holds_the_same_numbers() -> None:
     arguments = ("--model", "mixtral-8x7b", "--host-memory-gib", "512")
     found = json.loads(invoke(*arguments, "--json"))
@@ -165,6 +180,8 @@ def test_hostfile_as_deepspeed_reads_it() -> None:
         (["--model", "no/such-model"], r"no hub name in the cache.*llama-7b"),
         (["--model", "a b c"], "none of the built-in shapes"),
         (["--model", "llama-7b", "--r", "5000"], "--r 5000 exceeds 4096"),
+        (["--model", "llama-7b", "--expert-r", "4"], "--expert-r 4: llama-7b has no experts"),
+        (["--model", "qwen3-30b-a3b", "--expert-r", "800"], "--expert-r 800 exceeds 768.*0 leaves"),
         (["--model", "llama-7b", "--nodes", "0"], "--nodes"),
         (["--model", "llama-7b", "--gpu-memory-gib", "0"], "--gpu-memory-gib"),
         (["--model", "llama-7b", "--hostfile", "nowhere"], "there is no such file"),

@@ -1,0 +1,82 @@
+"""The adapters of MoE experts: every expert of a projection has its own B, R and A."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from lorasb_ds.adapters.layer import autocast
+from lorasb_ds.adapters.lora_sb import LoraSBLinear
+from lorasb_ds.models.experts import ExpertsLinear, Routing, grouped_mm, grouped_outer
+
+
+class LoraSBExperts(LoraSBLinear):
+    """``y_i = W_e x_i + B_e R_e A_e x_i`` for rows i that are sorted by expert e.
+
+    The factors are LoRA-SB's, with the experts as their first dimension: A (experts, r, in), R
+    (experts, r, r) and B (experts, out, r). No expert's update is ever formed.
+
+    Args:
+        base_layer: an ``ExpertsLinear``.
+    """
+
+    base_layer: ExpertsLinear
+
+    def __init__(self, base_layer: nn.Module, r: int, dtype: torch.dtype) -> None:
+        assert isinstance(base_layer, ExpertsLinear)
+        self.num_experts = base_layer.num_experts
+        super().__init__(base_layer, r, dtype)
+        self.has_plain_base = True
+
+    @property
+    def num_matrices(self) -> int:
+        return self.num_experts
+
+    def add_factor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        super().add_factor(name, (self.num_experts, *shape), dtype)
+
+    def fused_forward(self, x: torch.Tensor, *routing: Routing) -> torch.Tensor:
+        return _LoraSBExpertsFunction.apply(x, self.lora_R, self, *routing, True)
+
+    def branch(self, x: torch.Tensor, *routing: Routing) -> torch.Tensor:
+        return _LoraSBExpertsFunction.apply(x, self.lora_R, self, *routing, False) / self.scale
+
+
+class _LoraSBExpertsFunction(torch.autograd.Function):
+    """The scaled branch, with or without the base's product; saves only ``h_i = A_e x_i``.
+
+    As in LoRA-SB's function for linear layers, the backward reads the weights from the layer again.
+    For row i and its expert e, with δ_i = dL/dy_i::
+
+        y_i = W_e x_i + B_e R_e h_i        dL/dR_e = Σ_i B_eᵀ δ_i h_iᵀ
+        dL/dx_i = W_eᵀ δ_i + A_eᵀ R_eᵀ B_eᵀ δ_i
+    """
+
+    @staticmethod
+    def forward(ctx, x, R, layer, routing, with_base):
+        x = autocast(x)
+        A, B, R = layer.cast_factors(x.dtype)
+        h = grouped_mm(x, A.mT, routing)
+        y = grouped_mm(grouped_mm(h, R.mT, routing), B.mT, routing)
+        if with_base:
+            y += layer.base_layer.product(x, routing)
+        ctx.save_for_backward(h)
+        ctx.layer, ctx.routing, ctx.with_base = layer, routing, with_base
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):
+        (h,), layer, routing = ctx.saved_tensors, ctx.layer, ctx.routing
+        delta = grad_y.contiguous()
+        A, B, R = layer.cast_factors(delta.dtype)
+        delta_B = grouped_mm(delta, B, routing)
+        grad_R = grad_x = None
+        if ctx.needs_input_grad[1]:
+            grad_R = layer.scale * grouped_outer(delta_B, h, routing)
+        if ctx.needs_input_grad[0]:
+            grad_x = grouped_mm(grouped_mm(delta_B, R, routing), A, routing)
+            if ctx.with_base:
+                grad_x += layer.base_layer.transposed_product(delta, routing)
+        return grad_x, grad_R, None, None, None

@@ -1,0 +1,85 @@
+"""Where the files of a base have the matrix of one expert."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lorasb_ds.errors import ConfigError
+from lorasb_ds.models.checkpoint_files import StoredTensor
+from lorasb_ds.models.weight_map import WeightSource
+
+
+@dataclass(frozen=True)
+class WeightPart:
+    """Rows of an expert's W (out, in) that a stored tensor has.
+
+    Attributes:
+        key: name of the stored tensor.
+        matrix: which of the matrices of that tensor; 0 of one that has no others.
+        rows: of W.
+        transposed: whether they are stored as columns.
+    """
+
+    key: str
+    matrix: int
+    rows: range
+    transposed: bool
+
+
+def expert_parts(
+    projection: str,
+    shape: tuple[int, int, int],
+    source: WeightSource,
+    model: nn.Module,
+    stored: Mapping[str, StoredTensor],
+    name: str,
+) -> list[list[WeightPart]]:
+    """Return the stored parts of every expert of a projection.
+
+    Args:
+        projection: name of its parameter in transformers' model.
+        shape: (experts, out, in).
+        source: of that parameter.
+        name: of the model, for messages.
+    Raises:
+        ConfigError: if transformers makes the parameter in another way than by stacking experts'
+            matrices, one below the other.
+    """
+    num_experts, out_features, in_features = shape
+    module = model.get_submodule(projection.rpartition(".")[0])
+    if source.converter is None:
+        (key,) = source.keys
+        rows, transposed = range(out_features), bool(module.is_transposed)
+        return [[WeightPart(key, number, rows, transposed)] for number in range(num_experts)]
+    if source.stores_experts(num_experts):
+        first = source.of_expert(0)
+        numbers = {key: i for i, key in enumerate(first.keys)}
+
+        def read(key: str) -> torch.Tensor:
+            return torch.full(stored[key].shape, float(numbers[key]))
+
+        (found,) = first.convert(model, read).values()
+        W = found[0].T if module.is_transposed else found[0]
+        spans = [torch.nonzero(W[:, 0] == i).flatten() for i in range(len(numbers))]
+        ranges = [range(int(span[0]), int(span[0]) + len(span)) for span in spans if len(span)]
+        as_stored = len(ranges) == len(numbers) and all(
+            bool((W[rows.start : rows.stop] == i).all())
+            and stored[key].shape == (len(rows), in_features)
+            for (key, i), rows in zip(numbers.items(), ranges, strict=True)
+        )
+        if as_stored:
+            return [
+                [
+                    WeightPart(key, 0, rows, False)
+                    for key, rows in zip(source.of_expert(number).keys, ranges, strict=True)
+                ]
+                for number in range(num_experts)
+            ]
+    raise ConfigError(
+        f"--model {name}: transformers builds {projection} from {', '.join(source.keys[:3])} in a "
+        "way that cannot be merged here. Merge the adapter by PEFT's merge_and_unload."
+    )

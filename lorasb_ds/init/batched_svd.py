@@ -1,0 +1,140 @@
+"""Truncated SVDs of many matrices of one shape at once, on one device. Torch only, local.
+
+For the experts of an MoE block, which are many and small: each rank decomposes its own. The ways
+are those of ``sharded_svd``, in lockstep over the batch: an eigensolver on the Gram matrices where
+the shorter side is small, otherwise block Lanczos until every matrix has converged.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from lorasb_ds.init.lanczos import ENERGY_TOLERANCE, VALUE_TOLERANCE
+from lorasb_ds.planner.init_plan import EXPERT_SVD_ENTRIES, GRAM_SHARE, KRYLOV_BLOCK
+
+GRAM_SIDE = 192
+
+
+class BatchedSVD(NamedTuple):
+    """``M_e ~ U_e diag(S_e) Vh_e`` of every matrix e; fp32."""
+
+    U: torch.Tensor  # (batch, m, r), orthonormal columns
+    S: torch.Tensor  # (batch, r), descending
+    Vh: torch.Tensor  # (batch, r, n), orthonormal rows
+    captured_energy: torch.Tensor  # (batch,), as in TruncatedSVD
+
+
+def batched_svd(matrices: torch.Tensor, r: int, seed: int = 0) -> BatchedSVD:
+    """Decompose every matrix to rank r, with at least 0.9999 of the best possible energy.
+
+    Args:
+        matrices: (batch, m, n) with m >= n >= r. int8 for sign matrices, which are processed in
+            fp32; others in fp64. The batch may be empty.
+        seed: of the first block, and of directions that complete the bases of matrices whose rank
+            is below r.
+    Returns:
+        Each row of Vh has its largest entry positive.
+    """
+    batch, m, n = matrices.shape
+    at_once = max(1, EXPERT_SVD_ENTRIES // (m * n))
+    parts = [_svd(part, r, seed) for part in matrices.split(at_once)] if batch else []
+    if not parts:
+        empty = torch.zeros(0, device=matrices.device)
+        return BatchedSVD(empty.view(0, m, r), empty.view(0, r), empty.view(0, r, n), empty)
+    return BatchedSVD(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+def _svd(matrices: torch.Tensor, r: int, seed: int) -> BatchedSVD:
+    M = matrices.to(torch.float32 if matrices.dtype == torch.int8 else torch.float64)
+    n = M.shape[2]
+    energy = torch.linalg.matrix_norm(M).double().square()
+    if n <= max(GRAM_SIDE, GRAM_SHARE * r):
+        V = torch.linalg.eigh(M.mT @ M).eigenvectors[..., -r:]
+    else:
+        V = _leading_vectors(M, r, seed)
+    # Rayleigh-Ritz on r vectors. QR completes U where M V has a rank below r.
+    V = torch.linalg.qr(V).Q
+    Q, R = torch.linalg.qr(M @ V)
+    Y, S, Vh = torch.linalg.svd(R)
+    Vh = Vh @ V.mT
+    largest = Vh.gather(2, Vh.abs().argmax(2, keepdim=True))
+    signs = torch.where(largest < 0, -1.0, 1.0).to(Vh.dtype)
+    U = (Q @ Y) * signs.mT
+    found = S.double().square().sum(1)
+    captured = torch.where(energy > 0, found / energy, torch.ones_like(energy)).clamp(max=1.0)
+    return BatchedSVD(U.float(), S.float(), (Vh * signs).float(), captured.float())
+
+
+def _leading_vectors(M: torch.Tensor, r: int, seed: int) -> torch.Tensor:
+    """Return about the r leading right singular vectors of every matrix, (batch, n, r).
+
+    Block Lanczos with full reorthogonalisation, as ``lanczos.leading_ritz_vectors``. Where a Krylov
+    space is exhausted, random directions take its place.
+    """
+    batch, _, n = M.shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def random() -> torch.Tensor:
+        numbers = torch.randn(n, min(KRYLOV_BLOCK, n), generator=generator, dtype=torch.float64)
+        return numbers.to(M).expand(batch, -1, -1)
+
+    basis = torch.linalg.qr(random()).Q
+    columns: list[torch.Tensor] = []
+    block, next_check = basis, min(2 * r + 3 * KRYLOV_BLOCK, n)
+    scale = torch.linalg.matrix_norm(M)[:, None, None].square()
+    while True:
+        W = M.mT @ (M @ block)
+        columns.append(basis.mT @ W)
+        W = W - basis @ columns[-1]
+        k, width = basis.shape[2], block.shape[2]
+        if k >= next_check:
+            B = torch.linalg.qr(W).R
+            values, vectors = torch.linalg.eigh(_symmetric(columns))
+            vectors = vectors[..., -r:]
+            residuals = torch.linalg.vector_norm(B @ vectors[:, k - width :], dim=1)
+            if k == n or bool(_converged(values, residuals).all()):
+                return (basis @ vectors).flip(2)
+            next_check = min(k + max(KRYLOV_BLOCK, k // 6), n)
+        # A column that is nothing but rounding is replaced before it is made orthogonal.
+        spent = torch.linalg.vector_norm(W, dim=1, keepdim=True) <= _noise(M.dtype) * scale
+        W = torch.where(spent, random(), W)[..., : n - k]
+        for _ in range(2):
+            W = W - basis @ (basis.mT @ W)
+            W = torch.linalg.qr(W).Q
+        block = W
+        basis = torch.cat([basis, block], 2)
+
+
+def _symmetric(columns: list[torch.Tensor]) -> torch.Tensor:
+    """Assemble (batch, k, k) from its columns down to the diagonal blocks."""
+    k = columns[-1].shape[1]
+    full = columns[-1].new_zeros(len(columns[-1]), k, k)
+    for part in columns:
+        rows, width = part.shape[1:]
+        full[:, :rows, rows - width : rows] = part
+    upper = full.triu()
+    return upper + upper.triu(1).mT
+
+
+def _converged(values: torch.Tensor, residuals: torch.Tensor) -> torch.Tensor:
+    """Return which matrices have converged, (batch,), by the criteria of ``lanczos``.
+
+    Args:
+        values: (batch, k), ascending; fp32 for sign matrices, else fp64.
+        residuals: (batch, r), of the last r values.
+    """
+    r = residuals.shape[1]
+    wanted, next_best = values[:, -r:], values[:, -r - KRYLOV_BLOCK : -r]
+    floor = wanted[:, -1:] * _noise(values.dtype) + torch.finfo(values.dtype).tiny
+    if values.dtype == torch.float64:
+        return (residuals <= VALUE_TOLERANCE * torch.maximum(wanted, floor)).all(1)
+    distance = torch.maximum(wanted - next_best.mean(1, keepdim=True), floor)
+    missing = (residuals.square() / distance).sum(1)
+    return missing <= ENERGY_TOLERANCE * wanted.sum(1) + torch.finfo(values.dtype).tiny
+
+
+def _noise(dtype: torch.dtype) -> float:
+    """Return the share of the largest eigenvalue below which an eigenvalue is rounding."""
+    return 1e-6 if dtype == torch.float32 else 1e-13

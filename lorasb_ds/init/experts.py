@@ -1,0 +1,199 @@
+"""The init of one projection's experts: whole matrices, decomposed by the rank that owns them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from lorasb_ds.adapters.experts import LoraSBExperts
+from lorasb_ds.distributed import accelerator, zero
+from lorasb_ds.distributed.collectives import Group, gather_rows, row_range
+from lorasb_ds.init.batched_svd import BatchedSVD, batched_svd
+from lorasb_ds.init.factors import (
+    Basis,
+    Directions,
+    InitSettings,
+    compute_factors,
+    fill_factors,
+    generator_of,
+)
+from lorasb_ds.init.gradients import is_transposed
+from lorasb_ds.init.init_report import ExpertsInit
+from lorasb_ds.init.update_rules import UPDATE_RULES
+
+# Optimizers whose updates take every entry of a gradient by itself.
+EXPERT_UPDATES = ("sign", "adam", "raw")
+
+
+class ExpertDirections(NamedTuple):
+    """The SVDs of the matrices of all experts of a projection, not transposed; fp32, on rank 0."""
+
+    U: torch.Tensor  # (experts, out, r)
+    S: torch.Tensor  # (experts, r)
+    Vh: torch.Tensor  # (experts, r, in)
+
+
+def decompose_gradients(
+    name: str,
+    adapter: LoraSBExperts,
+    gradients: torch.Tensor,
+    tokens: torch.Tensor,
+    settings: InitSettings,
+    group: Group,
+) -> tuple[ExpertDirections | None, ExpertsInit]:
+    """Compute the SVD of every expert's update. Collective.
+
+    An expert that no token of the sample has reached has no gradient. Its basis is that of the mean
+    gradient of the projection's other experts, and its singular values are 0, so that R starts at
+    0 and can grow where theirs did.
+
+    Args:
+        name: of the projection, for messages.
+        gradients: (experts here, long side, short side), of ``GradientShards``; overwritten.
+        tokens: (experts,), of ``GradientShards.tokens``.
+        settings: with an update of ``EXPERT_UPDATES``.
+    Returns:
+        The directions, on rank 0, None elsewhere; and the report, on every rank.
+    Raises:
+        FloatingPointError: on every rank, if a gradient is not finite, naming the experts.
+    """
+    finite = _all_experts(torch.isfinite(gradients).flatten(1).all(1), adapter, group)
+    if bad := [str(e) for e, ok in enumerate(finite.tolist()) if not ok]:
+        raise FloatingPointError(
+            f"the gradient of {name} of expert {', '.join(bad[:8])} is not finite. The base or the "
+            "data hold values that overflow in its dtype. Try --dtype fp32."
+        )
+    owned = _owned(adapter, group)
+    reached = tokens[owned.start : owned.stop] > 0
+    mean = gradients.sum(0)
+    dist.all_reduce(mean, group=group)
+    gradients[~reached] = mean / max(1, int((tokens > 0).sum()))
+    updates = UPDATE_RULES[settings.update].matrix(gradients, None)
+    svd = batched_svd(updates, adapter.r, settings.seed)
+    along = ((svd.U.mT @ gradients) * svd.Vh).sum(2)  # u_iᵀ G v_i
+    svd = svd._replace(S=svd.S * reached[:, None])
+    report = _describe(adapter, svd, svd.S * along, tokens, group)
+    return _gather(adapter, svd, group), report
+
+
+def decompose_weights(
+    adapter: LoraSBExperts, settings: InitSettings, group: Group
+) -> tuple[ExpertDirections | None, ExpertsInit]:
+    """Compute the SVD of every expert's W. Collective: the projection's weight is gathered."""
+    base = adapter.base_layer
+    with zero.gathered(base.parameters()):
+        weights = [base.expert_weight(expert).float() for expert in _owned(adapter, group)]
+    transposed = is_transposed(adapter.out_features, adapter.in_features)
+    sides = (adapter.out_features, adapter.in_features)
+    matrices = torch.zeros(len(weights), max(sides), min(sides), device=accelerator.device())
+    for matrix, W in zip(matrices, weights, strict=True):
+        matrix.copy_(W.T if transposed else W)
+    svd = batched_svd(matrices, adapter.r, settings.seed)
+    tokens = torch.zeros(adapter.num_experts, dtype=torch.int64, device=accelerator.device())
+    # Without a gradient the slopes are unknown; these let eta's search decide.
+    slopes = svd.S.square()
+    return _gather(adapter, svd, group), _describe(adapter, svd, slopes, tokens, group)
+
+
+def random_expert_directions(
+    name: str, adapter: LoraSBExperts, settings: InitSettings
+) -> ExpertDirections | None:
+    """Return random orthonormal directions with S = 1, on rank 0; None elsewhere."""
+    if zero.rank() != 0:
+        return None
+    generator = generator_of(settings.seed, name)
+    U, V = (
+        torch.linalg.qr(torch.randn(adapter.num_experts, side, adapter.r, generator=generator)).Q
+        for side in (adapter.out_features, adapter.in_features)
+    )
+    return ExpertDirections(U, torch.ones(adapter.num_experts, adapter.r), V.mT)
+
+
+def random_experts_report(adapter: LoraSBExperts) -> ExpertsInit:
+    """Return the report of random directions."""
+    ones = torch.ones(adapter.num_experts, adapter.r)
+    tokens = torch.zeros(adapter.num_experts, dtype=torch.int64)
+    return ExpertsInit(torch.ones(adapter.num_experts), ones, ones, tokens, 0.0, 0.0)
+
+
+def fill_experts(
+    name: str, adapter: LoraSBExperts, directions: ExpertDirections | None, settings: InitSettings
+) -> Basis:
+    """Compute and fill the factors of all experts, and return their part of the basis. Collective.
+
+    Args:
+        name: of the projection; with the seed it determines the random numbers.
+        directions: on rank 0; None elsewhere.
+    """
+    if directions is None:
+        return fill_factors(name, adapter, None)
+    generator = generator_of(settings.seed, f"{name}.factors")
+    experts = [
+        compute_factors(Directions(*of_expert), adapter.r, settings, generator)
+        for of_expert in zip(*directions, strict=True)
+    ]
+    stacked = {key: torch.stack([factors[key] for factors in experts]) for key in experts[0]}
+    return fill_factors(name, adapter, stacked)
+
+
+def _owned(adapter: LoraSBExperts, group: Group) -> range:
+    return row_range(adapter.num_experts, dist.get_rank(group), dist.get_world_size(group))
+
+
+def _all_experts(local: torch.Tensor, adapter: LoraSBExperts, group: Group) -> torch.Tensor:
+    """Return the values of all experts, on every rank. Collective.
+
+    Args:
+        local: (experts here, …).
+    """
+    dtype = torch.float32 if local.is_floating_point() else torch.int64
+    whole = torch.zeros(adapter.num_experts, *local.shape[1:], dtype=dtype, device=local.device)
+    owned = _owned(adapter, group)
+    whole[owned.start : owned.stop] = local.to(dtype)
+    dist.all_reduce(whole, group=group)
+    return whole
+
+
+def _gather(adapter: LoraSBExperts, svd: BatchedSVD, group: Group) -> ExpertDirections | None:
+    """Gather the SVDs of all experts on rank 0; return None elsewhere. Collective."""
+    parts = []
+    for local in (svd.U, svd.S, svd.Vh):
+        whole = gather_rows(local.flatten(1), adapter.num_experts, group)
+        parts.append(None if whole is None else whole.view(-1, *local.shape[1:]))
+    U, S, Vh = parts
+    if U is None or S is None or Vh is None:
+        return None
+    if is_transposed(adapter.out_features, adapter.in_features):
+        return ExpertDirections(Vh.mT, S, U.mT)  # Mᵀ ~ U S Vh, so M ~ Vhᵀ S Uᵀ
+    return ExpertDirections(U, S, Vh)
+
+
+def _describe(
+    adapter: LoraSBExperts,
+    svd: BatchedSVD,
+    slopes: torch.Tensor,
+    tokens: torch.Tensor,
+    group: Group,
+) -> ExpertsInit:
+    """Return the report of one projection. Collective."""
+    identity = torch.eye(adapter.r, device=svd.U.device)
+
+    def error(dtype: torch.dtype) -> float:
+        U, Vh = (factor.to(dtype).float() for factor in (svd.U, svd.Vh))
+        worst = torch.zeros((), device=identity.device)
+        for gram in (U.mT @ U, Vh @ Vh.mT):
+            if len(gram):
+                worst = torch.maximum(worst, (gram - identity).abs().max())
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=group)
+        return worst.item()
+
+    return ExpertsInit(
+        captured_energy=_all_experts(svd.captured_energy, adapter, group).cpu(),
+        spectrum=_all_experts(svd.S, adapter, group).cpu(),
+        slopes=_all_experts(slopes, adapter, group).cpu(),
+        tokens=tokens.cpu(),
+        orthonormality_error=error(torch.float32),
+        stored_orthonormality_error=error(adapter.lora_A.dtype),
+    )
