@@ -193,3 +193,12 @@ def test_alignment_leaves_experts_out(tiny_family: Callable[[str], Path], tmp_pa
     rows = [json.loads(line) for line in (run / "alignment.jsonl").read_text().splitlines()]
     assert {row["step"] for row in rows} == {0, 1, 2}
     assert not any("experts" in row["layer"] for row in rows)
+
+
+@pytest.mark.slow
+def test_experts_in_host_memory(tiny_family: Callable[[str], Path], tmp_path: Path) -> None:
+    """Packed experts, offloaded by ZeRO-3: the same losses."""
+    given = options(tiny_family("gpt_oss"), tmp_path / "here", load_in_4bit=True, dtype="bf16")
+    offloaded = given | {"ds_config": "ds_configs/zero3_offload.json"}
+    train(2, given, offloaded | {"output_dir": str(tmp_path / "host")})
+    torch.testing.assert_close(losses(tmp_path / "host"), losses(tmp_path / "here"))
