@@ -69,7 +69,8 @@ def test_the_split_model_computes_what_transformers_does(saved, family: str) -> 
         x = embeddings.detach().clone().requires_grad_()
         m(inputs_embeds=x).logits.square().sum().backward()
         grads.append(x.grad)
-    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-5)
+    # Sums in another order: single entries near 0 differ by more than their share.
+    assert torch.linalg.norm(grads[1] - grads[0]) <= 1e-4 * torch.linalg.norm(grads[0])
 
 
 @pytest.mark.parametrize("kind", ["4bit", "8bit"])
