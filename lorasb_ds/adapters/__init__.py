@@ -1,6 +1,7 @@
 """Layers with a low-rank adapter: LoRA-SB's, LoRA's, and PEFT's own.
 
-- `layer`, `lora_sb`, `lora`: the layers, one per family of methods, and their base class.
+- `layer`, `lora_sb`, `lora`: the layers, one per family of methods, and their base class;
+  `experts`: that of the experts of an MoE block.
 - `inject`: put them into a model, disable and freeze them, list what is trainable.
 - `low_rank`: computations on `B A` by its factors.
 - `peft_config`, `peft_writer`: read and write PEFT's adapter folders.

@@ -1,8 +1,9 @@
 """Read stored adapters; truncate, combine and inspect them, and merge them into a base.
 
 `adapter_reader.read_adapter` opens any adapter's folder as a `stored_adapter.StoredAdapter`, whose
-factors are read a layer at a time. `to_peft.export_adapter`, `combine.combine_adapters` and
-`inspection.inspect_adapter` work on it; `merge.merge_adapter` (with `merge_plan`, `merge_folder`
-and `merge_file`) writes a whole model.
+factors are read a layer at a time, those of experts an expert at a time (`expert_layers`,
+`expert_weights`). `to_peft.export_adapter`, `to_vllm.export_for_vllm`, `combine.combine_adapters`
+and `inspection.inspect_adapter` work on it; `merge.merge_adapter` (with `merge_plan`,
+`merge_folder` and `merge_file`) writes a whole model.
 Imports `init` and what is below it.
 """

@@ -24,7 +24,7 @@ from lorasb_ds.errors import ConfigError
 from lorasb_ds.export.adapter_reader import read_init
 from lorasb_ds.export.stored_adapter import StoredAdapter
 from lorasb_ds.models.checkpoint_files import StoredTensor
-from lorasb_ds.models.streaming import TensorReader
+from lorasb_ds.models.tensor_reader import TensorReader
 
 SIDES = ("lora_A", "lora_B")
 BLOCK = re.compile(r"(.*?)\.?([0-9]{1,6})\.(.+)")  # before a block, its number, and within it

@@ -23,7 +23,7 @@ from lorasb_ds.config.run_layout import RUN_JSON
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export.expert_layers import Expert
 from lorasb_ds.models.checkpoint_files import StoredTensor, model_type_of
-from lorasb_ds.models.streaming import TensorReader
+from lorasb_ds.models.tensor_reader import TensorReader
 
 FLOATS = ("F32", "F16", "BF16")
 MAX_RANK = 1 << 16

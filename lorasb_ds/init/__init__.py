@@ -4,6 +4,7 @@
 - `gradients`, `segments`: average weight gradients, one layer at a time, straight into row shards.
 - `update_rules`: what an optimizer's first step makes of a gradient.
 - `decomposition`, `sharded_svd`, `lanczos`: exact truncated SVD of row-sharded updates.
+- `experts`, `batched_svd`: the experts of a projection, each decomposed by the rank that owns it.
 - `factors`, `step_size`: fill the layers' factors, and choose eta.
 - `init_report`, `basis`: what the init found; the factors on disk, and loading them again.
 

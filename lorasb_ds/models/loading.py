@@ -19,7 +19,8 @@ from lorasb_ds.models.checkpoint_files import StoredTensor, first_line
 from lorasb_ds.models.experts import split_experts
 from lorasb_ds.models.linear_layers import layer_shape, linear_layers
 from lorasb_ds.models.quantization import Kind, PackedLinear, PackedLinear4bit, PackedLinear8bit
-from lorasb_ds.models.streaming import TensorReader, put, stream_weights
+from lorasb_ds.models.streaming import put, stream_weights
+from lorasb_ds.models.tensor_reader import TensorReader
 from lorasb_ds.models.weight_map import WeightSource
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -26,7 +26,7 @@ from lorasb_ds.models.checkpoint_files import read_header
 from lorasb_ds.models.linear_layers import linear_layers
 from lorasb_ds.models.quantization import PackedLinear
 from lorasb_ds.models.stored_formats import decoded
-from lorasb_ds.models.streaming import TensorReader
+from lorasb_ds.models.tensor_reader import TensorReader
 from lorasb_ds.models.weight_map import unused_tensors
 from tests.encoded import (
     PROJECTION,
