@@ -4,7 +4,8 @@
 safetensors headers, `stored_formats` finds and decodes weights in FP8 and MXFP4, `weight_map` finds
 the stored tensors that make each parameter, `tokenizer` reads the tokenizer. `loading` and
 `streaming` load the weights, one tensor at a time; `quantization` packs them to 4 and 8 bits;
-`linear_layers` finds the layers that get an adapter;
-`packing` tests whether packed rows stay apart; `loss` and `generation` run the model.
+`experts` makes layers of MoE experts; `linear_layers` finds the layers that get an adapter, `shape`
+the sizes of all; `packing` tests whether packed rows stay apart; `loss` and `generation` run the
+model.
 Imports `data`, `distributed`, `planner` and what is below them.
 """
