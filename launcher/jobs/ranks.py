@@ -33,7 +33,7 @@ FOREIGN_NAMES = {
 def worker_command(
     worker: str, worker_arguments: Sequence[str], python: str = sys.executable
 ) -> list[str]:
-    """Return the argument list of a worker: ``train``, ``eval``, ``preview`` or ``adapters``."""
+    """Return the argument list of a worker: ``train``, ``eval``, ``preview``, …"""
     folder = WORKERS if worker == "train" else WORKERS / "workers"
     return [python, str(folder / f"{worker}.py"), *worker_arguments]
 
