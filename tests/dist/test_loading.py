@@ -68,6 +68,8 @@ def test_moe_experts_are_fused_on_their_way(tiny_moe: Path, tmp_path: Path) -> N
     run_ranks("load", 2, config=config, out=out, zero_optimization=STAGE_3)
     found = load_file(out)
     found.pop("bytes_read")
+    for name in [name for name in found if ".experts." in name]:  # transformers' names
+        found[name.removesuffix(".weight")] = found.pop(name)
     model = AutoModelForCausalLM.from_pretrained(tiny_moe, dtype=torch.float32)
     assert any(tensor.dim() == 3 for tensor in found.values())
     assert_same(found, model)
