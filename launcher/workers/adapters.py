@@ -94,7 +94,7 @@ def export(
         size = _export_for_vllm(adapter, model, out, rank, dtype, overwrite)
     else:
         size = export_adapter(adapter, out, r=rank, dtype=dtype, overwrite=overwrite)
-        warn_of_peft(adapter, adapter.layers)
+        warn_of_peft(adapter, [name for name in adapter.layers if name not in adapter.experts])
     if as_json:
         click.echo(json.dumps({"r": rank, "out": str(out), "energy_kept": asdict(kept)}))
         return

@@ -57,7 +57,11 @@ def config_of(name: str, model: Path, folder: Path, **options: Any) -> dict[str,
     return config | ({"precondition": 0.1} if name == PRECONDITIONED else {})
 
 
-@pytest.fixture(scope="module", params=[2, 1], ids=["2 ZeRO-3 ranks", "1 process"])
+@pytest.fixture(
+    scope="module",
+    params=[2, pytest.param(1, marks=pytest.mark.slow)],
+    ids=["2 ZeRO-3 ranks", "1 process"],
+)
 def runs(request, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run every method, each in a folder of its name."""
     folder = tmp_path_factory.mktemp("methods")

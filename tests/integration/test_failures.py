@@ -127,6 +127,7 @@ def test_eval_data_is_named(tiny_model: Path, rows: str, tmp_path: Path) -> None
     assert f"--eval-data {other}: no known prompt and response columns" in message
 
 
+@pytest.mark.slow
 def test_the_status_comes_through_deepspeed(tiny_model: Path, rows: str) -> None:
     command = f"lorasb train --num-procs 2 --model {tiny_model} --data {rows} --r 99"
     done = run_command(*command.split(), status=2, timeout=60)

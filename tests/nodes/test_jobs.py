@@ -284,6 +284,7 @@ def test_ssh_is_refused(hosts: Hosts, start: Callable[..., Job]) -> None:
 # -- while it runs
 
 
+@pytest.mark.slow
 def test_a_killed_worker(start: Callable[..., Job]) -> None:
     job = start()
     job.wait_for_rows(1)
@@ -384,6 +385,7 @@ def test_the_launcher_is_killed(start: Callable[..., Job]) -> None:
 # -- and goes on
 
 
+@pytest.mark.slow
 def test_restart_with_fewer_hosts(start: Callable[..., Job], tmp_path: Path) -> None:
     """A worker is killed, then a host is lost: two restarts, the second without the host."""
     given = ["--max-steps", "30", "--save-every", "1", "--max-restarts", "2", "--allow-fewer-hosts"]
