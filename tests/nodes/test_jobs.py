@@ -360,6 +360,7 @@ def test_a_stopped_worker(start: Callable[..., Job]) -> None:
     assert "rank 1 on n1 has been stopped for 5 s" in job.output
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_ends_every_host(start: Callable[..., Job]) -> None:
     job = start()
     job.wait_for_rows(2)
