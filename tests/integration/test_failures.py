@@ -234,6 +234,7 @@ def test_a_killed_worker_ends_the_run(running: tuple[subprocess.Popen[bytes], st
     assert len(basis) == 5 * 14
 
 
+@pytest.mark.slow
 def test_sigterm_ends_every_process(running: tuple[subprocess.Popen[bytes], str]) -> None:
     child, folder = running
     assert len(workers(folder)) == 2

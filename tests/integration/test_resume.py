@@ -325,6 +325,7 @@ def test_what_is_not_finite_ends_the_run_with_its_rows(options: list[str], tmp_p
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_early_stopping_keeps_the_best(options: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     more = (
@@ -376,8 +377,15 @@ def test_out_of_memory_is_explained(options: list[str], tmp_path: Path) -> None:
     "more",
     [
         "--packing --max-length 48 --data {data} --data-weights 2,0.5",
-        "--group-by-length --optimizer lion --ds-config ds_configs/zero3_offload.json",
-        "--optimizer sgd --ds-config ds_configs/zero1.json --gradient-checkpointing --dtype bf16",
+        pytest.param(
+            "--group-by-length --optimizer lion --ds-config ds_configs/zero3_offload.json",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "--optimizer sgd --ds-config ds_configs/zero1.json --gradient-checkpointing "
+            "--dtype bf16",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_other_ways_to_train_go_on(options: list[str], tmp_path: Path, more: str) -> None:
