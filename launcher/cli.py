@@ -16,6 +16,7 @@ from launcher.commands.cluster import hostfile, launch_script
 from launcher.commands.compare import compare_command
 from launcher.commands.doctor import doctor
 from launcher.commands.eval import eval_command
+from launcher.commands.plan_inputs import find_cluster, find_shape, find_workload
 from launcher.jobs.launch_options import LaunchOptions, launch_options
 from launcher.jobs.ranks import run_here, worker_command
 from launcher.jobs.start import start
@@ -156,9 +157,9 @@ def plan(model: str | None, as_json: bool, table: bool, **options: Any) -> None:
         return
     if model is None:
         raise ConfigError("--model is missing. Name a folder, a hub name in the cache, or a shape.")
-    shape = plan_command.find_shape(model, options["trust_remote_code"])
-    cluster = plan_command.find_cluster(**{name: options[name] for name in CLUSTER_OPTIONS})
-    work = plan_command.find_workload(shape, options)
+    shape = find_shape(model, options["trust_remote_code"])
+    cluster = find_cluster(**{name: options[name] for name in CLUSTER_OPTIONS})
+    work = find_workload(shape, options)
     plans = make_plan(shape, cluster, work)
     line = plan_command.command_line(plans, cluster, model, options["hostfile"], options)
     show = plan_command.as_json if as_json else plan_command.render

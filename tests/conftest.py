@@ -95,37 +95,6 @@ def tiny_moe(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="session")
-def tiny_deepseek(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random two-layer DeepSeek-V3: a dense block, and one with experts."""
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
-
-    config = DeepseekV3Config(
-        vocab_size=49152,
-        hidden_size=32,
-        intermediate_size=48,
-        moe_intermediate_size=24,
-        num_hidden_layers=2,
-        first_k_dense_replace=1,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        q_lora_rank=16,
-        kv_lora_rank=16,
-        qk_rope_head_dim=8,
-        qk_nope_head_dim=8,
-        v_head_dim=8,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_group=1,
-        topk_group=1,
-        bos_token_id=2,
-        eos_token_id=2,
-        pad_token_id=2,
-    )
-    folder = tmp_path_factory.mktemp("tiny") / "tiny-deepseek"
-    return _saved(DeepseekV3ForCausalLM, config, folder, demo_model)
-
-
-@pytest.fixture(scope="session")
 def tiny_family(
     demo_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
@@ -151,28 +120,15 @@ def tiny_family(
 
 
 @pytest.fixture(scope="session")
-def tiny_laguna(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random two-layer Laguna: a dense block, and one with experts, one of them shared."""
-    from transformers import LagunaConfig, LagunaForCausalLM
+def tiny_deepseek(tiny_family: Callable[[str], Path]) -> Path:
+    """A random two-layer DeepSeek-V3: a dense block, and one with experts."""
+    return tiny_family("deepseek_v3")
 
-    config = LagunaConfig(
-        vocab_size=49152,
-        hidden_size=32,
-        intermediate_size=48,
-        moe_intermediate_size=24,
-        shared_expert_intermediate_size=20,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_experts=4,
-        num_experts_per_tok=2,
-        bos_token_id=2,
-        eos_token_id=2,
-        pad_token_id=2,
-    )
-    folder = tmp_path_factory.mktemp("tiny") / "tiny-laguna"
-    return _saved(LagunaForCausalLM, config, folder, demo_model)
+
+@pytest.fixture(scope="session")
+def tiny_laguna(tiny_family: Callable[[str], Path]) -> Path:
+    """A random two-layer Laguna: a dense block, and one with experts, one of them shared."""
+    return tiny_family("laguna")
 
 
 def _saved(kind: Any, config: Any, folder: Path, demo_model: Path) -> Path:

@@ -73,6 +73,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 24,
         "moe_layer_start_index": 1,
     },
+    "laguna": dict(**_EXPERTS, shared_expert_intermediate_size=20),
     "minimax": {"num_local_experts": 4},
     "nemotron_h": {
         "n_routed_experts": 4,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 from torch.autograd.function import once_differentiable
 
 from lorasb_ds.adapters.layer import autocast
@@ -23,11 +22,9 @@ class LoraSBExperts(LoraSBLinear):
 
     base_layer: ExpertsLinear
 
-    def __init__(self, base_layer: nn.Module, r: int, dtype: torch.dtype) -> None:
-        assert isinstance(base_layer, ExpertsLinear)
-        self.num_experts = base_layer.num_experts
-        super().__init__(base_layer, r, dtype)
-        self.has_plain_base = True
+    @property
+    def num_experts(self) -> int:
+        return self.base_layer.num_experts
 
     @property
     def num_matrices(self) -> int:
@@ -78,5 +75,5 @@ class _LoraSBExpertsFunction(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = grouped_mm(grouped_mm(delta_B, R, routing), A, routing)
             if ctx.with_base:
-                grad_x += layer.base_layer.transposed_product(delta, routing)
+                grad_x += layer.base_layer.product(delta, routing, transposed=True)
         return grad_x, grad_R, None, None, None

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorasb_ds.adapters.low_rank import LoraPair
 from lorasb_ds.distributed import zero
+from lorasb_ds.models.experts import ExpertsLinear
 from lorasb_ds.models.linear_layers import layer_shape
 from lorasb_ds.models.quantization import PackedLinear
 
@@ -67,10 +68,9 @@ class AdapterLinear(nn.Module, ABC):
         self.scale = 1.0
         self.gradient_hook: GradientHook | None = None
         # A subclass of nn.Linear may override forward with something else.
-        self.has_plain_base = isinstance(base_layer, PackedLinear) or type(base_layer).forward in (
-            nn.Linear.forward,
-            Conv1D.forward,
-        )
+        of_ours = isinstance(base_layer, PackedLinear | ExpertsLinear)
+        plain = (nn.Linear.forward, Conv1D.forward)
+        self.has_plain_base = of_ours or type(base_layer).forward in plain
 
     @property
     def num_matrices(self) -> int:

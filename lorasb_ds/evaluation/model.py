@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.distributed.ds_config_check import check_ds_config
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export.adapter_reader import read_adapter
-from lorasb_ds.export.expert_layers import Expert, join
+from lorasb_ds.export.expert_layers import join
 from lorasb_ds.export.stored_adapter import StoredAdapter
 from lorasb_ds.models.base import Base, open_base
 from lorasb_ds.models.generation import stop_tokens
@@ -64,12 +63,7 @@ def prepare_model(
     check_ds_config(ds_config, config.ds_config)
     stored_adapter = read_adapter(adapter) if adapter is not None else None
     if stored_adapter is not None:
-        experts = {
-            Expert(name, number, count).name: sides
-            for name, (count, *sides) in base.experts.items()
-            for number in range(count)
-        }
-        _check_base(stored_adapter, {**base.shape.layers, **experts}, config.model)
+        _check_base(stored_adapter, base)
     tokenizer, others = base.tokenizer, None
     if (base.folder / "generation_config.json").is_file():
         others = GenerationConfig.from_pretrained(base.folder).eos_token_id
@@ -157,13 +151,15 @@ def _factors(adapter: StoredAdapter, name: str, layer: LoraSBLinear) -> LoraPair
     return LoraPair(A, B)
 
 
-def _check_base(adapter: StoredAdapter, layers: Mapping[str, Sequence[int]], name: str) -> None:
+def _check_base(adapter: StoredAdapter, base: Base) -> None:
     """Refuse an adapter of another base."""
     for layer, shape in adapter.shapes.items():
-        if tuple(layers.get(layer, ())) != shape:
-            has = f"one of {layers[layer]}" if layer in layers else "no such linear layer"
+        expert = adapter.experts.get(layer)
+        sides = base.shape.layers.get(layer) if expert is None else expert.sides_in(base.experts)
+        if sides != shape:
+            has = "no such linear layer" if sides is None else f"one of {sides}"
             raise ConfigError(
-                f"--adapter {adapter.path} does not fit --model {name}: it has {layer} of shape "
-                f"{shape}, where the model has {has}. Name the base that it was trained on. "
+                f"--adapter {adapter.path} does not fit --model {base.name}: it has {layer} of "
+                f"shape {shape}, where the model has {has}. Name the base that it was trained on. "
                 "(Heads and shared layers cannot have an adapter here: evaluate the merged model.)"
             )

@@ -194,6 +194,7 @@ def _peft_folder(folder: Path) -> StoredAdapter:
         layers[layer] = Factors(*keys, scale=scale_of(folder, config, layer, r))
     check_factors(folder, layers, stored)
     rows = {name: stored[factors.A].shape[0] for name, factors in layers.items()}
+    of_experts = {}
     for projection, experts in find_experts(folder, config, rows).items():
         if projection.rpartition(".")[2] not in REGISTERED:
             raise ConfigError(
@@ -203,8 +204,10 @@ def _peft_folder(folder: Path) -> StoredAdapter:
         whole = layers.pop(experts.layer)
         for expert, A in split_peft(projection, experts, stored[whole.A]).items():
             stored[key := f"{PREFIX}{expert.name}.lora_A.weight"] = A
-            layers[expert.name] = Factors(key, whole.B, scale=experts.scale, expert=expert)
-    check_factors(folder, layers, stored)
+            of_experts[expert.name] = Factors(key, whole.B, scale=experts.scale, expert=expert)
+    if of_experts:
+        check_factors(folder, of_experts, stored)
+        layers |= of_experts
     in_run = folder.name == ADAPTER and (folder.parent / RUN_JSON).is_file()
     run = folder.parent if in_run else None
     run_config = _run_config(run) if run is not None else {}

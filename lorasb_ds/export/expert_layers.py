@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from lorasb_ds.adapters.low_rank import LoraPair, padded
 from lorasb_ds.adapters.peft_experts import ExpertPair, StoredExperts
 from lorasb_ds.models.checkpoint_files import StoredTensor
+
+if TYPE_CHECKING:  # a merge's processes import this module, without transformers
+    from lorasb_ds.models.experts import ExpertShapes
 
 FACTORS = ("lora_A", "lora_B", "lora_R")
 
@@ -37,6 +41,11 @@ class Expert:
     def name(self) -> str:
         module, _, leaf = self.projection.rpartition(".")
         return f"{module}.{self.number}.{leaf}"
+
+    def sides_in(self, experts: ExpertShapes) -> tuple[int, int] | None:
+        """Return (out, in) of the expert in a base; None if the base has no such projection."""
+        count, *sides = experts.get(self.projection, (0, 0, 0))
+        return (sides[0], sides[1]) if count == self.count else None
 
     def columns(self, B: torch.Tensor) -> torch.Tensor:
         """Return this expert's columns of a B as it is stored."""

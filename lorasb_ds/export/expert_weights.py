@@ -55,8 +55,8 @@ def expert_parts(
         (key,) = source.keys
         rows, transposed = range(out_features), bool(module.is_transposed)
         return [[WeightPart(key, number, rows, transposed)] for number in range(num_experts)]
-    if source.stores_experts(num_experts):
-        first = source.of_expert(0)
+    if by_expert := source.by_expert(num_experts):
+        first = by_expert[0]
         numbers = {key: i for i, key in enumerate(first.keys)}
 
         def read(key: str) -> torch.Tensor:
@@ -75,9 +75,9 @@ def expert_parts(
             return [
                 [
                     WeightPart(key, 0, rows, False)
-                    for key, rows in zip(source.of_expert(number).keys, ranges, strict=True)
+                    for key, rows in zip(of_expert.keys, ranges, strict=True)
                 ]
-                for number in range(num_experts)
+                for of_expert in by_expert
             ]
     raise ConfigError(
         f"--model {name}: transformers builds {projection} from {', '.join(source.keys[:3])} in a "

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.export.expert_layers import Expert
+from lorasb_ds.export.merge_update import FLOATS, Update, UpdatesOfWeight
 from lorasb_ds.models.checkpoint_files import ITEM_BYTES, StoredTensor
 from lorasb_ds.models.stored_formats import EncodedTensor
 from lorasb_ds.planner.placement import bytes_4bit
@@ -30,45 +30,12 @@ from lorasb_ds.system.safetensors_writer import (
     metadata_of,
 )
 
-FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in FLOATS.items()} | {torch.uint8: "U8"}
 CHUNK_BYTES = 4 << 20  # copied at a time
 CHUNK = 1 << 18  # elements merged at a time: they stay in a cache
 # A 4-bit weight's parts beside its codes: their number, and an upper bound for the bytes of those
 # whose size does not depend on the weight's (tables of 16 and 256 numbers, a JSON of its shape).
 NUM_PARTS, PARTS_BYTES = 6, 4 * (16 + 256) + 1024
-
-
-@dataclass(frozen=True)
-class Update:
-    """The stored factors of ``W += scale · B R A``; without R, ``scale · B A``.
-
-    Attributes:
-        transposed: W is stored as (in, out).
-        expert: of an expert's update, where its columns of B are.
-        rows: of B; None: all. Of an expert some projections are stored in parts.
-    """
-
-    A: StoredTensor
-    B: StoredTensor
-    R: StoredTensor | None
-    scale: float
-    transposed: bool
-    expert: Expert | None = None
-    rows: range | None = None
-
-    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read the two factors of the product that is added to W as stored; fp32."""
-        A, B = _read_fp32(self.A), _read_fp32(self.B)
-        if self.expert is not None:
-            B = self.expert.columns(B)
-        if self.rows is not None:
-            B = B[self.rows.start : self.rows.stop]
-        if self.R is not None:
-            B = B @ _read_fp32(self.R)
-        if self.scale != 1:
-            B = B * self.scale
-        return (A.T.contiguous(), B.T.contiguous()) if self.transposed else (B, A)
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,9 +209,9 @@ def _rows(
         ConfigError: if a number is not finite.
     """
     dtype, rounded, first = FLOATS[tensor.dtype], torch.empty(0), 0
-    added = _Added(updates, math.prod(tensor.shape[:-1]))
+    added = UpdatesOfWeight(updates, math.prod(tensor.shape[:-1]))
     for W in _rows_fp32(tensor, descriptor):
-        added.to(W, first)
+        added.add_to(W, first)
         if first == 0:  # no later chunk is larger
             rounded = torch.empty(W.shape, dtype=dtype)
         rows = rounded[: len(W)].copy_(W)
@@ -257,39 +224,6 @@ def _rows(
             )
         yield rows
         first += len(W)
-
-
-class _Added:
-    """The updates of a weight's matrices, of which the factors of one are in memory at a time."""
-
-    def __init__(self, updates: Sequence[Update | None], num_rows: int) -> None:
-        """
-        Args:
-            updates: of matrices that are stored one below the other.
-            num_rows: of all of them.
-        """
-        self.updates, self.rows_each = updates, num_rows // max(1, len(updates))
-        self._matrix = -1
-        self._factors: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def to(self, W: torch.Tensor, first: int) -> None:
-        """Add them to some rows of the weight, in place.
-
-        Args:
-            first: number of the first of these rows.
-        """
-        row, end = first, first + len(W)
-        while self.updates and row < end:
-            matrix = row // self.rows_each
-            begin = matrix * self.rows_each
-            stop = min(end, begin + self.rows_each)
-            if matrix != self._matrix:
-                update = self.updates[matrix]
-                self._matrix, self._factors = matrix, update.factors() if update else None
-            if self._factors is not None:
-                left, right = self._factors
-                W[row - first : stop - first].addmm_(left[row - begin : stop - begin], right)
-            row = stop
 
 
 def _rows_fp32(tensor: StoredTensor, descriptor: int) -> Iterator[torch.Tensor]:
@@ -331,13 +265,6 @@ def _quantized(
         first += len(rows)
     found = stored_4bit(W)
     return {f"{name}.{part}" if part else name: tensor for part, tensor in found.items()}
-
-
-def _read_fp32(tensor: StoredTensor) -> torch.Tensor:
-    found = torch.empty(tensor.shape, dtype=FLOATS[tensor.dtype])
-    with tensor.file.open("rb", buffering=0) as file:
-        fill(bytes_of(found), file.fileno(), tensor.begin)
-    return found.float()
 
 
 def _disk_error(job: FileJob, error: OSError) -> ConfigError:

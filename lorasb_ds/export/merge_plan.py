@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export.expert_weights import WeightPart, expert_parts
-from lorasb_ds.export.merge_file import FLOATS, FileJob, Update
+from lorasb_ds.export.merge_file import FileJob
+from lorasb_ds.export.merge_update import FLOATS, Update
 from lorasb_ds.export.stored_adapter import StoredAdapter
 from lorasb_ds.models.base import Base
 from lorasb_ds.models.checkpoint_files import StoredTensor

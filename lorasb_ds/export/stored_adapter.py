@@ -106,7 +106,7 @@ class StoredAdapter:
         layers = [name for name in self.layers if name not in self.experts]
         return [name for name in layers if not self.is_named_by_weight(name)]
 
-    @property
+    @cached_property
     def target_parameters(self) -> list[str]:
         """Return the parameters that PEFT finds by their names, the weights of some layers."""
         named: list[str] = self.peft_config.get("target_parameters") or []
@@ -132,13 +132,13 @@ class StoredAdapter:
         found = {name: factors.expert for name, factors in self.layers.items()}
         return {name: expert for name, expert in found.items() if expert is not None}
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Return layer -> (out, in)."""
         stored = self.stored
         return {n: (stored[f.B].shape[0], stored[f.A].shape[1]) for n, f in self.layers.items()}
 
-    @property
+    @cached_property
     def r(self) -> int:
         """Return the largest rank of a layer."""
         return max(self.rank_of(name) for name in self.layers)
@@ -156,9 +156,11 @@ class StoredAdapter:
             ConfigError: if the file cannot be read, or a number is not finite.
         """
         factors = self.layers[name]
-        A, B = self.read(factors.A), self.read(factors.B)
-        if factors.expert is not None:
-            B = factors.expert.columns(B)
+        A = self.read(factors.A)
+        if factors.expert is not None and factors.expert.interleaved:
+            B = factors.expert.columns(self._of_all_experts(factors.B))
+        else:
+            B = self.read(factors.B)
         if factors.R is not None:
             B = B @ self.read(factors.R)
         if factors.offset is not None:
@@ -169,6 +171,17 @@ class StoredAdapter:
         if not B.isfinite().all():
             raise ConfigError(f"{self.path}: the update of {name} exceeds fp32's range.")
         return LoraPair(A, B)
+
+    def _of_all_experts(self, key: str) -> torch.Tensor:
+        """Read a tensor that several experts share, once for those that follow each other."""
+        if key not in self._last_read:
+            self._last_read.clear()
+            self._last_read[key] = self.read(key)
+        return self._last_read[key]
+
+    @cached_property
+    def _last_read(self) -> dict[str, torch.Tensor]:
+        return {}
 
     def read(self, key: str) -> torch.Tensor:
         """Read one tensor of ``stored``, fp32 on the CPU. Raises like ``pair``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,15 +70,25 @@ def export_adapter(
             ``out`` may not be written.
     """
     folder = check_folder(out, [adapter], overwrite)
+    pairs = dict(truncated(adapter, r, dtype))
+    fields, experts = adapter.target_fields, adapter.experts
+    return write_adapter(folder, pairs, r or adapter.r, fields, experts, adapter.base_path)
+
+
+def truncated(adapter: StoredAdapter, r: int | None, dtype: str) -> Iterator[tuple[str, LoraPair]]:
+    """Yield every layer with its update, truncated to rank r and rounded.
+
+    Args:
+        r: None, or a rank that is not reached: nothing is cut.
+    Raises:
+        ConfigError: if r is larger than the adapter's, or a number exceeds the range of ``dtype``.
+    """
     if r is not None and not 1 <= r <= adapter.r:
         raise ConfigError(f"--r {r}: the adapter has rank {adapter.r}; give 1 to {adapter.r}.")
-    pairs: dict[str, LoraPair] = {}
     for name in adapter.layers:
         pair = adapter.pair(name)
         cut = product_svd(pair).pair(r) if r is not None and r < len(pair.A) else pair
-        pairs[name] = rounded(name, cut, dtype)
-    fields, experts = adapter.target_fields, adapter.experts
-    return write_adapter(folder, pairs, r or adapter.r, fields, experts, adapter.base_path)
+        yield name, rounded(name, cut, dtype)
 
 
 def rounded(name: str, pair: LoraPair, dtype: str) -> LoraPair:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from lorasb_ds.adapters.low_rank import LoraPair, padded, product_svd
+from lorasb_ds.adapters.low_rank import LoraPair, padded
 from lorasb_ds.adapters.peft_writer import peft_tensors, save_peft_adapter
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export.merge_plan import parts_of_experts
 from lorasb_ds.export.stored_adapter import StoredAdapter
-from lorasb_ds.export.to_peft import check_folder, rounded
+from lorasb_ds.export.to_peft import check_folder, truncated
 from lorasb_ds.models.base import Base
 
 
@@ -36,15 +36,11 @@ def export_for_vllm(
         ConfigError: as ``export_adapter``; and if the checkpoint has no matrices of single experts.
     """
     folder = check_folder(out, [adapter], overwrite)
-    if r is not None and not 1 <= r <= adapter.r:
-        raise ConfigError(f"--r {r}: the adapter has rank {adapter.r}; give 1 to {adapter.r}.")
     rank = r or adapter.r
     parts = parts_of_experts(adapter, base)
     tensors: dict[str, torch.Tensor] = {}
-    for name in adapter.layers:
-        pair = adapter.pair(name)
-        cut = product_svd(pair).pair(rank) if rank < len(pair.A) else pair
-        A, B = padded(rounded(name, cut, dtype), rank)
+    for name, pair in truncated(adapter, r, dtype):
+        A, B = padded(pair, rank)
         layers = {name: LoraPair(A, B)}
         if name in parts:
             layers = {}

@@ -11,10 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-from lorasb_ds.init.lanczos import ENERGY_TOLERANCE, VALUE_TOLERANCE
+from lorasb_ds.init.lanczos import is_converged, random_matrix, upper_triangle
+from lorasb_ds.init.sharded_svd import GRAM_SIDE
 from lorasb_ds.planner.init_plan import EXPERT_SVD_ENTRIES, GRAM_SHARE, KRYLOV_BLOCK
-
-GRAM_SIDE = 192
 
 
 class BatchedSVD(NamedTuple):
@@ -77,12 +76,12 @@ def _leading_vectors(M: torch.Tensor, r: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
 
     def random() -> torch.Tensor:
-        numbers = torch.randn(n, min(KRYLOV_BLOCK, n), generator=generator, dtype=torch.float64)
-        return numbers.to(M).expand(batch, -1, -1)
+        return random_matrix(n, min(KRYLOV_BLOCK, n), generator, M).expand(batch, -1, -1)
 
     basis = torch.linalg.qr(random()).Q
     columns: list[torch.Tensor] = []
     block, next_check = basis, min(2 * r + 3 * KRYLOV_BLOCK, n)
+    noise = _noise(M.dtype)
     scale = torch.linalg.matrix_norm(M)[:, None, None].square()
     while True:
         W = M.mT @ (M @ block)
@@ -91,48 +90,20 @@ def _leading_vectors(M: torch.Tensor, r: int, seed: int) -> torch.Tensor:
         k, width = basis.shape[2], block.shape[2]
         if k >= next_check:
             B = torch.linalg.qr(W).R
-            values, vectors = torch.linalg.eigh(_symmetric(columns))
+            values, vectors = torch.linalg.eigh(upper_triangle(columns), UPLO="U")
             vectors = vectors[..., -r:]
             residuals = torch.linalg.vector_norm(B @ vectors[:, k - width :], dim=1)
-            if k == n or bool(_converged(values, residuals).all()):
+            if k == n or bool(is_converged(values, residuals, noise).all()):
                 return (basis @ vectors).flip(2)
             next_check = min(k + max(KRYLOV_BLOCK, k // 6), n)
         # A column that is nothing but rounding is replaced before it is made orthogonal.
-        spent = torch.linalg.vector_norm(W, dim=1, keepdim=True) <= _noise(M.dtype) * scale
+        spent = torch.linalg.vector_norm(W, dim=1, keepdim=True) <= noise * scale
         W = torch.where(spent, random(), W)[..., : n - k]
         for _ in range(2):
             W = W - basis @ (basis.mT @ W)
             W = torch.linalg.qr(W).Q
         block = W
         basis = torch.cat([basis, block], 2)
-
-
-def _symmetric(columns: list[torch.Tensor]) -> torch.Tensor:
-    """Assemble (batch, k, k) from its columns down to the diagonal blocks."""
-    k = columns[-1].shape[1]
-    full = columns[-1].new_zeros(len(columns[-1]), k, k)
-    for part in columns:
-        rows, width = part.shape[1:]
-        full[:, :rows, rows - width : rows] = part
-    upper = full.triu()
-    return upper + upper.triu(1).mT
-
-
-def _converged(values: torch.Tensor, residuals: torch.Tensor) -> torch.Tensor:
-    """Return which matrices have converged, (batch,), by the criteria of ``lanczos``.
-
-    Args:
-        values: (batch, k), ascending; fp32 for sign matrices, else fp64.
-        residuals: (batch, r), of the last r values.
-    """
-    r = residuals.shape[1]
-    wanted, next_best = values[:, -r:], values[:, -r - KRYLOV_BLOCK : -r]
-    floor = wanted[:, -1:] * _noise(values.dtype) + torch.finfo(values.dtype).tiny
-    if values.dtype == torch.float64:
-        return (residuals <= VALUE_TOLERANCE * torch.maximum(wanted, floor)).all(1)
-    distance = torch.maximum(wanted - next_best.mean(1, keepdim=True), floor)
-    missing = (residuals.square() / distance).sum(1)
-    return missing <= ENERGY_TOLERANCE * wanted.sum(1) + torch.finfo(values.dtype).tiny
 
 
 def _noise(dtype: torch.dtype) -> float:

@@ -18,6 +18,7 @@ from lorasb_ds.init.factors import (
     compute_factors,
     fill_factors,
     generator_of,
+    random_bases,
 )
 from lorasb_ds.init.gradients import is_transposed
 from lorasb_ds.init.init_report import ExpertsInit
@@ -91,7 +92,7 @@ def decompose_weights(
     for matrix, W in zip(matrices, weights, strict=True):
         matrix.copy_(W.T if transposed else W)
     svd = batched_svd(matrices, adapter.r, settings.seed)
-    tokens = torch.zeros(adapter.num_experts, dtype=torch.int64, device=accelerator.device())
+    tokens = torch.zeros(adapter.num_matrices, dtype=torch.int64, device=accelerator.device())
     # Without a gradient the slopes are unknown; these let eta's search decide.
     slopes = svd.S.square()
     return _gather(adapter, svd, group), _describe(adapter, svd, slopes, tokens, group)
@@ -103,19 +104,15 @@ def random_expert_directions(
     """Return random orthonormal directions with S = 1, on rank 0; None elsewhere."""
     if zero.rank() != 0:
         return None
-    generator = generator_of(settings.seed, name)
-    U, V = (
-        torch.linalg.qr(torch.randn(adapter.num_experts, side, adapter.r, generator=generator)).Q
-        for side in (adapter.out_features, adapter.in_features)
-    )
-    return ExpertDirections(U, torch.ones(adapter.num_experts, adapter.r), V.mT)
+    U, Vh = random_bases(name, adapter, settings, adapter.num_matrices)
+    return ExpertDirections(U, torch.ones(adapter.num_matrices, adapter.r), Vh)
 
 
 def random_experts_report(adapter: LoraSBExperts) -> ExpertsInit:
     """Return the report of random directions."""
-    ones = torch.ones(adapter.num_experts, adapter.r)
-    tokens = torch.zeros(adapter.num_experts, dtype=torch.int64)
-    return ExpertsInit(torch.ones(adapter.num_experts), ones, ones, tokens, 0.0, 0.0)
+    ones = torch.ones(adapter.num_matrices, adapter.r)
+    tokens = torch.zeros(adapter.num_matrices, dtype=torch.int64)
+    return ExpertsInit(torch.ones(adapter.num_matrices), ones, ones, tokens, 0.0, 0.0)
 
 
 def fill_experts(
@@ -139,7 +136,7 @@ def fill_experts(
 
 
 def _owned(adapter: LoraSBExperts, group: Group) -> range:
-    return row_range(adapter.num_experts, dist.get_rank(group), dist.get_world_size(group))
+    return row_range(adapter.num_matrices, dist.get_rank(group), dist.get_world_size(group))
 
 
 def _all_experts(local: torch.Tensor, adapter: LoraSBExperts, group: Group) -> torch.Tensor:
@@ -149,7 +146,7 @@ def _all_experts(local: torch.Tensor, adapter: LoraSBExperts, group: Group) -> t
         local: (experts here, …).
     """
     dtype = torch.float32 if local.is_floating_point() else torch.int64
-    whole = torch.zeros(adapter.num_experts, *local.shape[1:], dtype=dtype, device=local.device)
+    whole = torch.zeros(adapter.num_matrices, *local.shape[1:], dtype=dtype, device=local.device)
     owned = _owned(adapter, group)
     whole[owned.start : owned.stop] = local.to(dtype)
     dist.all_reduce(whole, group=group)
@@ -160,7 +157,7 @@ def _gather(adapter: LoraSBExperts, svd: BatchedSVD, group: Group) -> ExpertDire
     """Gather the SVDs of all experts on rank 0; return None elsewhere. Collective."""
     parts = []
     for local in (svd.U, svd.S, svd.Vh):
-        whole = gather_rows(local.flatten(1), adapter.num_experts, group)
+        whole = gather_rows(local.flatten(1), adapter.num_matrices, group)
         parts.append(None if whole is None else whole.view(-1, *local.shape[1:]))
     U, S, Vh = parts
     if U is None or S is None or Vh is None:

@@ -102,12 +102,20 @@ def random_directions(
             torch.zeros(0),
             torch.zeros(0, adapter.in_features),
         )
+    U, Vh = random_bases(name, adapter, settings)
+    return Directions(U, torch.ones(adapter.r), Vh)
+
+
+def random_bases(
+    name: str, adapter: AdapterLinear, settings: InitSettings, *batch: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return random U (*batch, out, r) and Vh (*batch, r, in) of orthonormal directions."""
     generator = generator_of(settings.seed, name)
     U, V = (
-        torch.linalg.qr(torch.randn(side, adapter.r, generator=generator))[0]
+        torch.linalg.qr(torch.randn(*batch, side, adapter.r, generator=generator)).Q
         for side in (adapter.out_features, adapter.in_features)
     )
-    return Directions(U, torch.ones(adapter.r), V.T)
+    return U, V.mT
 
 
 def fill_layer(

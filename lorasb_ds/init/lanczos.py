@@ -60,10 +60,11 @@ def leading_ritz_vectors(
         W -= V.T @ columns[-1]
         Q, B = torch.linalg.qr(W)
         if k >= next_check:
-            values, vectors = torch.linalg.eigh(_upper_triangle(columns), UPLO="U")  # ascending
+            values, vectors = torch.linalg.eigh(upper_triangle(columns), UPLO="U")  # ascending
             vectors = vectors[:, -r:]
             residuals = torch.linalg.vector_norm(B @ vectors[k - block.shape[1] :], dim=0)
-            converged = _converged(values, residuals) & (k >= 2 * exhausted_at)
+            noise = rank_tolerance(values.dtype) ** 2
+            converged = is_converged(values, residuals, noise) & (k >= 2 * exhausted_at)
             if agree(converged | _complete(values[-r:], trace)) or k == n:
                 found: torch.Tensor = V.T @ vectors.flip(1)
                 return found.contiguous()
@@ -72,16 +73,18 @@ def leading_ritz_vectors(
         exhausted_at = k if exhausted else exhausted_at
 
 
-def _upper_triangle(columns: list[torch.Tensor]) -> torch.Tensor:
-    """Assemble H from its columns, with zeros below the diagonal blocks."""
-    matrix = columns[-1].new_zeros(len(columns[-1]), len(columns[-1]))
+def upper_triangle(columns: list[torch.Tensor]) -> torch.Tensor:
+    """Assemble H (…, k, k) from its columns, with zeros below the diagonal blocks."""
+    *batch, k, _ = columns[-1].shape
+    matrix = columns[-1].new_zeros(*batch, k, k)
     for part in columns:
-        matrix[: len(part), len(part) - part.shape[1] : len(part)] = part
+        rows, width = part.shape[-2:]
+        matrix[..., :rows, rows - width : rows] = part
     return matrix
 
 
-def _converged(values: torch.Tensor, residuals: torch.Tensor) -> torch.Tensor:
-    """Return whether the leading Ritz pairs are good enough, as a bool tensor.
+def is_converged(values: torch.Tensor, residuals: torch.Tensor, noise: float) -> torch.Tensor:
+    """Return whether the leading Ritz pairs are good enough, as a bool tensor (…).
 
     Sign matrices are judged by the missing energy: a Ritz value t with residual s is low by about
     ``s² / (t - u)``, where u is the Rayleigh quotient of the directions yet to be mixed in (Parlett
@@ -89,17 +92,18 @@ def _converged(values: torch.Tensor, residuals: torch.Tensor) -> torch.Tensor:
     value, which is exact to within s.
 
     Args:
-        values: (k,), ascending; fp32 for sign matrices, else fp64.
-        residuals: (r,), of the last r values.
+        values: (…, k), ascending; fp32 for sign matrices, else fp64.
+        residuals: (…, r), of the last r values.
+        noise: share of the largest value below which a value is rounding.
     """
-    r = len(residuals)
-    wanted, next_best = values[-r:], values[-r - KRYLOV_BLOCK : -r]
-    floor = wanted[-1] * rank_tolerance(values.dtype) ** 2 + torch.finfo(values.dtype).tiny
+    r = residuals.shape[-1]
+    wanted, next_best = values[..., -r:], values[..., -r - KRYLOV_BLOCK : -r]
+    floor = wanted[..., -1:] * noise + torch.finfo(values.dtype).tiny
     if values.dtype == torch.float64:
-        return torch.all(residuals <= VALUE_TOLERANCE * torch.maximum(wanted, floor))
-    distance = wanted - next_best.mean() if len(next_best) else wanted
+        return (residuals <= VALUE_TOLERANCE * torch.maximum(wanted, floor)).all(-1)
+    distance = wanted - next_best.mean(-1, keepdim=True) if next_best.shape[-1] else wanted
     missing = residuals.square() / torch.maximum(distance, floor)
-    return torch.le(missing.sum(), ENERGY_TOLERANCE * wanted.sum())
+    return torch.le(missing.sum(-1), ENERGY_TOLERANCE * wanted.sum(-1))
 
 
 def _complete(values: torch.Tensor, trace: float) -> torch.Tensor:

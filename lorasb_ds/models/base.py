@@ -23,10 +23,9 @@ from lorasb_ds.models.checkpoint_files import (
     stored_tensors,
     weights_digest,
 )
-from lorasb_ds.models.experts import ExpertShapes, experts_modules, projections
-from lorasb_ds.models.linear_layers import expert_layers
+from lorasb_ds.models.experts import ExpertShapes
 from lorasb_ds.models.quantization import Kind
-from lorasb_ds.models.shape import shape_of
+from lorasb_ds.models.shape import other_experts, shape_of
 from lorasb_ds.models.stored_formats import STORED_FORMATS, decoded
 from lorasb_ds.models.streaming import put
 from lorasb_ds.models.tokenizer import choose_pad_token, read_tokenizer
@@ -121,10 +120,10 @@ class Base:
         """The sizes of the model's layers, for the planner."""
         return shape_of(self.name, self.model)
 
-    @cached_property
+    @property
     def experts(self) -> ExpertShapes:
         """The projections of MoE experts that can be quantized and get an adapter."""
-        return projections(self.model)
+        return self.shape.experts
 
     @cached_property
     def order(self) -> dict[str, int]:
@@ -142,8 +141,7 @@ class Base:
 
         They stay frozen, and as they are stored.
         """
-        known = experts_modules(self.model)
-        return {name: n for name, n in expert_layers(self.model).items() if name not in known}
+        return other_experts(self.model)
 
     @cached_property
     def headers(self) -> dict[str, StoredTensor]:

@@ -11,7 +11,7 @@ differently do not wait for each other.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,7 +22,6 @@ from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from lorasb_ds.models.quantization import (
-    ROW_MULTIPLE,
     Kind,
     PackedLinear,
     PackedLinear4bit,
@@ -31,11 +30,10 @@ from lorasb_ds.models.quantization import (
 from lorasb_ds.planner.placement import EXPERT_ALIGNMENT
 
 # Name of a projection, as transformers names its parameter -> (experts, out, in).
-ExpertShapes = dict[str, tuple[int, int, int]]
+ExpertShapes = Mapping[str, tuple[int, int, int]]
 
 IMPLEMENTATION = "lorasb"  # in transformers' registry
 ALIGNMENT = EXPERT_ALIGNMENT // 2  # of a packed expert, in bf16 elements
-CHUNK = 1 << 20  # entries of a matrix that are quantized at a time
 
 
 @dataclass(frozen=True)
@@ -161,8 +159,7 @@ class ExpertsLinear(nn.Module):
         if not self._packing:
             weight[expert].copy_(W)
             return
-        rows = max(1, CHUNK // self.in_features // ROW_MULTIPLE) * ROW_MULTIPLE
-        packed = self._packing[0].quantize(W.split(rows))
+        packed = self._packing[0].quantize_whole(W)
         weight.view(self.num_experts, -1)[expert, : packed.numel()] = packed
 
     def expert_weight(self, expert: int) -> torch.Tensor:
@@ -175,23 +172,22 @@ class ExpertsLinear(nn.Module):
     def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         return _ExpertsFunction.apply(x, self, routing)
 
-    def product(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """Return ``W_e x_i`` (rows, out) for x (rows, in). One packed W at a time is unpacked."""
-        if not self._packing:
-            return grouped_mm(x, self.weight.detach().to(x.dtype).mT, routing)
-        y = x.new_empty(len(x), self.out_features)
-        for expert, rows in routing.rows():
-            torch.mm(x[rows], self.expert_weight(expert).to(x.dtype).T, out=y[rows])
-        return y
+    def product(
+        self, x: torch.Tensor, routing: Routing, *, transposed: bool = False
+    ) -> torch.Tensor:
+        """Return ``W_e x_i`` (rows, out) for x (rows, in), unpacking one packed W at a time.
 
-    def transposed_product(self, grad_y: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """Return ``W_eᵀ δ_i`` (rows, in) for δ (rows, out)."""
+        Args:
+            transposed: return ``W_eᵀ x_i`` (rows, in) for x (rows, out).
+        """
         if not self._packing:
-            return grouped_mm(grad_y, self.weight.detach().to(grad_y.dtype), routing)
-        grad_x = grad_y.new_empty(len(grad_y), self.in_features)
+            weights = self.weight.detach().to(x.dtype)
+            return grouped_mm(x, weights if transposed else weights.mT, routing)
+        y = x.new_empty(len(x), self.in_features if transposed else self.out_features)
         for expert, rows in routing.rows():
-            torch.mm(grad_y[rows], self.expert_weight(expert).to(grad_y.dtype), out=grad_x[rows])
-        return grad_x
+            W = self.expert_weight(expert).to(x.dtype)
+            torch.mm(x[rows], W if transposed else W.T, out=y[rows])
+        return y
 
 
 class _ExpertsFunction(torch.autograd.Function):
@@ -208,7 +204,8 @@ class _ExpertsFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y):
-        return ctx.layer.transposed_product(grad_y.contiguous(), ctx.routing), None, None
+        delta = grad_y.contiguous()
+        return ctx.layer.product(delta, ctx.routing, transposed=True), None, None
 
 
 def experts_forward(
@@ -261,7 +258,7 @@ def experts_modules(model: nn.Module) -> dict[str, Any]:
 
 def projections(model: nn.Module) -> ExpertShapes:
     """Return the projections of experts of an unsplit model, in the model's order."""
-    found: ExpertShapes = {}
+    found: dict[str, tuple[int, int, int]] = {}
     for prefix, experts in experts_modules(model).items():
         for name in (up_projection(experts), "down_proj"):
             num_experts, rows, columns = getattr(experts, name).shape
@@ -278,14 +275,12 @@ def split_experts(model: nn.Module, dtype: torch.dtype, kind: Kind | None) -> No
         dtype: of the experts' weights.
         kind: how they are packed; None: they are not.
     """
-    for experts in experts_modules(model).values():
+    shapes = projections(model)
+    for prefix, experts in experts_modules(model).items():
         for name in (up_projection(experts), "down_proj"):
-            num_experts, rows, columns = getattr(experts, name).shape
-            if experts.is_transposed:
-                rows, columns = columns, rows
             delattr(experts, name)
-            layer = ExpertsLinear(num_experts, rows, columns, dtype, kind, experts.is_transposed)
-            setattr(experts, name, layer)
+            shape = shapes[f"{prefix}.{name}"]
+            setattr(experts, name, ExpertsLinear(*shape, dtype, kind, experts.is_transposed))
         # A copy, since models that are not split may share the configuration.
         experts.config = copy.copy(experts.config)
         experts.config._experts_implementation = IMPLEMENTATION

@@ -93,23 +93,22 @@ def select_targets(
         targets = {name: shape for name, shape in layers.items() if min(shape) > 1}
         missing = [] if targets else [ALL_LINEAR]
     else:
-        wanted = [name.strip() for name in target_modules.split(",") if name.strip()]
-        matches = {w: set(select_names(layers, w)) for w in wanted}
-        missing = [
-            w for w, names in matches.items() if not names and not select_names(elsewhere, w)
-        ] or ([] if wanted else ["''"])
-        targets = {n: s for n, s in layers.items() if any(n in m for m in matches.values())}
+        targets = {name: layers[name] for name in select_names(layers, target_modules)}
+        wanted = _names_in(target_modules)
+        everything = (*layers, *elsewhere)
+        missing = [w for w in wanted if not any(_is_named(name, w) for name in everything)]
+        missing = missing if wanted else ["''"]
     if missing:
         kinds = sorted({name.rpartition(".")[2] for name in (*layers, *elsewhere)})
         raise ConfigError(
             f"--target-modules {target_modules}: no linear layer matches {', '.join(missing)}. The "
             f"model has linear layers named {', '.join(kinds) or '(none)'}."
         )
-    name, shape = min(targets.items(), key=lambda item: min(item[1]), default=("", (r, r)))
-    if targets and r * directions > min(shape):
+    name = min(targets, key=lambda name: min(targets[name]), default=None)
+    if name is not None and r * directions > (smallest := min(targets[name])):
         taken = "" if directions == 1 else f" times {directions} (the method takes so many)"
         raise ConfigError(
-            f"--r {r}{taken} exceeds min(out, in) = {min(shape)} of {name}; lower --r, or leave "
+            f"--r {r}{taken} exceeds min(out, in) = {smallest} of {name}; lower --r, or leave "
             "such layers out by --target-modules."
         )
     return targets
@@ -119,5 +118,13 @@ def select_names(names: Iterable[str], target_modules: str) -> list[str]:
     """Return the names that ``--target-modules`` selects, by PEFT's rule."""
     if target_modules == ALL_LINEAR:
         return list(names)
-    wanted = [part.strip() for part in target_modules.split(",") if part.strip()]
-    return [n for n in names if any(n == w or n.endswith(f".{w}") for w in wanted)]
+    wanted = _names_in(target_modules)
+    return [name for name in names if any(_is_named(name, w) for w in wanted)]
+
+
+def _is_named(name: str, wanted: str) -> bool:
+    return name == wanted or name.endswith(f".{wanted}")
+
+
+def _names_in(target_modules: str) -> list[str]:
+    return [name.strip() for name in target_modules.split(",") if name.strip()]

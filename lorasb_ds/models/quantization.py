@@ -17,6 +17,14 @@ Kind = Literal["4bit", "8bit"]
 
 # Rows of a weight are quantized so many at a time that no block is cut.
 ROW_MULTIPLE = 64
+# Elements that are read or quantized at a time. On a CPU bitsandbytes takes 14 bytes for each, and
+# is fastest at this size.
+CHUNK = 1 << 20
+
+
+def rows_at_a_time(width: int, multiple: int) -> int:
+    """Return how many rows make about ``CHUNK`` elements, a multiple of some number."""
+    return max(1, CHUNK // max(1, width) // multiple) * multiple
 
 
 class PackedLinear(nn.Linear, ABC):
@@ -64,6 +72,10 @@ class PackedLinear(nn.Linear, ABC):
         Raises:
             ValueError: if a scale is not finite.
         """
+
+    def quantize_whole(self, W: torch.Tensor) -> torch.Tensor:
+        """Return the value of ``weight`` for a whole W (out, in); see ``quantize``."""
+        return self.quantize(W.split(rows_at_a_time(self.in_features, ROW_MULTIPLE)))
 
     @abstractmethod
     def pack_stored(self, codes: torch.Tensor, beside: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -282,9 +294,7 @@ def stored_4bit(W: torch.Tensor) -> dict[str, torch.Tensor]:
     from bitsandbytes.functional import QuantState, create_dynamic_map, get_4bit_type
 
     layer = PackedLinear4bit(W.shape[1], W.shape[0], None, W.dtype)
-    # A few rows at a time: bitsandbytes takes 14 bytes for each number on a CPU.
-    step = max(1, (1 << 20) // W.shape[1] // ROW_MULTIPLE) * ROW_MULTIPLE
-    codes, absmax, *fp32 = layer.parts(layer.quantize(W.split(step)))
+    codes, absmax, *fp32 = layer.parts(layer.quantize_whole(W))
     absmax2, offset = (part.clone().view(torch.float32) for part in fp32)
     nested_map = create_dynamic_map().to(W.device)
     nested = QuantState(absmax2, code=nested_map, blocksize=NESTED_BLOCKSIZE, dtype=torch.float32)

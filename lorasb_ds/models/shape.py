@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lorasb_ds.models.experts import experts_modules, projections
+from lorasb_ds.models.experts import ExpertShapes, experts_modules, projections
 from lorasb_ds.models.linear_layers import Shapes, expert_layers, linear_layers
 from lorasb_ds.planner.model_shape import (
     CASTS_ROUTING,
@@ -53,8 +53,18 @@ def shape_of(name: str, model: Any) -> ModelShape:
         expert_width=max(inside, default=0),
         expert_kept=0 if not experts else OWN_GATE_KEPT if own_gate else GATE_KEPT,
         fp32_routing=bool(experts) and settings.config.model_type not in CASTS_ROUTING,
-        num_unreached=sum(n for name, n in expert_layers(model).items() if name not in modules),
+        num_unreached=sum(other_experts(model).values()),
     )
+
+
+def other_experts(model: nn.Module) -> dict[str, int]:
+    """Return the modules with 3-D parameters that transformers' registry does not compute.
+
+    Returns:
+        Name -> number of elements.
+    """
+    known = experts_modules(model)
+    return {name: n for name, n in expert_layers(model).items() if name not in known}
 
 
 class _Settings:
@@ -83,7 +93,7 @@ def _has_own_gate(module: Any) -> bool:
 
 
 def _blocks(
-    model: Any, settings: _Settings, layers: Shapes, experts: dict[str, tuple[int, int, int]]
+    model: Any, settings: _Settings, layers: Shapes, experts: ExpertShapes
 ) -> tuple[Block, ...]:
     """Return the decoder blocks, those that the configuration counts."""
     count = settings.size("num_hidden_layers", default=1)

@@ -21,7 +21,7 @@ from lorasb_ds.errors import ConfigError
 from lorasb_ds.models.checkpoint_files import StoredTensor
 from lorasb_ds.models.experts import ExpertsLinear
 from lorasb_ds.models.quantization import ROW_MULTIPLE, PackedLinear
-from lorasb_ds.models.tensor_reader import TensorReader, rows_at_a_time
+from lorasb_ds.models.tensor_reader import TensorReader
 from lorasb_ds.models.weight_map import WeightSource
 from lorasb_ds.system.host_memory import release_freed_memory
 
@@ -62,12 +62,12 @@ def stream_weights(
             _raise_together(problem, group)
             for owner, source in enumerate(wave):
                 for name in source.targets:
+                    place = parameter_name(model, name)
                     if owner == rank:
                         value = values.pop(name)
                     else:
-                        parameter = _get(model, parameter_name(model, name))
-                        value = torch.empty_like(parameter, device=accelerator.device())
-                    placed = put(model, parameter_name(model, name), broadcast(value, owner, group))
+                        value = torch.empty_like(_get(model, place), device=accelerator.device())
+                    placed = put(model, place, broadcast(value, owner, group))
                     del value
                     if shard is not None and isinstance(placed, nn.Parameter):
                         shard(placed)
@@ -128,11 +128,11 @@ def _read_experts(
         (found,) = part.convert(model, lambda key: reader.read(key, dtype)).values()
         return found
 
-    one_by_one = source.stores_experts(layer.num_experts)
-    whole = None if source.converter is None or one_by_one else convert(source)
+    by_expert = source.by_expert(layer.num_experts)
+    whole = None if source.converter is None or by_expert else convert(source)
     for expert in range(layer.num_experts):
-        if one_by_one:
-            W = convert(source.of_expert(expert))[0]
+        if by_expert:
+            W = convert(by_expert[expert])[0]
         elif whole is not None:
             W = whole[expert]
         else:
@@ -153,7 +153,7 @@ def _settled(model: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
     layer = _packed_layer(model, name)
     if layer is None:
         return tensor.to(_get(model, name).dtype).contiguous()
-    return layer.quantize(tensor.split(rows_at_a_time(layer.in_features, ROW_MULTIPLE)))
+    return layer.quantize_whole(tensor)
 
 
 def experts_layer(model: nn.Module, name: str) -> ExpertsLinear | None:

@@ -10,6 +10,7 @@ import torch
 
 from lorasb_ds.distributed import accelerator
 from lorasb_ds.models.checkpoint_files import StoredTensor
+from lorasb_ds.models.quantization import rows_at_a_time
 from lorasb_ds.models.stored_formats import EncodedTensor
 
 STORED_DTYPES = {
@@ -24,9 +25,6 @@ STORED_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# Elements that are read (and quantized) at a time. On a CPU bitsandbytes takes 14 bytes for each,
-# and is fastest at this size.
-CHUNK = 1 << 20
 
 
 class TensorReader:
@@ -162,10 +160,6 @@ def _num_rows(shape: Sequence[int]) -> int:
 
 def _width(shape: Sequence[int]) -> int:
     return shape[-1] if shape else 1
-
-
-def rows_at_a_time(width: int, multiple: int) -> int:
-    return max(1, CHUNK // max(1, width) // multiple) * multiple
 
 
 def _is_finite(values: torch.Tensor) -> bool:

@@ -59,22 +59,23 @@ class WeightSource:
         found = transform.convert(first, model=model, config=model.config)
         return {name: t[0] if isinstance(t, list) else t for name, t in found.items()}
 
-    def stores_experts(self, num_experts: int) -> bool:
-        """Return whether every expert's matrices are stored by themselves, in the order of keys."""
-        counts = {self.patterns.count(pattern) for pattern in self.patterns}
-        return self.converter is not None and counts == {num_experts}
+    def by_expert(self, num_experts: int) -> list[WeightSource] | None:
+        """Return the sources of single experts, each of which converts to (1, rows, columns).
 
-    def of_expert(self, expert: int) -> WeightSource:
-        """Return the source of one expert, whose tensors are stored by themselves.
-
-        It converts to (1, rows, columns).
+        None: the checkpoint does not store every expert's matrices by themselves.
         """
-        groups = [
-            [key for key, of in zip(self.keys, self.patterns, strict=True) if of == pattern]
-            for pattern in dict.fromkeys(self.patterns)
+        if self.converter is None:
+            return None
+        groups: dict[str, list[str]] = {}
+        for key, pattern in zip(self.keys, self.patterns, strict=True):
+            groups.setdefault(pattern, []).append(key)
+        if any(len(keys) != num_experts for keys in groups.values()):
+            return None
+        patterns = tuple(groups)
+        return [
+            replace(self, keys=keys, patterns=patterns)
+            for keys in zip(*groups.values(), strict=True)
         ]
-        keys = tuple(group[expert] for group in groups)
-        return replace(self, keys=keys, patterns=tuple(dict.fromkeys(self.patterns)))
 
 
 def map_weights(model: Any, stored: Mapping[str, StoredTensor], name: str) -> list[WeightSource]:

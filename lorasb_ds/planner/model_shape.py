@@ -103,8 +103,8 @@ class ModelShape:
 GATE_KEPT, OWN_GATE_KEPT = 3, 6
 # Their routers cast the weights to the dtype of the hidden states; those of most others do not.
 CASTS_ROUTING = {
-    *("ernie4_5_moe", "gpt_oss", "granitemoe", "granitemoehybrid", "granitemoeshared", "olmoe"),
-    *("qwen2_moe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next"),
+    *("ernie4_5_moe", "gpt_oss", "granitemoe", "granitemoehybrid", "granitemoeshared", "laguna"),
+    *("olmoe", "qwen2_moe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next"),
 }
 # Numbers that attention keeps for a position and a head where torch's scaled_dot_product_attention
 # is not used: transformers takes the softmax in fp32, and casts it; gpt-oss's sinks, in the compute

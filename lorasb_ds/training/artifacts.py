@@ -78,19 +78,18 @@ def announce(run: Prepared, folder: Path) -> None:
             f"{len(adapter.experts)} projections of {'/'.join(map(str, sorted(num_experts)))} "
             f"experts with an adapter of rank {adapter.expert_r} for each"
         )
-    if frozen := frozen_experts(run):
+    if frozen := num_frozen_in_experts(run):
         why = f": {adapter.frozen_experts}" if adapter.frozen_experts else ""
-        share = sum(frozen.values()) / run.base.shape.num_parameters
+        share = frozen / run.base.shape.num_parameters
         say(
-            f"{sum(frozen.values()):,} parameters of MoE experts ({share:.0%} of the model) stay "
+            f"{frozen:,} parameters of MoE experts ({share:.0%} of the model) stay "
             f"frozen without an adapter{why}"
         )
 
 
-def frozen_experts(run: Prepared) -> dict[str, int]:
-    """Return what has no adapter of the base's MoE experts -> number of elements."""
-    known = {n: math.prod(s) for n, s in run.base.experts.items() if n not in run.adapter.experts}
-    return known | run.base.other_experts
+def num_frozen_in_experts(run: Prepared) -> int:
+    """Return the number of elements of the base's MoE experts that have no adapter."""
+    return run.base.shape.num_in_experts - sum(map(math.prod, run.adapter.experts.values()))
 
 
 def finish(
@@ -108,7 +107,7 @@ def finish(
     if init.layers:
         draw_init(folder / INIT_PICTURE, init)
     # Last: a run that has its report is finished.
-    targets, frozen = run.adapter.targets, frozen_experts(run)
+    targets, frozen = run.adapter.targets, num_frozen_in_experts(run)
     write_report(folder / REPORT, description, log.rows, init, targets, frozen)
 
 

@@ -51,7 +51,7 @@ def write_report(
     rows: Sequence[Mapping[str, Any]],
     init: InitReport,
     targets: Shapes,
-    frozen_experts: Mapping[str, int],
+    num_frozen_in_experts: int,
 ) -> None:
     """Write ``report.md``: the init, the training, and the size of the adapter.
 
@@ -60,7 +60,7 @@ def write_report(
         rows: all rows of ``metrics.jsonl``.
         init: report of the init.
         targets: layers with an adapter -> (out, in).
-        frozen_experts: of MoE experts what has no adapter -> number of elements.
+        num_frozen_in_experts: elements of MoE experts without an adapter.
     """
     r, method = run["config"]["r"], run["config"]["method"]
     num_trained = run["trainable_parameters"]
@@ -82,7 +82,7 @@ def write_report(
     lines.append("")
     if run.get("peft_warning"):
         lines += [f"**Not for PEFT**: {run['peft_warning']}", ""]
-    lines += _init_section(init, run["config"]["init_from"], frozen_experts)
+    lines += _init_section(init, run["config"]["init_from"], num_frozen_in_experts)
     lines += _training_section(rows)
     lines += _held_out_section(rows)
     lines += _memory_section(run["memory"])
@@ -97,7 +97,7 @@ def _init_rows(config: Mapping[str, Any]) -> str:
     return f"; init on {' + '.join(config['init_data'])}" if config["init_data"] else ""
 
 
-def _init_section(init: InitReport, taken: str | None, experts: Mapping[str, int]) -> list[str]:
+def _init_section(init: InitReport, taken: str | None, num_frozen: int) -> list[str]:
     energies = [layer.captured_energy for layer in init.layers.values()]
     of_gradient = []
     if init.loss is not None:
@@ -146,10 +146,9 @@ def _init_section(init: InitReport, taken: str | None, experts: Mapping[str, int
     if init.partly_reached:
         counts = ", ".join(f"{name} ({n})" for name, n in init.partly_reached.items())
         lines += [f"**Not called by all {init.num_batches} micro-batches**: {counts}.", ""]
-    if experts:
+    if num_frozen:
         lines += [
-            f"**MoE**: {sum(experts.values()):,} parameters of experts stay frozen without an "
-            "adapter.",
+            f"**MoE**: {num_frozen:,} parameters of experts stay frozen without an adapter.",
             "",
         ]
     return [*lines, f"![spectra and captured energy]({INIT_PICTURE})", ""] if init.layers else lines

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from deepspeed.launcher.runner import fetch_hostfile
 
 from launcher.cli import main
-from launcher.commands.plan import find_workload
+from launcher.commands.plan_inputs import find_workload
 from launcher.hosts.hostfile import read_hostfile
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.planner.config_shape import shape_from_config

@@ -51,7 +51,7 @@ def report(tmp_path: Path, rows: list[dict[str, Any]], **options: Any) -> str:
         "accelerator": "cpu",
         "memory": {"predicted": {"phases": {"load": 1 << 30}}, "measured": {"load": 2 << 30}},
     }
-    write_report(tmp_path / "report.md", run, rows, INIT, TARGETS, {"experts": 1000})
+    write_report(tmp_path / "report.md", run, rows, INIT, TARGETS, 1000)
     return (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
