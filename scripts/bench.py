@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 from bench_common import ROOT
+from bench_families import main as families
 from bench_init import init, scale
 from bench_load import main as load
 from bench_merge import main as merge
@@ -19,7 +20,7 @@ from bench_step import main as step
 from bench_svd import svd
 from bench_wide import main as wide
 
-COMMANDS = (svd, init, scale, load, wide, plan, step, merge, moe)
+COMMANDS = (svd, init, scale, load, wide, plan, step, merge, moe, families)
 
 
 @click.group(help=__doc__)

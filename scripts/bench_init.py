@@ -83,7 +83,7 @@ def ours(config: dict[str, Any], out: str) -> None:
     import torch.distributed as dist
 
     from lorasb_ds.distributed import zero
-    from lorasb_ds.init.gradients import GradientShards
+    from lorasb_ds.init.gradient_shards import GradientShards
     from lorasb_ds.training.init_phase import initialize_by
     from lorasb_ds.training.trainer import start_engine
 

@@ -22,6 +22,8 @@ from bench_common import (
 from bench_model import read_once, write_qwen3_moe
 from bench_wide import wide
 
+from lorasb_ds.distributed.accelerator import emulates_bf16
+
 GB = 1e9
 BLOCKS, BLOCKS_OF_ALL = 2, 48
 EXPERT_R = 8
@@ -40,11 +42,11 @@ SHAPE = {
 QUICK = SHAPE | {"hidden_size": 128, "moe_intermediate_size": 64, "num_local_experts": 8}
 QUICK |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
 QUICK |= {"num_experts_per_tok": 2}
-# Of nine rows one is held back, for eta.
+# Few tokens, as the weights are what takes memory here. Of nine rows one is held back, for eta.
 RUN = {
-    "data": "reasoning-gym:word_sequence_reversal?min_words=20&max_words=30&size=9&seed=3",
+    "data": "reasoning-gym:word_sequence_reversal?min_words=3&max_words=5&size=9&seed=3",
     "init_samples": 9,
-    "max_length": 128,
+    "max_length": 64,
     "micro_batch_size": 2,
     "max_steps": 2,
     "r": 64,
@@ -52,6 +54,8 @@ RUN = {
     "gradient_checkpointing": True,
     "ds_config": str(ROOT / "ds_configs/zero3.json"),
 }
+BUDGET_GIB = 1
+IN_GROUPS = f"4-bit, 1, init in {BUDGET_GIB} GiB"
 FROZEN, OURS, PEFT = "frozen experts", "lorasb", "PEFT, target_parameters"
 
 
@@ -81,7 +85,7 @@ def _block(settings: dict[str, Any], way: str) -> tuple[Any, int]:
     config = Qwen3MoeConfig(**settings["shape"])
     config._experts_implementation = "grouped_mm"
     torch.manual_seed(0)
-    dtype = torch.bfloat16
+    dtype = getattr(torch, settings["dtype"])
 
     class Holder(torch.nn.Module):
         def __init__(self) -> None:
@@ -110,7 +114,7 @@ def _block(settings: dict[str, Any], way: str) -> tuple[Any, int]:
         lora = LoraConfig(r=EXPERT_R, target_modules=[], target_parameters=targets)
         holder = get_peft_model(holder, lora).base_model.model
         for name, parameter in holder.named_parameters():
-            if "lora_" in name:  # as the base: PEFT's fp32 factors would take twice as much
+            if "lora_" in name:  # as the base: PEFT makes them fp32
                 parameter.data = parameter.data.to(dtype)
     tokens, k = settings["tokens"], config.num_experts_per_tok
     x = torch.randn(tokens, config.hidden_size, dtype=dtype)
@@ -143,7 +147,10 @@ def main(repeats: int, only: str | None, out: Path, quick: bool) -> None:
 
 
 def _runs(shape: dict[str, Any], quick: bool) -> dict[str, Any]:
-    """Load, init and two steps of two blocks, in bf16 and 4 bits, on one and two processes."""
+    """Load, init and two steps of two blocks, in bf16 and 4 bits, on one and two processes.
+
+    The last run is a 4-bit one on one process, whose init may take ``BUDGET_GIB``.
+    """
     config = RUN | ({"r": 8} if quick else {})
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -155,15 +162,26 @@ def _runs(shape: dict[str, Any], quick: bool) -> dict[str, Any]:
                 options = config | {"model": str(folder), "load_in_4bit": form == "4-bit"}
                 found[f"{form}, {ranks}"] = measure(wide, options, ranks)
                 print(f"{form}, {ranks}: {found[f'{form}, {ranks}']}", file=sys.stderr, flush=True)
+        budget = {"init_memory_gib": BUDGET_GIB / (1000 if quick else 1), "load_in_4bit": True}
+        found[IN_GROUPS] = measure(wide, config | budget | {"model": str(folder)})
+        print(f"{IN_GROUPS}: {found[IN_GROUPS]}", file=sys.stderr, flush=True)
     columns = [f"{form}, {ranks} process(es)" for ranks in (1, 2) for form in ("bf16", "4-bit")]
-    rows = {}
+    columns.append(IN_GROUPS)
+    rows = {"groups of the init": [str(int(run["groups"])) for run in found.values()] + ["", ""]}
     for part in ("held", "load_peak", "init_peak", "step_peak"):
-        cells = [f"{found[key][f'{part}_bytes'] / GB:.2f}" for key in found]
+        cells = [f"{run[f'{part}_bytes'] / GB:.2f}" for run in found.values()]
         ratios = [
             found[f"4-bit, {ranks}"][f"{part}_bytes"] / found[f"bf16, {ranks}"][f"{part}_bytes"]
             for ranks in (1, 2)
         ]
         rows[f"{part.replace('_', ' ')}, GB"] = [*cells, *(f"{ratio:.2f}" for ratio in ratios)]
+        if part == "held":
+            continue
+        predicted = part.replace("peak", "predicted")
+        rows[f"{part.replace('_', ' ')}, planned of measured"] = [
+            *(f"{run[f'{predicted}_bytes'] / run[f'{part}_bytes']:.2f}" for run in found.values()),
+            *("", ""),
+        ]
     print_table(f"{BLOCKS} blocks", [*columns, "4-bit of bf16, 1", "4-bit of bf16, 2"], rows)
     seconds = {
         f"{part}, s": [f"{found[key][f'{part}_s']:.1f}" for key in found]
@@ -184,10 +202,11 @@ def _runs(shape: dict[str, Any], quick: bool) -> dict[str, Any]:
 def _blocks(shape: dict[str, Any], repeats: int, tokens: int) -> dict[str, Any]:
     """One block's experts, forward and backward, each way in a process of its own, in turn."""
     ways = (FROZEN, OURS, PEFT)
+    dtype = "float32" if emulates_bf16() else "bfloat16"
     rounds: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for _ in range(repeats):
         for way in ways:
-            settings = {"shape": shape, "way": way, "tokens": tokens, "repeats": 1}
+            settings = {"shape": shape, "way": way, "tokens": tokens, "dtype": dtype, "repeats": 1}
             rounds[way].append(measure(block, settings))
     found = {
         way: {
@@ -201,7 +220,7 @@ def _blocks(shape: dict[str, Any], repeats: int, tokens: int) -> dict[str, Any]:
     share = sum(EXPERT_R * (o + i) for o, i in sides) / sum(o * i for o, i in sides)
     frozen, ours, peft = (found[way] for way in ways)
     print_table(
-        f"experts of one block, {tokens} tokens, r = {EXPERT_R}",
+        f"experts of one block in {dtype}, {tokens} tokens, r = {EXPERT_R}",
         ("seconds", "of frozen", "of PEFT", "peak, GB", "of PEFT"),
         {
             way: (
@@ -219,7 +238,7 @@ def _blocks(shape: dict[str, Any], repeats: int, tokens: int) -> dict[str, Any]:
         f"\noverhead of the branch {overhead:.1%}; of its products alone, counted {share:.1%}: "
         f"{overhead / share:.1f} times"
     )
-    return {"medians": found, "rounds": rounds, "branch_share": share}
+    return {"dtype": dtype, "medians": found, "rounds": rounds, "branch_share": share}
 
 
 if __name__ == "__main__":

@@ -18,12 +18,15 @@ stage() { # stage NAME COMMAND…: run it and note what it took
 stage set-up scripts/setup.sh
 export PATH="$PWD/.venv/bin:$PATH"
 mkdir -p runs
+# CPUs without bf16 emulate it, many times slower than fp32.
+DTYPE=$(python -c 'import torch
+print("bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32")')
 
-stage before lorasb eval --max-new-tokens 32 \
+stage before lorasb eval --dtype "$DTYPE" --max-new-tokens 32 \
   --output-dir runs/demo-before --overwrite
-stage training lorasb train --num-procs 2 --r 64 --micro-batch-size 8 --max-steps 32 \
+stage training lorasb train --num-procs 2 --dtype "$DTYPE" --r 64 --micro-batch-size 8 --max-steps 32 \
   --output-dir "$RUN" --overwrite
-stage after lorasb eval --adapter "$RUN/adapter" --max-new-tokens 32 \
+stage after lorasb eval --adapter "$RUN/adapter" --dtype "$DTYPE" --max-new-tokens 32 \
   --output-dir runs/demo-after --overwrite
 
 python scripts/demo_table.py "$RUN" runs/demo-before runs/demo-after

@@ -51,12 +51,14 @@ def main(own: dict[str, Any], given: dict[str, Any]) -> None:
         from lorasb_ds.evaluation.evaluator import evaluate, write_results
         from lorasb_ds.evaluation.model import start_model
         from lorasb_ds.evaluation.rows import load_eval_rows
+        from lorasb_ds.runs.output_dir import say_if_bf16_is_emulated
 
         chosen = {name: own[name] for name in ("task", "num_samples", "max_new_tokens")}
         chosen["max_positions"] = run.max_positions
         sources = [load_eval_rows(s, run.config, run.base.tokenizer, **chosen) for s in config.data]
         if in_job:
             join()
+        say_if_bf16_is_emulated(config)
         model = start_model(run)
         results = []
         for rows in sources:

@@ -42,9 +42,9 @@ class InitOptions(OptionGroup):
         None,
         gt=0,
         description="Memory of a process for the init's gradients and SVD, beside base and "
-        "activations (host memory counts, too). Layers are then taken in groups, which costs about "
-        "one more forward pass, or a pass for each group in models that cannot be cut into "
-        "segments.",
+        "activations (host memory counts, too). Layers, and the experts of a block, are then taken "
+        "in groups, which costs about one more forward pass, or a pass for each group in models "
+        "that cannot be cut into segments.",
         json_schema_extra=default_is("no limit"),
     )
     init_offload: bool = Field(False, description="Keep the init's gradient shards in host memory.")

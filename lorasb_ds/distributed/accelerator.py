@@ -27,6 +27,11 @@ def device_count() -> int:
     return int(get_accelerator().device_count())
 
 
+def emulates_bf16() -> bool:
+    """Return whether products in bf16 are many times slower than in fp32: on CPUs without bf16."""
+    return name() == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 class Stopwatch:
     """Measure the time spent in its ``with`` blocks; on an accelerator, by events on its stream."""
 

@@ -7,6 +7,7 @@ the shorter side is small, otherwise block Lanczos until every matrix has conver
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -25,12 +26,18 @@ class BatchedSVD(NamedTuple):
     captured_energy: torch.Tensor  # (batch,), as in TruncatedSVD
 
 
-def batched_svd(matrices: torch.Tensor, r: int, seed: int = 0) -> BatchedSVD:
+def batched_svd(
+    matrices: torch.Tensor,
+    r: int,
+    seed: int = 0,
+    update: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> BatchedSVD:
     """Decompose every matrix to rank r, with at least 0.9999 of the best possible energy.
 
     Args:
-        matrices: (batch, m, n) with m >= n >= r. int8 for sign matrices, which are processed in
-            fp32; others in fp64. The batch may be empty.
+        matrices: (batch, m, n) with m >= n >= r. The batch may be empty.
+            int8 for sign matrices, which are processed in fp32; others in fp64.
+        update: applied to some matrices at a time before they are decomposed.
         seed: of the first block, and of directions that complete the bases of matrices whose rank
             is below r.
     Returns:
@@ -38,7 +45,8 @@ def batched_svd(matrices: torch.Tensor, r: int, seed: int = 0) -> BatchedSVD:
     """
     batch, m, n = matrices.shape
     at_once = max(1, EXPERT_SVD_ENTRIES // (m * n))
-    parts = [_svd(part, r, seed) for part in matrices.split(at_once)] if batch else []
+    split = matrices.split(at_once) if batch else ()
+    parts = [_svd(update(part) if update else part, r, seed) for part in split]
     if not parts:
         empty = torch.zeros(0, device=matrices.device)
         return BatchedSVD(empty.view(0, m, r), empty.view(0, r), empty.view(0, r, n), empty)

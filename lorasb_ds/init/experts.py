@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,8 +21,8 @@ from lorasb_ds.init.factors import (
     generator_of,
     random_bases,
 )
-from lorasb_ds.init.gradients import is_transposed
-from lorasb_ds.init.init_report import ExpertsInit
+from lorasb_ds.init.gradient_shards import is_transposed
+from lorasb_ds.init.init_report import ExpertsInit, join_experts
 from lorasb_ds.init.update_rules import UPDATE_RULES
 
 # Optimizers whose updates take every entry of a gradient by itself.
@@ -36,15 +37,8 @@ class ExpertDirections(NamedTuple):
     Vh: torch.Tensor  # (experts, r, in)
 
 
-def decompose_gradients(
-    name: str,
-    adapter: LoraSBExperts,
-    gradients: torch.Tensor,
-    tokens: torch.Tensor,
-    settings: InitSettings,
-    group: Group,
-) -> tuple[ExpertDirections | None, ExpertsInit]:
-    """Compute the SVD of every expert's update. Collective.
+class ExpertSVDs:
+    """The SVDs of the updates of a projection's experts, from the gradients of some at a time.
 
     An expert that no token of the sample has reached has no gradient. Its basis is that of the mean
     gradient of the projection's other experts, and its singular values are 0, so that R starts at
@@ -52,40 +46,85 @@ def decompose_gradients(
 
     Args:
         name: of the projection, for messages.
-        gradients: (experts here, long side, short side), of ``GradientShards``; overwritten.
-        tokens: (experts,), of ``GradientShards.tokens``.
         settings: with an update of ``EXPERT_UPDATES``.
-    Returns:
-        The directions, on rank 0, None elsewhere; and the report, on every rank.
-    Raises:
-        FloatingPointError: on every rank, if a gradient is not finite, naming the experts.
     """
-    finite = _all_experts(torch.isfinite(gradients).flatten(1).all(1), adapter, group)
-    if bad := [str(e) for e, ok in enumerate(finite.tolist()) if not ok]:
-        raise FloatingPointError(
-            f"the gradient of {name} of expert {', '.join(bad[:8])} is not finite. The base or the "
-            "data hold values that overflow in its dtype. Try --dtype fp32."
+
+    def __init__(
+        self, name: str, adapter: LoraSBExperts, settings: InitSettings, group: Group
+    ) -> None:
+        self.name, self.adapter, self.group = name, adapter, group
+        rule = UPDATE_RULES[settings.update]
+        self._svd = partial(
+            batched_svd, r=adapter.r, seed=settings.seed, update=lambda G: rule.matrix(G, None)
         )
-    owned = _owned(adapter, group)
-    reached = tokens[owned.start : owned.stop] > 0
-    mean = gradients.sum(0)
-    dist.all_reduce(mean, group=group)
-    gradients[~reached] = mean / max(1, int((tokens > 0).sum()))
-    updates = UPDATE_RULES[settings.update].matrix(gradients, None)
-    svd = batched_svd(updates, adapter.r, settings.seed)
-    along = ((svd.U.mT @ gradients) * svd.Vh).sum(2)  # u_iᵀ G v_i
-    svd = svd._replace(S=svd.S * reached[:, None])
-    report = _describe(adapter, svd, svd.S * along, tokens, group)
-    return _gather(adapter, svd, group), report
+        self._sum = torch.zeros((), device=accelerator.device())  # of all gradients, on every rank
+        # First expert -> the directions on rank 0, None elsewhere; and the report, on every rank.
+        self._parts: dict[int, tuple[ExpertDirections | None, ExpertsInit]] = {}
+        self._missing = adapter.num_matrices
+
+    def add(self, experts: range, gradients: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Decompose the updates of some experts. Collective.
+
+        Args:
+            experts: those that ``GradientShards`` held.
+            gradients: (experts here, long side, short side), of ``GradientShards``.
+            tokens: (those experts,), of ``GradientShards.tokens``.
+        Raises:
+            FloatingPointError: on every rank, if a gradient is not finite, naming the experts.
+        """
+        number = len(experts)
+        largest = torch.linalg.vector_norm(gradients, torch.inf, dim=(1, 2))
+        finite = _all_experts(torch.isfinite(largest), number, self.group).tolist()
+        if bad := [str(e) for e, ok in zip(experts, finite, strict=True) if not ok]:
+            raise FloatingPointError(
+                f"the gradient of {self.name} of expert {', '.join(bad[:8])} is not finite. The "
+                "base or the data hold values that overflow in its dtype. Try --dtype fp32."
+            )
+        svd = self._svd(gradients)
+        slopes = svd.S * ((svd.U.mT @ gradients) * svd.Vh).sum(2)  # S_i u_iᵀ G v_i
+        self._parts[experts.start] = (
+            _gather(self.adapter, svd, number, self.group),
+            _describe(self.adapter, svd, slopes, tokens, self.group),
+        )
+        total = gradients.sum(0)
+        dist.all_reduce(total, group=self.group)
+        self._sum = self._sum + total
+        self._missing -= number
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all experts have been added."""
+        return self._missing == 0
+
+    def result(self) -> tuple[ExpertDirections | None, ExpertsInit]:
+        """Return the directions of all experts, on rank 0, None elsewhere; and the report.
+
+        Not collective: every rank decomposes the mean gradient, if it is needed.
+        """
+        parts = [self._parts[first] for first in sorted(self._parts)]
+        report = join_experts([of for _, of in parts])
+        found = [directions for directions, _ in parts if directions is not None]
+        directions = ExpertDirections(*map(torch.cat, zip(*found, strict=True))) if found else None
+        if unreached := report.unreached:
+            num_reached = max(1, self.adapter.num_matrices - len(unreached))
+            mean = self._svd(self._sum[None] / num_reached)
+            for values in (report.spectrum, report.slopes):
+                values[unreached] = 0.0
+            report.captured_energy[unreached] = mean.captured_energy.cpu()
+            if directions is not None:
+                U, _, Vh = _not_transposed(self.adapter, mean.U, mean.S, mean.Vh)
+                directions.U[unreached], directions.Vh[unreached] = U, Vh
+                directions.S[unreached] = 0.0
+        return directions, report
 
 
 def decompose_weights(
     adapter: LoraSBExperts, settings: InitSettings, group: Group
 ) -> tuple[ExpertDirections | None, ExpertsInit]:
     """Compute the SVD of every expert's W. Collective: the projection's weight is gathered."""
-    base = adapter.base_layer
+    base, owned = adapter.base_layer, _owned(adapter.num_matrices, group)
     with zero.gathered(base.parameters()):
-        weights = [base.expert_weight(expert).float() for expert in _owned(adapter, group)]
+        weights = [base.expert_weight(expert).float() for expert in owned]
     transposed = is_transposed(adapter.out_features, adapter.in_features)
     sides = (adapter.out_features, adapter.in_features)
     matrices = torch.zeros(len(weights), max(sides), min(sides), device=accelerator.device())
@@ -95,7 +134,10 @@ def decompose_weights(
     tokens = torch.zeros(adapter.num_matrices, dtype=torch.int64, device=accelerator.device())
     # Without a gradient the slopes are unknown; these let eta's search decide.
     slopes = svd.S.square()
-    return _gather(adapter, svd, group), _describe(adapter, svd, slopes, tokens, group)
+    return (
+        _gather(adapter, svd, adapter.num_matrices, group),
+        _describe(adapter, svd, slopes, tokens, group),
+    )
 
 
 def random_expert_directions(
@@ -135,33 +177,42 @@ def fill_experts(
     return fill_factors(name, adapter, stacked)
 
 
-def _owned(adapter: LoraSBExperts, group: Group) -> range:
-    return row_range(adapter.num_matrices, dist.get_rank(group), dist.get_world_size(group))
+def _owned(number: int, group: Group) -> range:
+    return row_range(number, dist.get_rank(group), dist.get_world_size(group))
 
 
-def _all_experts(local: torch.Tensor, adapter: LoraSBExperts, group: Group) -> torch.Tensor:
-    """Return the values of all experts, on every rank. Collective.
+def _all_experts(local: torch.Tensor, number: int, group: Group) -> torch.Tensor:
+    """Return the values of so many experts, on every rank. Collective.
 
     Args:
         local: (experts here, …).
     """
     dtype = torch.float32 if local.is_floating_point() else torch.int64
-    whole = torch.zeros(adapter.num_matrices, *local.shape[1:], dtype=dtype, device=local.device)
-    owned = _owned(adapter, group)
+    whole = torch.zeros(number, *local.shape[1:], dtype=dtype, device=local.device)
+    owned = _owned(number, group)
     whole[owned.start : owned.stop] = local.to(dtype)
     dist.all_reduce(whole, group=group)
     return whole
 
 
-def _gather(adapter: LoraSBExperts, svd: BatchedSVD, group: Group) -> ExpertDirections | None:
-    """Gather the SVDs of all experts on rank 0; return None elsewhere. Collective."""
+def _gather(
+    adapter: LoraSBExperts, svd: BatchedSVD, number: int, group: Group
+) -> ExpertDirections | None:
+    """Gather the SVDs of so many experts on rank 0; return None elsewhere. Collective."""
     parts = []
     for local in (svd.U, svd.S, svd.Vh):
-        whole = gather_rows(local.flatten(1), adapter.num_matrices, group)
+        whole = gather_rows(local.flatten(1), number, group)
         parts.append(None if whole is None else whole.view(-1, *local.shape[1:]))
     U, S, Vh = parts
     if U is None or S is None or Vh is None:
         return None
+    return _not_transposed(adapter, U, S, Vh)
+
+
+def _not_transposed(
+    adapter: LoraSBExperts, U: torch.Tensor, S: torch.Tensor, Vh: torch.Tensor
+) -> ExpertDirections:
+    """Return the SVDs of M, from those of M as gradients are kept: perhaps of Mᵀ."""
     if is_transposed(adapter.out_features, adapter.in_features):
         return ExpertDirections(Vh.mT, S, U.mT)  # Mᵀ ~ U S Vh, so M ~ Vhᵀ S Uᵀ
     return ExpertDirections(U, S, Vh)
@@ -174,7 +225,7 @@ def _describe(
     tokens: torch.Tensor,
     group: Group,
 ) -> ExpertsInit:
-    """Return the report of one projection. Collective."""
+    """Return the report of as many experts as ``tokens`` has. Collective."""
     identity = torch.eye(adapter.r, device=svd.U.device)
 
     def error(dtype: torch.dtype) -> float:
@@ -187,9 +238,9 @@ def _describe(
         return worst.item()
 
     return ExpertsInit(
-        captured_energy=_all_experts(svd.captured_energy, adapter, group).cpu(),
-        spectrum=_all_experts(svd.S, adapter, group).cpu(),
-        slopes=_all_experts(slopes, adapter, group).cpu(),
+        captured_energy=_all_experts(svd.captured_energy, len(tokens), group).cpu(),
+        spectrum=_all_experts(svd.S, len(tokens), group).cpu(),
+        slopes=_all_experts(slopes, len(tokens), group).cpu(),
         tokens=tokens.cpu(),
         orthonormality_error=error(torch.float32),
         stored_orthonormality_error=error(adapter.lora_A.dtype),

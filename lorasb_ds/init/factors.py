@@ -14,7 +14,7 @@ from lorasb_ds.config.methods import METHODS, FactorInputs, Method
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.distributed import zero
 from lorasb_ds.distributed.collectives import Group, gather_rows, row_range
-from lorasb_ds.init.gradients import is_transposed
+from lorasb_ds.init.gradient_shards import is_transposed
 from lorasb_ds.init.sharded_svd import TruncatedSVD
 
 if TYPE_CHECKING:

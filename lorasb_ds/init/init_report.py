@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -62,6 +63,18 @@ class ExpertsInit:
     def unreached(self) -> list[int]:
         """Numbers of the experts without a gradient, whose R starts at 0."""
         return torch.nonzero(self.tokens == 0).flatten().tolist()
+
+
+def join_experts(parts: Sequence[ExpertsInit]) -> ExpertsInit:
+    """Return the report of a projection, from those of some of its experts at a time."""
+    return ExpertsInit(
+        captured_energy=torch.cat([part.captured_energy for part in parts]),
+        spectrum=torch.cat([part.spectrum for part in parts]),
+        slopes=torch.cat([part.slopes for part in parts]),
+        tokens=torch.cat([part.tokens for part in parts]),
+        orthonormality_error=max(part.orthonormality_error for part in parts),
+        stored_orthonormality_error=max(part.stored_orthonormality_error for part in parts),
+    )
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from lorasb_ds.distributed.collectives import Group
 from lorasb_ds.init.decomposition import decompose, describe_layer
 from lorasb_ds.init.experts import (
     ExpertDirections,
-    decompose_gradients,
+    ExpertSVDs,
     decompose_weights,
     fill_experts,
     random_expert_directions,
@@ -39,7 +39,8 @@ from lorasb_ds.init.factors import (
     random_directions,
     weight_rows,
 )
-from lorasb_ds.init.gradients import GradientShards, average_gradients
+from lorasb_ds.init.gradient_shards import GradientShards
+from lorasb_ds.init.gradients import average_gradients
 from lorasb_ds.init.init_report import ExpertsInit, InitReport, LayerInit
 from lorasb_ds.init.segments import SegmentError, gradients_by_segment
 from lorasb_ds.init.sharded_svd import truncated_svds
@@ -168,6 +169,7 @@ def _from_gradients(
         totals: counts and times are added to it.
     """
     totals.num_batches = sum(batch.num_label_tokens > 0 for batch in sample.batches)
+    all_experts, of_experts = _experts(adapters), dict[str, ExpertSVDs]()
     began = time.perf_counter()
     for gradients in gradients_by_group(engine.module, adapters, plan, sample, group, offload):
         zero.release(engine)
@@ -176,13 +178,12 @@ def _from_gradients(
         totals.loss = gradients.loss
         totals.communication_s += gradients.communication.seconds()
         totals.seconds += time.perf_counter() - began
-        for name, experts in _experts(adapters, gradients.shards).items():
-            yield (
-                name,
-                *decompose_gradients(
-                    name, experts, gradients.take(name), gradients.tokens[name], settings, group
-                ),
-            )
+        for name, experts in gradients.experts.items():
+            if name not in of_experts:
+                of_experts[name] = ExpertSVDs(name, all_experts[name], settings, group)
+            of_experts[name].add(experts, gradients.take(name), gradients.tokens[name])
+            if of_experts[name].is_complete:
+                yield name, *of_experts.pop(name).result()
         for names in _in_turns(gradients.shards):
             G = {name: gradients.take(name) for name in names}
             k = adapters[names[0]].r * settings.method.directions
@@ -210,7 +211,7 @@ def _from_weights(
     adapters: Mapping[str, AdapterLinear], settings: InitSettings, group: Group
 ) -> Iterator[LayerResult]:
     """Yield each layer's SVD of W0. Collective."""
-    all_experts = _experts(adapters, adapters)
+    all_experts = _experts(adapters)
     for name, experts in all_experts.items():
         yield name, *decompose_weights(experts, settings, group)
     for names in _in_turns(name for name in adapters if name not in all_experts):
@@ -239,12 +240,9 @@ def _without_matrix(
         yield name, random_directions(name, adapter, settings), random if is_random else None
 
 
-def _experts(
-    adapters: Mapping[str, AdapterLinear], names: Iterable[str]
-) -> dict[str, LoraSBExperts]:
-    """Return those of the named adapters that are of experts."""
-    named = {name: adapters[name] for name in names}
-    return {name: of for name, of in named.items() if isinstance(of, LoraSBExperts)}
+def _experts(adapters: Mapping[str, AdapterLinear]) -> dict[str, LoraSBExperts]:
+    """Return the adapters that are of experts."""
+    return {name: of for name, of in adapters.items() if isinstance(of, LoraSBExperts)}
 
 
 def _in_turns(names: Iterable[str]) -> Iterator[list[str]]:
@@ -274,7 +272,7 @@ def gradients_by_group(
             for gradients in gradients_by_segment(
                 model, adapters, plan.groups, plan.prefix, *of_sample, offload
             ):
-                remaining.remove(tuple(gradients.shards))
+                remaining.pop()  # it begins with the last
                 yield gradients
         except SegmentError as error:
             if dist.get_rank(group) == 0:
@@ -282,5 +280,5 @@ def gradients_by_group(
                     f"lorasb: the init takes a whole pass for each group of layers, since {error}",
                     flush=True,
                 )
-    for names in remaining:
-        yield average_gradients(model, adapters, *of_sample, names=names, offload=offload)
+    for layers in remaining:
+        yield average_gradients(model, adapters, *of_sample, layers=layers, offload=offload)

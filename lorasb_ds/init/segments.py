@@ -27,9 +27,10 @@ from lorasb_ds.adapters.layer import AdapterLinear
 from lorasb_ds.data.batch import Batch
 from lorasb_ds.distributed import accelerator
 from lorasb_ds.distributed.collectives import Group
-from lorasb_ds.init.gradients import GradientShards, gradient_hooks, no_dropout
+from lorasb_ds.init.gradient_shards import GradientShards
+from lorasb_ds.init.gradients import gradient_hooks, no_dropout
 from lorasb_ds.models.loss import token_loss_sum
-from lorasb_ds.planner.init_plan import block_of
+from lorasb_ds.planner.init_plan import LayerGroup, block_of
 
 # The relative error that a segment's output may have on its second run: some GPU kernels add in no
 # fixed order. A block that depends on more than its input is off by far more.
@@ -46,34 +47,34 @@ class Segment:
 
     first: int
     last: int
-    names: tuple[str, ...]
+    layers: LayerGroup
 
 
-def cut_segments(groups: Sequence[Sequence[str]], prefix: str, num_blocks: int) -> list[Segment]:
+def cut_segments(groups: Sequence[LayerGroup], prefix: str, num_blocks: int) -> list[Segment]:
     """Return the segments of the groups, from the model's end to its beginning.
 
     A segment ends where the one above it begins. Groups within one block share its segment.
 
     Args:
-        groups: names of layers in the model's order; a block's layers are in one group, or in
-            groups without layers of other blocks.
-        prefix: the part of those names before the block's number.
+        groups: layers in the model's order; a block's layers are in one group, or in groups without
+            layers of other blocks.
+        prefix: the part of their names before the block's number.
     """
     segments: list[Segment] = []
-    for names in reversed(groups):
-        first = min(block_of(name, prefix) for name in names)
+    for layers in reversed(groups):
+        first = min(block_of(name, prefix) for name in layers)
         if segments and segments[-1].first == first:
             last = segments[-1].last
         else:
             last = segments[-1].first - 1 if segments else num_blocks - 1
-        segments.append(Segment(first, last, tuple(names)))
+        segments.append(Segment(first, last, layers))
     return segments
 
 
 def gradients_by_segment(
     model: PreTrainedModel,
     adapters: Mapping[str, AdapterLinear],
-    groups: Sequence[Sequence[str]],
+    groups: Sequence[LayerGroup],
     prefix: str,
     batches: Sequence[Batch],
     num_label_tokens: int,
@@ -108,8 +109,8 @@ def gradients_by_segment(
         stored = _first_pass(model, blocks, starts, batches, keep)
         dist.all_reduce(stored.loss_sum, group=group)
         for i, segment in enumerate(segments):
-            wanted = {name: adapters[name] for name in segment.names}
-            shards = GradientShards(wanted, group, offload)
+            wanted = {name: adapters[name] for name in segment.layers}
+            shards = GradientShards(wanted, group, offload, segment.layers)
             shards.from_segment = True
             with gradient_hooks(wanted, shards):
                 input_grads = [

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 from lorasb_ds.planner.activations import activations
 from lorasb_ds.planner.base_bytes import BaseBytes, base_bytes, held_bytes
 from lorasb_ds.planner.gathers import gathered_bytes
 from lorasb_ds.planner.init_plan import (
     InitPlan,
-    block_of,
     blocks_prefix,
     largest_svd_bytes,
     plan_init,
@@ -142,7 +140,8 @@ def footprint(
     num_optimized = -(-work.num_trainable // placement.world_size)
     kept_gradients = GRADIENT_BYTES * num_optimized + placement.reduce_bucket_size * 4
     basis_size = work.num_in_pairs * work.pairs
-    kept = activations(shape, placement, work, _blocks_at_once(init, shape.num_blocks))
+    # The init holds the activations of the blocks of one group.
+    kept = activations(shape, placement, work, max(init.blocks_of_groups(shape.num_blocks)))
     labels = work.micro_batch_size * work.num_labels
     return Footprint(
         base=base.kept + (base.shards - base.scale_shards if on_device else 0),
@@ -195,7 +194,7 @@ def init_plan(shape: ModelShape, work: Workload, world_size: int, dtype_bytes: i
                 "weight",
             )
         return InitPlan(
-            groups=(tuple(work.adapted),),
+            groups=(dict.fromkeys(work.adapted),),
             prefix=blocks_prefix(work.adapted),
             shard_bytes=0,
             backward_bytes=0,
@@ -214,7 +213,6 @@ def init_plan(shape: ModelShape, work: Workload, world_size: int, dtype_bytes: i
         budget_bytes=work.init_memory_bytes,
         experts=work.expert_targets,
         expert_r=work.expert_r * work.directions,
-        experts_per_token=shape.experts_per_token,
     )
 
 
@@ -241,12 +239,3 @@ def _adapter_bytes(work: Workload, dtype_bytes: int) -> Iterator[int]:
         sides = [*sides, work.expert_r] if work.trains_r else sides * work.pairs
         for side in sides:
             yield num_experts * work.expert_r * side * dtype_bytes
-
-
-def _blocks_at_once(init: InitPlan, num_blocks: int) -> int:
-    """Return the blocks of the longest segment: the init holds the activations of one segment."""
-    if init.prefix is None or len(init.groups) == 1:
-        return num_blocks
-    spans = [[block_of(name, init.prefix) for name in group] for group in init.groups]
-    starts = [*sorted({min(span) for span in spans}), num_blocks]
-    return max(end - start for start, end in pairwise(starts))

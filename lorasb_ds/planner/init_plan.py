@@ -5,7 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
+from typing import TypeAlias
+
+# The layers of one pass -> None, or of a projection of experts, those whose gradients are wanted.
+LayerGroup: TypeAlias = Mapping[str, range | None]
 
 FP32_BYTES = 4
 # On several ranks sharded_svd decomposes the Gram matrix where the shorter side is at most
@@ -17,14 +21,14 @@ KRYLOV_BLOCK = 16
 # Experts' gradients are computed and reduced so many bytes at a time, and decomposed so many
 # elements at a time.
 EXPERT_GRADIENT_BYTES, EXPERT_SVD_ENTRIES = 1 << 27, 1 << 26
-# What a matrix of experts takes for each element beside its gradient: while it is made, and then. A
-# sign is made in fp32; W has no gradient.
-MATRIX_BYTES = {"sign": (5, 1), "adam": (8, 4), "raw": (0, 0), "weight": (8, 8)}
+# Bytes for each element of an expert's update, with its copy for the SVD: a sign in int8 and fp32,
+# which is also made in fp32; others in fp64, of which "raw" is the gradient itself.
+SVD_BYTES = {"sign": 5, "adam": 12, "raw": 8, "weight": 8}
 
 
 @dataclass(frozen=True)
 class InitPlan:
-    """Groups of layers, and of projections of experts, whose gradients are held at the same time.
+    """Groups of layers whose gradients are held at the same time.
 
     Attributes:
         prefix: of the decoder blocks' names; None where groups cannot be cut between blocks.
@@ -35,7 +39,7 @@ class InitPlan:
         budget_bytes: --init-memory-gib; None without a limit.
     """
 
-    groups: tuple[tuple[str, ...], ...]
+    groups: tuple[LayerGroup, ...]
     prefix: str | None
     shard_bytes: int
     backward_bytes: int
@@ -57,6 +61,15 @@ class InitPlan:
     def exceeds_budget(self) -> bool:
         return self.budget_bytes is not None and self.predicted_bytes > self.budget_bytes
 
+    def blocks_of_groups(self, num_blocks: int) -> list[int]:
+        """Return how many blocks are run for each group, as ``segments.cut_segments`` has it."""
+        if self.prefix is None or len(self.groups) == 1:
+            return [num_blocks] * len(self.groups)
+        firsts = [min(block_of(name, self.prefix) for name in group) for group in self.groups]
+        starts = [*sorted(set(firsts)), num_blocks]
+        lengths = {start: end - start for start, end in pairwise(starts)}
+        return [lengths[first] for first in firsts]
+
 
 def plan_init(
     targets: Mapping[str, tuple[int, int]],
@@ -69,11 +82,10 @@ def plan_init(
     budget_bytes: int | None,
     experts: Mapping[str, tuple[int, int, int]] | None = None,
     expert_r: int = 0,
-    experts_per_token: int = 0,
 ) -> InitPlan:
     """Plan as few groups as the budget allows; where none fits, those that take least.
 
-    A layer is never divided, nor is a projection of a block's experts.
+    A layer is never divided; a projection's experts are, where the block does not fit.
 
     Args:
         targets: layer -> (out, in), in the model's order.
@@ -89,21 +101,26 @@ def plan_init(
     tokens = tokens_per_micro_batch
     works = [_backward_bytes(*shape, world_size, tokens) for shape in set(targets.values())]
     works += [
-        _experts_backward_bytes(*shape, world_size, tokens * experts_per_token)
-        for shape in set(experts.values())
+        _experts_backward_bytes(*shape, world_size, tokens) for shape in set(experts.values())
     ]
     backward = max(works, default=0)
     svd = largest_svd_bytes(targets, experts, r, expert_r, world_size, update)
     workspace = max(backward, svd)
-    sizes = {name: _shard_bytes(*shape, world_size) for name, shape in targets.items()}
+    prefix = blocks_prefix([*targets, *experts])
+    # Of experts one for each rank.
+    sizes: dict[_Part, int] = {
+        (name, None): _shard_bytes(*shape, world_size) for name, shape in targets.items()
+    }
     for name, (num_experts, out, in_) in experts.items():
-        sizes[name] = -(-num_experts // world_size) * out * in_ * FP32_BYTES
-    names = list(sizes)
-    prefix = blocks_prefix(names)
-    units = [[name] for name in names]
+        for first in range(0, num_experts, world_size):
+            owned = range(first, min(first + world_size, num_experts))
+            sizes[name, owned] = out * in_ * FP32_BYTES
+    parts = list(sizes)
+    units = [[part] for part in parts]
     if prefix is not None:
-        names.sort(key=lambda name: block_of(name, prefix))  # experts behind their block's layers
-        units = [list(unit) for _, unit in groupby(names, lambda name: block_of(name, prefix))]
+        # Experts behind their block's layers.
+        parts.sort(key=lambda part: block_of(part[0], prefix))
+        units = [list(unit) for _, unit in groupby(parts, lambda part: block_of(part[0], prefix))]
 
     def stored_bytes(num_groups: int) -> int:
         """Count the inputs of all segments but the first, and gradients at both ends of one."""
@@ -111,18 +128,18 @@ def plan_init(
             return 0
         return (min(num_groups, len(units)) + 1) * boundary_bytes
 
-    def plan_of(groups: Sequence[Sequence[str]]) -> InitPlan:
+    def plan_of(groups: Sequence[Sequence[_Part]]) -> InitPlan:
         return InitPlan(
-            groups=tuple(map(tuple, groups)),
+            groups=tuple(map(_joined, groups)),
             prefix=prefix,
-            shard_bytes=max(sum(sizes[name] for name in group) for group in groups),
+            shard_bytes=max(sum(sizes[part] for part in group) for group in groups),
             backward_bytes=backward,
             svd_bytes=svd,
             boundary_bytes=stored_bytes(len(groups)),
             budget_bytes=budget_bytes,
         )
 
-    plan = plan_of([names])
+    plan = plan_of([parts])
     if budget_bytes is None or not plan.exceeds_budget:
         return plan
     # What is stored between groups takes part of the budget, and more groups store more: where
@@ -155,14 +172,28 @@ def block_of(name: str, prefix: str) -> int:
     return int(name.removeprefix(prefix).partition(".")[0])
 
 
+# A layer, or some experts of a projection.
+_Part: TypeAlias = tuple[str, range | None]
+
+
+def _joined(parts: Iterable[_Part]) -> LayerGroup:
+    """Return parts that follow one another as a group."""
+    group: dict[str, range | None] = {}
+    for name, experts in parts:
+        if experts is not None and (before := group.get(name)) is not None:
+            experts = range(before.start, experts.stop)
+        group[name] = experts
+    return group
+
+
 def _fill(
-    units: Iterable[Sequence[str]], sizes: Mapping[str, int], available: int
-) -> list[list[str]]:
-    """Fill groups with whole units; one that is too large by itself is divided into layers."""
-    groups: list[list[str]] = []
+    units: Iterable[Sequence[_Part]], sizes: Mapping[_Part, int], available: int
+) -> list[list[_Part]]:
+    """Fill groups with whole units; one that is too large by itself is divided into parts."""
+    groups: list[list[_Part]] = []
     room = -1
     for unit in units:
-        size = sum(sizes[name] for name in unit)
+        size = sum(sizes[part] for part in unit)
         if size <= room:
             groups[-1] += unit
             room -= size
@@ -170,7 +201,7 @@ def _fill(
             groups.append(list(unit))
             room = available - size
         else:
-            groups += _fill([[name] for name in unit], sizes, available)
+            groups += _fill([[part] for part in unit], sizes, available)
             room = -1
     return groups
 
@@ -187,12 +218,12 @@ def _backward_bytes(out_features: int, in_features: int, world_size: int, tokens
 
 
 def _experts_backward_bytes(
-    num_experts: int, out_features: int, in_features: int, world_size: int, rows: int
+    num_experts: int, out_features: int, in_features: int, world_size: int, tokens: int
 ) -> int:
-    """Count the fp32 x and δ of all rows, and a block of experts' ``δᵀx``."""
+    """Count one expert's fp32 x and δ, of all tokens at most, and a block of experts' ``δᵀx``."""
     expert = out_features * in_features * FP32_BYTES
     at_once = min(-(-num_experts // world_size), max(1, EXPERT_GRADIENT_BYTES // expert))
-    return rows * (out_features + in_features) * FP32_BYTES + at_once * expert
+    return tokens * (out_features + in_features) * FP32_BYTES + at_once * expert
 
 
 def largest_svd_bytes(
@@ -216,13 +247,12 @@ def experts_svd_bytes(
 ) -> int:
     """Return what decomposing a rank's experts takes (``batched_svd``), with their updates."""
     local, numel = -(-num_experts // world_size), out_features * in_features
-    making, made = MATRIX_BYTES[update]
     at_once = min(local, max(1, EXPERT_SVD_ENTRIES // numel))
-    # In fp32, or fp64.
-    decomposing = at_once * numel * (4 if update == "sign" else 8)
+    # Beside the gradients: their sum. Without: W of a rank's experts, as read and as decomposed.
+    kept = 2 * local if update == "weight" else 1
     # U and Vh: a rank's, all of them on rank 0, and the factors made of them.
     factors = 3 * FP32_BYTES * num_experts * r * (out_features + in_features)
-    return max(making * local * numel, made * local * numel + decomposing) + factors
+    return (at_once * SVD_BYTES[update] + kept * FP32_BYTES) * numel + factors
 
 
 def svd_bytes(out_features: int, in_features: int, r: int, world_size: int, update: str) -> int:

@@ -48,7 +48,9 @@ def init_traffic(
     """
     w = placement.world_size
     rounds = work.init_rounds(w)
-    passes = _passes(shape, placement, work) + (len(memory.init.groups) > 1)
+    of_groups = memory.init.blocks_of_groups(shape.num_blocks)
+    passes = _passes(shape, placement, work) * sum(of_groups) / shape.num_blocks
+    passes += len(of_groups) > 1
     gathered = _gathers(shape, placement, work, passes)
     sent = gathered.bytes * rounds
     if w > 1:
@@ -76,7 +78,7 @@ def _received(num_bytes: int, placement: Placement) -> int:
     return num_bytes * (placement.world_size - 1) // placement.world_size
 
 
-def _gathers(shape: ModelShape, placement: Placement, work: Workload, passes: int) -> Traffic:
+def _gathers(shape: ModelShape, placement: Placement, work: Workload, passes: float) -> Traffic:
     """Count the bytes of ZeRO-3's all-gathers in so many passes over the blocks."""
     if not placement.sharded:
         return Traffic(0)
@@ -100,7 +102,7 @@ def _gathers(shape: ModelShape, placement: Placement, work: Workload, passes: in
             of_blocks += factors * work.pairs
     kept = placement.persistence_threshold * d
     total = sum(
-        times * sum(n for n in sizes if n > kept)
+        int(times * sum(n for n in sizes if n > kept))
         for sizes, times in ((of_blocks, passes), (once, 1))
     )
     from_host = total // ranks if placement.offload != "none" else 0

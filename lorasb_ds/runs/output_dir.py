@@ -32,7 +32,7 @@ from lorasb_ds.config.run_layout import (
     WANDB,
     default_output_dir,
 )
-from lorasb_ds.distributed import zero
+from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.system.files import SUMS_FILE
 
@@ -68,6 +68,13 @@ def say(text: str) -> None:
     if zero.rank() == 0:
         with suppress(OSError):  # a closed terminal must not end a run
             print(f"lorasb: {text}", flush=True)
+
+
+def say_if_bf16_is_emulated(config: RunConfig) -> None:
+    """Print that fp32 is faster on this device, where it is and may be chosen."""
+    quantized = config.load_in_4bit or config.load_in_8bit  # computes in bf16
+    if config.dtype == "bf16" and not quantized and accelerator.emulates_bf16():
+        say("this CPU has no bf16 arithmetic: --dtype fp32 is many times faster here")
 
 
 def _torn(folder: Path) -> list[str]:

@@ -28,7 +28,9 @@ from lorasb_ds.data.batch import Sample
 from lorasb_ds.data.sampler import init_sample
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.distributed.collectives import Group, all_reduce, rank_and_size, row_range
-from lorasb_ds.init.gradients import average_gradients, is_transposed
+from lorasb_ds.init.gradient_shards import is_transposed
+from lorasb_ds.init.gradients import average_gradients
+from lorasb_ds.planner.init_plan import LayerGroup
 from lorasb_ds.runs.plots import describe_alignment
 from lorasb_ds.training.engine_state import rng_states, set_rng_states
 from lorasb_ds.training.prepare import Prepared
@@ -59,7 +61,7 @@ def measure_alignment(
     engine: Any,
     adapters: Mapping[str, AdapterLinear],
     probe: Sample,
-    groups: Sequence[Sequence[str]],
+    groups: Sequence[LayerGroup],
     before: Mapping[str, Values] | None,
     *,
     offload: bool = False,
@@ -84,19 +86,19 @@ def measure_alignment(
     group = zero.new_group()  # the engine's own traffic goes through another
     found = {}
     with _same_random_numbers(), _where_the_step_began(adapters, before):
-        for names in groups:
+        for layers in groups:
             gradients = average_gradients(
                 engine.module,
                 adapters,
                 probe.batches,
                 probe.num_label_tokens,
                 group,
-                names=names,
+                layers=layers,
                 offload=offload,
                 with_adapters=before is not None,
             )
             zero.release(engine)
-            for name in names:
+            for name in layers:
                 adapter, G = adapters[name], gradients.take(name)
                 span, step = _span_and_step(adapter, None if before is None else before[name])
                 if is_transposed(adapter.out_features, adapter.in_features):
@@ -266,7 +268,7 @@ def track_alignment(training: TrainingRun, before: Mapping[str, Values] | None) 
     run, step = training.run, training.state.step
     # Of linear layers: experts are left out.
     planned = run.memory.footprint.init.groups
-    groups = [[name for name in group if name in run.adapter.targets] for group in planned]
+    groups = [{name: None for name in group if name in run.adapter.targets} for group in planned]
     found = measure_alignment(
         training.engine,
         training.adapters,

@@ -25,7 +25,7 @@ from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.init.init_report import InitReport
 from lorasb_ds.models.checkpoint_files import model_path
 from lorasb_ds.models.loading import DTYPES
-from lorasb_ds.runs.output_dir import say
+from lorasb_ds.runs.output_dir import say, say_if_bf16_is_emulated
 from lorasb_ds.runs.plots import draw_alignment, draw_loss_curve
 from lorasb_ds.runs.run_log import provenance
 from lorasb_ds.system.files import write_json
@@ -71,6 +71,7 @@ def announce(run: Prepared, folder: Path) -> None:
         f"process(es) on {accelerator.name()}, {run.num_steps} steps of "
         f"{run.config.train_batch_size} {'packs' if run.config.packing else 'rows'}"
     )
+    say_if_bf16_is_emulated(run.config)
     adapter = run.adapter
     if adapter.experts:
         num_experts = {shape[0] for shape in adapter.experts.values()}

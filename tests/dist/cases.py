@@ -108,7 +108,8 @@ def gradients(config: dict[str, Any], out: str, zero_optimization: dict[str, Any
     """The average gradient of all training rows, gathered whole on rank 0."""
     from lorasb_ds.distributed import zero
     from lorasb_ds.distributed.collectives import gather_rows
-    from lorasb_ds.init.gradients import average_gradients, gradient_shape, is_transposed
+    from lorasb_ds.init.gradient_shards import gradient_shape, is_transposed
+    from lorasb_ds.init.gradients import average_gradients
 
     run, engine, adapters = _start(config, zero_optimization)
     sample = run.sample(range(len(run.data.train.examples)))
@@ -222,7 +223,8 @@ def alignment(
 
     def measure(before: Any) -> None:
         if measured:
-            rows = measure_alignment(engine, adapters, sample, [names[:5], names[5:]], before)
+            groups = [dict.fromkeys(names[:5]), dict.fromkeys(names[5:])]
+            rows = measure_alignment(engine, adapters, sample, groups, before)
             found.append({name: asdict(row) for name, row in rows.items()})
             _assert_sharded(run, adapters)
             trained = trainable_parameters(engine.module).values()

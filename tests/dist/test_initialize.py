@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +143,21 @@ def test_the_gradient_itself_with_its_own_scale_of_eta(tiny_model: Path, tmp_pat
         update = B @ R @ A / -step["init_lr"]
         assert torch.linalg.norm(update - best) <= 1e-3 * torch.linalg.norm(best), name
         torch.testing.assert_close(basis[f"{name}.S"], S[:8], atol=0, rtol=1e-3)
+
+
+def test_a_budget_divides_the_experts_of_a_block(
+    tiny_family: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """One expert of each of 2 ranks at a time: the same factors, with one forward pass more."""
+    sizes = {"r": 4, "expert_r": 4, "max_length": 64, "init_samples": 2, "micro_batch_size": 1}
+    config = setting(tiny_family("qwen3_moe"), tmp_path, init_lr=2.0**-12) | sizes
+    at_once, _, one_pass = initialized(config, tmp_path, 2)
+    divided, _, many = initialized(config | {"init_memory_gib": 1e-9}, tmp_path, 2)
+    assert one_pass["num_groups"] == 1
+    assert many["num_groups"] > 4, "more than there are projections"
+    assert many["by_segments"]
+    assert many["passes"] == 1
+    assert many["predicted_memory_bytes"] < one_pass["predicted_memory_bytes"]
+    assert many["loss"] == one_pass["loss"]
+    for name, factor in at_once.items():
+        assert torch.equal(divided[name], factor), name

@@ -126,3 +126,26 @@ def test_merge_quick(tmp_path: Path) -> None:
     assert result["compared"]["largest_ulps"] <= 1
     for target in result["targets"]:
         assert target["met"] == (target["reached"] <= target["wanted"])
+
+
+def test_moe_quick(tmp_path: Path) -> None:
+    printed, result = quick("moe", tmp_path)
+    runs = result["runs"]
+    assert len(runs) == 5
+    *whole, divided = runs.values()
+    assert {run["groups"] for run in whole} == {1}
+    assert divided["groups"] > 2  # more than there are blocks
+    assert divided["losses"] == pytest.approx(runs["4-bit, 1"]["losses"], rel=1e-3)
+    for ranks in (1, 2):
+        assert runs[f"4-bit, {ranks}"]["held_bytes"] < runs[f"bf16, {ranks}"]["held_bytes"]
+    for key in (*runs, *result["blocks"]["medians"]):
+        assert key.split(",")[0] in printed
+
+
+def test_families_quick(tmp_path: Path) -> None:
+    printed, result = quick("families", tmp_path)
+    assert result["whole"] == ["qwen3_moe"]
+    llama4 = result["families"]["llama4_text"]
+    assert llama4["trouble"] == {}
+    assert llama4["adapted"] == llama4["packed"] == llama4["linear"]  # its experts stay frozen
+    assert "1 of 2" in printed

@@ -7,8 +7,14 @@ import torch
 
 from lorasb_ds.adapters.experts import LoraSBExperts
 from lorasb_ds.config.methods import METHODS
-from lorasb_ds.init.experts import decompose_gradients, decompose_weights, fill_experts
+from lorasb_ds.init.experts import (
+    ExpertDirections,
+    ExpertSVDs,
+    decompose_weights,
+    fill_experts,
+)
 from lorasb_ds.init.factors import InitSettings
+from lorasb_ds.init.init_report import ExpertsInit
 from lorasb_ds.models.experts import ExpertsLinear, Routing
 
 EXPERTS, OUT, IN, R = 5, 24, 40, 3
@@ -22,15 +28,34 @@ def adapter(out: int = OUT, in_: int = IN) -> LoraSBExperts:
     return LoraSBExperts(layer, R, torch.float32)
 
 
+def decompose(
+    experts: LoraSBExperts, G: torch.Tensor, tokens: torch.Tensor, parts: list[range]
+) -> tuple[ExpertDirections, ExpertsInit]:
+    svds = ExpertSVDs("x", experts, SETTINGS, None)
+    for part in parts:
+        assert not svds.is_complete
+        svds.add(part, G[part.start : part.stop].clone(), tokens[part.start : part.stop])
+    assert svds.is_complete
+    found, report = svds.result()
+    assert found is not None
+    return found, report
+
+
+ALL = [range(EXPERTS)]
+IN_PARTS = [range(3, 5), range(1), range(1, 3)]  # as groups of the init may end
+
+
 @pytest.mark.parametrize("sides", [(OUT, IN), (IN, OUT)])
-def test_each_expert_has_the_paper_s_factors(one_process: None, sides: tuple[int, int]) -> None:
+@pytest.mark.parametrize("parts", [ALL, IN_PARTS], ids=["at once", "in parts"])
+def test_each_expert_has_the_paper_s_factors(
+    one_process: None, sides: tuple[int, int], parts: list[range]
+) -> None:
     """B = U, A = Vh and R = -eta S of sign(G); all of them as one update of the layer."""
     experts = adapter(*sides)
     G = torch.randn(EXPERTS, *sides, generator=torch.manual_seed(2))
     stored = G.mT if sides[1] > sides[0] else G  # rows along the longer side
     tokens = torch.full((EXPERTS,), 7)
-    found, report = decompose_gradients("x", experts, stored.clone(), tokens, SETTINGS, None)
-    assert found is not None
+    found, report = decompose(experts, stored, tokens, parts)
     assert report.unreached == []
     for expert in range(EXPERTS):
         sign = G[expert].sign().double()
@@ -55,14 +80,14 @@ def test_each_expert_has_the_paper_s_factors(one_process: None, sides: tuple[int
     torch.testing.assert_close(experts(x, routing), torch.einsum("soi,si->so", W, x))
 
 
-def test_an_expert_without_a_token(one_process: None) -> None:
+@pytest.mark.parametrize("parts", [ALL, IN_PARTS], ids=["at once", "in parts"])
+def test_an_expert_without_a_token(one_process: None, parts: list[range]) -> None:
     """It has the basis of the others' mean gradient, and R = 0."""
     experts = adapter()
     G = torch.randn(EXPERTS, IN, OUT, generator=torch.manual_seed(3))
     G[2] = 0
     tokens = torch.tensor([4, 1, 0, 2, 9])
-    found, report = decompose_gradients("x", experts, G.clone(), tokens, SETTINGS, None)
-    assert found is not None
+    found, report = decompose(experts, G, tokens, parts)
     assert report.unreached == [2]
     assert not report.R(1.0)[2].any()
     assert all(report.R(1.0)[expert].any() for expert in (0, 1, 3, 4))
@@ -73,11 +98,14 @@ def test_an_expert_without_a_token(one_process: None) -> None:
     assert report.squared_norm == pytest.approx(4 * OUT * IN, rel=1e-3)  # entries of ±1
 
 
-def test_a_gradient_that_is_not_finite_names_its_experts(one_process: None) -> None:
+@pytest.mark.parametrize("parts", [ALL, [range(1, 4)]], ids=["at once", "in parts"])
+def test_a_gradient_that_is_not_finite_names_its_experts(
+    one_process: None, parts: list[range]
+) -> None:
     G = torch.ones(EXPERTS, IN, OUT)
-    G[1, 0, 0] = G[3, 1, 1] = torch.inf
+    G[1, 0, 0], G[3, 1, 1] = torch.inf, torch.nan
     with pytest.raises(FloatingPointError, match=r"gradient of x of expert 1, 3 is not finite"):
-        decompose_gradients("x", adapter(), G, torch.ones(EXPERTS), SETTINGS, None)
+        decompose(adapter(), G, torch.ones(EXPERTS), parts)
 
 
 @pytest.mark.parametrize("sides", [(OUT, IN), (IN, OUT)])

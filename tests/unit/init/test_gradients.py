@@ -13,7 +13,8 @@ from lorasb_ds.adapters.inject import inject
 from lorasb_ds.adapters.lora_sb import LoraSBLinear
 from lorasb_ds.data.batch import Batch
 from lorasb_ds.data.tokenization import IGNORE_INDEX
-from lorasb_ds.init.gradients import GradientShards, average_gradients
+from lorasb_ds.init.gradient_shards import GradientShards
+from lorasb_ds.init.gradients import average_gradients
 from lorasb_ds.models.linear_layers import expert_layers, linear_layers, select_targets
 from tests.references import own_loss
 
@@ -127,7 +128,7 @@ def test_a_group_that_no_batch_calls() -> None:
     adapters = inject(model, linear_layers(model), 2, torch.float32)
     batch = batch_of(2, 5)
     found = average_gradients(
-        model, adapters, [batch], batch.num_label_tokens, names=["long", "unused"]
+        model, adapters, [batch], batch.num_label_tokens, layers=dict.fromkeys(["long", "unused"])
     )
     assert found.loss > 0
     assert found.shards.keys() == {"long", "unused"}
@@ -141,7 +142,7 @@ def test_groups_and_offload_change_nothing(offload: bool) -> None:
     batch = batch_of()
     together, _ = gradients_of(model, adapters, batch)
     for name, expected in together.items():
-        alone, _ = gradients_of(model, adapters, batch, names=[name], offload=offload)
+        alone, _ = gradients_of(model, adapters, batch, layers={name: None}, offload=offload)
         assert torch.equal(alone[name], expected), name
 
 

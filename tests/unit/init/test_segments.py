@@ -47,7 +47,8 @@ def by_segment(
     prefix = "transformer.h." if "transformer" in groups[0][0] else "model.layers."
     found, losses = {}, []
     num_tokens = sum(batch.num_label_tokens for batch in batches)
-    for shards in gradients_by_segment(model, adapters, groups, prefix, batches, num_tokens):
+    layers = list(map(dict.fromkeys, groups))
+    for shards in gradients_by_segment(model, adapters, layers, prefix, batches, num_tokens):
         found |= shards.shards
         losses.append(shards.loss)
     return found, losses
@@ -99,9 +100,11 @@ def test_fp16_keeps_the_signs_of_a_large_sample() -> None:
     signs, of_segments = {}, {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         model, adapters = model_of(LLAMA, dtype)
-        whole = average_gradients(model, adapters, BATCHES, num_label_tokens, names=names)
+        whole = average_gradients(
+            model, adapters, BATCHES, num_label_tokens, layers=dict.fromkeys(names)
+        )
         signs[dtype] = torch.cat([whole.shards[name].sign().flatten() for name in names])
-        groups, found = [names[:4], names[4:]], {}
+        groups, found = [dict.fromkeys(names[:4]), dict.fromkeys(names[4:])], {}
         for shards in gradients_by_segment(
             model, adapters, groups, "model.layers.", BATCHES, num_label_tokens
         ):
@@ -117,7 +120,7 @@ def test_blocks_without_a_wanted_layer() -> None:
     """Below, between and above blocks that have one."""
     model, adapters = model_of(LLAMA)
     wanted = ["model.layers.1.mlp.up_proj", "model.layers.2.self_attn.q_proj"]
-    whole = average_gradients(model, adapters, BATCHES, TOKENS, names=wanted)
+    whole = average_gradients(model, adapters, BATCHES, TOKENS, layers=dict.fromkeys(wanted))
     found, _ = by_segment(model, adapters, [[name] for name in wanted], BATCHES)
     assert found.keys() == set(wanted)
     for name in wanted:
@@ -135,12 +138,13 @@ def test_only_a_segment_is_run() -> None:
 
 
 def test_cut_segments() -> None:
-    groups = [["b.1.q"], ["b.2.q", "b.3.q"], ["b.4.q"], ["b.4.k"]]
-    assert cut_segments(groups, "b.", 7) == [
-        Segment(4, 6, ("b.4.k",)),
-        Segment(4, 6, ("b.4.q",)),
-        Segment(2, 3, ("b.2.q", "b.3.q")),
-        Segment(1, 1, ("b.1.q",)),
+    parts = {"b.4.q": None, "b.4.experts": range(3)}, {"b.4.experts": range(3, 5)}
+    two_blocks = {"b.2.q": None, "b.3.q": None}
+    assert cut_segments([{"b.1.q": None}, two_blocks, *parts], "b.", 7) == [
+        Segment(4, 6, parts[1]),
+        Segment(4, 6, parts[0]),
+        Segment(2, 3, two_blocks),
+        Segment(1, 1, {"b.1.q": None}),
     ]
 
 
@@ -194,7 +198,7 @@ def test_models_that_cannot_be_cut(kind: str) -> None:
         boundary_bytes=0,
         budget_bytes=None,
     )
-    plan = replace(plan, groups=tuple(map(tuple, groups)))
+    plan = replace(plan, groups=tuple(map(dict.fromkeys, groups)))
     kept = {name: adapters[name] for name in names}
     found = {}
     for shards in gradients_by_group(model, kept, plan, Sample(BATCHES, 5, TOKENS), None, False):
@@ -210,7 +214,7 @@ def test_blocks_that_return_tuples() -> None:
     model, adapters = model_of(config)
     whole = average_gradients(model, adapters, BATCHES, TOKENS)
     names = list(adapters)
-    groups = [names[:4], names[4:8], names[8:]]
+    groups = [dict.fromkeys(part) for part in (names[:4], names[4:8], names[8:])]
     found = {}
     prefix = "transformer.h."
     for shards in gradients_by_segment(model, adapters, groups, prefix, BATCHES, TOKENS):

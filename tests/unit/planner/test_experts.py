@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lorasb_ds.adapters.inject import inject, layer_class_of
 from lorasb_ds.config.run_config import RunConfig
@@ -125,7 +127,7 @@ def test_adapters_on_experts() -> None:
     assert trained.gathered - frozen.gathered == 2 * 2 * 128 * 8 * (2 * 768 + 2048)
 
 
-def test_groups_of_the_init_hold_whole_projections() -> None:
+def test_groups_of_the_init_hold_whole_projections_or_some_of_their_experts() -> None:
     targets = {f"model.layers.{i}.q_proj": (20, 10) for i in range(4)}
     experts = {
         f"model.layers.{i}.experts.{name}": (5, *sides)
@@ -140,26 +142,76 @@ def test_groups_of_the_init_hold_whole_projections() -> None:
         "boundary_bytes": 0,
         "experts": experts,
         "expert_r": 2,
-        "experts_per_token": 3,
     }
     plan = plan_init(targets, **options, budget_bytes=None)
     owned = max(len(row_range(5, rank, 2)) for rank in range(2))
     of_a_block = 4 * (10 * 10 + owned * (120 + 60))
     assert plan.shard_bytes == 4 * of_a_block
-    # fp32 x and δ of each of 3 x 7 rows, and the gradients of a rank's experts.
-    assert plan.backward_bytes == 21 * 22 * 4 + owned * 120 * 4
+    # fp32 x and δ of an expert to which all 7 tokens go, and the gradients of a rank's experts.
+    assert plan.backward_bytes == 7 * 22 * 4 + owned * 120 * 4
     budget = plan.workspace_bytes + 2 * of_a_block
     groups = plan_init(targets, **options, budget_bytes=budget).groups
     assert [len(group) for group in groups] == [6, 6]
-    assert groups[0][:3] == (
-        "model.layers.0.q_proj",
-        "model.layers.0.experts.gate_up_proj",
-        "model.layers.0.experts.down_proj",
-    )
+    assert list(groups[0].items())[:3] == [
+        ("model.layers.0.q_proj", None),
+        ("model.layers.0.experts.gate_up_proj", range(5)),
+        ("model.layers.0.experts.down_proj", range(5)),
+    ]
+    # Room for two experts of gate_up_proj on each rank: as few groups as that allows.
+    divided = plan_init(targets, **options, budget_bytes=plan.workspace_bytes + 4 * 2 * 120)
+    assert not divided.exceeds_budget
+    assert divided.shard_bytes <= 4 * 2 * 120
+    of_block_0 = [group for group in divided.groups if "model.layers.0" in next(iter(group))]
+    gate_up, down = (f"model.layers.0.experts.{name}" for name in ("gate_up_proj", "down_proj"))
+    assert of_block_0 == [
+        {"model.layers.0.q_proj": None, gate_up: range(2)},
+        {gate_up: range(2, 5)},
+        {down: range(5)},
+    ]
+    # The whole block is run for each.
+    assert divided.blocks_of_groups(4) == [1] * 12
+    assert plan.blocks_of_groups(4) == [4]
     # Experts alone, too.
     alone = plan_init({}, **options, budget_bytes=None)
     assert alone.prefix == "model.layers."
     assert alone.shard_bytes == 4 * 4 * owned * 180
+
+
+@given(
+    num_experts=st.integers(1, 9),
+    world_size=st.integers(1, 5),
+    budget=st.integers(1, 2 * 10**5),
+    num_blocks=st.integers(1, 4),
+)
+def test_every_expert_once(num_experts: int, world_size: int, budget: int, num_blocks: int) -> None:
+    experts = {f"h.{i}.experts.down_proj": (num_experts, 30, 20) for i in range(num_blocks)}
+    plan = plan_init(
+        {f"h.{i}.q_proj": (20, 20) for i in range(num_blocks)},
+        r=1,
+        world_size=world_size,
+        update="sign",
+        tokens_per_micro_batch=7,
+        boundary_bytes=100,
+        budget_bytes=budget,
+        experts=experts,
+        expert_r=1,
+    )
+    for name in experts:
+        parts = [group[name] for group in plan.groups if name in group]
+        assert [expert for part in parts for expert in part or ()] == list(range(num_experts))
+    held = [
+        sum(
+            4 * 600 * max(len(row_range(len(part), rank, world_size)) for rank in range(world_size))
+            if part is not None
+            else 4 * 20 * -(-20 // world_size)
+            for part in group.values()
+        )
+        for group in plan.groups
+    ]
+    assert plan.shard_bytes == max(held)
+    assert plan.exceeds_budget == (plan.predicted_bytes > budget)
+    if plan.exceeds_budget and num_blocks == 1:  # an expert a rank is the least
+        assert plan.shard_bytes == 4 * 600
 
 
 def test_what_a_step_and_the_init_send() -> None:

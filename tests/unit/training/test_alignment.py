@@ -154,7 +154,12 @@ def test_gradient_is_that_of_the_weights_as_they_are(
     expected = true_gradients(merged, batch)
     for names in (list(adapters)[:3], list(adapters)[3:]):
         found = average_gradients(
-            model, adapters, [batch], batch.num_label_tokens, names=names, with_adapters=True
+            model,
+            adapters,
+            [batch],
+            batch.num_label_tokens,
+            layers=dict.fromkeys(names),
+            with_adapters=True,
         )
         assert found.loss == pytest.approx(expected["loss"].item(), abs=1e-5)
         for name in names:
