@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
-
-from peft import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from typing import TYPE_CHECKING, Any
 
 from lorasb_ds.config.adapter_options import ALL_LINEAR
 from lorasb_ds.errors import ConfigError
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 # Types with a default of their own for target_modules.
 OWN_TARGETS = ("IA3", "LN_TUNING")
@@ -56,6 +56,8 @@ def make_peft_config(path: str, content: Mapping[str, Any]) -> PeftConfig:
     Raises:
         ConfigError: if PEFT rejects it, or it cannot be trained here; lists every reason.
     """
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
     name = str(content["peft_type"]).upper()
     kinds = {kind.value: cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if name not in kinds:

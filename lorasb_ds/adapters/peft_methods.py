@@ -1,6 +1,7 @@
 """``--method peft:FILE.json``: inject PEFT's own layers, save and restore them, export them.
 
-PEFT makes its layers; this module lets it do so on weights that ZeRO-3 has sharded.
+PEFT makes its layers; this module lets it do so on weights that ZeRO-3 has sharded. It is imported
+where it is needed: that takes seconds, which other methods need not wait for.
 """
 
 from __future__ import annotations
@@ -14,9 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftType, get_peft_model, get_peft_model_state_dict
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import nn
 
@@ -60,10 +58,12 @@ def plan_peft(config: RunConfig, model: Any) -> PeftPlan:
     Raises:
         ConfigError: if PEFT rejects the configuration, or it cannot be trained here.
     """
+    import peft
+
     content = read_peft_file(config.method)
     made = make_peft_config(config.method, content)
     with _peft_errors_reported(config.method):
-        get_peft_model(model, made)
+        peft.get_peft_model(model, made)
     layers = tuner_layers(model)
     trained = trainable_parameters(model)
     heads = (model.get_input_embeddings(), model.get_output_embeddings())
@@ -115,9 +115,12 @@ def inject_peft(model: Any, plan: PeftPlan, config: RunConfig, dtype: torch.dtyp
     Raises:
         ConfigError: on every rank alike, if PEFT rejects the base, or changes its weights.
     """
+    import peft
+
     made = make_peft_config(config.method, plan.content)
     model.requires_grad_(False)
-    kind = _on_shards(PEFT_TYPE_TO_TUNER_MAPPING[PeftType(made.peft_type)], config.method)
+    tuner = peft.PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType(made.peft_type)]
+    kind = _on_shards(tuner, config.method)
     with _peft_errors_reported(config.method), torch.random.fork_rng():
         torch.manual_seed(zlib.crc32(f"{config.seed_of_init} peft".encode()))
         kind(model, made, ADAPTER)
@@ -154,6 +157,8 @@ def _on_shards(kind: Any, path: str) -> Any:
 
 def tuner_layers(model: nn.Module) -> dict[str, Any]:
     """Return PEFT's layers by the names of the layers that they wrap."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     return {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
 
 
@@ -252,8 +257,10 @@ def save_peft_method(
         tensors: from ``collect_peft``.
         base_model: name of the base in adapter_config.json.
     """
+    import peft
+
     with _peft_errors_reported("peft:"):
-        tuned: Any = get_peft_model(empty_model, make_peft_config("peft:", plan.content))
+        tuned: Any = peft.get_peft_model(empty_model, make_peft_config("peft:", plan.content))
     # A tensor that layers share has a name in each of them. Buffers that PEFT computes anew when it
     # loads an adapter are not in the state dict.
     named = tuned.state_dict(keep_vars=True)
@@ -263,7 +270,7 @@ def save_peft_method(
         if f"{PREFIX}{name}" in named
     }
     state = {name: values[id(tensor)] for name, tensor in named.items() if id(tensor) in values}
-    found = get_peft_model_state_dict(tuned, state_dict=state, save_embedding_layers=False)
+    found = peft.get_peft_model_state_dict(tuned, state_dict=state, save_embedding_layers=False)
     made = tuned.peft_config[ADAPTER]
     made.inference_mode, made.base_model_name_or_path = True, base_model
     content = {k: sorted(v) if isinstance(v, set) else v for k, v in made.to_dict().items()}

@@ -33,6 +33,10 @@ def misread_by_peft(model_type: str | None, layers: Iterable[str]) -> list[str]:
     """
     named = list(layers)
     try:
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+        if model_type is not None and not get_checkpoint_conversion_mapping(model_type):
+            return []  # most families: PEFT takes seconds to import
         from peft.utils import transformers_weight_conversion as peft
     except ImportError:  # an earlier PEFT, or transformers 4, which has no such experts
         return []
