@@ -227,7 +227,10 @@ def main(out: Path, only: tuple[str, ...], quick: bool) -> None:
     chosen = only or (("qwen3_moe", "llama4_text") if quick else sorted(all_of_them))
     found, rows = {}, {}
     for family in chosen:
-        result = measure(family_case, {"family": family})
+        try:
+            result = measure(family_case, {"family": family})
+        except SystemExit as error:  # it was killed
+            result = {"trouble": {"process": str(error)}}
         if "linear" not in result and not result["trouble"]:
             continue
         found[family] = result

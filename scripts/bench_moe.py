@@ -22,8 +22,6 @@ from bench_common import (
 from bench_model import read_once, write_qwen3_moe
 from bench_wide import wide
 
-from lorasb_ds.distributed.accelerator import emulates_bf16
-
 GB = 1e9
 BLOCKS, BLOCKS_OF_ALL = 2, 48
 EXPERT_R = 8
@@ -202,6 +200,8 @@ def _runs(shape: dict[str, Any], quick: bool) -> dict[str, Any]:
 def _blocks(shape: dict[str, Any], repeats: int, tokens: int) -> dict[str, Any]:
     """One block's experts, forward and backward, each way in a process of its own, in turn."""
     ways = (FROZEN, OURS, PEFT)
+    from lorasb_ds.distributed.accelerator import emulates_bf16
+
     dtype = "float32" if emulates_bf16() else "bfloat16"
     rounds: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for _ in range(repeats):

@@ -35,6 +35,7 @@ def main(own: dict[str, Any], given: dict[str, Any]) -> None:
         config = load_run_config(given)
         check_output_dir(config)
         from lorasb_ds.evaluation.model import prepare_model
+        from lorasb_ds.runs.output_dir import say_if_bf16_is_emulated
 
         if in_job:
             answer_agent()
@@ -42,6 +43,7 @@ def main(own: dict[str, Any], given: dict[str, Any]) -> None:
         world_size = int(os.environ["WORLD_SIZE"]) if in_job else 1
         local_size = ranks_of_host(default=world_size) if in_job else 1
         run = prepare_model(config, own["adapter"], world_size, local_size)
+        say_if_bf16_is_emulated(run.config)
         if own["lm_eval"] is not None:
             from lorasb_ds.evaluation.lm_eval import evaluate_by_harness
 
@@ -51,14 +53,12 @@ def main(own: dict[str, Any], given: dict[str, Any]) -> None:
         from lorasb_ds.evaluation.evaluator import evaluate, write_results
         from lorasb_ds.evaluation.model import start_model
         from lorasb_ds.evaluation.rows import load_eval_rows
-        from lorasb_ds.runs.output_dir import say_if_bf16_is_emulated
 
         chosen = {name: own[name] for name in ("task", "num_samples", "max_new_tokens")}
         chosen["max_positions"] = run.max_positions
         sources = [load_eval_rows(s, run.config, run.base.tokenizer, **chosen) for s in config.data]
         if in_job:
             join()
-        say_if_bf16_is_emulated(config)
         model = start_model(run)
         results = []
         for rows in sources:

@@ -43,8 +43,8 @@ class InitOptions(OptionGroup):
         gt=0,
         description="Memory of a process for the init's gradients and SVD, beside base and "
         "activations (host memory counts, too). Layers, and the experts of a block, are then taken "
-        "in groups, which costs about one more forward pass, or a pass for each group in models "
-        "that cannot be cut into segments.",
+        "in groups, which costs about one more forward pass; a pass for each group of a block that "
+        "does not fit whole, and in models that cannot be cut into segments.",
         json_schema_extra=default_is("no limit"),
     )
     init_offload: bool = Field(False, description="Keep the init's gradient shards in host memory.")

@@ -29,7 +29,8 @@ def device_count() -> int:
 
 def emulates_bf16() -> bool:
     """Return whether products in bf16 are many times slower than in fp32: on CPUs without bf16."""
-    return name() == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    has_kernels = torch.backends.mkldnn.is_available()
+    return name() == "cpu" and not (has_kernels and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class Stopwatch:

@@ -10,13 +10,20 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.export.merge_update import FLOATS, Update, UpdatesOfWeight
+from lorasb_ds.export.merge_update import (
+    FLOATS,
+    ReadFactor,
+    Update,
+    UpdatesOfWeight,
+    read_fp32,
+)
 from lorasb_ds.models.checkpoint_files import ITEM_BYTES, StoredTensor
 from lorasb_ds.models.stored_formats import EncodedTensor
 from lorasb_ds.planner.placement import bytes_4bit
@@ -122,13 +129,15 @@ def _write(job: FileJob, aside: Path) -> None:
     tensors, metadata = job.tensors, metadata_of(job.source)
     parts: dict[str, list[str]] = {name: [name] for name in tensors}
     late: dict[str, torch.Tensor] = {}
+    # In PEFT's form one B is that of all experts of a projection: it is read once.
+    read = lru_cache(maxsize=2)(read_fp32)
     with (
         closing(TensorWriter(aside, *_bounds(job, metadata))) as writer,
         job.source.open("rb", buffering=0) as file,
     ):
         descriptor = file.fileno()
         for name in (name for name in tensors if name in job.quantized):
-            found = _quantized(job, name, tensors[name], descriptor)
+            found = _quantized(job, name, tensors[name], descriptor, read)
             parts[name] = list(found)
             for part, made in found.items():
                 if made.nbytes % ALIGNMENT:  # the tensors after it would not be aligned
@@ -137,7 +146,7 @@ def _write(job: FileJob, aside: Path) -> None:
                     writer.add(part, NAMES[made.dtype], made.shape, [bytes_of(made)])
         for name, tensor in _in_order(job):
             if name in job.updates or isinstance(tensor, EncodedTensor):
-                rows = _rows(name, tensor, descriptor, job.updates.get(name, ()))
+                rows = _rows(name, tensor, descriptor, job.updates.get(name, ()), read)
                 chunks: Iterable[memoryview] = map(bytes_of, rows)
             else:
                 chunks = _copied(tensor, descriptor)
@@ -199,7 +208,11 @@ def _copied(tensor: StoredTensor, descriptor: int) -> Iterator[memoryview]:
 
 
 def _rows(
-    name: str, tensor: StoredTensor, descriptor: int, updates: Sequence[Update | None]
+    name: str,
+    tensor: StoredTensor,
+    descriptor: int,
+    updates: Sequence[Update | None],
+    read: ReadFactor,
 ) -> Iterator[torch.Tensor]:
     """Yield a weight's rows with its updates, summed in fp32 and rounded once.
 
@@ -209,7 +222,7 @@ def _rows(
         ConfigError: if a number is not finite.
     """
     dtype, rounded, first = FLOATS[tensor.dtype], torch.empty(0), 0
-    added = UpdatesOfWeight(updates, math.prod(tensor.shape[:-1]))
+    added = UpdatesOfWeight(updates, math.prod(tensor.shape[:-1]), read)
     for W in _rows_fp32(tensor, descriptor):
         added.add_to(W, first)
         if first == 0:  # no later chunk is larger
@@ -253,14 +266,14 @@ def _read_bytes(_: str, tensor: StoredTensor, begin: int, size: int) -> torch.Te
 
 
 def _quantized(
-    job: FileJob, name: str, tensor: StoredTensor, descriptor: int
+    job: FileJob, name: str, tensor: StoredTensor, descriptor: int, read: ReadFactor
 ) -> dict[str, torch.Tensor]:
     """Merge and quantize a weight to 4 bits: stored name -> tensor."""
     from lorasb_ds.models.quantization import stored_4bit
 
     W = torch.empty(tensor.shape, dtype=FLOATS[tensor.dtype])
     first = 0
-    for rows in _rows(name, tensor, descriptor, job.updates.get(name, ())):
+    for rows in _rows(name, tensor, descriptor, job.updates.get(name, ()), read):
         W[first : first + len(rows)] = rows
         first += len(rows)
     found = stored_4bit(W)

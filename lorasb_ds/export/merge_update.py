@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import TypeAlias
 
 import torch
 
@@ -13,6 +13,8 @@ from lorasb_ds.models.checkpoint_files import StoredTensor
 from lorasb_ds.system.safetensors_writer import bytes_of, fill
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+ReadFactor: TypeAlias = Callable[[StoredTensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,7 @@ class Update:
     expert: Expert | None = None
     rows: range | None = None
 
-    def factors(
-        self, read: Callable[[StoredTensor], torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def factors(self, read: ReadFactor) -> tuple[torch.Tensor, torch.Tensor]:
         """Read the two factors of the product that is added to W as stored; fp32."""
         A, B = read(self.A), read(self.B)
         if self.expert is not None:
@@ -52,15 +52,14 @@ class Update:
 class UpdatesOfWeight:
     """The updates of a weight's matrices, of which the factors of one are in memory at a time."""
 
-    def __init__(self, updates: Sequence[Update | None], num_rows: int) -> None:
+    def __init__(self, updates: Sequence[Update | None], num_rows: int, read: ReadFactor) -> None:
         """
         Args:
             updates: of matrices that are stored one below the other.
             num_rows: of all of them.
         """
         self.updates, self.rows_each = updates, num_rows // max(1, len(updates))
-        # In PEFT's form one B is that of all experts: it is read once.
-        self._read = lru_cache(maxsize=2)(_read_fp32)
+        self._read = read
         self._matrix = -1
         self._factors: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -84,7 +83,8 @@ class UpdatesOfWeight:
             row = stop
 
 
-def _read_fp32(tensor: StoredTensor) -> torch.Tensor:
+def read_fp32(tensor: StoredTensor) -> torch.Tensor:
+    """Read a stored tensor, in fp32."""
     found = torch.empty(tensor.shape, dtype=FLOATS[tensor.dtype])
     with tensor.file.open("rb", buffering=0) as file:
         fill(bytes_of(found), file.fileno(), tensor.begin)

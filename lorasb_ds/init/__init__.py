@@ -1,7 +1,7 @@
 """The init phase: gradients, the optimizer's first step, its sharded SVD, the factors A, B and R.
 
 - `initialize`: the whole phase, for every method of `config.methods`.
-- `gradients`, `segments`: average weight gradients, one layer at a time, straight into row shards.
+- `gradients`, `gradient_shards`, `segments`: average gradients, one layer at a time, as row shards.
 - `update_rules`: what an optimizer's first step makes of a gradient.
 - `decomposition`, `sharded_svd`, `lanczos`: exact truncated SVD of row-sharded updates.
 - `experts`, `batched_svd`: the experts of a projection, each decomposed by the rank that owns it.

@@ -14,7 +14,7 @@ import torch
 
 from lorasb_ds.init.lanczos import is_converged, random_matrix, upper_triangle
 from lorasb_ds.init.sharded_svd import GRAM_SIDE
-from lorasb_ds.planner.init_plan import EXPERT_SVD_ENTRIES, GRAM_SHARE, KRYLOV_BLOCK
+from lorasb_ds.planner.init_bytes import EXPERT_SVD_ENTRIES, GRAM_SHARE, KRYLOV_BLOCK
 
 
 class BatchedSVD(NamedTuple):

@@ -57,7 +57,8 @@ class ExpertSVDs:
         self._svd = partial(
             batched_svd, r=adapter.r, seed=settings.seed, update=lambda G: rule.matrix(G, None)
         )
-        self._sum = torch.zeros((), device=accelerator.device())  # of all gradients, on every rank
+        sides = adapter.out_features, adapter.in_features
+        self._sum = torch.zeros(max(sides), min(sides), device=accelerator.device())  # of gradients
         # First expert -> the directions on rank 0, None elsewhere; and the report, on every rank.
         self._parts: dict[int, tuple[ExpertDirections | None, ExpertsInit]] = {}
         self._missing = adapter.num_matrices
@@ -82,13 +83,13 @@ class ExpertSVDs:
             )
         svd = self._svd(gradients)
         slopes = svd.S * ((svd.U.mT @ gradients) * svd.Vh).sum(2)  # S_i u_iᵀ G v_i
+        assert experts.start not in self._parts
         self._parts[experts.start] = (
             _gather(self.adapter, svd, number, self.group),
             _describe(self.adapter, svd, slopes, tokens, self.group),
         )
-        total = gradients.sum(0)
-        dist.all_reduce(total, group=self.group)
-        self._sum = self._sum + total
+        for G in gradients:
+            self._sum += G
         self._missing -= number
 
     @property
@@ -99,15 +100,16 @@ class ExpertSVDs:
     def result(self) -> tuple[ExpertDirections | None, ExpertsInit]:
         """Return the directions of all experts, on rank 0, None elsewhere; and the report.
 
-        Not collective: every rank decomposes the mean gradient, if it is needed.
+        Collective: the mean gradient is all-reduced, if there is an expert without a token.
         """
         parts = [self._parts[first] for first in sorted(self._parts)]
         report = join_experts([of for _, of in parts])
         found = [directions for directions, _ in parts if directions is not None]
         directions = ExpertDirections(*map(torch.cat, zip(*found, strict=True))) if found else None
         if unreached := report.unreached:
-            num_reached = max(1, self.adapter.num_matrices - len(unreached))
-            mean = self._svd(self._sum[None] / num_reached)
+            dist.all_reduce(self._sum, group=self.group)
+            self._sum /= max(1, self.adapter.num_matrices - len(unreached))
+            mean = self._svd(self._sum[None])
             for values in (report.spectrum, report.slopes):
                 values[unreached] = 0.0
             report.captured_energy[unreached] = mean.captured_energy.cpu()

@@ -23,7 +23,8 @@ from lorasb_ds.adapters.layer import AdapterLinear
 from lorasb_ds.distributed import accelerator
 from lorasb_ds.distributed.collectives import Group, row_range
 from lorasb_ds.models.experts import Routing
-from lorasb_ds.planner.init_plan import EXPERT_GRADIENT_BYTES
+from lorasb_ds.planner.init_bytes import EXPERT_GRADIENT_BYTES
+from lorasb_ds.planner.init_plan import LayerGroup
 
 
 def is_transposed(out_features: int, in_features: int) -> bool:
@@ -65,13 +66,13 @@ class GradientShards:
         adapters: Mapping[str, AdapterLinear],
         group: Group = None,
         offload: bool = False,
-        experts: Mapping[str, range | None] | None = None,
+        layers: LayerGroup | None = None,
     ) -> None:
         """
         Args:
             adapters: the layers whose gradients are wanted, by name.
             offload: keep the shards in host memory, pinned unless the device is the CPU.
-            experts: projection of experts -> those whose gradients are wanted; by default all.
+            layers: those of ``adapters``, and the experts that are wanted; by default all.
         """
         self.group = group
         self.rank = dist.get_rank(group)
@@ -87,7 +88,8 @@ class GradientShards:
         for name, adapter in adapters.items():
             length, *rest = gradient_shape(adapter)
             if isinstance(adapter, LoraSBExperts):
-                self.experts[name] = (experts or {}).get(name) or range(length)
+                wanted = (layers or {}).get(name)
+                self.experts[name] = range(length) if wanted is None else wanted
                 length = len(self.experts[name])
                 tokens = torch.zeros(length, dtype=torch.int64)
                 self.tokens[name] = tokens.to(accelerator.device())

@@ -100,7 +100,7 @@ class InitReport:
     loss: float | None  # of that sample, at the base; None if there was no gradient
     step: InitStep
     num_groups: int  # groups of layers whose gradients were held at the same time
-    passes: int  # forward and backward over the sample; 1 by segments, which add a forward pass
+    passes: float  # of a block, forward and backward over the sample; segments add a forward pass
     by_segments: bool
     predicted_memory_bytes: int  # of gradients and SVD, without activations (init_plan.py)
     peak_memory_bytes: int  # of rank 0, base included

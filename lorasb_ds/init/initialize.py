@@ -67,7 +67,8 @@ def initialize(
 ) -> tuple[InitReport, Basis]:
     """Fill every adapter's factors in place. Collective.
 
-    The plan's groups of layers are done one after the other; grouping does not change the result.
+    The plan's groups of layers are done one after the other; grouping changes the result
+    by rounding at most.
 
     Args:
         engine: around the model with placeholders; its parameters may be sharded by ZeRO-3.
@@ -118,7 +119,7 @@ def initialize(
         loss=gradients.loss,
         step=step,
         num_groups=len(plan.groups) if method.needs_gradient else 1,
-        passes=gradients.groups - gradients.segments + (gradients.segments > 0),
+        passes=_passes(plan, gradients),
         by_segments=gradients.segments > 0,
         predicted_memory_bytes=plan.predicted_bytes,
         peak_memory_bytes=accelerator.peak_memory_bytes(),
@@ -138,6 +139,12 @@ def _fill(name: str, adapter: AdapterLinear, directions: Any, settings: InitSett
     if isinstance(adapter, LoraSBExperts):
         return fill_experts(name, adapter, directions, settings)
     return fill_layer(name, adapter, directions, settings)
+
+
+def _passes(plan: InitPlan, gradients: _GradientTotals) -> float:
+    """Return how often a block was run forward and backward over the sample, on average."""
+    by_segment = plan.passes * gradients.segments / max(1, len(plan.groups))
+    return round(by_segment, 2) + gradients.groups - gradients.segments
 
 
 @dataclass
@@ -194,6 +201,7 @@ def _from_gradients(
                 layer = describe_layer(svd, slopes, dtype, reached, group)
                 yield name, gather_directions(adapters[name], svd, group), layer
         began = time.perf_counter()
+    assert not of_experts, f"the plan leaves out experts of {', '.join(of_experts)}"
 
 
 def _step_scale(adapter: AdapterLinear, update: str, group: Group) -> float:

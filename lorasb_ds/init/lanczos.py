@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from lorasb_ds.planner.init_plan import KRYLOV_BLOCK
+from lorasb_ds.planner.init_bytes import KRYLOV_BLOCK
 
 # Numbers from `scripts/bench.py svd` (docs/benchmarks.md).
 # For sign matrices: stop when the residuals say that this share of the energy found is missing. In

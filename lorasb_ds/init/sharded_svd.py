@@ -19,7 +19,7 @@ import torch
 
 from lorasb_ds.distributed.collectives import Group, all_reduce, broadcast, rank_and_size, reduce
 from lorasb_ds.init.lanczos import leading_ritz_vectors, random_matrix, rank_tolerance
-from lorasb_ds.planner.init_plan import GRAM_SHARE, GRAM_SIDE_SHARED
+from lorasb_ds.planner.init_bytes import GRAM_SHARE, GRAM_SIDE_SHARED
 
 SVDMethod = Literal["auto", "gram", "krylov"]
 

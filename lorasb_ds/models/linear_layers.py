@@ -89,7 +89,7 @@ def select_targets(
     Raises:
         ConfigError: if a name matches nothing, or r is larger than a matched layer allows.
     """
-    if target_modules == ALL_LINEAR:
+    if _names_in(target_modules) == [ALL_LINEAR]:
         targets = {name: shape for name, shape in layers.items() if min(shape) > 1}
         missing = [] if targets else [ALL_LINEAR]
     else:
@@ -116,9 +116,9 @@ def select_targets(
 
 def select_names(names: Iterable[str], target_modules: str) -> list[str]:
     """Return the names that ``--target-modules`` selects, by PEFT's rule."""
-    if target_modules == ALL_LINEAR:
-        return list(names)
     wanted = _names_in(target_modules)
+    if wanted == [ALL_LINEAR]:
+        return list(names)
     return [name for name in names if any(_is_named(name, w) for w in wanted)]
 
 

@@ -12,12 +12,8 @@ from dataclasses import dataclass
 from lorasb_ds.planner.activations import activations
 from lorasb_ds.planner.base_bytes import BaseBytes, base_bytes, held_bytes
 from lorasb_ds.planner.gathers import gathered_bytes
-from lorasb_ds.planner.init_plan import (
-    InitPlan,
-    blocks_prefix,
-    largest_svd_bytes,
-    plan_init,
-)
+from lorasb_ds.planner.init_bytes import largest_svd_bytes
+from lorasb_ds.planner.init_plan import InitPlan, InitWork, blocks_prefix, plan_init
 from lorasb_ds.planner.model_shape import ModelShape
 from lorasb_ds.planner.placement import Placement
 from lorasb_ds.planner.workload import Workload
@@ -203,17 +199,18 @@ def init_plan(shape: ModelShape, work: Workload, world_size: int, dtype_bytes: i
             budget_bytes=work.init_memory_bytes,
         )
     rows_per_rank = min(work.init_samples, work.init_rounds(world_size) * work.micro_batch_size)
-    return plan_init(
-        work.targets,
+    of_init = InitWork(
+        targets=work.targets,
         r=work.r * work.directions,
         world_size=world_size,
         update=work.init_update,
         tokens_per_micro_batch=work.tokens,
         boundary_bytes=rows_per_rank * work.max_length * shape.hidden_size * dtype_bytes,
-        budget_bytes=work.init_memory_bytes,
+        offload=work.init_offload,
         experts=work.expert_targets,
         expert_r=work.expert_r * work.directions,
     )
+    return plan_init(of_init, work.init_memory_bytes)
 
 
 def _optimizer_bytes(work: Workload, num_optimized: int) -> int:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from lorasb_ds.planner.footprint import Footprint
 from lorasb_ds.planner.gathers import gathers_blocks
-from lorasb_ds.planner.init_plan import KRYLOV_BLOCK, blocks_prefix, takes_gram_way
+from lorasb_ds.planner.init_bytes import KRYLOV_BLOCK, takes_gram_way
+from lorasb_ds.planner.init_plan import blocks_prefix
 from lorasb_ds.planner.model_shape import ModelShape
 from lorasb_ds.planner.placement import Placement
 from lorasb_ds.planner.workload import Workload
@@ -50,8 +51,10 @@ def init_traffic(
     rounds = work.init_rounds(w)
     of_groups = memory.init.blocks_of_groups(shape.num_blocks)
     passes = _passes(shape, placement, work) * sum(of_groups) / shape.num_blocks
-    passes += len(of_groups) > 1
-    gathered = _gathers(shape, placement, work, passes)
+    # By segments there is a forward pass before; each of their runs embeds the tokens again.
+    segmented = len(of_groups) > 1 and memory.init.prefix is not None
+    runs = len(of_groups) + segmented
+    gathered = _gathers(shape, placement, work, passes + segmented, runs)
     sent = gathered.bytes * rounds
     if w > 1:
         numel = sum(out * in_ for out, in_ in work.targets.values())
@@ -78,8 +81,14 @@ def _received(num_bytes: int, placement: Placement) -> int:
     return num_bytes * (placement.world_size - 1) // placement.world_size
 
 
-def _gathers(shape: ModelShape, placement: Placement, work: Workload, passes: float) -> Traffic:
-    """Count the bytes of ZeRO-3's all-gathers in so many passes over the blocks."""
+def _gathers(
+    shape: ModelShape, placement: Placement, work: Workload, passes: float, runs: int = 1
+) -> Traffic:
+    """Count the bytes of ZeRO-3's all-gathers in so many passes over the blocks.
+
+    Args:
+        runs: how often the tokens are embedded.
+    """
     if not placement.sharded:
         return Traffic(0)
     d, ranks = placement.dtype_bytes, placement.shard_ranks
@@ -91,6 +100,7 @@ def _gathers(shape: ModelShape, placement: Placement, work: Workload, passes: fl
     table = shape.vocab_size * shape.hidden_size * d
     if once.count(table) == 1:
         once.append(table)  # the embedding is the head, too
+    once += [table] * (runs - 1)
     for name, sides in shape.layers.items():
         of_blocks.append(sum(placement.stored(sides)))
         if name in work.targets:

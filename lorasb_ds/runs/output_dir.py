@@ -71,7 +71,11 @@ def say(text: str) -> None:
 
 
 def say_if_bf16_is_emulated(config: RunConfig) -> None:
-    """Print that fp32 is faster on this device, where it is and may be chosen."""
+    """Print that fp32 is faster on this device, where it is.
+
+    Args:
+        config: with what the base and the ds_config say.
+    """
     quantized = config.load_in_4bit or config.load_in_8bit  # computes in bf16
     if config.dtype == "bf16" and not quantized and accelerator.emulates_bf16():
         say("this CPU has no bf16 arithmetic: --dtype fp32 is many times faster here")

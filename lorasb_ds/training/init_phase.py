@@ -67,7 +67,9 @@ def init_phase(
         say(f"init loaded from {config.init_from}")
     else:
         if method is not None and method.needs_gradient:
-            groups = f", in {len(plan.groups)} groups of layers" if len(plan.groups) > 1 else ""
+            groups = ""
+            if len(plan.groups) > 1:
+                groups = f", in {len(plan.groups)} groups of layers, {plan.passes:.3g} passes"
             say(
                 f"init: gradients and SVD will take {plan.predicted_bytes / GIB:.2f} GiB a process"
                 f"{groups}"

@@ -105,7 +105,7 @@ def _init_section(init: InitReport, taken: str | None, num_frozen: int) -> list[
             f"| sample | {init.num_samples} rows, {init.num_label_tokens} label tokens, "
             f"loss {init.loss:.4f} |",
             f"| groups of layers | {init.num_groups} |",
-            f"| passes over the sample | {init.passes}"
+            f"| passes over the sample | {init.passes:g}"
             f"{', and one more forward' if init.by_segments else ''} |",
             "| predicted memory of gradients and SVD | "
             f"{init.predicted_memory_bytes / GIB:.2f} GiB |",

@@ -22,6 +22,8 @@ from tests.references import own_loss, true_gradients
 from tests.runs import REALLY_SHARDED, run_ranks, word_rows, write_jsonl
 
 Tensors = dict[str, torch.Tensor]
+# So that hidden states take less than gradients, also of a tiny model.
+FEW_TOKENS = {"max_length": 64, "init_samples": 2, "micro_batch_size": 1}
 
 
 def setting(model: Path, tmp_path: Path, **more: Any) -> dict[str, Any]:
@@ -95,14 +97,14 @@ def test_a_budget_changes_memory_and_passes_and_nothing_else(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     """One of them searches for eta; 2 ranks in bf16, as in most runs."""
-    config = setting(tiny_model, tmp_path, r=8, dtype="bf16")
+    config = setting(tiny_model, tmp_path, r=8, dtype="bf16") | FEW_TOKENS
     at_once, _, one_pass = initialized(config | {"init_lr": 2.0**-12}, tmp_path, 2)
-    budget = {"init_memory_gib": 60e-6, "init_offload": True, "init_lr": "auto"}
+    budget = {"init_memory_gib": 130e-6, "init_offload": True, "init_lr": "auto"}
     grouped, _, many = initialized(config | budget, tmp_path, 2)
     assert one_pass["num_groups"] == 1
     assert many["num_groups"] > 3
     assert many["by_segments"]
-    assert one_pass["passes"] == many["passes"] == 1
+    assert one_pass["passes"] == 1 < many["passes"]
     assert many["predicted_memory_bytes"] < one_pass["predicted_memory_bytes"]
     assert one_pass["loss"] == many["loss"]
     etas = {float(eta) for eta in many["step"]["losses"]}
@@ -148,15 +150,15 @@ def test_the_gradient_itself_with_its_own_scale_of_eta(tiny_model: Path, tmp_pat
 def test_a_budget_divides_the_experts_of_a_block(
     tiny_family: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """One expert of each of 2 ranks at a time: the same factors, with one forward pass more."""
-    sizes = {"r": 4, "expert_r": 4, "max_length": 64, "init_samples": 2, "micro_batch_size": 1}
-    config = setting(tiny_family("qwen3_moe"), tmp_path, init_lr=2.0**-12) | sizes
+    """Some experts of each of 2 ranks at a time: the same factors, with more passes."""
+    sizes = {"r": 4, "expert_r": 4, "init_lr": 2.0**-12}
+    config = setting(tiny_family("qwen3_moe"), tmp_path, **sizes) | FEW_TOKENS
     at_once, _, one_pass = initialized(config, tmp_path, 2)
     divided, _, many = initialized(config | {"init_memory_gib": 1e-9}, tmp_path, 2)
     assert one_pass["num_groups"] == 1
     assert many["num_groups"] > 4, "more than there are projections"
     assert many["by_segments"]
-    assert many["passes"] == 1
+    assert many["passes"] == many["num_groups"] / 2  # blocks
     assert many["predicted_memory_bytes"] < one_pass["predicted_memory_bytes"]
     assert many["loss"] == one_pass["loss"]
     for name, factor in at_once.items():

@@ -18,7 +18,7 @@ from lorasb_ds.init.gradients import average_gradients
 from lorasb_ds.init.initialize import gradients_by_group
 from lorasb_ds.init.segments import Segment, SegmentError, cut_segments, gradients_by_segment
 from lorasb_ds.models.linear_layers import linear_layers
-from lorasb_ds.planner.init_plan import plan_init
+from lorasb_ds.planner.init_plan import InitWork, plan_init
 from tests.unit.init.test_gradients import batch_of
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -189,15 +189,15 @@ def test_models_that_cannot_be_cut(kind: str) -> None:
     with pytest.raises(SegmentError):
         by_segment(model, adapters, groups, BATCHES)
     # The init then passes the whole model once for each group.
-    plan = plan_init(
+    work = InitWork(
         {name: (adapters[name].out_features, adapters[name].in_features) for name in names},
         r=4,
         world_size=1,
         update="sign",
         tokens_per_micro_batch=1,
         boundary_bytes=0,
-        budget_bytes=None,
     )
+    plan = plan_init(work, None)
     plan = replace(plan, groups=tuple(map(dict.fromkeys, groups)))
     kept = {name: adapters[name] for name in names}
     found = {}

@@ -22,7 +22,7 @@ from lorasb_ds.planner.base_bytes import base_bytes
 from lorasb_ds.planner.config_shape import shape_from_config
 from lorasb_ds.planner.footprint import footprint, init_plan
 from lorasb_ds.planner.gathers import gathers_blocks
-from lorasb_ds.planner.init_plan import plan_init
+from lorasb_ds.planner.init_plan import InitWork, plan_init
 from lorasb_ds.planner.known_models import BUILT_IN
 from lorasb_ds.planner.placement import Form, Placement
 from lorasb_ds.planner.strategies import Cluster, plan, recommended
@@ -143,14 +143,14 @@ def test_groups_of_the_init_hold_whole_projections_or_some_of_their_experts() ->
         "experts": experts,
         "expert_r": 2,
     }
-    plan = plan_init(targets, **options, budget_bytes=None)
+    work = InitWork(targets, **options)
+    plan = plan_init(work, None)
     owned = max(len(row_range(5, rank, 2)) for rank in range(2))
     of_a_block = 4 * (10 * 10 + owned * (120 + 60))
     assert plan.shard_bytes == 4 * of_a_block
     # fp32 x and δ of an expert to which all 7 tokens go, and the gradients of a rank's experts.
     assert plan.backward_bytes == 7 * 22 * 4 + owned * 120 * 4
-    budget = plan.workspace_bytes + 2 * of_a_block
-    groups = plan_init(targets, **options, budget_bytes=budget).groups
+    groups = plan_init(work, plan.workspace_bytes + 2 * of_a_block).groups
     assert [len(group) for group in groups] == [6, 6]
     assert list(groups[0].items())[:3] == [
         ("model.layers.0.q_proj", None),
@@ -158,7 +158,7 @@ def test_groups_of_the_init_hold_whole_projections_or_some_of_their_experts() ->
         ("model.layers.0.experts.down_proj", range(5)),
     ]
     # Room for two experts of gate_up_proj on each rank: as few groups as that allows.
-    divided = plan_init(targets, **options, budget_bytes=plan.workspace_bytes + 4 * 2 * 120)
+    divided = plan_init(work, plan.workspace_bytes + 4 * 2 * 120)
     assert not divided.exceeds_budget
     assert divided.shard_bytes <= 4 * 2 * 120
     of_block_0 = [group for group in divided.groups if "model.layers.0" in next(iter(group))]
@@ -170,11 +170,31 @@ def test_groups_of_the_init_hold_whole_projections_or_some_of_their_experts() ->
     ]
     # The whole block is run for each.
     assert divided.blocks_of_groups(4) == [1] * 12
+    assert divided.passes == 3
     assert plan.blocks_of_groups(4) == [4]
+    assert plan.passes == 1
     # Experts alone, too.
-    alone = plan_init({}, **options, budget_bytes=None)
+    alone = plan_init(InitWork({}, **options), None)
     assert alone.prefix == "model.layers."
     assert alone.shard_bytes == 4 * 4 * owned * 180
+
+
+def test_no_passes_for_next_to_nothing() -> None:
+    """A budget below the work on one layer: more passes, but not one for every expert."""
+    work = InitWork(
+        {f"h.{i}.q_proj": (4096, 2048) for i in range(8)},
+        r=96,
+        world_size=1,
+        update="sign",
+        tokens_per_micro_batch=512,
+        boundary_bytes=0,
+        experts={f"h.{i}.experts.down_proj": (128, 2048, 768) for i in range(8)},
+        expert_r=8,
+    )
+    plan = plan_init(work, 1)
+    assert plan.exceeds_budget
+    assert plan.passes <= 16
+    assert plan.predicted_bytes < plan_init(work, None).predicted_bytes / 30
 
 
 @given(
@@ -185,17 +205,17 @@ def test_groups_of_the_init_hold_whole_projections_or_some_of_their_experts() ->
 )
 def test_every_expert_once(num_experts: int, world_size: int, budget: int, num_blocks: int) -> None:
     experts = {f"h.{i}.experts.down_proj": (num_experts, 30, 20) for i in range(num_blocks)}
-    plan = plan_init(
+    work = InitWork(
         {f"h.{i}.q_proj": (20, 20) for i in range(num_blocks)},
         r=1,
         world_size=world_size,
         update="sign",
         tokens_per_micro_batch=7,
         boundary_bytes=100,
-        budget_bytes=budget,
         experts=experts,
         expert_r=1,
     )
+    plan = plan_init(work, budget)
     for name in experts:
         parts = [group[name] for group in plan.groups if name in group]
         assert [expert for part in parts for expert in part or ()] == list(range(num_experts))
@@ -210,8 +230,7 @@ def test_every_expert_once(num_experts: int, world_size: int, budget: int, num_b
     ]
     assert plan.shard_bytes == max(held)
     assert plan.exceeds_budget == (plan.predicted_bytes > budget)
-    if plan.exceeds_budget and num_blocks == 1:  # an expert a rank is the least
-        assert plan.shard_bytes == 4 * 600
+    assert 1 <= plan.passes <= num_experts + 1
 
 
 def test_what_a_step_and_the_init_send() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorasb_ds.distributed.collectives import row_range
-from lorasb_ds.planner.init_plan import block_of, blocks_prefix, plan_init
+from lorasb_ds.planner.init_plan import NEAR, InitWork, block_of, blocks_prefix, plan_init
 
 SIDES = st.integers(1, 300)
 COMMON: dict[str, Any] = {"r": 1, "world_size": 1, "update": "sign", "tokens_per_micro_batch": 1}
@@ -23,15 +23,15 @@ def test_every_layer_once_within_the_budget(
     shapes: list[tuple[int, int]], world_size: int, budget: int | None
 ) -> None:
     targets = {f"layer{i}": shape for i, shape in enumerate(shapes)}
-    plan = plan_init(
+    work = InitWork(
         targets,
         r=1,
         world_size=world_size,
         update="sign",
         tokens_per_micro_batch=7,
         boundary_bytes=1000,
-        budget_bytes=budget,
     )
+    plan = plan_init(work, budget)
     assert [name for group in plan.groups for name in group] == list(targets)
     held = []
     for group in plan.groups:
@@ -50,16 +50,18 @@ def test_every_layer_once_within_the_budget(
         assert plan.exceeds_budget == (plan.predicted_bytes > budget)
         if plan.exceeds_budget:  # nothing smaller can be taken: one layer, and the workspace
             alone = max(4 * -(-max(s) // world_size) * min(s) for s in shapes)
-            assert plan.predicted_bytes == alone + plan.workspace_bytes
+            least = alone + plan.workspace_bytes
+            assert least <= plan.predicted_bytes <= NEAR * least
 
 
 def test_no_pass_too_many() -> None:
     targets = {f"layer{i}": (100, 10) for i in range(10)}
     options = COMMON | {"boundary_bytes": 0}
-    workspace = plan_init(targets, **options, budget_bytes=None).workspace_bytes
+    work = InitWork(targets, **options)
+    workspace = plan_init(work, None).workspace_bytes
     for layers_a_pass in (1, 3, 5, 10):
         budget = workspace + layers_a_pass * 4 * 100 * 10
-        plan = plan_init(targets, **options, budget_bytes=budget)
+        plan = plan_init(work, budget)
         assert len(plan.groups) == -(-10 // layers_a_pass)
         assert not plan.exceeds_budget
 
@@ -67,15 +69,16 @@ def test_no_pass_too_many() -> None:
 def test_groups_are_cut_between_blocks_where_they_fit() -> None:
     targets = {f"model.layers.{i}.{kind}": (100, 10) for i in range(6) for kind in "qkv"}
     options = COMMON | {"boundary_bytes": 50}
-    workspace = plan_init(targets, **options, budget_bytes=None).workspace_bytes
+    work = InitWork(targets, **options)
+    workspace = plan_init(work, None).workspace_bytes
     layer = 4 * 100 * 10
     # Room for 7 layers, and for what is stored between 3 groups: two blocks of 3 a group.
-    plan = plan_init(targets, **options, budget_bytes=workspace + 7 * layer + 4 * 50)
+    plan = plan_init(work, workspace + 7 * layer + 4 * 50)
     assert plan.prefix == "model.layers."
     assert [len(group) for group in plan.groups] == [6, 6, 6]
     assert (plan.boundary_bytes, plan.exceeds_budget) == (4 * 50, False)
     # Room for 2 layers: every block in two parts.
-    plan = plan_init(targets, **options, budget_bytes=workspace + 2 * layer + 7 * 50)
+    plan = plan_init(work, workspace + 2 * layer + 7 * 50)
     assert [len(group) for group in plan.groups] == [2, 1] * 6
     for group in plan.groups:
         assert len({name.split(".")[2] for name in group}) == 1

@@ -220,6 +220,7 @@ def test_instant() -> None:
     assert float(done.stdout.split()[-1]) < 2
 
 
+@pytest.mark.slow  # half a minute: 80 plans, with all that may be added to them
 def test_the_table_in_the_docs_is_the_command_s() -> None:
     assert invoke("--table").strip() in (ROOT / "docs/planning.md").read_text()
 
