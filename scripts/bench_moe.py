@@ -40,11 +40,11 @@ SHAPE = {
 QUICK = SHAPE | {"hidden_size": 128, "moe_intermediate_size": 64, "num_local_experts": 8}
 QUICK |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
 QUICK |= {"num_experts_per_tok": 2}
-# Few tokens, as the weights are what takes memory here. Of nine rows one is held back, for eta.
+# Few tokens, as the weights are what takes memory here. Of five rows one is held back, for eta.
 RUN = {
-    "data": "reasoning-gym:word_sequence_reversal?min_words=3&max_words=5&size=9&seed=3",
-    "init_samples": 9,
-    "max_length": 64,
+    "data": "reasoning-gym:word_sequence_reversal?min_words=3&max_words=5&size=5&seed=3",
+    "init_samples": 5,
+    "max_length": 128,
     "micro_batch_size": 2,
     "max_steps": 2,
     "r": 64,

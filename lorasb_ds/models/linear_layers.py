@@ -45,14 +45,17 @@ def linear_layers(model: Any) -> Shapes:
     }
 
 
-def _is_router(name: str, *modules: nn.Module) -> bool:
-    """Return whether a layer routes tokens to experts, by its name and those of the classes.
+def _is_router(name: str, layer: nn.Module, parent: nn.Module) -> bool:
+    """Return whether a layer routes tokens to experts.
 
-    Args:
-        modules: the layer and its parent.
+    By its name, by the classes' names, or by its outputs: one for each of its parent's experts, of
+    which the parent takes some.
     """
-    leaf = name.rpartition(".")[2]
-    return leaf in ("gate", "router") or any("router" in type(m).__name__.lower() for m in modules)
+    if name.rpartition(".")[2] in ("gate", "router"):
+        return True
+    if any("router" in type(module).__name__.lower() for module in (layer, parent)):
+        return True
+    return hasattr(parent, "top_k") and layer_shape(layer)[0] == getattr(parent, "num_experts", 0)
 
 
 def expert_layers(model: nn.Module) -> dict[str, int]:

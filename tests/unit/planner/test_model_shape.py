@@ -103,6 +103,19 @@ def test_published_sizes_of_mixtures(name: str, billions: float) -> None:
     assert shape.num_unreached == 0
 
 
+def test_a_router_by_another_name() -> None:
+    """HunYuan's is a linear layer called wg."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_experts": 4}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    config = AutoConfig.for_model("hunyuan_v1_moe", vocab_size=64, moe_topk=2, **sizes)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    (router,) = (name for name, _ in model.named_modules() if name.endswith("gate.wg"))
+    layers = shape_of("hunyuan", model).layers
+    assert router not in layers
+    assert router.replace("gate.wg", "shared_mlp.gate_proj") in layers
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_experts_of_every_family(family: str) -> None:
     """Their sides are those of the layers made of them; routing is in the dtype that is assumed."""
