@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,8 +120,11 @@ def reasoning_gym_dataset(source: str, option: str = "--data") -> Any:
     Other parameters of the address go to the task's configuration, numbers as numbers.
     """
     try:
-        import reasoning_gym
-        from reasoning_gym.factory import DATASETS
+        with warnings.catch_warnings():
+            # Of its dependencies' code, when Python compiles it for the first time.
+            warnings.simplefilter("ignore", SyntaxWarning)
+            import reasoning_gym
+            from reasoning_gym.factory import DATASETS
     except ImportError:
         raise ConfigError(
             f"{option} {source} needs the package reasoning-gym: pip install 'lorasb-ds[demo]'."

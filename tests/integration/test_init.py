@@ -29,7 +29,7 @@ def made(tiny_model: Path, rows: str, tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("init") / "init"
     output = run_command(
         *f"lorasb init --num-procs 2 --model {tiny_model} --data {rows} --r 12 --dtype fp32 "
-        f"--init-samples 4 --micro-batch-size 1 --init-memory-gib 1e-6 "
+        f"--init-samples 4 --micro-batch-size 1 --init-memory-gib 1.5e-4 "
         f"--output-dir {folder}".split()
     )
     assert "groups of layers" in output
