@@ -43,7 +43,7 @@ def test_the_folder(made: Path) -> None:
     assert not names & {"adapter", "loss.png"}
     assert (made / "init.png").read_bytes().startswith(b"\x89PNG")
     report = (made / "report.md").read_text()
-    assert "passes over the sample | 1, and one more forward |" in report
+    assert "passes over the sample | 3, and one more forward |" in report
     assert "## Training" not in report
     assert report.count("| model.layers.") == 14
     init = json.loads((made / "init.json").read_text())
