@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,63 +11,11 @@ from typing import Any
 import click
 import torch
 from bench_common import ROOT, machine, measure, print_table, run_as_rank, write_json
+from bench_model import copy_tokenizer, demo_tokens
 from torch import nn
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before it is imported
 
-# Set where a family's configuration has them.
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "intermediate_size_mlp": 48,
-    "moe_intermediate_size": 24,
-    "shared_expert_intermediate_size": 20,
-    "moe_shared_expert_intermediate_size": 24,
-    "expert_ffn_hidden_size": 24,
-    "ffn_hidden_size": 48,
-    "num_layers": 2,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "moe_num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_topk": 2,
-    "moe_k": 2,
-    "n_shared_experts": 1,
-    "zero_expert_num": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "linear_head_dim": 8,
-    "linear_num_heads": 4,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "mamba_num_heads": 4,
-    "mamba_head_dim": 16,
-    "mamba_n_heads": 4,
-    "mamba_d_head": 16,
-    "max_position_embeddings": 256,
-}
-TWO_MIXERS = {"layer_types": ["linear_attention", "full_attention"]}
-OPTIONS: dict[str, dict[str, Any]] = {
-    "gemma4_text": {"enable_moe_block": True, "top_k_experts": 2},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "nemotron_h": {"layers_block_type": ["moe", "attention"]},
-    "qwen3_5_moe_text": TWO_MIXERS,
-    "qwen3_next": TWO_MIXERS,
-}
-TOKENS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 RUN = {
     "data": "reasoning-gym:word_sequence_reversal?min_words=2&max_words=4&size=40&seed=3",
     "val_set_size": 8,
@@ -85,18 +32,11 @@ ENOUGH, SAME = 0.99, 1e-4
 
 def make(family: str) -> Any:
     """Return a random fp32 model of two blocks; None if it has no experts."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    from lorasb_ds.config.paths import demo_model_dir
+    from tests.moe_families import tiny_config
 
-    known = AutoConfig.for_model(family)
-    fields = {*known.to_dict(), *type(known).attribute_map}
-    options = {name: value for name, value in SIZES.items() if name in fields}
-    if "kv_lora_rank" in options and "num_key_value_heads" in options:
-        options["num_key_value_heads"] = options["num_attention_heads"]
-    demo = AutoConfig.from_pretrained(demo_model_dir())
-    options |= {name: getattr(demo, name) for name in TOKENS}
-    config = AutoConfig.for_model(family, **(options | OPTIONS.get(family, {})))
+    config = tiny_config(family, **demo_tokens())
     with torch.device("meta"):
         names = [name for name, _ in AutoModelForCausalLM.from_config(config).named_parameters()]
     if not any(".experts." in name or "_moe." in name for name in names):
@@ -152,14 +92,11 @@ def family_case(settings: dict[str, Any], out: str) -> None:
 
 
 def _write(family: str, folder: Path) -> dict[str, Any]:
-    from lorasb_ds.config.paths import demo_model_dir
-
     model = make(family)
     if model is None:
         return {}
     model.save_pretrained(folder)
-    for file in [*demo_model_dir().glob("*token*"), demo_model_dir() / "chat_template.jinja"]:
-        shutil.copy(file, folder)
+    copy_tokenizer(folder)
     experts, linear = (sum(of(model).values()) for of in (expert_weights, linear_weights))
     return {"experts": experts, "linear": linear}
 

@@ -21,7 +21,7 @@ def write_llama(folder: Path, shape: Mapping[str, Any]) -> None:
     """
     from transformers import LlamaConfig
 
-    write_model(folder, LlamaConfig(**_demo_tokens(), **shape))
+    write_model(folder, LlamaConfig(**demo_tokens(), **shape))
 
 
 def write_qwen3_moe(folder: Path, shape: Mapping[str, Any]) -> None:
@@ -32,10 +32,11 @@ def write_qwen3_moe(folder: Path, shape: Mapping[str, Any]) -> None:
     """
     from transformers import Qwen3MoeConfig
 
-    write_model(folder, Qwen3MoeConfig(**_demo_tokens(), **shape))
+    write_model(folder, Qwen3MoeConfig(**demo_tokens(), **shape))
 
 
-def _demo_tokens() -> dict[str, int]:
+def demo_tokens() -> dict[str, int]:
+    """Return the fields of a configuration that the demo's tokenizer needs."""
     from transformers import LlamaConfig
 
     from lorasb_ds.config.paths import demo_model_dir
@@ -53,8 +54,6 @@ def write_model(folder: Path, config: Any) -> None:
     The folder may hold the same model already: it is then left as it is.
     """
     from transformers import AutoModelForCausalLM
-
-    from lorasb_ds.config.paths import demo_model_dir
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -86,10 +85,17 @@ def write_model(folder: Path, config: Any) -> None:
     total = sum(2 * shape.numel() for shape in shapes.values())
     content = {"metadata": {"total_size": total}, "weight_map": index}
     (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=1))
+    copy_tokenizer(folder)
+    written.write_text(described)
+
+
+def copy_tokenizer(folder: Path) -> None:
+    """Copy the demo's tokenizer, with its chat template, into a model's folder."""
+    from lorasb_ds.config.paths import demo_model_dir
+
     demo = demo_model_dir()
     for file in [*demo.glob("*token*"), demo / "chat_template.jinja"]:
         shutil.copy(file, folder)
-    written.write_text(described)
 
 
 def _as_published(name: str, weight: torch.Tensor) -> list[tuple[str, torch.Tensor]]:

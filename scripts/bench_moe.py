@@ -200,9 +200,9 @@ def _runs(shape: dict[str, Any], quick: bool) -> dict[str, Any]:
 
 def _blocks(shape: dict[str, Any], repeats: int, tokens: int) -> dict[str, Any]:
     """One block's experts, forward and backward, each way in a process of its own, in turn."""
-    ways = (FROZEN, OURS, PEFT)
     from lorasb_ds.distributed.accelerator import emulates_bf16
 
+    ways = (FROZEN, OURS, PEFT)
     dtype = "float32" if emulates_bf16() else "bfloat16"
     rounds: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for _ in range(repeats):

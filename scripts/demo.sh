@@ -18,9 +18,7 @@ stage() { # stage NAME COMMAND…: run it and note what it took
 stage set-up scripts/setup.sh
 export PATH="$PWD/.venv/bin:$PATH"
 mkdir -p runs
-# CPUs without bf16 emulate it, many times slower than fp32.
-DTYPE=$(DS_ACCELERATOR=cpu python -c 'from lorasb_ds.distributed.accelerator import emulates_bf16
-print("fp32" if emulates_bf16() else "bf16")' | tail -n 1)
+DTYPE=$(python scripts/cpu_dtype.py)
 
 stage before lorasb eval --dtype "$DTYPE" --max-new-tokens 32 \
   --output-dir runs/demo-before --overwrite

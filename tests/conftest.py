@@ -53,6 +53,14 @@ def demo_model() -> Path:
 
 
 @pytest.fixture(scope="session")
+def demo_dtype() -> str:
+    """--dtype of the demo model: CPUs without bf16 take some fifteen times as long in it."""
+    from lorasb_ds.distributed.accelerator import emulates_bf16
+
+    return "fp32" if emulates_bf16() else "bf16"
+
+
+@pytest.fixture(scope="session")
 def tiny_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer Llama with grouped heads and the demo's tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -21,7 +21,7 @@ from lorasb_ds.init.factors import (
     generator_of,
     random_bases,
 )
-from lorasb_ds.init.gradient_shards import is_transposed
+from lorasb_ds.init.gradient_shards import gradient_shape, is_transposed
 from lorasb_ds.init.init_report import ExpertsInit, join_experts
 from lorasb_ds.init.update_rules import UPDATE_RULES
 
@@ -57,8 +57,8 @@ class ExpertSVDs:
         self._svd = partial(
             batched_svd, r=adapter.r, seed=settings.seed, update=lambda G: rule.matrix(G, None)
         )
-        sides = adapter.out_features, adapter.in_features
-        self._sum = torch.zeros(max(sides), min(sides), device=accelerator.device())  # of gradients
+        _, *sides = gradient_shape(adapter)
+        self._sum = torch.zeros(sides, device=accelerator.device())  # of gradients
         # First expert -> the directions on rank 0, None elsewhere; and the report, on every rank.
         self._parts: dict[int, tuple[ExpertDirections | None, ExpertsInit]] = {}
         self._missing = adapter.num_matrices
@@ -110,13 +110,10 @@ class ExpertSVDs:
             dist.all_reduce(self._sum, group=self.group)
             self._sum /= max(1, self.adapter.num_matrices - len(unreached))
             mean = self._svd(self._sum[None])
-            for values in (report.spectrum, report.slopes):
-                values[unreached] = 0.0
             report.captured_energy[unreached] = mean.captured_energy.cpu()
             if directions is not None:
                 U, _, Vh = _not_transposed(self.adapter, mean.U, mean.S, mean.Vh)
                 directions.U[unreached], directions.Vh[unreached] = U, Vh
-                directions.S[unreached] = 0.0
         return directions, report
 
 
@@ -128,8 +125,8 @@ def decompose_weights(
     with zero.gathered(base.parameters()):
         weights = [base.expert_weight(expert).float() for expert in owned]
     transposed = is_transposed(adapter.out_features, adapter.in_features)
-    sides = (adapter.out_features, adapter.in_features)
-    matrices = torch.zeros(len(weights), max(sides), min(sides), device=accelerator.device())
+    _, *sides = gradient_shape(adapter)
+    matrices = torch.zeros(len(weights), *sides, device=accelerator.device())
     for matrix, W in zip(matrices, weights, strict=True):
         matrix.copy_(W.T if transposed else W)
     svd = batched_svd(matrices, adapter.r, settings.seed)

@@ -24,7 +24,7 @@ from lorasb_ds.distributed import accelerator
 from lorasb_ds.distributed.collectives import Group, row_range
 from lorasb_ds.models.experts import Routing
 from lorasb_ds.planner.init_bytes import EXPERT_GRADIENT_BYTES
-from lorasb_ds.planner.init_plan import LayerGroup
+from lorasb_ds.planner.layer_groups import LayerGroup
 
 
 def is_transposed(out_features: int, in_features: int) -> bool:

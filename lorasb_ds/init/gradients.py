@@ -21,7 +21,7 @@ from lorasb_ds.distributed.collectives import Group
 from lorasb_ds.init.gradient_shards import GradientShards
 from lorasb_ds.models.experts import Routing
 from lorasb_ds.models.loss import token_loss_sum
-from lorasb_ds.planner.init_plan import LayerGroup
+from lorasb_ds.planner.layer_groups import LayerGroup
 
 
 class _ShardHook:

@@ -143,7 +143,7 @@ def _fill(name: str, adapter: AdapterLinear, directions: Any, settings: InitSett
 
 def _passes(plan: InitPlan, gradients: _GradientTotals) -> float:
     """Return how often a block was run forward and backward over the sample, on average."""
-    by_segment = plan.passes * gradients.segments / max(1, len(plan.groups))
+    by_segment = plan.passes * gradients.segments / len(plan.groups)
     return round(by_segment, 2) + gradients.groups - gradients.segments
 
 

@@ -30,7 +30,7 @@ from lorasb_ds.distributed.collectives import Group
 from lorasb_ds.init.gradient_shards import GradientShards
 from lorasb_ds.init.gradients import gradient_hooks, no_dropout
 from lorasb_ds.models.loss import token_loss_sum
-from lorasb_ds.planner.init_plan import LayerGroup, block_of
+from lorasb_ds.planner.layer_groups import LayerGroup, Segment, cut_segments
 
 # The relative error that a segment's output may have on its second run: some GPU kernels add in no
 # fixed order. A block that depends on more than its input is off by far more.
@@ -39,36 +39,6 @@ REPLAY_TOLERANCE = 1e-2
 
 class SegmentError(Exception):
     """The model cannot be run in segments. Raised on every rank alike, before any gradient."""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Blocks ``first`` to ``last``, and the layers in them whose gradients are wanted."""
-
-    first: int
-    last: int
-    layers: LayerGroup
-
-
-def cut_segments(groups: Sequence[LayerGroup], prefix: str, num_blocks: int) -> list[Segment]:
-    """Return the segments of the groups, from the model's end to its beginning.
-
-    A segment ends where the one above it begins. Groups within one block share its segment.
-
-    Args:
-        groups: layers in the model's order; a block's layers are in one group, or in groups without
-            layers of other blocks.
-        prefix: the part of their names before the block's number.
-    """
-    segments: list[Segment] = []
-    for layers in reversed(groups):
-        first = min(block_of(name, prefix) for name in layers)
-        if segments and segments[-1].first == first:
-            last = segments[-1].last
-        else:
-            last = segments[-1].first - 1 if segments else num_blocks - 1
-        segments.append(Segment(first, last, layers))
-    return segments
 
 
 def gradients_by_segment(

@@ -13,7 +13,8 @@ from lorasb_ds.planner.activations import activations
 from lorasb_ds.planner.base_bytes import BaseBytes, base_bytes, held_bytes
 from lorasb_ds.planner.gathers import gathered_bytes
 from lorasb_ds.planner.init_bytes import largest_svd_bytes
-from lorasb_ds.planner.init_plan import InitPlan, InitWork, blocks_prefix, plan_init
+from lorasb_ds.planner.init_plan import InitPlan, InitWork, plan_init
+from lorasb_ds.planner.layer_groups import blocks_prefix
 from lorasb_ds.planner.model_shape import ModelShape
 from lorasb_ds.planner.placement import Placement
 from lorasb_ds.planner.workload import Workload

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from lorasb_ds.planner.init_plan import block_of, blocks_prefix
+from lorasb_ds.planner.layer_groups import block_of, blocks_prefix
 from lorasb_ds.planner.model_shape import ModelShape
 from lorasb_ds.planner.placement import Placement
 from lorasb_ds.planner.workload import Workload

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import groupby, pairwise
-from typing import TypeAlias
+from itertools import groupby
+from typing import NamedTuple
 
 from lorasb_ds.planner.init_bytes import (
     FP32_BYTES,
@@ -17,14 +16,10 @@ from lorasb_ds.planner.init_bytes import (
     largest_svd_bytes,
     shard_bytes,
 )
+from lorasb_ds.planner.layer_groups import LayerGroup, block_of, blocks_prefix, cut_segments
 
-# Layers whose gradients are held at the same time -> None; projections of experts -> those of their
-# experts.
-LayerGroup: TypeAlias = Mapping[str, range | None]
-
-# Where no plan fits: about how often a block is run, and how far above the least memory a plan with
-# fewer passes may be.
-MOST_PASSES, NEAR = 16, 1.25
+# Where no plan fits, a projection's experts are divided into so many groups at most.
+MOST_PASSES = 16
 
 
 @dataclass(frozen=True)
@@ -38,7 +33,6 @@ class InitPlan:
         svd_bytes: work on one layer in its decomposition, for the layer with most.
         boundary_bytes: hidden states stored between groups, on the rank with most.
         budget_bytes: --init-memory-gib; None without a limit.
-        passes: how often a block is run forward and backward over the sample, on average.
     """
 
     groups: tuple[LayerGroup, ...]
@@ -48,7 +42,6 @@ class InitPlan:
     svd_bytes: int
     boundary_bytes: int
     budget_bytes: int | None
-    passes: float = 1.0
 
     @property
     def workspace_bytes(self) -> int:
@@ -64,14 +57,28 @@ class InitPlan:
     def exceeds_budget(self) -> bool:
         return self.budget_bytes is not None and self.predicted_bytes > self.budget_bytes
 
+    @property
+    def passes(self) -> float:
+        """Return how often a block is run forward and backward over the sample, on average."""
+        if self.prefix is None:
+            return float(len(self.groups))
+        blocks = [{block_of(name, self.prefix) for name in group} for group in self.groups]
+        return sum(map(len, blocks)) / len(set().union(*blocks))
+
     def blocks_of_groups(self, num_blocks: int) -> list[int]:
-        """Return how many blocks are run for each group, as ``segments.cut_segments`` has it."""
+        """Return how many blocks are run for each group."""
         if self.prefix is None or len(self.groups) == 1:
             return [num_blocks] * len(self.groups)
-        firsts = [min(block_of(name, self.prefix) for name in group) for group in self.groups]
-        starts = [*sorted(set(firsts)), num_blocks]
-        lengths = {start: end - start for start, end in pairwise(starts)}
-        return [lengths[first] for first in firsts]
+        segments = cut_segments(self.groups, self.prefix, num_blocks)
+        return [segment.last + 1 - segment.first for segment in segments]
+
+
+class _Layers(NamedTuple):
+    """Layers of one group, the bytes of their gradients, and the most experts of a projection."""
+
+    layers: LayerGroup
+    size: int
+    most_experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,11 +111,8 @@ class InitWork:
         return blocks_prefix([*self.targets, *self.experts])
 
     @cached_property
-    def blocks(self) -> list[tuple[LayerGroup, int]]:
-        """Each block's layers, and experts behind them, with the bytes of their gradients.
-
-        Each layer by itself where there are no blocks.
-        """
+    def blocks(self) -> list[_Layers]:
+        """Each block's layers, experts last; each layer by itself where there are no blocks."""
         whole: dict[str, range | None] = dict.fromkeys(self.targets)
         whole |= {name: range(shape[0]) for name, shape in self.experts.items()}
         if (prefix := self.prefix) is None:
@@ -116,7 +120,12 @@ class InitWork:
         else:
             items = sorted(whole.items(), key=lambda item: block_of(item[0], prefix))
             blocks = [dict(of) for _, of in groupby(items, lambda item: block_of(item[0], prefix))]
-        return [(block, sum(self.size(*item) for item in block.items())) for block in blocks]
+        return [self._layers(block) for block in blocks]
+
+    def _layers(self, layers: LayerGroup) -> _Layers:
+        experts = (self.local(len(part)) for part in layers.values() if part is not None)
+        size = sum(self.size(*item) for item in layers.items())
+        return _Layers(layers, size, max(experts, default=0))
 
     @cached_property
     def least_bytes(self) -> int:
@@ -128,6 +137,11 @@ class InitWork:
         """Bytes of a layer's gradient on the rank with most rows, or of one expert's."""
         units = {name: shard_bytes(*s, self.world_size) for name, s in self.targets.items()}
         return units | {name: o * i * FP32_BYTES for name, (_, o, i) in self.experts.items()}
+
+    @cached_property
+    def most_experts(self) -> int:
+        """The most experts of a projection that a rank has; 0 without."""
+        return max(block.most_experts for block in self.blocks)
 
     def local(self, num_experts: int) -> int:
         """Return how many of some experts the rank with most has."""
@@ -181,19 +195,17 @@ class _Groups:
         self.work = work
         self.groups: list[dict[str, range | None]] = []
         self.most_bytes = self.most_experts = self._last = 0
-        self.runs = 0  # of blocks, once for each of their groups
 
     def begin(self) -> None:
         self.groups.append({})
         self._last = 0
 
-    def add(self, layers: LayerGroup, size: int) -> None:
+    def add(self, added: _Layers) -> None:
         """Add layers to the last group."""
-        self.groups[-1].update(layers)
-        self._last += size
+        self.groups[-1].update(added.layers)
+        self._last += added.size
         self.most_bytes = max(self.most_bytes, self._last)
-        experts = [self.work.local(len(part)) for part in layers.values() if part is not None]
-        self.most_experts = max(self.most_experts, *experts, 0)
+        self.most_experts = max(self.most_experts, added.most_experts)
 
     def fill(self, available: int, at_once: int) -> _Groups:
         """Fill groups with whole blocks; one that is too large by itself is divided.
@@ -203,40 +215,34 @@ class _Groups:
             at_once: the most experts of a projection that a rank has in a group.
         """
         is_open = False  # for another block
-        for block, size in self.work.blocks:
-            parts = [self.work.local(len(part)) for part in block.values() if part is not None]
-            if size > available or max(parts, default=0) > at_once:
-                self._divide(block, available, at_once)
-                is_open = False
-                continue
-            if not is_open or self._last + size > available:
+        for block in self.work.blocks:
+            fits = block.size <= available and block.most_experts <= at_once
+            if not (fits and is_open and self._last + block.size <= available):
                 self.begin()
-            self.add(block, size)
-            self.runs += 1
-            is_open = True
+            if fits:
+                self.add(block)
+            else:
+                self._divide(block.layers, available, at_once)
+            is_open = fits
         return self
 
     def _divide(self, block: LayerGroup, available: int, at_once: int) -> None:
         """Fill groups with the layers of a block, and with as many experts as there is room for."""
-        before = len(self.groups)
-        self.begin()
+        ranks = self.work.world_size
         for name, rest in block.items():
             if rest is None:
                 size = self.work.size(name, None)
                 if self._last + size > available:
                     self.begin()
-                self.add({name: None}, size)
+                self.add(_Layers({name: None}, size))
             while rest:
                 one = self.work.size(name, rest[:1])
                 if self._last + one > available or name in self.groups[-1]:
                     self.begin()
-                local = min(at_once, (available - self._last) // one)
-                part, rest = (
-                    rest[: local * self.work.world_size],
-                    rest[local * self.work.world_size :],
-                )
-                self.add({name: part}, self.work.size(name, part))
-        self.runs += len(self.groups) - before
+                number = min(at_once, (available - self._last) // one) * ranks
+                local = self.work.local(len(rest[:number]))
+                self.add(_Layers({name: rest[:number]}, local * one, local))
+                rest = rest[number:]
 
     def plan(self, budget_bytes: int | None) -> InitPlan:
         backward, svd = self.work.work_bytes(self.most_experts)
@@ -248,59 +254,55 @@ class _Groups:
             svd_bytes=svd,
             boundary_bytes=self.work.stored_bytes(len(self.groups)),
             budget_bytes=budget_bytes,
-            passes=len(self.groups)
-            if self.work.prefix is None
-            else self.runs / len(self.work.blocks),
         )
 
 
 def plan_init(work: InitWork, budget_bytes: int | None) -> InitPlan:
-    """Plan as few groups as the budget allows; where none fits, those that take about the least.
+    """Plan as few groups as the budget allows; where none fits, those that take least.
 
     A layer is never divided; a projection's experts are where its block does not fit.
 
     Args:
         budget_bytes: for ``predicted_bytes``; None: no limit, one group.
     """
-    whole, most_experts = sum(size for _, size in work.blocks), 1
-    if work.experts:
-        most_experts = max(work.local(shape[0]) for shape in work.experts.values())
-    plan = _Groups(work).fill(whole, most_experts).plan(budget_bytes)
+
+    def plan_of(available: int, at_once: int) -> InitPlan:
+        return _Groups(work).fill(available, at_once).plan(budget_bytes)
+
+    whole = sum(block.size for block in work.blocks)
+    plan = plan_of(whole, work.most_experts)
     if budget_bytes is None or not plan.exceeds_budget:
         return plan
-    before, at_once = None, most_experts
-    while at_once:
-        workspace = max(work.work_bytes(at_once))
-        # What is stored between groups takes part of the budget, and more groups store more: where
-        # the groups that fit into the rest are more than assumed, try their number next.
-        number = 2 if workspace != before else len(work.blocks) + 1  # else the same again
-        while number <= len(work.blocks) + 1:
+    for at_once, workspace in _workspaces(work):
+        # What is stored between groups takes part of the budget, and more groups store more, up to
+        # one for each block: where the groups that fit into the rest are more than assumed, try
+        # their number next.
+        number, most = 2, max(2, len(work.blocks))
+        while number <= most:
             room = budget_bytes - workspace - work.stored_bytes(number)
             if room < work.least_bytes:
                 break
-            fitting = _Groups(work).fill(room, at_once).plan(budget_bytes)
+            fitting = plan_of(room, at_once)
             if not fitting.exceeds_budget:
                 return fitting
-            number = max(number + 1, len(fitting.groups))
-        before, at_once = workspace, at_once // 2
+            number = max(number + 1, min(most, len(fitting.groups)))
     # Nothing fits. Beyond some number of groups more of them take more: try several sizes.
-    plans = [plan]
-    for at_once in {most_experts, -(-most_experts // MOST_PASSES)}:
-        room = max(work.least_bytes, max(size for _, size in work.blocks) // MOST_PASSES)
+    plans, smallest = [plan], work.least_bytes
+    if work.experts:
+        smallest += max(block.size for block in work.blocks) // MOST_PASSES
+    for at_once in {work.most_experts, -(-work.most_experts // MOST_PASSES)}:
+        room = smallest
         while room < whole:
-            plans.append(_Groups(work).fill(room, at_once).plan(budget_bytes))
-            room *= 4
-    least = min(plan.predicted_bytes for plan in plans)
-    near = [plan for plan in plans if plan.predicted_bytes <= NEAR * least]
-    return min(near, key=lambda plan: (plan.passes, len(plan.groups), plan.predicted_bytes))
+            plans.append(plan_of(room, at_once))
+            room *= 2
+    return min(plans, key=lambda plan: (plan.predicted_bytes, len(plan.groups)))
 
 
-def blocks_prefix(names: Iterable[str]) -> str | None:
-    """Return the prefix shared by all names, such as ``model.layers.``; None if there is none."""
-    prefixes = {match[1] if (match := re.match(r"(.*?\.)\d+\.", name)) else None for name in names}
-    return prefixes.pop() if len(prefixes) == 1 else None
-
-
-def block_of(name: str, prefix: str) -> int:
-    """Return the number of a layer's block."""
-    return int(name.removeprefix(prefix).partition(".")[0])
+def _workspaces(work: InitWork) -> Iterator[tuple[int, int]]:
+    """Yield how many experts to have at once, and the work's bytes: fewer each time."""
+    at_once, before = work.most_experts, -1
+    while at_once or before < 0:
+        workspace = max(work.work_bytes(at_once))
+        if workspace != before:
+            yield at_once, workspace
+        at_once, before = at_once // 2, workspace

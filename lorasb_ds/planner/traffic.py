@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from lorasb_ds.planner.footprint import Footprint
 from lorasb_ds.planner.gathers import gathers_blocks
 from lorasb_ds.planner.init_bytes import KRYLOV_BLOCK, takes_gram_way
-from lorasb_ds.planner.init_plan import blocks_prefix
+from lorasb_ds.planner.layer_groups import blocks_prefix
 from lorasb_ds.planner.model_shape import ModelShape
 from lorasb_ds.planner.placement import Placement
 from lorasb_ds.planner.workload import Workload

@@ -30,7 +30,7 @@ from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.distributed.collectives import Group, all_reduce, rank_and_size, row_range
 from lorasb_ds.init.gradient_shards import is_transposed
 from lorasb_ds.init.gradients import average_gradients
-from lorasb_ds.planner.init_plan import LayerGroup
+from lorasb_ds.planner.layer_groups import LayerGroup
 from lorasb_ds.runs.plots import describe_alignment
 from lorasb_ds.training.engine_state import rng_states, set_rng_states
 from lorasb_ds.training.prepare import Prepared

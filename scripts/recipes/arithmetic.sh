@@ -55,7 +55,8 @@ if $SMOKE; then # later options win over earlier ones
   ROWS=$SCRATCH/metamath.json GSM8K=$SCRATCH/gsm8k.jsonl MATH=$SCRATCH/math.jsonl
   R=${R:-4}
   TRAIN+=(--train-batch-size 4 --init-samples 4 --max-steps 2 --lr 2e-3 --target-modules q_proj)
-  EVAL=(--num-samples 4 --max-new-tokens 8)
+  TRAIN+=(--dtype "$DTYPE")
+  EVAL=(--dtype "$DTYPE" --num-samples 4 --max-new-tokens 8)
 fi
 R=${R:-96}
 TRAIN=(--data "$ROWS" "${TRAIN[@]}")

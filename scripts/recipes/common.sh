@@ -109,10 +109,11 @@ plan_all() {
   plan_machine 8x80gb 8
 }
 
-stand_in() { # stand_in arithmetic|commonsense: small rows of the same forms, for --smoke
+stand_in() { # stand_in arithmetic|commonsense: small rows of the same forms and a dtype, for --smoke
   SCRATCH=$(mktemp -d)
   trap 'rm -rf "$SCRATCH"' EXIT
   OUT=${OUT:-$SCRATCH/run}
+  DTYPE=$(python scripts/cpu_dtype.py)
   if ! $DRY_RUN; then python scripts/recipes/stand_in.py "$1" "$SCRATCH"; fi
 }
 

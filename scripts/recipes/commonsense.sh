@@ -53,7 +53,8 @@ if $SMOKE; then # later options win over earlier ones
   stand_in commonsense
   DATA_DIR=$SCRATCH R=${R:-4}
   TRAIN+=(--train-batch-size 4 --init-samples 4 --max-steps 2 --target-modules q_proj)
-  EVAL+=(--num-samples 4)
+  TRAIN+=(--dtype "$DTYPE")
+  EVAL+=(--dtype "$DTYPE" --num-samples 4)
 fi
 R=${R:-96}
 TRAIN=(--data "$DATA_DIR/ft-training_set/commonsense_170k.json" "${TRAIN[@]}")

@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.transformers_weight_conversion import _MOE_TARGET_MODULE_MAPPING
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from lorasb_ds.adapters.peft_config import PREFIX
 from lorasb_ds.adapters.peft_experts import (
@@ -41,63 +41,21 @@ from lorasb_ds.config.run_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export.adapter_reader import read_adapter
 from lorasb_ds.models.linear_layers import linear_layers
+from tests.moe_families import tiny_config
 from tests.references import nf4_config
 
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "intermediate_size_mlp": 48,
-    "moe_intermediate_size": 24,
-    "shared_expert_intermediate_size": 20,
-    "expert_ffn_hidden_size": 24,
-    "ffn_hidden_size": 48,
-    "num_layers": 1,  # LongCat-Flash's layers hold two blocks each
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "zero_expert_num": 2,
-    "num_experts_per_tok": 2,
-    "moe_topk": 2,
-    "n_shared_experts": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "pad_token_id": 0,
-}
-LATENT = {
-    "num_key_value_heads": 4,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-}
-# A dense block, and one with experts.
-ONE_OF_TWO = {"first_k_dense_replace": 1}
-HYBRID = {
-    "layer_types": ["linear_attention", "full_attention"],
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-}
-# Other layers than mixers, which PEFT rejects in models with Mamba's.
-MIXED = {"layers_block_type": ["moe", "attention"], "mamba_num_heads": 4, "mamba_head_dim": 16}
 # model_type -> options, the layers that PEFT would misread, and the experts' parameters.
 FAMILIES: dict[str, tuple[dict[str, Any], int, int]] = {
     "qwen3_moe": ({}, 0, 4),
     "qwen2_moe": ({}, 0, 4),
     "mixtral": ({}, 0, 4),
     "gpt_oss": ({}, 0, 4),
-    "deepseek_v3": (LATENT | ONE_OF_TWO, 6, 2),
-    "glm4_moe": (ONE_OF_TWO, 6, 2),
-    "qwen3_next": (HYBRID, 6, 4),
+    "deepseek_v3": ({}, 6, 2),
+    "glm4_moe": ({}, 6, 2),
+    "qwen3_next": ({}, 6, 4),
     "afmoe": ({"num_dense_layers": 1, "num_shared_experts": 1}, 8, 2),
-    "longcat_flash": (LATENT, 6, 2),
-    "nemotron_h": (MIXED, 0, 2),
+    "longcat_flash": ({"num_layers": 1}, 6, 2),  # its layers hold two blocks each
+    "nemotron_h": ({}, 0, 2),
     "llama4_text": ({"interleave_moe_layer_step": 2}, 0, 2),
 }
 TRANSPOSED = ("gpt_oss", "llama4_text")  # experts' weights are (experts, in, out)
@@ -109,11 +67,7 @@ R, EXPERT_R = 3, 2
 
 def make(model_type: str) -> Any:
     """Return a random fp32 model of two blocks."""
-    known = AutoConfig.for_model(model_type)
-    options = {name: value for name, value in SIZES.items() if hasattr(known, name)}
-    if model_type != "longcat_flash":
-        options["num_hidden_layers"] = 2
-    config = AutoConfig.for_model(model_type, **(options | FAMILIES[model_type][0]))
+    config = tiny_config(model_type, **FAMILIES[model_type][0])
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -16,9 +16,10 @@ from lorasb_ds.adapters.lora_sb import LoraSBLinear
 from lorasb_ds.data.batch import Batch, Sample
 from lorasb_ds.init.gradients import average_gradients
 from lorasb_ds.init.initialize import gradients_by_group
-from lorasb_ds.init.segments import Segment, SegmentError, cut_segments, gradients_by_segment
+from lorasb_ds.init.segments import SegmentError, gradients_by_segment
 from lorasb_ds.models.linear_layers import linear_layers
 from lorasb_ds.planner.init_plan import InitWork, plan_init
+from lorasb_ds.planner.layer_groups import Segment, cut_segments
 from tests.unit.init.test_gradients import batch_of
 
 pytestmark = pytest.mark.usefixtures("one_process")

@@ -168,6 +168,10 @@ def test_groups_of_the_init_hold_whole_projections_or_some_of_their_experts() ->
         {gate_up: range(2, 5)},
         {down: range(5)},
     ]
+    # Also where hidden states take some of the budget, no more of them than there are blocks.
+    stored = InitWork(targets, **options | {"boundary_bytes": 50})
+    budget = plan.workspace_bytes + 4 * 2 * 120 + 5 * 50
+    assert plan_init(stored, budget).groups == divided.groups
     # The whole block is run for each.
     assert divided.blocks_of_groups(4) == [1] * 12
     assert divided.passes == 3
