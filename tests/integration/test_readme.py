@@ -174,10 +174,10 @@ def test_data(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, demo_m
 
 @pytest.mark.slow
 @pytest.mark.parametrize("line", starting("deepspeed"))
-def test_deepspeed(line: str, tmp_path: Path, demo_model: Path, demo_dtype: str) -> None:
+def test_deepspeed(line: str, tmp_path: Path, demo_model: Path) -> None:
     """For real, cut short."""
     data = write_jsonl(tmp_path / "rows.jsonl", word_rows(8))
     short = f"--data {data} --target-modules q_proj --max-steps 1 --output-dir {tmp_path}/run"
-    run_command(*shlex.split(line), *short.split(), "--dtype", demo_dtype)
+    run_command(*shlex.split(line), *short.split())
     assert [row["step"] for row in metrics(tmp_path / "run")] == [1]
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
