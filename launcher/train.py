@@ -8,7 +8,14 @@ from typing import Any
 import click
 
 from launcher.options import CONTEXT, SectionedCommand, run_options
-from launcher.workers.common import answer_agent, check_device, end, join, refuse
+from launcher.workers.common import (
+    answer_agent,
+    check_device,
+    end,
+    join,
+    refuse,
+    set_device_variables,
+)
 from launcher.workers.quiet import quiet_libraries
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.errors import ConfigError
@@ -30,6 +37,7 @@ def main(local_rank: int | None, init_only: bool, run_json: str | None, **given:
             )
         )
     quiet_libraries()
+    set_device_variables()
     answer_agent()
     stop = StopRequest()
     stop.listen()

@@ -15,6 +15,8 @@ from lorasb_ds.errors import ConfigError
 
 # Set where GPUs were asked for: the workers refuse the CPU, which DeepSpeed falls back to.
 GPUS_ASKED_FOR = "LORASB_NUM_GPUS"
+# The GPUs of a job on this host, where they have other names than numbers: see job_environment.
+GPU_NAMES = "LORASB_GPU_NAMES"
 BACKENDS = ("pdsh", "openmpi", "mpich", "impi", "slurm", "mvapich")
 PLAIN = re.compile(r"[\w@+=:,./-]+", re.ASCII)  # read by no shell, and not by pdsh
 
@@ -202,8 +204,13 @@ def job_environment(
         result["DS_ACCELERATOR"] = "cpu"
         if num_cores is not None:
             result.setdefault("OMP_NUM_THREADS", str(max(1, num_cores // num_procs)))
-    elif num_gpus is not None:
+        return result
+    if num_gpus is not None:
         result[GPUS_ASKED_FOR] = str(num_gpus)
-        if num_cores is not None and (visible := visible_gpus(environment, num_gpus)) is not None:
-            result["CUDA_VISIBLE_DEVICES"] = visible
+    if num_cores is not None and (visible := visible_gpus(environment, num_gpus)) is not None:
+        # DeepSpeed's launcher knows numbers only, and numbers the GPUs from 0 where it is given a
+        # count. The workers then take the names of `nvidia-smi -L`, such as GPU-… and MIG-….
+        is_numbered = all(gpu.strip().isdecimal() for gpu in visible.split(","))
+        del result["CUDA_VISIBLE_DEVICES"]
+        result["CUDA_VISIBLE_DEVICES" if is_numbered else GPU_NAMES] = visible
     return result

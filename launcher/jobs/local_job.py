@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from launcher.jobs import channel
 from launcher.jobs.channel import listen_for_agents
-from launcher.jobs.command import local_command
+from launcher.jobs.command import GPU_NAMES, local_command
 from launcher.jobs.job import Job, LauncherCall
 from launcher.jobs.ranks import free_port
 
@@ -34,7 +34,9 @@ class LocalJob(Job):
         return LauncherCall(command, {**environment, channel.SUPERVISOR: address}, listener)
 
     def _command(self, environment: Mapping[str, str], port: int) -> list[str]:
-        # With CUDA_VISIBLE_DEVICES DeepSpeed takes what it names, and must not get a count.
-        has_named_gpus = self.num_procs is None and "CUDA_VISIBLE_DEVICES" in environment
-        count = None if has_named_gpus else self.num_procs or self.num_gpus
+        count = self.num_procs or self.num_gpus
+        if self.num_procs is None and "CUDA_VISIBLE_DEVICES" in environment:
+            count = None  # DeepSpeed takes those that the variable names, if it gets no count
+        elif self.num_procs is None and GPU_NAMES in environment:
+            count = len(environment[GPU_NAMES].split(","))
         return local_command(self.arguments, count=count, master_port=port)

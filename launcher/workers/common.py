@@ -8,16 +8,36 @@ import signal
 import sys
 import time
 from contextlib import suppress
+from importlib.metadata import version
 from typing import NoReturn
 
 import click
 
 from launcher.jobs.channel import tell_agent
-from launcher.jobs.command import GPUS_ASKED_FOR
+from launcher.jobs.command import GPU_NAMES, GPUS_ASKED_FOR
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.system.signals import EXIT_STOPPED
 
 GRACE_S = 10.0
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
+
+def set_device_variables() -> None:
+    """Set what torch reads about devices when it is imported; call it before.
+
+    Gathers of many sizes fragment the memory of a GPU whose allocator's segments cannot grow. And
+    torch rounds page-locked memory up to a power of two: a parameter in host memory may take twice
+    its size. Users' own settings win.
+    """
+    if names := os.environ.get(GPU_NAMES):
+        os.environ["CUDA_VISIBLE_DEVICES"] = names
+    if any(variable in os.environ for variable in ALLOCATOR_VARIABLES):
+        return
+    if tuple(map(int, version("torch").split(".")[:2])) >= (2, 13):
+        settings = "expandable_segments:True,pinned_max_round_threshold_mb:1"
+        os.environ["PYTORCH_ALLOC_CONF"] = settings
+    else:  # which does not know the second setting
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def answer_agent() -> None:

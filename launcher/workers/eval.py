@@ -10,7 +10,15 @@ import click
 
 from launcher.commands.eval import eval_options
 from launcher.options import CONTEXT, reports_problems
-from launcher.workers.common import answer_agent, check_device, end, end_when_asked, join, refuse
+from launcher.workers.common import (
+    answer_agent,
+    check_device,
+    end,
+    end_when_asked,
+    join,
+    refuse,
+    set_device_variables,
+)
 from launcher.workers.quiet import quiet_libraries
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.config.run_layout import check_output_dir
@@ -29,6 +37,7 @@ if TYPE_CHECKING:
 def main(own: dict[str, Any], given: dict[str, Any]) -> None:
     """Measure loss and scores of a model on held-out rows, with or without an adapter."""
     quiet_libraries()
+    set_device_variables()
     end_when_asked()
     in_job = "RANK" in os.environ
     try:

@@ -77,9 +77,15 @@ def pinned_bytes(size: int) -> torch.Tensor:
 def free_device_bytes() -> int:
     """Return the free memory of this rank's device, which must not be the CPU.
 
-    Works before ``init_process_group``, too.
+    Works before ``init_process_group``, too. The driver is asked where torch can: DeepSpeed's way
+    (nvml) fails where CUDA_VISIBLE_DEVICES names GPUs by UUID and shows the whole GPU in place of
+    a MIG instance; without nvml it does not see what other processes use.
     """
-    return int(get_accelerator().available_memory(int(os.environ.get("LOCAL_RANK", 0))))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    mem_get_info = getattr(getattr(torch, name(), None), "mem_get_info", None)
+    if mem_get_info is not None:
+        return int(mem_get_info(local_rank)[0])
+    return int(get_accelerator().available_memory(local_rank))
 
 
 def memory_bytes() -> int:

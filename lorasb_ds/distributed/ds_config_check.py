@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
+import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.git_version_info import installed_ops
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from pydantic import ValidationError
+from torch.utils.cpp_extension import CUDA_HOME
 
 from lorasb_ds.distributed import accelerator
 from lorasb_ds.distributed.zero import VERSION
@@ -42,6 +46,8 @@ def check_ds_config(ds_config: dict[str, Any], path: str) -> None:
             f"{path}: zero_quantized_weights is true, but DeepSpeed quantizes on GPUs only. Remove "
             "it, or use ds_configs/zero3.json."
         )
+    if section.zero_quantized_weights:
+        _check_compiler("QuantizerBuilder", f"{path}: zero_quantized_weights is true", "zero3.json")
     offload = section.offload_param
     if offload is not None and offload.device == "nvme":
         builder = get_accelerator().create_op_builder("AsyncIOBuilder")
@@ -52,3 +58,23 @@ def check_ds_config(ds_config: dict[str, Any], path: str) -> None:
                 "and LDFLAGS to it; `ds_report` shows what DeepSpeed finds. Or use "
                 "ds_configs/zero3_offload.json, which needs no libaio."
             )
+        what = f"{path}: offload_param.device is nvme"
+        _check_compiler("AsyncIOBuilder", what, "zero3_offload.json")
+
+
+def _check_compiler(builder_name: str, what: str, instead: str) -> None:
+    """Reject an operator that DeepSpeed compiles when it is first used, if it cannot.
+
+    Its own check passes: builders look for nvcc only when they compile (``nvcc_args``).
+    """
+    if torch.version.cuda is None or accelerator.name() != "cuda":
+        return  # ROCm brings its compiler
+    builder = get_accelerator().create_op_builder(builder_name)
+    is_built = builder is not None and installed_ops.get(builder.name, False)
+    if not is_built and (CUDA_HOME is None or not (Path(CUDA_HOME) / "bin" / "nvcc").is_file()):
+        raise ConfigError(
+            f"{what}, for which DeepSpeed compiles an operator, but there is no nvcc"
+            f"{f' in {CUDA_HOME}' if CUDA_HOME else ''}. Install the CUDA toolkit "
+            f"{torch.version.cuda} and set CUDA_HOME to it, or use ds_configs/{instead}, which "
+            "compiles nothing."
+        )

@@ -29,13 +29,19 @@ Phase = Literal["load", "init", "train", "evaluation", "save"]
 
 NUM_REMEDIES = 3
 SHOWN_BYTES = GIB // 100
-# Messages of allocators that raise a plain RuntimeError: torch's on the CPU, cuBLAS.
+# Messages of allocators that raise a plain RuntimeError: torch's on the CPU, and those of CUDA's
+# libraries and NCCL (include/alloc.h). cuSOLVER calls a handle without memory an internal error.
 MESSAGES = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
     "CUDA out of memory",
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+    "when calling `cusolverDnCreate(handle)`",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "'out of memory'",
+    "Failed to CUDA calloc",
 )
 
 

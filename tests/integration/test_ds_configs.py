@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from lorasb_ds.config.ds_config import resolve_ds_config
 from lorasb_ds.config.paths import SHIPPED_DS_CONFIGS
 from lorasb_ds.config.resolve import load_run_config
+from lorasb_ds.distributed import ds_config_check as check
 from lorasb_ds.distributed.ds_config_check import check_ds_config
 from lorasb_ds.errors import ConfigError
 from tests.runs import REALLY_SHARDED, metrics, run_worker, word_rows, write_jsonl
@@ -73,6 +74,26 @@ def test_nvme_without_libaio(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "false")
     with pytest.raises(ConfigError, match=r"libaio is missing.*libaio-dev"):
         check_ds_config(resolved("zero3_nvme", 2), "zero3_nvme.json")
+
+
+@pytest.mark.parametrize("name", ["zero3_qwz", "zero3_nvme"])
+def test_a_gpu_without_nvcc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    """DeepSpeed's own check finds a builder compatible that then needs nvcc. No GPU is here."""
+    aio = type(get_accelerator().create_op_builder("AsyncIOBuilder"))
+    monkeypatch.setattr(aio, "is_compatible", lambda _: True)  # libaio, which is asked for first
+    monkeypatch.setattr(check, "installed_ops", {})
+    monkeypatch.setattr(check.torch.version, "cuda", "13.0")
+    monkeypatch.setattr(check.accelerator, "name", lambda: "cuda")
+    monkeypatch.setattr(check, "CUDA_HOME", None)
+    with pytest.raises(ConfigError, match=r"there is no nvcc. Install the CUDA toolkit 13\.0"):
+        check_ds_config(resolved(name, 2), "my.json")
+    monkeypatch.setattr(check, "CUDA_HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match=f"no nvcc in {tmp_path}"):
+        check_ds_config(resolved(name, 2), "my.json")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").touch()
+    check_ds_config(resolved(name, 2), "my.json")
+    check_ds_config(resolved("zero3_offload", 2), "my.json")
 
 
 def train(model: Path, folder: Path, ds_config: str, world_size: int, rows: int) -> Path:

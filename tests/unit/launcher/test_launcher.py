@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from deepspeed.launcher.runner import fetch_hostfile
 
 from launcher.cli import main
 from launcher.jobs.command import job_environment, local_command, visible_gpus
 from launcher.options import to_arguments
+from launcher.workers.common import ALLOCATOR_VARIABLES, set_device_variables
 from lorasb_ds.config.data_options import DEMO_DATA
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.config.run_layout import check_output_dir, launcher_files
@@ -54,6 +57,37 @@ def test_visible_gpus_are_kept() -> None:
         visible_gpus({"CUDA_VISIBLE_DEVICES": "4,5"}, 3)
     given = {"CUDA_VISIBLE_DEVICES": "4,5,6"}
     assert job_environment(given, None, 2, 8)["CUDA_VISIBLE_DEVICES"] == "4,5"
+
+
+def _count(command: list[str]) -> str:
+    return command[command.index("--num_accelerators") + 1]
+
+
+@pytest.mark.parametrize("names", ["GPU-8f2b,GPU-91c4,GPU-02d7", "MIG-1a,MIG-2b,MIG-3c"])
+def test_gpus_with_other_names_than_numbers(monkeypatch: pytest.MonkeyPatch, names: str) -> None:
+    """DeepSpeed's launcher gets a count, and the workers the names."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", names)
+    assert _count(dry_run()) == "3"
+    assert _count(dry_run("--num-gpus", "2")) == "2"
+    job = job_environment({"CUDA_VISIBLE_DEVICES": names}, None, 2, 8)
+    assert "CUDA_VISIBLE_DEVICES" not in job
+    # DeepSpeed sets the numbers for every rank.
+    monkeypatch.setattr(os, "environ", job | {"CUDA_VISIBLE_DEVICES": "0,1"})
+    set_device_variables()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ",".join(names.split(",")[:2])
+
+
+def test_the_device_s_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch takes the settings, and a user's own are left alone."""
+    monkeypatch.setattr(os, "environ", {})
+    set_device_variables()
+    (settings,) = os.environ.values()
+    torch._C._accelerator_setAllocatorSettings(settings)
+    for variable in ALLOCATOR_VARIABLES:
+        mine = {variable: "max_split_size_mb:512"}
+        monkeypatch.setattr(os, "environ", dict(mine))
+        set_device_variables()
+        assert os.environ == mine
 
 
 def test_a_count_and_visible_gpus_exclude_each_other(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,6 +69,20 @@ def memory_of(placement: Placement, cluster: Cluster, work: Workload) -> RunMemo
         OSError(errno.ENOMEM, "Cannot allocate memory"),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError(
+            "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnSgesvd"
+        ),
+        RuntimeError(
+            "cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, "
+            "when calling `cusolverDnCreate(handle)`."
+        ),
+        RuntimeError(
+            "NCCL error in: NCCLUtils.cpp:93, unhandled cuda error, NCCL version 2.27.5\n"
+            "Last error:\nCuda failure 2 'out of memory'"
+        ),
+        RuntimeError(
+            "NCCL error: unhandled cuda error\nLast error:\nFailed to CUDA calloc 6291456"
+        ),
         RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to"),
     ],
 )
@@ -89,6 +103,9 @@ def test_so_is_what_torch_says_on_this_host() -> None:
     "error",
     [
         RuntimeError("shapes do not match"),
+        RuntimeError(
+            "NCCL error: unhandled cuda error\nLast error:\nCuda failure 1 'invalid argument'"
+        ),
         OSError(errno.ENOSPC, "No space left on device"),
         ValueError("CUDA out of memory"),
         KeyboardInterrupt(),
