@@ -29,7 +29,8 @@ VERSION = deepspeed.__version__
 
 
 def rank() -> int:
-    return dist.get_rank()
+    """Return this process's rank; before it has joined, the one that the launcher gave it."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
