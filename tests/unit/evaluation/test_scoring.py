@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorasb_ds.errors import ConfigError
+from lorasb_ds.evaluation.numbers import extract_number
 from lorasb_ds.evaluation.scoring import (
     SCORES,
-    extract_number,
     final_answer,
     is_equal_math,
     is_equal_number,
@@ -75,10 +75,10 @@ HALF = Fraction(1, 2)
         (r"1\,234", 1234),
         (r"1,\!234", 1234),
         (r"12\,345\,678", 12345678),
-        ("1,23", 23),
+        ("1,23", Fraction(123, 100)),
         ("1,2345", 2345),
         ("12345,678", 678),
-        ("0,123", 123),
+        ("0,123", Fraction(123, 1000)),
         ("1, 2, 3", 3),
         # currencies, units, percentages
         ("$18", 18),
