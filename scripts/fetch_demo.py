@@ -28,6 +28,8 @@ def main() -> None:
     if is_complete(folder):
         print(f"demo model: {folder} (cached)")
         return
+    if folder.exists() and not (folder / CHECKSUMS).is_file():
+        sys.exit(f"{folder} is none of ours: move it away, or name another cache by LORASB_CACHE.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as scratch:
         gguf = download(Path(scratch))
@@ -35,6 +37,9 @@ def main() -> None:
         convert(gguf, made)
         lines = [f"{file_digest(f)}  {f.name}" for f in sorted(made.iterdir())]
         (made / CHECKSUMS).write_text("\n".join(lines) + "\n")
+        mode = (made / CHECKSUMS).stat().st_mode  # as the umask says; safetensors' is 0600
+        for file in made.iterdir():
+            file.chmod(mode)
         if folder.exists():
             shutil.rmtree(folder)
         made.rename(folder)

@@ -24,6 +24,7 @@ from lorasb_ds.config.methods import PEFT_PREFIX
 from lorasb_ds.config.paths import read_json
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.config.run_config import RunConfig
+from lorasb_ds.config.stored_paths import with_absolute_paths
 from lorasb_ds.data.sources import REASONING_GYM
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.evaluation.reasoning_gym import check_scorer
@@ -216,7 +217,7 @@ def _check(
     common = load_run_config(fields).model_dump()  # without what the method has for itself
     chosen = {name: value for name, value in common.items() if name not in FREE}
     on = {"processes": job.num_procs or job.num_gpus}
-    found: dict[str, Any] = json.loads(json.dumps({**chosen, **on}))
+    found: dict[str, Any] = json.loads(json.dumps({**with_absolute_paths(chosen), **on}))
     return found
 
 
@@ -231,7 +232,7 @@ def _own_so_far(
     own: dict[str, dict[str, Any]] = {}
     for method in comparison.sweep.lrs:
         content = {"file": files[method]} if method in files else {}
-        own[label(method)] = {**comparison.own.get(method, {}), **content}
+        own[label(method)] = {**with_absolute_paths(comparison.own.get(method, {})), **content}
     before: dict[str, dict[str, Any]] = {}
     with suppress(OSError, ValueError, KeyError, TypeError):  # the folder is looked at later
         content = json.loads((comparison.folder / NUMBERS).read_text(encoding="utf-8"))

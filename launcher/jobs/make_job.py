@@ -13,6 +13,7 @@ from launcher.jobs.by_hand_job import ByHandJob
 from launcher.jobs.job import Job, resolved_on
 from launcher.jobs.launch_options import LaunchOptions
 from launcher.jobs.local_job import LocalJob
+from launcher.jobs.ranks import EVAL
 from launcher.jobs.ssh_job import SshJob
 from lorasb_ds.config.ds_config import resolve_ds_config
 from lorasb_ds.config.paths import read_json
@@ -63,7 +64,7 @@ def make_job(
             "same folder. Give it."
         )
     if not launch.node_rank:  # the first host's ranks may have begun to write
-        check_output_dir(config, config.init_from)
+        check_output_dir(config, config.init_from, evaluation=EVAL in worker_flags)
     if config.output_dir is None:
         given["output_dir"] = str(default_output_dir(config.model))
         config = config.model_copy(update={"output_dir": given["output_dir"]})

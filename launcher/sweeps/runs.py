@@ -23,7 +23,10 @@ from filelock import FileLock, Timeout
 from launcher.jobs.launch_options import OPTIONS, LaunchOptions
 from launcher.options import to_arguments
 from launcher.sweeps.pool import Allocation, Pool, PoolJob
+from lorasb_ds.config.overwriting import check_replaceable, names_in, read_object
 from lorasb_ds.config.run_config import RunConfig
+from lorasb_ds.config.run_layout import foreign_to_run
+from lorasb_ds.config.stored_paths import with_absolute_paths
 from lorasb_ds.errors import ConfigError, option_name
 from lorasb_ds.runs.compare import NOT_COMPARED
 from lorasb_ds.system.files import write_json
@@ -129,17 +132,15 @@ def check_folder(folder: Path, options: Mapping[str, Any], overwrite: bool) -> N
     Raises:
         ConfigError: with what differs.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--output-dir {folder} is a file. Name a folder.")
-    if not folder.is_dir() or not {path.name for path in folder.iterdir()} - {LOCK}:
+    kind = "the folder of a comparison"
+    check_replaceable("--output-dir", folder, True, _foreign, kind)
+    if not (folder / NUMBERS).exists():
         return
     try:
-        stored = json.loads((folder / NUMBERS).read_text(encoding="utf-8"))["options"]
-        differ = differing(options, stored)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        differ = differing(options, read_object(folder / NUMBERS)["options"])
+    except (ValueError, TypeError, AttributeError):
         raise ConfigError(
-            f"--output-dir {folder} is not empty, and has no {NUMBERS} of a `lorasb compare`. Name "
-            "another folder."
+            f"--output-dir {folder}: its {NUMBERS} cannot be read. Name another folder."
         ) from None
     if differ and not overwrite:
         raise ConfigError(
@@ -154,9 +155,12 @@ def differing(options: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str
     """Return a line for each option that differs from before."""
     fields = {name: value for name, value in stored.items() if name in RunConfig.model_fields}
     defaults = json.loads(RunConfig.model_validate(fields).model_dump_json())
+    # Those of earlier versions may have relative paths, which are meant from this folder.
     before = {name: stored.get(name, defaults.get(name)) for name in options}
+    before = with_absolute_paths(before)
     if "own" in stored:  # methods may be added
-        before["own"] = {**options.get("own", {}), **stored["own"]}
+        theirs = {method: with_absolute_paths(own) for method, own in stored["own"].items()}
+        before["own"] = {**options.get("own", {}), **theirs}
     return _differing(options, before, defaults)
 
 
@@ -175,10 +179,25 @@ def _differing(
     return lines
 
 
+def _foreign(folder: Path) -> list[str]:
+    """Return the names in a folder that has no ``compare.json`` of ours, but for the lock."""
+    options = read_object(folder / NUMBERS).get("options")
+    if isinstance(options, dict) and "processes" in options:
+        return []
+    return [name for name in names_in(folder) if name != LOCK]
+
+
 def _remove(folder: Path, names: Sequence[str]) -> None:
-    """Remove the runs, and some files."""
-    if (folder / RUNS).exists():
-        shutil.rmtree(folder / RUNS)
+    """Remove the runs with their logs, and some files. What is no run stays."""
+    runs = folder / RUNS
+    for path in [*runs.glob("*")]:
+        if path.is_dir() and not foreign_to_run(path):
+            shutil.rmtree(path)
+            log_of(folder, path.name).unlink(missing_ok=True)
+    for log in [*runs.glob("*.log")]:  # of runs that were refused
+        log.unlink()
+    if runs.is_dir() and not any(runs.iterdir()):
+        runs.rmdir()
     for name in names:
         (folder / name).unlink(missing_ok=True)
 

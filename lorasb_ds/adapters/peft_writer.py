@@ -19,6 +19,13 @@ from lorasb_ds.models.linear_layers import Shapes
 from lorasb_ds.system.files import publish, write_json
 from lorasb_ds.system.safetensors_writer import save_tensors
 
+# All that ``save_peft_adapter`` writes into adapter_config.json.
+PLAIN_FIELDS = {
+    *("peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout"),
+    *("bias", "fan_in_fan_out", "inference_mode", "target_modules", "target_parameters"),
+    *("rank_pattern", "alpha_pattern"),
+}
+
 
 def collect_lora(adapters: Mapping[str, AdapterLinear]) -> dict[str, torch.Tensor]:
     """Return the adapter as plain LoRA tensors with PEFT's names, on rank 0's CPU; {} elsewhere.

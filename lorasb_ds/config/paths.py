@@ -51,7 +51,7 @@ def cache_dir() -> Path:
     It is ``$LORASB_CACHE``, or lorasb-ds in the user's cache folder.
     """
     if path := os.environ.get("LORASB_CACHE"):
-        return Path(path)
+        return Path(path).absolute()  # it is written into adapters
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "lorasb-ds"
 

@@ -18,6 +18,7 @@ from lorasb_ds.config.run_layout import (
     RUN_JSON,
     resumed_run,
 )
+from lorasb_ds.config.stored_paths import check_no_folder_has_the_name
 from lorasb_ds.errors import ConfigError, option_name
 
 
@@ -154,7 +155,8 @@ def _data_problems(config: RunConfig) -> list[str]:
 
 def _replayed(run_json: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     """Return an earlier run's fields, without those that what was asked for replaces."""
-    config = read_json(run_json, "--config").get("config")
+    content = read_json(run_json, "--config")
+    config = content.get("config")
     if not isinstance(config, dict):
         raise ConfigError(
             f"--config {run_json} has no 'config' entry. Give the run.json that an earlier run "
@@ -176,6 +178,8 @@ def _replayed(run_json: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     if "val_set_size" in asked:
         dropped.add("eval_data")
     replayed = {name: value for name, value in config.items() if name not in dropped}
+    taken = {name: value for name, value in replayed.items() if name not in asked}
+    check_no_folder_has_the_name(content, taken)
     folder = Path(run_json).expanduser().parent
     if (folder / DS_CONFIG_COPY).is_file():
         replayed["ds_config"] = str(folder / DS_CONFIG_COPY)
@@ -198,12 +202,15 @@ def with_adapter(given: Mapping[str, Any], adapter: str | None) -> dict[str, Any
     folder = Path(adapter).expanduser().resolve()
     for run in (folder, folder.parent, folder.parent.parent):
         if (run / RUN_JSON).is_file():
-            config = read_json(str(run / RUN_JSON), "--adapter").get("config")
+            content = read_json(str(run / RUN_JSON), "--adapter")
+            config = content.get("config")
             trained = config if isinstance(config, dict) else {}
             names = [name for name in ("model", "dtype") if name not in asked]
             if not {"load_in_4bit", "load_in_8bit"} & set(asked):
                 names += ["load_in_4bit", "load_in_8bit"]
-            return {name: trained[name] for name in names if trained.get(name)} | asked
+            taken = {name: trained[name] for name in names if trained.get(name)}
+            check_no_folder_has_the_name(content, taken)
+            return taken | asked
     file = folder / ADAPTER_CONFIG
     config = read_json(str(file), "--adapter") if file.is_file() else {}
     base = config.get("base_model_name_or_path")

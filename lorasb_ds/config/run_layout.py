@@ -9,12 +9,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorasb_ds.config.overwriting import check_replaceable, has_fields, names_in, read_object
 from lorasb_ds.errors import ConfigError
 
 if TYPE_CHECKING:
     from lorasb_ds.config.output_options import OutputOptions
 
-RUN_JSON = "run.json"  # configuration and provenance: the mark of a run's folder
+RUN_JSON = "run.json"  # configuration and provenance: the mark of a run's folder; see `is_run`
 REPORT = "report.md"  # written last: a run that has it is finished
 DS_CONFIG_COPY = "ds_config.json"  # DeepSpeed's configuration, as the run was given it
 PEFT_COPY = "peft.json"  # the file of --method peft:FILE.json
@@ -74,11 +75,36 @@ def launcher_files(folder: Path) -> list[Path]:
     return [path for name in names for path in folder.glob(name)]
 
 
-def check_output_dir(options: OutputOptions, init_from: str | None = None) -> None:
-    """Refuse to write into a folder that holds something, unless --overwrite is given.
+def is_run(folder: Path) -> bool:
+    """Return whether a folder has the run.json of a run of ours."""
+    config = read_object(folder / RUN_JSON).get("config")
+    return isinstance(config, dict) and {"model", "data", "r"} <= config.keys()
+
+
+def foreign_to_run(folder: Path) -> list[str]:
+    """Return the names in a folder that no run of ours has left there; [] in a run's folder."""
+    if is_run(folder):
+        return []
+    # A run that was killed early has left a file that it was writing, and the launcher's own.
+    own = launcher_files(folder)
+    early = [name for name in (LAUNCH, LOGS) if {*(folder / name).glob("*")} <= {*own}]
+    return [n for n in names_in(folder) if not n.endswith(".tmp") and n not in early]
+
+
+def _foreign_to_evaluation(folder: Path) -> list[str]:
+    if has_fields(folder / EVAL_RESULT, "model", "adapter", "world_size"):
+        return []
+    return foreign_to_run(folder)
+
+
+def check_output_dir(
+    options: OutputOptions, init_from: str | None = None, evaluation: bool = False
+) -> None:
+    """Refuse to write into a folder that holds something, unless it is a run's to overwrite.
 
     Args:
         init_from: ``--init-from``, a folder that is not to be overwritten.
+        evaluation: `lorasb eval` asks, which may also replace an earlier evaluation.
     Raises:
         ConfigError: if the folder may not be written.
     """
@@ -94,16 +120,10 @@ def check_output_dir(options: OutputOptions, init_from: str | None = None) -> No
             f"--output-dir {folder} is the folder of --init-from, and would be overwritten. Name "
             "another one."
         )
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--output-dir {folder} is a file. Name a folder.")
-    if options.overwrite or (options.resume is not None and (folder / RUN_JSON).is_file()):
+    if folder.is_dir() and is_run(folder) and options.resume is not None:
         return
-    # A run that was killed early has left a file that it was writing, and the launcher's own.
-    own = launcher_files(folder)
-    early = [folder / name for name in (LAUNCH, LOGS) if {*(folder / name).glob("*")} <= {*own}]
-    if folder.is_dir() and any(
-        path.suffix != ".tmp" and path not in early for path in folder.iterdir()
-    ):
-        raise ConfigError(
-            f"--output-dir {folder} is not empty. Name another folder, or give --overwrite."
-        )
+    if folder.is_dir() and not is_run(folder) and not foreign_to_run(folder):
+        return  # an early end's
+    foreign = _foreign_to_evaluation if evaluation else foreign_to_run
+    kind = "a run's or an evaluation's folder" if evaluation else "a run's folder"
+    check_replaceable("--output-dir", folder, options.overwrite, foreign, kind)

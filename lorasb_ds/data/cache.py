@@ -183,6 +183,9 @@ def _cached(
     makes its own, in a temporary folder.
     """
     folder = cache_dir() / "tokenized" / key
+    # Without the lock: it may be another user's, whose tables can be read all the same.
+    if (found := _read(folder, key)) is not None:
+        return *found, None
     make = partial(_make, key=key, rows=rows, tokenizer=tokenizer, options=options, option=option)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

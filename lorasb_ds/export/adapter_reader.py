@@ -25,6 +25,7 @@ from lorasb_ds.config.run_layout import (
     STATE_FILE,
     TRAINER_FILE,
 )
+from lorasb_ds.config.stored_paths import ABSOLUTE, with_absolute_paths
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export.expert_layers import Expert, split_basis, split_peft
 from lorasb_ds.export.stored_adapter import Factors, StoredAdapter, check_factors
@@ -146,8 +147,11 @@ def _is_pefts(run_config: Mapping[str, Any]) -> bool:
 
 
 def _run_config(run: Path) -> dict[str, Any]:
-    config = read_json(str(run / RUN_JSON), "RUN").get("config")
-    return config if isinstance(config, dict) else {}
+    content = read_json(str(run / RUN_JSON), "RUN")
+    config = content.get("config")
+    if not isinstance(config, dict):
+        return {}
+    return config if content.get(ABSOLUTE) else with_absolute_paths(config)
 
 
 def _checkpoint(folder: Path, run: Path) -> StoredAdapter:

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from lorasb_ds.config.overwriting import check_replaceable
+from lorasb_ds.config.stored_paths import with_absolute_paths
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export.adapter_reader import trained_on
 from lorasb_ds.export.merge_file import (
@@ -31,6 +33,7 @@ from lorasb_ds.export.merge_folder import (
     RECORD,
     copy_rest,
     finished_files,
+    foreign_to_merge,
     locked,
     name_in,
     put_in_place,
@@ -41,7 +44,7 @@ from lorasb_ds.export.merge_folder import (
 from lorasb_ds.export.merge_plan import plan_merge
 from lorasb_ds.export.stored_adapter import StoredAdapter
 from lorasb_ds.models.base import Base
-from lorasb_ds.system.files import check_replaceable, file_digest, write_json
+from lorasb_ds.system.files import file_digest, write_json
 from lorasb_ds.system.units import GIB
 
 
@@ -84,7 +87,8 @@ def merge_adapter(
             are written in bf16.
         load_in_4bit: write all linear layers but the head in NF4 with double quantization.
         num_procs: processes, each of which merges one file at a time.
-        overwrite: replace ``out``, which must be a model's folder, when the new one is complete.
+        overwrite: replace ``out``, which must be that of an earlier merge, when the new one is
+            complete.
         say: called with each message to the user.
     Raises:
         ConfigError: before anything is written, if base, adapter and ``out`` do not match or the
@@ -143,13 +147,10 @@ def _check_out(out: Path, base: Path, adapter: Path, overwrite: bool) -> None:
                 f"--out {out} and {what} folder {folder} are the same, or one contains the other. "
                 "Name another folder."
             )
-    check_replaceable(out, overwrite, _is_model, "model's folder")
-
-
-def _is_model(folder: Path) -> bool:
-    """Tell whether it is a model's folder, and not this process's."""
-    has_model = (folder / RECORD).is_file() or any(folder.glob("model*.safetensors"))
-    return has_model and not Path.cwd().is_relative_to(folder)
+    if out.is_dir() and Path.cwd().is_relative_to(out):
+        raise ConfigError(f"--out {out} holds this shell. Name another folder.")
+    kind = "the folder of a model that lorasb has merged"
+    check_replaceable("--out", out, overwrite, foreign_to_merge, kind)
 
 
 def _record(adapter: StoredAdapter, base: Base, load_in_4bit: bool) -> dict[str, Any]:
@@ -161,7 +162,8 @@ def _record(adapter: StoredAdapter, base: Base, load_in_4bit: bool) -> dict[str,
         "scales": {name: factors.scale for name, factors in sorted(adapter.layers.items())},
         "load_in_4bit": load_in_4bit,
     }
-    return {"base": base.name, "adapter": str(adapter.path), "made_of": made_of}
+    base_name = with_absolute_paths({"model": base.name})["model"]
+    return {"base": base_name, "adapter": str(adapter.path), "made_of": made_of}
 
 
 def _check_disk(partial: Path, bounds: Mapping[FileJob, int], finished: Mapping[str, Any]) -> None:

@@ -50,6 +50,19 @@ def locked(partial: Path) -> Iterator[None]:
         yield
 
 
+def foreign_to_merge(folder: Path) -> list[str]:
+    """Return the names in a folder that no merge has written there."""
+    there = sorted(name_in(path, folder) for path in folder.rglob("*") if path.is_file())
+    try:
+        lines = (folder / SUMS_FILE).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        lines = []
+    own = {line[66:] for line in lines}  # behind the digest and two spaces
+    if RECORD not in own or RECORD not in there:
+        return there or ["folders"]
+    return [name for name in there if name not in {*own, SUMS_FILE, LOCK}]
+
+
 def finished_files(
     partial: Path, record: Mapping[str, Any], jobs: Sequence[FileJob]
 ) -> dict[str, Written]:

@@ -20,6 +20,7 @@ from lorasb_ds.adapters.peft_config import NARROWING
 from lorasb_ds.adapters.peft_targets import TargetFields, target_fields
 from lorasb_ds.config.paths import DEMO_MODEL, demo_model_dir, read_json
 from lorasb_ds.config.run_layout import RUN_JSON
+from lorasb_ds.config.stored_paths import absolute
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export.expert_layers import Expert
 from lorasb_ds.models.checkpoint_files import StoredTensor, model_type_of
@@ -79,10 +80,15 @@ class StoredAdapter:
 
     @property
     def base_path(self) -> str | None:
-        """Return the base for other tools, which do not know "demo"."""
+        """Return the base for other tools, which do not know "demo": a path is absolute."""
         named = self.peft_config.get("base_model_name_or_path") or self.base_model
         named = str(demo_model_dir()) if named == DEMO_MODEL else named
-        return named if isinstance(named, str) else None
+        if not isinstance(named, str):
+            return None
+        model = self.run_config.get("model")
+        # A run's name that is no absolute path is the hub's, whatever has the same name here.
+        of_hub = isinstance(model, str) and model == named and not Path(model).is_absolute()
+        return named if of_hub else absolute(named)
 
     @property
     def model_type(self) -> str | None:

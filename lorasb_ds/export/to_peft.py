@@ -11,15 +11,15 @@ import torch
 from lorasb_ds.adapters.low_rank import LoraPair, energy_kept, padded, product_svd
 from lorasb_ds.adapters.peft_experts import expert_fields, expert_tensors
 from lorasb_ds.adapters.peft_targets import TargetFields
-from lorasb_ds.adapters.peft_writer import peft_tensors, save_peft_adapter
+from lorasb_ds.adapters.peft_writer import PLAIN_FIELDS, peft_tensors, save_peft_adapter
+from lorasb_ds.config.overwriting import check_replaceable, names_in, read_object
 from lorasb_ds.config.run_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export.expert_layers import Expert, join
 from lorasb_ds.export.stored_adapter import StoredAdapter
 from lorasb_ds.models.loading import DTYPES
-from lorasb_ds.system.files import check_replaceable
 
-ADAPTER_FILES = {ADAPTER_CONFIG, ADAPTER_WEIGHTS}
+ADAPTER_FILES = {name + end for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) for end in ("", ".tmp")}
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -147,13 +147,19 @@ def check_folder(out: Path, adapters: Sequence[StoredAdapter], overwrite: bool) 
     sources = [adapter.path.resolve() for adapter in adapters]
     if any(folder in (path, *path.parents) for path in (*sources, Path.cwd())):
         raise ConfigError(f"--out {out} holds what is read, or this shell. Name another folder.")
-    check_replaceable(
-        folder,
-        overwrite,
-        lambda it: {p.name for p in it.iterdir()} <= ADAPTER_FILES,
-        "adapter's folder",
-    )
+    kind = "the folder of an adapter that lorasb has exported"
+    check_replaceable("--out", folder, overwrite, _foreign, kind)
+    aside = folder.with_name(folder.name + ".tmp")  # where ``write_adapter`` writes
+    check_replaceable("--out, written as", aside, True, _foreign, "what an export has left")
     return folder
+
+
+def _foreign(folder: Path) -> list[str]:
+    """Return the names in a folder that no export has written; PEFT writes other fields."""
+    if others := [name for name in names_in(folder) if name not in ADAPTER_FILES]:
+        return others
+    config = read_object(folder / ADAPTER_CONFIG)
+    return [] if config.keys() <= PLAIN_FIELDS else [ADAPTER_CONFIG]
 
 
 def max_lora_rank(r: int) -> int | None:

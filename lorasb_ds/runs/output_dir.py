@@ -31,12 +31,14 @@ from lorasb_ds.config.run_layout import (
     TRACKING,
     WANDB,
     default_output_dir,
+    is_run,
 )
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.system.files import SUMS_FILE
 
-# All that a run writes into its folder, and --overwrite removes.
+# All that a run writes into its folder, and --overwrite removes from it; but for run.json, which
+# marks the folder as a run's, and is replaced.
 OUTPUTS = (
     DS_CONFIG_COPY,
     PEFT_COPY,
@@ -59,7 +61,6 @@ OUTPUTS = (
     PROFILE,
     PROFILE_ASIDE,
     REPORT,
-    RUN_JSON,  # last: what bears it is a run's folder
 )
 
 
@@ -83,7 +84,7 @@ def say_if_bf16_is_emulated(config: RunConfig) -> None:
 
 def _torn(folder: Path) -> list[str]:
     """Return the files that a killed run has left half written."""
-    names = [f"{name}.tmp" for name in OUTPUTS]
+    names = [f"{name}.tmp" for name in (RUN_JSON, *OUTPUTS)]
     return [name for name in names if (folder / name).is_file()]
 
 
@@ -100,13 +101,23 @@ def make_output_dir(config: RunConfig, resumed: bool) -> Path:
         folder = Path(config.output_dir or default_output_dir(config.model))
         try:
             folder.mkdir(parents=True, exist_ok=config.output_dir is not None)
-            for old in (REPORT,) if resumed else (*_torn(folder), *OUTPUTS):
-                if (folder / old).is_dir():
-                    shutil.rmtree(folder / old)
-                else:
-                    (folder / old).unlink(missing_ok=True)
+            remove_outputs(folder, resumed)
         except OSError as error:
             raise ConfigError(f"--output-dir {folder} cannot be written: {error}.") from error
         name = [str(folder)]
     dist.broadcast_object_list(name, src=0)
     return Path(name[0])
+
+
+def remove_outputs(folder: Path, resumed: bool) -> None:
+    """Remove what an earlier run has left in its folder; nothing from any other folder.
+
+    Args:
+        resumed: keep everything but the report.
+    """
+    outputs = OUTPUTS if is_run(folder) else ()
+    for old in (REPORT,) if resumed else (*_torn(folder), *outputs):
+        if (folder / old).is_dir():
+            shutil.rmtree(folder / old)
+        else:
+            (folder / old).unlink(missing_ok=True)

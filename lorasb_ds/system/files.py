@@ -5,48 +5,39 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-
-from lorasb_ds.errors import ConfigError
 
 SUMS_FILE = "SHA256SUMS"
 
 
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Give the name under which to write a file, which then takes the place of ``path``.
+
+    A crash leaves the old file or the new one, never a part of it. The file gets the mode that the
+    umask says, although some writers (safetensors) make theirs readable for its owner only.
+    """
+    aside = path.with_name(path.name + ".tmp")
+    aside.unlink(missing_ok=True)
+    aside.touch()
+    mode = stat.S_IMODE(aside.stat().st_mode)
+    yield aside
+    if stat.S_IMODE(aside.stat().st_mode) != mode:
+        aside.chmod(mode)
+    publish(aside, path)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file so that a crash leaves the old one or the new one, never a part of it."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    publish(aside, path)
+    with written_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: object) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def check_replaceable(
-    out: Path, overwrite: bool, is_ours: Callable[[Path], bool], what: str
-) -> None:
-    """Refuse to write into a folder that is not empty, unless it is one of ours to overwrite.
-
-    Args:
-        overwrite: whether the folder's content may be replaced.
-        is_ours: returns whether a folder's content is of the kind that may be replaced.
-        what: name of that kind, for messages.
-    Raises:
-        ConfigError: if the folder may not be written.
-    """
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is a file. Name a folder.")
-    if not out.is_dir() or not any(out.iterdir()):
-        return
-    if not overwrite:
-        raise ConfigError(f"--out {out} is not empty. Name another folder, or give --overwrite.")
-    if not is_ours(out):
-        raise ConfigError(
-            f"--out {out} is not empty, and is not a {what}: --overwrite would delete its content. "
-            "Name another folder, or empty it."
-        )
 
 
 def write_sums(folder: Path, names: Sequence[str]) -> None:

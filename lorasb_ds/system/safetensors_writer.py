@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from lorasb_ds.system.files import publish
+from lorasb_ds.system.files import written_aside
 
 ALIGNMENT = 8  # bytes to which the first tensor is aligned, so that no number straddles one
 
@@ -24,12 +24,11 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict
     Raises:
         OSError: if it cannot be written.
     """
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, aside, metadata=metadata)
-    except SafetensorError as error:  # not an OSError, though a full disk may be the cause
-        raise OSError(f"{path.name}: {error}") from error
-    publish(aside, path)
+    with written_aside(path) as aside:
+        try:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, aside, metadata=metadata)
+        except SafetensorError as error:  # not an OSError, though a full disk may be the cause
+            raise OSError(f"{path.name}: {error}") from error
 
 
 class TensorWriter:

@@ -21,6 +21,7 @@ from lorasb_ds.config.run_layout import (
     REPORT,
     RUN_JSON,
 )
+from lorasb_ds.config.stored_paths import ABSOLUTE, absolute, with_absolute_paths
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.init.init_report import InitReport
 from lorasb_ds.models.checkpoint_files import model_path
@@ -37,7 +38,8 @@ from lorasb_ds.training.training_run import TrainingRun
 def describe(run: Prepared, folder: Path) -> dict[str, Any]:
     """Return the content of ``run.json``: the options, sizes and versions of the run."""
     return {
-        "config": {**run.config.model_dump(), "output_dir": str(folder)},
+        "config": with_absolute_paths({**run.config.model_dump(), "output_dir": str(folder)}),
+        ABSOLUTE: True,
         "ds_config": run.ds_config,
         "world_size": zero.world_size(),
         "accelerator": accelerator.name(),
@@ -114,7 +116,7 @@ def finish(
 
 def save_adapter(run: Prepared, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write the trained adapter as a PEFT folder. Rank 0 only."""
-    config, base_model = run.config, model_path(run.config.model)
+    config, base_model = run.config, absolute(model_path(run.config.model))
     if run.adapter.peft is not None:
         empty = run.base.empty_model(DTYPES[config.dtype])
         save_peft_method(folder, run.adapter.peft, empty, tensors, base_model)

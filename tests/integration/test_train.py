@@ -62,6 +62,16 @@ def test_metrics(run: Path) -> None:
 
 
 @pytest.mark.slow
+def test_others_can_read_the_run(run: Path) -> None:
+    """Every file has the mode that the umask says, whoever has written it."""
+    (run / "as-the-umask-says").touch()
+    mode = (run / "as-the-umask-says").stat().st_mode
+    for path in run.rglob("*"):
+        if path.is_file() and path.parent.name != "launch":  # which has variables of the hosts
+            assert path.stat().st_mode == mode, path
+
+
+@pytest.mark.slow
 def test_run_json(run: Path) -> None:
     content = json.loads((run / "run.json").read_text())
     assert content["config"]["r"] == R

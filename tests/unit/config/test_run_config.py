@@ -426,7 +426,6 @@ def test_output_dir(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     check_output_dir(RunConfig(output_dir=str(tmp_path / "new")))
     check_output_dir(RunConfig(output_dir=str(tmp_path / "empty")))
-    check_output_dir(RunConfig(output_dir=str(tmp_path), overwrite=True))
     with pytest.raises(ConfigError, match=r"is not empty.*--overwrite"):
         check_output_dir(RunConfig(output_dir=str(tmp_path)))
     with pytest.raises(ConfigError, match="is a file"):

@@ -205,6 +205,23 @@ def test_a_cache_that_cannot_be_written(
     assert same(rows, expected)
 
 
+def test_another_users_cache_is_read(
+    tokenizer: Any, tmp_path: Path, cache: Path, made: list[str]
+) -> None:
+    """Its files are everybody's to read, and its lock, which is not, is left alone."""
+    source = write_jsonl(tmp_path / "rows.jsonl", word_rows(5))
+    before = os.umask(0o022)
+    first = tokenized(source, tokenizer)
+    os.umask(before)
+    files = [path for path in cache.rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o644}
+    (lock,) = (path for path in files if path.suffix == ".lock")
+    lock.unlink()
+    lock.mkdir()  # cannot be opened, not even by root
+    assert same(tokenized(source, tokenizer), first)
+    assert len(made) == 1
+
+
 def test_all_rows_skipped_is_an_error_every_time(
     tokenizer: Any, tmp_path: Path, cache: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -630,6 +631,14 @@ def test_places_that_are_refused(folders: list[Path], tmp_path: Path) -> None:
     for out in (folder, folder.parent, folder / ".." / folder.name):
         text = run("export", folder, "--out", out, "--overwrite", status=2)
         assert "holds what is read" in text
+    theirs = shutil.copytree(folder, tmp_path / "theirs")  # PEFT has written it
+    text = run("export", folder, "--out", theirs, "--overwrite", status=2)
+    assert "is not the folder of an adapter that lorasb has exported" in text
+    (tmp_path / "new.tmp").mkdir()  # under which the new one would be written first
+    (tmp_path / "new.tmp" / "own.txt").touch()
+    text = run("export", folder, "--out", tmp_path / "new", status=2)
+    assert "is not what an export has left: " in text
+    assert "(own.txt)" in text
     (tmp_path / "file").write_text("kept")
     run("export", folder, "--out", tmp_path / "file", "--overwrite", status=2)
     assert (tmp_path / "file").read_text() == "kept"

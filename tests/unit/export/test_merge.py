@@ -306,6 +306,10 @@ def test_only_the_same_merge_is_resumed(
             merged(adapter, sharded, tmp_path / "again")
     other = write_adapter(tiny_model, tmp_path / "adapter", lora_alpha=13)
     assert merged(other, sharded, tmp_path / "again").resumed_files == 0
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"that lorasb has merged: .*\(notes\.txt\)"):
+        merged(other, sharded, out, overwrite=True)
+    (out / "notes.txt").unlink()
     assert merged(other, sharded, out, overwrite=True).resumed_files == 0
     assert (out / "SHA256SUMS").read_text() == (tmp_path / "again/SHA256SUMS").read_text()
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "again", "out"}
@@ -462,9 +466,14 @@ def test_refused_places(
     (out / "own.txt").write_text("mine")
     with pytest.raises(ConfigError, match="is not empty"):
         merged(adapter, base, out)
-    with pytest.raises(ConfigError, match="is not a model's folder"):
+    with pytest.raises(
+        ConfigError, match=r"is not the folder of a model that lorasb .* \(own\.txt\)"
+    ):
         merged(adapter, base, out, overwrite=True)
     assert (out / "own.txt").read_text() == "mine"
+    others = shutil.copytree(sharded, tmp_path / "others")  # another's model
+    with pytest.raises(ConfigError, match="is not the folder of a model that lorasb has merged"):
+        merged(adapter, base, others, overwrite=True)
     with pytest.raises(ConfigError, match="is a file"):
         merged(adapter, base, out / "own.txt")
     (tmp_path / "new.partial").mkdir()

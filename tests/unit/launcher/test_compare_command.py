@@ -132,9 +132,9 @@ def test_folders_of_something_else(tmp_path: Path) -> None:
     (other / "thesis.tex").write_text("all of it")
     for given in ([], ["--overwrite"]):
         said = refusal(other, *OPTIONS, *given)
-        assert "is not empty, and has no compare.json" in said
+        assert "is not empty, and is not the folder of a comparison" in said
     (other / "compare.json").write_text("{}")
-    assert "is not empty, and has no compare.json" in refusal(other, *OPTIONS)
+    assert "is not empty, and is not the folder of a comparison" in refusal(other, *OPTIONS)
     assert (other / "thesis.tex").exists()
 
 

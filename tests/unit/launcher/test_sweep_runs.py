@@ -9,8 +9,16 @@ import pytest
 
 from launcher.jobs.launch_options import LaunchOptions
 from launcher.sweeps.pool import Allocation
-from launcher.sweeps.runs import RUNS, check_folder, errors_in, sweep_folder, train_command
+from launcher.sweeps.runs import (
+    RUNS,
+    check_folder,
+    differing,
+    errors_in,
+    sweep_folder,
+    train_command,
+)
 from lorasb_ds.errors import ConfigError
+from tests.runs import made_up_run
 
 OPTIONS: dict[str, Any] = {"r": 4, "lr": 1e-3, "init_data": ["a.jsonl"], "processes": 2}
 
@@ -43,10 +51,38 @@ def test_the_folder_of_a_sweep(tmp_path: Path) -> None:
         assert left == {"mine.txt", "mine.png", "compare.json"}
     check_folder(folder, other, overwrite=False)
     (folder / "compare.json").unlink()
-    with pytest.raises(ConfigError, match=r"not empty, and has no compare\.json"):
+    with pytest.raises(ConfigError, match="is not empty, and is not the folder of a comparison"):
         check_folder(folder, other, overwrite=True)
     with pytest.raises(ConfigError, match="is a file"):
         check_folder(folder / "mine.txt", other, overwrite=True)
+
+
+def test_only_runs_are_removed(tmp_path: Path) -> None:
+    """With their logs. What is no run of ours stays where it is."""
+    with sweep_folder(tmp_path, OPTIONS, overwrite=False):
+        made_up_run(tmp_path / RUNS / "one")
+        (tmp_path / RUNS / "early" / "launch").mkdir(parents=True)
+        (tmp_path / RUNS / "theirs" / "checkpoints").mkdir(parents=True)
+        for name in ("one.log", "refused.log", "notes.txt"):
+            (tmp_path / RUNS / name).touch()
+    with sweep_folder(tmp_path, OPTIONS, overwrite=True):
+        assert {path.name for path in (tmp_path / RUNS).iterdir()} == {"theirs", "notes.txt"}
+        assert (tmp_path / RUNS / "theirs" / "checkpoints").is_dir()
+    for content in ("{}", "[]", '{"options": {"r": 4}}', "no JSON"):
+        (tmp_path / "compare.json").write_text(content)
+        with pytest.raises(ConfigError, match=r"is not the folder of a comparison.*compare\.json"):
+            check_folder(tmp_path, OPTIONS, overwrite=True)
+
+
+def test_earlier_folders_have_relative_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which are those of this folder, from which they were given."""
+    (tmp_path / "a.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    now = OPTIONS | {"init_data": [str(tmp_path / "a.jsonl")], "model": "org/name"}
+    assert differing(now, now | {"init_data": ["a.jsonl"]}) == []
+    assert differing(now, now | {"init_data": ["b.jsonl"], "model": "org/other"}) != []
 
 
 def test_what_was_overwritten_in_part_can_be_overwritten(tmp_path: Path) -> None:
