@@ -42,7 +42,7 @@ def main(own: dict[str, Any], given: dict[str, Any]) -> None:
     in_job = "RANK" in os.environ
     try:
         config = load_run_config(given)
-        check_output_dir(config)
+        check_output_dir(config, evaluation=True)
         from lorasb_ds.evaluation.model import prepare_model
         from lorasb_ds.runs.output_dir import say_if_bf16_is_emulated
 
@@ -64,8 +64,11 @@ def main(own: dict[str, Any], given: dict[str, Any]) -> None:
         from lorasb_ds.evaluation.rows import load_eval_rows
 
         chosen = {name: own[name] for name in ("task", "num_samples", "max_new_tokens")}
-        chosen["max_positions"] = run.max_positions
+        chosen["tables"] = run.tables
         sources = [load_eval_rows(s, run.config, run.base.tokenizer, **chosen) for s in config.data]
+        if not int(os.environ.get("RANK", 0)):
+            for warning in (warning for rows in sources for warning in rows.warnings):
+                click.echo(f"lorasb: {warning}")
         if in_job:
             join()
         model = start_model(run)

@@ -16,6 +16,7 @@ from torch import nn
 from lorasb_ds.config.data_options import DEMO_EVAL_DATA
 from lorasb_ds.config.resolve import load_run_config, with_adapter
 from lorasb_ds.config.run_layout import EVAL_ANSWERS, EVAL_RESULT
+from lorasb_ds.config.stored_paths import absolute, with_absolute_paths
 from lorasb_ds.data.batch import collate, rank_batches
 from lorasb_ds.distributed import accelerator
 from lorasb_ds.distributed.collectives import rank_and_size
@@ -79,7 +80,7 @@ def evaluate_model(
         task=task,
         num_samples=num_samples,
         max_new_tokens=max_new_tokens,
-        max_positions=run.max_positions,
+        tables=run.tables,
     )
     return evaluate(run, rows, start_model(run))
 
@@ -223,7 +224,7 @@ def _argmax(values: Sequence[float]) -> int:
 def describe_run(run: PreparedModel) -> dict[str, Any]:
     """Describe what was evaluated and how, for ``eval.json``."""
     return {
-        "model": run.config.model,
+        "model": with_absolute_paths({"model": run.config.model})["model"],
         "adapter": run.adapter and str(run.adapter.path),
         "batch_size": run.config.micro_batch_size,
         "dtype": run.config.dtype,
@@ -238,22 +239,26 @@ def describe_run(run: PreparedModel) -> dict[str, Any]:
 def write_results(
     folder: Path, run: PreparedModel, results: Sequence[tuple[EvalRows, EvalResult]]
 ) -> None:
-    """Write ``answers.jsonl``, a record for each row, then ``eval.json``, scores and setup.
+    """Write ``eval.json``, scores and setup, and then ``answers.jsonl``, a record for each row.
+
+    In this order: ``eval.json`` marks the folder as ours, to be overwritten.
 
     Raises:
         OSError: if they cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    answers = [{"data": rows.source, **a} for rows, result in results for a in result.answers]
-    lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
-    write_text(folder / EVAL_ANSWERS, "".join(lines))
     described = [_describe(rows, result) for rows, result in results]
     write_json(folder / EVAL_RESULT, {"results": described, **describe_run(run)})
+    answers = [
+        {"data": absolute(rows.source), **a} for rows, result in results for a in result.answers
+    ]
+    lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+    write_text(folder / EVAL_ANSWERS, "".join(lines))
 
 
 def _describe(rows: EvalRows, result: EvalResult) -> dict[str, Any]:
     return {
-        "data": rows.source,
+        "data": absolute(rows.source),
         "task": result.task,
         "rows": result.num_rows,
         "loss_rows": len(rows.examples.examples if rows.examples else rows.choices),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from lorasb_ds.models.base import Base, open_base
 from lorasb_ds.models.generation import stop_tokens
 from lorasb_ds.models.loading import DTYPES, load_base
 from lorasb_ds.models.loss import add_loss_head, check_loss_head
+from lorasb_ds.models.tables import Tables, tables_of
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,9 @@ class PreparedModel:
     adapter: StoredAdapter | None
     stop: list[int]  # tokens that end an answer
 
-    @property
-    def max_positions(self) -> int | None:
-        """Return the positions that the model's configuration allows; None if it names none."""
-        return getattr(self.base.hf_config.get_text_config(), "max_position_embeddings", None)
+    @cached_property
+    def tables(self) -> Tables:
+        return tables_of(self.base.model)
 
     @property
     def is_sharded(self) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from lorasb_ds.config.run_config import RunConfig
@@ -16,6 +17,7 @@ from lorasb_ds.errors import ConfigError
 from lorasb_ds.evaluation.reasoning_gym import check_scorer
 from lorasb_ds.evaluation.scoring import SCORES, Score, is_equal_math
 from lorasb_ds.evaluation.tasks import Choices, choices_of, find_task
+from lorasb_ds.models.tables import Tables, check_ids, check_lengths, largest_ids
 
 LONG_ANSWERS = ("gsm8k", "metamath", "math")  # which reason before they answer
 
@@ -48,6 +50,7 @@ class EvalRows:
         task: one of ``tasks.TASKS``; never "auto".
         examples: all rows with a response, for their loss; None for multiple choice.
         skipped: number of rows that cannot be used.
+        warnings: about rows that the model's tables are not made for.
     """
 
     source: str
@@ -58,6 +61,7 @@ class EvalRows:
     questions: list[Question]
     choices: list[ChoiceQuestion]
     skipped: int
+    warnings: list[str] = field(default_factory=list)
 
 
 def load_eval_rows(
@@ -68,7 +72,7 @@ def load_eval_rows(
     task: str = "auto",
     num_samples: int | None = None,
     max_new_tokens: int | None = None,
-    max_positions: int | None = None,
+    tables: Tables | None = None,
 ) -> EvalRows:
     """Load the rows of a source.
 
@@ -78,7 +82,7 @@ def load_eval_rows(
         task: one of ``tasks.TASKS``; "auto": the one that the rows look like.
         num_samples: take the first rows only; None: all.
         max_new_tokens: of an answer. [default: 512 where answers reason, else 128]
-        max_positions: of the model; rows that need more are refused.
+        tables: of the model; rows that need more are refused.
     Raises:
         ConfigError: if rows cannot be read, have no question of this task, or are too long.
     """
@@ -112,25 +116,50 @@ def load_eval_rows(
         choices=choices,
         skipped=len(rows) - len(used),
     )
-    _check_length(found, max_positions)
-    return found
+    if tables is None:
+        return found
+    return replace(found, warnings=_check_tables(found, tables, tokenizer, config))
 
 
-def _check_length(rows: EvalRows, max_positions: int | None) -> None:
-    """Refuse rows that exceed the model's positions; learned ones raise an index error later.
+def _check_tables(rows: EvalRows, tables: Tables, tokenizer: Any, config: RunConfig) -> list[str]:
+    """Refuse rows beyond the model's tables, and return warnings of those it is not made for.
 
     Raises:
-        ConfigError: names the longest row.
+        ConfigError: names the row.
     """
-    asked = {q.row: len(q.ids) + rows.max_new_tokens for q in rows.questions}
-    asked |= {q.row: max(len(e.input_ids) for e in q.examples) for q in rows.choices}
-    row = max(asked, key=lambda row: asked[row], default=0)
-    if max_positions is not None and asked and asked[row] > max_positions:
-        raise ConfigError(
-            f"{rows.source}: row {row} may need {asked[row]} tokens with its answer, and the "
-            f"model has {max_positions} positions. Lower --max-new-tokens (now "
-            f"{rows.max_new_tokens}), or leave such rows out."
+    ids = {q.row: q.ids for q in rows.questions}
+    lengths = {row: len(of_row) + rows.max_new_tokens for row, of_row in ids.items()}
+    for question in rows.choices:
+        choices = [example.input_ids for example in question.examples]
+        ids[question.row] = [token for choice in choices for token in choice]
+        lengths[question.row] = max(map(len, choices))
+    remedy = f"Lower --max-new-tokens (now {rows.max_new_tokens}), or leave such rows out."
+    if rows.choices:
+        remedy = "Leave such rows out."
+
+    def name_of(row: int) -> str:
+        return f"{rows.source}: row {row}"
+
+    numbers = [*lengths]
+    warning = check_lengths(
+        config.model, tables, [*lengths.values()], lambda i: name_of(numbers[i]), remedy
+    )
+    check_ids(
+        config.model,
+        tokenizer,
+        tables,
+        lambda: [max(of_row, default=0) for of_row in ids.values()],
+        lambda i: name_of(numbers[i]),
+    )
+    if (of_loss := rows.examples) is not None:  # those without a question, too
+        known = of_loss.row_numbers
+        remedy = f"Lower --max-length (now {config.max_length})."
+        warning = warning or check_lengths(
+            config.model, tables, of_loss.lengths, lambda i: name_of(known[i]), remedy
         )
+        whole = partial(largest_ids, of_loss)
+        check_ids(config.model, tokenizer, tables, whole, lambda i: name_of(known[i]))
+    return [warning] if warning else []
 
 
 def _scorer(task: str, source: str) -> Score:

@@ -5,7 +5,8 @@ safetensors headers, `stored_formats` finds and decodes weights in FP8 and MXFP4
 the stored tensors that make each parameter, `tokenizer` reads the tokenizer. `loading`,
 `streaming` and `tensor_reader` load the weights, one tensor at a time; `quantization` packs them to
 4 and 8 bits. `linear_layers` finds the layers that get an adapter, `experts` makes layers of the
-experts of MoE blocks, `shape` gives the sizes of all of them to the planner. `packing` tests
-whether packed rows stay apart; `loss` and `generation` run the model.
+experts of MoE blocks, `shape` gives the sizes of all of them to the planner. `tables` compares rows
+with the embeddings, `packing` tests whether packed rows stay apart; `loss` and `generation` run the
+model.
 Imports `data`, `distributed`, `planner` and what is below them.
 """

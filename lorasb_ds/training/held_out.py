@@ -10,11 +10,10 @@ from lorasb_ds.models.generation import generate, stop_tokens
 from lorasb_ds.models.loss import eval_mode, held_out_loss
 from lorasb_ds.runs.history import perplexity
 from lorasb_ds.runs.output_dir import say
+from lorasb_ds.training.table_check import SAMPLE_TOKENS
 from lorasb_ds.training.training_run import TrainingRun
 
 Stage = Literal["base", "init", "step", "trained"]
-
-SAMPLE_TOKENS = 128  # in a generated answer, at most
 
 
 def evaluate(training: TrainingRun, stage: Stage) -> bool:

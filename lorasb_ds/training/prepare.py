@@ -34,6 +34,7 @@ from lorasb_ds.training.resume_check import (
     what_must_match,
     with_global_batch,
 )
+from lorasb_ds.training.table_check import check_tables
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Prepared:
         resume: where the run goes on; None: it starts anew.
         stored_init: report of the init that is loaded: of --init-from, cut to r, or of the run that
             is resumed; None: the init is computed.
+        table_notes: about rows that the model's tables are not made for.
     """
 
     config: RunConfig
@@ -74,13 +76,14 @@ class Prepared:
     same_run: dict[str, Any]
     resume: Resume | None
     stored_init: InitReport | None
+    table_notes: list[str]
 
     @property
     def notes(self) -> list[str]:
         """What the user should know of the base's files, the adapter and the data."""
         warning = self.adapter.peft_warning
         warnings = [f"warning: {warning}"] if warning else []
-        return [*self.base.notes(), *warnings, *self.data.notes]
+        return [*self.base.notes(), *warnings, *self.data.notes, *self.table_notes]
 
     def batches(self, rows: TokenizedRows, indices: Iterable[int]) -> list[Batch]:
         """Return this rank's micro-batches of some rows; every rank has as many."""
@@ -151,6 +154,7 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
     adapter = plan_adapter(config, base)
 
     data = load_data(config, base.tokenizer)
+    table_notes = check_tables(config, base, data)
     num_rows = len(data.init.examples)
     gradient_rows, probe_rows = init_sample(num_rows, config.init_samples, config.seed_of_init)
     order = order_of(config, data.train)
@@ -196,6 +200,7 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
         same_run=same_run,
         resume=resume,
         stored_init=stored_init,
+        table_notes=table_notes,
     )
 
 

@@ -18,7 +18,8 @@ from lorasb_ds.data.chat import render
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.evaluation.evaluator import EvalResult, evaluate, evaluate_model, write_results
 from lorasb_ds.evaluation.model import prepare_model, start_model
-from lorasb_ds.evaluation.rows import load_eval_rows
+from lorasb_ds.evaluation.rows import EvalRows, load_eval_rows
+from lorasb_ds.models.tables import Tables
 from tests.references import own_loss, with_own_code, write_random_lora
 from tests.runs import ROOT, word_rows, write_jsonl
 
@@ -175,9 +176,21 @@ def test_no_shards_without_a_job(
 def test_more_than_the_model_has_positions(
     tiny_model: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
+    """Those of a table are refused; a rotary model is only warned of."""
     data = write_jsonl(tmp_path / "rows.jsonl", word_rows(3))
-    with pytest.raises(ConfigError, match=r"row \d may need \d+ tokens .* 2048 positions"):
-        evaluate_model(str(tiny_model), data=data, max_new_tokens=2040)
+    config = load_run_config({"model": str(tiny_model), "data": data})
+
+    def load(tables: Tables, max_new_tokens: int = 2040) -> EvalRows:
+        return load_eval_rows(data, config, tokenizer, max_new_tokens=max_new_tokens, tables=tables)
+
+    assert (
+        "3 of 3 rows are longer than the 2048 tokens" in load(Tables(49152, None, 2048)).warnings[0]
+    )
+    with pytest.raises(ConfigError, match=r"row \d may need \d+ tokens, .* has 2048 positions"):
+        load(Tables(49152, 2048, 2048))
+    assert load(Tables(49152, 2048, 2048), 16).warnings == []
+    with pytest.raises(ConfigError, match=r"row \d has the token .* ends at id 99; 3 of 3 rows"):
+        load(Tables(100, None, None))
 
 
 def test_tasks_that_evaluate_answers_are_refused(
