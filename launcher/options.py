@@ -40,6 +40,7 @@ EVAL_FIELDS = (
     "prompt_column",
     "response_column",
     "max_length",
+    "max_skipped_rows",
     "dtype",
     "load_in_4bit",
     "load_in_8bit",

@@ -30,7 +30,8 @@ from lorasb_ds.errors import ConfigError
 from lorasb_ds.evaluation.reasoning_gym import check_scorer
 
 POSITIVE = click.IntRange(min=1)
-FREE = {*SWEPT, *OF_NO_CONSEQUENCE, "dataset_num_proc", "generate_samples", "trust_remote_code"}
+FREE = {*SWEPT, *OF_NO_CONSEQUENCE, "dataset_num_proc", "max_skipped_rows"}
+FREE |= {"generate_samples", "trust_remote_code"}
 OPTIONS = (
     click.option("--output-dir", required=True, help="Folder of the comparison."),
     click.option(

@@ -22,7 +22,7 @@ from lorasb_ds.config.ds_config import resolve_ds_config
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.config.run_layout import DEEPSPEED_FILES, HOSTFILE, LAUNCH, launcher_files
-from lorasb_ds.data.sources import names_a_path
+from lorasb_ds.data.sources import names_a_path, source_path
 from lorasb_ds.models.checkpoint_files import model_path
 
 # Programs of this host that start the others.
@@ -126,7 +126,7 @@ class Job(ABC):
             cpu=self.num_procs is not None,
             # Not resolved: a link may lead elsewhere on another host.
             paths=[
-                str(Path(name).expanduser().absolute())
+                str(source_path(name).absolute())
                 for name in named
                 if name and (Path(name).exists() or names_a_path(name))
             ],

@@ -28,6 +28,7 @@ FIELDS = (
     "max_length",
     "loss_on",
     "truncation",
+    "max_skipped_rows",
     "dataset_num_proc",
     "trust_remote_code",
 )
@@ -63,7 +64,7 @@ def preview(config: RunConfig, num_rows: int, row: int | None, color: bool) -> I
     from lorasb_ds.models.base import Base
 
     tokenizer = Base(config.model, config.trust_remote_code).tokenizer
-    rows, notes = tokenize_sources(config.data, tokenizer, config)
+    rows, notes = tokenize_sources(config.data, tokenizer, config, refuse=False)
     yield from notes
     if row is None:
         chosen = list(range(min(num_rows, len(rows.examples))))
@@ -84,7 +85,8 @@ def preview(config: RunConfig, num_rows: int, row: int | None, color: bool) -> I
 
 def why_skipped(config: RunConfig, tokenizer: Any, row: int) -> Iterator[str]:
     """Say of each source why it has no such row, or why the row was skipped."""
-    from lorasb_ds.data.dataset import KEPT, tokenize_columns
+    from lorasb_ds.data.dataset import tokenize_columns
+    from lorasb_ds.data.outcomes import KEPT
     from lorasb_ds.data.sources import load_rows
 
     for source in config.data:

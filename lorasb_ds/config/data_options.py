@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
@@ -80,6 +82,13 @@ class DataOptions(OptionGroup):
         "right",
         description="Which end of a row that is longer than --max-length is cut off; or skip it.",
     )
+    max_skipped_rows: str | None = Field(
+        None,
+        description="How many rows of a source may be skipped for one reason, a number or a "
+        "percentage of them (100, 10%); more of them end the run before it starts. Those that "
+        "--truncation skip skips do not count.",
+        json_schema_extra=default_is("5%, or 20 rows where that is more"),
+    )
     dataset_num_proc: int | None = Field(
         None,
         ge=1,
@@ -111,6 +120,21 @@ class DataOptions(OptionGroup):
     @classmethod
     def _by_commas(cls, value: Any) -> Any:
         return tuple(value.split(",")) if isinstance(value, str) else value
+
+    @field_validator("max_skipped_rows")
+    @classmethod
+    def _number_or_percentage(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[0-9]+|[0-9]+(\.[0-9]+)?%", value):
+            raise ValueError("Give a number of rows, or a percentage such as 5%")
+        return value
+
+    def skippable_rows(self, num_rows: int) -> int:
+        """Return how many of a source's rows may be skipped for one reason."""
+        if self.max_skipped_rows is None:
+            return max(20, num_rows // 20)
+        if self.max_skipped_rows.endswith("%"):
+            return int(num_rows * Fraction(self.max_skipped_rows[:-1]) / 100)
+        return int(self.max_skipped_rows)
 
     @field_validator("val_set_size")
     @classmethod

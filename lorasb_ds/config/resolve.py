@@ -173,6 +173,7 @@ def _replayed(run_json: str, asked: Mapping[str, Any]) -> dict[str, Any]:
         dropped.add("train_batch_size")
     if "data" in asked:  # --init-data stays: one init may serve several tasks
         dropped |= {"eval_data", "prompt_column", "response_column", "data_weights"}
+        dropped.add("max_skipped_rows")
     if "eval_data" in asked:
         dropped.add("val_set_size")
     if "val_set_size" in asked:

@@ -25,16 +25,16 @@ from lorasb_ds.data.dataset import (
     COLUMNS,
     TokenizedRows,
     check_tokenizer,
-    count_outcomes,
     features,
-    no_rows_left,
+    outcomes_of,
     tokenize_columns,
 )
+from lorasb_ds.data.outcomes import Outcomes, too_many_skipped
 from lorasb_ds.data.sources import load_rows, source_fingerprint
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.system.files import fsync, publish, write_json
 
-FORMAT = 2  # version of the tables: raise it when the same rows would give other tables
+FORMAT = 3  # version of the tables: raise it when the same rows would give other tables
 META = "lorasb.json"  # beside the table: its key, size and counts
 BATCH_TOKENS = 1 << 20  # tokens of a batch whose rows are as long as --max-length allows
 WORTH_SAYING_S = 5.0
@@ -54,7 +54,7 @@ def load_data(options: DataOptions, tokenizer: Any) -> Data:
     """Load and tokenize all rows of a run.
 
     Raises:
-        ConfigError: if rows cannot be read, or none are left.
+        ConfigError: if rows cannot be read, or none are left, or too many are skipped.
     """
     train, notes = tokenize_sources(options.data, tokenizer, options)
     held_out = None
@@ -123,15 +123,19 @@ def tokenize_sources(
     options: DataOptions,
     option: str = "--data",
     held_out: bool = False,
+    *,
+    refuse: bool = True,
 ) -> tuple[TokenizedRows, list[str]]:
     """Tokenize sources one after the other, or read them from the cache; memory-mapped.
 
     Args:
         held_out: take the held-out split of a source with several; see ``load_rows``.
+        refuse: raise if more rows of a source are skipped than --max-skipped-rows allows; else that
+            is a note.
     Returns:
         The rows, and notes for the user.
     Raises:
-        ConfigError: if a source cannot be read, or no row of it is left.
+        ConfigError: if a source cannot be read, or no row of it is left, or too many are skipped.
     """
     import datasets
 
@@ -144,9 +148,14 @@ def tokenize_sources(
         rows = load_rows(source, option, held_out=held_out)
         key = _key(source_fingerprint(source, rows), fingerprint, options)
         table, meta, note = _cached(key, rows, tokenizer, options, f"{option} {source}")
+        found = Outcomes(Counter(meta["counts"]), Counter(meta["forms"]), meta["first"])
+        if error := too_many_skipped(found, rows, options, f"{option} {source}"):
+            if refuse:
+                raise error
+            notes.append(f"`lorasb train` would refuse these rows: {error}")
         tables.append(table)
-        counts += Counter(meta["counts"])
-        forms += Counter(meta["forms"])
+        counts += found.counts
+        forms += found.forms
         notes += [note] if note is not None and note not in notes else []
     ends = np.cumsum([len(table) for table in tables]).tolist()
     table = datasets.concatenate_datasets(tables)
@@ -247,12 +256,13 @@ def _make(
     aside.mkdir()
     try:
         made = _tokenize(aside / "all.arrow", key, rows, tokenizer, options, option)
-        kept, counts, forms = count_outcomes(made)
-        if not len(kept):
-            raise no_rows_left(rows, counts, options, option)
+        kept, found = outcomes_of(made)
+        # Too many that are skipped are no reason to tokenize again: that is checked afterwards.
+        if not len(kept) and (error := too_many_skipped(found, rows, options, option)):
+            raise error
         table = aside / "table"
         made.select(kept).save_to_disk(table)
-        meta = {"key": key, "sizes": _sizes(table), "counts": counts, "forms": forms}
+        meta = {"key": key, "sizes": _sizes(table), **vars(found)}
         write_json(table / META, meta)
         for file in table.iterdir():
             fsync(file)

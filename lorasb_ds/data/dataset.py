@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,13 +14,11 @@ import numpy as np
 import pyarrow.compute as pc
 
 from lorasb_ds.config.data_options import DataOptions
-from lorasb_ds.data.formats import NO_COLUMNS, RowError, check_columns, parse_row, unknown_columns
-from lorasb_ds.data.json_rows import JsonRows
+from lorasb_ds.data.formats import RowError, check_columns, parse_row
+from lorasb_ds.data.outcomes import KEPT, SKIPPED, TRUNCATED, Outcomes, listed, too_many_skipped
+from lorasb_ds.data.sources import source_path
 from lorasb_ds.data.tokenization import IGNORE_INDEX, Example, encode
 from lorasb_ds.errors import ConfigError
-
-KEPT = "kept"
-NOT_JSON = "skipped: not a JSON object"
 
 # The types of a table of examples, as Arrow calls them.
 COLUMNS = {
@@ -51,7 +49,7 @@ def tokenize_columns(
             form, content = parse_row(rows[i], options.prompt_column, options.response_column)
             example = encode(tokenizer, content, options)
         except RowError as error:
-            outcome = f"skipped: {error}"
+            outcome = f"{SKIPPED}{error}"
         ids, labels = (np.array(x, np.int32) for x in (example.input_ids, example.labels))
         whole = hashlib.sha256(ids.tobytes() + labels.tobytes()).digest()
         values = {
@@ -163,19 +161,19 @@ class TokenizedRows:
         source = self.sources[int(self._source_of(np.array([at]))[0])][0]
         name = Path(source).name
         same_name = sum(Path(other).name == name for other, _ in self.sources) > 1
-        is_file = not same_name and Path(source).expanduser().is_file()
+        is_file = not same_name and source_path(source).is_file()
         return f"{name if is_file else source}:{self.row_numbers[i]}"
 
     def select(self, indices: Sequence[int] | np.ndarray) -> TokenizedRows:
         """Return some of the examples, in this order, without the counts of skipped rows."""
         index = self.index[np.asarray(indices, dtype=np.int64)]
         part = replace(self, index=index, counts=Counter(), forms=Counter())
-        part.counts.update({KEPT: len(index), "truncated": int(part._column("truncated").sum())})
+        part.counts.update({KEPT: len(index), TRUNCATED: int(part._column("truncated").sum())})
         return replace(part, counts=+part.counts)
 
     def describe(self) -> str:
-        by_form = f"; kept by form: {_listed(self.forms)}" if len(self.forms) > 1 else ""
-        return _listed(self.counts) + by_form
+        by_form = f"; kept by form: {listed(self.forms)}" if len(self.forms) > 1 else ""
+        return listed(self.counts) + by_form
 
     def _column(self, name: str) -> np.ndarray:
         return self.table.data.column(name).to_numpy()[self.index]
@@ -184,19 +182,16 @@ class TokenizedRows:
         return np.searchsorted([end for _, end in self.sources], index, side="right")
 
 
-def _listed(counts: Counter[str]) -> str:
-    return ", ".join(f"{n} {what}" for what, n in counts.items())
-
-
-def count_outcomes(table: Any) -> tuple[np.ndarray, Counter[str], Counter[str]]:
-    """Return the rows of a table that are kept, the counts of outcomes, and those of forms."""
+def outcomes_of(table: Any) -> tuple[np.ndarray, Outcomes]:
+    """Return the rows of a table that are kept, and what became of all rows."""
     outcomes = table.data.column("outcome")
     is_kept = pc.equal(outcomes, KEPT)
     counts = _count_values(outcomes)
     truncated = int(table.data.column("truncated").to_numpy().sum())
-    counts = Counter({KEPT: counts.pop(KEPT, 0), "truncated": truncated}) + counts
+    counts = Counter({KEPT: counts.pop(KEPT, 0), TRUNCATED: truncated}) + counts
     forms = _count_values(table.data.column("form").filter(is_kept))
-    return np.flatnonzero(is_kept.to_numpy()), counts, forms
+    first = {what: pc.index(outcomes, what).as_py() + 1 for what in counts if what != TRUNCATED}
+    return np.flatnonzero(is_kept.to_numpy()), Outcomes(counts, forms, first)
 
 
 def _count_values(column: Any) -> Counter[str]:
@@ -218,49 +213,20 @@ def check_tokenizer(tokenizer: Any, options: DataOptions) -> None:
         )
 
 
-def no_rows_left(
-    rows: Sequence[Any], counts: Counter[str], options: DataOptions, option: str
-) -> ConfigError:
-    """Return the error for data whose rows are all skipped."""
-    if counts[NOT_JSON] == counts.total():
-        return ConfigError(
-            f"{option}: no row is a JSON object; the first is not: {_problem_of_first(rows)}. "
-            "Write an object on each line of a .jsonl file, or an array of them into a .json file."
-        )
-    if counts[NOT_JSON] + counts[f"skipped: {NO_COLUMNS}"] == counts.total():
-        first = next(row for row in rows if isinstance(row, Mapping))
-        return unknown_columns(option, first, options.prompt_column, options.response_column)
-    named = f"{options.prompt_column or 'by name'}/{options.response_column or 'by name'}"
-    return ConfigError(
-        f"{option}: no row is left to learn from ({_listed(counts)}). Check --prompt-column/"
-        f"--response-column (now {named}), --max-length (now {options.max_length}) and "
-        f"--truncation (now {options.truncation})."
-    )
-
-
-def _problem_of_first(rows: Sequence[Any]) -> str:
-    if not isinstance(rows, JsonRows):
-        return f"it is a {type(rows[0]).__name__}"
-    try:
-        return f"line 1 of {rows.path.name} is of type {type(rows.parse(0)).__name__}"
-    except (ValueError, RecursionError) as error:
-        return f"line 1 of {rows.path.name}: {error}"
-
-
 def tokenize_rows(
     rows: Sequence[Any], tokenizer: Any, options: DataOptions, option: str = "--data"
 ) -> TokenizedRows:
     """Tokenize all rows in memory; rows that are skipped are counted.
 
     Raises:
-        ConfigError: if no row is left.
+        ConfigError: if no row is left, or more are skipped than --max-skipped-rows allows.
     """
     import datasets
 
     check_tokenizer(tokenizer, options)
     columns = tokenize_columns(rows, range(len(rows)), tokenizer, options)
     table = datasets.Dataset.from_dict(columns, features=features())
-    kept, counts, forms = count_outcomes(table)
-    if not len(kept):
-        raise no_rows_left(rows, counts, options, option)
-    return TokenizedRows(table, kept, counts, forms, ((option, len(table)),))
+    kept, found = outcomes_of(table)
+    if error := too_many_skipped(found, rows, options, option):
+        raise error
+    return TokenizedRows(table, kept, found.counts, found.forms, ((option, len(table)),))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
+from datetime import date, time
+from decimal import Decimal
 from typing import Any
 
 from lorasb_ds.errors import ConfigError
 
 Row = Mapping[str, Any]
+CELL_TYPES = (str, int, float, bool, Decimal, date, time)  # whose text is learned
 Messages = list[dict[str, str]]  # turns of role and content; weight "0": not learned
 
 # Prompt columns and their response columns, in the order of the search.
@@ -84,7 +88,7 @@ def find_columns(
     named = None if prompt in PARTNERS or response is not None else prompt
     if named is not None and is_list(row.get(named)):
         return named, None
-    filled = {name for name, value in cells.items() if value is not None}
+    filled = {name for name, value in cells.items() if not is_missing(value)}
     # In tables of rows of several forms, the other forms' columns are empty.
     for columns in (filled, set(cells)):
         if pair := _find_pair(columns, prompt, response):
@@ -155,9 +159,24 @@ def _cell(row: Row, column: str) -> str | list[Any] | None:
         value = row["metadata"].get(column)
     if is_list(value):
         return list(value)
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    if is_missing(value) or not isinstance(value, CELL_TYPES):
         return None
-    return str(value) if str(value).strip() else None
+    text = _written(value)
+    return text if text.strip() else None
+
+
+def _written(value: str | float | Decimal | date | time) -> str:
+    """Return a cell as text: as JSON writes it, and decimals with all of their digits."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float) and math.isinf(value) and type(value) is float:
+        return "Infinity" if value > 0 else "-Infinity"
+    return f"{value:f}" if isinstance(value, Decimal) else str(value)
+
+
+def is_missing(value: Any) -> bool:
+    """Return whether a cell is empty: None, or a number that is none (NaN, of pandas)."""
+    return value is None or (isinstance(value, float | Decimal) and math.isnan(value))
 
 
 def _as_turns(value: str | list[Any], role: str) -> Messages:

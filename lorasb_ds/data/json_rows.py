@@ -6,39 +6,50 @@ import json
 import mmap
 import re
 from array import array
-from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
-BOM = b"\xef\xbb\xbf"
-CHUNK_BYTES = 1 << 24
-# The tokens that separate the elements of a JSON array: strings, brackets and commas.
-PIECES = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[][{},]', re.DOTALL)
+from lorasb_ds.data.file_rows import BOM, FileRows
+
+CHUNK_BYTES = 1 << 22
+NEWLINE = ord("\n")
+IS_BLANK = np.isin(np.arange(256), list(b" \t\r\n"))
+ARRAY = re.compile(rb"\s*\[")
+# The tokens that separate the elements of a JSON array: strings, brackets and commas. A string
+# without an end reaches to the end of the file: else the search would start again at every quote.
+PIECES = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?|[][{},]', re.DOTALL)
 
 
-class JsonRows(Sequence[Any]):
-    """The lines of a .jsonl file, or the elements of a .json file's array.
+class WrittenNumber(float):
+    """A number whose text is what is written in the file: 1.50, 1e400, Infinity."""
+
+    _text: str
+
+    def __new__(cls, text: str) -> WrittenNumber:
+        number = super().__new__(cls, text)
+        number._text = text
+        return number
+
+    def __str__(self) -> str:
+        return self._text
+
+
+DECODER = json.JSONDecoder(parse_float=WrittenNumber, parse_constant=WrittenNumber)
+
+
+class JsonRows(FileRows):
+    """The lines of a file, or the elements of its array.
 
     A row that is not JSON is ``None``. Only the rows' offsets are kept in memory, 8 bytes each.
-    Lines end at ``\\n`` only.
+    Lines end at ``\\n`` only, may have a comma at their end, and are no rows if they are blank.
     """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
 
-    @overload
-    def __getitem__(self, i: int) -> Any: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[Any]: ...
-    def __getitem__(self, i: int | slice) -> Any:
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
+    def _row(self, i: int) -> Any:
         try:
             return self.parse(i)
         except (ValueError, RecursionError):
@@ -46,41 +57,47 @@ class JsonRows(Sequence[Any]):
 
     def parse(self, i: int) -> Any:
         """Parse row i; raises ValueError or RecursionError if it is not JSON."""
-        i = range(len(self))[i]
         # One byte separates two rows: the end of the line, or the comma.
         piece = self._bytes[self._bounds[i] : self._bounds[i + 1] - 1]
-        return json.loads(str(piece.removeprefix(BOM), "utf-8"))
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Pickle path and offsets: a worker process opens the file again, but does not scan it."""
-        return {"path": self.path, "_bounds": self._bounds}
-
-    @cached_property
-    def _bytes(self) -> mmap.mmap | bytes:
-        with self.path.open("rb") as file:
-            if self.path.stat().st_size == 0:  # which mmap refuses
-                return b""
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        text = str(piece.removeprefix(BOM), "utf-8").strip(" \t\r\n")
+        return DECODER.decode(text.removesuffix(","))
 
     @cached_property
     def _bounds(self) -> np.ndarray:
         """Offsets of rows, (rows + 1,): row i ends one byte before ``bounds[i + 1]``."""
         data = self._bytes
-        if self.path.suffix.lower() == ".json" and (opened := re.match(rb"\s*\[", self._head())):
-            return _element_bounds(data, opened.end() + (len(BOM) if data[:3] == BOM else 0))
-        ends = [_line_ends(data, start) for start in range(0, len(data), CHUNK_BYTES)]
-        bounds = np.concatenate([np.zeros(1, np.int64), *ends])
-        if bounds[-1] < len(data):  # the last line may have no end
-            bounds = np.append(bounds, len(data) + 1)
-        return bounds
+        start = len(BOM) if data[:3] == BOM else 0
+        if opened := ARRAY.match(data, start):
+            try:
+                return _element_bounds(data, opened.end())
+            except ValueError:
+                # Lines may begin with a list, too; those of a torn array are counted.
+                if self.path.suffix.lower() == ".json":
+                    raise
+        return _line_bounds(data)
 
-    def _head(self) -> bytes:
-        return self._bytes[:4096].removeprefix(BOM)
 
+def _line_bounds(data: mmap.mmap | bytes) -> np.ndarray:
+    """Return where the lines begin that are not blank, and the end of the last one.
 
-def _line_ends(data: mmap.mmap | bytes, start: int) -> np.ndarray:
-    chunk = np.frombuffer(data[start : start + CHUNK_BYTES], dtype=np.uint8)
-    return np.flatnonzero(chunk == ord("\n")) + start + 1
+    Blank lines belong to the line before them.
+    """
+    ends, solid_before, num_solid = [], [], 0
+    for start in range(0, len(data), CHUNK_BYTES):
+        chunk = np.frombuffer(data[start : start + CHUNK_BYTES], dtype=np.uint8)
+        solid = np.cumsum(~IS_BLANK[chunk], dtype=np.int64) + num_solid
+        at = np.flatnonzero(chunk == NEWLINE)
+        ends.append(at + start + 1)
+        solid_before.append(solid[at])
+        num_solid = solid[-1]
+    if len(data) and data[len(data) - 1] != NEWLINE:  # the last line may have no end
+        ends.append(np.array([len(data) + 1]))
+        solid_before.append(np.array([num_solid]))
+    if num_solid == 0:
+        return np.zeros(1, np.int64)
+    is_blank = np.diff(np.concatenate([[0], *solid_before])) == 0
+    bounds = np.concatenate([[0], *ends])
+    return np.append(bounds[:-1][~is_blank], bounds[-1])
 
 
 def _element_bounds(data: mmap.mmap | bytes, start: int) -> np.ndarray:
@@ -101,8 +118,8 @@ def _element_bounds(data: mmap.mmap | bytes, start: int) -> np.ndarray:
         if depth == 0:
             break
     if depth:
-        raise ValueError("the array does not end")
+        raise ValueError("it is not a JSON array: the array does not end")
     if data[bounds[-1] : bounds[-1] + CHUNK_BYTES].strip():
-        raise ValueError("something follows the array")
+        raise ValueError("it is not a JSON array: something follows the array")
     empty = len(bounds) == 2 and not data[bounds[0] : bounds[1] - 1].strip()
     return np.array(bounds[:1] if empty else bounds)

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
+from lorasb_ds.data.file_rows import FileRows
 from lorasb_ds.data.json_rows import JsonRows
+from lorasb_ds.data.tables import CsvRows, ParquetRows, saved_tables
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.system.files import file_digest
 
@@ -42,10 +44,13 @@ def load_rows(source: str, option: str = "--data", *, held_out: bool = False) ->
         if len(rows) > 0:
             return rows
     except ValueError as error:
-        raise ConfigError(
-            f"{option} {source} is not a JSON array: {error}. Fix the file."
-        ) from None
+        raise ConfigError(f"{option} {source}: {error}. Fix the file.") from None
     raise ConfigError(f"{option} {source} has no rows. Give data with at least one row.")
+
+
+def source_path(source: str) -> Path:
+    """Return the path that a source may be: as it is written, but for a home directory's ~."""
+    return Path(os.path.expanduser(source))  # noqa: PTH111, Path refuses a name like ~rows.csv
 
 
 def names_a_path(source: str) -> bool:
@@ -56,7 +61,7 @@ def names_a_path(source: str) -> bool:
 def _load(source: str, option: str, held_out: bool) -> Sequence[Any]:
     import datasets
 
-    path = Path(source).expanduser()
+    path = source_path(source)
     splits = HELD_OUT_SPLITS if held_out else ("train",)
     try:
         if path.is_file():
@@ -66,19 +71,25 @@ def _load(source: str, option: str, held_out: bool) -> Sequence[Any]:
                     f"{option} {source}: unknown file type {path.suffix!r}. Known: "
                     f"{', '.join(FILE_TYPES)}."
                 )
-            if suffix in (".json", ".jsonl"):
-                return JsonRows(path)
-            if path.stat().st_size == 0:
-                return []
-            return datasets.load_dataset(suffix[1:], data_files=str(path), split="train")
+            if suffix == ".csv":
+                return CsvRows(path)
+            if suffix == ".parquet":
+                return ParquetRows(path) if path.stat().st_size else []
+            return JsonRows(path)
         if path.is_dir():
-            return _one_split(datasets.load_from_disk(str(path)), splits, source, option)
+            return _one_split(saved_tables(path), splits, source, option)
         if names_a_path(source):
             raise ConfigError(f"{option} {source}: there is no such file.")
         hub = re.fullmatch(r"([^:@]+)(?::([^@]+))?(?:@(.+))?", source)
         if hub is None:
             raise ConfigError(f"{option} {source}: a hub data set is named NAME[:CONFIG][@SPLIT].")
         name, configuration, split = hub.groups()
+        if Path(name).is_dir():
+            # `datasets` would read its files, and keep the rows by their path and time.
+            raise ConfigError(
+                f"{option} {source}: {name} is a folder here, and not a data set of the hub. Name "
+                "a file in it, or a folder saved by `datasets`."
+            )
         if split is not None and split.endswith("]"):
             return datasets.load_dataset(name, configuration, split=split)
         loaded = datasets.load_dataset(name, configuration)
@@ -157,7 +168,8 @@ def _number(text: str) -> int | float | str:
 def source_fingerprint(source: str, rows: Any) -> str:
     """Return a text that is equal for sources with equal rows, on any host.
 
-    It has a file's digest, the fingerprint that ``datasets`` gives a table, or a task's address.
+    It has the digest of the content of a file or a saved folder, the fingerprint that ``datasets``
+    gives a table of the hub, or a task's address.
     """
     if source.startswith(REASONING_GYM):
         import reasoning_gym
@@ -165,7 +177,10 @@ def source_fingerprint(source: str, rows: Any) -> str:
         # Some tasks depend on Python's hash seed.
         seed = os.environ.get("PYTHONHASHSEED", "random")
         return f"{source} {reasoning_gym.__version__} {seed}"
-    path = Path(source).expanduser()
-    if path.is_file():
-        return f"{path.suffix.lower()} {file_digest(path)}"
+    if isinstance(rows, FileRows):
+        # Of the bytes that rows are read from: another file may be at the path by now.
+        return f"{rows.path.suffix.lower()} {rows.digest}"
+    if source_path(source).is_dir():
+        files = [file_digest(Path(file["filename"])) for file in rows.cache_files]
+        return f"saved {' '.join(files)}"
     return f"table {rows._fingerprint}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -84,7 +84,8 @@ def load_eval_rows(
         max_new_tokens: of an answer. [default: 512 where answers reason, else 128]
         tables: of the model; rows that need more are refused.
     Raises:
-        ConfigError: if rows cannot be read, have no question of this task, or are too long.
+        ConfigError: if rows cannot be read, or too many have no question of this task, or one is
+            too long.
     """
     check_tokenizer(tokenizer, config)
     rows = load_rows(source, held_out=True)
@@ -97,13 +98,9 @@ def load_eval_rows(
     if task == "multiple-choice":
         choices = _choices(tokenizer, rows)
         used = {question.row for question in choices}
-        if not choices:
-            raise ConfigError(
-                f"--task multiple-choice: no row of {source} has choices and a right one among "
-                "them. docs/evaluating.md lists the forms."
-            )
+        _check_choices(used, len(rows), config, source)
     else:
-        examples = tokenize_rows(rows, tokenizer, config)
+        examples = tokenize_rows(rows, tokenizer, config, f"--data {source}")
         questions = _questions(tokenizer, rows, config)
         used = {question.row for question in questions} | {*examples.row_numbers.tolist()}
     found = EvalRows(
@@ -119,6 +116,24 @@ def load_eval_rows(
     if tables is None:
         return found
     return replace(found, warnings=_check_tables(found, tables, tokenizer, config))
+
+
+def _check_choices(used: Set[int], num_rows: int, config: RunConfig, source: str) -> None:
+    """Refuse rows of which none, or not enough, are questions with choices."""
+    remedy = "docs/evaluating.md lists the forms"
+    if not used:
+        raise ConfigError(
+            f"--task multiple-choice: no row of {source} has choices and a right one among them. "
+            f"{remedy}."
+        )
+    skipped, allowed = num_rows - len(used), config.skippable_rows(num_rows)
+    if skipped > allowed:
+        first = next(row for row in range(1, num_rows + 1) if row not in used)
+        raise ConfigError(
+            f"--task multiple-choice: {skipped} of the {num_rows} rows of {source} have no choices "
+            f"with a right one among them (the first: row {first}), and --max-skipped-rows allows "
+            f"{allowed}. {remedy}; --max-skipped-rows {skipped} goes on without these rows."
+        )
 
 
 def _check_tables(rows: EvalRows, tables: Tables, tokenizer: Any, config: RunConfig) -> list[str]:

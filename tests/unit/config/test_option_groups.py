@@ -54,6 +54,7 @@ NAMES = [
     "lr_scheduler",
     "max_grad_norm",
     "max_length",
+    "max_skipped_rows",
     "max_skipped_steps",
     "max_steps",
     "method",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.data.batch import collate
 from lorasb_ds.data.dataset import tokenize_columns, tokenize_rows
+from lorasb_ds.data.formats import parse_row
 from lorasb_ds.data.json_rows import JsonRows
 from lorasb_ds.data.sources import load_rows, source_fingerprint
 from lorasb_ds.data.tokenization import IGNORE_INDEX, Example, encode
@@ -75,12 +77,17 @@ def test_splits(tmp_path: Path) -> None:
 
 
 def test_a_slice_of_a_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By name, as on the hub: here a folder that `datasets` reads by its own builder."""
+    """By name, as on the hub: here out of the cache that `datasets` has of it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "someone/made").mkdir(parents=True)
     write_jsonl(tmp_path / "someone/made/train.jsonl", ROWS)
     write_jsonl(tmp_path / "someone/made/test.jsonl", ROWS[:2])
+    datasets.load_dataset("someone/made")
+    with pytest.raises(ConfigError, match="someone/made is a folder here, and not a data set of"):
+        load_rows("someone/made@train")
+    (tmp_path / "someone").rename(tmp_path / "gone")
+    (tmp_path / "cache/made").rename(tmp_path / "cache/someone___made")
     first = load_rows("someone/made@train[:3]")
     assert [dict(row) for row in first] == ROWS[:3]
     assert [dict(row) for row in load_rows("someone/made:default@train[40%:60%]")] == ROWS[2:3]
@@ -95,11 +102,12 @@ def test_a_slice_of_a_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 BAD = {
     "empty.jsonl": ("", "has no rows"),
-    "blank.json": (" \n", r"line 1 of blank\.json: Expecting value"),
+    "blank.json": (" \n", "has no rows"),
+    "word.json": ("nonsense", r"row 1 of word\.json: Expecting value"),
     "none.json": ("[ ]", "has no rows"),
     "torn.jsonl": (
         '{"question": "a", "ans',
-        r"no row is a JSON.*line 1 of torn\.jsonl: Unt",
+        r"no row is a JSON.*row 1 of torn\.jsonl: Unt",
     ),
     "numbers.jsonl": ("1\n2\n", r"numbers\.jsonl is of type int\. Write an object"),
     "torn.json": (
@@ -149,12 +157,13 @@ LINES = [
     (b'{"question": "", "answer": "b"}', False),
     (b'{"question": "a", "answer": ""}', False),
     (b'{"question": ["a"], "answer": false}', False),
+    (b'{"question": "a", "answer": NaN}', False),
+    (b'{"question": "a", "answer": false},', True),
     (b'{"question": "a", "ans', False),
     (b'{"question": "a\x00", "answer": "b"}', False),
     (b'{"question": "\xff", "answer": "b"}', False),
     (b'{"question": "\\ud83d", "answer": "b"}', False),
     (b"\x00\x00\x00", False),
-    (b"", False),
     (b"[" * 100_000, False),
     (b"[1, 2]", False),
     (b"null", False),
@@ -164,7 +173,7 @@ LINES = [
 
 def test_every_line_is_kept_or_counted(tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + b"\n".join(line for line, _ in LINES))
+    path.write_bytes(b"\xef\xbb\xbf" + b"\n \r\n".join(line for line, _ in LINES))
     rows = load_rows(str(path))
     assert len(rows) == len(LINES)
     result = tokenize_rows(rows, tokenizer, RunConfig())
@@ -177,11 +186,12 @@ def test_every_line_is_kept_or_counted(tokenizer: Any, tmp_path: Path) -> None:
         "kept": len(kept),
         "skipped: no prompt": 1,
         "skipped: no response": 2,
-        "skipped: not a JSON object": 8,
+        "skipped: malformed messages": 1,
+        "skipped: not a JSON object": 7,
         "skipped: text that is not valid Unicode": 1,
         "skipped: no known columns": 1,
     }
-    assert "4 question/answer" in result.describe()
+    assert "5 question/answer" in result.describe()
     assert "1 messages" in result.describe()
 
 
@@ -199,6 +209,53 @@ def test_an_array_is_read_element_by_element(tmp_path: Path) -> None:
     assert list(load_rows(str(path))) == [{"a": 1}, None, {"c": 3}]
 
 
+def test_an_array_of_lines(tmp_path: Path) -> None:
+    """In a file of any name; an array that is torn is refused by one that says it is one."""
+    lines = ",\n".join(map(json.dumps, ROWS))
+    path = tmp_path / "rows.jsonl"
+    for content in (f"[\n{lines}\n]", f"\ufeff [{lines}]\n", json.dumps(ROWS, indent=1), lines):
+        path.write_text(content)
+        assert list(load_rows(str(path))) == ROWS, content
+    path.write_text(f"[\n{lines}")
+    assert list(load_rows(str(path))) == [None, *ROWS]
+    path.write_text(f"[1]\n{lines}")
+    assert list(load_rows(str(path))) == [[1], *ROWS]
+    path.rename(tmp_path / "rows.json")
+    with pytest.raises(ConfigError, match="not a JSON array: something follows"):
+        load_rows(str(tmp_path / "rows.json"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_other_encodings(tmp_path: Path, encoding: str) -> None:
+    """That begin with their mark, as Windows writes them."""
+    rows = [{"text": "\u00e9 \u20ac \U0001f642"}, {"text": "\u0a0d"}]  # with the bytes of line ends
+    for content in (json.dumps(rows), "\n".join(map(json.dumps, rows))):
+        path = tmp_path / "rows.json"
+        path.write_text(content, encoding=encoding)
+        assert list(load_rows(str(path))) == rows
+
+
+def test_a_number_is_what_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    numbers = ["1.50", "1e5", "18", "0.1234567890123456789", "-Infinity", "1e400"]
+    path.write_text("".join(f'{{"question": "?", "answer": {number}}}\n' for number in numbers))
+    rows = load_rows(str(path))
+    for row, number in zip(rows, numbers, strict=True):
+        assert parse_row(row)[1][-1] == {"role": "assistant", "content": number}
+    assert [row["answer"] for row in rows] == [float(number) for number in numbers]
+    assert json.loads(json.dumps(rows[0])) == {"question": "?", "answer": 1.5}
+
+
+def test_a_torn_array_takes_as_long_as_its_length(tmp_path: Path) -> None:
+    """Within a string of escaped quotes, each of which looks like the start of another string."""
+    path = tmp_path / "rows.json"
+    path.write_text('["' + '\\"' * 500_000)  # twenty minutes, if it were searched from each of them
+    start = time.perf_counter()
+    with pytest.raises(ConfigError, match="the array does not end"):
+        load_rows(str(path))
+    assert time.perf_counter() - start < 10
+
+
 @settings(max_examples=40, deadline=None)
 @given(lines=st.lists(st.binary(max_size=30).map(lambda b: b.replace(b"\n", b"")), max_size=8))
 def test_any_bytes_are_rows_or_counted(
@@ -207,7 +264,7 @@ def test_any_bytes_are_rows_or_counted(
     path = tmp_path_factory.mktemp("bytes") / "rows.jsonl"
     path.write_bytes(b"".join(line + b"\n" for line in [*lines, b'{"text": "a b"}']))
     counts = tokenize_rows(load_rows(str(path)), tokenizer, RunConfig()).counts
-    assert counts.total() == len(lines) + 1
+    assert counts.total() == sum(bool(line.strip(b" \t\r")) for line in lines) + 1
     assert counts["kept"] == 1
 
 
@@ -226,8 +283,9 @@ def test_any_array_and_any_lines_are_read_as_json_reads_them(
     folder = tmp_path_factory.mktemp("rows")
     (folder / "a.json").write_text(json.dumps(rows, indent=indent))
     (folder / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name in ("a.json", "b.jsonl"):
-        assert repr(list(JsonRows(folder / name))) == repr(rows)  # NaN is not itself
+    assert repr(list(JsonRows(folder / "a.json"))) == repr(rows)  # NaN is not itself
+    one_array = len(rows) == 1 and isinstance(rows[0], list)
+    assert repr(list(JsonRows(folder / "b.jsonl"))) == repr(rows[0] if one_array else rows)
 
 
 def test_only_the_response_is_labelled(tokenizer: Any) -> None:

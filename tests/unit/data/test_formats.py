@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from datetime import date, datetime, time
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -46,6 +49,33 @@ def test_empty_columns_belong_to_rows_of_other_forms() -> None:
     assert parse_row(joined) == ("text", "abc")
     joined |= {"text": None, "messages": [USER, BOT]}
     assert parse_row(joined) == ("messages", [USER, BOT])
+    joined = {"question": math.nan, "answer": math.nan, "text": "abc"}  # as pandas writes them
+    assert parse_row(joined) == ("text", "abc")
+    row = {"instruction": "Hi", "input": math.nan, "output": "Hello"}
+    assert parse_row(row) == ("instruction/output", [USER, BOT])
+
+
+# What is read, and what is learned.
+WRITTEN = {
+    "02108": "02108",
+    "nan": "nan",
+    18: "18",
+    123456789012345678: "123456789012345678",
+    -1.5: "-1.5",
+    math.inf: "Infinity",
+    -math.inf: "-Infinity",
+    Decimal("1.50"): "1.50",
+    Decimal("1E+3"): "1000",
+    date(2024, 1, 31): "2024-01-31",
+    datetime(2024, 1, 31, 12): "2024-01-31 12:00:00",
+    time(12, 30): "12:30:00",
+}
+
+
+@pytest.mark.parametrize(("cell", "text"), [*WRITTEN.items(), (True, "true"), (False, "false")])
+def test_cells(cell: Any, text: str) -> None:
+    said = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+    assert parse_row({"question": cell, "answer": cell}) == ("question/answer", said)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +147,9 @@ def test_named_columns() -> None:
         ({"question": "a", "answer": " "}, "no response"),
         ({"question": "a", "answer": {"b": 1}}, "no response"),
         ({"question": None, "answer": "b"}, "no prompt"),
-        ({"question": True, "answer": "b"}, "no prompt"),
+        ({"question": math.nan, "answer": "b"}, "no prompt"),
+        ({"question": "a", "answer": math.nan}, "no response"),
+        ({"question": "a", "answer": Decimal("nan")}, "no response"),
         ({"prompt": [], "completion": [BOT]}, "no prompt"),
         ({"prompt": [USER], "completion": []}, "no response"),
         ({"text": " \n"}, "no text"),

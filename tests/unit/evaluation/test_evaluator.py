@@ -108,6 +108,15 @@ def test_what_rows_are_no_use(tiny_model: Path, tokenizer: Any, tmp_path: Path) 
     )
     assert load_eval_rows(config.data[0], config, tokenizer).skipped == 1
     assert load_eval_rows(config.data[0], config, tokenizer, num_samples=2).skipped == 0
+    none = config.model_copy(update={"max_skipped_rows": "20%"})
+    with pytest.raises(ConfigError, match=r"1 of the 4 rows .*first: row 4\), .*-rows 1 goes on"):
+        load_eval_rows(none.data[0], none, tokenizer)
+    torn = write_jsonl(tmp_path / "torn.jsonl", [*word_rows(3), *[{"question": "a"}] * 21])
+    with pytest.raises(
+        ConfigError, match=r"torn\.jsonl: 21 of 24 rows .*no known columns.* 20 for"
+    ):
+        load_eval_rows(torn, config, tokenizer)
+    assert load_eval_rows(torn, config, tokenizer, num_samples=23).skipped == 20
     plain = write_jsonl(tmp_path / "b.jsonl", word_rows(2))
     config = load_run_config({"model": str(tiny_model), "data": plain})
     with pytest.raises(ConfigError, match=r"no row of .* has choices"):

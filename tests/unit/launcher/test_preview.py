@@ -67,6 +67,20 @@ def test_a_row_of_each_source(demo_model: Path, rows: str) -> None:
     assert f"--- {rows} has 6 rows" in preview(*some, "--row", 7)
 
 
+def test_rows_that_training_would_refuse(demo_model: Path, tmp_path: Path) -> None:
+    """Are shown, with what is wrong: to find that out is what the preview is for."""
+    rows = [*word_rows(3), *[{"question": "a", "answer": None}] * 4, {"text": "b", "id": 1}]
+    some = ("--model", demo_model, "--data", write_jsonl(tmp_path / "rows.jsonl", rows))
+    assert "refuse" not in preview(*some)
+    output = preview(*some, "-n", 1, "--max-skipped-rows", 3)
+    note, header, *_ = output.splitlines()
+    assert note.startswith("`lorasb train` would refuse these rows: --data ")
+    assert "4 of 8 rows would be skipped (no response)" in note
+    assert header.startswith("--- rows.jsonl:1: ")
+    assert "\n4 kept, 4 skipped: no response; kept by form: 3 question/answer, 1 text\n" in output
+    assert ":4: skipped: no response" in preview(*some, "--row", 4)
+
+
 def test_the_command(demo_model: Path, rows: str) -> None:
     command = ["lorasb", "data", "preview", "--model", str(demo_model), "--data", rows]
     assert "--- rows.jsonl:3: " in run_command(*command)
