@@ -167,12 +167,11 @@ def _be_a_rank(job: Job, environment: dict[str, str], output: int) -> NoReturn:
 
 
 def run_case(case: str, **arguments: Any) -> None:
-    """A function of tests/dist/cases.py, and the end of its process group."""
+    """A function of tests/dist/cases.py or of MODULE:NAME, and the end of its process group."""
     import torch.distributed as dist
 
-    from tests.dist import cases
-
-    getattr(cases, case)(**arguments)
+    module, _, name = case.rpartition(":")
+    getattr(importlib.import_module(module or "tests.dist.cases"), name)(**arguments)
     if dist.is_initialized():
         dist.destroy_process_group()
 

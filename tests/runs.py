@@ -48,7 +48,11 @@ def benchmark(name: str) -> Iterator[Any]:
 
 
 def run_ranks(case: str, world_size: int, timeout: float = 240, **arguments: Any) -> None:
-    """Run a function of tests/dist/cases.py on gloo ranks; fails as soon as one of them does."""
+    """Run a function of tests/dist/cases.py on gloo ranks; fails as soon as one of them does.
+
+    Args:
+        case: its name, or MODULE:NAME of another module's.
+    """
     given = {"case": case, **arguments}
     outcome = _forked("run_case", world_size, timeout, given)
     assert outcome.statuses == [0] * world_size, f"{case}: {_described(outcome, timeout)}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -44,13 +45,28 @@ class Batch:
         """Labels of the next position, (rows, length)."""
         return F.pad(self.labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 
+    @cached_property
+    def label_positions(self) -> torch.Tensor:
+        """Positions of ``next_labels`` that hold a label, in the flattened batch: (labels,), int64.
+
+        Its first use waits for the batch's device. ``to`` finds them before, on the host.
+        """
+        return (self.next_labels != IGNORE_INDEX).flatten().nonzero().flatten()
+
     def to(self, device: torch.device) -> Batch:
-        moved: dict[str, Any] = {
-            name: value.to(device)
-            for name, value in vars(self).items()
-            if isinstance(value, torch.Tensor)
-        }
-        return replace(self, **moved)
+        """Return the batch on a device, without waiting for what the device still has to do."""
+
+        def moved(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor):
+                return value
+            if device.type == "cpu" or value.device.type != "cpu":
+                return value.to(device)
+            # Of pageable memory the copy may wait for the device's stream, asynchronous or not.
+            return value.pin_memory().to(device, non_blocking=True)
+
+        batch = Batch(**{field.name: moved(getattr(self, field.name)) for field in fields(self)})
+        vars(batch)["label_positions"] = moved(self.label_positions)
+        return batch
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,15 @@ def device() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
+def from_host(numbers: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Return a tensor of Python numbers on the device, without waiting for what it has to do.
+
+    ``torch.tensor(…, device=…)`` copies synchronously: on CUDA that waits for the whole stream.
+    """
+    values = torch.tensor(numbers, dtype=dtype)
+    return values if name() == "cpu" else values.pin_memory().to(device(), non_blocking=True)
+
+
 def name() -> str:
     """Return the kind of device that DeepSpeed found: ``cpu``, ``cuda``, …"""
     return str(get_accelerator().device_name())

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 
-from lorasb_ds.distributed import accelerator
 from lorasb_ds.distributed.collectives import Group
 from lorasb_ds.init.init_report import LayerInit
 from lorasb_ds.init.sharded_svd import TruncatedSVD, truncated_svds
@@ -35,8 +34,8 @@ def decompose(
     Raises:
         FloatingPointError: on every rank, if a gradient is not finite.
     """
-    finite = torch.tensor([float(torch.isfinite(G).all()) for G in gradients.values()])
-    finite = finite.to(accelerator.device())
+    # Looked at together: the host would wait for the device at each layer.
+    finite = torch.stack([torch.isfinite(G).all() for G in gradients.values()]).float()
     dist.all_reduce(finite, op=dist.ReduceOp.MIN, group=group)
     if bad := [name for name, ok in zip(gradients, finite.tolist(), strict=True) if not ok]:
         raise FloatingPointError(
@@ -68,18 +67,22 @@ def describe_layer(
         stored_dtype: the dtype in which A and B are stored.
     """
 
-    def error(dtype: torch.dtype) -> float:
+    def error(dtype: torch.dtype) -> torch.Tensor:
         U, Vh = (factor.to(dtype).float() for factor in (svd.U_local, svd.Vh))
         gram = U.T @ U
         dist.all_reduce(gram, group=group)
         identity = torch.eye(len(gram), device=gram.device)
-        return max((M - identity).abs().max().item() for M in (gram, Vh @ Vh.T))
+        return torch.stack([(M - identity).abs().max() for M in (gram, Vh @ Vh.T)]).max()
 
+    errors = torch.stack([error(torch.float32), error(stored_dtype)])
+    # One wait for the device, for all numbers; fp64 holds each of them exactly.
+    found = torch.cat([part.double() for part in (errors, svd.S, slopes)]).tolist()
+    r = len(svd.S)
     return LayerInit(
         captured_energy=svd.captured_energy,
-        spectrum=tuple(svd.S.tolist()),
-        orthonormality_error=error(torch.float32),
-        stored_orthonormality_error=error(stored_dtype),
-        slopes=tuple(slopes.tolist()),
+        spectrum=tuple(found[2 : 2 + r]),
+        orthonormality_error=found[0],
+        stored_orthonormality_error=found[1],
+        slopes=tuple(found[2 + r :]),
         batches_reached=batches_reached,
     )

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from lorasb_ds.adapters.experts import LoraSBExperts
 from lorasb_ds.adapters.layer import AdapterLinear
@@ -91,8 +92,9 @@ class GradientShards:
                 wanted = (layers or {}).get(name)
                 self.experts[name] = range(length) if wanted is None else wanted
                 length = len(self.experts[name])
-                tokens = torch.zeros(length, dtype=torch.int64)
-                self.tokens[name] = tokens.to(accelerator.device())
+                self.tokens[name] = torch.zeros(
+                    length, dtype=torch.int64, device=accelerator.device()
+                )
             self._shapes[name] = (length, *rest)
             shape = (len(row_range(length, self.rank, self.world_size)), *rest)
             self.shards[name] = (
@@ -120,7 +122,7 @@ class GradientShards:
             return
         order = zlib.crc32(" ".join(self._calls).encode())
         mine = [counts[name] for name in self.shards] + [order]
-        bounds = torch.tensor([mine, [-n for n in mine]], device=accelerator.device())
+        bounds = accelerator.from_host([mine, [-n for n in mine]])
         dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=self.group)
         *differ, other_order = (bounds[0] + bounds[1] != 0).tolist()
         for name, differs in zip(self.shards, differ, strict=True):
@@ -157,10 +159,9 @@ class GradientShards:
         """
         wanted, shape = self.experts[name], self._shapes[name][1:]
         ends = [0, *routing.ends]
-        with_gradient = grad_y.any(1).cumsum(0).cpu()
-        upto = torch.cat([torch.zeros(1, dtype=torch.int64), with_gradient])[ends]
-        tokens = upto.diff()[wanted.start : wanted.stop]
-        self.tokens[name] += tokens.to(self.tokens[name].device)
+        upto = F.pad(grad_y.any(1).cumsum(0), (1, 0))  # rows with a gradient
+        tokens = upto.index_select(0, F.pad(routing.offsets, (1, 0))).diff()
+        self.tokens[name] += tokens[wanted.start : wanted.stop]
         long, short = (x, grad_y) if is_transposed(grad_y.shape[1], x.shape[1]) else (grad_y, x)
         at_once = max(1, EXPERT_GRADIENT_BYTES // (4 * shape[0] * shape[1]))
         with _exact_products(long, short):
@@ -206,9 +207,7 @@ class GradientShards:
             shard /= num_label_tokens
         for tokens in self.tokens.values():
             dist.all_reduce(tokens, group=self.group)
-        counts = torch.tensor(
-            [self.batches_reached[name] for name in self.shards], device=accelerator.device()
-        )
+        counts = accelerator.from_host([self.batches_reached[name] for name in self.shards])
         dist.all_reduce(counts, group=self.group)
         self.batches_reached = Counter(dict(zip(self.shards, counts.tolist(), strict=True)))
 

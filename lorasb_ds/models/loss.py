@@ -144,7 +144,9 @@ def token_loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
         model: a causal model, or the engine around it.
     """
     if getattr(getattr(model, "module", model), "loss_head", None) is not None:
-        return model(**batch.inputs, next_labels=batch.next_labels, use_cache=False)
+        labels = batch.next_labels.flatten()[batch.label_positions]
+        predicts = (batch.label_positions, labels)
+        return model(**batch.inputs, predicts=predicts, use_cache=False)
     return label_losses(model, batch).sum()
 
 
@@ -173,7 +175,9 @@ def label_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
 def add_loss_head(model: Any) -> None:
     """Let a transformers model compute its loss by ``LossHead``; call before the engine is made.
 
-    Called with ``next_labels`` (batch, length), the model then returns the loss instead of logits.
+    Called with ``predicts``, the positions that predict a label in the flattened batch and those
+    labels, (n,) each, the model then returns the loss instead of logits. They are not a mask: the
+    host would wait for the device to count it, in the backward pass, too.
     The model itself is called because DeepSpeed's hooks are on it.
     """
     linear = model.get_output_embeddings()
@@ -206,7 +210,8 @@ def check_loss_head(model: Any, input_ids: torch.Tensor) -> bool:
     labels = logits.argmax(-1)
     labels[:, ::2] = logits[:, ::2].argmin(-1)
     expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-    found = model(input_ids=input_ids, use_cache=False, next_labels=labels)
+    everywhere = torch.arange(labels.numel(), device=labels.device)
+    found = model(input_ids=input_ids, use_cache=False, predicts=(everywhere, labels.flatten()))
     tolerance = ROUNDINGS * torch.finfo(model.dtype).eps
     same = (found - expected).abs() <= tolerance * (logits.abs().amax(-1).sum() + expected)
     same = same.float()
@@ -220,12 +225,15 @@ def check_loss_head(model: Any, input_ids: torch.Tensor) -> bool:
 def _forward_with_loss(forward: Any) -> Any:
     @functools.wraps(forward)  # generate() inspects its signature
     def with_loss(
-        model: Any, *args: Any, next_labels: torch.Tensor | None = None, **kwargs: Any
+        model: Any,
+        *args: Any,
+        predicts: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Any,
     ) -> Any:
-        if next_labels is None:  # for generation and logits
+        if predicts is None:  # for generation and logits
             return forward(model, *args, **kwargs)
-        wanted = next_labels != IGNORE_INDEX
-        hidden, labels = model.base_model(*args, **kwargs)[0][wanted], next_labels[wanted]
+        positions, labels = predicts
+        hidden = model.base_model(*args, **kwargs)[0].flatten(0, 1).index_select(0, positions)
         loss, grad = model.loss_head(hidden.detach(), labels, hidden.requires_grad)
         return loss if grad is None else _GivenGradient.apply(hidden, loss, grad)
 

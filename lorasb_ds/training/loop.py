@@ -38,6 +38,7 @@ class StepResult:
         applied: False if the step was skipped, because loss or gradient was not finite.
         num_tokens: tokens in the batch, without padding.
         num_positions: tokens in the batch, with padding.
+        stop: whether any rank had been asked to stop by the end of the step.
     """
 
     loss: float
@@ -46,6 +47,7 @@ class StepResult:
     applied: bool
     num_tokens: int
     num_positions: int
+    stop: bool
 
 
 def train(training: TrainingRun) -> RunStatus:
@@ -70,17 +72,19 @@ def _steps(training: TrainingRun, step_done: Callable[[], None]) -> RunStatus:
     """Train step by step, with the evaluations and checkpoints that are due. Collective."""
     run, engine, state = training.run, training.engine, training.state
     start = time.perf_counter()
+    stop = any_rank(training.stop.requested)
     while not state.finished and state.step < run.num_steps:
-        units = run.order.packs(state.step)
-        lr = engine.get_lr()[0]  # of this step: the scheduler moves on at its end
-        tracked = _is_due(state.step + 1, run.config.track_alignment)
-        before = trained_factors(training.adapters) if tracked else None
-        result = train_step(engine, run.step_batches(units), training.stop.requested)
-        if result is None:
+        if stop:
             saved = save(training)
             what = "is saved" if saved else "is not saved"
             say(f"asked to stop: step {state.step} {what}; --resume goes on")
             return "stopped"
+        units = run.order.packs(state.step)
+        lr = engine.get_lr()[0]  # of this step: the scheduler moves on at its end
+        tracked = _is_due(state.step + 1, run.config.track_alignment)
+        before = trained_factors(training.adapters) if tracked else None
+        result = train_step(engine, run.step_batches(units), lambda: training.stop.requested)
+        stop = result.stop
         state.step += 1
         now = time.perf_counter()
         step_done()
@@ -103,13 +107,15 @@ def _steps(training: TrainingRun, step_done: Callable[[], None]) -> RunStatus:
         if before is not None:
             track_alignment(training, before)
         if state.step < run.num_steps:
-            new_best = False
-            if _is_due(state.step, run.config.eval_every):
+            new_best, evaluates = False, _is_due(state.step, run.config.eval_every)
+            if evaluates:
                 new_best = evaluate(training, "step")
             state.finished = is_stopped_early(training)
-            due = _is_due(state.step, run.config.save_every)
-            if (new_best or due) and not state.finished:
+            saves = (new_best or _is_due(state.step, run.config.save_every)) and not state.finished
+            if saves:
                 save(training)
+            if tracked or evaluates or saves:  # for so long that a signal may have come meanwhile
+                stop = any_rank(training.stop.requested)
         start = time.perf_counter()
     return "finished"
 
@@ -131,7 +137,16 @@ def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def train_step(engine: Any, batches: list[Batch], stop: bool = False) -> StepResult | None:
+def any_rank(asked: bool) -> bool:
+    """Return whether ``asked`` holds on any rank. Collective."""
+    number = accelerator.from_host(float(asked))
+    dist.all_reduce(number)
+    return number.item() > 0
+
+
+def train_step(
+    engine: Any, batches: list[Batch], stop_requested: Callable[[], bool] = lambda: False
+) -> StepResult:
     """Take one optimizer step on this rank's micro-batches. Collective.
 
     The step's loss is the mean over the label tokens of all ranks and micro-batches: a
@@ -142,43 +157,37 @@ def train_step(engine: Any, batches: list[Batch], stop: bool = False) -> StepRes
     neither is the norm, which is the same on all ranks. The engine then skips the step: R, the
     optimizer and the schedule stay as they were (``check_grad_overflow`` in ds_config.py).
 
+    The host waits for the device once, at the end, besides the engine's own waits for the norm:
+    until then it only queues kernels.
+
     Args:
-        stop: whether this rank was asked to stop.
-    Returns:
-        None if any rank was asked to stop; nothing has been computed then.
-    Communication: besides the engine's, one all-reduce of 4 numbers before and one of 2 after.
+        stop_requested: tells whether this rank has been asked to stop; called at the step's end.
+    Communication: besides the engine's, one all-reduce of 3 numbers before and one of 3 after.
     """
     device = accelerator.device()
-    counts = torch.tensor(
-        [
-            sum(batch.num_label_tokens for batch in batches),
-            sum(batch.num_tokens for batch in batches),
-            sum(batch.input_ids.numel() for batch in batches),
-            float(stop),
-        ],
-        dtype=torch.float64,
-        device=device,
-    )
+    of_batches = [(b.num_label_tokens, b.num_tokens, b.input_ids.numel()) for b in batches]
+    counts = accelerator.from_host([sum(n) for n in zip(*of_batches, strict=True)], torch.float64)
     dist.all_reduce(counts)
-    num_label_tokens, num_tokens, num_positions, num_stops = counts.tolist()
-    if num_stops:
-        return None
-    scale = zero.world_size() * len(batches) / max(1.0, num_label_tokens)
+    scale = (zero.world_size() * len(batches) / counts[0].clamp(min=1)).float()
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     for batch in batches:
         loss = token_loss_sum(engine, batch.to(device))
         engine.backward(loss * torch.where(loss.detach().isfinite(), scale, math.nan))
         engine.step()
         loss_sum += loss.detach().double()
-    sums = torch.stack([loss_sum, squared_norm(engine)])
+    stop = accelerator.from_host(float(stop_requested()), torch.float64)
+    sums = torch.stack([loss_sum, squared_norm(engine), stop])
     dist.all_reduce(sums)
+    found = torch.cat([sums, counts]).tolist()
+    loss_total, squared_r, num_stops, num_label_tokens, num_tokens, num_positions = found
     return StepResult(
-        loss=(sums[0] / max(1.0, num_label_tokens)).item(),
+        loss=loss_total / max(1.0, num_label_tokens),
         grad_norm=float(engine.get_global_grad_norm()),
-        r_norm=sums[1].sqrt().item(),
+        r_norm=math.sqrt(squared_r),
         applied=not engine.optimizer.overflow,
         num_tokens=int(num_tokens),
         num_positions=int(num_positions),
+        stop=num_stops > 0,
     )
 
 

@@ -1,0 +1,59 @@
+"""How often the host waits for the device: a step once, a layer of the init a few times."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from tests.device.test_runs import SHARDED, ZERO1, check_run, configured, train
+
+__all__ = ["configured"]  # a fixture
+
+STEPS = (2, 6)
+RUNS: dict[str, dict[str, Any]] = {
+    **{f"steps-{n}": SHARDED | {"max_steps": n} for n in STEPS},
+    **{
+        f"accumulated-{n}": ZERO1 | {"max_steps": n, "train_batch_size": 16, "dtype": "bf16"}
+        for n in STEPS
+    },
+    "few-layers": SHARDED | {"max_steps": 2, "target_modules": "q_proj"},
+}
+LAYERS = 14 - 2  # more in "steps-2" than in "few-layers"
+
+
+@pytest.fixture(scope="module")
+def waits(configured: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Counter[str]]:
+    """Run -> line -> how often rank 0 has waited there."""
+    out = tmp_path_factory.mktemp("waits")
+    train(configured(RUNS, out), 2, out)
+    return {name: lines(check_run(out, name)[0]) for name in RUNS}
+
+
+def lines(counted: dict[str, Any]) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for why, where, number in counted["waits"]:
+        found[f"{where} ({why})"] += number
+    return found
+
+
+def in_files(found: Counter[str], package: str) -> Counter[str]:
+    return Counter({line: n for line, n in found.items() if line.startswith(package)})
+
+
+@pytest.mark.parametrize("kind", ["steps", "accumulated"])
+def test_a_step_waits_once(kind: str, waits: dict[str, Counter[str]]) -> None:
+    """However many micro-batches it has; DeepSpeed waits for the norm besides."""
+    few, many = (waits[f"{kind}-{n}"] for n in STEPS)
+    more = many - few
+    num_steps = STEPS[1] - STEPS[0]
+    own = in_files(more, "lorasb_ds/")
+    assert own.total() == num_steps, own
+    assert next(iter(own)).startswith("lorasb_ds/training/loop.py:"), own
+    assert more.total() <= 6 * num_steps, more
+
+
+def test_a_layer_of_the_init_waits_a_few_times(waits: dict[str, Counter[str]]) -> None:
+    more = in_files(waits["steps-2"], "lorasb_ds/init") - waits["few-layers"]
+    assert more.total() <= 12 * LAYERS, more
