@@ -39,6 +39,7 @@ SECTIONS: dict[str, type[OptionGroup]] = {
 EVAL_FIELDS = (
     "prompt_column",
     "response_column",
+    "template_date",
     "max_length",
     "max_skipped_rows",
     "dtype",

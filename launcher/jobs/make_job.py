@@ -52,6 +52,7 @@ def make_job(
     elif run_json is not None and num_procs is None and num_gpus is None:
         num_procs, num_gpus = replayed_processes(run_json)
     config = load_run_config(given, run_json)
+    given["template_date"] = config.template_date  # at midnight, hosts may have different ones
     if slots is not None:
         config = resolved_on(config, slots)
     elif count := num_procs or num_gpus:

@@ -43,8 +43,9 @@ def main(own: dict[str, Any], given: dict[str, Any]) -> None:
     try:
         config = load_run_config(given)
         check_output_dir(config, evaluation=True)
+        from lorasb_ds.data.template import stand_in_note
         from lorasb_ds.evaluation.model import prepare_model
-        from lorasb_ds.runs.output_dir import say_if_bf16_is_emulated
+        from lorasb_ds.runs.output_dir import say, say_if_bf16_is_emulated
 
         if in_job:
             answer_agent()
@@ -53,6 +54,8 @@ def main(own: dict[str, Any], given: dict[str, Any]) -> None:
         local_size = ranks_of_host(default=world_size) if in_job else 1
         run = prepare_model(config, own["adapter"], world_size, local_size)
         say_if_bf16_is_emulated(run.config)
+        if (note := stand_in_note(run.base.tokenizer)) is not None:
+            say(note)
         if own["lm_eval"] is not None:
             from lorasb_ds.evaluation.lm_eval import evaluate_by_harness
 
@@ -108,6 +111,7 @@ def render(rows: EvalRows, result: EvalResult, named: bool) -> str:
     if rows.skipped:
         kept = rows.examples.describe() if rows.examples else f"{rows.skipped} without choices"
         lines.append(f"rows: {kept}")
+    lines += rows.examples.notes if rows.examples else ()
     if result.cut_off:
         lines.append(
             f"{result.cut_off} answers were cut off at {rows.max_new_tokens} tokens; "

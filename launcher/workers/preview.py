@@ -25,6 +25,7 @@ FIELDS = (
     "data",
     "prompt_column",
     "response_column",
+    "template_date",
     "max_length",
     "loss_on",
     "truncation",
@@ -61,22 +62,26 @@ def preview(config: RunConfig, num_rows: int, row: int | None, color: bool) -> I
     import numpy as np
 
     from lorasb_ds.data.cache import tokenize_sources
-    from lorasb_ds.models.base import Base
+    from lorasb_ds.data.template import stand_in_note
+    from lorasb_ds.models.base import open_base
 
-    tokenizer = Base(config.model, config.trust_remote_code).tokenizer
+    tokenizer = open_base(config)[0].tokenizer
     rows, notes = tokenize_sources(config.data, tokenizer, config, refuse=False)
-    yield from notes
+    note = stand_in_note(tokenizer) if set(rows.forms) != {"text"} else None
+    yield from [*filter(None, [note]), *notes]
     if row is None:
         chosen = list(range(min(num_rows, len(rows.examples))))
     else:
         chosen = np.flatnonzero(rows.row_numbers == row).tolist()
         yield from why_skipped(config, tokenizer, row)
     for i in chosen:
-        example = rows.examples[i]
+        example, found = rows.examples[i], rows.found(i)
+        left = f"; left out: {', '.join(found.left_out)}" if found.left_out else ""
         yield (
             f"--- {rows.row_id(i)}: {len(example.input_ids)} tokens, {example.num_label_tokens} "
-            f"learned{', truncated' if example.truncated else ''}"
+            f"learned{', truncated' if example.truncated else ''}; from {found.form}{left}"
         )
+        yield from (f"rows like this one {remark}" for remark in found.remarks)
         yield show(tokenizer, example, color)
     yield "---"
     yield rows.describe()

@@ -28,6 +28,7 @@ from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.distributed.collectives import broadcast
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.models.linear_layers import Shapes, layer_shape
+from lorasb_ds.models.tokenizer_files import TokenizerFiles
 from lorasb_ds.system.host_memory import release_freed_memory
 
 ADAPTER = "default"  # PEFT's name of the one adapter
@@ -249,6 +250,7 @@ def save_peft_method(
     empty_model: Any,
     tensors: Mapping[str, torch.Tensor],
     base_model: str | None,
+    tokenizer: TokenizerFiles | None = None,
 ) -> None:
     """Write the folder that PEFT's own ``save_pretrained`` would write. Called on rank 0 only.
 
@@ -256,6 +258,7 @@ def save_peft_method(
         empty_model: the base on the meta device, for PEFT's names.
         tensors: from ``collect_peft``.
         base_model: name of the base in adapter_config.json.
+        tokenizer: to put beside it.
     """
     import peft
 
@@ -275,4 +278,5 @@ def save_peft_method(
     made.inference_mode, made.base_model_name_or_path = True, base_model
     content = {k: sorted(v) if isinstance(v, set) else v for k, v in made.to_dict().items()}
     # A copy each: a file holds no two names of one tensor.
-    write_adapter(folder, {k: v.clone().contiguous() for k, v in found.items()}, content)
+    found = {k: v.clone().contiguous() for k, v in found.items()}
+    write_adapter(folder, found, content, tokenizer)

@@ -16,6 +16,7 @@ from lorasb_ds.adapters.peft_experts import ExpertPair, expert_tensors
 from lorasb_ds.config.run_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lorasb_ds.distributed import zero
 from lorasb_ds.models.linear_layers import Shapes
+from lorasb_ds.models.tokenizer_files import TokenizerFiles
 from lorasb_ds.system.files import publish, write_json
 from lorasb_ds.system.safetensors_writer import save_tensors
 
@@ -85,6 +86,7 @@ def save_peft_adapter(
     base_model: str | None,
     target_parameters: Sequence[str] = (),
     rank_pattern: Mapping[str, int] | None = None,
+    tokenizer: TokenizerFiles | None = None,
 ) -> None:
     """Write a plain LoRA that ``PeftModel.from_pretrained`` loads; see ``write_adapter``.
 
@@ -94,6 +96,7 @@ def save_peft_adapter(
         target_modules, target_parameters: as from ``target_fields`` and ``expert_fields``.
         base_model: name of the base in adapter_config.json.
         rank_pattern: as from ``expert_fields``; also written as alpha_pattern.
+        tokenizer: to put beside it.
     """
     config: dict[str, Any] = {
         "peft_type": "LORA",
@@ -111,11 +114,14 @@ def save_peft_adapter(
         config["target_parameters"] = target_parameters
     if rank_pattern:
         config |= {"rank_pattern": rank_pattern, "alpha_pattern": rank_pattern}
-    write_adapter(folder, tensors, config)
+    write_adapter(folder, tensors, config, tokenizer)
 
 
 def write_adapter(
-    folder: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any],
+    tokenizer: TokenizerFiles | None = None,
 ) -> None:
     """Write a PEFT folder, which appears whole or not at all.
 
@@ -123,6 +129,7 @@ def write_adapter(
 
     Args:
         config: the content of adapter_config.json.
+        tokenizer: to put beside it.
     """
     aside = folder.with_name(folder.name + ".tmp")
     if aside.exists():
@@ -130,6 +137,8 @@ def write_adapter(
     aside.mkdir(parents=True)
     save_tensors(aside / ADAPTER_WEIGHTS, tensors, {"format": "pt"})
     write_json(aside / ADAPTER_CONFIG, config)
+    if tokenizer is not None:
+        tokenizer.copy_into(aside)
     if folder.exists():
         shutil.rmtree(folder)
     publish(aside, folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from datetime import date
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
@@ -19,6 +20,10 @@ def _default_eval_data(fields: Mapping[str, Any]) -> str | None:
     """Return held-out rows for the demo's data, and for no other."""
     is_demo = fields.get("data") == (DEMO_DATA,) and fields.get("val_set_size") is None
     return DEMO_EVAL_DATA if is_demo else None
+
+
+def _today() -> str:
+    return date.today().isoformat()
 
 
 class DataOptions(OptionGroup):
@@ -68,6 +73,15 @@ class DataOptions(OptionGroup):
         json_schema_extra=default_is(
             "the prompt column's partner: answer, response, completion, output; messages and "
             "conversations bring theirs"
+        ),
+    )
+    template_date: str = Field(
+        default_factory=_today,
+        description="Date that chat templates get which write today's date (Llama 3's), as "
+        "YYYY-MM-DD.",
+        json_schema_extra=default_is(
+            "that of the run that is resumed, replayed, evaluated or "
+            "named by --init-from, else today"
         ),
     )
     loss_on: Literal["responses", "last", "all"] = Field(
@@ -135,6 +149,14 @@ class DataOptions(OptionGroup):
         if self.max_skipped_rows.endswith("%"):
             return int(num_rows * Fraction(self.max_skipped_rows[:-1]) / 100)
         return int(self.max_skipped_rows)
+
+    @field_validator("template_date")
+    @classmethod
+    def _a_date(cls, value: str) -> str:
+        try:
+            return date.fromisoformat(value).isoformat()
+        except ValueError:
+            raise ValueError("Give a date as YYYY-MM-DD") from None
 
     @field_validator("val_set_size")
     @classmethod

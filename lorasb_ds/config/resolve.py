@@ -39,6 +39,8 @@ def load_run_config(given: Mapping[str, Any], run_json: str | None = None) -> Ru
         run_json = run_json or str(folder / RUN_JSON)
         asked.setdefault("output_dir", str(folder))
     values = {**(_replayed(run_json, asked) if run_json is not None else {}), **asked}
+    if "template_date" not in values:
+        values |= _date_of_earlier(values)
     try:
         config = RunConfig(**values)
     except ValidationError as error:
@@ -189,6 +191,18 @@ def _replayed(run_json: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     return replayed
 
 
+def _date_of_earlier(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the date of the run that is continued, or whose init is taken: its rows have it."""
+    continued = values.get("output_dir") if values.get("resume") is not None else None
+    for folder in (continued, values.get("init_from")):
+        file = Path(folder or "").expanduser() / RUN_JSON
+        if folder is not None and file.is_file():
+            config = read_json(str(file), "run.json").get("config")
+            earlier = config.get("template_date") if isinstance(config, dict) else None
+            return {"template_date": earlier} if earlier else {}
+    return {}
+
+
 def with_adapter(given: Mapping[str, Any], adapter: str | None) -> dict[str, Any]:
     """Return options with the base model's filled from an adapter.
 
@@ -206,7 +220,8 @@ def with_adapter(given: Mapping[str, Any], adapter: str | None) -> dict[str, Any
             content = read_json(str(run / RUN_JSON), "--adapter")
             config = content.get("config")
             trained = config if isinstance(config, dict) else {}
-            names = [name for name in ("model", "dtype") if name not in asked]
+            read = ("model", "dtype", "template_date")
+            names = [name for name in read if name not in asked]
             if not {"load_in_4bit", "load_in_8bit"} & set(asked):
                 names += ["load_in_4bit", "load_in_8bit"]
             taken = {name: trained[name] for name in names if trained.get(name)}

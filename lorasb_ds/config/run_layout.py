@@ -34,7 +34,7 @@ CHECKPOINTS, CHECKPOINT_PREFIX, CHECKPOINT_INDEX = "checkpoints", "step-", "inde
 STATE_FILE, TRAINER_FILE = "state.safetensors", "trainer.json"
 CHECKPOINT_FILES = (STATE_FILE, TRAINER_FILE)
 
-ADAPTER = "adapter"  # a folder in PEFT's format: the two files
+ADAPTER = "adapter"  # a folder in PEFT's format: the two files, and the tokenizer's
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 EXPORTED = "exported"  # where `lorasb export` writes by default, in the same format
 

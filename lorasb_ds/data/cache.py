@@ -20,7 +20,6 @@ from filelock import FileLock
 
 from lorasb_ds.config.data_options import DataOptions
 from lorasb_ds.config.paths import cache_dir
-from lorasb_ds.data.chat import chat_template
 from lorasb_ds.data.dataset import (
     COLUMNS,
     TokenizedRows,
@@ -29,8 +28,10 @@ from lorasb_ds.data.dataset import (
     outcomes_of,
     tokenize_columns,
 )
+from lorasb_ds.data.notes import notes_on, of_source
 from lorasb_ds.data.outcomes import Outcomes, too_many_skipped
 from lorasb_ds.data.sources import load_rows, source_fingerprint
+from lorasb_ds.data.template import date_in, stand_in
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.system.files import fsync, publish, write_json
 
@@ -157,6 +158,7 @@ def tokenize_sources(
         counts += found.counts
         forms += found.forms
         notes += [note] if note is not None and note not in notes else []
+        notes += [said for said in of_source(source, meta["notes"]) if said not in notes]
     ends = np.cumsum([len(table) for table in tables]).tolist()
     table = datasets.concatenate_datasets(tables)
     index = np.arange(len(table), dtype=np.int64)
@@ -179,7 +181,8 @@ def _tokenizer_fingerprint(tokenizer: Any) -> str:
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     backend |= {"padding": None, "truncation": None}  # of the last call
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    parts = [type(tokenizer).__name__, backend, chat_template(tokenizer), special]
+    template = tokenizer.chat_template or stand_in(tokenizer)
+    parts = [type(tokenizer).__name__, backend, template, special, date_in(tokenizer)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -263,7 +266,7 @@ def _make(
         table = aside / "table"
         made.select(kept).save_to_disk(table)
         meta = {"key": key, "sizes": _sizes(table), **vars(found)}
-        write_json(table / META, meta)
+        write_json(table / META, meta | {"notes": notes_on(made, kept)})
         for file in table.iterdir():
             fsync(file)
         publish(table, folder)

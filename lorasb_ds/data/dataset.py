@@ -8,16 +8,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import pyarrow.compute as pc
 
 from lorasb_ds.config.data_options import DataOptions
-from lorasb_ds.data.formats import RowError, check_columns, parse_row
+from lorasb_ds.data.formats import check_columns, parse_row
+from lorasb_ds.data.notes import count_values, notes_on
 from lorasb_ds.data.outcomes import KEPT, SKIPPED, TRUNCATED, Outcomes, listed, too_many_skipped
 from lorasb_ds.data.sources import source_path
 from lorasb_ds.data.tokenization import IGNORE_INDEX, Example, encode
+from lorasb_ds.data.turns import RowError
 from lorasb_ds.errors import ConfigError
 
 # The types of a table of examples, as Arrow calls them.
@@ -32,6 +34,8 @@ COLUMNS = {
     "num_labels": "int32",
     "first_label": "int32",
     "digest": "int64",
+    "left_out": "names",
+    "remarks": "names",
 }
 
 
@@ -45,11 +49,16 @@ def tokenize_columns(
     columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
     for i in indices:
         example, form, outcome = Example([], []), "", KEPT
+        left_out: tuple[str, ...] = ()
         try:
-            form, content = parse_row(rows[i], options.prompt_column, options.response_column)
-            example = encode(tokenizer, content, options)
+            form, said, tools, left_out = parse_row(
+                rows[i], options.prompt_column, options.response_column
+            )
+            example = encode(tokenizer, said, options, tools)
         except RowError as error:
             outcome = f"{SKIPPED}{error}"
+        except RecursionError:
+            outcome = f"{SKIPPED}nested too deeply"
         ids, labels = (np.array(x, np.int32) for x in (example.input_ids, example.labels))
         whole = hashlib.sha256(ids.tobytes() + labels.tobytes()).digest()
         values = {
@@ -63,6 +72,8 @@ def tokenize_columns(
             "num_labels": int((labels[1:] != IGNORE_INDEX).sum()),
             "first_label": example.first_label,
             "digest": int.from_bytes(whole[:8], "little", signed=True),
+            "left_out": [*left_out, *example.left_out],
+            "remarks": list(example.remarks),
         }
         for name, value in values.items():
             columns[name].append(value)
@@ -72,9 +83,12 @@ def tokenize_columns(
 def features() -> Any:
     import datasets
 
-    ids = datasets.List(datasets.Value("int32"))
+    lists = {"list": "int32", "names": "string"}
     return datasets.Features(
-        {name: ids if t == "list" else datasets.Value(t) for name, t in COLUMNS.items()}
+        {
+            name: datasets.List(datasets.Value(lists[t])) if t in lists else datasets.Value(t)
+            for name, t in COLUMNS.items()
+        }
     )
 
 
@@ -98,6 +112,14 @@ class Examples(Sequence[Example]):
         return Example(row["input_ids"], row["labels"], row["truncated"])
 
 
+class Found(NamedTuple):
+    """Where a row's text was found, and what became of the rest of it."""
+
+    form: str
+    left_out: tuple[str, ...]
+    remarks: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class TokenizedRows:
     """Examples, source after source, and what became of every row.
@@ -108,6 +130,7 @@ class TokenizedRows:
         counts: how many rows are ``kept``, ``truncated`` (also kept), or skipped for which reason.
         forms: how many of the rows that are kept have which form.
         sources: each source as given, and where in the table it ends.
+        notes: what the user should know of the rows that are kept; see ``notes.notes_on``.
     """
 
     table: Any
@@ -115,6 +138,7 @@ class TokenizedRows:
     counts: Counter[str]
     forms: Counter[str]
     sources: tuple[tuple[str, int], ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def examples(self) -> Examples:
@@ -164,6 +188,11 @@ class TokenizedRows:
         is_file = not same_name and source_path(source).is_file()
         return f"{name if is_file else source}:{self.row_numbers[i]}"
 
+    def found(self, i: int) -> Found:
+        """Return where an example's text was found, and what became of the rest of its row."""
+        row = self.table[int(self.index[i])]
+        return Found(row["form"], tuple(row["left_out"]), tuple(row["remarks"]))
+
     def select(self, indices: Sequence[int] | np.ndarray) -> TokenizedRows:
         """Return some of the examples, in this order, without the counts of skipped rows."""
         index = self.index[np.asarray(indices, dtype=np.int64)]
@@ -186,16 +215,12 @@ def outcomes_of(table: Any) -> tuple[np.ndarray, Outcomes]:
     """Return the rows of a table that are kept, and what became of all rows."""
     outcomes = table.data.column("outcome")
     is_kept = pc.equal(outcomes, KEPT)
-    counts = _count_values(outcomes)
+    counts = count_values(outcomes)
     truncated = int(table.data.column("truncated").to_numpy().sum())
     counts = Counter({KEPT: counts.pop(KEPT, 0), TRUNCATED: truncated}) + counts
-    forms = _count_values(table.data.column("form").filter(is_kept))
+    forms = count_values(table.data.column("form").filter(is_kept))
     first = {what: pc.index(outcomes, what).as_py() + 1 for what in counts if what != TRUNCATED}
     return np.flatnonzero(is_kept.to_numpy()), Outcomes(counts, forms, first)
-
-
-def _count_values(column: Any) -> Counter[str]:
-    return Counter({v["values"]: v["counts"] for v in pc.value_counts(column).to_pylist()})
 
 
 def check_tokenizer(tokenizer: Any, options: DataOptions) -> None:
@@ -229,4 +254,5 @@ def tokenize_rows(
     kept, found = outcomes_of(table)
     if error := too_many_skipped(found, rows, options, option):
         raise error
-    return TokenizedRows(table, kept, found.counts, found.forms, ((option, len(table)),))
+    notes = tuple(notes_on(table, kept))
+    return TokenizedRows(table, kept, found.counts, found.forms, ((option, len(table)),), notes)

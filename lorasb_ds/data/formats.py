@@ -6,13 +6,24 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from datetime import date, time
 from decimal import Decimal
-from typing import Any
+from typing import Any, NamedTuple
 
+from lorasb_ds.data.turns import (
+    Messages,
+    RowError,
+    Tools,
+    as_turns,
+    check_unicode,
+    is_empty,
+    is_list,
+    parse_history,
+    parse_tools,
+    parse_turns,
+)
 from lorasb_ds.errors import ConfigError
 
 Row = Mapping[str, Any]
 CELL_TYPES = (str, int, float, bool, Decimal, date, time)  # whose text is learned
-Messages = list[dict[str, str]]  # turns of role and content; weight "0": not learned
 
 # Prompt columns and their response columns, in the order of the search.
 COLUMN_PAIRS = (
@@ -26,23 +37,24 @@ PARTNERS = dict(COLUMN_PAIRS)
 RESPONSE_COLUMNS = tuple(dict.fromkeys(p for _, partners in COLUMN_PAIRS for p in partners))
 CONVERSATIONS = ("messages", "conversations")
 WHOLE_COLUMNS = (*CONVERSATIONS, "text")  # each has all of a row
-# OpenAI's roles, and what ShareGPT calls them.
-ROLES = {
-    "system": "system",
-    "developer": "developer",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "tool": "tool",
-}
+SYSTEM_COLUMNS = ("system", "system_prompt")
+ADDED_TO_INSTRUCTION = ("input", "context")  # Alpaca's and Dolly's
 
 
-class RowError(Exception):
-    """The reason why a row is skipped."""
+class ParsedRow(NamedTuple):
+    """What a row says.
+
+    Attributes:
+        form: named by the columns it was found in.
+        said: a conversation that ends with a turn of the assistant, or plain text.
+        tools: that the conversation may call.
+        left_out: the row's other columns that hold something.
+    """
+
+    form: str
+    said: Messages | str
+    tools: Tools | None
+    left_out: tuple[str, ...]
 
 
 NO_COLUMNS = "no known columns"
@@ -50,14 +62,14 @@ NO_COLUMNS = "no known columns"
 
 def parse_row(
     row: Any, prompt_column: str | None = None, response_column: str | None = None
-) -> tuple[str, Messages | str]:
+) -> ParsedRow:
     """Parse a row by the names of its columns.
 
+    Beside prompt and response, or a conversation, these columns are read: a system prompt, earlier
+    turns (``history``), ``tools``, and what belongs to an ``instruction``.
+
     Args:
-        prompt_column, response_column: if given, no other column is used.
-    Returns:
-        The row's form, named by its columns; and a conversation that ends with a turn of the
-        assistant, or plain text.
+        prompt_column, response_column: if given, prompt and response are in no other column.
     Raises:
         RowError: if the row is to be skipped.
     """
@@ -67,13 +79,51 @@ def parse_row(
     if found is None:
         raise RowError(NO_COLUMNS)
     prompt, response = found
-    if response is not None:
-        return f"{prompt}/{response}", _up_to_the_last_response(_pair(row, prompt, response))
-    if prompt in CONVERSATIONS or is_list(row[prompt]):
-        return prompt, _up_to_the_last_response(_turns(row[prompt]))
-    if not isinstance(row[prompt], str) or not row[prompt].strip():
-        raise RowError("no text")
-    return prompt, _unicode(row[prompt])
+    used = {name.partition(".")[0] for name in _found_in(row, found)}
+    form = "/".join(_found_in(row, found))
+    if response is None and prompt not in CONVERSATIONS and not is_list(row[prompt]):
+        if not isinstance(row[prompt], str) or not row[prompt].strip():
+            raise RowError("no text")
+        check_unicode(row[prompt])
+        return ParsedRow(form, row[prompt], None, _left_out(row, used))
+    others = {name: value for name, value in row.items() if name not in used}
+    if response is None:
+        turns = parse_turns(row[prompt])
+    else:
+        turns, added = _pair(row, prompt, response, others)
+        used |= added
+    if (history := parse_history(others.get("history"))) and response is not None:
+        turns = [*history, *turns]
+        used.add("history")
+    system = next((name for name in SYSTEM_COLUMNS if _text(others.get(name))), None)
+    if system is not None and turns and turns[0]["role"] not in ("system", "developer"):
+        turns = [*as_turns(others[system], "system"), *turns]
+        used.add(system)
+    tools = None
+    try:
+        tools = parse_tools(others.get("tools"))
+        used.add("tools")
+    except RowError:  # beside a question, the column may be about something else
+        if response is None:
+            raise
+    return ParsedRow(form, _up_to_the_last_response(turns), tools, _left_out(row, used))
+
+
+def _found_in(row: Row, columns: tuple[str, str | None]) -> list[str]:
+    """Return the names of the columns, those in the row's metadata as ``metadata.NAME``."""
+    named = [name for name in columns if name is not None]
+    return [name if row.get(name) is not None else _place(row, name) for name in named]
+
+
+def _place(row: Row, name: str) -> str:
+    inner = row.get("metadata")
+    is_inside = isinstance(inner, Mapping) and inner.get(name) is not None
+    return f"metadata.{name}" if is_inside else name
+
+
+def _left_out(row: Row, used: Collection[str]) -> tuple[str, ...]:
+    names = (str(n) for n, value in row.items() if n not in used and not is_empty(value))
+    return tuple(name.encode(errors="replace").decode() for name in names)
 
 
 def find_columns(
@@ -81,16 +131,18 @@ def find_columns(
 ) -> tuple[str, str | None] | None:
     """Find the columns of prompt and response, or the one with both; None if there are none.
 
-    A response column may also be one level down, in the row's ``metadata`` (reasoning-gym).
+    Both may also be one level down, in the row's ``metadata`` (reasoning-gym); the row's own
+    columns come first.
     """
     inner = row.get("metadata")
-    cells = {**(inner if isinstance(inner, Mapping) else {}), **row}
+    inner = inner if isinstance(inner, Mapping) else {}
     named = None if prompt in PARTNERS or response is not None else prompt
     if named is not None and is_list(row.get(named)):
         return named, None
-    filled = {name for name, value in cells.items() if not is_missing(value)}
+    own = {name for name, value in row.items() if not is_missing(value)}
+    inside = {name for name, value in inner.items() if not is_missing(value)}
     # In tables of rows of several forms, the other forms' columns are empty.
-    for columns in (filled, set(cells)):
+    for columns in (own, own | inside, {*row}, {*row, *inner}):
         if pair := _find_pair(columns, prompt, response):
             return pair
         if response is None:
@@ -140,16 +192,26 @@ def unknown_columns(option: str, row: Row, prompt: str | None, response: str | N
     )
 
 
-def _pair(row: Row, prompt_column: str, response_column: str) -> Messages:
+def _pair(
+    row: Row, prompt_column: str, response_column: str, others: Row
+) -> tuple[Messages, set[str]]:
+    """Return the turns of prompt and response, and the other columns that belong to them."""
     prompt, response = _cell(row, prompt_column), _cell(row, response_column)
     if prompt is None or prompt == []:
         raise RowError("no prompt")
     if response is None or response == []:
         raise RowError("no response")
-    extra = _cell(row, "input") if prompt_column == "instruction" else None
-    if isinstance(prompt, str) and isinstance(extra, str):
-        prompt = f"{prompt}\n\n{extra}"
-    return [*_as_turns(prompt, "user"), *_as_turns(response, "assistant")]
+    added = set()
+    if prompt_column == "instruction" and isinstance(prompt, str):
+        for name in ADDED_TO_INSTRUCTION:
+            if isinstance(text := _cell(others, name), str):
+                prompt = f"{prompt}\n\n{text}"
+                added.add(name)
+    return [*as_turns(prompt, "user"), *as_turns(response, "assistant")], added
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and not is_empty(value)
 
 
 def _cell(row: Row, column: str) -> str | list[Any] | None:
@@ -179,63 +241,11 @@ def is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float | Decimal) and math.isnan(value))
 
 
-def _as_turns(value: str | list[Any], role: str) -> Messages:
-    return [{"role": role, "content": value}] if isinstance(value, str) else _turns(value)
-
-
-def _turns(value: Any) -> Messages:
-    """Parse OpenAI's turns (role, content) or ShareGPT's (from, value)."""
-    if not is_list(value):
-        raise RowError("no messages")
-    turns = []
-    for turn in value:
-        if not isinstance(turn, Mapping):
-            raise RowError("malformed messages")
-        role = turn.get("role") or turn.get("from")
-        if not isinstance(role, str) or role not in ROLES:
-            raise RowError("a turn of an unknown role")
-        if turn.get("tool_calls"):
-            raise RowError("a turn that calls tools")
-        content = turn.get("content") if turn.get("content") is not None else turn.get("value")
-        turns.append({"role": ROLES[role], "content": _content(content)})
-        # OpenAI's and axolotl's ways to exclude a turn of the assistant from the loss.
-        if turn.get("weight") == 0 or turn.get("train") is False:
-            turns[-1]["weight"] = "0"
-    return turns
-
-
-def _content(content: Any) -> str:
-    """Return a turn's text, from a string or from parts that are text."""
-    if isinstance(content, str):
-        return content
-    if not is_list(content):
-        raise RowError("malformed messages")
-    texts = [part.get("text") for part in content if isinstance(part, Mapping)]
-    if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
-        raise RowError("a turn with parts that are not text")
-    return "".join(map(str, texts))
-
-
 def _up_to_the_last_response(turns: Messages) -> Messages:
     last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=None)
-    if last is None or not turns[last]["content"].strip():
+    if last is None or not (turns[last]["content"].strip() or turns[last].get("tool_calls")):
         raise RowError("no response")
     if last == 0:
         raise RowError("no prompt")
-    for turn in turns:
-        _unicode(turn["content"])
+    check_unicode(turns)
     return turns[: last + 1]
-
-
-def _unicode(text: str) -> str:
-    """Return the text; RowError for half a surrogate pair, which tokenizers do not take."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise RowError("text that is not valid Unicode") from None
-    return text
-
-
-def is_list(value: Any) -> bool:
-    """Return whether a value is a sequence, but not text."""
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)

@@ -16,6 +16,7 @@ KEPT = "kept"
 TRUNCATED = "truncated"  # of those that are kept
 SKIPPED = "skipped: "
 NOT_JSON = "not a JSON object"
+LISTED = 12
 ASKED_FOR = "longer than --max-length"  # by --truncation skip: may be any number
 
 
@@ -51,8 +52,12 @@ def _kind(outcome: str) -> str:
     return outcome.removeprefix(SKIPPED).partition(": ")[0]
 
 
-def listed(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{n} {what}" for what, n in counts.items())
+def listed(counts: Counter[str]) -> str:
+    """List counts; of many only the largest, since templates give reasons in their own words."""
+    kept = counts if len(counts) <= LISTED else dict(counts.most_common(LISTED))
+    rest = counts.total() - sum(kept.values())
+    more = f", {rest} for {len(counts) - len(kept)} other reasons" if rest else ""
+    return ", ".join(f"{n} {what}" for what, n in kept.items()) + more
 
 
 def too_many_skipped(

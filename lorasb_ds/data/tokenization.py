@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lorasb_ds.config.data_options import DataOptions
-from lorasb_ds.data.chat import Rendered, bos_text, render_conversation
-from lorasb_ds.data.formats import Messages, RowError
+from lorasb_ds.data.chat import CHANGED, render_conversation, render_text
+from lorasb_ds.data.turns import Messages, RowError, Tools
 
 IGNORE_INDEX = -100  # torch's cross-entropy skips these labels
 
@@ -20,6 +20,8 @@ class Example:
     input_ids: list[int]
     labels: list[int]  # IGNORE_INDEX where nothing is to be learned
     truncated: bool = False
+    remarks: tuple[str, ...] = field(default=(), compare=False)  # see ``Rendered``
+    left_out: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def num_label_tokens(self) -> int:
@@ -33,17 +35,20 @@ class Example:
         return next(known, len(self.labels))
 
 
-def encode(tokenizer: Any, content: Messages | str, options: DataOptions) -> Example:
+def encode(
+    tokenizer: Any, content: Messages | str, options: DataOptions, tools: Tools | None = None
+) -> Example:
     """Tokenize a conversation or plain text, to at most ``--max-length`` tokens.
 
+    Args:
+        tools: that the conversation may call.
     Raises:
         RowError: if the chat template refuses it, or nothing of it would be learned.
     """
     if isinstance(content, str):
-        text = bos_text(tokenizer) + content
-        rendered = Rendered(text, [(0, len(text))], ended=False)
+        rendered = render_text(tokenizer, content)
     else:
-        rendered = render_conversation(tokenizer, content)
+        rendered = render_conversation(tokenizer, content, tools)
     spans = {
         "responses": rendered.spans,
         "last": rendered.spans[-1:],
@@ -57,7 +62,10 @@ def encode(tokenizer: Any, content: Messages | str, options: DataOptions) -> Exa
         input_ids = [*input_ids, tokenizer.eos_token_id]
         learned.append(True)
     labels = [i if on else IGNORE_INDEX for i, on in zip(input_ids, learned, strict=True)]
-    return _fit(Example(input_ids, labels), options)
+    # With "last", what the template makes of earlier responses is read, but not learned.
+    said = tuple(r for r in rendered.remarks if r != CHANGED or options.loss_on != "last")
+    example = Example(input_ids, labels, remarks=said, left_out=rendered.left_out)
+    return _fit(example, options)
 
 
 def _overlaps(offsets: Iterable[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
@@ -82,7 +90,8 @@ def _fit(example: Example, options: DataOptions) -> Example:
         raise RowError("longer than --max-length")
     if too_long:
         kept = slice(n) if options.truncation == "right" else slice(-n, None)
-        example = Example(example.input_ids[kept], example.labels[kept], truncated=True)
+        ids, labels = example.input_ids[kept], example.labels[kept]
+        example = replace(example, input_ids=ids, labels=labels, truncated=True)
     if example.num_label_tokens == 0:
         raise RowError("no response token left after truncation" if too_long else "too short")
     return example

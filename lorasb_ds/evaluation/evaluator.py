@@ -18,6 +18,7 @@ from lorasb_ds.config.resolve import load_run_config, with_adapter
 from lorasb_ds.config.run_layout import EVAL_ANSWERS, EVAL_RESULT
 from lorasb_ds.config.stored_paths import absolute, with_absolute_paths
 from lorasb_ds.data.batch import collate, rank_batches
+from lorasb_ds.data.template import template_origin
 from lorasb_ds.distributed import accelerator
 from lorasb_ds.distributed.collectives import rank_and_size
 from lorasb_ds.evaluation.model import PreparedModel, prepare_model, start_model
@@ -227,6 +228,8 @@ def describe_run(run: PreparedModel) -> dict[str, Any]:
         "model": with_absolute_paths({"model": run.config.model})["model"],
         "adapter": run.adapter and str(run.adapter.path),
         "batch_size": run.config.micro_batch_size,
+        "chat_template": template_origin(run.base.tokenizer),
+        "template_date": run.config.template_date,
         "dtype": run.config.dtype,
         "load_in_4bit": run.config.load_in_4bit,
         "load_in_8bit": run.config.load_in_8bit,

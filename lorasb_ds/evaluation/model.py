@@ -20,6 +20,7 @@ from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.distributed.ds_config_check import check_ds_config
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export.adapter_reader import read_adapter
+from lorasb_ds.export.chat_format import use_template_of
 from lorasb_ds.export.expert_layers import join
 from lorasb_ds.export.stored_adapter import StoredAdapter
 from lorasb_ds.models.base import Base, open_base
@@ -65,6 +66,7 @@ def prepare_model(
     stored_adapter = read_adapter(adapter) if adapter is not None else None
     if stored_adapter is not None:
         _check_base(stored_adapter, base)
+        use_template_of(stored_adapter, base.tokenizer)
     tokenizer, others = base.tokenizer, None
     if (base.folder / "generation_config.json").is_file():
         others = GenerationConfig.from_pretrained(base.folder).eos_token_id

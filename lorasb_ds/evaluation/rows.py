@@ -8,11 +8,15 @@ from functools import partial
 from typing import Any
 
 from lorasb_ds.config.run_config import RunConfig
-from lorasb_ds.data.chat import render, render_prompt
+from lorasb_ds.data.chat import render_conversation, render_prompt
 from lorasb_ds.data.dataset import TokenizedRows, check_tokenizer, tokenize_rows
-from lorasb_ds.data.formats import Row, RowError, parse_row
+from lorasb_ds.data.formats import Row, parse_row
+from lorasb_ds.data.marks import marks_of
+from lorasb_ds.data.notes import of_source
 from lorasb_ds.data.sources import load_rows
+from lorasb_ds.data.template import render
 from lorasb_ds.data.tokenization import IGNORE_INDEX, Example
+from lorasb_ds.data.turns import RowError
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.evaluation.reasoning_gym import check_scorer
 from lorasb_ds.evaluation.scoring import SCORES, Score, is_equal_math
@@ -101,6 +105,7 @@ def load_eval_rows(
         _check_choices(used, len(rows), config, source)
     else:
         examples = tokenize_rows(rows, tokenizer, config, f"--data {source}")
+        examples = replace(examples, notes=tuple(of_source(source, examples.notes)))
         questions = _questions(tokenizer, rows, config)
         used = {question.row for question in questions} | {*examples.row_numbers.tolist()}
     found = EvalRows(
@@ -204,11 +209,14 @@ def _questions(tokenizer: Any, rows: Sequence[Any], config: RunConfig) -> list[Q
     asked = []
     for number, row in enumerate(rows, 1):
         try:
-            _, said = parse_row(row, config.prompt_column, config.response_column)
-            if not isinstance(said, str):  # plain text has no question
-                ids = render_prompt(tokenizer, said[:-1])
-                asked.append(Question(number, row, said[-2]["content"], said[-1]["content"], ids))
-        except RowError:
+            _, said, tools, _ = parse_row(row, config.prompt_column, config.response_column)
+            # Plain text has no question, and a call of tools no answer to compare.
+            if not isinstance(said, str) and not said[-1].get("tool_calls"):
+                render_conversation(tokenizer, said, tools)  # raises for what is not learned, too
+                ids = render_prompt(tokenizer, said[:-1], tools)
+                expected = marks_of(tokenizer).without_end(said[-1]["content"])
+                asked.append(Question(number, row, said[-2]["content"], expected, ids))
+        except (RowError, RecursionError):
             continue  # counted where the rows are tokenized
     return asked
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from lorasb_ds.data.formats import RESPONSE_COLUMNS, Row, is_list
+from lorasb_ds.data.formats import RESPONSE_COLUMNS, Row
 from lorasb_ds.data.sources import REASONING_GYM
+from lorasb_ds.data.turns import is_list
 
 TASKS = ("auto", "exact", "gsm8k", "metamath", "math", "multiple-choice", "reasoning-gym")
 # What the responses of each task contain. MetaMathQA's also contain GSM8K's mark.

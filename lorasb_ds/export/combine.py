@@ -10,6 +10,7 @@ from pathlib import Path
 from lorasb_ds.adapters.low_rank import LoraPair, product_svd, weighted_sum
 from lorasb_ds.adapters.peft_targets import TargetFields, target_fields
 from lorasb_ds.errors import ConfigError
+from lorasb_ds.export.chat_format import tokenizer_files
 from lorasb_ds.export.stored_adapter import StoredAdapter
 from lorasb_ds.export.to_peft import check_folder, rounded, write_adapter
 
@@ -85,7 +86,8 @@ def combine_adapters(
     experts = {name: expert for of in adapters for name, expert in of.experts.items()}
     linear = [name for name in shapes if name not in experts]
     fields = first.target_fields if same else _target_fields(adapters, linear)
-    write_adapter(folder, written, wanted, fields, experts, first.base_path)
+    beside = tokenizer_files(first)
+    write_adapter(folder, written, wanted, fields, experts, first.base_path, beside)
     return Combined(wanted, one_basis, kept / whole if whole else 1.0)
 
 

@@ -20,6 +20,7 @@ from lorasb_ds.config.overwriting import check_replaceable
 from lorasb_ds.config.stored_paths import with_absolute_paths
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export.adapter_reader import trained_on
+from lorasb_ds.export.chat_format import template_to_add
 from lorasb_ds.export.merge_file import (
     FileJob,
     Written,
@@ -44,7 +45,8 @@ from lorasb_ds.export.merge_folder import (
 from lorasb_ds.export.merge_plan import plan_merge
 from lorasb_ds.export.stored_adapter import StoredAdapter
 from lorasb_ds.models.base import Base
-from lorasb_ds.system.files import file_digest, write_json
+from lorasb_ds.models.tokenizer_files import CHAT_TEMPLATE
+from lorasb_ds.system.files import file_digest, write_json, write_text
 from lorasb_ds.system.units import GIB
 
 
@@ -123,6 +125,8 @@ def merge_adapter(
             say(f"{name}: {len(job.updates)} layers ({len(finished)} of {len(jobs)} files)")
         try:
             copy_rest(base.folder, partial, config)
+            if (template := template_to_add(adapter, base)) is not None:
+                write_text(partial / CHAT_TEMPLATE, template)
             write_index(base.folder, partial, jobs, load_in_4bit or base.encoding is not None)
             write_all_sums(partial, finished)
             put_in_place(partial, out)

@@ -15,11 +15,14 @@ from lorasb_ds.adapters.peft_writer import PLAIN_FIELDS, peft_tensors, save_peft
 from lorasb_ds.config.overwriting import check_replaceable, names_in, read_object
 from lorasb_ds.config.run_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lorasb_ds.errors import ConfigError
+from lorasb_ds.export.chat_format import tokenizer_files
 from lorasb_ds.export.expert_layers import Expert, join
 from lorasb_ds.export.stored_adapter import StoredAdapter
 from lorasb_ds.models.loading import DTYPES
+from lorasb_ds.models.tokenizer_files import MORE_TEMPLATES, NAMES, TokenizerFiles
 
 ADAPTER_FILES = {name + end for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) for end in ("", ".tmp")}
+ADAPTER_FILES |= {*NAMES, MORE_TEMPLATES}
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -72,7 +75,8 @@ def export_adapter(
     folder = check_folder(out, [adapter], overwrite)
     pairs = dict(truncated(adapter, r, dtype))
     fields, experts = adapter.target_fields, adapter.experts
-    return write_adapter(folder, pairs, r or adapter.r, fields, experts, adapter.base_path)
+    beside = tokenizer_files(adapter)
+    return write_adapter(folder, pairs, r or adapter.r, fields, experts, adapter.base_path, beside)
 
 
 def truncated(adapter: StoredAdapter, r: int | None, dtype: str) -> Iterator[tuple[str, LoraPair]]:
@@ -110,6 +114,7 @@ def write_adapter(
     fields: TargetFields,
     experts: Mapping[str, Expert],
     base: str | None,
+    tokenizer: TokenizerFiles | None = None,
 ) -> int:
     """Write a PEFT folder, replacing one that is there (see ``check_folder``).
 
@@ -119,6 +124,7 @@ def write_adapter(
         pairs: layer -> its update.
         fields: as from ``target_fields``, of the linear layers.
         experts: layer -> the expert that it is.
+        tokenizer: to put beside it.
     Returns:
         The bytes of the tensors.
     """
@@ -132,7 +138,7 @@ def write_adapter(
         # Which other experts the base has is not known here, so that all are named in full.
         fields = expert_fields(r, fields, ranks, ())
     folder.parent.mkdir(parents=True, exist_ok=True)
-    save_peft_adapter(folder, tensors, r=r, base_model=base, **fields)
+    save_peft_adapter(folder, tensors, r=r, base_model=base, tokenizer=tokenizer, **fields)
     return sum(tensor.nbytes for tensor in tensors.values())
 
 

@@ -9,6 +9,7 @@ import torch
 from lorasb_ds.adapters.low_rank import LoraPair, padded
 from lorasb_ds.adapters.peft_writer import peft_tensors, save_peft_adapter
 from lorasb_ds.errors import ConfigError
+from lorasb_ds.export.chat_format import tokenizer_files
 from lorasb_ds.export.merge_plan import parts_of_experts
 from lorasb_ds.export.stored_adapter import StoredAdapter
 from lorasb_ds.export.to_peft import check_folder, truncated
@@ -57,5 +58,12 @@ def export_for_vllm(
             tensors |= peft_tensors(layer, of_layer.A.clone(), of_layer.B)
     modules = sorted({key.split(".lora_")[0].rpartition(".")[2] for key in tensors})
     folder.parent.mkdir(parents=True, exist_ok=True)
-    save_peft_adapter(folder, tensors, r=rank, target_modules=modules, base_model=adapter.base_path)
+    save_peft_adapter(
+        folder,
+        tensors,
+        r=rank,
+        target_modules=modules,
+        base_model=adapter.base_path,
+        tokenizer=tokenizer_files(adapter),
+    )
     return sum(tensor.nbytes for tensor in tensors.values())

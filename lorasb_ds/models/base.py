@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers.core_model_loading import build_glob_alternation
 
 from lorasb_ds.config.paths import read_json
 from lorasb_ds.config.run_config import RunConfig
+from lorasb_ds.data.template import fix_date
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.models.checkpoint_files import (
     StoredTensor,
@@ -55,11 +57,13 @@ class Base:
         name: a folder, a hub name or "demo".
         trust_remote_code: run Python code that comes with the files.
         attn_implementation: of transformers; None: the model's own.
+        template_date: what chat templates get as today's date, in ISO format; None: today.
     """
 
     name: str
     trust_remote_code: bool = False
     attn_implementation: str | None = None
+    template_date: str | None = None
 
     @cached_property
     def folder(self) -> Path:
@@ -99,6 +103,8 @@ class Base:
     @cached_property
     def _tokenizer_and_note(self) -> tuple[Any, str | None]:
         tokenizer = read_tokenizer(self.name, self.folder, self.hf_config, self.trust_remote_code)
+        if self.template_date is not None:
+            fix_date(tokenizer, date.fromisoformat(self.template_date))
         return tokenizer, choose_pad_token(tokenizer, self.hf_config.get_text_config().vocab_size)
 
     @cached_property
@@ -199,7 +205,9 @@ def open_base(config: RunConfig) -> tuple[Base, RunConfig]:
         ConfigError: if its config.json cannot be used, or the options ask for another quantization
             than that of the files.
     """
-    base = Base(config.model, config.trust_remote_code, config.attn_implementation)
+    base = Base(
+        config.model, config.trust_remote_code, config.attn_implementation, config.template_date
+    )
     if base.quantization is None:
         return base, config
     asked = {"load_in_4bit": config.load_in_4bit, "load_in_8bit": config.load_in_8bit}

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from lorasb_ds.data.batch import assign_to_ranks
-from lorasb_ds.data.chat import NEXT_QUESTION, end_of_turn
-from lorasb_ds.data.formats import RowError
+from lorasb_ds.data.template import NEXT_QUESTION, end_of_turn
+from lorasb_ds.data.turns import RowError
 from lorasb_ds.distributed.collectives import rank_and_size
 
 T = TypeVar("T")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lorasb_ds.data.template import check_template
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.models.checkpoint_files import first_line
 
@@ -40,7 +41,7 @@ def read_tokenizer(
         trust_remote_code: whether the base may bring its own tokenizer class.
     Raises:
         ConfigError: if it cannot be read, has no end-of-sequence token, or one that the model
-            does not know.
+            does not know; or several chat templates and no default.
     """
     only_sentencepiece = (folder / "tokenizer.model").is_file() and not (
         folder / "tokenizer.json"
@@ -49,6 +50,7 @@ def read_tokenizer(
         tokenizer = _read_sentencepiece(model, folder, hf_config.model_type)
     else:
         tokenizer = _read_by_transformers(model, folder, trust_remote_code)
+    check_template(model, tokenizer)
     vocab_size = hf_config.get_text_config().vocab_size
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"--model {model}: its tokenizer has no end-of-sequence token.")

@@ -17,7 +17,7 @@ from lorasb_ds.runs.history import Row, Summary, read_rows, summarize
 from lorasb_ds.system.units import GIB
 
 # Options that do not matter in a comparison: where and how a run was written.
-NOT_COMPARED = {"output_dir", "overwrite", "force", "report_to"}
+NOT_COMPARED = {"output_dir", "overwrite", "force", "report_to", "template_date"}
 COLUMNS = (
     "run",
     "model",

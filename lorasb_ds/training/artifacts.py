@@ -22,10 +22,12 @@ from lorasb_ds.config.run_layout import (
     RUN_JSON,
 )
 from lorasb_ds.config.stored_paths import ABSOLUTE, absolute, with_absolute_paths
+from lorasb_ds.data.template import template_origin
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.init.init_report import InitReport
 from lorasb_ds.models.checkpoint_files import model_path
 from lorasb_ds.models.loading import DTYPES
+from lorasb_ds.models.tokenizer_files import TokenizerFiles
 from lorasb_ds.runs.output_dir import say, say_if_bf16_is_emulated
 from lorasb_ds.runs.plots import draw_alignment, draw_loss_curve
 from lorasb_ds.runs.run_log import provenance
@@ -44,6 +46,8 @@ def describe(run: Prepared, folder: Path) -> dict[str, Any]:
         "world_size": zero.world_size(),
         "accelerator": accelerator.name(),
         "model_type": run.base.model_type,
+        "chat_template": template_origin(run.base.tokenizer),
+        "notes": run.notes,
         "peft_warning": run.adapter.peft_warning,
         "trainable_parameters": run.memory.workload.num_trainable,
         "num_steps": run.num_steps,
@@ -117,9 +121,10 @@ def finish(
 def save_adapter(run: Prepared, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write the trained adapter as a PEFT folder. Rank 0 only."""
     config, base_model = run.config, absolute(model_path(run.config.model))
+    tokenizer = TokenizerFiles.of(run.base)
     if run.adapter.peft is not None:
         empty = run.base.empty_model(DTYPES[config.dtype])
-        save_peft_method(folder, run.adapter.peft, empty, tensors, base_model)
+        save_peft_method(folder, run.adapter.peft, empty, tensors, base_model, tokenizer)
         return
     adapter, r = run.adapter, config.r * run.memory.workload.pairs
     modules = peft_target_modules(adapter.targets, dict(run.base.shape.layers))
@@ -127,6 +132,6 @@ def save_adapter(run: Prepared, folder: Path, tensors: Mapping[str, torch.Tensor
     if adapter.experts:
         ranks = dict.fromkeys(adapter.experts, adapter.expert_r)
         fields = expert_fields(r, fields, ranks, run.base.experts)
-    save_peft_adapter(folder, tensors, r=r, base_model=base_model, **fields)
+    save_peft_adapter(folder, tensors, r=r, base_model=base_model, tokenizer=tokenizer, **fields)
     if run.adapter.peft_warning:
         say(f"warning: {run.adapter.peft_warning}")

@@ -18,6 +18,7 @@ from lorasb_ds.data.batch import Batch, Sample, rank_batches
 from lorasb_ds.data.cache import Data, load_data
 from lorasb_ds.data.dataset import TokenizedRows
 from lorasb_ds.data.sampler import Pack, StepSampler, init_sample
+from lorasb_ds.data.template import stand_in_note
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.distributed.ds_config_check import check_ds_config
 from lorasb_ds.errors import ConfigError
@@ -83,6 +84,9 @@ class Prepared:
         """What the user should know of the base's files, the adapter and the data."""
         warning = self.adapter.peft_warning
         warnings = [f"warning: {warning}"] if warning else []
+        uses_template = set(self.data.train.forms) != {"text"}
+        if uses_template and (note := stand_in_note(self.base.tokenizer)):
+            warnings.append(note)
         return [*self.base.notes(), *warnings, *self.data.notes, *self.table_notes]
 
     def batches(self, rows: TokenizedRows, indices: Iterable[int]) -> list[Batch]:
@@ -247,7 +251,8 @@ def check_ranks_agree(run: Prepared) -> None:
     """
     held = {
         # ds_config is a path, which may differ between hosts; its content comes next.
-        "the options": run.config.model_dump_json(exclude={"ds_config"}),
+        # The date matters where a template writes it: then it is in the rows.
+        "the options": run.config.model_dump_json(exclude={"ds_config", "template_date"}),
         "the ds_config": json.dumps(run.ds_config, sort_keys=True),
         "the model's layers": json.dumps(run.base.shape.layers),
         "the training rows": run.data.train.digest,

@@ -80,6 +80,8 @@ def write_report(
         times = f"{num_lora / num_trained:.1f} times more"
         lines.append(f"| LoRA, r = {r}, same layers | {num_lora:,} ({times}) |")
     lines.append("")
+    if run.get("notes"):
+        lines += ["## Notes", "", *(f"- {note}" for note in run["notes"]), ""]
     if run.get("peft_warning"):
         lines += [f"**Not for PEFT**: {run['peft_warning']}", ""]
     lines += _init_section(init, run["config"]["init_from"], num_frozen_in_experts)

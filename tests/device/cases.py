@@ -1,4 +1,4 @@
-"""What ranks do on the device ``pretend``; each starts it first. See tests/runs.py, ``run_ranks``."""
+"""What ranks do on the device ``pretend``, which each starts first; see tests/runs.py."""
 
 from __future__ import annotations
 

@@ -290,6 +290,28 @@ def test_an_adapter_that_peft_would_not_read_is_told(tiny_laguna: Path, tmp_path
     )
 
 
+def test_a_base_without_a_chat_template(tiny_model: Path, tmp_path: Path) -> None:
+    """What stands in is said, and stored beside the adapter; so is what of the rows is left out."""
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    (base / "chat_template.jinja").unlink()
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{**row, "id": 7} for row in word_rows(8)])
+    options = f"--model {base} --data {rows} --r 2 --init-samples 4 --max-steps 1 --dtype fp32"
+    out = run_worker(*f"{options} --output-dir {tmp_path / 'run'}".split())
+    stands_in, left_out = "the model has no chat template", "left out of the rows: id (8 rows)"
+    content = json.loads((tmp_path / "run" / "run.json").read_text())
+    report = (tmp_path / "run" / "report.md").read_text()
+    for said in (out, report, "\n".join(content["notes"])):
+        assert stands_in in said
+        assert left_out in said
+    assert content["chat_template"] == "stand-in"
+    assert len(content["config"]["template_date"]) == len("2026-01-31")
+    template = (tmp_path / "run" / "adapter" / "chat_template.jinja").read_text()
+    assert "### Answer:" in template
+    evaluation = f"--adapter {tmp_path / 'run'} --data {rows} --max-new-tokens 2"
+    said = run_worker(*evaluation.split(), worker="eval", world_size=None)
+    assert stands_in in said
+
+
 def test_a_chosen_pad_token_is_named(tiny_model: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     says = json.loads((model / "tokenizer_config.json").read_text())

@@ -75,6 +75,7 @@ NAMES = [
     "save_every",
     "seed",
     "target_modules",
+    "template_date",
     "track_alignment",
     "train_batch_size",
     "truncation",

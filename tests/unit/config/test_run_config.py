@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -439,3 +440,29 @@ def test_the_command_line_does_not_import_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_runs_date_stays_its_own(tmp_path: Path) -> None:
+    """Templates write it into the rows, which resume, --init-from and eval compare."""
+    today = load_run_config({}).template_date
+    assert today in {date.today().isoformat(), str(date.today() - timedelta(days=1))}
+    earlier = {"template_date": "2024-07-26", "output_dir": str(tmp_path / "earlier")}
+    (tmp_path / "earlier").mkdir()
+    run_json = tmp_path / "earlier" / "run.json"
+    run_json.write_text(json.dumps({"config": load_run_config(earlier).model_dump()}))
+    folder = str(tmp_path / "earlier")
+    for given in (
+        {"resume": "auto", "output_dir": folder},
+        {"resume": folder},
+        {"init_from": folder, "output_dir": str(tmp_path / "new")},
+    ):
+        assert load_run_config(given).template_date == "2024-07-26"
+        assert load_run_config({**given, "template_date": "2025-01-02"}).template_date[:4] == "2025"
+    assert load_run_config({}, str(run_json)).template_date == "2024-07-26"
+    assert with_adapter({}, folder)["template_date"] == "2024-07-26"
+    again = {"output_dir": folder, "overwrite": True}
+    assert load_run_config(again).template_date != "2024-07-26", "a run of its own"
+    run_json.write_text(json.dumps({"config": {}}))  # of an earlier version
+    assert load_run_config({"init_from": folder}).template_date != "2024-07-26"
+    with pytest.raises(ConfigError, match=r"--template-date 'today' is not allowed: .*YYYY-MM-DD"):
+        load_run_config({"template_date": "today"})

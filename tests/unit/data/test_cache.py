@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.data import cache as data_cache
 from lorasb_ds.data.cache import load_data, split_rows, tokenize_sources
 from lorasb_ds.data.dataset import TokenizedRows, tokenize_rows
+from lorasb_ds.data.template import fix_date
 from lorasb_ds.errors import ConfigError
 from tests.runs import run_ranks, word_rows, write_jsonl
 
@@ -85,7 +87,7 @@ def test_what_matters_changes_the_key(
 ) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
     other_template = copy.deepcopy(tokenizer)
-    other_template.chat_template += " "
+    other_template.chat_template += "{# other #}"
     other_eos = copy.deepcopy(tokenizer)
     other_eos.eos_token = "<|endoftext|>"  # noqa: S105
     tokenized(path, tokenizer)
@@ -407,3 +409,47 @@ def test_memory_does_not_grow_with_the_rows(demo_model: Path, tmp_path: Path, ca
 
     small = write_jsonl(tmp_path / "small.jsonl", [{"text": "b " * 30}] * 3000)
     assert grown(30_000) - grown(5_000) < 20
+
+
+DATED = "{{ strftime_now('%Y-%m-%d') }}{% for m in messages %}{{ m.content + '\n' }}{% endfor %}"
+
+
+def test_notes_are_kept_with_the_table(
+    tokenizer: Any, tmp_path: Path, cache: Path, made: list[str]
+) -> None:
+    rows = [{**row, "id": 7} for row in word_rows(3)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    for _ in range(2):
+        _, notes = tokenize_sources((path, path), tokenizer, RunConfig())
+        assert notes == [f"{path}: left out of the rows: id (3 rows)"]
+    assert len(made) == 1
+
+
+def test_a_table_is_of_its_date_where_the_template_writes_it(
+    tokenizer: Any, tmp_path: Path, cache: Path, made: list[str]
+) -> None:
+    """A run that goes on the next day reads the rows that it began with."""
+    path = write_jsonl(tmp_path / "rows.jsonl", word_rows(3))
+    digests = []
+    for day in ("2024-07-26", "2025-01-02", "2024-07-26"):
+        dated = copy.deepcopy(tokenizer)
+        dated.chat_template = DATED
+        fix_date(dated, date.fromisoformat(day))
+        digests.append(tokenize_sources((path,), dated, RunConfig())[0].digest)
+        fix_date(tokenizer := copy.deepcopy(tokenizer), date.fromisoformat(day))
+        tokenize_sources((path,), tokenizer, RunConfig())
+    assert digests[0] == digests[2] != digests[1]
+    assert len(made) == 3, "two of the template with a clock, one of that without"
+
+
+def test_the_date_is_in_the_fingerprint_where_it_is_in_the_text(tokenizer: Any) -> None:
+    prints = []
+    plain = tokenizer.chat_template
+    for template in (DATED, plain, {"default": plain, "tool_use": DATED}):
+        dated = copy.deepcopy(tokenizer)
+        dated.chat_template = template
+        for day in (date(2024, 7, 26), date(2025, 1, 2)):
+            fix_date(dated, day)
+            prints.append(data_cache._tokenizer_fingerprint(dated))
+    assert len(set(prints)) == 5
+    assert prints[2] == prints[3], "a template without a clock: the same tables every day"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from pathlib import Path
@@ -16,9 +17,11 @@ from hypothesis import strategies as st
 
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.data.batch import collate
+from lorasb_ds.data.chat import HELD
 from lorasb_ds.data.dataset import tokenize_columns, tokenize_rows
 from lorasb_ds.data.formats import parse_row
 from lorasb_ds.data.json_rows import JsonRows
+from lorasb_ds.data.notes import of_source
 from lorasb_ds.data.sources import load_rows, source_fingerprint
 from lorasb_ds.data.tokenization import IGNORE_INDEX, Example, encode
 from lorasb_ds.errors import ConfigError
@@ -365,7 +368,8 @@ def test_the_digest_tells_examples_apart(tokenizer: Any) -> None:
 
 
 NAMES = "question answer prompt completion instruction input output messages conversations text"
-COLUMN_NAMES = st.sampled_from([*NAMES.split(), "metadata", "role", "content", "from", "value"])
+NAMES += " metadata role content from value system history context tools tool_calls name \ud800"
+COLUMN_NAMES = st.sampled_from(NAMES.split())
 SURROGATES = st.text(st.characters(codec=None, categories=["Cs", "L", "Cc"]), max_size=6)
 CELLS = st.recursive(
     st.none()
@@ -405,3 +409,79 @@ def test_any_row_is_an_example_or_skipped(
     assert all(
         label in (token, IGNORE_INDEX) for token, label in zip(input_ids, labels, strict=True)
     )
+
+
+def test_what_is_not_learned_of_kept_rows_is_counted(tokenizer: Any) -> None:
+    rows: list[dict[str, Any]] = [{**row, "id": i, "source": "web"} for i, row in enumerate(ROWS)]
+    rows[1]["source"] = ""
+    rows.append({"title": "skipped", "url": "…"})
+    rows += [{"text": "a<|im_end|>"}, {"text": "b<|im_end|>"}]
+    thinking = [
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": "4", "reasoning_content": "Two and two."},
+    ]
+    rows.append({"messages": thinking})
+    assert tokenize_rows(rows, tokenizer, RunConfig()).notes == (
+        "left out of the rows: id (5 rows), source (4 rows), reasoning_content of turns (1 rows)",
+        f"2 rows {HELD} (row 7, for example)",
+    )
+    many = [{"question": "a", "answer": "b", **{f"c{i}": i + 1 for i in range(15)}}]
+    (listed,) = tokenize_rows(many, tokenizer, RunConfig()).notes
+    assert listed.endswith("c11 (1 rows) and 3 more")
+    assert tokenize_rows(ROWS, tokenizer, RunConfig()).notes == ()
+
+
+def test_notes_name_their_source() -> None:
+    notes = ["left out of the rows: id (5 rows)", "warning: 3 rows have …"]
+    assert of_source("a.jsonl", notes) == [
+        "a.jsonl: left out of the rows: id (5 rows)",
+        "warning: a.jsonl: 3 rows have …",
+    ]
+    generated = "reasoning-gym:chain_sum?size=3"
+    assert of_source(generated, notes) == [f"warning: {generated}: 3 rows have …"]
+
+
+def test_reasons_in_a_templates_own_words_may_be_many(tokenizer: Any) -> None:
+    template = (
+        "{% if messages | length == 2 %}{{ raise_exception(messages[0].content) }}{% endif %}"
+    )
+    loud = copy.deepcopy(tokenizer)
+    loud.chat_template = template + tokenizer.chat_template
+    turns = [USER, BOT, USER, BOT]
+    rows = [{"question": f"q{i}", "answer": "b"} for i in range(20)]
+    found = tokenize_rows([*rows, {"messages": turns}], loud, RunConfig())
+    assert found.describe().count("skipped: the chat template refuses it: q") == 11
+    assert "for 9 other reasons" in found.describe()
+
+
+USER, BOT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+
+
+def test_rows_that_are_nested_too_deeply_are_skipped(tokenizer: Any) -> None:
+    deep: Any = "x"
+    for _ in range(2000):
+        deep = [deep]
+    rows = [{"messages": [USER, BOT | {"tool_calls": deep}]}, {"messages": [USER, BOT]}]
+    assert tokenize_rows(rows, tokenizer, RunConfig()).counts == {
+        "kept": 1,
+        "skipped: nested too deeply": 1,
+    }
+
+
+def test_rows_that_a_template_refuses_are_counted(tokenizer: Any) -> None:
+    strict = copy.deepcopy(tokenizer)
+    refuses = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('No system turns.') }}{% endif %}"
+    )
+    strict.chat_template = refuses + tokenizer.chat_template
+    rows = [
+        {"messages": [{"role": "system", "content": "s"}, USER, BOT]},
+        {"messages": [USER, BOT]},
+    ]
+    counts = tokenize_rows(rows, strict, RunConfig()).counts
+    reason = "skipped: the chat template refuses it: No system turns."
+    assert counts == {"kept": 1, reason: 1}
+    with pytest.raises(
+        ConfigError, match=r"\(1 .*No system turns.*Change what the template refuses"
+    ):
+        tokenize_rows(rows[:1], strict, RunConfig())

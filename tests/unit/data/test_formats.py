@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from lorasb_ds.data.formats import RowError, check_columns, find_columns, parse_row, unknown_columns
+from lorasb_ds.data.formats import check_columns, find_columns, parse_row, unknown_columns
+from lorasb_ds.data.turns import RowError
 from lorasb_ds.errors import ConfigError
 
 USER = {"role": "user", "content": "Hi"}
@@ -46,13 +47,13 @@ def test_columns(columns: list[str], asked: Any, expected: Any) -> None:
 
 def test_empty_columns_belong_to_rows_of_other_forms() -> None:
     joined = {"question": None, "answer": None, "messages": None, "text": "abc"}
-    assert parse_row(joined) == ("text", "abc")
+    assert parse_row(joined)[:2] == ("text", "abc")
     joined |= {"text": None, "messages": [USER, BOT]}
-    assert parse_row(joined) == ("messages", [USER, BOT])
+    assert parse_row(joined)[:2] == ("messages", [USER, BOT])
     joined = {"question": math.nan, "answer": math.nan, "text": "abc"}  # as pandas writes them
-    assert parse_row(joined) == ("text", "abc")
+    assert parse_row(joined)[:2] == ("text", "abc")
     row = {"instruction": "Hi", "input": math.nan, "output": "Hello"}
-    assert parse_row(row) == ("instruction/output", [USER, BOT])
+    assert parse_row(row)[:2] == ("instruction/output", [USER, BOT])
 
 
 # What is read, and what is learned.
@@ -75,7 +76,7 @@ WRITTEN = {
 @pytest.mark.parametrize(("cell", "text"), [*WRITTEN.items(), (True, "true"), (False, "false")])
 def test_cells(cell: Any, text: str) -> None:
     said = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
-    assert parse_row({"question": cell, "answer": cell}) == ("question/answer", said)
+    assert parse_row({"question": cell, "answer": cell})[:2] == ("question/answer", said)
 
 
 @pytest.mark.parametrize(
@@ -127,13 +128,88 @@ def test_cells(cell: Any, text: str) -> None:
     ],
 )
 def test_forms(row: dict[str, Any], form: str, said: Any) -> None:
-    assert parse_row(row) == (form, said)
+    assert parse_row(row)[:2] == (form, said)
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+@pytest.mark.parametrize(
+    ("row", "said", "left_out"),
+    [
+        (
+            {
+                "system": "Answer in French.",
+                "instruction": "Say hello",
+                "input": "",
+                "output": "Bonjour",
+                "history": [["Who are you?", "A helper."]],
+            },
+            [
+                turn("system", "Answer in French."),
+                turn("user", "Who are you?"),
+                turn("assistant", "A helper."),
+                turn("user", "Say hello"),
+                turn("assistant", "Bonjour"),
+            ],
+            (),
+        ),
+        (
+            {"instruction": "When?", "context": "In 1911.", "response": "1911", "category": "qa"},
+            [turn("user", "When?\n\nIn 1911."), turn("assistant", "1911")],
+            ("category",),
+        ),
+        (
+            {
+                "system": "Be short.",
+                "conversations": [
+                    {"from": "human", "value": "Hi"},
+                    {"from": "gpt", "value": "Hello"},
+                ],
+            },
+            [SYSTEM, USER, BOT],
+            (),
+        ),
+        (
+            {"system_prompt": "Be short.", "prompt": "Hi", "response": "Hello"},
+            [SYSTEM, USER, BOT],
+            (),
+        ),
+        ({"system": "Be long.", "messages": [SYSTEM, USER, BOT]}, [SYSTEM, USER, BOT], ("system",)),
+        (
+            {"question": "Hi", "answer": "Hello", "id": 0, "source": "web", "note": " ", "x": None},
+            [USER, BOT],
+            ("id", "source"),
+        ),
+        ({"text": "a", "system": "s", "tools": "[]", "y": float("nan")}, "a", ("system", "tools")),
+        (
+            {"history": [["a", None]], "instruction": "Hi", "output": "Hello"},
+            [USER, BOT],
+            ("history",),
+        ),
+    ],
+)
+def test_what_a_row_holds_is_taken_or_said(row: Any, said: Any, left_out: Any) -> None:
+    found = parse_row(row)
+    assert (found.said, found.left_out) == (said, left_out)
+
+
+@pytest.mark.parametrize("empty", [{}, {"messages": None}])
+def test_metadata_comes_after_the_rows_own_columns(empty: dict[str, Any]) -> None:
+    inner = {"metadata": {"question": "Who?", "answer": "Me"}}
+    found = parse_row({**inner, "messages": [USER, BOT]})
+    assert (found.form, found.said, found.left_out) == ("messages", [USER, BOT], ("metadata",))
+    assert parse_row({**inner, "text": "abc"})[:2] == ("text", "abc")
+    found = parse_row({**inner, **empty})
+    assert found.form == "metadata.question/metadata.answer"
+    assert (found.said, found.left_out) == ([turn("user", "Who?"), turn("assistant", "Me")], ())
 
 
 def test_named_columns() -> None:
     row = {"question": "Hi", "answer": "4", "metadata": {"cot": "Hello"}, "dialog": [USER, BOT]}
-    assert parse_row(row, None, "cot") == ("question/cot", [USER, BOT])
-    assert parse_row(row, "dialog") == ("dialog", [USER, BOT])
+    assert parse_row(row, None, "cot")[:2] == ("question/metadata.cot", [USER, BOT])
+    assert parse_row(row, "dialog")[:2] == ("dialog", [USER, BOT])
 
 
 @pytest.mark.parametrize(
@@ -164,13 +240,14 @@ def test_named_columns() -> None:
         ({"messages": [{"role": "user"}, BOT]}, "malformed messages"),
         ({"messages": [{"role": 3, "content": "a"}, BOT]}, "a turn of an unknown role"),
         ({"messages": [{"role": "critic", "content": "a"}, BOT]}, "a turn of an unknown role"),
-        ({"messages": [USER, BOT | {"tool_calls": [{"id": 1}]}]}, "a turn that calls tools"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image", "url": "a"}]}, BOT]},
             "a turn with parts that are not text",
         ),
         ({"question": "\ud800", "answer": "b"}, "text that is not valid Unicode"),
         ({"text": "half \udc00"}, "text that is not valid Unicode"),
+        ({"messages": [USER, BOT | {"name": "\ud800"}]}, "text that is not valid Unicode"),
+        ({"messages": [USER, BOT], "tools": [{"\ud800": 1}]}, "text that is not valid Unicode"),
     ],
 )
 def test_rows_that_are_skipped(row: Any, reason: str) -> None:

@@ -64,7 +64,7 @@ REASONS = [
     ({"messages": [{"role": "critic"}]}, "a turn of an unknown role", "docs/data.md describes"),
     (
         {"messages": [{"role": r, "content": "a"} for r in ("system", "user", "assistant")]},
-        "the chat template refuses the conversation",
+        "the chat template refuses it",
         "Change what the template refuses .*choose a --model",
     ),
 ]

@@ -39,7 +39,7 @@ def save(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def response(row: Any) -> str:
-    _, turns = parse_row(row)
+    _, turns, *_ = parse_row(row)
     assert not isinstance(turns, str)
     return turns[-1]["content"]
 

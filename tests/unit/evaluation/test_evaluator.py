@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM
 
 import lorasb_ds
 from lorasb_ds.config.resolve import load_run_config
+from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.data.batch import collate
-from lorasb_ds.data.chat import render
+from lorasb_ds.data.chat import RENDERED
+from lorasb_ds.data.template import render
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.evaluation.evaluator import EvalResult, evaluate, evaluate_model, write_results
 from lorasb_ds.evaluation.model import prepare_model, start_model
@@ -22,6 +24,7 @@ from lorasb_ds.evaluation.rows import EvalRows, load_eval_rows
 from lorasb_ds.models.tables import Tables
 from tests.references import own_loss, with_own_code, write_random_lora
 from tests.runs import ROOT, word_rows, write_jsonl
+from tests.unit.data.test_chat import CALLING, TOOL, WITH_TOOLS, with_template
 
 
 @pytest.fixture(scope="module")
@@ -275,3 +278,26 @@ def test_the_names_of_the_package() -> None:
         assert getattr(lorasb_ds, name).__name__ == name
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         lorasb_ds.nothing  # noqa: B018
+
+
+def test_prompts_are_those_of_training(tokenizer: Any, tmp_path: Path) -> None:
+    """System prompts, earlier turns, tools, and prompts that were rendered already."""
+    knowing = with_template(tokenizer, WITH_TOOLS)
+    prompt = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    rows = [
+        {"system": "Be short.", "instruction": "Hi", "output": "Hello", "history": [["a", "b"]]},
+        {"prompt": prompt, "completion": "Hello<|im_end|>"},
+        {"tools": [TOOL], "messages": CALLING},
+        {"tools": [TOOL], "messages": CALLING[:2]},
+    ]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    found = load_eval_rows(data, RunConfig(loss_on="last"), knowing, task="exact")
+    assert found.examples is not None
+    assert len(found.examples.examples) == 4
+    assert [q.row for q in found.questions] == [1, 2, 3], "a call is no answer to compare"
+    for question, example in zip(found.questions, found.examples.examples, strict=False):
+        assert question.ids == example.input_ids[: example.first_label]
+    assert [q.expected for q in found.questions] == ["Hello", "Hello", "It is 1.1."]
+    assert found.examples.notes == (f"{data}: 1 rows {RENDERED} (row 2, for example)",)
+    skipped = load_eval_rows(data, RunConfig(), tokenizer, task="exact")
+    assert (skipped.skipped, len(skipped.questions)) == (2, 2)

@@ -162,7 +162,7 @@ def test_hostile_numbers_take_linear_time(piece: str) -> None:
         start = time.process_time()
         extract_number(text)
         SCORES["metamath"](text, {}, "The answer is: 5")
-        assert time.process_time() - start < 1.5
+        assert time.process_time() - start < 10, "quadratic time would be minutes"
 
 
 @pytest.mark.parametrize(

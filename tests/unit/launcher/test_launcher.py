@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -117,8 +118,11 @@ def dry_run(*arguments: str) -> list[str]:
     assert result.exit_code == 0, result.output
     words = shlex.split(result.output, comments=True)
     assert words[words.index("--output-dir") + 1].startswith("runs/"), "chosen by the launcher"
-    at = words.index("--output-dir")
-    return words[:at] + words[at + 2 :]
+    assert date.fromisoformat(words[words.index("--template-date") + 1]), "for all hosts"
+    for option in ("--output-dir", "--template-date"):
+        at = words.index(option)
+        del words[at : at + 2]
+    return words
 
 
 @pytest.mark.parametrize("spelling", ["--ds_config", "--ds-config"])

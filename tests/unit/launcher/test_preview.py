@@ -39,7 +39,7 @@ def test_what_is_learned_is_set_apart(demo_model: Path, rows: str) -> None:
     output = preview("--model", demo_model, "--data", rows, "-n", 1)
     first, _, rest = output.partition("---\n")
     header, _, text = first.partition("\n")
-    assert header == "--- rows.jsonl:1: 37 tokens, 6 learned"
+    assert header == "--- rows.jsonl:1: 37 tokens, 6 learned; from messages"
     assert text == (
         f"{HEAD}{ASSISTANT}⟦red<|im_end|>⟧\n<|im_start|>user\nNow 🙂<|im_end|>\n"
         f"{ASSISTANT}⟦🙂!<|im_end|>⟧\n"
@@ -53,7 +53,7 @@ def test_what_is_learned_is_set_apart(demo_model: Path, rows: str) -> None:
 def test_colors_and_options(demo_model: Path, rows: str) -> None:
     some = ("--model", demo_model, "--data", rows, "--row", 1, "--loss-on", "last")
     text = preview(*some, "--color", "--max-length", 36, "--truncation", "left")
-    assert "36 tokens, 4 learned, truncated\n" in text
+    assert "36 tokens, 4 learned, truncated; from messages\n" in text
     dimmed = HEAD.removeprefix("<|im_start|>") + f"{ASSISTANT}red<|im_end|>\n"
     dimmed += f"<|im_start|>user\nNow 🙂<|im_end|>\n{ASSISTANT}"
     assert click.style(dimmed, dim=True) + "🙂!<|im_end|>\n" in text
@@ -73,12 +73,24 @@ def test_rows_that_training_would_refuse(demo_model: Path, tmp_path: Path) -> No
     some = ("--model", demo_model, "--data", write_jsonl(tmp_path / "rows.jsonl", rows))
     assert "refuse" not in preview(*some)
     output = preview(*some, "-n", 1, "--max-skipped-rows", 3)
-    note, header, *_ = output.splitlines()
+    note = output.splitlines()[0]
     assert note.startswith("`lorasb train` would refuse these rows: --data ")
     assert "4 of 8 rows would be skipped (no response)" in note
-    assert header.startswith("--- rows.jsonl:1: ")
+    assert "\n--- rows.jsonl:1: " in output
     assert "\n4 kept, 4 skipped: no response; kept by form: 3 question/answer, 1 text\n" in output
     assert ":4: skipped: no response" in preview(*some, "--row", 4)
+
+
+def test_what_was_found_where_and_what_was_left_out(demo_model: Path, tmp_path: Path) -> None:
+    inside = {"id": 1, "metadata": {"question": "a", "answer": "b"}}
+    rendered = {"prompt": f"{HEAD}{ASSISTANT}", "completion": "red<|im_end|>", "id": 2}
+    rows = write_jsonl(tmp_path / "rows.jsonl", [inside, rendered])
+    text = preview("--model", demo_model, "--data", rows)
+    assert text.startswith(f"{rows}: left out of the rows: id (2 rows)\n")
+    assert f"{rows}: 1 rows were rendered already: " in text
+    assert " learned; from metadata.question/metadata.answer; left out: id\n" in text
+    assert "\nrows like this one were rendered already: " in text
+    assert text.count("You are a helpful AI assistant") == 1, "of the first row"
 
 
 def test_the_command(demo_model: Path, rows: str) -> None:

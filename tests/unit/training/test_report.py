@@ -42,17 +42,27 @@ EVALUATIONS = [
 ]
 
 
-def report(tmp_path: Path, rows: list[dict[str, Any]], **options: Any) -> str:
+def report(
+    tmp_path: Path, rows: list[dict[str, Any]], notes: list[str] | None = None, **options: Any
+) -> str:
     config = RunConfig(model="tiny", data="rows.jsonl", r=2, **options)
     run = {
         "config": config.model_dump(),
         "world_size": 3,
         "trainable_parameters": 8,
         "accelerator": "cpu",
+        "notes": notes or [],
         "memory": {"predicted": {"phases": {"load": 1 << 30}}, "measured": {"load": 2 << 30}},
     }
     write_report(tmp_path / "report.md", run, rows, INIT, TARGETS, 1000)
     return (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_what_was_said_at_the_start(tmp_path: Path) -> None:
+    notes = ["rows.jsonl: left out of the rows: id (5 rows)", "warning: no chat template"]
+    text = report(tmp_path, [], notes=notes)
+    assert "\n## Notes\n\n- rows.jsonl: left out of the rows: id (5 rows)\n- warning: " in text
+    assert "## Notes" not in report(tmp_path, [])
 
 
 def test_a_whole_run(tmp_path: Path) -> None:

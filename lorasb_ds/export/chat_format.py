@@ -1,0 +1,61 @@
+"""The tokenizer and chat template that accompany what is made of an adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lorasb_ds.config.run_layout import ADAPTER
+from lorasb_ds.data.template import stand_in
+from lorasb_ds.errors import ConfigError
+from lorasb_ds.export.stored_adapter import StoredAdapter
+from lorasb_ds.models.base import Base
+from lorasb_ds.models.tokenizer_files import (
+    CHAT_TEMPLATE,
+    TOKENIZER_CONFIG,
+    TokenizerFiles,
+    has_chat_template,
+)
+
+
+def tokenizer_files(adapter: StoredAdapter) -> TokenizerFiles | None:
+    """Return the tokenizer of an adapter: beside it, or of its run's base if that is here."""
+    for folder in _folders(adapter):
+        if any((folder / name).is_file() for name in (TOKENIZER_CONFIG, CHAT_TEMPLATE)):
+            return TokenizerFiles(folder)
+    if adapter.run is None or adapter.base_path is None or not Path(adapter.base_path).is_dir():
+        return None
+    try:
+        return TokenizerFiles.of(Base(adapter.base_path))
+    except ConfigError:  # no tokenizer there that could be read
+        return None
+
+
+def template_to_add(adapter: StoredAdapter, base: Base) -> str | None:
+    """Return the chat template that a merged model needs beside the base's files.
+
+    It is the adapter's where the base has none; the stand-in for a run of ours.
+    """
+    if has_chat_template(base.folder):
+        return None
+    for folder in _folders(adapter):
+        if (folder / CHAT_TEMPLATE).is_file():
+            return (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
+    try:
+        return stand_in(base.tokenizer) if adapter.run is not None else None
+    except ConfigError:  # the base has no tokenizer that could be read
+        return None
+
+
+def use_template_of(adapter: StoredAdapter, tokenizer: Any) -> None:
+    """Give a tokenizer without a chat template the adapter's, unless that is the stand-in."""
+    file = adapter.path / CHAT_TEMPLATE
+    if tokenizer.chat_template or not file.is_file():
+        return
+    template = file.read_text(encoding="utf-8")
+    if template != stand_in(tokenizer):
+        tokenizer.chat_template = template
+
+
+def _folders(adapter: StoredAdapter) -> list[Path]:
+    return [adapter.path, *([adapter.run / ADAPTER] if adapter.run is not None else [])]
