@@ -127,5 +127,6 @@ def print_table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    text = json.dumps(result, indent=1).replace(f"{ROOT}/", "")  # no paths of this machine
+    path.write_text(text + "\n")
     print(f"\nwritten: {path}")
