@@ -110,6 +110,9 @@ def resolve_ds_config(
     resolved["bf16"] = {**_section(raw, "bf16"), **agreeing}
     if resolved_config.dtype == "fp16":
         resolved["fp16"] = {**_section(raw, "fp16"), "enabled": True}
+    # Else DeepSpeed waits for the device before and after every micro-batch, for a speed that it
+    # logs where ``steps_per_print`` is set.
+    resolved.setdefault("timers", {"throughput": {"enabled": False}})
     if resolved_config.optimizer != "adamw":
         # DeepSpeed has tested Adam only. Masters are flat, which is right for optimizers that go by
         # elements; matrix_optimizer.py gives matrices to the others.

@@ -92,6 +92,7 @@ class Device:
         return False
 
 
+COUNTED = ("lorasb_ds", "deepspeed", "transformers", "bitsandbytes", "peft")
 OF_THE_DEVICE = ("pretend.py", "accelerator.py")  # they only pass a call on
 
 # (why, the line that asked for it) -> how often this process's host has waited for its device.
@@ -99,12 +100,12 @@ host_waits: Counter[tuple[str, str]] = Counter()
 
 
 def _count_wait(why: str) -> None:
-    """Count a wait for the innermost line of the project or of DeepSpeed; else for the caller's."""
+    """Count a wait for the innermost line of the project or of a library; else for the caller's."""
     frame: Any = sys._getframe(1)
     other = None
     while frame is not None:
         path = frame.f_code.co_filename
-        if "/lorasb_ds/" in path or "/deepspeed/" in path:
+        if any(f"/{package}/" in path for package in COUNTED):
             break
         if other is None and "/torch/" not in path and Path(path).name not in OF_THE_DEVICE:
             other = frame

@@ -42,18 +42,24 @@ def in_files(found: Counter[str], package: str) -> Counter[str]:
     return Counter({line: n for line, n in found.items() if line.startswith(package)})
 
 
-@pytest.mark.parametrize("kind", ["steps", "accumulated"])
-def test_a_step_waits_once(kind: str, waits: dict[str, Counter[str]]) -> None:
-    """However many micro-batches it has; DeepSpeed waits for the norm besides."""
+@pytest.mark.parametrize(("kind", "num_micro_batches"), [("steps", 1), ("accumulated", 4)])
+def test_a_step_waits_once(
+    kind: str, num_micro_batches: int, waits: dict[str, Counter[str]]
+) -> None:
+    """However many micro-batches it has.
+
+    Besides, DeepSpeed waits for its norm, and transformers looks into each padding mask, twice.
+    """
     few, many = (waits[f"{kind}-{n}"] for n in STEPS)
-    more = many - few
-    num_steps = STEPS[1] - STEPS[0]
+    more, num_steps = many - few, STEPS[1] - STEPS[0]
     own = in_files(more, "lorasb_ds/")
     assert own.total() == num_steps, own
-    assert next(iter(own)).startswith("lorasb_ds/training/loop.py:"), own
-    assert more.total() <= 6 * num_steps, more
+    assert all(line.startswith("lorasb_ds/training/loop.py:") for line in own), own
+    assert in_files(more, "transformers/").total() <= 2 * num_micro_batches * num_steps, more
+    assert in_files(more, "deepspeed/").total() <= 4 * num_steps, more
 
 
 def test_a_layer_of_the_init_waits_a_few_times(waits: dict[str, Counter[str]]) -> None:
-    more = in_files(waits["steps-2"], "lorasb_ds/init") - waits["few-layers"]
-    assert more.total() <= 12 * LAYERS, more
+    """11.5 times have been seen: SVD 7, report 1.5, factors 3. Of a Krylov space more."""
+    more = in_files(waits["steps-2"] - waits["few-layers"], "lorasb_ds/init")
+    assert LAYERS <= more.total() <= 14 * LAYERS, more

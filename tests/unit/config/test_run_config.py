@@ -183,6 +183,7 @@ def test_auto_is_filled_and_missing_keys_too(tmp_path: Path) -> None:
     assert resolved["train_batch_size"] == 12
     assert resolved["gradient_clipping"] == 0.5
     assert resolved["bf16"] == {"enabled": True, "check_grad_overflow": True}
+    assert resolved["timers"] == {"throughput": {"enabled": False}}
     assert "auto" not in json.dumps(resolved)
 
 
