@@ -30,9 +30,12 @@ RUNS: dict[str, dict[str, Any]] = {
     "groups-offloaded": SHARDED | IN_GROUPS,
     "moe": SHARDED | {"model": "moe"},
 }
-SLOW_RUNS: dict[str, dict[str, Any]] = {
+METHOD_RUNS: dict[str, dict[str, Any]] = {
     **{f"method-{name}": SHARDED | {"method": name} for name in METHODS},
     "method-lora-one-preconditioned": SHARDED | {"method": "lora-one", "precondition": 0.1},
+    "dora": ZERO3 | {"method": "peft:dora"},
+}
+OTHER_RUNS: dict[str, dict[str, Any]] = {
     **{
         f"optimizer-{name}": (ZERO2 if name in ("muon", "sgd") else ZERO3) | {"optimizer": name}
         for name in ("sgd", "lion", "adafactor", "muon")
@@ -49,7 +52,8 @@ SLOW_RUNS: dict[str, dict[str, Any]] = {
         "generate_samples": 2,
         "load_best_model_at_end": True,
     },
-    "dora": ZERO3 | {"method": "peft:dora"},
+}
+MOE_RUNS: dict[str, dict[str, Any]] = {
     **{f"moe-{name}": SHARDED | {"model": "moe", "method": name} for name in ("pissa", "lora")},
     **{f"moe-{n}bit": ZERO3 | {"model": "moe", f"load_in_{n}bit": True} for n in (4, 8)},
     "moe-checkpointing-fp16": ZERO2
@@ -57,6 +61,7 @@ SLOW_RUNS: dict[str, dict[str, Any]] = {
     "moe-groups": SHARDED | IN_GROUPS | {"model": "moe", "init_memory_gib": 1e-5},
     **{family: SHARDED | {"model": family} for family in ("gpt_oss", "deepseek_v3", "qwen3_moe")},
 }
+SLOW_RUNS = (METHOD_RUNS, OTHER_RUNS, MOE_RUNS)  # each in a process group of its own
 
 
 @pytest.fixture(scope="module")
@@ -113,10 +118,19 @@ def default_runs(configured: Any, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="module")
-def slow_runs(configured: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("slow-runs")
-    train(configured(SLOW_RUNS, out), 2, out)
-    return out
+def slow_runs(configured: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function that does all runs of a table when it is asked for the first of them."""
+    folders: dict[str, Path] = {}
+
+    def run(name: str) -> Path:
+        if name not in folders:
+            out = tmp_path_factory.mktemp("slow-runs")
+            runs = next(table for table in SLOW_RUNS if name in table)
+            folders.update(dict.fromkeys(runs, out))
+            train(configured(runs, out), 2, out)
+        return folders[name]
+
+    return run
 
 
 def check_run(out: Path, name: str, world_size: int = 2) -> list[dict[str, Any]]:
@@ -137,9 +151,9 @@ def test_runs(name: str, default_runs: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SLOW_RUNS)
-def test_all_ways_to_run(name: str, slow_runs: Path) -> None:
-    check_run(slow_runs, name)
+@pytest.mark.parametrize("name", [name for table in SLOW_RUNS for name in table])
+def test_all_ways_to_run(name: str, slow_runs: Callable[[str], Path]) -> None:
+    check_run(slow_runs(name), name)
 
 
 def test_the_numbers_are_the_cpu_s(configured: Any, default_runs: Path, tmp_path: Path) -> None:
