@@ -20,12 +20,12 @@ from launcher.sweeps.compare_run import Comparison, run_comparison
 from launcher.sweeps.grid import SWEPT, Trial, is_file, label, make_sweep, own_options
 from launcher.sweeps.pool import Allocation
 from launcher.sweeps.runs import NUMBERS, OF_NO_CONSEQUENCE, PARALLEL, launch_in, shown
+from lorasb_ds.config.data_options import REASONING_GYM
 from lorasb_ds.config.methods import PEFT_PREFIX
 from lorasb_ds.config.paths import read_json
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.config.stored_paths import with_absolute_paths
-from lorasb_ds.data.sources import REASONING_GYM
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.evaluation.reasoning_gym import check_scorer
 

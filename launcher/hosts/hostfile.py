@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from lorasb_ds.config.paths import expand_home
 from lorasb_ds.errors import ConfigError
 
 MAX_SLOTS = 1024
@@ -29,7 +29,7 @@ def read_hostfile(path: str) -> dict[str, int]:
         ConfigError: if there is no such file (DeepSpeed would run on this host alone), or a line
             has another form; one paragraph per line.
     """
-    file = Path(os.path.expanduser(path))  # noqa: PTH111, Path's raises for ~nobody
+    file = Path(expand_home(path))
     try:
         if not file.is_file():
             what = "this is not a file" if file.exists() else "there is no such file"

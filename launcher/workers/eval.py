@@ -69,9 +69,8 @@ def main(own: dict[str, Any], given: dict[str, Any]) -> None:
         chosen = {name: own[name] for name in ("task", "num_samples", "max_new_tokens")}
         chosen["tables"] = run.tables
         sources = [load_eval_rows(s, run.config, run.base.tokenizer, **chosen) for s in config.data]
-        if not int(os.environ.get("RANK", 0)):
-            for warning in (warning for rows in sources for warning in rows.warnings):
-                click.echo(f"lorasb: {warning}")
+        for warning in (warning for rows in sources for warning in rows.warnings):
+            say(warning)
         if in_job:
             join()
         model = start_model(run)

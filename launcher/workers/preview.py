@@ -67,7 +67,7 @@ def preview(config: RunConfig, num_rows: int, row: int | None, color: bool) -> I
 
     tokenizer = open_base(config)[0].tokenizer
     rows, notes = tokenize_sources(config.data, tokenizer, config, refuse=False)
-    note = stand_in_note(tokenizer) if set(rows.forms) != {"text"} else None
+    note = stand_in_note(tokenizer) if rows.use_template else None
     yield from [*filter(None, [note]), *notes]
     if row is None:
         chosen = list(range(min(num_rows, len(rows.examples))))

@@ -12,8 +12,9 @@ from pydantic import Field, field_validator
 
 from lorasb_ds.config.option_group import OptionGroup, default_is
 
-DEMO_DATA = "reasoning-gym:word_sequence_reversal?max_words=6&size=1000&seed=1"
-DEMO_EVAL_DATA = "reasoning-gym:word_sequence_reversal?max_words=6&size=64&seed=2"
+REASONING_GYM = "reasoning-gym:"  # begins the address of generated rows
+DEMO_DATA = f"{REASONING_GYM}word_sequence_reversal?max_words=6&size=1000&seed=1"
+DEMO_EVAL_DATA = f"{REASONING_GYM}word_sequence_reversal?max_words=6&size=64&seed=2"
 
 
 def _default_eval_data(fields: Mapping[str, Any]) -> str | None:

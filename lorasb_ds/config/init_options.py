@@ -57,4 +57,4 @@ class InitOptions(OptionGroup):
     @field_validator("init_from")
     @classmethod
     def _at_home(cls, value: str | None) -> str | None:
-        return expand_home(value)
+        return None if value is None else expand_home(value)

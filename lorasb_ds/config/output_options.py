@@ -51,4 +51,4 @@ class OutputOptions(OptionGroup):
     @field_validator("output_dir", "resume")
     @classmethod
     def _at_home(cls, value: str | None) -> str | None:
-        return expand_home(value)
+        return None if value is None else expand_home(value)

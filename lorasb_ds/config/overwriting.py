@@ -46,11 +46,6 @@ def check_replaceable(
         )
 
 
-def has_fields(file: Path, *fields: str) -> bool:
-    """Return whether a file holds a JSON object with these fields."""
-    return set(fields) <= read_object(file).keys()
-
-
 def read_object(file: Path) -> dict[str, Any]:
     """Return the JSON object in a file; {} if it holds none."""
     try:

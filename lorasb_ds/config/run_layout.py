@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorasb_ds.config.overwriting import check_replaceable, has_fields, names_in, read_object
+from lorasb_ds.config.overwriting import check_replaceable, names_in, read_object
 from lorasb_ds.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def foreign_to_run(folder: Path) -> list[str]:
 
 
 def _foreign_to_evaluation(folder: Path) -> list[str]:
-    if has_fields(folder / EVAL_RESULT, "model", "adapter", "world_size"):
+    if {"model", "adapter", "world_size"} <= read_object(folder / EVAL_RESULT).keys():
         return []
     return foreign_to_run(folder)
 
@@ -120,9 +120,10 @@ def check_output_dir(
             f"--output-dir {folder} is the folder of --init-from, and would be overwritten. Name "
             "another one."
         )
-    if folder.is_dir() and is_run(folder) and options.resume is not None:
-        return
-    if folder.is_dir() and not is_run(folder) and not foreign_to_run(folder):
+    if folder.is_dir() and is_run(folder):
+        if options.resume is not None:
+            return
+    elif folder.is_dir() and not foreign_to_run(folder):
         return  # an early end's
     foreign = _foreign_to_evaluation if evaluation else foreign_to_run
     kind = "a run's or an evaluation's folder" if evaluation else "a run's folder"

@@ -11,20 +11,20 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from lorasb_ds.config.data_options import REASONING_GYM
 from lorasb_ds.config.methods import PEFT_PREFIX
-from lorasb_ds.config.paths import DEMO_MODEL
+from lorasb_ds.config.paths import DEMO_MODEL, expand_home
 from lorasb_ds.errors import ConfigError, option_name
 
 ABSOLUTE = "absolute_paths"
 # The fields of RunConfig that may name files or folders; those that may be hub names come first.
 NAMES = ("model", "data", "eval_data", "init_data")
 PATHS = ("ds_config", "init_from", "resume", "output_dir")
-REASONING_GYM = "reasoning-gym:"
 
 
 def absolute(name: str) -> str:
     """Return a path that exists as an absolute one, links as they are; any other name as it is."""
-    path = os.path.expanduser(name)  # noqa: PTH111, Path's raises for unknown users
+    path = expand_home(name)
     if name.startswith(REASONING_GYM) or not os.path.exists(path):  # noqa: PTH110
         return name
     return os.path.abspath(path)  # noqa: PTH100
@@ -50,7 +50,7 @@ def with_absolute_paths(options: Mapping[str, Any]) -> dict[str, Any]:
 def _absolute_path(path: str) -> str:
     if path == "auto":  # of --resume
         return path
-    return os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111
+    return os.path.abspath(expand_home(path))  # noqa: PTH100
 
 
 def check_no_folder_has_the_name(run_json: Mapping[str, Any], fields: Mapping[str, Any]) -> None:

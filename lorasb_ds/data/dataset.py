@@ -141,6 +141,11 @@ class TokenizedRows:
     notes: tuple[str, ...] = ()
 
     @property
+    def use_template(self) -> bool:
+        """Whether any of them is rendered by the chat template: plain text is not."""
+        return set(self.forms) != {"text"}
+
+    @property
     def examples(self) -> Examples:
         return Examples(self.table, self.index)
 

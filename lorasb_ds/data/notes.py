@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from lorasb_ds.config.data_options import REASONING_GYM
 from lorasb_ds.data.chat import WARNINGS
-from lorasb_ds.data.sources import REASONING_GYM
 
 LISTED = 12  # names in a list for the user
 LEFT_OUT, WARNING = "left out of the rows: ", "warning: "

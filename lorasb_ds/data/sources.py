@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
+from lorasb_ds.config.data_options import REASONING_GYM
+from lorasb_ds.config.paths import expand_home
 from lorasb_ds.data.file_rows import FileRows
 from lorasb_ds.data.json_rows import JsonRows
 from lorasb_ds.data.tables import CsvRows, ParquetRows, saved_tables
@@ -17,7 +19,6 @@ from lorasb_ds.errors import ConfigError
 from lorasb_ds.system.files import file_digest
 
 FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet")
-REASONING_GYM = "reasoning-gym:"
 HELD_OUT_SPLITS = ("test", "validation", "valid", "dev")
 
 
@@ -50,7 +51,7 @@ def load_rows(source: str, option: str = "--data", *, held_out: bool = False) ->
 
 def source_path(source: str) -> Path:
     """Return the path that a source may be: as it is written, but for a home directory's ~."""
-    return Path(os.path.expanduser(source))  # noqa: PTH111, Path refuses a name like ~rows.csv
+    return Path(expand_home(source))
 
 
 def names_a_path(source: str) -> bool:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from lorasb_ds.config.data_options import REASONING_GYM
 from lorasb_ds.data.formats import RESPONSE_COLUMNS, Row
-from lorasb_ds.data.sources import REASONING_GYM
 from lorasb_ds.data.turns import is_list
 
 TASKS = ("auto", "exact", "gsm8k", "metamath", "math", "multiple-choice", "reasoning-gym")

@@ -6,13 +6,12 @@ import errno
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorasb_ds.config.paths import DEMO_MODEL, demo_model_dir, read_json
+from lorasb_ds.config.paths import DEMO_MODEL, demo_model_dir, expand_home, read_json
 from lorasb_ds.errors import ConfigError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -49,7 +48,7 @@ def model_path(model: str) -> str:
                 "scripts/setup.sh, or name a model of your own."
             )
         return str(folder)
-    folder = Path(os.path.expanduser(model))  # noqa: PTH111, Path's raises for unknown users
+    folder = Path(expand_home(model))
     if not folder.exists():
         if model.startswith((".", "/", "~")) or model.count("/") > 1:
             raise ConfigError(

@@ -178,13 +178,15 @@ def train_step(
     stop = accelerator.from_host(float(stop_requested()), torch.float64)
     sums = torch.stack([loss_sum, squared_norm(engine), stop])
     dist.all_reduce(sums)
-    grad_norm = torch.as_tensor(engine.get_global_grad_norm())  # stage 3's is on the device
-    of_device = [sums, counts, *([] if grad_norm.is_cpu else [grad_norm.double()[None]])]
-    loss_total, squared_r, num_stops, *totals = torch.cat(of_device).tolist()
-    num_label_tokens, num_tokens, num_positions = totals[:3]
+    norm = torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float64)
+    if norm.is_cpu:  # stage 3's is on the device
+        norm = accelerator.from_host(norm.item(), torch.float64)
+    found = torch.cat([sums, norm[None], counts]).tolist()
+    loss_total, squared_r, num_stops, grad_norm, *totals = found
+    num_label_tokens, num_tokens, num_positions = totals
     return StepResult(
         loss=loss_total / max(1.0, num_label_tokens),
-        grad_norm=totals[3] if totals[3:] else grad_norm.item(),
+        grad_norm=grad_norm,
         r_norm=math.sqrt(squared_r),
         applied=not engine.optimizer.overflow,
         num_tokens=int(num_tokens),

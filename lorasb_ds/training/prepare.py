@@ -84,8 +84,7 @@ class Prepared:
         """What the user should know of the base's files, the adapter and the data."""
         warning = self.adapter.peft_warning
         warnings = [f"warning: {warning}"] if warning else []
-        uses_template = set(self.data.train.forms) != {"text"}
-        if uses_template and (note := stand_in_note(self.base.tokenizer)):
+        if self.data.train.use_template and (note := stand_in_note(self.base.tokenizer)):
             warnings.append(note)
         return [*self.base.notes(), *warnings, *self.data.notes, *self.table_notes]
 
