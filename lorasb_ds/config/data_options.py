@@ -123,7 +123,8 @@ class DataOptions(OptionGroup):
     seed: int = Field(
         42,
         ge=0,
-        description="Seed of the rows' order, the samples, what is held out, and the init.",
+        lt=2**32,
+        description="Seed of the rows' order, samples, what is held out, the init and dropout.",
     )
 
     @field_validator("data", "init_data", mode="before")

@@ -21,6 +21,7 @@ class InitOptions(OptionGroup):
     init_seed: int | None = Field(
         None,
         ge=0,
+        lt=2**32,
         description="Seed of the init, and of the rows in its sample.",
         json_schema_extra=default_is("--seed"),
     )

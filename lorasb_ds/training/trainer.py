@@ -92,6 +92,8 @@ def run_training(run: Prepared, stop: StopRequest, init_only: bool = False) -> R
         first_step = run.resume.step if run.resume else 0
         log = RunLog(folder, first_step, description["config"])
     announce(run, folder)
+    # For models with dropout. Ranks have other rows, so they draw other numbers.
+    torch.manual_seed(run.config.seed + zero.rank())
     try:
         with phase(run, "load"):
             engine, adapters = start_engine(run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -181,10 +182,16 @@ def test_on_three_ranks(configured: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_resume(configured: Any, tmp_path: Path) -> None:
+def test_resume(tiny_model: Path, configured: Any, tmp_path: Path) -> None:
     """A run of 4 steps in two parts is the run of 4 steps: random numbers of the device, too."""
-    options = SHARDED | {"max_steps": 4, "save_every": 2, "method": "lora", "lora_dropout": 0.1}
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.3}))
+    options = SHARDED | {"max_steps": 4, "save_every": 2, "lr_scheduler": "constant"}
     whole = configured({"whole": options, "halves": options | {"max_steps": 2}}, tmp_path)
+    for given in whole.values():
+        given["model"] = str(model)
     train(whole, 2, tmp_path)
     rest = {"rest": {"resume": str(tmp_path / "halves"), "max_steps": 4}}
     train(rest, 2, tmp_path)
