@@ -23,15 +23,15 @@ AdapterT = TypeVar("AdapterT", bound="AdapterLinear")
 class GradientHook(Protocol):
     """Sees a layer's inputs and output gradients, from which its weight gradient is computed."""
 
-    def on_forward(self) -> None:
-        """Note that the layer was called; called again when checkpointing recomputes it."""
-
-    def on_backward(self, x: torch.Tensor, grad_y: torch.Tensor, routing: Any = None) -> None:
-        """Take the layer's input (…, in) and output gradient (…, out), in the backward pass.
+    def on_forward(self, x: torch.Tensor, routing: Any = None) -> None:
+        """Note that the layer was called with x (…, in), and again when it is recomputed.
 
         Args:
             routing: a ``Routing`` if the rows belong to experts.
         """
+
+    def on_backward(self, x: torch.Tensor, grad_y: torch.Tensor, routing: Any = None) -> None:
+        """Take the layer's input (…, in) and output gradient (…, out), in the backward pass."""
 
 
 class AdapterLinear(nn.Module, ABC):
@@ -115,7 +115,7 @@ class AdapterLinear(nn.Module, ABC):
             return self.fused_forward(x, *routing)
         y = self.base_layer(x, *routing)
         if self.gradient_hook is not None:
-            self.gradient_hook.on_forward()
+            self.gradient_hook.on_forward(x, *routing)
             # A leaf that requires grad makes autograd run back to this layer although everything
             # below is frozen, and no further than the lowest layer with such a leaf.
             anchor = torch.zeros(0, device=x.device, requires_grad=True)

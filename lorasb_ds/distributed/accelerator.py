@@ -18,11 +18,11 @@ def device() -> torch.device:
 
 
 def from_host(numbers: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Return a tensor of Python numbers on the device, without waiting for what it has to do.
+    """Copy Python numbers, or a tensor of the host, to the device, without waiting for the device.
 
     ``torch.tensor(…, device=…)`` copies synchronously: on CUDA that waits for the whole stream.
     """
-    values = torch.tensor(numbers, dtype=dtype)
+    values = torch.as_tensor(numbers, dtype=dtype)
     return values if name() == "cpu" else values.pin_memory().to(device(), non_blocking=True)
 
 

@@ -1,19 +1,20 @@
-"""Every layer's average gradient as row shards, reduced layer by layer in the backward pass.
+"""Every layer's average gradient as row shards, exchanged layer by layer in the backward pass.
 
-The weight gradient ``dL/dW = δᵀ x`` of a layer's input x and output gradient δ is computed in one
-block of rows for each rank, and each block is reduced to its rank at once. With several ranks none
-holds a whole gradient.
+The weight gradient ``dL/dW = δᵀ x`` of a layer's input x and output gradient δ is summed over ranks
+into row shards. Ranks send each other what takes fewer bytes: their sums in fp32, or x and δ, of
+which each rank then computes its own rows for all tokens (``sends_activations``).
 
-Experts of MoE blocks are the exception: each expert's gradient, of the rows that it got, is reduced
-whole to one rank, which also decomposes it.
+Experts of MoE blocks are not divided: each expert's gradient goes whole to one rank, which also
+decomposes it; as sums, or as the rows of x and δ that the expert got.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -23,8 +24,10 @@ from lorasb_ds.adapters.experts import LoraSBExperts
 from lorasb_ds.adapters.layer import AdapterLinear
 from lorasb_ds.distributed import accelerator
 from lorasb_ds.distributed.collectives import Group, row_range
+from lorasb_ds.init.exchange import Exchange
+from lorasb_ds.init.products import weight_gradient
 from lorasb_ds.models.experts import Routing
-from lorasb_ds.planner.init_bytes import EXPERT_GRADIENT_BYTES
+from lorasb_ds.planner.init_bytes import EXCHANGE_BYTES, FP32_BYTES, sends_activations
 from lorasb_ds.planner.layer_groups import LayerGroup
 
 
@@ -56,7 +59,7 @@ class GradientShards:
         batches_reached: layer -> number of micro-batches with a label that called it, over all
             ranks after ``finish``.
         loss: of the whole sample, per label token, at the base; set by ``finish``.
-        communication: time in reductions.
+        exchange: of gradients with the other ranks.
         from_segment: whether only a segment of the model was run for these gradients.
     """
 
@@ -76,13 +79,17 @@ class GradientShards:
             layers: those of ``adapters``, and the experts that are wanted; by default all.
         """
         self.group = group
-        self.rank = dist.get_rank(group)
-        self.world_size = dist.get_world_size(group)
-        self.communication = accelerator.Stopwatch()
+        self.exchange = Exchange(group)
+        self.rank, self.world_size = self.exchange.rank, self.exchange.world_size
         self.shards: dict[str, torch.Tensor] = {}
         self.batches_reached: Counter[str] = Counter()
-        self._calls: list[str] = []  # of the running forward pass, in order
-        self._uneven: dict[str, torch.Tensor] = {}  # whole gradients of the running batch
+        # Of the running batch: its calls in order; the most rows of a call, on any rank; whole
+        # gradients of layers that ranks do not call alike; experts' rows here, then on every rank.
+        self._calls: list[str] = []
+        self._rows: Counter[str] = Counter()
+        self._uneven: dict[str, torch.Tensor] = {}
+        self._routings: dict[str, Routing] = {}
+        self._ends: dict[str, list[list[int]]] = {}
         self.experts: dict[str, range] = {}
         self.tokens: dict[str, torch.Tensor] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -107,14 +114,22 @@ class GradientShards:
         """Remove a layer's shard and return it, on the device."""
         return self.shards.pop(name).to(accelerator.device())
 
+    def called(self, name: str, x: torch.Tensor, routing: Routing | None = None) -> None:
+        """Note that the running forward pass calls a layer."""
+        self._calls.append(name)
+        self._rows[name] = max(self._rows[name], x.numel() // x.shape[-1])
+        if routing is not None:
+            self._routings[name] = routing
+
     def after_forward(self, has_labels: bool) -> None:
-        """Find the layers that this batch called. Collective.
+        """Find the layers that this batch called, and the rows of all ranks. Collective.
 
         Usually all ranks call a layer equally often and in the same order. Where they do not (the
         data decide, as in an MoE), this batch's gradient of the layer is summed whole on each rank,
-        since ranks could not reduce it together during the backward pass.
+        since ranks could not exchange it during the backward pass.
 
-        Communication: one all-reduce of 2 integers for each layer, and 2 more.
+        Communication: one all-reduce of 3 integers for each layer, and 3 more; an all-gather of one
+        for each expert.
         """
         counts = Counter(self._calls)
         self.batches_reached.update({name: 1 for name in counts if has_labels})
@@ -122,12 +137,30 @@ class GradientShards:
             return
         order = zlib.crc32(" ".join(self._calls).encode())
         mine = [counts[name] for name in self.shards] + [order]
-        bounds = accelerator.from_host([mine, [-n for n in mine]])
+        rows = [self._rows[name] for name in self.shards] + [0]
+        bounds = accelerator.from_host([mine, [-n for n in mine], rows])
         dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=self.group)
-        *differ, other_order = (bounds[0] + bounds[1] != 0).tolist()
-        for name, differs in zip(self.shards, differ, strict=True):
+        largest, negated, rows = bounds.tolist()
+        *differ, other_order = (a + b != 0 for a, b in zip(largest, negated, strict=True))
+        for name, differs, most in zip(self.shards, differ, rows[:-1], strict=True):
+            self._rows[name] = most
             if differs or (other_order and counts[name]):
                 self._uneven[name] = torch.zeros(self._shapes[name], device=accelerator.device())
+        # A projection that is called again has another routing then.
+        self._gather_ends([n for n in self.experts if counts[n] == 1 and n not in self._uneven])
+
+    def _gather_ends(self, names: Sequence[str]) -> None:
+        """Find where the rows of each expert end on every rank. Collective."""
+        if not names:
+            return
+        offsets = [self._routings[name].offsets for name in names]
+        mine = torch.cat(offsets)
+        of_ranks = mine.new_empty(self.world_size * len(mine))
+        dist.all_gather_into_tensor(of_ranks, mine, group=self.group)
+        tables = of_ranks.view(self.world_size, -1).cpu().split([len(of) for of in offsets], 1)
+        self._ends = {
+            n: F.pad(ends, (1, 0)).tolist() for n, ends in zip(names, tables, strict=True)
+        }
 
     def add(self, name: str, x: torch.Tensor, grad_y: torch.Tensor) -> None:
         """Add one call's ``δᵀ x``. Collective: ranks add the same layers in the same order.
@@ -135,17 +168,50 @@ class GradientShards:
         Args:
             x: (…, in), any floating dtype.
             grad_y: (…, out), δ.
-        Communication: one reduce of (rows of that rank, short side) fp32 to each rank.
+        Communication: an all-gather of x and δ; or a reduce-scatter of the sums, in pieces of
+            ``EXCHANGE_BYTES``.
         """
-        x, grad_y = x.flatten(0, -2), grad_y.flatten(0, -2)
-        long, short = (x, grad_y) if is_transposed(grad_y.shape[1], x.shape[1]) else (grad_y, x)
-        with _exact_products(long, short):
-            long, short = long.float(), short.float()
-            if name in self._uneven:
-                self._uneven[name] += long.T @ short
-            else:
-                for owner, rows in self._blocks(long.shape[1]):
-                    self._reduce(name, long[:, rows.start : rows.stop].T @ short, owner)
+        long, short = _long_and_short(x.flatten(0, -2), grad_y.flatten(0, -2))
+        if name in self._uneven:
+            self._uneven[name] += weight_gradient(long, short)
+        elif self.world_size == 1:
+            self._add(name, 0, weight_gradient(long, short))
+        elif _sends_rows(self.world_size * self._rows[name], long, short, 1):
+            self._gather_rows(name, long, short)
+        else:
+            self._scatter_sums(name, long, short)
+
+    def _gather_rows(self, name: str, long: torch.Tensor, short: torch.Tensor) -> None:
+        """Send x and δ to all ranks, and compute this rank's rows for all tokens. Collective."""
+        (tokens, width), most = long.shape, self._rows[name]
+        mine = row_range(width, self.rank, self.world_size)
+        both = torch.cat([long, short], 1)
+        if tokens < most:  # than another rank's; zeros add nothing
+            both = F.pad(both, (0, 0, 0, most - tokens))
+
+        def add(found: torch.Tensor) -> None:
+            long, short = found[:, mine.start : mine.stop], found[:, width:]
+            self._add(name, 0, weight_gradient(long, short))
+
+        self.exchange.all_gather(both, add)
+
+    def _scatter_sums(self, name: str, long: torch.Tensor, short: torch.Tensor) -> None:
+        """Compute the gradient for this rank's tokens, and sum it over ranks. Collective."""
+        owners, ranks = self._owners(long.shape[1]), self.world_size
+        most, mine = max(map(len, owners)), len(owners[self.rank])
+        if most * ranks == long.shape[1]:
+            of_ranks = long.unflatten(1, (ranks, most))
+        else:
+            columns = [long[:, of.start : of.stop] for of in owners]
+            of_ranks = torch.stack([F.pad(of, (0, most - of.shape[1])) for of in columns], 1)
+        at_once = max(1, EXCHANGE_BYTES // (FP32_BYTES * ranks * short.shape[1]))
+        for first in range(0, most, at_once):
+            sums = weight_gradient(of_ranks[:, :, first : first + at_once].flatten(1), short)
+
+            def add(found: torch.Tensor, first: int = first) -> None:
+                self._add(name, first, found[: max(0, mine - first)])
+
+            self.exchange.reduce_scatter(sums, add)
 
     def add_experts(
         self, name: str, x: torch.Tensor, grad_y: torch.Tensor, routing: Routing
@@ -154,43 +220,89 @@ class GradientShards:
 
         Args:
             x, grad_y: (rows, in) and (rows, out), sorted by expert.
-        Communication: for each ``EXPERT_GRADIENT_BYTES`` of gradients one reduce to the rank that
-            owns them.
+        Communication: an all-to-all of the rows of x and δ; or one reduce of the sums for each
+            ``EXCHANGE_BYTES``.
         """
-        wanted, shape = self.experts[name], self._shapes[name][1:]
-        ends = [0, *routing.ends]
+        wanted = self.experts[name]
         upto = F.pad(grad_y.any(1).cumsum(0), (1, 0))  # rows with a gradient
         tokens = upto.index_select(0, F.pad(routing.offsets, (1, 0))).diff()
         self.tokens[name] += tokens[wanted.start : wanted.stop]
-        long, short = (x, grad_y) if is_transposed(grad_y.shape[1], x.shape[1]) else (grad_y, x)
-        at_once = max(1, EXPERT_GRADIENT_BYTES // (4 * shape[0] * shape[1]))
-        with _exact_products(long, short):
-            for owner, owned in self._blocks(len(wanted)):
-                for first in range(owned.start, owned.stop, at_once):
-                    last = min(first + at_once, owned.stop)
-                    experts = wanted[first:last]
-                    if self.world_size == 1 and ends[experts.start] == ends[experts.stop]:
-                        continue  # none of them has rows
-                    block = torch.zeros(len(experts), *shape, device=x.device)
-                    for G, expert in zip(block, experts, strict=True):
-                        rows = slice(ends[expert], ends[expert + 1])
-                        if rows.stop > rows.start:
-                            torch.mm(long[rows].float().T, short[rows].float(), out=G)
-                    if name in self._uneven:
-                        self._uneven[name][first:last] += block
-                    else:
-                        self._reduce(name, block, owner, first - owned.start)
+        long, short = _long_and_short(x, grad_y)
+        of_ranks = self._ends.get(name)
+        ends = [0, *routing.ends] if of_ranks is None else of_ranks[self.rank]
+        ends = ends[wanted.start : wanted.stop + 1]
+        if name in self._uneven:
+            _add_products(self._uneven[name], long, short, ends)
+        elif self.world_size == 1:
+            _add_products(self.shards[name], long, short, ends)
+        elif of_ranks and _sends_rows(self._most_received(name), long, short, len(wanted)):
+            self._send_rows(name, long, short, ends)
+        else:
+            self._reduce_sums(name, long, short, ends)
+
+    def _send_rows(
+        self, name: str, long: torch.Tensor, short: torch.Tensor, ends: Sequence[int]
+    ) -> None:
+        """Send each row of x and δ to the rank of its expert. Collective.
+
+        Args:
+            ends: where the rows of the wanted experts begin, and end.
+        """
+        owners, width = self._owners(len(ends) - 1), long.shape[1]
+        rows = torch.cat([part[ends[0] : ends[-1]] for part in (long, short)], 1)
+        sent = [ends[of.stop] - ends[of.start] for of in owners]
+        # (ranks, experts here): the rows that come from each rank, sorted by expert.
+        numbers = torch.tensor(self._received(name, owners[self.rank])).diff(dim=1)
+
+        def add(found: torch.Tensor) -> None:
+            experts = torch.arange(numbers.shape[1]).repeat(len(numbers))
+            order = experts.repeat_interleave(numbers.flatten()).argsort(stable=True)
+            found = found.index_select(0, accelerator.from_host(order))
+            ends = [0, *numbers.sum(0).cumsum(0).tolist()]
+            _add_products(self.shards[name], found[:, :width], found[:, width:], ends)
+
+        self.exchange.all_to_all(rows, sent, numbers.sum(1).tolist(), add)
+
+    def _received(self, name: str, owned: range) -> list[list[int]]:
+        """Return where the rows of some wanted experts begin and end, on each rank."""
+        first = self.experts[name].start
+        return [of[first + owned.start : first + owned.stop + 1] for of in self._ends[name]]
+
+    def _most_received(self, name: str) -> int:
+        """Return the most rows that one rank's experts get from all ranks."""
+        owners = self._owners(len(self.experts[name]))
+        return max(sum(of[-1] - of[0] for of in self._received(name, owned)) for owned in owners)
+
+    def _reduce_sums(
+        self, name: str, long: torch.Tensor, short: torch.Tensor, ends: Sequence[int]
+    ) -> None:
+        """Compute every expert's gradient for this rank's rows, and sum it over ranks. Collective.
+
+        Args:
+            ends: as for ``_send_rows``.
+        """
+        sides = self._shapes[name][1:]
+        at_once = max(1, EXCHANGE_BYTES // (FP32_BYTES * sides[0] * sides[1]))
+        for owner, owned in enumerate(self._owners(len(ends) - 1)):
+            for first in range(owned.start, owned.stop, at_once):
+                last = min(first + at_once, owned.stop)
+                sums = torch.zeros(last - first, *sides, device=long.device)
+                _add_products(sums, long, short, ends[first : last + 1])
+                self.exchange.reduce(sums, owner, partial(self._add, name, first - owned.start))
 
     def after_backward(self) -> None:
-        """Reduce the gradients that ``after_forward`` decided to sum whole. Collective.
+        """Sum what ``after_forward`` decided to sum whole, and wait for all sums. Collective.
 
-        Communication: that of ``add`` for each of those layers.
+        Communication: of each of those layers one reduce to each rank.
         """
         for name, whole in self._uneven.items():
-            for owner, rows in self._blocks(len(whole)):
-                self._reduce(name, whole[rows.start : rows.stop], owner)
-        self._uneven.clear()
-        self._calls.clear()
+            for owner, owned in enumerate(self._owners(len(whole))):
+                if owned:
+                    sums = whole[owned.start : owned.stop]
+                    self.exchange.reduce(sums, owner, partial(self._add, name, 0))
+        self.exchange.wait()
+        for of_batch in (self._calls, self._rows, self._uneven, self._routings, self._ends):
+            of_batch.clear()
 
     def finish(self, loss_sum: float, num_label_tokens: int) -> None:
         """Divide the sums by the number of label tokens, and sum ``batches_reached`` over ranks.
@@ -211,34 +323,36 @@ class GradientShards:
         dist.all_reduce(counts, group=self.group)
         self.batches_reached = Counter(dict(zip(self.shards, counts.tolist(), strict=True)))
 
-    def _blocks(self, num_rows: int) -> Iterator[tuple[int, range]]:
-        for owner in range(self.world_size):
-            if rows := row_range(num_rows, owner, self.world_size):
-                yield owner, rows
+    def _owners(self, length: int) -> list[range]:
+        """Return the rows, or experts, of each rank."""
+        return [row_range(length, rank, self.world_size) for rank in range(self.world_size)]
 
-    def _reduce(self, name: str, block: torch.Tensor, owner: int, first: int = 0) -> None:
-        """Sum a block over ranks into its owner's shard, from the shard's row ``first`` on."""
-        if self.world_size > 1:
-            with self.communication:
-                dist.reduce(block, group=self.group, group_dst=owner)
-        if owner == self.rank:
-            part = self.shards[name][first : first + len(block)]
-            part += block.to(part.device)
+    def _add(self, name: str, first: int, sums: torch.Tensor) -> None:
+        """Add to this rank's rows, or experts, of a layer from the ``first`` on."""
+        part = self.shards[name][first : first + len(sums)]
+        part += sums.to(part.device)
 
 
-@contextmanager
-def _exact_products(*factors: torch.Tensor) -> Iterator[None]:
-    """Let fp32 matrix products use bf16 or TF32 hardware if all factors came from bf16.
+def _long_and_short(x: torch.Tensor, grad_y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the factors of a gradient as it is kept, ``longᵀ short``."""
+    return (x, grad_y) if is_transposed(grad_y.shape[1], x.shape[1]) else (grad_y, x)
 
-    Rounding such values to either format changes nothing, and sums stay in fp32: the result is
-    that of fp32, at twice its speed on CPUs with AVX512-BF16.
+
+def _sends_rows(num_rows: int, long: torch.Tensor, short: torch.Tensor, num_matrices: int) -> bool:
+    """Return whether to exchange rows of x and δ, of which a rank receives so many."""
+    width = long.shape[1] + short.shape[1]
+    rows = num_rows * width * torch.promote_types(long.dtype, short.dtype).itemsize
+    return sends_activations(rows, num_matrices * long.shape[1] * short.shape[1] * FP32_BYTES)
+
+
+def _add_products(
+    gradients: torch.Tensor, long: torch.Tensor, short: torch.Tensor, ends: Sequence[int]
+) -> None:
+    """Add ``longᵀ short`` of each expert's rows to its gradient, maybe in host memory.
+
+    Args:
+        ends: where the rows of the first expert begin, and those of each end.
     """
-    if any(factor.dtype != torch.bfloat16 for factor in factors):
-        yield
-        return
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    for G, (start, stop) in zip(gradients, pairwise(ends), strict=True):
+        if stop > start:
+            G += weight_gradient(long[start:stop], short[start:stop]).to(G.device)

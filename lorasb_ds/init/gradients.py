@@ -30,8 +30,8 @@ class _ShardHook:
     def __init__(self, shards: GradientShards, name: str) -> None:
         self.shards, self.name = shards, name
 
-    def on_forward(self) -> None:
-        self.shards._calls.append(self.name)
+    def on_forward(self, x: torch.Tensor, routing: Routing | None = None) -> None:
+        self.shards.called(self.name, x, routing)
 
     def on_backward(
         self, x: torch.Tensor, grad_y: torch.Tensor, routing: Routing | None = None

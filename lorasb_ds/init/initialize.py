@@ -183,7 +183,7 @@ def _from_gradients(
         totals.groups += 1
         totals.segments += gradients.from_segment
         totals.loss = gradients.loss
-        totals.communication_s += gradients.communication.seconds()
+        totals.communication_s += gradients.exchange.waiting.seconds()
         totals.seconds += time.perf_counter() - began
         for name, experts in gradients.experts.items():
             if name not in of_experts:

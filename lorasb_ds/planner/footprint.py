@@ -65,9 +65,12 @@ class Footprint:
 
     @property
     def load_peak(self) -> int:
-        """Return the device's peak during the load."""
-        engine = self.adapters + self.optimizer
-        return self.base + self.quantization + max(self.load_in_flight, engine)
+        """Return the device's peak during the load.
+
+        It ends with a forward pass of a few tokens (``loss.check_loss_head``).
+        """
+        reading = self.base + self.quantization + self.load_in_flight
+        return max(reading, self.resident + self.gathered + self.dequantized)
 
     @property
     def init_peak(self) -> int:
@@ -207,8 +210,10 @@ def init_plan(shape: ModelShape, work: Workload, world_size: int, dtype_bytes: i
         update=work.init_update,
         tokens_per_micro_batch=work.tokens,
         boundary_bytes=rows_per_rank * work.max_length * shape.hidden_size * dtype_bytes,
+        dtype_bytes=dtype_bytes,
         offload=work.init_offload,
         experts=work.expert_targets,
+        experts_per_token=shape.experts_per_token,
         expert_r=work.expert_r * work.directions,
     )
     return plan_init(of_init, work.init_memory_bytes)

@@ -11,9 +11,9 @@ FP32_BYTES = 4
 GRAM_SIDE_SHARED, GRAM_SHARE = 1024, 6
 # Columns of a Krylov block: wider ones need larger bases, narrower ones more steps.
 KRYLOV_BLOCK = 16
-# Experts' gradients are computed and reduced so many bytes at a time, and decomposed so many
-# elements at a time.
-EXPERT_GRADIENT_BYTES, EXPERT_SVD_ENTRIES = 1 << 27, 1 << 26
+# Ranks exchange gradients so many bytes at a time; experts' are decomposed so many elements at a
+# time.
+EXCHANGE_BYTES, EXPERT_SVD_ENTRIES = 1 << 27, 1 << 26
 # Bytes for each element of an expert's update, with its copy for the SVD: a sign in int8 and fp32,
 # which is also made in fp32; others in fp64, of which "raw" is the gradient itself.
 SVD_BYTES = {"sign": 5, "adam": 12, "raw": 8, "weight": 8}
@@ -30,21 +30,62 @@ def shard_bytes(out_features: int, in_features: int, world_size: int) -> int:
     return -(-long_side // world_size) * short_side * FP32_BYTES
 
 
-def backward_bytes(out_features: int, in_features: int, world_size: int, tokens: int) -> int:
-    """Count one layer's fp32 x and δ, and a block of ``δᵀx``."""
-    shard = shard_bytes(out_features, in_features, world_size)
-    return tokens * (out_features + in_features) * FP32_BYTES + shard
-
-
-def experts_backward_bytes(local: int, out_features: int, in_features: int, tokens: int) -> int:
-    """Count one expert's fp32 x and δ, of all tokens at most, and a block of experts' ``δᵀx``.
+def sends_activations(activation_bytes: int, gradient_bytes: int) -> bool:
+    """Tell whether ranks exchange a layer's x and δ, and not the fp32 sums of ``δᵀx``.
 
     Args:
-        local: experts of the projection that a rank has at a time.
+        activation_bytes: of all rows of x and δ that a rank gets, its own included.
+        gradient_bytes: of the whole layer, or of all its experts, in fp32.
     """
-    expert = out_features * in_features * FP32_BYTES
-    at_once = min(local, max(1, EXPERT_GRADIENT_BYTES // expert))
-    return tokens * (out_features + in_features) * FP32_BYTES + at_once * expert
+    return activation_bytes <= min(gradient_bytes, EXCHANGE_BYTES)
+
+
+def backward_bytes(
+    out_features: int, in_features: int, world_size: int, tokens: int, dtype_bytes: int
+) -> int:
+    """Count what one layer's ``δᵀx`` takes: fp32 x and δ, and what ranks exchange of two layers."""
+    shard = shard_bytes(out_features, in_features, world_size)
+    width = out_features + in_features
+    if world_size == 1:
+        return tokens * width * FP32_BYTES + shard
+    long_side, short_side = max(out_features, in_features), min(out_features, in_features)
+    received = world_size * tokens * width * dtype_bytes
+    if sends_activations(received, long_side * short_side * FP32_BYTES):
+        own_rows = -(-long_side // world_size) + short_side
+        factors = world_size * tokens * own_rows * FP32_BYTES
+        return factors + shard + 2 * (received + received // world_size)
+    sums = min(world_size * shard, max(EXCHANGE_BYTES, world_size * short_side * FP32_BYTES))
+    return tokens * width * FP32_BYTES + 2 * (sums + sums // world_size)
+
+
+def experts_backward_bytes(
+    local: int,
+    shape: tuple[int, int, int],
+    world_size: int,
+    tokens: int,
+    routed_rows: int,
+    dtype_bytes: int,
+) -> int:
+    """Count what ``δᵀx`` of a projection's experts takes, and what ranks exchange of two of them.
+
+    Which of both ways they go depends on the data.
+
+    Args:
+        local: experts that a rank has at a time.
+        shape: of the projection: experts, out, in.
+        routed_rows: tokens times the experts of each.
+    """
+    num_experts, out_features, in_features = shape
+    width, expert = out_features + in_features, out_features * in_features * FP32_BYTES
+    product = tokens * width * FP32_BYTES + expert  # one expert may get all tokens
+    if world_size == 1:
+        return product
+    sent = routed_rows * width * dtype_bytes
+    received = min(world_size * sent, num_experts * expert, EXCHANGE_BYTES)
+    in_fp32 = received * FP32_BYTES // dtype_bytes
+    of_rows = expert + in_fp32 + received + 2 * (sent + received)  # received ones are sorted
+    at_once = min(local, max(1, EXCHANGE_BYTES // expert))
+    return max(of_rows, product + 2 * at_once * expert)
 
 
 def largest_svd_bytes(

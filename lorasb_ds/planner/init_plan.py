@@ -91,6 +91,7 @@ class InitWork:
         update: of the gradient, as --init-update.
         tokens_per_micro_batch: at most. A layer's inputs and output gradients are fp32.
         boundary_bytes: hidden states of the whole sample, on the rank with most.
+        dtype_bytes: of activations.
         offload: gradients are in host memory, and on the device only while they are decomposed.
         experts: projections of experts with an adapter -> (experts, out, in).
         expert_r: as r, of an expert.
@@ -102,8 +103,10 @@ class InitWork:
     update: str
     tokens_per_micro_batch: int
     boundary_bytes: int
+    dtype_bytes: int = 2
     offload: bool = False
     experts: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
+    experts_per_token: int = 0
     expert_r: int = 0
 
     @cached_property
@@ -162,7 +165,8 @@ class InitWork:
     def _layer_bytes(self) -> tuple[int, int]:
         shapes = set(self.targets.values())
         ranks, tokens = self.world_size, self.tokens_per_micro_batch
-        backward = max((backward_bytes(*shape, ranks, tokens) for shape in shapes), default=0)
+        works = [backward_bytes(*shape, ranks, tokens, self.dtype_bytes) for shape in shapes]
+        backward = max(works, default=0)
         svd = largest_svd_bytes(self.targets, {}, self.r, 0, ranks, self.update)
         if self.offload:  # one layer for each rank at a time
             svd += ranks * max((shard_bytes(*shape, ranks) for shape in shapes), default=0)
@@ -177,7 +181,15 @@ class InitWork:
         backward, svd = self._layer_bytes
         for num_experts, out, in_ in set(self.experts.values()):
             local, one = min(at_once, self.local(num_experts)), out * in_ * FP32_BYTES
-            work = experts_backward_bytes(local, out, in_, self.tokens_per_micro_batch)
+            tokens = self.tokens_per_micro_batch
+            work = experts_backward_bytes(
+                local,
+                (num_experts, out, in_),
+                self.world_size,
+                tokens,
+                tokens * self.experts_per_token,
+                self.dtype_bytes,
+            )
             work_svd = experts_svd_bytes(local, num_experts, out, in_, self.expert_r, self.update)
             if local < self.local(num_experts):
                 # Of a projection that other groups go on with: its gradients' sum, and its SVDs.

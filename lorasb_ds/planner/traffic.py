@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lorasb_ds.planner.footprint import Footprint
 from lorasb_ds.planner.gathers import gathers_blocks
-from lorasb_ds.planner.init_bytes import KRYLOV_BLOCK, takes_gram_way
+from lorasb_ds.planner.init_bytes import KRYLOV_BLOCK, sends_activations, takes_gram_way
 from lorasb_ds.planner.layer_groups import blocks_prefix
 from lorasb_ds.planner.model_shape import ModelShape
 from lorasb_ds.planner.placement import Placement
@@ -44,8 +44,8 @@ def init_traffic(
 ) -> Traffic:
     """Count the bytes of the whole init.
 
-    They are those of the gathers of its passes, of gradients on their way to their owners in fp32,
-    and of the SVDs.
+    They are those of the gathers of its passes, of gradients or the activations that they are made
+    of (``sends_activations``), and of the SVDs.
     """
     w = placement.world_size
     rounds = work.init_rounds(w)
@@ -57,9 +57,11 @@ def init_traffic(
     gathered = _gathers(shape, placement, work, passes + segmented, runs)
     sent = gathered.bytes * rounds
     if w > 1:
-        numel = sum(out * in_ for out, in_ in work.targets.values())
-        numel += sum(n * out * in_ for n, out, in_ in work.expert_targets.values())
-        sent += rounds * _received(4 * numel, placement)
+        d = placement.dtype_bytes
+        rows = work.tokens * shape.experts_per_token
+        exchanged = [exchanged_bytes(1, *of, w * work.tokens, d) for of in work.targets.values()]
+        exchanged += [exchanged_bytes(*of, rows, d) for of in work.expert_targets.values()]
+        sent += rounds * _received(sum(exchanged), placement)
         # An expert's owner decomposes its gradient alone, and sends the factors.
         sent += _received(4 * work.num_in_expert_pairs, placement)
         for sides in work.targets.values():
@@ -69,6 +71,16 @@ def init_traffic(
             of_svd = 4 * short * columns + 4 * work.r * (long + 3 * short)
             sent += _received(of_svd, placement)
     return Traffic(sent, gathered.host_bytes * rounds)
+
+
+def exchanged_bytes(matrices: int, out: int, in_: int, rows: int, dtype_bytes: int) -> int:
+    """Count the bytes of the gradients of a layer or of experts on all ranks, or of x and δ.
+
+    Args:
+        rows: of x and δ that a rank gets, its own included.
+    """
+    gradients, activations = 4 * matrices * out * in_, rows * (out + in_) * dtype_bytes
+    return activations if sends_activations(activations, gradients) else gradients
 
 
 def _passes(shape: ModelShape, placement: Placement, work: Workload) -> int:

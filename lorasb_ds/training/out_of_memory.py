@@ -128,9 +128,9 @@ def parts(memory: Footprint, phase: Phase, one_memory: bool) -> dict[str, int]:
     passing = {"gathered": memory.gathered, "dequantized layer": memory.dequantized}
     logits = {"logits": memory.logits}
     if phase == "load":
-        if memory.load_in_flight > memory.adapters + memory.optimizer:
-            held = {k: held[k] for k in ("base", "quantization state")}
-            held |= {"tensors on their way": memory.load_in_flight}
+        reading = {k: held[k] for k in ("base", "quantization state")}
+        reading |= {"tensors on their way": memory.load_in_flight}
+        held = _larger(reading, held | passing)
     elif phase == "init":
         if one_memory or not memory.host_init:
             held["gradients of layers"] = memory.init.shard_bytes

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -675,3 +676,159 @@ def rank_1_fails(sleep_s: float) -> None:
     if os.environ["RANK"] == "1":
         raise ValueError("on purpose")
     time.sleep(sleep_s)
+
+
+def linear_adapter(out_features: int, in_features: int) -> Any:
+    from torch import nn
+
+    from lorasb_ds.adapters.lora_sb import LoraSBLinear
+
+    return LoraSBLinear(nn.Linear(in_features, out_features), 2, torch.float32)
+
+
+def experts_adapter(num_experts: int, out_features: int, in_features: int) -> Any:
+    from lorasb_ds.adapters.experts import LoraSBExperts
+    from lorasb_ds.models.experts import ExpertsLinear
+
+    base = ExpertsLinear(num_experts, out_features, in_features, torch.float32)
+    return LoraSBExperts(base, 2, torch.float32)
+
+
+class Call:
+    """One call of a layer on each rank, with random inputs and gradients that all ranks know."""
+
+    def __init__(self, adapter: Any, rows: list[int], seed: int) -> None:
+        from lorasb_ds.models.experts import Routing
+
+        generator = torch.Generator().manual_seed(seed)
+        self.num_experts = adapter.num_matrices
+        self.experts = [
+            torch.randint(self.num_experts, (n,), generator=generator).sort().values for n in rows
+        ]
+        self.routings = [Routing.of(of, self.num_experts) for of in self.experts]
+        self.x, self.grad_y = (
+            [torch.randn(n, width, generator=generator) for n in rows]
+            for width in (adapter.in_features, adapter.out_features)
+        )
+        self.is_transposed = adapter.in_features > adapter.out_features
+
+    def gradient(self) -> torch.Tensor:
+        """Return the sum over ranks, (experts, long side, short side), in fp64."""
+        sums = []
+        for expert in range(self.num_experts):
+            of_ranks = zip(self.x, self.grad_y, self.experts, strict=True)
+            G = sum(g[e == expert].double().T @ x[e == expert].double() for x, g, e in of_ranks)
+            sums.append(G.T if self.is_transposed else G)
+        return torch.stack(sums)
+
+
+def exchanged(sends_rows: bool, tokens: int, limit: int) -> None:
+    """Dense layers and experts of uneven numbers of rows, some called twice, two batches."""
+    from lorasb_ds.adapters.experts import LoraSBExperts
+    from lorasb_ds.distributed import zero
+    from lorasb_ds.distributed.collectives import row_range
+    from lorasb_ds.init import gradient_shards
+    from lorasb_ds.planner import init_bytes
+
+    zero.init_process_group()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    for module in (gradient_shards, init_bytes):
+        module.EXCHANGE_BYTES = limit
+    used = _collectives()
+    adapters = {
+        "wide": linear_adapter(16, 40),
+        "long": linear_adapter(37, 16),
+        "short": linear_adapter(1, 16),
+        "experts": experts_adapter(5, 12, 6),
+        "some": experts_adapter(7, 6, 12),
+        "twice": linear_adapter(24, 24),
+        "experts-twice": experts_adapter(3, 8, 8),
+    }
+    order = [*adapters, "twice", "experts-twice"]
+    layers = dict.fromkeys(adapters) | {"some": range(2, 6)}
+    for offload in (False, True):
+        shards = gradient_shards.GradientShards(adapters, zero.new_group(), offload, layers)
+        expected: dict[str, torch.Tensor] = {}
+        for batch in range(2):
+            rows = [tokens + batch + 2 * r for r in range(world_size)]
+            calls = [Call(adapters[n], rows, 10 * i + batch) for i, n in enumerate(order)]
+            for name, call in zip(order, calls, strict=True):
+                expected[name] = expected.get(name, 0) + call.gradient()
+                routing = call.routings[rank]
+                is_moe = isinstance(adapters[name], LoraSBExperts)
+                shards.called(name, call.x[rank], routing if is_moe else None)
+            shards.after_forward(has_labels=True)
+            for name, call in reversed(list(zip(order, calls, strict=True))):
+                mine = call.x[rank], call.grad_y[rank]
+                if isinstance(adapters[name], LoraSBExperts):
+                    shards.add_experts(name, *mine, call.routings[rank])
+                else:
+                    shards.add(name, *mine)
+            shards.after_backward()
+        for name, truth in expected.items():
+            experts = layers[name]
+            truth = truth[experts.start : experts.stop] if experts is not None else truth
+            truth = truth if isinstance(adapters[name], LoraSBExperts) else truth[0]
+            owned = row_range(len(truth), rank, world_size)
+            mine, found = truth[owned.start : owned.stop], shards.take(name)
+            assert found.shape == mine.shape
+            error = torch.linalg.vector_norm(found - mine)
+            assert error <= 1e-6 * torch.linalg.vector_norm(mine), (name, error)
+    sent = set(used) - {"all_gather_into_tensor"}  # of x and δ; and of the numbers of rows
+    sums = {"reduce_scatter_tensor", "reduce"}  # small layers', and experts' of a second call
+    assert sent == sums | ({"all_to_all_single"} if sends_rows else set()), used
+
+
+def _collectives() -> dict[str, int]:
+    """Count the bytes that a ring brings this rank, by collective, from now on."""
+    received: dict[str, int] = {}
+    share = (dist.get_world_size() - 1) / dist.get_world_size()
+
+    def counted(name: str, call: Any, *args: Any, **more: Any) -> Any:
+        whole = args[1] if name == "reduce_scatter_tensor" else args[0]
+        received[name] = received.get(name, 0) + round(whole.nbytes * share)
+        return call(*args, **more)
+
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single", "reduce"):
+        setattr(dist, name, partial(counted, name, getattr(dist, name)))
+    return received
+
+
+def exchanged_bytes() -> None:
+    """A dense layer of few and of many tokens, and experts that get the same number of rows."""
+    from lorasb_ds.distributed import zero
+    from lorasb_ds.init.gradient_shards import GradientShards
+    from lorasb_ds.models.experts import Routing
+    from lorasb_ds.planner.traffic import exchanged_bytes as planned
+
+    zero.init_process_group()
+    world_size = dist.get_world_size()
+    share = (world_size - 1) / world_size
+    received = _collectives()
+    for tokens in (8, 400):
+        shards = GradientShards({"layer": linear_adapter(96, 64)}, zero.new_group())
+        x, grad_y = torch.randn(2, tokens // 2, 64), torch.randn(2, tokens // 2, 96)
+        shards.called("layer", x)
+        shards.after_forward(True)
+        shards.add("layer", x, grad_y)
+        shards.after_backward()
+        expected = planned(1, 96, 64, world_size * tokens, 4) * share
+        assert sum(received.values()) == expected, (tokens, received, expected)
+        assert list(received) == [
+            "all_gather_into_tensor" if tokens == 8 else "reduce_scatter_tensor"
+        ]
+        received.clear()
+    for rows in (16, 800):
+        shards = GradientShards({"experts": experts_adapter(8, 24, 16)}, zero.new_group())
+        routing = Routing.of(torch.arange(8).repeat_interleave(rows // 8), 8)
+        x, grad_y = torch.randn(rows, 16), torch.randn(rows, 24)
+        shards.called("experts", x, routing)
+        shards.after_forward(True)
+        received.clear()  # the numbers of rows
+        shards.add_experts("experts", x, grad_y, routing)
+        shards.after_backward()
+        expected = planned(8, 24, 16, rows, 4) * share
+        assert sum(received.values()) == expected, (rows, received, expected)
+        assert list(received) == ["all_to_all_single" if rows == 16 else "reduce"]
+        received.clear()
+    dist.barrier()

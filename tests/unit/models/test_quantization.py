@@ -126,7 +126,7 @@ def test_no_weight_is_kept_for_the_backward() -> None:
     adapter = LoraSBLinear(layer, 4, torch.bfloat16)
     adapter.scale = 0.0
     adapter.gradient_hook = SimpleNamespace(
-        on_forward=lambda: None, on_backward=lambda x, grad_y: None
+        on_forward=lambda x: None, on_backward=lambda x, grad_y: None
     )
     x = torch.randn(3, 80, dtype=torch.bfloat16, requires_grad=True)
     saved: list[int] = []

@@ -141,6 +141,7 @@ def test_groups_of_the_init_hold_whole_projections_or_some_of_their_experts() ->
         "tokens_per_micro_batch": 7,
         "boundary_bytes": 0,
         "experts": experts,
+        "experts_per_token": 2,
         "expert_r": 2,
     }
     work = InitWork(targets, **options)
@@ -148,8 +149,19 @@ def test_groups_of_the_init_hold_whole_projections_or_some_of_their_experts() ->
     owned = max(len(row_range(5, rank, 2)) for rank in range(2))
     of_a_block = 4 * (10 * 10 + owned * (120 + 60))
     assert plan.shard_bytes == 4 * of_a_block
-    # fp32 x and δ of an expert to which all 7 tokens go, and the gradients of a rank's experts.
-    assert plan.backward_bytes == 7 * 22 * 4 + owned * 120 * 4
+    # x and δ of both ranks' tokens for one rank's experts: of two projections; sorted; in fp32. And
+    # one gradient.
+    sent = 7 * 2 * 22 * 2
+    received = 2 * sent
+    assert plan.backward_bytes == 2 * (sent + received) + received + 2 * received + 120 * 4
+    # A process alone has fp32 x and δ of an expert to which all 7 tokens go.
+    alone = plan_init(InitWork({}, **options | {"world_size": 1}), None)
+    assert alone.backward_bytes == 7 * 22 * 4 + 120 * 4
+    # Many tokens for few experts: sums of a rank's experts of two projections.
+    many = plan_init(InitWork({}, **options | {"tokens_per_micro_batch": 700}), None)
+    of_sums = 700 * 22 * 4 + (1 + 2 * owned) * 120 * 4
+    received = 5 * 120 * 4  # no more
+    assert many.backward_bytes == max(of_sums, 2 * (100 * sent + received) + 3 * received + 120 * 4)
     groups = plan_init(work, plan.workspace_bytes + 2 * of_a_block).groups
     assert [len(group) for group in groups] == [6, 6]
     assert list(groups[0].items())[:3] == [
@@ -254,10 +266,13 @@ def test_what_a_step_and_the_init_send() -> None:
         if (of := init_plan(QWEN, work, 4, 2))
     ]
     rounds = trained.init_rounds(4)
-    gradients = 4 * QWEN.num_in_experts * 3 / 4
+    # Of each expert of a token x and δ, which is far less than the gradients.
+    rows = trained.tokens * QWEN.experts_per_token
+    widths = sum(out + in_ for _, out, in_ in QWEN.experts.values())
+    activations = rows * widths * 2 * 3 / 4
     gathers = 2 * 2 * factors * 3 / 4
     directions = 4 * factors * 3 / 4
-    expected = rounds * (gradients + gathers) + directions
+    expected = rounds * (activations + gathers) + directions
     assert sent[1] - sent[0] == pytest.approx(expected, rel=1e-3)
 
 
