@@ -8,6 +8,13 @@ import torch.distributed as dist
 Group = dist.ProcessGroup | None
 
 
+class Alone:
+    """A group of this process alone, in which collectives do nothing."""
+
+
+ALONE = Alone()
+
+
 def row_range(num_rows: int, rank: int, world_size: int) -> range:
     """Return the rows of ``rank``: contiguous, in rank order, of sizes that differ by at most one.
 
@@ -36,32 +43,32 @@ def gather_rows(local: torch.Tensor, num_rows: int, group: Group) -> torch.Tenso
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
-def rank_and_size(group: Group) -> tuple[int, int]:
+def rank_and_size(group: Group | Alone) -> tuple[int, int]:
     """Return this process's rank and the number of ranks; (0, 1) without a process group."""
-    if not dist.is_initialized():
+    if isinstance(group, Alone) or not dist.is_initialized():
         return 0, 1
     return dist.get_rank(group), dist.get_world_size(group)
 
 
-def all_reduce(tensor: torch.Tensor, group: Group) -> torch.Tensor:
+def all_reduce(tensor: torch.Tensor, group: Group | Alone) -> torch.Tensor:
     """Sum a tensor over ranks in place, and return it. Collective."""
-    if rank_and_size(group)[1] > 1:
+    if not isinstance(group, Alone) and rank_and_size(group)[1] > 1:
         dist.all_reduce(tensor, group=group)
     return tensor
 
 
-def reduce(tensor: torch.Tensor, owner: int, group: Group) -> torch.Tensor:
+def reduce(tensor: torch.Tensor, owner: int, group: Group | Alone) -> torch.Tensor:
     """Sum a tensor over ranks in place on the group's rank ``owner``, and return it. Collective.
 
     On other ranks its values are undefined afterwards.
     """
-    if rank_and_size(group)[1] > 1:
+    if not isinstance(group, Alone) and rank_and_size(group)[1] > 1:
         dist.reduce(tensor, group=group, group_dst=owner)
     return tensor
 
 
-def broadcast(tensor: torch.Tensor, owner: int, group: Group) -> torch.Tensor:
+def broadcast(tensor: torch.Tensor, owner: int, group: Group | Alone) -> torch.Tensor:
     """Copy a tensor from the group's rank ``owner`` in place, and return it. Collective."""
-    if rank_and_size(group)[1] > 1:
+    if not isinstance(group, Alone) and rank_and_size(group)[1] > 1:
         dist.broadcast(tensor, group=group, group_src=owner)
     return tensor

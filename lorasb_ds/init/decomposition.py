@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -11,6 +11,7 @@ from lorasb_ds.distributed.collectives import Group
 from lorasb_ds.init.init_report import LayerInit
 from lorasb_ds.init.sharded_svd import TruncatedSVD, truncated_svds
 from lorasb_ds.init.update_rules import UPDATE_RULES, update_svd
+from lorasb_ds.init.whole_svd import truncated_svds_by_rank
 
 
 def decompose(
@@ -20,6 +21,7 @@ def decompose(
     group: Group = None,
     seed: int = 0,
     scales: Mapping[str, float] | None = None,
+    heights: Sequence[int] | None = None,
 ) -> dict[str, tuple[TruncatedSVD, torch.Tensor]]:
     """Compute the SVD of some layers' updates, and the slope of each direction. Collective.
 
@@ -28,6 +30,7 @@ def decompose(
             transpose. Give as many layers as there are ranks, to use all ranks.
         update: a key of ``UPDATE_RULES``.
         scales: layer -> its ``step_scale``; 1 by default.
+        heights: as for ``decompose_matrices``.
     Returns:
         layer -> its SVD, and the slopes ``S_i u_iᵀ G v_i``, (r,), which are the same for the
         transpose.
@@ -44,13 +47,31 @@ def decompose(
         )
     updates = [UPDATE_RULES[update].matrix(G, group) for G in gradients.values()]
     results = {}
-    svds = truncated_svds(updates, r, group=group, seed=seed)
+    svds = decompose_matrices(updates, r, group, seed, heights)
     for (name, G), svd in zip(gradients.items(), svds, strict=True):
         svd = update_svd(svd, update, (scales or {}).get(name, 1.0))
         along = ((svd.U_local.T @ G) * svd.Vh).sum(1)  # (r,): u_iᵀ G v_i, of the rows here
         dist.all_reduce(along, group=group)
         results[name] = svd, svd.S * along
     return results
+
+
+def decompose_matrices(
+    shards: Sequence[torch.Tensor],
+    r: int,
+    group: Group,
+    seed: int,
+    heights: Sequence[int] | None,
+) -> list[TruncatedSVD]:
+    """Compute the SVDs of row-sharded matrices. Collective.
+
+    Args:
+        heights: the rows of each whole matrix, to decompose each on one rank; None: all ranks
+            decompose each.
+    """
+    if heights is None:
+        return truncated_svds(shards, r, group=group, seed=seed)
+    return truncated_svds_by_rank(shards, heights, r, group=group, seed=seed)
 
 
 def describe_layer(

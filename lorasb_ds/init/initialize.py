@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -21,7 +21,7 @@ from lorasb_ds.adapters.layer import AdapterLinear
 from lorasb_ds.data.batch import Sample
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.distributed.collectives import Group
-from lorasb_ds.init.decomposition import decompose, describe_layer
+from lorasb_ds.init.decomposition import decompose, decompose_matrices, describe_layer
 from lorasb_ds.init.experts import (
     ExpertDirections,
     ExpertSVDs,
@@ -43,9 +43,9 @@ from lorasb_ds.init.gradient_shards import GradientShards
 from lorasb_ds.init.gradients import average_gradients
 from lorasb_ds.init.init_report import ExpertsInit, InitReport, LayerInit
 from lorasb_ds.init.segments import SegmentError, gradients_by_segment
-from lorasb_ds.init.sharded_svd import truncated_svds
 from lorasb_ds.init.step_size import choose_step, measure_step
 from lorasb_ds.init.update_rules import step_scale
+from lorasb_ds.planner.init_bytes import whole_svd_bytes, whole_svd_limit
 from lorasb_ds.planner.init_plan import InitPlan
 
 # A layer's name, the directions that rank 0 fills it from, and its part of the report.
@@ -93,7 +93,7 @@ def initialize(
             engine, adapters, plan, sample, settings, group, offload=offload, totals=gradients
         )
     elif method.matrix == "weight":
-        found = _from_weights(adapters, settings, group)
+        found = _from_weights(adapters, plan, settings, group)
     else:
         found = _without_matrix(adapters, settings)
     layers: dict[str, LayerInit | ExpertsInit] = {}
@@ -191,11 +191,12 @@ def _from_gradients(
             of_experts[name].add(experts, gradients.take(name), gradients.tokens[name])
             if of_experts[name].is_complete:
                 yield name, *of_experts.pop(name).result()
-        for names in _in_turns(gradients.shards):
+        of_layers = {name: adapters[name] for name in gradients.shards}
+        for names, heights in _in_turns(of_layers, settings, plan):
             G = {name: gradients.take(name) for name in names}
-            k = adapters[names[0]].r * settings.method.directions
             scales = {name: _step_scale(adapters[name], settings.update, group) for name in names}
-            found = decompose(G, k, settings.update, group, settings.seed, scales)
+            k = _directions(adapters[names[0]], settings)
+            found = decompose(G, k, settings.update, group, settings.seed, scales, heights)
             for name, (svd, slopes) in found.items():
                 dtype, reached = adapters[name].lora_A.dtype, gradients.batches_reached[name]
                 layer = describe_layer(svd, slopes, dtype, reached, group)
@@ -216,16 +217,17 @@ def _step_scale(adapter: AdapterLinear, update: str, group: Group) -> float:
 
 
 def _from_weights(
-    adapters: Mapping[str, AdapterLinear], settings: InitSettings, group: Group
+    adapters: Mapping[str, AdapterLinear], plan: InitPlan, settings: InitSettings, group: Group
 ) -> Iterator[LayerResult]:
     """Yield each layer's SVD of W0. Collective."""
     all_experts = _experts(adapters)
     for name, experts in all_experts.items():
         yield name, *decompose_weights(experts, settings, group)
-    for names in _in_turns(name for name in adapters if name not in all_experts):
+    of_layers = {name: of for name, of in adapters.items() if name not in all_experts}
+    for names, heights in _in_turns(of_layers, settings, plan):
         rows = [weight_rows(adapters[name], group) for name in names]
-        k = adapters[names[0]].r * settings.method.directions
-        svds = truncated_svds(rows, k, group=group, seed=settings.seed)
+        k = _directions(adapters[names[0]], settings)
+        svds = decompose_matrices(rows, k, group, settings.seed, heights)
         for name, svd in zip(names, svds, strict=True):
             adapter = adapters[name]
             # Without a gradient the slopes are unknown; these let eta's search decide.
@@ -253,11 +255,34 @@ def _experts(adapters: Mapping[str, AdapterLinear]) -> dict[str, LoraSBExperts]:
     return {name: of for name, of in adapters.items() if isinstance(of, LoraSBExperts)}
 
 
-def _in_turns(names: Iterable[str]) -> Iterator[list[str]]:
-    """Yield as many layers at a time as there are ranks: one for each rank's eigensolver."""
-    all_names = list(names)
-    for first in range(0, len(all_names), zero.world_size()):
-        yield all_names[first : first + zero.world_size()]
+def _directions(adapter: AdapterLinear, settings: InitSettings) -> int:
+    """Return how many singular vectors the method takes of a layer."""
+    return adapter.r * settings.method.directions
+
+
+def _in_turns(
+    adapters: Mapping[str, AdapterLinear], settings: InitSettings, plan: InitPlan
+) -> Iterator[tuple[list[str], list[int] | None]]:
+    """Yield the layers to decompose at the same time, as many as there are ranks.
+
+    Yields:
+        Their names; and the rows of each if each rank decomposes one of them, None if all ranks
+        decompose each (``whole_svd_limit``).
+    """
+    limit, several = whole_svd_limit(plan.budget_bytes), zero.world_size() > 1
+    update = settings.update if settings.method.needs_gradient else settings.method.matrix
+    whole, sharded = list[str](), list[str]()
+    for name, adapter in adapters.items():
+        sides = adapter.out_features, adapter.in_features
+        size = whole_svd_bytes(*sides, _directions(adapter, settings), update)
+        (whole if several and size <= limit else sharded).append(name)
+    heights = {name: max(of.out_features, of.in_features) for name, of in adapters.items()}
+    # Layers of one size take about the same time.
+    whole.sort(key=lambda name: adapters[name].out_features * adapters[name].in_features)
+    for names, by_rank in ((whole, True), (sharded, False)):
+        for first in range(0, len(names), zero.world_size()):
+            turn = names[first : first + zero.world_size()]
+            yield turn, [heights[name] for name in turn] if by_rank else None
 
 
 def gradients_by_group(

@@ -27,7 +27,8 @@ def leading_ritz_vectors(
     like: torch.Tensor,
     seed: int,
     trace: float,
-    agree: Callable[[torch.Tensor], bool],
+    agree: Callable[[torch.Tensor], list[bool]],
+    looks_at_steps: bool = False,
 ) -> torch.Tensor:
     """Return the r leading Ritz vectors of a symmetric, positive semidefinite matrix G: (n, r).
 
@@ -37,18 +38,23 @@ def leading_ritz_vectors(
     as large or holds all energy, and ends with all n directions at the latest. (An eigenvalue that
     occurs more than KRYLOV_BLOCK times, to all digits, before the space is exhausted, is missed.)
 
+    The host waits for the device only where convergence is looked at, every few steps. If a step in
+    between was close to exhaustion, all is done again with a look at each step.
+
     Args:
         product: ``X -> G X`` for X of (n, up to KRYLOV_BLOCK).
         like: a tensor of the dtype (fp32 for sign matrices, else fp64) and the device to work with.
         seed: of the first block and of random directions.
         trace: of G.
-        agree: turns this rank's verdict, a bool tensor, into the one of all ranks: whether to stop.
+        agree: turns this rank's verdicts, a bool tensor, into those of all ranks.
+        looks_at_steps: whether to look at each step.
     """
     generator = torch.Generator().manual_seed(seed)
     block: torch.Tensor = torch.linalg.qr(random_matrix(n, min(KRYLOV_BLOCK, n), generator, like)).Q
     basis = block.new_empty(min(n, 4 * (r + KRYLOV_BLOCK)), n)  # its rows are the vectors
     columns: list[torch.Tensor] = []  # of H, block by block, down to the diagonal
     k, next_check, exhausted_at = 0, min(2 * r + 3 * KRYLOV_BLOCK, n), 0
+    fine = torch.ones((), dtype=torch.bool, device=like.device)
     while True:
         if k + block.shape[1] > len(basis):
             basis = torch.cat([basis, torch.empty_like(basis)])
@@ -65,12 +71,21 @@ def leading_ritz_vectors(
             residuals = torch.linalg.vector_norm(B @ vectors[k - block.shape[1] :], dim=0)
             noise = rank_tolerance(values.dtype) ** 2
             converged = is_converged(values, residuals, noise) & (k >= 2 * exhausted_at)
-            if agree(converged | _complete(values[-r:], trace)) or k == n:
+            converged = converged | _complete(values[-r:], trace)
+            is_done, is_fine = agree(torch.stack([converged, fine]))
+            if not is_fine:
+                given = product, n, r, like, seed, trace, agree
+                return leading_ritz_vectors(*given, looks_at_steps=True)
+            if is_done or k == n:
                 found: torch.Tensor = V.T @ vectors.flip(1)
                 return found.contiguous()
             next_check = min(k + max(KRYLOV_BLOCK, k // 6), n)
-        block, exhausted = _orthogonal_to(V, Q[:, : n - k], generator)
-        exhausted_at = k if exhausted else exhausted_at
+        if looks_at_steps:
+            block, exhausted = _orthogonal_to(V, Q[:, : n - k], generator)
+            exhausted_at = k if exhausted else exhausted_at
+        else:
+            block, kept = _orthogonalized(V, Q[:, : n - k])
+            fine = fine & (kept > 0.5).all()
 
 
 def upper_triangle(columns: list[torch.Tensor]) -> torch.Tensor:
@@ -122,13 +137,18 @@ def _orthogonal_to(
     """
     any_lost = False
     while True:
-        Q, R = torch.linalg.qr(Q - V.T @ (V @ Q))
-        kept = R.diagonal().abs()
+        Q, kept = _orthogonalized(V, Q)
         if kept.numel() == 0 or kept.min() > 0.5:  # twice is enough (Parlett 1998, section 6.9)
             return Q, any_lost
         for lost in (kept < 1e-4).nonzero().flatten().tolist():
             any_lost = True
             Q[:, lost] = random_matrix(len(Q), 1, generator, Q)[:, 0] / len(Q) ** 0.5
+
+
+def _orthogonalized(V: torch.Tensor, Q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Orthonormalize Q's columns once; return them and which part of each was not in V's span."""
+    Q, R = torch.linalg.qr(Q - V.T @ (V @ Q))
+    return Q, R.diagonal().abs()
 
 
 def rank_tolerance(work: torch.dtype) -> float:

@@ -17,7 +17,14 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from lorasb_ds.distributed.collectives import Group, all_reduce, broadcast, rank_and_size, reduce
+from lorasb_ds.distributed.collectives import (
+    Alone,
+    Group,
+    all_reduce,
+    broadcast,
+    rank_and_size,
+    reduce,
+)
 from lorasb_ds.init.lanczos import leading_ritz_vectors, random_matrix, rank_tolerance
 from lorasb_ds.planner.init_bytes import GRAM_SHARE, GRAM_SIDE_SHARED
 
@@ -43,7 +50,7 @@ def truncated_svd(
     local_rows: torch.Tensor,
     r: int,
     *,
-    group: Group = None,
+    group: Group | Alone = None,
     seed: int = 0,
     method: SVDMethod = "auto",
 ) -> TruncatedSVD:
@@ -82,7 +89,7 @@ def truncated_svds(
     shards: Sequence[torch.Tensor],
     r: int,
     *,
-    group: Group = None,
+    group: Group | Alone = None,
     seed: int = 0,
     method: SVDMethod = "auto",
 ) -> list[TruncatedSVD]:
@@ -125,7 +132,7 @@ class _Whole(NamedTuple):
     squared_norm: float
 
 
-def _whole_matrix(local_rows: torch.Tensor, r: int, group: Group) -> _Whole:
+def _whole_matrix(local_rows: torch.Tensor, r: int, group: Group | Alone) -> _Whole:
     if local_rows.ndim != 2:
         raise ValueError(f"local_rows must be 2-D, not {tuple(local_rows.shape)}")
     n = local_rows.shape[1]
@@ -148,7 +155,7 @@ def _whole_matrix(local_rows: torch.Tensor, r: int, group: Group) -> _Whole:
 
 
 def _rayleigh_ritz(
-    local_rows: torch.Tensor, V: torch.Tensor, whole: _Whole, group: Group, seed: int
+    local_rows: torch.Tensor, V: torch.Tensor, whole: _Whole, group: Group | Alone, seed: int
 ) -> TruncatedSVD:
     """Return the SVD of M restricted to the span of V's columns.
 
@@ -195,7 +202,7 @@ def _gram_subspace(gram: torch.Tensor, r: int, seed: int, whole: _Whole) -> torc
     if len(gram) > DENSE_SHARE * r:
         trace = whole.squared_norm
         return leading_ritz_vectors(
-            lambda block: gram @ block, len(gram), r, gram, seed, trace, bool
+            lambda block: gram @ block, len(gram), r, gram, seed, trace, torch.Tensor.tolist
         )
     eigenvectors: torch.Tensor = torch.linalg.eigh(gram).eigenvectors  # ascending
     return eigenvectors[:, -r:].flip(1).contiguous()
@@ -217,7 +224,7 @@ def _gram(local_rows: torch.Tensor) -> torch.Tensor:
 
 
 def _krylov_subspace(
-    local_rows: torch.Tensor, r: int, group: Group, seed: int, whole: _Whole
+    local_rows: torch.Tensor, r: int, group: Group | Alone, seed: int, whole: _Whole
 ) -> torch.Tensor:
     """Return the r leading Ritz vectors of ``MᵀM`` in a block Krylov space: (n, r), fp32 or fp64.
 
@@ -232,8 +239,8 @@ def _krylov_subspace(
         factor = broadcast(block.to(M.dtype).contiguous(), 0, group)
         return all_reduce((M.T @ (M @ factor)).to(work), group)
 
-    def agree(converged: torch.Tensor) -> bool:  # rank 0's verdict
-        return broadcast(converged.float(), 0, group).item() > 0
+    def agree(verdicts: torch.Tensor) -> list[bool]:  # rank 0's
+        return [x > 0 for x in broadcast(verdicts.float(), 0, group).tolist()]
 
     like = torch.empty(0, dtype=work, device=local_rows.device)
     trace = whole.squared_norm

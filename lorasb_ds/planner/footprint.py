@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from lorasb_ds.planner.activations import activations
 from lorasb_ds.planner.base_bytes import BaseBytes, base_bytes, held_bytes
 from lorasb_ds.planner.gathers import gathered_bytes
-from lorasb_ds.planner.init_bytes import largest_svd_bytes
+from lorasb_ds.planner.init_bytes import largest_svd_bytes, whole_svd_limit
 from lorasb_ds.planner.init_plan import InitPlan, InitWork, plan_init
 from lorasb_ds.planner.layer_groups import blocks_prefix
 from lorasb_ds.planner.model_shape import ModelShape
@@ -192,6 +192,7 @@ def init_plan(shape: ModelShape, work: Workload, world_size: int, dtype_bytes: i
                 work.expert_r * work.directions,
                 world_size,
                 "weight",
+                whole_svd_limit(work.init_memory_bytes),
             )
         return InitPlan(
             groups=(dict.fromkeys(work.adapted),),
@@ -210,6 +211,7 @@ def init_plan(shape: ModelShape, work: Workload, world_size: int, dtype_bytes: i
         update=work.init_update,
         tokens_per_micro_batch=work.tokens,
         boundary_bytes=rows_per_rank * work.max_length * shape.hidden_size * dtype_bytes,
+        svd_limit=whole_svd_limit(work.init_memory_bytes),
         dtype_bytes=dtype_bytes,
         offload=work.init_offload,
         experts=work.expert_targets,

@@ -19,6 +19,10 @@ EXCHANGE_BYTES, EXPERT_SVD_ENTRIES = 1 << 27, 1 << 26
 SVD_BYTES = {"sign": 5, "adam": 12, "raw": 8, "weight": 8}
 
 
+# Several ranks decompose each layer together where one of them would need more than this for it.
+WHOLE_SVD_BYTES = 1 << 30
+
+
 def takes_gram_way(short_side: int, r: int) -> bool:
     """Tell whether several ranks decompose a layer by its Gram matrix."""
     return short_side <= max(GRAM_SIDE_SHARED, GRAM_SHARE * r)
@@ -88,6 +92,15 @@ def experts_backward_bytes(
     return max(of_rows, product + 2 * at_once * expert)
 
 
+def whole_svd_limit(budget_bytes: int | None) -> int:
+    """Return the most bytes that decomposing a whole layer may take on one of several ranks.
+
+    Args:
+        budget_bytes: --init-memory-gib.
+    """
+    return WHOLE_SVD_BYTES if budget_bytes is None else min(WHOLE_SVD_BYTES, budget_bytes // 8)
+
+
 def largest_svd_bytes(
     targets: Mapping[str, tuple[int, int]],
     experts: Mapping[str, tuple[int, int, int]],
@@ -95,9 +108,14 @@ def largest_svd_bytes(
     expert_r: int,
     world_size: int,
     update: str,
+    limit: int = WHOLE_SVD_BYTES,
 ) -> int:
-    """Return what decomposing the layer, or the projection of experts, with most takes."""
-    works = [svd_bytes(*shape, r, world_size, update) for shape in set(targets.values())]
+    """Return what decomposing the layer, or the projection of experts, with most takes.
+
+    Args:
+        limit: of ``whole_svd_limit``.
+    """
+    works = [svd_bytes(*shape, r, world_size, update, limit) for shape in set(targets.values())]
     works += [
         experts_svd_bytes(-(-shape[0] // world_size), *shape, expert_r, update)
         for shape in set(experts.values())
@@ -123,8 +141,36 @@ def experts_svd_bytes(
     return (at_once * SVD_BYTES[update] + kept * FP32_BYTES) * numel + factors
 
 
-def svd_bytes(out_features: int, in_features: int, r: int, world_size: int, update: str) -> int:
-    """Return what decomposing one layer takes (``sharded_svd``), with ``world_size`` updates."""
+def whole_svd_bytes(out_features: int, in_features: int, r: int, update: str) -> int:
+    """Return what decomposing one layer takes on one of several ranks (``whole_svd``).
+
+    They are as many updates as there are ranks, of which this rank has some rows: they are as large
+    as one layer, and sent and received in buffers of that size.
+    """
+    numel, short_side = out_features * in_features, min(out_features, in_features)
+    # int8 signs multiplied in bf16 or fp32; or fp32 numbers in fp64.
+    element, product = (1, 4) if update == "sign" else (4, 8)
+    gram = 5 * product * short_side**2 if short_side <= GRAM_SHARE * r else 0
+    work = max(element, product) * numel + gram
+    return 2 * element * numel + work + 32 * r * (out_features + in_features)
+
+
+def svd_bytes(
+    out_features: int,
+    in_features: int,
+    r: int,
+    world_size: int,
+    update: str,
+    limit: int = WHOLE_SVD_BYTES,
+) -> int:
+    """Return what decomposing one layer takes, with ``world_size`` updates.
+
+    Args:
+        limit: of ``whole_svd_limit``; beyond it, all ranks decompose it (``sharded_svd``).
+    """
+    whole = whole_svd_bytes(out_features, in_features, r, update)
+    if world_size > 1 and whole <= limit:
+        return whole
     shard = shard_bytes(out_features, in_features, world_size)
     short_side, both_sides = min(out_features, in_features), out_features + in_features
     # int8 signs multiplied in bf16, or fp32 numbers in fp64.

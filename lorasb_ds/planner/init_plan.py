@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from lorasb_ds.planner.init_bytes import (
     FP32_BYTES,
+    WHOLE_SVD_BYTES,
     backward_bytes,
     experts_backward_bytes,
     experts_svd_bytes,
@@ -91,6 +92,7 @@ class InitWork:
         update: of the gradient, as --init-update.
         tokens_per_micro_batch: at most. A layer's inputs and output gradients are fp32.
         boundary_bytes: hidden states of the whole sample, on the rank with most.
+        svd_limit: of ``whole_svd_limit``.
         dtype_bytes: of activations.
         offload: gradients are in host memory, and on the device only while they are decomposed.
         experts: projections of experts with an adapter -> (experts, out, in).
@@ -103,6 +105,7 @@ class InitWork:
     update: str
     tokens_per_micro_batch: int
     boundary_bytes: int
+    svd_limit: int = WHOLE_SVD_BYTES
     dtype_bytes: int = 2
     offload: bool = False
     experts: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
@@ -167,7 +170,7 @@ class InitWork:
         ranks, tokens = self.world_size, self.tokens_per_micro_batch
         works = [backward_bytes(*shape, ranks, tokens, self.dtype_bytes) for shape in shapes]
         backward = max(works, default=0)
-        svd = largest_svd_bytes(self.targets, {}, self.r, 0, ranks, self.update)
+        svd = largest_svd_bytes(self.targets, {}, self.r, 0, ranks, self.update, self.svd_limit)
         if self.offload:  # one layer for each rank at a time
             svd += ranks * max((shard_bytes(*shape, ranks) for shape in shapes), default=0)
         return backward, svd

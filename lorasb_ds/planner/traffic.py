@@ -6,7 +6,13 @@ from dataclasses import dataclass
 
 from lorasb_ds.planner.footprint import Footprint
 from lorasb_ds.planner.gathers import gathers_blocks
-from lorasb_ds.planner.init_bytes import KRYLOV_BLOCK, sends_activations, takes_gram_way
+from lorasb_ds.planner.init_bytes import (
+    KRYLOV_BLOCK,
+    sends_activations,
+    takes_gram_way,
+    whole_svd_bytes,
+    whole_svd_limit,
+)
 from lorasb_ds.planner.layer_groups import blocks_prefix
 from lorasb_ds.planner.model_shape import ModelShape
 from lorasb_ds.planner.placement import Placement
@@ -64,11 +70,18 @@ def init_traffic(
         sent += rounds * _received(sum(exchanged), placement)
         # An expert's owner decomposes its gradient alone, and sends the factors.
         sent += _received(4 * work.num_in_expert_pairs, placement)
+        limit = whole_svd_limit(work.init_memory_bytes)
         for sides in work.targets.values():
             long, short = max(sides), min(sides)
-            steps = 1 if takes_gram_way(short, work.r) else 3 + work.r // 4
-            columns = short if steps == 1 else 2 * KRYLOV_BLOCK * steps
-            of_svd = 4 * short * columns + 4 * work.r * (long + 3 * short)
+            if whole_svd_bytes(*sides, work.r, work.init_update) <= limit:
+                element = 1 if work.init_update == "sign" else 4
+                # One layer for each rank at a time; U's rows go back, and to the first rank.
+                of_svd = (element * long * short + 4 * work.r * long) // w
+                of_svd += 4 * work.r * (long + short)
+            else:
+                steps = 1 if takes_gram_way(short, work.r) else 3 + work.r // 4
+                columns = short if steps == 1 else 2 * KRYLOV_BLOCK * steps
+                of_svd = 4 * short * columns + 4 * work.r * (long + 3 * short)
             sent += _received(of_svd, placement)
     return Traffic(sent, gathered.host_bytes * rounds)
 

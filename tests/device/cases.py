@@ -209,6 +209,36 @@ def host_waits() -> None:
         assert all(where.startswith("tests/device/cases.py:") for _, where in found)
 
 
+def krylov_waits() -> None:
+    """A Krylov space is looked at every few steps, and waits for nothing else."""
+    start()
+    from lorasb_ds.distributed.collectives import ALONE
+    from lorasb_ds.init import lanczos
+    from lorasb_ds.init.sharded_svd import truncated_svd
+    from tests.device import pretend
+
+    generator = torch.Generator().manual_seed(0)
+    M = torch.randn(900, 700, generator=generator).sign().to("pretend", torch.int8)
+    steps, looks = [0], [0]
+
+    def counted(of: Any, counter: list[int]) -> Any:
+        def call(*args: Any, **more: Any) -> Any:
+            counter[0] += 1
+            return of(*args, **more)
+
+        return call
+
+    lanczos._orthogonalized = counted(lanczos._orthogonalized, steps)
+    lanczos.is_converged = counted(lanczos.is_converged, looks)
+    with pretend.counted() as found:
+        truncated_svd(M, 16, method="krylov", group=ALONE)
+    waits = sum(found.values())
+    assert 3 <= looks[0] <= 0.8 * steps[0], (looks, steps)
+    # A look takes eigenvalues and their verdict; the first block comes from the host, and five
+    # numbers begin and end the decomposition.
+    assert waits <= 2 * looks[0] + 6, found
+
+
 def collectives() -> None:
     """NCCL's rules, and what it computes; on two ranks."""
     start()

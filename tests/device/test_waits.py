@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.device.test_runs import SHARDED, ZERO1, check_run, configured, train
+from tests.runs import run_ranks
 
 __all__ = ["configured"]  # a fixture
 
@@ -63,3 +64,7 @@ def test_a_layer_of_the_init_waits_a_few_times(waits: dict[str, Counter[str]]) -
     """11.5 times have been seen: SVD 7, report 1.5, factors 3. Of a Krylov space more."""
     more = in_files(waits["steps-2"] - waits["few-layers"], "lorasb_ds/init")
     assert LAYERS <= more.total() <= 14 * LAYERS, more
+
+
+def test_a_krylov_space_waits_where_it_is_looked_at() -> None:
+    run_ranks("tests.device.cases:krylov_waits", 1)

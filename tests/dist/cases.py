@@ -26,15 +26,17 @@ def svd(matrices: str, out: str, r: dict[str, int], methods: list[SVDMethod]) ->
     """Truncated SVD of every matrix of a file, in every way; each rank writes what it has."""
     from lorasb_ds.distributed.collectives import row_range
     from lorasb_ds.init.sharded_svd import truncated_svd, truncated_svds
+    from lorasb_ds.init.whole_svd import truncated_svds_by_rank
 
     dist.init_process_group("gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
     results: dict[str, torch.Tensor] = {}
-    shards = []
+    shards, heights = [], []
     for name, M in load_file(matrices).items():
         rows = row_range(len(M), rank, world_size)
         local = M[rows.start : rows.stop].clone()
         shards.append(local)
+        heights.append(len(M))
         for method in methods:
             before = local.clone()
             U_local, S, Vh, energy = truncated_svd(local, r[name], method=method)
@@ -42,6 +44,19 @@ def svd(matrices: str, out: str, r: dict[str, int], methods: list[SVDMethod]) ->
             key = f"{method}.{name}"
             results |= {f"{key}.U": U_local, f"{key}.S": S, f"{key}.Vh": Vh}
             results[f"{key}.energy"] = torch.tensor(energy, dtype=torch.float64)
+        found = truncated_svds_by_rank([local], [len(M)], r[name])[0]
+        results |= {f"whole.{name}.U": found.U_local, f"whole.{name}.S": found.S}
+        results[f"whole.{name}.Vh"] = found.Vh
+        results[f"whole.{name}.energy"] = torch.tensor(found.captured_energy, dtype=torch.float64)
+    signs = [
+        (shard, n) for shard, n in zip(shards, heights, strict=True) if shard.dtype == torch.int8
+    ]
+    for first in range(0, len(signs), world_size):  # each on a rank of its own: the same bits
+        some, of_some = zip(*signs[first : first + world_size], strict=True)
+        for i, found in enumerate(truncated_svds_by_rank(some, of_some, 1)):
+            alone = truncated_svds_by_rank([some[i]], [of_some[i]], 1)[0]
+            assert all(torch.equal(a, b) for a, b in zip(found[:3], alone[:3], strict=True))
+            assert found.captured_energy == alone.captured_energy
     for method in methods:  # each owner solves its own: the same bits as rank 0 alone
         for shard, found in zip(shards, truncated_svds(shards, 1, method=method), strict=True):
             alone = truncated_svd(shard, 1, method=method)
@@ -589,14 +604,17 @@ def uneven(out: str) -> None:
 def not_finite(config: dict[str, Any]) -> None:
     """A gradient that is not finite on one rank is an error on every rank."""
     from lorasb_ds.distributed import zero
-    from lorasb_ds.init.decomposition import decompose
+    from lorasb_ds.init.decomposition import decompose, decompose_matrices
 
     zero.init_process_group()
     G = torch.ones(3, 2)
     if zero.rank() == 1:
         G[0, 0] = torch.nan
-    with pytest.raises(FloatingPointError, match="layer is not finite"):
-        decompose({"layer": G}, 1, "sign")
+    for heights in (None, [6]):
+        with pytest.raises(FloatingPointError, match="layer is not finite"):
+            decompose({"layer": G}, 1, "sign", heights=heights)
+        with pytest.raises(ValueError, match="not finite"):
+            decompose_matrices([G], 1, None, 0, heights)
 
 
 def evaluation(given: dict[str, Any], adapter: str, out: str, zero_optimization: Any) -> None:

@@ -22,6 +22,7 @@ RANKS = {
     "real": 10,
 }
 METHODS = ["auto", "gram", "krylov"]
+WAYS = [*METHODS, "whole"]
 
 
 def matrices() -> dict[str, torch.Tensor]:
@@ -59,7 +60,7 @@ def results(
     return [load_file(folder / f"{rank}.safetensors") for rank in range(request.param)]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WAYS)
 def test_equals_the_whole_svd(results: list[dict[str, torch.Tensor]], method: str) -> None:
     for name, M in matrices().items():
         key, r = f"{method}.{name}", RANKS[name]
