@@ -36,6 +36,15 @@ def test_both_sides(tiny_model: Path, tmp_path: Path) -> None:
     assert ours["shard_bytes"] == 4 * 2 * (2 * 48 * 48 + 2 * 24 * 48 + 3 * 80 * 48)
 
 
+def test_ranks_quick(tmp_path: Path) -> None:
+    printed, result = quick("ranks", tmp_path)
+    assert "| SVDs, 2 ranks, each on one |" in printed
+    (alone,), *of_two = (runs for name, runs in result["runs"].items() if name.startswith("SVDs"))
+    assert len(of_two) == 2
+    for (run,) in of_two:
+        assert run["captured_energy"] == pytest.approx(alone["captured_energy"], rel=1e-4)
+
+
 def test_load_quick(tmp_path: Path) -> None:
     printed, result = quick("load", tmp_path)
     runs = {case: ranks for case, (ranks,) in result["runs"].items()}

@@ -147,10 +147,14 @@ def test_what_is_saved_is_the_difference_of_two_plans() -> None:
         before = planned(SHARDED, WORK).phases(False)[phase]
         after = planned(SHARDED, checkpointed).phases(False)[phase]
         assert found(phase)["--gradient-checkpointing"].saved_bytes == before - after
-    # Loading does not depend on it: the shard of a weight and half of one.
+    # Loading: half of the shard of a weight, and of what is gathered in its last forward pass, but
+    # for a layer that is dequantized there.
     rounded = found("load")["--load-in-8bit"].saved_bytes
+    plans = [planned(replace(SHARDED, form=form), WORK) for form in ("bf16", "int8")]
+    assert rounded == plans[0].phases(False)["load"] - plans[1].phases(False)["load"]
     numel = sum(out * in_ for out, in_ in LLAMA_7B.layers.values())
-    assert rounded == pytest.approx(numel / 4, rel=0.01)
+    less_gathered = plans[0].gathered - plans[1].gathered - plans[1].dequantized
+    assert rounded == pytest.approx(numel / 4 + less_gathered, rel=0.01)
     offloaded = found("save")["--ds-config ds_configs/zero3_offload.json"].saved_bytes
     assert offloaded > 0.9 * LLAMA_7B.num_parameters * 2 / 4
 
