@@ -50,13 +50,12 @@ def truncated_svds_by_rank(
     mine = shards[0].new_empty(0, dtype=torch.float32)
     U = mine
     if owns_one:
-        try:
+        if torch.isfinite(whole).all():
             svd = truncated_svd(whole.view(height, n), r, group=ALONE, seed=seed)
-        except ValueError:  # it is not finite: to be raised on every rank
-            U, mine = (mine.new_full((length,), math.nan) for length in (height * r, 1 + r + r * n))
-        else:
             U = svd.U_local
             mine = torch.cat([svd.S.new_full((1,), svd.captured_energy), svd.S, svd.Vh.flatten()])
+        else:  # to be raised on every rank
+            U, mine = (mine.new_full((length,), math.nan) for length in (height * r, 1 + r + r * n))
     del whole
     sizes = [len(M) * r for M in shards]
     of_all = _all_to_all(U.flatten(), [of * r for of in rows], sizes + none, group)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import sys
 import time
@@ -151,7 +152,8 @@ def test_anew_with_other_seeds_a_failure_and_answers(
 ) -> None:
     """Several at a time. With one learning rate the loss is not finite; the best one is asked."""
     (tmp_path / "runs" / FIRST).mkdir(parents=True)
-    (tmp_path / "runs" / FIRST / "report.md").write_text("of an earlier one")
+    # What marks a folder as a run of ours, which --overwrite may replace.
+    shutil.copy(folder / "runs" / FIRST / "run.json", tmp_path / "runs" / FIRST)
     content = {"options": content_of(folder)["options"] | {"max_steps": 7}}
     (tmp_path / "compare.json").write_text(json.dumps(content))
     options = [*options, "--max-steps", "6", "--eval-samples", "5", "--max-new-tokens", "3"]
