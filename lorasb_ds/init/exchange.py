@@ -1,7 +1,7 @@
-"""What ranks send each other for the init's gradients, while the backward pass goes on.
+"""What ranks send each other for the init's gradients.
 
-A collective is started where a layer's gradient is computed, and waited for once the next one has
-been started: the buffers of two are held at a time.
+A collective is started where a layer's gradient is computed, and used once the next one has been
+started: the buffers of two are held at a time. On CPUs the backward pass goes on meanwhile.
 """
 
 from __future__ import annotations
@@ -83,6 +83,11 @@ class Exchange:
             self._finish_oldest()
 
     def _start(self, work: Any, then: Callable[[], None], sent: torch.Tensor) -> None:
+        if accelerator.name() != "cpu":
+            # DeepSpeed gathers on a group of its own: NCCL asks that one group's work is waited for
+            # before another's begins. The stream waits, not the host.
+            with self.waiting:
+                work.wait()
         self._running.append((work, then, sent))
         if len(self._running) > 1:
             self._finish_oldest()

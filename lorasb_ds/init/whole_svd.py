@@ -50,7 +50,7 @@ def truncated_svds_by_rank(
     mine = shards[0].new_empty(0, dtype=torch.float32)
     U = mine
     if owns_one:
-        if torch.isfinite(whole).all():
+        if not whole.is_floating_point() or torch.isfinite(whole).all():
             svd = truncated_svd(whole.view(height, n), r, group=ALONE, seed=seed)
             U = svd.U_local
             mine = torch.cat([svd.S.new_full((1,), svd.captured_energy), svd.S, svd.Vh.flatten()])

@@ -208,7 +208,8 @@ def init_plan(shape: ModelShape, work: Workload, world_size: int, dtype_bytes: i
         targets=work.targets,
         r=work.r * work.directions,
         world_size=world_size,
-        update=work.init_update,
+        # W0's decomposition takes most, where a gradient is only tracked.
+        update="weight" if work.decomposes == "weight" else work.init_update,
         tokens_per_micro_batch=work.tokens,
         boundary_bytes=rows_per_rank * work.max_length * shape.hidden_size * dtype_bytes,
         svd_limit=whole_svd_limit(work.init_memory_bytes),

@@ -92,8 +92,8 @@ def run_training(run: Prepared, stop: StopRequest, init_only: bool = False) -> R
         first_step = run.resume.step if run.resume else 0
         log = RunLog(folder, first_step, description["config"])
     announce(run, folder)
-    # For models with dropout. Ranks have other rows, so they draw other numbers.
-    torch.manual_seed(run.config.seed + zero.rank())
+    # For dropout. Alike on all ranks: where models drop whole layers, all must drop the same ones.
+    torch.manual_seed(run.config.seed)
     try:
         with phase(run, "load"):
             engine, adapters = start_engine(run)
