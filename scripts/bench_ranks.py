@@ -78,7 +78,7 @@ def exchange(settings: dict[str, Any], out: str) -> None:
     x, grad_y = (torch.randn(settings["tokens"] // ranks, n) for n in (in_features, out_features))
     seconds = []
     for _ in range(settings["repeats"]):
-        shards.called("layer", x)
+        shards.calls.add("layer", x)
         shards.after_forward(has_labels=True)
         dist.barrier()
         start = time.perf_counter()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 import torch.distributed as dist
 
@@ -50,9 +52,13 @@ def rank_and_size(group: Group | Alone) -> tuple[int, int]:
     return dist.get_rank(group), dist.get_world_size(group)
 
 
+def _has_others(group: Group | Alone) -> TypeGuard[Group]:
+    return rank_and_size(group)[1] > 1
+
+
 def all_reduce(tensor: torch.Tensor, group: Group | Alone) -> torch.Tensor:
     """Sum a tensor over ranks in place, and return it. Collective."""
-    if not isinstance(group, Alone) and rank_and_size(group)[1] > 1:
+    if _has_others(group):
         dist.all_reduce(tensor, group=group)
     return tensor
 
@@ -62,13 +68,13 @@ def reduce(tensor: torch.Tensor, owner: int, group: Group | Alone) -> torch.Tens
 
     On other ranks its values are undefined afterwards.
     """
-    if not isinstance(group, Alone) and rank_and_size(group)[1] > 1:
+    if _has_others(group):
         dist.reduce(tensor, group=group, group_dst=owner)
     return tensor
 
 
 def broadcast(tensor: torch.Tensor, owner: int, group: Group | Alone) -> torch.Tensor:
     """Copy a tensor from the group's rank ``owner`` in place, and return it. Collective."""
-    if not isinstance(group, Alone) and rank_and_size(group)[1] > 1:
+    if _has_others(group):
         dist.broadcast(tensor, group=group, group_src=owner)
     return tensor

@@ -1,7 +1,9 @@
 """What ranks send each other for the init's gradients.
 
-A collective is started where a layer's gradient is computed, and used once the next one has been
-started: the buffers of two are held at a time. On CPUs the backward pass goes on meanwhile.
+On CPUs a collective is waited for once the next one has been started, while the backward pass goes
+on: the buffers of two are held at a time. On accelerators the stream waits for each: DeepSpeed
+gathers on a group of its own, and NCCL asks that one group's work is waited for before another's
+begins.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ class Exchange:
         self.group = group
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.waiting = accelerator.Stopwatch()
+        self._most_running = 1 if accelerator.name() == "cpu" else 0
         # What is sent must live until it has been.
         self._running: deque[tuple[Any, Callable[[], None], torch.Tensor]] = deque()
 
@@ -83,13 +86,8 @@ class Exchange:
             self._finish_oldest()
 
     def _start(self, work: Any, then: Callable[[], None], sent: torch.Tensor) -> None:
-        if accelerator.name() != "cpu":
-            # DeepSpeed gathers on a group of its own: NCCL asks that one group's work is waited for
-            # before another's begins. The stream waits, not the host.
-            with self.waiting:
-                work.wait()
         self._running.append((work, then, sent))
-        if len(self._running) > 1:
+        if len(self._running) > self._most_running:
             self._finish_oldest()
 
     def _finish_oldest(self) -> None:

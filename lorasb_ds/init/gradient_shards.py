@@ -10,7 +10,6 @@ decomposes it; as sums, or as the rows of x and δ that the expert got.
 
 from __future__ import annotations
 
-import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -24,6 +23,7 @@ from lorasb_ds.adapters.experts import LoraSBExperts
 from lorasb_ds.adapters.layer import AdapterLinear
 from lorasb_ds.distributed import accelerator
 from lorasb_ds.distributed.collectives import Group, row_range
+from lorasb_ds.init.calls import Calls
 from lorasb_ds.init.exchange import Exchange
 from lorasb_ds.init.products import weight_gradient
 from lorasb_ds.models.experts import Routing
@@ -59,6 +59,7 @@ class GradientShards:
         batches_reached: layer -> number of micro-batches with a label that called it, over all
             ranks after ``finish``.
         loss: of the whole sample, per label token, at the base; set by ``finish``.
+        calls: of the running batch.
         exchange: of gradients with the other ranks.
         from_segment: whether only a segment of the model was run for these gradients.
     """
@@ -83,13 +84,7 @@ class GradientShards:
         self.rank, self.world_size = self.exchange.rank, self.exchange.world_size
         self.shards: dict[str, torch.Tensor] = {}
         self.batches_reached: Counter[str] = Counter()
-        # Of the running batch: its calls in order; the most rows of a call, on any rank; whole
-        # gradients of layers that ranks do not call alike; experts' rows here, then on every rank.
-        self._calls: list[str] = []
-        self._rows: Counter[str] = Counter()
-        self._uneven: dict[str, torch.Tensor] = {}
-        self._routings: dict[str, Routing] = {}
-        self._ends: dict[str, list[list[int]]] = {}
+        self._uneven: dict[str, torch.Tensor] = {}  # whole gradients of the running batch
         self.experts: dict[str, range] = {}
         self.tokens: dict[str, torch.Tensor] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -110,16 +105,11 @@ class GradientShards:
                 else torch.zeros(shape, device=accelerator.device())
             )
 
+        self.calls = Calls(self.shards, self.experts, group)
+
     def take(self, name: str) -> torch.Tensor:
         """Remove a layer's shard and return it, on the device."""
         return self.shards.pop(name).to(accelerator.device())
-
-    def called(self, name: str, x: torch.Tensor, routing: Routing | None = None) -> None:
-        """Note that the running forward pass calls a layer."""
-        self._calls.append(name)
-        self._rows[name] = max(self._rows[name], x.numel() // x.shape[-1])
-        if routing is not None:
-            self._routings[name] = routing
 
     def after_forward(self, has_labels: bool) -> None:
         """Find the layers that this batch called, and the rows of all ranks. Collective.
@@ -128,39 +118,12 @@ class GradientShards:
         data decide, as in an MoE), this batch's gradient of the layer is summed whole on each rank,
         since ranks could not exchange it during the backward pass.
 
-        Communication: one all-reduce of 3 integers for each layer, and 3 more; an all-gather of one
-        for each expert.
+        Communication: that of ``Calls.agree``.
         """
-        counts = Counter(self._calls)
-        self.batches_reached.update({name: 1 for name in counts if has_labels})
-        if self.world_size == 1:
-            return
-        order = zlib.crc32(" ".join(self._calls).encode())
-        mine = [counts[name] for name in self.shards] + [order]
-        rows = [self._rows[name] for name in self.shards] + [0]
-        bounds = accelerator.from_host([mine, [-n for n in mine], rows])
-        dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=self.group)
-        largest, negated, rows = bounds.tolist()
-        *differ, other_order = (a + b != 0 for a, b in zip(largest, negated, strict=True))
-        for name, differs, most in zip(self.shards, differ, rows[:-1], strict=True):
-            self._rows[name] = most
-            if differs or (other_order and counts[name]):
-                self._uneven[name] = torch.zeros(self._shapes[name], device=accelerator.device())
-        # A projection that is called again has another routing then.
-        self._gather_ends([n for n in self.experts if counts[n] == 1 and n not in self._uneven])
-
-    def _gather_ends(self, names: Sequence[str]) -> None:
-        """Find where the rows of each expert end on every rank. Collective."""
-        if not names:
-            return
-        offsets = [self._routings[name].offsets for name in names]
-        mine = torch.cat(offsets)
-        of_ranks = mine.new_empty(self.world_size * len(mine))
-        dist.all_gather_into_tensor(of_ranks, mine, group=self.group)
-        tables = of_ranks.view(self.world_size, -1).cpu().split([len(of) for of in offsets], 1)
-        self._ends = {
-            n: F.pad(ends, (1, 0)).tolist() for n, ends in zip(names, tables, strict=True)
-        }
+        self.calls.agree()
+        self.batches_reached.update({name: 1 for name in self.calls.counts if has_labels})
+        for name in self.calls.uneven:
+            self._uneven[name] = torch.zeros(self._shapes[name], device=accelerator.device())
 
     def add(self, name: str, x: torch.Tensor, grad_y: torch.Tensor) -> None:
         """Add one call's ``δᵀ x``. Collective: ranks add the same layers in the same order.
@@ -176,14 +139,14 @@ class GradientShards:
             self._uneven[name] += weight_gradient(long, short)
         elif self.world_size == 1:
             self._add(name, 0, weight_gradient(long, short))
-        elif _sends_rows(self.world_size * self._rows[name], long, short, 1):
+        elif _sends_rows(self.world_size * self.calls.rows[name], long, short, 1):
             self._gather_rows(name, long, short)
         else:
             self._scatter_sums(name, long, short)
 
     def _gather_rows(self, name: str, long: torch.Tensor, short: torch.Tensor) -> None:
         """Send x and δ to all ranks, and compute this rank's rows for all tokens. Collective."""
-        (tokens, width), most = long.shape, self._rows[name]
+        (tokens, width), most = long.shape, self.calls.rows[name]
         mine = row_range(width, self.rank, self.world_size)
         both = torch.cat([long, short], 1)
         if tokens < most:  # than another rank's; zeros add nothing
@@ -228,31 +191,37 @@ class GradientShards:
         tokens = upto.index_select(0, F.pad(routing.offsets, (1, 0))).diff()
         self.tokens[name] += tokens[wanted.start : wanted.stop]
         long, short = _long_and_short(x, grad_y)
-        of_ranks = self._ends.get(name)
-        ends = [0, *routing.ends] if of_ranks is None else of_ranks[self.rank]
-        ends = ends[wanted.start : wanted.stop + 1]
+        of_ranks = self.calls.ends.get(name)
+        if of_ranks is None:
+            ends = [0, *routing.ends][wanted.start : wanted.stop + 1]
+        else:
+            ends = of_ranks[self.rank].tolist()
         if name in self._uneven:
             _add_products(self._uneven[name], long, short, ends)
         elif self.world_size == 1:
             _add_products(self.shards[name], long, short, ends)
-        elif of_ranks and _sends_rows(self._most_received(name), long, short, len(wanted)):
-            self._send_rows(name, long, short, ends)
+        elif of_ranks is not None and _sends_rows(
+            self._most_received(of_ranks), long, short, len(wanted)
+        ):
+            self._send_rows(name, long, short, of_ranks)
         else:
             self._reduce_sums(name, long, short, ends)
 
     def _send_rows(
-        self, name: str, long: torch.Tensor, short: torch.Tensor, ends: Sequence[int]
+        self, name: str, long: torch.Tensor, short: torch.Tensor, of_ranks: torch.Tensor
     ) -> None:
         """Send each row of x and δ to the rank of its expert. Collective.
 
         Args:
-            ends: where the rows of the wanted experts begin, and end.
+            of_ranks: ``Calls.ends`` of the projection.
         """
-        owners, width = self._owners(len(ends) - 1), long.shape[1]
+        ends, width = of_ranks[self.rank].tolist(), long.shape[1]
+        owners = self._owners(len(ends) - 1)
         rows = torch.cat([part[ends[0] : ends[-1]] for part in (long, short)], 1)
         sent = [ends[of.stop] - ends[of.start] for of in owners]
+        mine = owners[self.rank]
         # (ranks, experts here): the rows that come from each rank, sorted by expert.
-        numbers = torch.tensor(self._received(name, owners[self.rank])).diff(dim=1)
+        numbers = of_ranks[:, mine.start : mine.stop + 1].diff(dim=1)
 
         def add(found: torch.Tensor) -> None:
             experts = torch.arange(numbers.shape[1]).repeat(len(numbers))
@@ -263,15 +232,10 @@ class GradientShards:
 
         self.exchange.all_to_all(rows, sent, numbers.sum(1).tolist(), add)
 
-    def _received(self, name: str, owned: range) -> list[list[int]]:
-        """Return where the rows of some wanted experts begin and end, on each rank."""
-        first = self.experts[name].start
-        return [of[first + owned.start : first + owned.stop + 1] for of in self._ends[name]]
-
-    def _most_received(self, name: str) -> int:
+    def _most_received(self, of_ranks: torch.Tensor) -> int:
         """Return the most rows that one rank's experts get from all ranks."""
-        owners = self._owners(len(self.experts[name]))
-        return max(sum(of[-1] - of[0] for of in self._received(name, owned)) for owned in owners)
+        ends = of_ranks.sum(0).tolist()
+        return max(ends[of.stop] - ends[of.start] for of in self._owners(len(ends) - 1))
 
     def _reduce_sums(
         self, name: str, long: torch.Tensor, short: torch.Tensor, ends: Sequence[int]
@@ -279,7 +243,7 @@ class GradientShards:
         """Compute every expert's gradient for this rank's rows, and sum it over ranks. Collective.
 
         Args:
-            ends: as for ``_send_rows``.
+            ends: where the rows of the first wanted expert begin, and those of each end.
         """
         sides = self._shapes[name][1:]
         at_once = max(1, EXCHANGE_BYTES // (FP32_BYTES * sides[0] * sides[1]))
@@ -301,8 +265,8 @@ class GradientShards:
                     sums = whole[owned.start : owned.stop]
                     self.exchange.reduce(sums, owner, partial(self._add, name, 0))
         self.exchange.wait()
-        for of_batch in (self._calls, self._rows, self._uneven, self._routings, self._ends):
-            of_batch.clear()
+        self._uneven.clear()
+        self.calls.clear()
 
     def finish(self, loss_sum: float, num_label_tokens: int) -> None:
         """Divide the sums by the number of label tokens, and sum ``batches_reached`` over ranks.

@@ -31,7 +31,7 @@ class _ShardHook:
         self.shards, self.name = shards, name
 
     def on_forward(self, x: torch.Tensor, routing: Routing | None = None) -> None:
-        self.shards.called(self.name, x, routing)
+        self.shards.calls.add(self.name, x, routing)
 
     def on_backward(
         self, x: torch.Tensor, grad_y: torch.Tensor, routing: Routing | None = None

@@ -44,8 +44,8 @@ from lorasb_ds.init.gradients import average_gradients
 from lorasb_ds.init.init_report import ExpertsInit, InitReport, LayerInit
 from lorasb_ds.init.segments import SegmentError, gradients_by_segment
 from lorasb_ds.init.step_size import choose_step, measure_step
+from lorasb_ds.init.turns import in_turns
 from lorasb_ds.init.update_rules import step_scale
-from lorasb_ds.planner.init_bytes import whole_svd_bytes, whole_svd_limit
 from lorasb_ds.planner.init_plan import InitPlan
 
 # A layer's name, the directions that rank 0 fills it from, and its part of the report.
@@ -192,11 +192,10 @@ def _from_gradients(
             if of_experts[name].is_complete:
                 yield name, *of_experts.pop(name).result()
         of_layers = {name: adapters[name] for name in gradients.shards}
-        for names, heights in _in_turns(of_layers, settings, plan):
+        for names, r, heights in in_turns(of_layers, settings, plan.budget_bytes):
             G = {name: gradients.take(name) for name in names}
             scales = {name: _step_scale(adapters[name], settings.update, group) for name in names}
-            k = _directions(adapters[names[0]], settings)
-            found = decompose(G, k, settings.update, group, settings.seed, scales, heights)
+            found = decompose(G, r, settings.update, group, settings.seed, scales, heights)
             for name, (svd, slopes) in found.items():
                 dtype, reached = adapters[name].lora_A.dtype, gradients.batches_reached[name]
                 layer = describe_layer(svd, slopes, dtype, reached, group)
@@ -224,10 +223,9 @@ def _from_weights(
     for name, experts in all_experts.items():
         yield name, *decompose_weights(experts, settings, group)
     of_layers = {name: of for name, of in adapters.items() if name not in all_experts}
-    for names, heights in _in_turns(of_layers, settings, plan):
+    for names, r, heights in in_turns(of_layers, settings, plan.budget_bytes):
         rows = [weight_rows(adapters[name], group) for name in names]
-        k = _directions(adapters[names[0]], settings)
-        svds = decompose_matrices(rows, k, group, settings.seed, heights)
+        svds = decompose_matrices(rows, r, group, settings.seed, heights)
         for name, svd in zip(names, svds, strict=True):
             adapter = adapters[name]
             # Without a gradient the slopes are unknown; these let eta's search decide.
@@ -253,36 +251,6 @@ def _without_matrix(
 def _experts(adapters: Mapping[str, AdapterLinear]) -> dict[str, LoraSBExperts]:
     """Return the adapters that are of experts."""
     return {name: of for name, of in adapters.items() if isinstance(of, LoraSBExperts)}
-
-
-def _directions(adapter: AdapterLinear, settings: InitSettings) -> int:
-    """Return how many singular vectors the method takes of a layer."""
-    return adapter.r * settings.method.directions
-
-
-def _in_turns(
-    adapters: Mapping[str, AdapterLinear], settings: InitSettings, plan: InitPlan
-) -> Iterator[tuple[list[str], list[int] | None]]:
-    """Yield the layers to decompose at the same time, as many as there are ranks.
-
-    Yields:
-        Their names; and the rows of each if each rank decomposes one of them, None if all ranks
-        decompose each (``whole_svd_limit``).
-    """
-    limit, several = whole_svd_limit(plan.budget_bytes), zero.world_size() > 1
-    update = settings.update if settings.method.needs_gradient else settings.method.matrix
-    whole, sharded = list[str](), list[str]()
-    for name, adapter in adapters.items():
-        sides = adapter.out_features, adapter.in_features
-        size = whole_svd_bytes(*sides, _directions(adapter, settings), update)
-        (whole if several and size <= limit else sharded).append(name)
-    heights = {name: max(of.out_features, of.in_features) for name, of in adapters.items()}
-    # Layers of one size take about the same time.
-    whole.sort(key=lambda name: adapters[name].out_features * adapters[name].in_features)
-    for names, by_rank in ((whole, True), (sharded, False)):
-        for first in range(0, len(names), zero.world_size()):
-            turn = names[first : first + zero.world_size()]
-            yield turn, [heights[name] for name in turn] if by_rank else None
 
 
 def gradients_by_group(

@@ -23,8 +23,9 @@ def weight_gradient(long: torch.Tensor, short: torch.Tensor) -> torch.Tensor:
 
 def _has_fp32_output(factor: torch.Tensor) -> bool:
     """Return whether the device multiplies 16-bit numbers with results in fp32 (CUDA does)."""
+    key = torch._C._dispatch_key_for_device(factor.device.type)
     return factor.dtype in (torch.bfloat16, torch.float16) and (
-        torch._C._dispatch_has_kernel_for_dispatch_key("aten::mm.dtype", factor.device.type.upper())
+        torch._C._dispatch_has_kernel_for_dispatch_key("aten::mm.dtype", key)
     )
 
 

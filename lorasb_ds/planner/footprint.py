@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from lorasb_ds.planner.activations import activations
 from lorasb_ds.planner.base_bytes import BaseBytes, base_bytes, held_bytes
 from lorasb_ds.planner.gathers import gathered_bytes
-from lorasb_ds.planner.init_bytes import largest_svd_bytes, whole_svd_limit
+from lorasb_ds.planner.init_bytes import largest_svd_bytes
 from lorasb_ds.planner.init_plan import InitPlan, InitWork, plan_init
 from lorasb_ds.planner.layer_groups import blocks_prefix
 from lorasb_ds.planner.model_shape import ModelShape
@@ -188,11 +188,11 @@ def init_plan(shape: ModelShape, work: Workload, world_size: int, dtype_bytes: i
             svd = largest_svd_bytes(
                 work.targets,
                 work.expert_targets,
-                work.r * work.directions,
+                work.svd_r,
                 work.expert_r * work.directions,
                 world_size,
-                "weight",
-                whole_svd_limit(work.init_memory_bytes),
+                work.svd_update,
+                work.init_memory_bytes,
             )
         return InitPlan(
             groups=(dict.fromkeys(work.adapted),),
@@ -206,13 +206,11 @@ def init_plan(shape: ModelShape, work: Workload, world_size: int, dtype_bytes: i
     rows_per_rank = min(work.init_samples, work.init_rounds(world_size) * work.micro_batch_size)
     of_init = InitWork(
         targets=work.targets,
-        r=work.r * work.directions,
+        r=work.svd_r,
         world_size=world_size,
-        # W0's decomposition takes most, where a gradient is only tracked.
-        update="weight" if work.decomposes == "weight" else work.init_update,
+        update=work.svd_update,  # also where the gradient is only tracked: W0's takes most
         tokens_per_micro_batch=work.tokens,
         boundary_bytes=rows_per_rank * work.max_length * shape.hidden_size * dtype_bytes,
-        svd_limit=whole_svd_limit(work.init_memory_bytes),
         dtype_bytes=dtype_bytes,
         offload=work.init_offload,
         experts=work.expert_targets,

@@ -17,8 +17,6 @@ EXCHANGE_BYTES, EXPERT_SVD_ENTRIES = 1 << 27, 1 << 26
 # Bytes for each element of an expert's update, with its copy for the SVD: a sign in int8 and fp32,
 # which is also made in fp32; others in fp64, of which "raw" is the gradient itself.
 SVD_BYTES = {"sign": 5, "adam": 12, "raw": 8, "weight": 8}
-
-
 # Several ranks decompose each layer together where one of them would need more than this for it.
 WHOLE_SVD_BYTES = 1 << 30
 
@@ -92,15 +90,6 @@ def experts_backward_bytes(
     return max(of_rows, product + 2 * at_once * expert)
 
 
-def whole_svd_limit(budget_bytes: int | None) -> int:
-    """Return the most bytes that decomposing a whole layer may take on one of several ranks.
-
-    Args:
-        budget_bytes: --init-memory-gib.
-    """
-    return WHOLE_SVD_BYTES if budget_bytes is None else min(WHOLE_SVD_BYTES, budget_bytes // 8)
-
-
 def largest_svd_bytes(
     targets: Mapping[str, tuple[int, int]],
     experts: Mapping[str, tuple[int, int, int]],
@@ -108,14 +97,15 @@ def largest_svd_bytes(
     expert_r: int,
     world_size: int,
     update: str,
-    limit: int = WHOLE_SVD_BYTES,
+    budget_bytes: int | None = None,
 ) -> int:
     """Return what decomposing the layer, or the projection of experts, with most takes.
 
     Args:
-        limit: of ``whole_svd_limit``.
+        budget_bytes: --init-memory-gib.
     """
-    works = [svd_bytes(*shape, r, world_size, update, limit) for shape in set(targets.values())]
+    shapes = set(targets.values())
+    works = [svd_bytes(*shape, r, world_size, update, budget_bytes) for shape in shapes]
     works += [
         experts_svd_bytes(-(-shape[0] // world_size), *shape, expert_r, update)
         for shape in set(experts.values())
@@ -141,6 +131,23 @@ def experts_svd_bytes(
     return (at_once * SVD_BYTES[update] + kept * FP32_BYTES) * numel + factors
 
 
+def element_bytes(update: str) -> int:
+    """Return the bytes of a number of the matrix that is decomposed: int8 signs, or fp32."""
+    return 1 if update == "sign" else FP32_BYTES
+
+
+def decomposes_whole(
+    out_features: int, in_features: int, r: int, update: str, budget_bytes: int | None
+) -> bool:
+    """Tell whether one of several ranks decomposes a layer alone, for which it has the memory.
+
+    Args:
+        budget_bytes: --init-memory-gib.
+    """
+    limit = WHOLE_SVD_BYTES if budget_bytes is None else min(WHOLE_SVD_BYTES, budget_bytes // 8)
+    return whole_svd_bytes(out_features, in_features, r, update) <= limit
+
+
 def whole_svd_bytes(out_features: int, in_features: int, r: int, update: str) -> int:
     """Return what decomposing one layer takes on one of several ranks (``whole_svd``).
 
@@ -148,8 +155,8 @@ def whole_svd_bytes(out_features: int, in_features: int, r: int, update: str) ->
     as one layer, and sent and received in buffers of that size.
     """
     numel, short_side = out_features * in_features, min(out_features, in_features)
-    # int8 signs multiplied in bf16 or fp32; or fp32 numbers in fp64.
-    element, product = (1, 4) if update == "sign" else (4, 8)
+    # Signs are multiplied in bf16 or fp32, fp32 numbers in fp64.
+    element, product = element_bytes(update), 4 if update == "sign" else 8
     gram = 5 * product * short_side**2 if short_side <= GRAM_SHARE * r else 0
     work = max(element, product) * numel + gram
     return 2 * element * numel + work + 32 * r * (out_features + in_features)
@@ -161,16 +168,15 @@ def svd_bytes(
     r: int,
     world_size: int,
     update: str,
-    limit: int = WHOLE_SVD_BYTES,
+    budget_bytes: int | None = None,
 ) -> int:
-    """Return what decomposing one layer takes, with ``world_size`` updates.
+    """Return what decomposing one layer takes, alone or by all ranks, with ``world_size`` updates.
 
     Args:
-        limit: of ``whole_svd_limit``; beyond it, all ranks decompose it (``sharded_svd``).
+        budget_bytes: --init-memory-gib.
     """
-    whole = whole_svd_bytes(out_features, in_features, r, update)
-    if world_size > 1 and whole <= limit:
-        return whole
+    if world_size > 1 and decomposes_whole(out_features, in_features, r, update, budget_bytes):
+        return whole_svd_bytes(out_features, in_features, r, update)
     shard = shard_bytes(out_features, in_features, world_size)
     short_side, both_sides = min(out_features, in_features), out_features + in_features
     # int8 signs multiplied in bf16, or fp32 numbers in fp64.

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 from typing import NamedTuple
 
 from lorasb_ds.planner.init_bytes import (
     FP32_BYTES,
-    WHOLE_SVD_BYTES,
     backward_bytes,
     experts_backward_bytes,
     experts_svd_bytes,
@@ -92,7 +91,7 @@ class InitWork:
         update: of the gradient, as --init-update.
         tokens_per_micro_batch: at most. A layer's inputs and output gradients are fp32.
         boundary_bytes: hidden states of the whole sample, on the rank with most.
-        svd_limit: of ``whole_svd_limit``.
+        budget_bytes: that of ``plan_init``, of which one layer's SVD may take a share.
         dtype_bytes: of activations.
         offload: gradients are in host memory, and on the device only while they are decomposed.
         experts: projections of experts with an adapter -> (experts, out, in).
@@ -105,7 +104,7 @@ class InitWork:
     update: str
     tokens_per_micro_batch: int
     boundary_bytes: int
-    svd_limit: int = WHOLE_SVD_BYTES
+    budget_bytes: int | None = None
     dtype_bytes: int = 2
     offload: bool = False
     experts: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
@@ -170,7 +169,7 @@ class InitWork:
         ranks, tokens = self.world_size, self.tokens_per_micro_batch
         works = [backward_bytes(*shape, ranks, tokens, self.dtype_bytes) for shape in shapes]
         backward = max(works, default=0)
-        svd = largest_svd_bytes(self.targets, {}, self.r, 0, ranks, self.update, self.svd_limit)
+        svd = largest_svd_bytes(self.targets, {}, self.r, 0, ranks, self.update, self.budget_bytes)
         if self.offload:  # one layer for each rank at a time
             svd += ranks * max((shard_bytes(*shape, ranks) for shape in shapes), default=0)
         return backward, svd
@@ -280,6 +279,8 @@ def plan_init(work: InitWork, budget_bytes: int | None) -> InitPlan:
     Args:
         budget_bytes: for ``predicted_bytes``; None: no limit, one group.
     """
+
+    work = replace(work, budget_bytes=budget_bytes)
 
     def plan_of(available: int, at_once: int) -> InitPlan:
         return _Groups(work).fill(available, at_once).plan(budget_bytes)

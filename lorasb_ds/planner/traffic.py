@@ -8,10 +8,10 @@ from lorasb_ds.planner.footprint import Footprint
 from lorasb_ds.planner.gathers import gathers_blocks
 from lorasb_ds.planner.init_bytes import (
     KRYLOV_BLOCK,
+    decomposes_whole,
+    element_bytes,
     sends_activations,
     takes_gram_way,
-    whole_svd_bytes,
-    whole_svd_limit,
 )
 from lorasb_ds.planner.layer_groups import blocks_prefix
 from lorasb_ds.planner.model_shape import ModelShape
@@ -70,20 +70,20 @@ def init_traffic(
         sent += rounds * _received(sum(exchanged), placement)
         # An expert's owner decomposes its gradient alone, and sends the factors.
         sent += _received(4 * work.num_in_expert_pairs, placement)
-        limit = whole_svd_limit(work.init_memory_bytes)
-        for sides in work.targets.values():
-            long, short = max(sides), min(sides)
-            if whole_svd_bytes(*sides, work.r, work.init_update) <= limit:
-                element = 1 if work.init_update == "sign" else 4
-                # One layer for each rank at a time; U's rows go back, and to the first rank.
-                of_svd = (element * long * short + 4 * work.r * long) // w
-                of_svd += 4 * work.r * (long + short)
-            else:
-                steps = 1 if takes_gram_way(short, work.r) else 3 + work.r // 4
-                columns = short if steps == 1 else 2 * KRYLOV_BLOCK * steps
-                of_svd = 4 * short * columns + 4 * work.r * (long + 3 * short)
-            sent += _received(of_svd, placement)
+        sent += sum(_received(_svd_bytes(*of, work, w), placement) for of in work.targets.values())
     return Traffic(sent, gathered.host_bytes * rounds)
+
+
+def _svd_bytes(out: int, in_: int, work: Workload, world_size: int) -> int:
+    """Count the bytes of a layer's SVD on all ranks, U on its way to the first rank included."""
+    r, long, short = work.svd_r, max(out, in_), min(out, in_)
+    if decomposes_whole(out, in_, r, work.svd_update, work.init_memory_bytes):
+        # One layer for each rank at a time, whose U goes back.
+        of_one = element_bytes(work.svd_update) * long * short + 4 * r * long
+        return of_one // world_size + 4 * r * (long + short)
+    steps = 1 if takes_gram_way(short, r) else 3 + r // 4
+    columns = short if steps == 1 else 2 * KRYLOV_BLOCK * steps
+    return 4 * short * columns + 4 * r * (long + 3 * short)
 
 
 def exchanged_bytes(matrices: int, out: int, in_: int, rows: int, dtype_bytes: int) -> int:

@@ -45,6 +45,16 @@ class Workload:
         return self.micro_batch_size * self.max_length
 
     @property
+    def svd_r(self) -> int:
+        """Return how many singular vectors the init takes of a layer."""
+        return self.r * self.directions
+
+    @property
+    def svd_update(self) -> str:
+        """Return what the init decomposes: "weight", or an update of the gradient."""
+        return "weight" if self.decomposes == "weight" else self.init_update
+
+    @property
     def pairs(self) -> int:
         """Return how many pairs of factors like A and B a layer has."""
         return 2 if self.offset else 1

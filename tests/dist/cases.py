@@ -774,7 +774,7 @@ def exchanged(sends_rows: bool, tokens: int, limit: int) -> None:
                 expected[name] = expected.get(name, 0) + call.gradient()
                 routing = call.routings[rank]
                 is_moe = isinstance(adapters[name], LoraSBExperts)
-                shards.called(name, call.x[rank], routing if is_moe else None)
+                shards.calls.add(name, call.x[rank], routing if is_moe else None)
             shards.after_forward(has_labels=True)
             for name, call in reversed(list(zip(order, calls, strict=True))):
                 mine = call.x[rank], call.grad_y[rank]
@@ -826,7 +826,7 @@ def exchanged_bytes() -> None:
     for tokens in (8, 400):
         shards = GradientShards({"layer": linear_adapter(96, 64)}, zero.new_group())
         x, grad_y = torch.randn(2, tokens // 2, 64), torch.randn(2, tokens // 2, 96)
-        shards.called("layer", x)
+        shards.calls.add("layer", x)
         shards.after_forward(True)
         shards.add("layer", x, grad_y)
         shards.after_backward()
@@ -840,7 +840,7 @@ def exchanged_bytes() -> None:
         shards = GradientShards({"experts": experts_adapter(8, 24, 16)}, zero.new_group())
         routing = Routing.of(torch.arange(8).repeat_interleave(rows // 8), 8)
         x, grad_y = torch.randn(rows, 16), torch.randn(rows, 24)
-        shards.called("experts", x, routing)
+        shards.calls.add("experts", x, routing)
         shards.after_forward(True)
         received.clear()  # the numbers of rows
         shards.add_experts("experts", x, grad_y, routing)

@@ -29,7 +29,7 @@ def test_a_process_alone_exchanges_nothing(one_process: None) -> None:
 
     shards = GradientShards({"layer": linear_adapter(12, 8)})
     x, grad_y = torch.randn(5, 8), torch.randn(5, 12)
-    shards.called("layer", x)
+    shards.calls.add("layer", x)
     shards.after_forward(True)
     shards.add("layer", x, grad_y)
     shards.after_backward()
