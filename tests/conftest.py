@@ -30,9 +30,11 @@ settings.load_profile("quick")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Mark unit tests as fast."""
-    is_unit_test = item.path.is_relative_to(ROOT / "tests" / "unit")
-    if is_unit_test and not item.get_closest_marker("slow"):
+    """Mark unit tests as fast, and give slow ones twice the time: they share the CPU."""
+    if item.get_closest_marker("slow"):
+        if not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(800))
+    elif item.path.is_relative_to(ROOT / "tests" / "unit"):
         item.add_marker(pytest.mark.fast)
 
 

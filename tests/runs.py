@@ -165,7 +165,7 @@ def _fork_server() -> ForkServer:
     return server
 
 
-def run_command(*command: str, timeout: float = 280, status: int = 0, **environment: str) -> str:
+def run_command(*command: str, timeout: float = 380, status: int = 0, **environment: str) -> str:
     """Run a command in the project's root as in the activated environment; what it printed."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     clean = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}

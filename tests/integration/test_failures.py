@@ -256,12 +256,12 @@ def _cmdline(pid: int) -> bytes:
 
 
 @pytest.mark.slow
-def test_a_rank_that_dies_in_the_init(demo_model: Path, tmp_path: Path) -> None:
+def test_a_rank_that_dies_in_the_init(demo_dtype: str, tmp_path: Path) -> None:
     """Nothing that looks finished is left, and no process waits for the dead one."""
     folder, log = tmp_path / "init", tmp_path / "log"
     command = (
         f"{Path(sys.executable).parent}/lorasb init --num-procs 2 --init-samples 800 --r 8 "
-        f"--output-dir {folder}"
+        f"--dtype {demo_dtype} --output-dir {folder}"
     )
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
     with log.open("w") as file:
