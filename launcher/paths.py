@@ -1,4 +1,8 @@
-"""The folder of the files that are started as processes."""
+"""The folder of the files that are started as processes.
+
+By their paths, not by `python -m`: that would import what is in the working directory first, a
+stranger's `random.py` for example.
+"""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def run(sample: Sample, output_dir: Path, options: Sequence[str]) -> tuple[float
     # `train` checks that an init that is there was made with these options.
     inits = ["init"] if not (folders["init"] / REPORT).is_file() else []
     for verb in (*inits, "train"):
-        command = [sys.executable, "-m", "launcher.cli", verb, *options]
+        command = [sys.executable, str(ROOT / "launcher/cli.py"), verb, *options]
         command += ["--init-samples", str(sample.num_rows), "--init-seed", str(sample.seed)]
         command += ["--output-dir", str(folders[verb]), "--resume", "auto"]
         if verb == "train":

@@ -34,7 +34,8 @@ def inner_command(
         quote: writes a word for its reader; ``str`` gives an argument list.
     """
     given = {word.partition("=")[0].replace("_", "-") for word in worker_arguments}
-    words = [python, "-m", "launcher.cli", verb, "--no-ssh"]
+    # Nothing in the working directory is imported (from Python 3.11 on).
+    words = ["env", "PYTHONSAFEPATH=1", python, "-m", "launcher.cli", verb, "--no-ssh"]
     words += ["--num-nodes", str(nodes), "--num-gpus", str(gpus_per_node)]
     rest: list[str] = []
     if "--resume" not in given:

@@ -202,6 +202,8 @@ def main(arguments: Sequence[str]) -> int:
     environment = {**os.environ, **rank_variables(os.environ)}
     worker = "eval" if EVAL in arguments else "train"
     command = worker_command(worker, [word for word in arguments if word != EVAL])
+    if names.WORKING_DIRECTORY in environment:
+        os.chdir(environment[names.WORKING_DIRECTORY])
     if names.SUPERVISOR not in environment:  # started by hand: nobody supervises
         os.execve(command[0], command, environment)  # noqa: S606
     return Agent(environment, command).run()

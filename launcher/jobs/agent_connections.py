@@ -95,13 +95,23 @@ class Agents:
         if not hmac.compare_digest(word, self.session.encode()):
             channel.send(refused="it is not of this job: was it started with the same options?")
             channel.close()
-            if self.by_hand:  # the word is a digest of the options
+            # The word is a digest of the options. Once all have come, it is a stranger's.
+            if self.by_hand and len(self.members) != self.world_size:
+                who, where = (repr(message.get(key))[:80] for key in ("rank", "host"))
                 self.refusal = (
-                    f"rank {message.get('rank')} on {message.get('host')} was started with other "
-                    "options than this host. Use the same on all, but for --node-rank."
+                    f"rank {who} on {where} was started with other options than this host. Use the "
+                    "same on all, but for --node-rank."
                 )
             return
-        rank, world_size = int(message["rank"]), int(message["world_size"])
+        try:
+            rank, world_size = int(message["rank"]), int(message["world_size"])
+            log, interface, name = (message[key] for key in ("log", "interface", "host"))
+        except (KeyError, OverflowError, TypeError, ValueError):
+            rank, world_size = -1, 0
+        if not 0 <= rank < world_size:
+            channel.send(refused="it does not say which rank it is of")
+            channel.close()
+            return
         if self.hosts is not None and world_size != len(self.hosts):
             self.refusal = (
                 f"DeepSpeed started {world_size} rank(s) in place of {len(self.hosts)}. Its log: "
@@ -114,8 +124,8 @@ class Agents:
             return
         channel.limit = LONGEST_MESSAGE
         named = self.hosts is not None and not self.by_hand
-        host = self.hosts[rank] if self.hosts and named else str(message["host"])
-        member = Member(channel, rank, host, message["log"], message["interface"], heard=now)
+        host = self.hosts[rank] if self.hosts and named else str(name)
+        member = Member(channel, rank, host, log, interface, heard=now)
         self.members[rank] = member
         self.world_size = world_size
         terminal = list(os.get_terminal_size(1)) if rank == 0 and os.isatty(1) else None

@@ -13,6 +13,7 @@ SESSION = "LORASB_SESSION"  # a secret word, by which an agent of this job is kn
 FAILURE_TIMEOUT = "LORASB_FAILURE_TIMEOUT"  # seconds
 START_TIMEOUT = "LORASB_START_TIMEOUT"  # seconds
 LOGS = "LORASB_LOGS"  # the folder of the ranks' logs
+WORKING_DIRECTORY = "LORASB_WORKING_DIRECTORY"  # of the workers
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 NODE_RANK = "LORASB_NODE_RANK"  # where hosts are started by hand
 # Environment variable of a worker, set by its agent.

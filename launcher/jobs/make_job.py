@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from launcher.hosts.host import interfaces, resolve
@@ -18,8 +19,15 @@ from launcher.jobs.ssh_job import SshJob
 from lorasb_ds.config.ds_config import resolve_ds_config
 from lorasb_ds.config.paths import read_json
 from lorasb_ds.config.resolve import load_run_config, replayed_processes
-from lorasb_ds.config.run_layout import RUN_JSON, check_output_dir, default_output_dir, resumed_run
+from lorasb_ds.config.run_layout import (
+    LOCK,
+    RUN_JSON,
+    check_output_dir,
+    default_output_dir,
+    resumed_run,
+)
 from lorasb_ds.errors import ConfigError
+from lorasb_ds.system.folder_lock import check_not_in_use
 
 
 def make_job(
@@ -66,6 +74,8 @@ def make_job(
         )
     if not launch.node_rank:  # the first host's ranks may have begun to write
         check_output_dir(config, config.init_from, evaluation=EVAL in worker_flags)
+        if config.output_dir is not None:
+            check_not_in_use(Path(config.output_dir) / LOCK)
     if config.output_dir is None:
         given["output_dir"] = str(default_output_dir(config.model))
         config = config.model_copy(update={"output_dir": given["output_dir"]})

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from launcher.paths import WORKERS
@@ -95,4 +96,5 @@ def rank_environment(rank: int, world_size: int, port: int, threads: int) -> dic
 def remove_shared_memory(port: int) -> None:
     """Remove what DeepSpeed's collectives on CPUs leave: 66 MiB for every process of a job."""
     for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):  # noqa: S108
-        buffer.unlink(missing_ok=True)
+        with suppress(PermissionError):  # another user's, of a job with the same port
+            buffer.unlink(missing_ok=True)

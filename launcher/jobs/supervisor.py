@@ -41,6 +41,9 @@ SETTLE_S = 3.0  # between the end of DeepSpeed's launcher and the last word of a
 GO_ON = "--resume auto goes on from the last checkpoint, if there is one"
 LAUNCHER_TAIL = 30  # lines of DeepSpeed's output
 PR_SET_CHILD_SUBREAPER = 36
+# Where DeepSpeed's launchers run: `python -m` imports what is in the working directory first, and
+# DeepSpeed exports that as PYTHONPATH to all hosts. The agents go back to the user's.
+ROOT = "/"
 
 
 @dataclass
@@ -104,6 +107,7 @@ class Supervisor:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                cwd=ROOT,
                 start_new_session=True,
             )
         self._listen_to(signal.SIGUSR1)

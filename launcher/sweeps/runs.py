@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 
 from launcher.jobs.launch_options import OPTIONS, LaunchOptions
 from launcher.options import to_arguments
+from launcher.paths import WORKERS
 from launcher.sweeps.pool import Allocation, Pool, PoolJob
 from lorasb_ds.config.overwriting import check_replaceable, names_in, read_object
 from lorasb_ds.config.run_config import RunConfig
@@ -31,7 +32,7 @@ from lorasb_ds.errors import ConfigError, option_name
 from lorasb_ds.runs.compare import NOT_COMPARED
 from lorasb_ds.system.files import write_json
 
-LORASB = (sys.executable, "-m", "launcher.cli")
+LORASB = (sys.executable, str(WORKERS / "cli.py"))  # by its path: see WORKERS
 # Options that do not change the result of a run.
 OF_NO_CONSEQUENCE = {*NOT_COMPARED, "save_every", "keep_last", "on_save_error", "profile"}
 PARALLEL = click.option(

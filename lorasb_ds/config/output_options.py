@@ -32,8 +32,8 @@ class OutputOptions(OptionGroup):
     )
     on_save_error: Literal["stop", "continue"] = Field(
         "stop",
-        description="What to do when a checkpoint cannot be written (a full disk); the one before "
-        "it is kept in any case.",
+        description="What to do when a checkpoint or a row of numbers cannot be written (a full "
+        "disk); the checkpoint before it is kept in any case.",
     )
     profile: int | None = Field(
         None,

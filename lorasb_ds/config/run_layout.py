@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lorasb_ds.config.output_options import OutputOptions
 
 RUN_JSON = "run.json"  # configuration and provenance: the mark of a run's folder; see `is_run`
+LOCK = "run.lock"  # held while a job writes here; stays when it ends
 REPORT = "report.md"  # written last: a run that has it is finished
 DS_CONFIG_COPY = "ds_config.json"  # DeepSpeed's configuration, as the run was given it
 PEFT_COPY = "peft.json"  # the file of --method peft:FILE.json
@@ -87,7 +88,7 @@ def foreign_to_run(folder: Path) -> list[str]:
         return []
     # A run that was killed early has left a file that it was writing, and the launcher's own.
     own = launcher_files(folder)
-    early = [name for name in (LAUNCH, LOGS) if {*(folder / name).glob("*")} <= {*own}]
+    early = [name for name in (LAUNCH, LOGS) if {*(folder / name).glob("*")} <= {*own}] + [LOCK]
     return [n for n in names_in(folder) if not n.endswith(".tmp") and n not in early]
 
 

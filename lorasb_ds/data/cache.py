@@ -9,14 +9,15 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from lorasb_ds.config.data_options import DataOptions
 from lorasb_ds.config.paths import cache_dir
@@ -39,6 +40,7 @@ FORMAT = 3  # version of the tables: raise it when the same rows would give othe
 META = "lorasb.json"  # beside the table: its key, size and counts
 BATCH_TOKENS = 1 << 20  # tokens of a batch whose rows are as long as --max-length allows
 WORTH_SAYING_S = 5.0
+LONGEST_WAIT_S = 7200.0  # for another process that tokenizes
 WORTH_A_WORKER_S = 10.0  # a worker takes seconds to start
 
 
@@ -201,13 +203,13 @@ def _cached(
     make = partial(_make, key=key, rows=rows, tokenizer=tokenizer, options=options, option=option)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):
+        with _locked(folder.with_suffix(".lock")):
             if (found := _read(folder, key)) is None:
                 make(folder)
                 found = _read(folder, key)
         assert found is not None
         return *found, None
-    except OSError as error:
+    except OSError as error:  # also a Timeout
         with tempfile.TemporaryDirectory() as temporary:
             make(Path(temporary) / key)
             found = _read(Path(temporary) / key, key)
@@ -217,6 +219,29 @@ def _cached(
             f"the cache {folder.parent} cannot be written ({error.strerror or error}): every "
             "process tokenizes all rows itself. LORASB_CACHE names another folder"
         )
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock; say so where it is waited for.
+
+    Raises:
+        filelock.Timeout: an OSError, after ``LONGEST_WAIT_S``. The holder may have been suspended.
+    """
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=WORTH_SAYING_S)
+    except Timeout:
+        print(
+            f"lorasb: waiting for {path}: another process tokenizes the same rows. After "
+            f"{LONGEST_WAIT_S / 3600:g} hours this one does it itself",
+            flush=True,
+        )
+        lock.acquire(timeout=LONGEST_WAIT_S)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _read(folder: Path, key: str) -> tuple[Any, dict[str, Any]] | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -19,6 +21,7 @@ from lorasb_ds.config.run_layout import (
     EXPORTED,
     INIT_PICTURE,
     INIT_REPORT,
+    LOCK,
     LOSS_PICTURE,
     METRICS,
     PEFT_COPY,
@@ -30,12 +33,15 @@ from lorasb_ds.config.run_layout import (
     TENSORBOARD,
     TRACKING,
     WANDB,
+    check_output_dir,
     default_output_dir,
     is_run,
 )
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.errors import ConfigError
+from lorasb_ds.runs.checkpoint import Resume, find_resume
 from lorasb_ds.system.files import SUMS_FILE
+from lorasb_ds.system.folder_lock import FolderLock
 
 # All that a run writes into its folder, and --overwrite removes from it; but for run.json, which
 # marks the folder as a run's, and is replaced.
@@ -88,25 +94,48 @@ def _torn(folder: Path) -> list[str]:
     return [name for name in names if (folder / name).is_file()]
 
 
-def make_output_dir(config: RunConfig, resumed: bool) -> Path:
-    """Create the output folder, and remove what an overwritten run left there. Collective.
+@contextmanager
+def output_dir(config: RunConfig, resume: Resume | None) -> Iterator[Path]:
+    """Create and lock the output folder, and remove what an overwritten run left there. Collective.
 
-    Rank 0 does it, and broadcasts the folder.
+    Rank 0 does it, and broadcasts the folder. The lock is released at the end of the ``with``
+    block, or of the process.
 
     Args:
-        resumed: keep everything but the report.
+        resume: where the run goes on, of whose folder everything is kept but the report; None: it
+            starts anew.
+    Raises:
+        ConfigError: on every rank, if the folder cannot be written, another job has it, or one has
+            changed it since ``prepare``.
     """
-    name: list[str] = [""]
+    found: list[Any] = ["", None]  # the folder, and what is wrong
+    lock = None
     if zero.rank() == 0:
         folder = Path(config.output_dir or default_output_dir(config.model))
+        found[0] = str(folder)
         try:
             folder.mkdir(parents=True, exist_ok=config.output_dir is not None)
-            remove_outputs(folder, resumed)
+            lock = FolderLock(folder / LOCK)
+            # Again: what is there may have come since.
+            check_output_dir(config, config.init_from)
+            if find_resume(config) != resume:
+                raise ConfigError(f"{folder} has changed since this run was started. Try again.")
+            remove_outputs(folder, resumed=resume is not None)
         except OSError as error:
-            raise ConfigError(f"--output-dir {folder} cannot be written: {error}.") from error
-        name = [str(folder)]
-    dist.broadcast_object_list(name, src=0)
-    return Path(name[0])
+            found[1] = f"--output-dir {folder} cannot be written: {error}."
+        except ConfigError as error:
+            found[1] = str(error)
+    dist.broadcast_object_list(found, src=0)
+    name, problem = found
+    try:
+        if problem is not None:
+            raise ConfigError(problem)
+        if lock is not None and not lock.is_held:
+            say(f"warning: {name} is on a file system without locks: start no other job there")
+        yield Path(name)
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def remove_outputs(folder: Path, resumed: bool) -> None:

@@ -7,17 +7,18 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lorasb_ds.config.run_layout import ALIGNMENT, METRICS, SAMPLES, TENSORBOARD
 from lorasb_ds.runs.history import Row, read_rows, to_line
 from lorasb_ds.runs.progress import Progress
 from lorasb_ds.runs.tracking import Tracker
-from lorasb_ds.system.files import write_text
+from lorasb_ds.system.files import append_text, write_text
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "bitsandbytes", "peft", "safetensors")
 
@@ -30,7 +31,11 @@ class RunLog:
     """
 
     def __init__(
-        self, folder: Path, first_step: int = 0, config: Mapping[str, Any] | None = None
+        self,
+        folder: Path,
+        first_step: int = 0,
+        config: Mapping[str, Any] | None = None,
+        on_save_error: Literal["stop", "continue"] = "stop",
     ) -> None:
         """Open the files, and start the tracker.
 
@@ -38,12 +43,17 @@ class RunLog:
             first_step: number of steps that are done. Their rows in the folder are kept; rows of
                 later steps, from an earlier process, are removed.
             config: of the run, for the tracker that its ``report_to`` names; None: no tracker.
+            on_save_error: "continue": what cannot be written is kept, and written once there is
+                room; TensorBoard ends.
         Raises:
             ConfigError: if ``metrics.jsonl`` is there and damaged.
         """
         from torch.utils.tensorboard import SummaryWriter
 
-        self._folder = folder
+        self._folder, self._on_save_error = folder, on_save_error
+        self._progress = Progress()
+        self._warned: set[str] = set()  # files that could not be written
+        self._unwritten: defaultdict[str, str] = defaultdict(str)  # of each file
         path = folder / METRICS
         resumed = path.is_file()
         self.rows = _kept(path, first_step)
@@ -54,36 +64,39 @@ class RunLog:
         self.alignment = _kept(folder / ALIGNMENT, first_step or -1)
         if (folder / ALIGNMENT).is_file():
             write_text(folder / ALIGNMENT, "".join(map(to_line, self.alignment)))
-        self._file = path.open("a", encoding="utf-8")
         purge_step = first_step + 1 if resumed else None
-        self._tensorboard = SummaryWriter(str(folder / TENSORBOARD), purge_step=purge_step)
-        self._progress = Progress()
+        self._tensorboard: Any = None
+        with self._continues(TENSORBOARD):
+            self._tensorboard = SummaryWriter(str(folder / TENSORBOARD), purge_step=purge_step)
         self._tracker: Tracker | None = None
         if config is not None and (package := config["report_to"]) != "none":
             self._try_tracker(lambda: self._start_tracker(package, folder, config))
 
     def write(self, row: Row) -> None:
-        """Write one row; it is flushed to the operating system when this returns."""
+        """Write one row; it is flushed to the operating system when this returns.
+
+        Raises:
+            OSError: if it cannot be written, unless the run is to go on.
+        """
         self.rows.append(row)
-        self._file.write(to_line(row))
-        self._file.flush()
+        self._append(METRICS, to_line(row))
         group = "train" if "stage" not in row else "base" if row["stage"] == "base" else "eval"
         values = {f"{group}/{k}": v for k, v in row.items() if k not in ("step", "stage")}
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, row["step"])
+        if self._tensorboard is not None:
+            with self._continues(TENSORBOARD):
+                for name, value in values.items():
+                    self._tensorboard.add_scalar(name, value, row["step"])
         if (tracker := self._tracker) is not None:
             self._try_tracker(lambda: tracker.log(values, row["step"]))
 
     def write_sample(self, row: Row) -> None:
         """Append a generated answer to ``samples.jsonl``."""
-        with (self._folder / SAMPLES).open("a", encoding="utf-8") as file:
-            file.write(to_line(row))
+        self._append(SAMPLES, to_line(row))
 
     def write_alignment(self, rows: list[Row]) -> None:
         """Append the rows of all layers at one step to ``alignment.jsonl``."""
         self.alignment += rows
-        with (self._folder / ALIGNMENT).open("a", encoding="utf-8") as file:
-            file.write("".join(map(to_line, rows)))
+        self._append(ALIGNMENT, "".join(map(to_line, rows)))
 
     def progress(self, row: Row, num_steps: int) -> None:
         """Show a training row on the console, by ``Progress.show``."""
@@ -101,11 +114,43 @@ class RunLog:
         """Close files and tracker, and stop the bar. A second call does nothing."""
         with suppress(OSError):
             self._progress.stop()
-        self._file.close()
-        self._tensorboard.close()
+        for name in [name for name, text in self._unwritten.items() if text]:
+            self._append(name, "")
+        tensorboard, self._tensorboard = self._tensorboard, None
+        if tensorboard is not None:
+            with self._continues(TENSORBOARD):
+                tensorboard.close()
         if (tracker := self._tracker) is not None:
             self._try_tracker(tracker.finish)
             self._tracker = None
+
+    def _append(self, name: str, text: str) -> None:
+        """Append to a file, with what could not be written before."""
+        self._unwritten[name] += text
+        with self._continues(name):
+            append_text(self._folder / name, self._unwritten[name])
+            self._unwritten[name] = ""
+
+    @contextmanager
+    def _continues(self, name: str) -> Iterator[None]:
+        """Let the run go on, with one warning for each file, if it is not to stop."""
+        try:
+            yield
+        except OSError as error:
+            if self._on_save_error == "stop":
+                raise OSError(
+                    f"{name} cannot be written: {error}. Free some disk space and give --resume, "
+                    "or train on without it by --on-save-error continue."
+                ) from error
+            if name == TENSORBOARD:
+                self._tensorboard = None
+            if name not in self._warned:
+                self._warned.add(name)
+                later = "ends here" if name == TENSORBOARD else "is written when there is room"
+                self.say(
+                    f"warning: {name} cannot be written: {error}. It {later}, and training goes "
+                    "on (--on-save-error continue)"
+                )
 
     def _start_tracker(self, package: str, folder: Path, config: Mapping[str, Any]) -> None:
         self._tracker = Tracker(package, folder, config)

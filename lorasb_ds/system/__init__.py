@@ -2,5 +2,6 @@
 
 Atomic files and their digests (`files`), safetensors written whole or tensor by tensor
 (`safetensors_writer`), host memory (`host_memory`), stop signals and exit statuses (`signals`),
-bytes (`units`). Imports `errors` only. Torch-free, except for `safetensors_writer`.
+bytes (`units`), one job for each folder (`folder_lock`). Imports `errors` only. Torch-free, except
+for `safetensors_writer`.
 """

@@ -40,6 +40,26 @@ def write_json(path: Path, content: object) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def append_text(path: Path, text: str) -> None:
+    """Append to a file; it is with the operating system when this returns.
+
+    Raises:
+        OSError: if it cannot be written, as on a full disk; nothing of the text is in it then.
+    """
+    data = text.encode()
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        end = os.fstat(descriptor).st_size
+        try:
+            while data:
+                data = data[os.write(descriptor, data) :]
+        except OSError as error:
+            os.ftruncate(descriptor, end)
+            raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        os.close(descriptor)
+
+
 def write_sums(folder: Path, names: Sequence[str]) -> None:
     """Write ``SHA256SUMS`` of some files of a folder, in the format of ``sha256sum -c``."""
     write_text(folder / SUMS_FILE, _sums(folder, names))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ from lorasb_ds.models.packing import keeps_packs_apart
 from lorasb_ds.planner.footprint import LOGIT_BYTES
 from lorasb_ds.planner.gathers import gathers_blocks
 from lorasb_ds.runs.checkpoint import TrainerState
-from lorasb_ds.runs.output_dir import make_output_dir, say
+from lorasb_ds.runs.output_dir import output_dir, say
 from lorasb_ds.runs.run_log import RunLog
 from lorasb_ds.system.files import write_json
 from lorasb_ds.system.signals import StopRequest
@@ -78,9 +79,14 @@ def run_training(run: Prepared, stop: StopRequest, init_only: bool = False) -> R
         if is_finished(run):
             say(f"{run.resume.folder} has its adapter and report: nothing is left to do")
             return "finished"
+    with output_dir(run.config, run.resume) as folder:
+        return _run_in(folder, run, stop, init_only)
+
+
+def _run_in(folder: Path, run: Prepared, stop: StopRequest, init_only: bool) -> RunStatus:
+    """Do the work of ``run_training`` in its folder. Collective."""
     accelerator.reset_peak_memory()
     idle_bytes = 0 if accelerator.name() != "cpu" else accelerator.memory_bytes()
-    folder = make_output_dir(run.config, resumed=run.resume is not None)
     description = describe(run, folder)
     log = None
     if zero.rank() == 0:
@@ -90,7 +96,7 @@ def run_training(run: Prepared, stop: StopRequest, init_only: bool = False) -> R
         if run.adapter.peft is not None:
             write_json(folder / PEFT_COPY, run.adapter.peft.content)
         first_step = run.resume.step if run.resume else 0
-        log = RunLog(folder, first_step, description["config"])
+        log = RunLog(folder, first_step, description["config"], run.config.on_save_error)
     announce(run, folder)
     # For dropout. Alike on all ranks: where models drop whole layers, all must drop the same ones.
     torch.manual_seed(run.config.seed)

@@ -18,7 +18,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from lorasb_ds.config.resolve import load_run_config
+from lorasb_ds.config.run_layout import LOCK
 from lorasb_ds.errors import ConfigError
+from lorasb_ds.system.folder_lock import FolderLock
 from lorasb_ds.system.signals import EXIT_STOPPED
 from lorasb_ds.training.prepare import prepare
 from tests.runs import ROOT, run_command, run_worker, status_of, word_rows, write_jsonl
@@ -100,6 +102,21 @@ def test_weights_that_cannot_be_read(
     assert "Traceback" not in output
 
 
+def test_a_folder_in_use(tiny_model: Path, tmp_path: Path, rows: str) -> None:
+    """Refused on every rank, also where no launcher has looked; nothing there is touched."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    lock = FolderLock(folder / LOCK)
+    before = (folder / LOCK).read_text()
+    options = f"--model {tiny_model} --data {rows} --r 4 --output-dir {folder}"
+    output = run_worker(*options.split(), world_size=2, status=2)
+    lock.release()
+    assert f"{folder} is in use: process {os.getpid()} on" in output
+    assert "Traceback" not in output
+    assert [path.name for path in folder.iterdir()] == [LOCK]
+    assert (folder / LOCK).read_text() == before
+
+
 def test_layers(tiny_model: Path, rows: str) -> None:
     message = refused(model=str(tiny_model), data=rows, r=25)
     assert "--r 25 exceeds min(out, in) = 24 of model.layers.0.self_attn.k_proj" in message
@@ -156,15 +173,23 @@ def workers(marker: str, program: str = "launcher/train.py") -> list[int]:
 
 @pytest.fixture
 def running(tiny_model: Path, tmp_path: Path):
-    """A run of two processes that would take hours, once its first step is done."""
-    folder = tmp_path / "long-run"
+    """A run of two processes that would take hours, once its first step is done.
+
+    Its working directory is full of traps.
+    """
+    folder, traps = tmp_path / "long-run", tmp_path / "traps"
+    traps.mkdir()
+    for name in ("random", "torch", "numpy", "deepspeed", "lorasb_ds", "sitecustomize"):
+        (traps / f"{name}.py").write_text(
+            f"open({str(tmp_path / 'imported')!r}, 'a').write(__name__)"
+        )
     command = (
         f"{Path(sys.executable).parent}/lorasb train --num-procs 2 --model {tiny_model} --r 4 "
         f"--data reasoning-gym:chain_sum?size=100 --max-steps 1000000 --output-dir {folder}"
     )
     log = (tmp_path / "log").open("w")
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
-    child = subprocess.Popen(command.split(), cwd=ROOT, env=environment, stdout=log, stderr=log)
+    child = subprocess.Popen(command.split(), cwd=traps, env=environment, stdout=log, stderr=log)
     metrics = folder / "metrics.jsonl"
     deadline = time.monotonic() + 240
     try:
@@ -219,6 +244,12 @@ def intrude(worker: int) -> str:
 def test_a_killed_worker_ends_the_run(running: tuple[subprocess.Popen[bytes], str]) -> None:
     child, folder = running
     ranks = [pid for pid in workers(folder) if b"--local_rank=1" in _cmdline(pid)]
+    traps = Path(f"/proc/{max(ranks)}/cwd").readlink()
+    assert traps.name == "traps", "where it was started"
+    assert not (traps.parent / "imported").exists(), "and imports nothing from there"
+    for option in ("--overwrite", "--resume auto"):
+        command = f"lorasb train --data x --output-dir {folder} {option}".split()
+        assert f"{folder} is in use: process " in run_command(*command, status=2)
     buffers = shared_memory(max(ranks))
     assert len(buffers) == 2
     assert "it is not of this job" in intrude(max(ranks))

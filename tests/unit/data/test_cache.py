@@ -15,6 +15,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -222,6 +223,32 @@ def test_another_users_cache_is_read(
     lock.mkdir()  # cannot be opened, not even by root
     assert same(tokenized(source, tokenizer), first)
     assert len(made) == 1
+
+
+def test_a_lock_that_is_held(
+    tokenizer: Any,
+    tmp_path: Path,
+    cache: Path,
+    made: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """By a process that was suspended, for example: the wait is said, and has an end."""
+    source = write_jsonl(tmp_path / "rows.jsonl", word_rows(5))
+    first = tokenized(source, tokenizer)
+    (table,) = (path for path in cache.iterdir() if path.is_dir())
+    shutil.rmtree(table)
+    monkeypatch.setattr(data_cache, "WORTH_SAYING_S", 0.1)
+    monkeypatch.setattr(data_cache, "LONGEST_WAIT_S", 0.2)
+    with FileLock(table.with_suffix(".lock")):
+        rows, notes = tokenize_sources((source,), tokenizer, RunConfig())
+    assert same(rows, first)
+    assert f"lorasb: waiting for {table}.lock" in capsys.readouterr().out
+    assert "could not be acquired" in notes[0]
+    assert len(made) == 2
+    assert not table.exists()
+    assert same(tokenized(source, tokenizer), first)
+    assert table.exists(), "the lock was released, not held by the one that waited"
 
 
 def test_all_rows_skipped_is_an_error_every_time(

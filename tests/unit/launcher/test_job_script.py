@@ -82,6 +82,9 @@ def bin_dir(tmp_path: Path) -> Path:
     return tmp_path
 
 
+SAFE = ("env", "PYTHONSAFEPATH=1")  # nothing in the working directory is imported
+
+
 def expected(node_rank: str, master_addr: str, *more: str) -> list[str]:
     words = f"-m launcher.cli train --no-ssh --num-nodes 2 --num-gpus 8 --node-rank {node_rank}"
     words += f" --master-addr {master_addr} --master-port 29500"
@@ -100,7 +103,7 @@ def test_inner_command_in_a_shell(bin_dir: Path) -> None:
 def test_inner_command_of_given_values() -> None:
     words = inner_command(HOSTILE, node_rank="0", master_addr="h", quote=str, python="py", **JOB)
     more = ("--resume", "auto", "--output-dir", "/data/runs/a b", *HOSTILE)
-    assert words == ["py", *expected("0", "h", *more)]
+    assert words == [*SAFE, "py", *expected("0", "h", *more)]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +116,7 @@ def test_inner_command_of_given_values() -> None:
 )
 def test_what_the_arguments_say_is_not_said_again(own: list[str]) -> None:
     words = inner_command(own, node_rank="0", master_addr="h", quote=str, python="py", **JOB)
-    assert words == ["py", *expected("0", "h", *own)]
+    assert words == [*SAFE, "py", *expected("0", "h", *own)]
 
 
 @given(st.lists(st.text(st.characters(exclude_characters="\0", codec="utf-8"))))
@@ -291,7 +294,7 @@ def test_k8s_arguments_and_environment_as_kubelet_expands_them() -> None:
     index = {"JOB_COMPLETION_INDEX": "1"}
     words = [expand(word, index) for word in container["command"] + container["args"]]
     more = ("--resume", "auto", "--output-dir", "/data/runs/a b", *hostile)
-    assert words == ["python", *expected("1", "my-run-0.my-run", *more)]
+    assert words == [*SAFE, "python", *expected("1", "my-run-0.my-run", *more)]
     environment = {one["name"]: expand(one["value"], index) for one in container["env"]}
     assert environment == K8S["environment"]
 

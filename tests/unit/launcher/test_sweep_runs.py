@@ -110,13 +110,13 @@ def test_commands_of_runs() -> None:
     here = LaunchOptions(**values | {"num_procs": 2, "exclude": ""})
     options = {"init_samples": 8, "init_seed": 1, "lr": None, "init_data": ("a", "b")}
     words = train_command(here, options, Allocation(), 29501)
-    assert " ".join(words[3:]) == (
+    assert " ".join(words[2:]) == (
         "train --num-procs 2 --max-restarts 2 --master-port 29501 --init-samples 8 --init-seed 1 "
         "--init-data a --init-data b"
     )
     several = LaunchOptions(**values | {"hostfile": "hosts", "num_nodes": 2})
     words = train_command(several, {}, Allocation(include="a:0,1"))
-    assert " ".join(words[3:]) == "train --hostfile hosts --include a:0,1 --max-restarts 2"
+    assert " ".join(words[2:]) == "train --hostfile hosts --include a:0,1 --max-restarts 2"
 
 
 def test_why_a_run_has_failed(tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
 import subprocess
 import sys
 from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -144,3 +147,55 @@ def test_a_bar_on_a_terminal_and_messages_above_it() -> None:
     assert "left 0:00:00  loss 2.0000" in last_bar
     assert lines[-1] == "lorasb: after"
     assert lines.index(last_bar) > lines.index("lorasb: saved [bold]checkpoint[/bold] 2")
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder whose disk has room for 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a small disk needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
+def test_rows_of_a_full_disk(full_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is written when there is room, once and in order; no line is torn."""
+    log = RunLog(full_disk, on_save_error="continue")
+    ballast = full_disk / "ballast"
+    log.write(training_row(1, 1.0))
+    with suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(b"0" * 512)
+    for step in range(2, 60):  # more than fits into what is left of a page
+        log.write(training_row(step, 1.0))
+        log.write_sample({"step": step, "answer": "a" * 100})
+    assert 1 <= len(metrics(full_disk)) < 59
+    assert (full_disk / "metrics.jsonl").read_bytes().endswith(b"}\n")
+    ballast.unlink()
+    log.write(training_row(60, 1.0))
+    log.close()
+    assert [row["step"] for row in metrics(full_disk)] == list(range(1, 61))
+    samples = (full_disk / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in samples] == list(range(2, 60))
+    output = capsys.readouterr().out
+    assert output.count("warning: metrics.jsonl cannot be written: [Errno 28]") == 1
+    assert "It is written when there is room, and training goes on" in output
+
+
+def test_a_full_disk_stops_the_run(full_disk: Path) -> None:
+    log = RunLog(full_disk)
+    with suppress(OSError), (full_disk / "ballast").open("wb", buffering=0) as file:
+        while True:
+            file.write(b"0" * 512)
+
+    def train() -> None:
+        for step in range(1, 60):
+            log.write(training_row(step, 1.0))
+
+    with pytest.raises(OSError, match=r"metrics.jsonl cannot be written.*--on-save-error continue"):
+        train()
+    assert all(row["step"] for row in metrics(full_disk)), "no line is torn"

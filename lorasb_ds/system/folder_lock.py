@@ -1,0 +1,109 @@
+"""One job for each folder: a lock that ends with the process that holds it. Torch-free.
+
+It is ``flock``'s, which NFS and cluster file systems pass on to other hosts. The file stays when
+the job ends: whoever removed it might remove the lock of the next job.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import IO
+
+from lorasb_ds.errors import ConfigError
+
+PATIENCE_S = 2.0  # somebody may just be looking; a holder that was killed may not be quite gone
+# How file systems say that they have no locks.
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+class FolderLock:
+    """The lock of a folder, until ``release`` or the end of this process.
+
+    Attributes:
+        is_held: False where the file system has no locks.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Take the lock, and write down who has it.
+
+        Args:
+            path: of the lock's file, in the folder.
+        Raises:
+            ConfigError: naming the holder, if another process has it.
+            OSError: if the lock's file cannot be written.
+        """
+        self._file: IO[str] = path.open("a+", encoding="utf-8")
+        try:
+            is_held = _try(self._file, fcntl.LOCK_EX)
+            if is_held is None:
+                raise _in_use(path, self._file)
+            self.is_held = is_held
+            holder = {
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "since": f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}",
+            }
+            self._file.truncate(0)
+            self._file.write(json.dumps(holder) + "\n")
+            self._file.flush()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def release(self) -> None:
+        self._file.close()
+
+
+def check_not_in_use(path: Path) -> None:
+    """Refuse a folder that a running job has locked.
+
+    Args:
+        path: as of ``FolderLock``.
+    Raises:
+        ConfigError: naming the holder.
+    """
+    try:
+        file = path.open(encoding="utf-8")
+    except OSError:
+        return  # there is none, or `FolderLock` will say what is wrong
+    with file:
+        if _try(file, fcntl.LOCK_SH) is None:
+            raise _in_use(path, file)
+
+
+def _try(file: IO[str], kind: int) -> bool | None:
+    """Lock a file; return None if it is locked, and False if it cannot be."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return None
+        except OSError as error:
+            if error.errno not in WITHOUT_LOCKS:
+                raise
+            return False
+        else:
+            return True
+        time.sleep(0.1)
+
+
+def _in_use(path: Path, file: IO[str]) -> ConfigError:
+    file.seek(0)
+    try:
+        holder = json.loads(file.read(1 << 10))
+        who = f"process {holder['pid']:d} on {holder['host']!r} since {holder['since']!r}"
+    except (ValueError, KeyError, TypeError):
+        who = "another process"
+    return ConfigError(
+        f"{path.parent} is in use: {who} is writing there. Stop it or wait for its end, or name "
+        "another --output-dir."
+    )
