@@ -79,7 +79,7 @@ def tiny_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         pad_token_id=2,
         tie_word_embeddings=True,
     )
-    return _saved(LlamaForCausalLM, config, folder, demo_model)
+    return saved_model(LlamaForCausalLM, config, folder, demo_model)
 
 
 @pytest.fixture(scope="session")
@@ -101,7 +101,7 @@ def tiny_moe(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         pad_token_id=2,
     )
     folder = tmp_path_factory.mktemp("tiny") / "tiny-moe"
-    return _saved(Qwen2MoeForCausalLM, config, folder, demo_model)
+    return saved_model(Qwen2MoeForCausalLM, config, folder, demo_model)
 
 
 @pytest.fixture(scope="session")
@@ -118,7 +118,7 @@ def tiny_family(
     def make(family: str) -> Path:
         folder = folders / family
         if not folder.exists():
-            _saved(
+            saved_model(
                 AutoModelForCausalLM.from_config,
                 tiny_config(family, vocab_size=49152),
                 folder,
@@ -141,7 +141,7 @@ def tiny_laguna(tiny_family: Callable[[str], Path]) -> Path:
     return tiny_family("laguna")
 
 
-def _saved(kind: Any, config: Any, folder: Path, demo_model: Path) -> Path:
+def saved_model(kind: Any, config: Any, folder: Path, demo_model: Path) -> Path:
     """A random model with the demo's tokenizer."""
     with torch.random.fork_rng():
         torch.manual_seed(0)

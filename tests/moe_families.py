@@ -54,6 +54,8 @@ SIZES = {
 # model type -> what its configuration has besides
 TWO_MIXERS = {"layer_types": ["linear_attention", "full_attention"]}
 OPTIONS: dict[str, dict[str, Any]] = {
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_d_state": 8, "mamba_n_groups": 1},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1, "state_size": 8},
     "deepseek_v2": {"n_shared_experts": 2},
     "gemma4_text": {"enable_moe_block": True, "top_k_experts": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},

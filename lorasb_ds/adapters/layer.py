@@ -104,6 +104,11 @@ class AdapterLinear(nn.Module, ABC):
         """The base layer's weight, for models that look at it."""
         return self.base_layer.weight
 
+    @property
+    def bias(self) -> Any:
+        """The base layer's bias, likewise."""
+        return self.base_layer.bias
+
     def forward(self, x: torch.Tensor, *routing: Any) -> torch.Tensor:
         """Compute the layer.
 
@@ -165,7 +170,7 @@ class _HookFunction(torch.autograd.Function):
     def forward(ctx, y, x, anchor, hook, *routing):
         ctx.save_for_backward(x)
         ctx.hook, ctx.routing = hook, routing
-        return y.view_as(y)
+        return y.clone()  # not a view: some models add to a layer's output in place
 
     @staticmethod
     def backward(ctx, grad_y):

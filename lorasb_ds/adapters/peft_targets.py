@@ -11,6 +11,10 @@ from typing import NotRequired, TypedDict
 # Linear layers that PEFT may move from target_modules to target_parameters: all that its table has.
 MOVED_NAMES = ("down_proj", "gate", "gate_proj", "up_proj", "w1", "w2", "w3")
 
+# Layers that PEFT refuses to give a LoRA in these families, whose kernels may read their weights.
+REFUSED_NAMES = ("out_proj", "conv1d")
+REFUSED_IN = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+
 
 class TargetFields(TypedDict):
     """The fields of adapter_config.json by which PEFT finds layers and parameters."""
@@ -101,6 +105,13 @@ def renamed_by_peft(model_type: str, layers: Iterable[str]) -> list[str]:
     return [name for name in layers if not keeps_name(f"{name}.lora_A.weight")]
 
 
+def refused_by_peft(model_type: str | None, layers: Iterable[str]) -> list[str]:
+    """Return the layers for which PEFT refuses to load a LoRA."""
+    if model_type not in REFUSED_IN:
+        return []
+    return [name for name in layers if name.rpartition(".")[2] in REFUSED_NAMES]
+
+
 def peft_warning(model_type: str | None, layers: Iterable[str], base: str | None) -> str | None:
     """Return a warning if PEFT would misread a plain LoRA, or might, else None.
 
@@ -110,6 +121,11 @@ def peft_warning(model_type: str | None, layers: Iterable[str], base: str | None
         base: the base's name in the adapter.
     """
     named = list(layers)
+    if refused := refused_by_peft(model_type, named):
+        return (
+            f"PEFT will not load this adapter: in a {model_type} it refuses layers such as "
+            f"{refused[0]}. Leave them out of --target-modules, or use `lorasb merge`."
+        )
     if model_type is None:
         misread = misread_by_peft(None, named)
     else:

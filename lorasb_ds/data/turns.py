@@ -169,5 +169,5 @@ def _content(content: Any) -> str:
         raise RowError("malformed messages")
     texts = [part.get("text") for part in content if isinstance(part, Mapping)]
     if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
-        raise RowError("a turn with parts that are not text")
+        raise RowError("a turn with parts that are not text (images, sound)")
     return "".join(map(str, texts))

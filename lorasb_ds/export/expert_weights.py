@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers.core_model_loading import Transpose
 
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.models.checkpoint_files import StoredTensor
@@ -51,9 +52,10 @@ def expert_parts(
     """
     num_experts, out_features, in_features = shape
     module = model.get_submodule(projection.rpartition(".")[0])
-    if source.converter is None:
+    if source.converter is None or _is_transposition(source):
         (key,) = source.keys
-        rows, transposed = range(out_features), bool(module.is_transposed)
+        rows, turned = range(out_features), stored[key].shape != source.targets[projection]
+        transposed = bool(module.is_transposed) != turned
         return [[WeightPart(key, number, rows, transposed)] for number in range(num_experts)]
     if by_expert := source.by_expert(num_experts):
         first = by_expert[0]
@@ -83,3 +85,9 @@ def expert_parts(
         f"--model {name}: transformers builds {projection} from {', '.join(source.keys[:3])} in a "
         "way that cannot be merged here. Merge the adapter by PEFT's merge_and_unload."
     )
+
+
+def _is_transposition(source: WeightSource) -> bool:
+    """Return whether one tensor of all experts is turned where its shape is not the model's."""
+    operations = source.converter.operations
+    return len(source.keys) == 1 and all(isinstance(op, Transpose) for op in operations)

@@ -64,7 +64,7 @@ def plan_merge(
     if load_in_4bit:
         layers = _layers_in_4bit(model, name)
         quantized = {_stored_weight(layer, sources, stored, name) for layer in layers}
-        config = {QUANTIZATION: _quantization_config(model, layers)}
+        config = {QUANTIZATION: _quantization_config(base.whole_model, layers)}
     jobs = []
     for file in sorted({tensor.file for tensor in stored.values()}):
         mine = {key: tensor for key, tensor in stored.items() if tensor.file == file}

@@ -26,6 +26,15 @@ from lorasb_ds.models.checkpoint_files import (
     weights_digest,
 )
 from lorasb_ds.models.experts import ExpertShapes
+from lorasb_ds.models.hybrids import call_projections
+from lorasb_ds.models.linear_layers import Shapes, layer_shape
+from lorasb_ds.models.multimodal import (
+    NOT_ON_TEXT,
+    encoders,
+    is_multimodal,
+    keep_text_part,
+    text_layers_prefix,
+)
 from lorasb_ds.models.quantization import Kind
 from lorasb_ds.models.shape import other_experts, shape_of
 from lorasb_ds.models.stored_formats import STORED_FORMATS, decoded
@@ -112,6 +121,13 @@ class Base:
         """The model without weights, in bf16, to look at. Do not change it: see ``empty_model``."""
         return self.empty_model(torch.bfloat16)
 
+    @cached_property
+    def whole_model(self) -> Any:
+        """As ``model``; a multimodal one with its encoders. The files are of this model."""
+        if not is_multimodal(self.hf_config):
+            return self.model
+        return empty_model(self.hf_config, torch.bfloat16, self.trust_remote_code, text_part=False)
+
     def empty_model(self, dtype: torch.dtype) -> Any:
         """Make a new model without weights: see the function ``empty_model``."""
         return empty_model(self.hf_config, dtype, self.trust_remote_code)
@@ -162,7 +178,25 @@ class Base:
     @cached_property
     def sources(self) -> list[WeightSource]:
         """Every parameter and stored buffer of the model, and the stored tensors that make it."""
-        return map_weights(self.model, self.stored, self.name)
+        names = self.model.state_dict()
+        return [s for s in self._all_sources if any(name in names for name in s.targets)]
+
+    @cached_property
+    def _all_sources(self) -> list[WeightSource]:
+        return map_weights(self.whole_model, self.stored, self.name)
+
+    @cached_property
+    def named_like_layers(self) -> Shapes:
+        """The linear layers among which PEFT looks for an adapter's: encoders', too."""
+        if self.whole_model is self.model:
+            return dict(self.shape.layers)
+        prefix = text_layers_prefix(self.whole_model)
+        others = {
+            name: layer_shape(module)
+            for name, module in self.whole_model.named_modules()
+            if isinstance(module, torch.nn.Linear) and not name.startswith(prefix)
+        }
+        return others | dict(self.shape.layers)
 
     @cached_property
     def digest(self) -> str:
@@ -187,7 +221,15 @@ class Base:
     def notes(self) -> list[str]:
         """Return what the user should know: the pad token chosen, stored tensors not used."""
         notes = [note] if (note := self._tokenizer_and_note[1]) is not None else []
-        if unused := unused_tensors(self.model, self.sources, self.stored):
+        if self.whole_model is not self.model:
+            left = encoders(self.whole_model)
+            size = sum(p.numel() for encoder in left.values() for p in encoder.parameters())
+            notes.append(
+                f"multimodal: training is on text, without {', '.join(left) or 'an encoder'} "
+                f"({size / 1e6:,.1f} M parameters, not loaded). The adapter has the names of the "
+                "whole model, and `lorasb merge` writes all of it"
+            )
+        if unused := unused_tensors(self.whole_model, self._all_sources, self.stored):
             notes.append(
                 f"warning: {len(unused)} tensors of the checkpoint have no place in the model of "
                 f"config.json, such as {', '.join(unused[:3])}"
@@ -220,7 +262,12 @@ def open_base(config: RunConfig) -> tuple[Base, RunConfig]:
 
 
 def empty_model(
-    hf_config: Any, dtype: torch.dtype, trust_remote_code: bool = False, *, buffers: bool = True
+    hf_config: Any,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    *,
+    buffers: bool = True,
+    text_part: bool = True,
 ) -> Any:
     """Make a model without weights: parameters on the meta device, buffers real.
 
@@ -228,15 +275,18 @@ def empty_model(
         dtype: of all floating-point parameters except those that the model keeps in fp32.
         buffers: False: they are on the meta device, too. Nothing is then allocated; otherwise every
             parameter is for a moment, and the system may refuse that for a block's experts.
+        text_part: of a multimodal model, make what is trained on text only (``keep_text_part``).
     Raises:
         ConfigError: if transformers cannot make it.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    multimodal = is_multimodal(hf_config)
+    factory = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
     try:
         with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(
+            model: Any = factory.from_config(
                 hf_config, dtype=dtype, trust_remote_code=trust_remote_code
             )
     except BROKEN_CONFIG as error:
@@ -244,6 +294,9 @@ def empty_model(
             f"transformers cannot make the model of {hf_config.name_or_path}: "
             f"{type(error).__name__}: {first_line(error)} Look at its config.json."
         ) from error
+    call_projections(model)
+    if multimodal and text_part:
+        keep_text_part(model)
     model.tie_weights()  # the context above has given tied parameters one object each
     if fp32 := list(model._get_dtype_plan(dtype)):
         pattern, *_ = build_glob_alternation(fp32)
@@ -275,10 +328,17 @@ def _load_config(model: str, folder: Path, trust_remote_code: bool) -> Any:
     causal = all(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures)
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or (own_code and trust_remote_code)
-    if not (known and causal):
+    if is_multimodal(config):
+        if why := NOT_ON_TEXT.get(config.model_type):
+            raise ConfigError(
+                f"--model {model} is a {', '.join(architectures)}, which cannot be trained on text "
+                f"alone: {why}."
+            )
+    elif not (known and causal):
         raise ConfigError(
             f"--model {model} is a {', '.join(architectures) or type(config).__name__}, not a "
-            "causal language model (…ForCausalLM). Only those can be trained so far."
+            "causal language model (…ForCausalLM), nor a multimodal one of images and text "
+            "(…ForConditionalGeneration). Only those can be trained so far."
         )
     return config
 

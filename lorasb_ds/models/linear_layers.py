@@ -11,6 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lorasb_ds.config.adapter_options import ALL_LINEAR
 from lorasb_ds.errors import ConfigError
+from lorasb_ds.models.hybrids import is_read_by_parent
+from lorasb_ds.models.multimodal import text_layers_prefix
 
 Shapes = dict[str, tuple[int, int]]  # layer name -> (out, in)
 
@@ -28,8 +30,10 @@ def linear_layers(model: Any) -> Shapes:
     A layer that two parents share is left out: PEFT would load its adapter into one of them only.
     (Blocks that are used several times are fine: their layers have one parent.) So are routers of
     experts, which are small, sensitive to rounding, and in some families give several tensors or
-    read the weight themselves.
+    read the weight themselves; and layers that are not called at all (``hybrids``). Of a multimodal
+    model the text part's are returned.
     """
+    prefix = text_layers_prefix(model) if hasattr(model, "get_decoder") else ""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     parents: defaultdict[nn.Module, set[nn.Module]] = defaultdict(set)
     for module in model.modules():
@@ -39,9 +43,11 @@ def linear_layers(model: Any) -> Shapes:
         name: layer_shape(module)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D)
+        and name.startswith(prefix)
         and module is not head
         and len(parents[module]) == 1
         and not _is_router(name, module, *parents[module])
+        and not any(is_read_by_parent(of, name.rpartition(".")[2]) for of in parents[module])
     }
 
 

@@ -74,9 +74,20 @@ class _Settings:
         self.config = config
 
     def size(self, *keys: str, default: int) -> int:
-        """Return the first of some settings that is there and not 0; else the usual value."""
-        found = (getattr(self.config, key, None) for key in keys)
-        return next((n for n in found if isinstance(n, int) and n), default)
+        """Return the first of some settings that is there and not 0; else the usual value.
+
+        Of a setting that differs by layer the largest value is returned.
+        """
+        found = (max(self._integers(key), default=0) for key in keys)
+        return next((n for n in found if n), default)
+
+    def _integers(self, key: str) -> list[int]:
+        try:
+            found = getattr(self.config, key, None)
+        except RuntimeError:  # transformers' own: the layers have one each (Gemma 4)
+            found = [getattr(of_layer, key, None) for of_layer in self.config.per_layer_config]
+        values = found if isinstance(found, list | tuple) else [found]
+        return [value for value in values if isinstance(value, int)]
 
 
 def _experts_per_token(model: nn.Module, settings: _Settings) -> int:

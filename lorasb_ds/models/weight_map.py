@@ -56,7 +56,7 @@ class WeightSource:
         transform, first = deepcopy(self.converter), next(iter(self.targets))
         for key, pattern in zip(self.keys, self.patterns, strict=True):
             transform.add_tensor(first, key, pattern, partial(read, key))
-        found = transform.convert(first, model=model, config=model.config)
+        found = transform.convert(first, model=_Shapes(model, self.targets), config=model.config)
         return {name: t[0] if isinstance(t, list) else t for name, t in found.items()}
 
     def by_expert(self, num_experts: int) -> list[WeightSource] | None:
@@ -72,10 +72,26 @@ class WeightSource:
         if any(len(keys) != num_experts for keys in groups.values()):
             return None
         patterns = tuple(groups)
+        targets = {name: torch.Size([1, *shape[1:]]) for name, shape in self.targets.items()}
         return [
-            replace(self, keys=keys, patterns=patterns)
+            replace(self, targets=targets, keys=keys, patterns=patterns)
             for keys in zip(*groups.values(), strict=True)
         ]
+
+
+class _Shapes:
+    """A model for conversions, some of which look at shapes: those before layers are replaced."""
+
+    def __init__(self, model: nn.Module, shapes: Mapping[str, torch.Size]) -> None:
+        self._model, self._shapes = model, shapes
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        if shape := self._shapes.get(name):
+            return torch.empty(shape, device="meta")
+        return self._model.get_parameter(name)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
 
 
 def map_weights(model: Any, stored: Mapping[str, StoredTensor], name: str) -> list[WeightSource]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lorasb_ds.adapters.peft_methods import PeftPlan, plan_peft
-from lorasb_ds.adapters.peft_targets import peft_warning
-from lorasb_ds.config.adapter_options import default_expert_r
+from lorasb_ds.adapters.peft_targets import peft_warning, refused_by_peft
+from lorasb_ds.config.adapter_options import ALL_LINEAR, default_expert_r
 from lorasb_ds.config.methods import METHODS
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.errors import ConfigError
@@ -14,6 +14,7 @@ from lorasb_ds.init.experts import EXPERT_UPDATES
 from lorasb_ds.init.factors import InitSettings
 from lorasb_ds.models.base import Base
 from lorasb_ds.models.experts import ExpertShapes
+from lorasb_ds.models.hybrids import layers_read_by_parents
 from lorasb_ds.models.linear_layers import Shapes, select_names, select_targets
 from lorasb_ds.models.loading import DTYPES
 
@@ -30,6 +31,7 @@ class AdapterPlan:
             None: they do, or there are none.
         peft: PEFT's plan for ``--method peft:FILE``; None: the layers are this library's.
         peft_warning: why PEFT would not read the adapter as it is written; None: it would.
+        left_out: linear layers that all-linear leaves out, with the reason; one sentence for each.
     """
 
     targets: Shapes
@@ -38,6 +40,7 @@ class AdapterPlan:
     frozen_experts: str | None = None
     peft: PeftPlan | None = None
     peft_warning: str | None = None
+    left_out: tuple[str, ...] = ()
 
     def names(self, base: Base) -> list[str]:
         """Return all layers and projections with an adapter, in the model's order."""
@@ -62,7 +65,10 @@ def plan_adapter(config: RunConfig, base: Base) -> AdapterPlan:
                 "are layers here. Leave them out, or take a method that trains experts: lora-sb."
             )
         return AdapterPlan(plan.layers, peft=plan)
-    layers = dict(base.shape.layers)
+    layers, left_out = dict(base.shape.layers), _left_out(config, base)
+    if config.target_modules == ALL_LINEAR:
+        for name in refused_by_peft(base.model_type, base.shape.layers):
+            del layers[name]
     targets = select_targets(
         layers, config.target_modules, config.r, method.directions, base.experts
     )
@@ -73,7 +79,29 @@ def plan_adapter(config: RunConfig, base: Base) -> AdapterPlan:
             f"{why_frozen}. Name other layers, too."
         )
     warning = peft_warning(base.model_type, targets, config.model)
-    return AdapterPlan(targets, experts, expert_r, why_frozen, peft_warning=warning)
+    return AdapterPlan(
+        targets, experts, expert_r, why_frozen, peft_warning=warning, left_out=left_out
+    )
+
+
+def _left_out(config: RunConfig, base: Base) -> tuple[str, ...]:
+    """Describe the linear layers that get no adapter although all are asked for."""
+    if config.target_modules != ALL_LINEAR:
+        return ()
+    sizes = {name: out * in_ for name, (out, in_) in base.shape.layers.items()}
+    read = layers_read_by_parents(base.model)
+    total = sum(sizes.values()) + sum(read.values())
+    refused = {n: sizes[n] for n in refused_by_peft(base.model_type, sizes)}
+    reasons = (
+        (read, f"{base.model_type} reads their weights instead of calling them"),
+        (refused, "PEFT refuses to load one; --target-modules with their name trains them"),
+    )
+    return tuple(
+        f"no adapter on {len(names)} layers such as {next(iter(names))} "
+        f"({sum(names.values()) / total:.1%} of the linear weights): {reason}"
+        for names, reason in reasons
+        if names
+    )
 
 
 def _plan_experts(config: RunConfig, base: Base) -> tuple[ExpertShapes, int, str | None]:

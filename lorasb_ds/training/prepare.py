@@ -86,7 +86,8 @@ class Prepared:
         warnings = [f"warning: {warning}"] if warning else []
         if self.data.train.use_template and (note := stand_in_note(self.base.tokenizer)):
             warnings.append(note)
-        return [*self.base.notes(), *warnings, *self.data.notes, *self.table_notes]
+        of_adapter = [*self.adapter.left_out, *warnings]
+        return [*self.base.notes(), *of_adapter, *self.data.notes, *self.table_notes]
 
     def batches(self, rows: TokenizedRows, indices: Iterable[int]) -> list[Batch]:
         """Return this rank's micro-batches of some rows; every rank has as many."""

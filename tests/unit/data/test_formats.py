@@ -242,7 +242,7 @@ def test_named_columns() -> None:
         ({"messages": [{"role": "critic", "content": "a"}, BOT]}, "a turn of an unknown role"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image", "url": "a"}]}, BOT]},
-            "a turn with parts that are not text",
+            "a turn with parts that are not text (images, sound)",
         ),
         ({"question": "\ud800", "answer": "b"}, "text that is not valid Unicode"),
         ({"text": "half \udc00"}, "text that is not valid Unicode"),

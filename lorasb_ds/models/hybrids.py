@@ -1,0 +1,62 @@
+"""State-space layers whose code reads the weights of their projections instead of calling them.
+
+An adapter on such a projection would do nothing, and packed or sharded weights would be misread.
+What a class reads is found in its source.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from typing import Any
+
+from torch import nn
+
+# What Mamba's mixers call in training: kernels that take the weights of projections, too.
+FUSED = "fused_output = "
+READS_WEIGHT = re.compile(r"self\.(\w+)\.weight\s*@")
+
+
+def _source(module: nn.Module) -> str:
+    kind: Any = type(module)
+    return _source_of(kind)
+
+
+@functools.cache
+def _source_of(of: Any) -> str:
+    if not of.__module__.startswith("transformers.models."):
+        return ""
+    try:
+        return inspect.getsource(of)
+    except (OSError, TypeError):
+        return ""
+
+
+def is_read_by_parent(parent: nn.Module, child: str) -> bool:
+    """Return whether a layer's parent multiplies by its weight instead of calling the layer."""
+    return child in READS_WEIGHT.findall(_source(parent))
+
+
+def layers_read_by_parents(model: nn.Module) -> dict[str, int]:
+    """Return the linear layers that are not called -> the elements of their weights."""
+    return {
+        f"{name}.{child}" if name else child: layer.weight.numel()
+        for name, parent in model.named_modules()
+        for child, layer in parent.named_children()
+        if isinstance(layer, nn.Linear) and is_read_by_parent(parent, child)
+    }
+
+
+def call_projections(model: nn.Module) -> None:
+    """Let mixers call their projections in training as they do in evaluation, in place.
+
+    Convolution and scan still run by kernels where those are installed.
+    """
+    for module in model.modules():
+        if FUSED in _source(module):
+            module.register_forward_pre_hook(_as_in_evaluation)
+
+
+def _as_in_evaluation(mixer: nn.Module, _: Any) -> None:
+    mixer.training = False  # of the mixer itself, which has no dropout

@@ -1,0 +1,60 @@
+"""Linear layers without an adapter are named, with their share and the reason."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from peft import LoraConfig
+from peft.tuners import tuners_utils
+
+from lorasb_ds.adapters.peft_targets import REFUSED_IN, REFUSED_NAMES, refused_by_peft
+from lorasb_ds.config.resolve import load_run_config
+from lorasb_ds.models.base import Base
+from lorasb_ds.training.adapter_plan import AdapterPlan, plan_adapter
+
+
+def planned(folder: Path, **options: object) -> AdapterPlan:
+    config = load_run_config({"model": str(folder), "r": 4, **options})
+    return plan_adapter(config, Base(str(folder)))
+
+
+@pytest.mark.parametrize("name", [*REFUSED_NAMES, "in_proj", "o_proj"])
+@pytest.mark.parametrize("model_type", [*REFUSED_IN, "jamba", "bamba", "llama"])
+def test_what_peft_refuses(model_type: str, name: str) -> None:
+    model = SimpleNamespace(config=SimpleNamespace(model_type=model_type))
+    refused = refused_by_peft(model_type, [f"a.{name}"]) == [f"a.{name}"]
+    check = tuners_utils._check_lora_target_modules_mamba
+    if refused:
+        with pytest.raises(ValueError, match="incompatible with Mamba"):
+            check(LoraConfig(), model, name)
+    else:
+        check(LoraConfig(), model, name)
+
+
+def test_of_a_hybrid(tiny_family: Callable[[str], Path]) -> None:
+    folder = tiny_family("falcon_h1")
+    plan = planned(folder)
+    assert not [name for name in plan.targets if name.endswith("out_proj")]
+    (note,) = plan.left_out
+    assert re.match(
+        r"no adapter on \d layers such as model\.\S+out_proj \(\d+\.\d% of the linear weights\): "
+        "PEFT refuses to load one",
+        note,
+    )
+    asked = planned(folder, target_modules="out_proj,in_proj")
+    assert {name.rpartition(".")[2] for name in asked.targets} == {"out_proj", "in_proj"}
+    assert asked.left_out == ()
+    assert asked.peft_warning is not None
+    assert "it refuses layers such as" in asked.peft_warning
+
+
+def test_of_weights_that_are_read(tiny_family: Callable[[str], Path]) -> None:
+    plan = planned(tiny_family("jamba"), expert_r=2)
+    assert not [name for name in plan.targets if name.endswith("dt_proj")]
+    (note,) = plan.left_out
+    assert "dt_proj" in note
+    assert "jamba reads their weights instead of calling them" in note
