@@ -47,6 +47,7 @@ def test_hybrids(
     torch.testing.assert_close(logits(base_of(tmp_path / "merged")), wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_in_4_bits(tiny_family: Callable[[str], Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(2, options(tiny_family("falcon_h1"), run, load_in_4bit=True, dtype="bf16", expert_r=None))
