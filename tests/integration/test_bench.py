@@ -19,7 +19,7 @@ def quick(name: str, folder: Path) -> tuple[str, Any]:
     """A benchmark in its small form: what it prints, and its JSON."""
     out = folder / f"{name}.json"
     command = [sys.executable, "scripts/bench.py", name, "--quick", "--out", str(out)]
-    return run_command(*command, timeout=380), json.loads(out.read_text())
+    return run_command(*command, timeout=700), json.loads(out.read_text())
 
 
 def test_both_sides(tiny_model: Path, tmp_path: Path) -> None:

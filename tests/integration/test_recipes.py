@@ -50,7 +50,7 @@ def value(command: list[str], option: str) -> str:
 )
 def test_in_small(recipe: str, sets: list[str], tmp_path: Path, demo_model: Path) -> None:
     out = tmp_path / "out"
-    output = run_command(str(RECIPES / f"{recipe}.sh"), "--smoke", "--out", str(out))
+    output = run_command(str(RECIPES / f"{recipe}.sh"), "--smoke", "--out", str(out), timeout=700)
     assert (out / "run/adapter/adapter_model.safetensors").is_file()
     assert len(re.findall(r"95 %: [0-9.]+% to", output)) >= 2 * len(sets)
     scores = output.partition("== scores")[2]

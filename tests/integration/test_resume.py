@@ -148,7 +148,7 @@ def test_killed_again_and_again(tiny_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     script = str(ROOT / "scripts" / "stress_resume.py")
     options = f"--kills 4 --steps 60 --model {tiny_model} --output {out}".split()
-    run_command(sys.executable, script, *options)
+    run_command(sys.executable, script, *options, timeout=700)
     result = json.loads(out.read_text())
     assert len(result["kills"]) >= 3, "a fast machine may be done before"
     assert result["in_a_save"] >= 1

@@ -217,7 +217,9 @@ def test_a_run_is_replayed_and_overwritten(tiny_model: Path, tmp_path: Path) -> 
     (again / "report.md").write_text("of an older run")
     replay = ["lorasb", "train", "--config", str(first / "run.json"), "--output-dir", str(again)]
     assert "is not empty" in run_command(*replay, status=2)
+    assert "is not a run's folder" in run_command(*replay, "--overwrite", status=2)
     assert (again / "report.md").read_text() == "of an older run"
+    shutil.copy(first / "run.json", again)  # what marks a run's folder
     run_command(*replay, "--overwrite")
     losses = [[row["loss"] for row in metrics(run)] for run in (first, again)]
     assert losses[0] == losses[1]
