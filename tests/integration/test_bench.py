@@ -45,17 +45,6 @@ def test_ranks_quick(tmp_path: Path) -> None:
         assert run["captured_energy"] == pytest.approx(alone["captured_energy"], rel=1e-4)
 
 
-def test_samples_quick(tmp_path: Path) -> None:
-    printed, result = quick("samples", tmp_path)
-    assert "| rows in the sample |" in printed
-    assert result["runs"].keys() == {"8", "16"}
-    for (run,) in result["runs"].values():
-        fewest, median, most = run["tokens"]
-        assert 0 <= fewest <= median <= most
-        assert 0 <= run["unreached"] < 1
-        assert all(map(isfinite, run["losses"]))
-
-
 def test_load_quick(tmp_path: Path) -> None:
     printed, result = quick("load", tmp_path)
     runs = {case: ranks for case, (ranks,) in result["runs"].items()}
