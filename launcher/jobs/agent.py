@@ -203,7 +203,12 @@ def main(arguments: Sequence[str]) -> int:
     worker = "eval" if EVAL in arguments else "train"
     command = worker_command(worker, [word for word in arguments if word != EVAL])
     if names.WORKING_DIRECTORY in environment:
-        os.chdir(environment[names.WORKING_DIRECTORY])
+        folder = names.from_plain_word(environment[names.WORKING_DIRECTORY])
+        try:
+            os.chdir(folder)
+        except OSError as error:
+            where = f"rank {environment.get('RANK')} on {socket.gethostname()}"
+            sys.exit(f"lorasb: error: {where}: no working directory {folder} ({error.strerror})")
     if names.SUPERVISOR not in environment:  # started by hand: nobody supervises
         os.execve(command[0], command, environment)  # noqa: S606
     return Agent(environment, command).run()

@@ -96,7 +96,8 @@ class Agents:
             channel.send(refused="it is not of this job: was it started with the same options?")
             channel.close()
             # The word is a digest of the options. Once all have come, it is a stranger's.
-            if self.by_hand and len(self.members) != self.world_size:
+            is_agent = isinstance(message.get("rank"), int) and "host" in message
+            if is_agent and self.by_hand and len(self.members) != self.world_size:
                 who, where = (repr(message.get(key))[:80] for key in ("rank", "host"))
                 self.refusal = (
                     f"rank {who} on {where} was started with other options than this host. Use the "
@@ -117,6 +118,7 @@ class Agents:
                 f"DeepSpeed started {world_size} rank(s) in place of {len(self.hosts)}. Its log: "
                 f"{self.launcher_log}"
             )
+            channel.close()
             return
         if rank in self.members:
             channel.send(refused="it has come already: was a --node-rank given twice?")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import socket
@@ -13,7 +14,7 @@ SESSION = "LORASB_SESSION"  # a secret word, by which an agent of this job is kn
 FAILURE_TIMEOUT = "LORASB_FAILURE_TIMEOUT"  # seconds
 START_TIMEOUT = "LORASB_START_TIMEOUT"  # seconds
 LOGS = "LORASB_LOGS"  # the folder of the ranks' logs
-WORKING_DIRECTORY = "LORASB_WORKING_DIRECTORY"  # of the workers
+WORKING_DIRECTORY = "LORASB_WORKING_DIRECTORY"  # of the workers, by `as_plain_word`
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 NODE_RANK = "LORASB_NODE_RANK"  # where hosts are started by hand
 # Environment variable of a worker, set by its agent.
@@ -28,6 +29,16 @@ LONGEST_GREETING = 1 << 14  # bytes, from what may not be an agent
 def beat_interval(failure_timeout: float) -> float:
     """Return the seconds between two signs of life."""
     return min(2.0, failure_timeout / 5)
+
+
+def as_plain_word(text: str) -> str:
+    """Return text as letters, digits and a few signs that come through every launcher."""
+    return base64.urlsafe_b64encode(os.fsencode(text)).decode()
+
+
+def from_plain_word(word: str) -> str:
+    """Return what ``as_plain_word`` was given."""
+    return os.fsdecode(base64.urlsafe_b64decode(word))
 
 
 def tell_agent(word: str) -> None:

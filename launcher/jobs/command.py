@@ -110,7 +110,6 @@ def ssh_command(
         return [*command, _agent(), *worker_arguments]
     for what, path in (
         ("The interpreter", python),
-        ("The working directory", str(Path.cwd())),
         ("The project's folder", _agent()),
     ):
         if not PLAIN.fullmatch(path):

@@ -107,7 +107,7 @@ def _agent_variables(job: Job) -> dict[str, str]:
         channel.FAILURE_TIMEOUT: str(launch.failure_timeout),
         channel.START_TIMEOUT: str(launch.start_timeout),
         channel.LOGS: str((job.folder / LOGS).absolute()),
-        channel.WORKING_DIRECTORY: str(Path.cwd()),
+        channel.WORKING_DIRECTORY: channel.as_plain_word(str(Path.cwd())),
     }
     if launch.network_interface is not None:
         variables |= dict.fromkeys(channel.INTERFACE_VARIABLES, launch.network_interface)

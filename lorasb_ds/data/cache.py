@@ -40,7 +40,7 @@ FORMAT = 3  # version of the tables: raise it when the same rows would give othe
 META = "lorasb.json"  # beside the table: its key, size and counts
 BATCH_TOKENS = 1 << 20  # tokens of a batch whose rows are as long as --max-length allows
 WORTH_SAYING_S = 5.0
-LONGEST_WAIT_S = 7200.0  # for another process that tokenizes
+LONGEST_WAIT_S = 12 * 3600.0  # for another process that tokenizes
 WORTH_A_WORKER_S = 10.0  # a worker takes seconds to start
 
 
@@ -209,14 +209,17 @@ def _cached(
                 found = _read(folder, key)
         assert found is not None
         return *found, None
-    except OSError as error:  # also a Timeout
+    except OSError as error:
+        why = f"cannot be written ({error.strerror or error})"
+        if isinstance(error, Timeout):
+            why = f"is locked by a process that has not tokenized these rows ({error.lock_file})"
         with tempfile.TemporaryDirectory() as temporary:
             make(Path(temporary) / key)
             found = _read(Path(temporary) / key, key)
         # Memory-mapped: it exists as long as this process.
         assert found is not None
         return *found, (
-            f"the cache {folder.parent} cannot be written ({error.strerror or error}): every "
+            f"the cache {folder.parent} {why}: every "
             "process tokenizes all rows itself. LORASB_CACHE names another folder"
         )
 

@@ -54,7 +54,11 @@ def expert_parts(
     module = model.get_submodule(projection.rpartition(".")[0])
     if source.converter is None or _is_transposition(source):
         (key,) = source.keys
-        rows, turned = range(out_features), stored[key].shape != source.targets[projection]
+        rows, turned = range(out_features), False
+        if source.converter is not None:
+            (operation,) = source.converter.operations
+            as_it_is = stored[key].shape == source.targets[projection]
+            turned = not (operation.check_dims and as_it_is)
         transposed = bool(module.is_transposed) != turned
         return [[WeightPart(key, number, rows, transposed)] for number in range(num_experts)]
     if by_expert := source.by_expert(num_experts):
@@ -88,6 +92,6 @@ def expert_parts(
 
 
 def _is_transposition(source: WeightSource) -> bool:
-    """Return whether one tensor of all experts is turned where its shape is not the model's."""
+    """Return whether one tensor of all experts is turned, and nothing else."""
     operations = source.converter.operations
-    return len(source.keys) == 1 and all(isinstance(op, Transpose) for op in operations)
+    return len(source.keys) == len(operations) == 1 and isinstance(operations[0], Transpose)

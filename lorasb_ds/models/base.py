@@ -29,11 +29,11 @@ from lorasb_ds.models.experts import ExpertShapes
 from lorasb_ds.models.hybrids import call_projections
 from lorasb_ds.models.linear_layers import Shapes, layer_shape
 from lorasb_ds.models.multimodal import (
-    NOT_ON_TEXT,
     encoders,
     is_multimodal,
     keep_text_part,
     text_layers_prefix,
+    why_not_on_text,
 )
 from lorasb_ds.models.quantization import Kind
 from lorasb_ds.models.shape import other_experts, shape_of
@@ -329,7 +329,7 @@ def _load_config(model: str, folder: Path, trust_remote_code: bool) -> Any:
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or (own_code and trust_remote_code)
     if is_multimodal(config):
-        if why := NOT_ON_TEXT.get(config.model_type):
+        if why := why_not_on_text(config):
             raise ConfigError(
                 f"--model {model} is a {', '.join(architectures)}, which cannot be trained on text "
                 f"alone: {why}."

@@ -14,20 +14,40 @@ from torch import nn
 MODALITIES = ("image", "audio")
 # Why text is not all that a model of these families reads, or not read causally.
 NOT_ON_TEXT = {
+    "kosmos-2": "its attention to images is a part of its text model",
+    "kosmos-2.5": "its attention to images is a part of its text model",
     "mllama": "its language model has layers for images only",
+    "molmo2": "in training it asks for the kind of every token",
     "paligemma": "its attention to prompts is not causal",
 }
 
 
 def is_multimodal(hf_config: Any) -> bool:
-    """Return whether config.json is of a language model with encoders, and names it as such."""
+    """Return whether config.json is of a causal language model with encoders, and says so."""
+    whole, text = _whole_class(hf_config), hf_config.get_text_config()
+    if whole is None or text is hf_config:
+        return False
+    is_named = whole.__name__ in (hf_config.architectures or ())
+    encodes_text = any(getattr(c, "is_encoder_decoder", False) for c in (hf_config, text))
+    return is_named and whole.__name__.endswith("ForConditionalGeneration") and not encodes_text
+
+
+def why_not_on_text(hf_config: Any) -> str | None:
+    """Return why a multimodal model cannot be trained on text alone; None if it can."""
+    parameters = inspect.signature(_whole_class(hf_config).forward).parameters
+    required = [name for name in ("pixel_values", "image_embeds") if name in parameters]
+    if any(parameters[name].default is inspect.Parameter.empty for name in required):
+        return "it computes nothing without an image"
+    return NOT_ON_TEXT.get(hf_config.model_type)
+
+
+def _whole_class(hf_config: Any) -> Any:
+    """Return transformers' class of the whole model; None if it has no such."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     if type(hf_config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        return False
-    whole: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(hf_config)]
-    has_text_part = hf_config.get_text_config() is not hf_config
-    return has_text_part and whole.__name__ in (hf_config.architectures or ())
+        return None
+    return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(hf_config)]
 
 
 def text_layers_prefix(model: Any) -> str:

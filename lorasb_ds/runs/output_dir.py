@@ -69,6 +69,8 @@ OUTPUTS = (
     REPORT,
 )
 
+LOST_HOST_S = 150.0  # NFS keeps the locks of a host that has gone for 90
+
 
 def say(text: str) -> None:
     """Print a line on rank 0's console."""
@@ -115,7 +117,7 @@ def output_dir(config: RunConfig, resume: Resume | None) -> Iterator[Path]:
         found[0] = str(folder)
         try:
             folder.mkdir(parents=True, exist_ok=config.output_dir is not None)
-            lock = FolderLock(folder / LOCK)
+            lock = _locked(folder / LOCK, is_resumed=config.resume is not None)
             # Again: what is there may have come since.
             check_output_dir(config, config.init_from)
             if find_resume(config) != resume:
@@ -136,6 +138,21 @@ def output_dir(config: RunConfig, resume: Resume | None) -> Iterator[Path]:
     finally:
         if lock is not None:
             lock.release()
+
+
+def _locked(path: Path, is_resumed: bool) -> FolderLock:
+    """Lock the folder; a run that is resumed waits for a host that was lost.
+
+    Raises:
+        ConfigError: naming the holder.
+    """
+    try:
+        return FolderLock(path)
+    except ConfigError as error:
+        if not is_resumed:
+            raise
+        say(f"{error} Waiting {LOST_HOST_S:g} s, in case that host was lost")
+        return FolderLock(path, LOST_HOST_S)
 
 
 def remove_outputs(folder: Path, resumed: bool) -> None:

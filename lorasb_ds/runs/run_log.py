@@ -114,15 +114,15 @@ class RunLog:
         """Close files and tracker, and stop the bar. A second call does nothing."""
         with suppress(OSError):
             self._progress.stop()
-        for name in [name for name, text in self._unwritten.items() if text]:
-            self._append(name, "")
+        if (tracker := self._tracker) is not None:
+            self._try_tracker(tracker.finish)
+            self._tracker = None
         tensorboard, self._tensorboard = self._tensorboard, None
         if tensorboard is not None:
             with self._continues(TENSORBOARD):
                 tensorboard.close()
-        if (tracker := self._tracker) is not None:
-            self._try_tracker(tracker.finish)
-            self._tracker = None
+        for name in [name for name, text in self._unwritten.items() if text]:
+            self._append(name, "")
 
     def _append(self, name: str, text: str) -> None:
         """Append to a file, with what could not be written before."""

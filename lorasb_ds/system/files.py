@@ -48,16 +48,16 @@ def append_text(path: Path, text: str) -> None:
     """
     data = text.encode()
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    end = os.fstat(descriptor).st_size
     try:
-        end = os.fstat(descriptor).st_size
         try:
             while data:
                 data = data[os.write(descriptor, data) :]
-        except OSError as error:
-            os.ftruncate(descriptor, end)
-            raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        os.close(descriptor)
+        finally:
+            os.close(descriptor)  # NFS writes only now
+    except OSError as error:
+        os.truncate(path, end)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_sums(folder: Path, names: Sequence[str]) -> None:

@@ -30,18 +30,19 @@ class FolderLock:
         is_held: False where the file system has no locks.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, patience_s: float | None = None) -> None:
         """Take the lock, and write down who has it.
 
         Args:
             path: of the lock's file, in the folder.
+            patience_s: how long to wait for another holder. [default: ``PATIENCE_S``]
         Raises:
             ConfigError: naming the holder, if another process has it.
             OSError: if the lock's file cannot be written.
         """
         self._file: IO[str] = path.open("a+", encoding="utf-8")
         try:
-            is_held = _try(self._file, fcntl.LOCK_EX)
+            is_held = _try(self._file, fcntl.LOCK_EX, patience_s)
             if is_held is None:
                 raise _in_use(path, self._file)
             self.is_held = is_held
@@ -78,13 +79,13 @@ def check_not_in_use(path: Path) -> None:
             raise _in_use(path, file)
 
 
-def _try(file: IO[str], kind: int) -> bool | None:
+def _try(file: IO[str], kind: int, patience_s: float | None = None) -> bool | None:
     """Lock a file; return None if it is locked, and False if it cannot be."""
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + (PATIENCE_S if patience_s is None else patience_s)
     while True:
         try:
             fcntl.flock(file, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):  # as SMB has it
             if time.monotonic() > deadline:
                 return None
         except OSError as error:
@@ -97,11 +98,11 @@ def _try(file: IO[str], kind: int) -> bool | None:
 
 
 def _in_use(path: Path, file: IO[str]) -> ConfigError:
-    file.seek(0)
     try:
+        file.seek(0)
         holder = json.loads(file.read(1 << 10))
         who = f"process {holder['pid']:d} on {holder['host']!r} since {holder['since']!r}"
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         who = "another process"
     return ConfigError(
         f"{path.parent} is in use: {who} is writing there. Stop it or wait for its end, or name "

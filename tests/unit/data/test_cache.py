@@ -244,7 +244,7 @@ def test_a_lock_that_is_held(
         rows, notes = tokenize_sources((source,), tokenizer, RunConfig())
     assert same(rows, first)
     assert f"lorasb: waiting for {table}.lock" in capsys.readouterr().out
-    assert "could not be acquired" in notes[0]
+    assert "is locked by a process that has not tokenized these rows" in notes[0]
     assert len(made) == 2
     assert not table.exists()
     assert same(tokenized(source, tokenizer), first)

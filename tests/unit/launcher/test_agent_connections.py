@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +15,8 @@ from typing import Any
 import pytest
 
 from launcher.jobs.agent_connections import Agents
-from launcher.jobs.channel import listen_for_agents
+from launcher.jobs.channel import WORKING_DIRECTORY, as_plain_word, listen_for_agents
+from launcher.paths import WORKERS
 
 AGENT = {"session": "secret", "world_size": 2, "host": "b", "interface": "lo", "log": "/log"}
 
@@ -84,10 +88,27 @@ def test_a_stranger_ends_no_job_that_is_complete(agents: Agents) -> None:
         connection.close()
 
 
+def test_a_stranger_who_is_no_agent_ends_none(agents: Agents) -> None:
+    for message in ({}, {"rank": "one", "host": "a"}, {"session": "guessed", "rank": 1}):
+        say(agents, **message)[0].close()
+    assert agents.refusal is None
+
+
 def test_what_a_stranger_says_is_not_printed_as_it_is(agents: Agents) -> None:
-    client, _ = say(agents, session="other options", rank="\x1b[2J" * 999, host="a\nlorasb: error")
+    client, _ = say(agents, session="other options", rank=1, host="\x1b[2J\n" * 999)
     client.close()
     assert agents.refusal is not None
     assert agents.refusal.isprintable()
     assert len(agents.refusal) < 400
     assert "started with other options" in agents.refusal
+
+
+def test_a_working_directory_that_a_host_lacks(tmp_path: Path) -> None:
+    missing = str(tmp_path / "not here: ü")
+    environment = {"RANK": "3", WORKING_DIRECTORY: as_plain_word(missing)}
+    assert re.fullmatch(r"[\w@%+=:./-]+", environment[WORKING_DIRECTORY], re.ASCII)
+    command = [sys.executable, str(WORKERS / "jobs/agent.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"lorasb: error: rank 3 on {socket.gethostname()}: no working directory" in done.stderr
+    assert "not here: ü (No such file or directory)" in done.stderr

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from lorasb_ds.models.linear_layers import linear_layers
 from lorasb_ds.models.multimodal import (
@@ -14,6 +15,7 @@ from lorasb_ds.models.multimodal import (
     is_multimodal,
     keep_text_part,
     text_layers_prefix,
+    why_not_on_text,
 )
 from lorasb_ds.models.shape import shape_of
 from tests.moe_families import VOCABULARY
@@ -37,6 +39,7 @@ def test_text_part(family: str) -> None:
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
     config.architectures = [type(model).__name__]
     assert is_multimodal(config)
+    assert why_not_on_text(config) is None
     wanted, found = logits(model), encoders(model)
     assert len(found) == 1, "an encoder of images"
     prefix = text_layers_prefix(model)
@@ -65,3 +68,31 @@ def test_others_are_not_multimodal() -> None:
     config.architectures = ["Gemma3ForCausalLM"]
     assert not is_multimodal(config)
     assert not is_multimodal(config.get_text_config())
+
+
+def named(model_type: str) -> Any:
+    config = AutoConfig.for_model(model_type)
+    config.architectures = [MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)].__name__]
+    return config
+
+
+@pytest.mark.parametrize("model_type", ["florence2", "diffusion_gemma", "pix2struct", "fuyu"])
+def test_not_causal_or_not_of_two_parts(model_type: str) -> None:
+    assert not is_multimodal(named(model_type))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "why"),
+    [
+        ("blip-2", "nothing without an image"),
+        ("instructblip", "nothing without an image"),
+        ("kosmos-2", "attention to images"),
+        ("mllama", "layers for images only"),
+        ("molmo2", "kind of every token"),
+        ("paligemma", "not causal"),
+    ],
+)
+def test_text_is_not_all(model_type: str, why: str) -> None:
+    found = why_not_on_text(named(model_type))
+    assert found is not None
+    assert why in found
