@@ -33,18 +33,17 @@ def _source_of(of: Any) -> str:
         return ""
 
 
-def is_read_by_parent(parent: nn.Module, child: str) -> bool:
-    """Return whether a layer's parent multiplies by its weight instead of calling the layer."""
-    return child in READS_WEIGHT.findall(_source(parent))
-
-
 def layers_read_by_parents(model: nn.Module) -> dict[str, int]:
-    """Return the linear layers that are not called -> the elements of their weights."""
+    """Return the linear layers whose parents multiply by their weights instead of calling them.
+
+    Returns:
+        Name -> elements of the weight.
+    """
     return {
         f"{name}.{child}" if name else child: layer.weight.numel()
         for name, parent in model.named_modules()
-        for child, layer in parent.named_children()
-        if isinstance(layer, nn.Linear) and is_read_by_parent(parent, child)
+        for child in set(READS_WEIGHT.findall(_source(parent)))
+        if isinstance(layer := getattr(parent, child, None), nn.Linear)
     }
 
 

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorasb_ds.config.adapter_options import ALL_LINEAR
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.models.hybrids import is_read_by_parent
+from lorasb_ds.models.hybrids import layers_read_by_parents
 from lorasb_ds.models.multimodal import text_layers_prefix
 
 Shapes = dict[str, tuple[int, int]]  # layer name -> (out, in)
@@ -34,6 +34,7 @@ def linear_layers(model: Any) -> Shapes:
     model the text part's are returned.
     """
     prefix = text_layers_prefix(model) if hasattr(model, "get_decoder") else ""
+    read = layers_read_by_parents(model)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     parents: defaultdict[nn.Module, set[nn.Module]] = defaultdict(set)
     for module in model.modules():
@@ -47,7 +48,7 @@ def linear_layers(model: Any) -> Shapes:
         and module is not head
         and len(parents[module]) == 1
         and not _is_router(name, module, *parents[module])
-        and not any(is_read_by_parent(of, name.rpartition(".")[2]) for of in parents[module])
+        and name not in read
     }
 
 
@@ -98,7 +99,7 @@ def select_targets(
     Raises:
         ConfigError: if a name matches nothing, or r is larger than a matched layer allows.
     """
-    if _names_in(target_modules) == [ALL_LINEAR]:
+    if is_all_linear(target_modules):
         targets = {name: shape for name, shape in layers.items() if min(shape) > 1}
         missing = [] if targets else [ALL_LINEAR]
     else:
@@ -125,10 +126,15 @@ def select_targets(
 
 def select_names(names: Iterable[str], target_modules: str) -> list[str]:
     """Return the names that ``--target-modules`` selects, by PEFT's rule."""
-    wanted = _names_in(target_modules)
-    if wanted == [ALL_LINEAR]:
+    if is_all_linear(target_modules):
         return list(names)
+    wanted = _names_in(target_modules)
     return [name for name in names if any(_is_named(name, w) for w in wanted)]
+
+
+def is_all_linear(target_modules: str) -> bool:
+    """Return whether ``--target-modules`` asks for all layers."""
+    return _names_in(target_modules) == [ALL_LINEAR]
 
 
 def _is_named(name: str, wanted: str) -> bool:

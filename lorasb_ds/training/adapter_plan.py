@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lorasb_ds.adapters.peft_methods import PeftPlan, plan_peft
 from lorasb_ds.adapters.peft_targets import peft_warning, refused_by_peft
-from lorasb_ds.config.adapter_options import ALL_LINEAR, default_expert_r
+from lorasb_ds.config.adapter_options import default_expert_r
 from lorasb_ds.config.methods import METHODS
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.errors import ConfigError
@@ -15,7 +16,7 @@ from lorasb_ds.init.factors import InitSettings
 from lorasb_ds.models.base import Base
 from lorasb_ds.models.experts import ExpertShapes
 from lorasb_ds.models.hybrids import layers_read_by_parents
-from lorasb_ds.models.linear_layers import Shapes, select_names, select_targets
+from lorasb_ds.models.linear_layers import Shapes, is_all_linear, select_names, select_targets
 from lorasb_ds.models.loading import DTYPES
 
 
@@ -65,10 +66,11 @@ def plan_adapter(config: RunConfig, base: Base) -> AdapterPlan:
                 "are layers here. Leave them out, or take a method that trains experts: lora-sb."
             )
         return AdapterPlan(plan.layers, peft=plan)
-    layers, left_out = dict(base.shape.layers), _left_out(config, base)
-    if config.target_modules == ALL_LINEAR:
-        for name in refused_by_peft(base.model_type, base.shape.layers):
-            del layers[name]
+    layers, left_out = dict(base.shape.layers), tuple[str, ...]()
+    if is_all_linear(config.target_modules):
+        refused = refused_by_peft(base.model_type, layers)
+        left_out = _left_out(base, refused)
+        layers = {name: shape for name, shape in layers.items() if name not in refused}
     targets = select_targets(
         layers, config.target_modules, config.r, method.directions, base.experts
     )
@@ -84,17 +86,21 @@ def plan_adapter(config: RunConfig, base: Base) -> AdapterPlan:
     )
 
 
-def _left_out(config: RunConfig, base: Base) -> tuple[str, ...]:
-    """Describe the linear layers that get no adapter although all are asked for."""
-    if config.target_modules != ALL_LINEAR:
-        return ()
+def _left_out(base: Base, refused: Sequence[str]) -> tuple[str, ...]:
+    """Describe the linear layers that get no adapter although all are asked for.
+
+    Args:
+        refused: of ``refused_by_peft``.
+    """
     sizes = {name: out * in_ for name, (out, in_) in base.shape.layers.items()}
     read = layers_read_by_parents(base.model)
     total = sum(sizes.values()) + sum(read.values())
-    refused = {n: sizes[n] for n in refused_by_peft(base.model_type, sizes)}
     reasons = (
         (read, f"{base.model_type} reads their weights instead of calling them"),
-        (refused, "PEFT refuses to load one; --target-modules with their name trains them"),
+        (
+            {name: sizes[name] for name in refused},
+            "PEFT refuses to load one; --target-modules with their name trains them",
+        ),
     )
     return tuple(
         f"no adapter on {len(names)} layers such as {next(iter(names))} "

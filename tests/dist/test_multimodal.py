@@ -20,16 +20,14 @@ from lorasb_ds.export.adapter_reader import read_adapter
 from lorasb_ds.export.merge import merge_adapter
 from lorasb_ds.export.to_peft import export_adapter
 from tests.conftest import saved_model
-from tests.dist.test_moe import losses, train
+from tests.dist.test_moe import IDS, losses, options, train
 from tests.multimodal_families import tiny_multimodal_config
-from tests.runs import word_rows, write_jsonl
 
 # Attention that asks for the kinds of tokens in training; experts; another name of the text part.
 FAMILIES = (
     "gemma3",
     *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3_vl_moe", "idefics3")),
 )
-IDS = torch.arange(100, 124).view(2, 12)
 
 
 @pytest.fixture(scope="module")
@@ -56,23 +54,6 @@ def logits(model: Any) -> torch.Tensor:
         return model(input_ids=IDS).logits
 
 
-def options(model: Path, folder: Path, **more: Any) -> dict[str, Any]:
-    return {
-        "model": str(model),
-        "data": write_jsonl(folder.parent / "rows.jsonl", word_rows(40)),
-        "output_dir": str(folder),
-        "r": 8,
-        "micro_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "dtype": "fp32",
-        "init_samples": 8,
-        "max_steps": 4,
-        "lr": 1e-2,
-        "ds_config": "ds_configs/zero3.json",
-        **more,
-    }
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_multimodal(
     base: Callable[[str], Path],
@@ -82,8 +63,8 @@ def test_multimodal(
 ) -> None:
     """Ranks train as one process; PEFT and merged models compute the same on text."""
     model, run, two = base(family), tmp_path / "run", tmp_path / "two"
-    train(1, options(model, run))
-    train(2, options(model, two, micro_batch_size=2))
+    train(1, options(model, run, expert_r=None))
+    train(2, options(model, two, micro_batch_size=2, expert_r=None))
     assert len(losses(run)) == 4
     torch.testing.assert_close(losses(two), losses(run), rtol=1e-3, atol=0)
     config = load_run_config({"model": str(model), "dtype": "fp32"})
@@ -117,7 +98,7 @@ def test_multimodal(
 def test_in_4_bits(base: Callable[[str], Path], tmp_path: Path) -> None:
     """The text part alone is in memory, and quantized; notes say what is left out."""
     run = tmp_path / "run"
-    given = options(base("gemma3"), run, load_in_4bit=True, dtype="bf16")
+    given = options(base("gemma3"), run, load_in_4bit=True, dtype="bf16", expert_r=None)
     train(2, given)
     assert losses(run).isfinite().all()
     notes = json.loads((run / "run.json").read_text())["notes"]
