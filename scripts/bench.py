@@ -17,11 +17,12 @@ from bench_merge import main as merge
 from bench_moe import main as moe
 from bench_plan import plan
 from bench_ranks import main as ranks
+from bench_samples import main as samples
 from bench_step import main as step
 from bench_svd import svd
 from bench_wide import main as wide
 
-COMMANDS = (svd, init, ranks, scale, load, wide, plan, step, merge, moe, families)
+COMMANDS = (svd, init, ranks, scale, load, wide, plan, step, merge, moe, families, samples)
 
 
 @click.group(help=__doc__)

@@ -19,11 +19,17 @@ else
 fi
 export PATH="$PWD/.venv/bin:$PATH"
 
+compiling=
+if [ "$chosen" != fast ]; then  # in the background: it and mypy take a core for a minute each
+  DS_ACCELERATOR=cpu python -m tests.compile >.venv/compile.log 2>&1 &
+  compiling=$!
+fi
 ruff check .
 ruff format --check .
 codespell
 mypy
 lint-imports
+[ -z "$compiling" ] || wait "$compiling" || { cat .venv/compile.log && exit 1; }
 # A worker takes a module at a time, in order: those that start ranks, which take longest, come first.
 pytest --durations=25 --hypothesis-profile "$profile" -m "$chosen" \
   -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -58,6 +58,18 @@ def run_ranks(case: str, world_size: int, timeout: float = 240, **arguments: Any
     assert outcome.statuses == [0] * world_size, f"{case}: {_described(outcome, timeout)}"
 
 
+class Runs(dict[str, Path]):
+    """Folders of runs by name; each is made when it is first looked up."""
+
+    def __init__(self, folder: Path, make: Callable[[str], Path]) -> None:
+        super().__init__()
+        self.folder, self._make = folder, make
+
+    def __missing__(self, name: str) -> Path:
+        self[name] = self._make(name)
+        return self[name]
+
+
 def run_worker(
     *options: str,
     world_size: int | None = 1,

@@ -25,7 +25,7 @@ STAGE_3: dict[str, Any] = {"stage": 3} | REALLY_SHARDED
     [
         (3, STAGE_3, {}),
         (3, STAGE_3, {"load_in_4bit": True}),
-        (2, STAGE_3, {"load_in_8bit": True}),
+        pytest.param(2, STAGE_3, {"load_in_8bit": True}, marks=pytest.mark.slow),
         pytest.param(2, {"stage": 2}, {"load_in_4bit": True}, marks=pytest.mark.slow),
     ],
     ids=["zero3-bf16", "zero3-4bit", "zero3-8bit", "zero2-4bit"],

@@ -28,10 +28,16 @@ from lorasb_ds.models.linear_layers import linear_layers
 from lorasb_ds.runs.checkpoint import checkpoint_path
 from lorasb_ds.training.prepare import prepare
 from tests.references import own_loss
-from tests.runs import REALLY_SHARDED, metrics, run_ranks, word_rows, write_jsonl
+from tests.runs import REALLY_SHARDED, Runs, metrics, run_ranks, word_rows, write_jsonl
 
 R, STEPS = 4, 3
 PRECONDITIONED = "lora-one, preconditioned"
+# Those of which none is another one with a line changed; the rest is slow.
+QUICK = ("lora-sb", "lora-xs", "lora-one", "lora-ga", "lora", "pissa", PRECONDITIONED)
+NAMES = [
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+    for name in (*METHODS, PRECONDITIONED)
+]
 # Learning rates at which three steps can be told from none.
 RATES = {"lora_R": 2e-2, "lora_A": 5e-3}
 
@@ -62,21 +68,20 @@ def config_of(name: str, model: Path, folder: Path, **options: Any) -> dict[str,
     params=[2, pytest.param(1, marks=pytest.mark.slow)],
     ids=["2 ZeRO-3 ranks", "1 process"],
 )
-def runs(request, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run every method, each in a folder of its name."""
+def runs(request, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("methods")
     write_jsonl(folder / "rows.jsonl", word_rows(24))
     write_jsonl(folder / "held-out.jsonl", word_rows(30)[24:])
     world_size = request.param
+    zero: dict[str, Any] = {"stage": 3, **REALLY_SHARDED} if world_size == 2 else {"stage": 2}
     more = {} if world_size == 2 else {"gradient_accumulation_steps": 2}
-    names = [*METHODS, PRECONDITIONED]
-    run_ranks(
-        "methods",
-        world_size,
-        runs=[config_of(name, tiny_model, folder, **more) for name in names],
-        zero_optimization={"stage": 3, **REALLY_SHARDED} if world_size == 2 else {"stage": 2},
-    )
-    return folder
+
+    def make(name: str) -> Path:
+        config = config_of(name, tiny_model, folder, **more)
+        run_ranks("methods", world_size, runs=[config], zero_optimization=zero)
+        return Path(config["output_dir"])
+
+    return Runs(folder, make)
 
 
 def held_out(folder: Path, model: Path) -> Batch:
@@ -89,11 +94,11 @@ def losses(run: Path) -> dict[str, float]:
     return {row["stage"]: row["eval_loss"] for row in metrics(run) if "stage" in row}
 
 
-@pytest.mark.parametrize("name", [*METHODS, PRECONDITIONED])
-def test_trains_and_exports(name: str, runs: Path, tiny_model: Path) -> None:
-    run, method = runs / name.replace(", ", "-"), METHODS[name.partition(",")[0]]
+@pytest.mark.parametrize("name", NAMES)
+def test_trains_and_exports(name: str, runs: Runs, tiny_model: Path) -> None:
+    run, method = runs[name], METHODS[name.partition(",")[0]]
     found = losses(run)
-    batch = held_out(runs, tiny_model)
+    batch = held_out(runs.folder, tiny_model)
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
     with torch.no_grad():
         # The means of other batches, in fp32: to some of its roundings.
@@ -116,10 +121,10 @@ def test_trains_and_exports(name: str, runs: Path, tiny_model: Path) -> None:
     assert described["trainable_parameters"] == trained
 
 
-@pytest.mark.parametrize("name", [*METHODS, PRECONDITIONED])
-def test_a_checkpoint_is_read_as_the_adapter(name: str, runs: Path) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_a_checkpoint_is_read_as_the_adapter(name: str, runs: Runs) -> None:
     """The last checkpoint and the adapter's folder are the same update; an earlier one is not."""
-    run = runs / name.replace(", ", "-")
+    run = runs[name]
     folders = (checkpoint_path(run, STEPS), run / "adapter", checkpoint_path(run, 2))
     last, saved, earlier = (read_adapter(str(path)) for path in folders)
     assert last.r == saved.r
@@ -133,30 +138,29 @@ def dense(pair: LoraPair) -> torch.Tensor:
     return pair.B @ pair.A
 
 
-def test_preconditioning_changes_the_path(runs: Path) -> None:
-    with_, without = (
-        losses(runs / name) for name in (PRECONDITIONED.replace(", ", "-"), "lora-one")
-    )
+def test_preconditioning_changes_the_path(runs: Runs) -> None:
+    with_, without = (losses(runs[name]) for name in (PRECONDITIONED, "lora-one"))
     assert with_["init"] == without["init"]
     assert abs(with_["trained"] - without["trained"]) > 1e-5
 
 
 @pytest.mark.parametrize("method", ["lora", "pissa", "lora-xs"])
-def test_a_basis_of_another_method_is_rejected(method: str, runs: Path, tiny_model: Path) -> None:
+def test_a_basis_of_another_method_is_rejected(method: str, runs: Runs, tiny_model: Path) -> None:
     """Neither --init-from nor --resume accepts it."""
-    config = config_of("lora-sb", tiny_model, runs)
-    taken = {**config, "init_from": str(runs / method), "output_dir": str(runs / "new")}
-    resumed = {**config, "resume": "auto", "output_dir": str(runs / method)}
+    config = config_of("lora-sb", tiny_model, runs.folder)
+    taken = {**config, "init_from": str(runs[method]), "output_dir": str(runs.folder / "new")}
+    resumed = {**config, "resume": "auto", "output_dir": str(runs[method])}
     for given in (taken, resumed):
         with pytest.raises(ConfigError, match="--method"):
             prepare(load_run_config(given), 1)
 
 
 def test_checkpoint_and_init_of_lora_with_scaling_1(
-    runs: Path, tiny_model: Path, tmp_path: Path
+    runs: Runs, tiny_model: Path, tmp_path: Path
 ) -> None:
     """LoRA with alpha = r, read from its checkpoint and from its init."""
-    config = config_of("lora", tiny_model, runs, lora_alpha=R, output_dir=str(tmp_path / "run"))
+    folder = str(tmp_path / "run")
+    config = config_of("lora", tiny_model, runs.folder, lora_alpha=R, output_dir=folder)
     run_ranks("methods", 1, runs=[config], zero_optimization={"stage": 2})
     adapter = read_adapter(str(checkpoint_path(tmp_path / "run", STEPS)))
     assert all(adapter.pair(layer).B.any() for layer in adapter.layers)
@@ -165,13 +169,13 @@ def test_checkpoint_and_init_of_lora_with_scaling_1(
     assert not any(init.pair(layer).B.any() for layer in init.layers)
 
 
-def test_an_offset_counts_in_evaluation(runs: Path, tiny_model: Path) -> None:
+def test_an_offset_counts_in_evaluation(runs: Runs, tiny_model: Path) -> None:
     """A checkpoint of lora-ga, whose offset is still apart, evaluated as the run did itself."""
-    run = runs / "lora-ga"
+    run = runs["lora-ga"]
     given = {"model": str(tiny_model), "dtype": "fp32", "ds_config": "ds_configs/zero2.json"}
     prepared = prepare_model(load_run_config(given), str(checkpoint_path(run, STEPS)))
     with torch.no_grad():
-        loss = own_loss(start_model(prepared), held_out(runs, tiny_model)).item()
+        loss = own_loss(start_model(prepared), held_out(runs.folder, tiny_model)).item()
     assert loss == pytest.approx(losses(run)["trained"], rel=1e-5)
 
 

@@ -316,6 +316,7 @@ def test_a_worker_that_fails(start: Callable[..., Job], tmp_path: Path) -> None:
     assert "TypeError: 'NoneType' object is not callable" in job.output, "its log is shown"
 
 
+@pytest.mark.slow
 def test_a_link_goes_down(start: Callable[..., Job]) -> None:
     job = start()
     job.wait_for_rows(1)

@@ -157,12 +157,12 @@ def test_whatever_is_written_has_a_number_or_none(text: str) -> None:
 )
 def test_hostile_numbers_take_linear_time(piece: str) -> None:
     SCORES["metamath"]("1", {}, "The answer is: x")  # imports math-verify
-    long = piece * (100_000 // len(piece))
+    long = piece * (20_000 // len(piece))
     for text in (long, f"The answer is: {long}x", f"#### aa {long[:900]}(", f"\\boxed{{{long}}}"):
         start = time.process_time()
         extract_number(text)
         SCORES["metamath"](text, {}, "The answer is: 5")
-        assert time.process_time() - start < 10, "quadratic time would be minutes"
+        assert time.process_time() - start < 2, "quadratic time would be many seconds"
 
 
 @pytest.mark.parametrize(

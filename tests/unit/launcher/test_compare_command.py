@@ -208,6 +208,7 @@ def test_methods_may_be_added(finished: tuple[Path, list[str]]) -> None:
     assert "--gamma of lora-one is None now, and was 8.0\n" in refusal(folder, *more[:-2])
 
 
+@pytest.mark.slow
 def test_only_a_file_may_have_no_accuracy(finished: tuple[Path, list[str]]) -> None:
     """Evaluations are refused, as there are no adapters."""
     folder, options = finished
