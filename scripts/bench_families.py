@@ -63,11 +63,15 @@ def linear_weights(model: Any) -> dict[str, int]:
     head = model.get_output_embeddings()
     of_experts = expert_weights(model)
     experts = {p.shape[0] for name, p in model.named_parameters() if name in of_experts}
+    routers = [
+        f"{name}." for name, module in model.named_modules() if "Router" in str(type(module))
+    ]
     return {
         name: module.weight.numel()
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
         and module is not head
+        and not name.startswith(tuple(routers))
         and not (module.out_features in experts and ("gate" in name or "router" in name))
     }
 

@@ -57,12 +57,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_d_state": 8, "mamba_n_groups": 1},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1, "state_size": 8},
     "deepseek_v2": {"n_shared_experts": 2},
+    "deepseek_v4": {"o_groups": 2, "o_lora_rank": 8},
     "gemma4_text": {"enable_moe_block": True, "top_k_experts": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "nemotron_h": {"layers_block_type": ["attention", "moe"]},
     "qwen2_moe": {"shared_expert_intermediate_size": 40},
     "qwen3_5_moe_text": TWO_MIXERS,
     "qwen3_next": {**TWO_MIXERS, "shared_expert_intermediate_size": 40},
+    "zaya": {"num_experts_per_tok": 1},
 }
 # Those of tests of all families that transformers computes by its registry.
 FAMILIES = (

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -13,6 +16,9 @@ from lorasb_ds.config.adapter_options import ALL_LINEAR
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.models.hybrids import layers_read_by_parents
 from lorasb_ds.models.multimodal import text_layers_prefix
+
+# Classes of models, also of custom code; other ones are quantized layers.
+MODELING = ("transformers.models.", "transformers_modules.")
 
 Shapes = dict[str, tuple[int, int]]  # layer name -> (out, in)
 
@@ -30,11 +36,11 @@ def linear_layers(model: Any) -> Shapes:
     A layer that two parents share is left out: PEFT would load its adapter into one of them only.
     (Blocks that are used several times are fine: their layers have one parent.) So are routers of
     experts, which are small, sensitive to rounding, and in some families give several tensors or
-    read the weight themselves; and layers that are not called at all (``hybrids``). Of a multimodal
-    model the text part's are returned.
+    read the weight themselves; layers that are not called at all (``hybrids``); and those that
+    compute something else (``unlike_linear``). Of a multimodal model the text part's are returned.
     """
     prefix = text_layers_prefix(model) if hasattr(model, "get_decoder") else ""
-    read = layers_read_by_parents(model)
+    others = {*layers_read_by_parents(model), *unlike_linear(model)}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     parents: defaultdict[nn.Module, set[nn.Module]] = defaultdict(set)
     for module in model.modules():
@@ -48,8 +54,43 @@ def linear_layers(model: Any) -> Shapes:
         and module is not head
         and len(parents[module]) == 1
         and not _is_router(name, module, *parents[module])
-        and name not in read
+        and name not in others
     }
+
+
+def unlike_linear(model: nn.Module) -> dict[str, int]:
+    """Return the layers that are linear by their class only, such as grouped projections.
+
+    An adapter on one would add something else than ``x (B R A)ᵀ``, if anything that has its shape.
+
+    Returns:
+        Name -> elements of the weight.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        kind: Any = type(module)
+        if not isinstance(module, nn.Linear) or not kind.__module__.startswith(MODELING):
+            continue
+        if "router" not in kind.__name__.lower() and not _computes_linear(kind):
+            found[name] = module.weight.numel()
+    return found
+
+
+@functools.cache
+def _computes_linear(kind: Any) -> bool:
+    """Return whether a class's forward is ``x Wᵀ + b``: tried on a layer of 2 x 3 numbers."""
+    if kind.forward is nn.Linear.forward:
+        return True
+    layer = torch.nn.utils.skip_init(nn.Linear, 3, 2, device="cpu").requires_grad_(False)
+    layer.weight.copy_(torch.arange(6).view(2, 3))
+    layer.bias.copy_(torch.arange(2))
+    layer.__class__ = kind
+    x = torch.arange(12.0, device="cpu").view(1, 4, 3)
+    try:
+        y = layer(x)
+    except Exception:  # it needs something that nn.Linear does not have
+        return False
+    return isinstance(y, torch.Tensor) and torch.equal(y, F.linear(x, layer.weight, layer.bias))
 
 
 def _is_router(name: str, layer: nn.Module, parent: nn.Module) -> bool:

@@ -16,7 +16,13 @@ from lorasb_ds.init.factors import InitSettings
 from lorasb_ds.models.base import Base
 from lorasb_ds.models.experts import ExpertShapes
 from lorasb_ds.models.hybrids import layers_read_by_parents
-from lorasb_ds.models.linear_layers import Shapes, is_all_linear, select_names, select_targets
+from lorasb_ds.models.linear_layers import (
+    Shapes,
+    is_all_linear,
+    select_names,
+    select_targets,
+    unlike_linear,
+)
 from lorasb_ds.models.loading import DTYPES
 
 
@@ -93,10 +99,11 @@ def _left_out(base: Base, refused: Sequence[str]) -> tuple[str, ...]:
         refused: of ``refused_by_peft``.
     """
     sizes = {name: out * in_ for name, (out, in_) in base.shape.layers.items()}
-    read = layers_read_by_parents(base.model)
-    total = sum(sizes.values()) + sum(read.values())
+    read, unlike = layers_read_by_parents(base.model), unlike_linear(base.model)
+    total = sum(sum(of.values()) for of in (sizes, read, unlike))
     reasons = (
         (read, f"{base.model_type} reads their weights instead of calling them"),
+        (unlike, f"{base.model_type} multiplies by their weights in another way"),
         (
             {name: sizes[name] for name in refused},
             "PEFT refuses to load one; --target-modules with their name trains them",

@@ -10,10 +10,13 @@ from types import SimpleNamespace
 import pytest
 from peft import LoraConfig
 from peft.tuners import tuners_utils
+from torch import nn
 
 from lorasb_ds.adapters.peft_targets import REFUSED_IN, REFUSED_NAMES, refused_by_peft
 from lorasb_ds.config.resolve import load_run_config
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.models.base import Base
+from lorasb_ds.models.linear_layers import linear_layers, unlike_linear
 from lorasb_ds.training.adapter_plan import AdapterPlan, plan_adapter
 
 
@@ -50,6 +53,31 @@ def test_of_a_hybrid(tiny_family: Callable[[str], Path]) -> None:
     assert asked.left_out == ()
     assert asked.peft_warning is not None
     assert "it refuses layers such as" in asked.peft_warning
+
+
+def test_of_grouped_projections(tiny_family: Callable[[str], Path]) -> None:
+    """DeepSeek-V4's are linear by their class only; its other layers get adapters."""
+    folder = tiny_family("deepseek_v4")
+    plan = planned(folder)
+    assert not [name for name in plan.targets if name.endswith("o_a_proj")]
+    assert [name for name in plan.targets if name.endswith("o_b_proj")]
+    (note,) = plan.left_out
+    assert re.match(
+        r"no adapter on 2 layers such as model\.layers\.0\.self_attn\.o_a_proj "
+        r"\(\d\.\d% of the linear weights\): deepseek_v4 multiplies by their weights in another ",
+        note,
+    )
+    with pytest.raises(ConfigError, match="no linear layer matches o_a_proj"):
+        planned(folder, target_modules="o_a_proj")
+
+
+def test_a_class_of_its_own_that_is_linear() -> None:
+    """Falcon's has a forward of its own, which computes what nn.Linear does."""
+    from transformers.models.falcon.modeling_falcon import FalconLinear
+
+    model = nn.ModuleDict({"a": FalconLinear(4, 4), "b": nn.Linear(4, 4)})
+    assert unlike_linear(model) == {}
+    assert list(linear_layers(model)) == ["a", "b"]
 
 
 def test_of_weights_that_are_read(tiny_family: Callable[[str], Path]) -> None:
