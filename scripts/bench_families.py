@@ -52,9 +52,11 @@ def make(family: str) -> Any:
 def expert_weights(model: nn.Module) -> dict[str, int]:
     """Return the weights that hold all experts of a block, with their sizes."""
     return {
-        name: parameter.numel()
-        for name, parameter in model.named_parameters()
-        if parameter.ndim == 3 and parameter.shape[1] > 1  # else a convolution by channel
+        f"{name}.{key}": parameter.numel()
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.Conv1d)
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3
     }
 
 
