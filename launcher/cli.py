@@ -32,6 +32,7 @@ from lorasb_ds.errors import ConfigError
 from lorasb_ds.planner.strategies import plan as make_plan
 from lorasb_ds.runs.compare import read_runs
 from lorasb_ds.runs.plots import draw_comparison
+from lorasb_ds.system.home import ensure_home
 
 POSITIVE = click.FloatRange(min=0, min_open=True)
 CLUSTER_OPTIONS = [
@@ -46,8 +47,10 @@ CLUSTER_OPTIONS = [
 
 @click.group(context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="lorasb")
+@reports_problems
 def main() -> None:
     """Fine-tune very large language models by LoRA-SB on DeepSpeed."""
+    ensure_home()
 
 
 main.command_class = SectionedCommand

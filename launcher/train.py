@@ -12,6 +12,7 @@ from launcher.workers.common import (
     answer_agent,
     check_device,
     end,
+    find_home,
     join,
     refuse,
     set_device_variables,
@@ -36,6 +37,7 @@ def main(local_rank: int | None, init_only: bool, run_json: str | None, **given:
                 "launcher/train.py …`."
             )
         )
+    find_home()
     quiet_libraries()
     set_device_variables()
     answer_agent()

@@ -22,7 +22,7 @@ from launcher.sweeps.pool import Allocation
 from launcher.sweeps.runs import NUMBERS, OF_NO_CONSEQUENCE, PARALLEL, launch_in, shown
 from lorasb_ds.config.data_options import REASONING_GYM
 from lorasb_ds.config.methods import PEFT_PREFIX
-from lorasb_ds.config.paths import read_json
+from lorasb_ds.config.paths import expand_home, read_json
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.config.stored_paths import with_absolute_paths
@@ -133,7 +133,7 @@ def compare_command(
     sweep_ranks = {method: _rank_in(content) for method, content in files.items()}
     sweep = make_sweep(methods, lrs, ranks, seeds, best, sweep_ranks)
     comparison = Comparison(
-        folder=Path(output_dir).expanduser(),
+        folder=Path(expand_home(output_dir)),
         sweep=sweep,
         launch=launch,
         given=given,

@@ -74,7 +74,7 @@ def make_job(
         )
     if not launch.node_rank:  # the first host's ranks may have begun to write
         check_output_dir(config, config.init_from, evaluation=EVAL in worker_flags)
-        if config.output_dir is not None:
+        if config.output_dir is not None and config.resume is None:  # else its ranks may wait
             check_not_in_use(Path(config.output_dir) / LOCK)
     if config.output_dir is None:
         given["output_dir"] = str(default_output_dir(config.model))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from launcher.jobs.make_job import make_job
 from launcher.jobs.ranks import free_port, remove_shared_memory
 from launcher.jobs.supervisor import Supervisor
 from launcher.jobs.verdict import EXIT_REFUSED
-from lorasb_ds.config.run_layout import LAUNCH, LOGS
+from lorasb_ds.config.run_layout import LAUNCH, LAUNCHER_LOCK, LOGS
 from lorasb_ds.errors import ConfigError
+from lorasb_ds.system.folder_lock import FolderLock, lock_to_go_on
 from lorasb_ds.system.signals import EXIT_INTERRUPTED, EXIT_STOPPED
 
 NOT_RESTARTED = (0, EXIT_REFUSED, EXIT_STOPPED, EXIT_INTERRUPTED)
@@ -74,13 +76,47 @@ def run_once(job: Job, stop_signals: list[int]) -> int:
         click.echo(report(findings.problems), err=True)
         click.echo("lorasb: error: this job cannot start (--skip-preflight tries)", err=True)
         return EXIT_REFUSED
+    with _folder(job):
+        return _supervised(job, environment, port, findings.master_addr, stop_signals)
+
+
+@contextmanager
+def _folder(job: Job) -> Iterator[None]:
+    """Make the launcher's folder, and keep other launchers from it: each removes earlier logs.
+
+    The ranks lock the run's folder itself, some seconds later. With ``--no-ssh`` the first host's
+    launcher does it for all.
+    """
+    path, lock = job.folder / LAUNCHER_LOCK, None
     try:
-        job.remove_earlier_logs()
         (job.folder / LAUNCH).mkdir(parents=True, exist_ok=True)
+        if not job.launch.node_rank:
+            goes_on = job.config.resume is not None
+            lock = lock_to_go_on(path, _say) if goes_on else FolderLock(path)
+        job.remove_earlier_logs()
     except OSError as error:
         raise ConfigError(f"--output-dir {job.folder} cannot be written: {error}.") from error
-    environment |= _agent_variables(job)
-    call = job.prepare(environment, port, findings.master_addr)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _say(text: str) -> None:
+    click.echo(f"lorasb: {text}", err=True)
+
+
+def _supervised(
+    job: Job,
+    environment: dict[str, str],
+    port: int,
+    master_addr: str | None,
+    stop_signals: list[int],
+) -> int:
+    """Start the ranks, and watch them to their end; return the status for the shell."""
+    launch, environment = job.launch, environment | _agent_variables(job)
+    call = job.prepare(environment, port, master_addr)
     supervisor = Supervisor(
         listener=call.listener,
         session=call.environment[channel.SESSION],

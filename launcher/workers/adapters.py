@@ -13,6 +13,7 @@ import click
 
 from launcher.options import CONTEXT, check_picture, reports_problems
 from launcher.text import columns
+from launcher.workers.common import find_home
 from launcher.workers.quiet import quiet_libraries
 from lorasb_ds.adapters.peft_targets import peft_warning
 from lorasb_ds.config.run_layout import EXPORTED
@@ -36,6 +37,7 @@ def main() -> None:
     RUN is a run's folder (of which the adapter is taken, or else the newest checkpoint), one of its
     checkpoints, or a PEFT LoRA folder.
     """
+    find_home()
     quiet_libraries()
 
 

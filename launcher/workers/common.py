@@ -16,10 +16,19 @@ import click
 from launcher.jobs.channel import tell_agent
 from launcher.jobs.command import GPU_NAMES, GPUS_ASKED_FOR
 from lorasb_ds.errors import ConfigError
+from lorasb_ds.system.home import ensure_home
 from lorasb_ds.system.signals import EXIT_STOPPED
 
 GRACE_S = 10.0
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
+
+def find_home() -> None:
+    """Let libraries find folders for their caches; ends the process where there are none."""
+    try:
+        ensure_home()
+    except ConfigError as error:
+        refuse(error)
 
 
 def set_device_variables() -> None:

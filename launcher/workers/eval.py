@@ -15,6 +15,7 @@ from launcher.workers.common import (
     check_device,
     end,
     end_when_asked,
+    find_home,
     join,
     refuse,
     set_device_variables,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 @eval_options
 def main(own: dict[str, Any], given: dict[str, Any]) -> None:
     """Measure loss and scores of a model on held-out rows, with or without an adapter."""
+    find_home()
     quiet_libraries()
     set_device_variables()
     end_when_asked()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from launcher.options import CONTEXT, field_options
+from launcher.workers.common import find_home
 from launcher.workers.quiet import quiet_libraries
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.config.run_config import RunConfig
@@ -47,6 +48,7 @@ def main(num_rows: int, row: int | None, color: bool | None, **given: Any) -> No
 
     Tokens that are not trained on are dimmed; without color, those that are stand between ⟦ and ⟧.
     """
+    find_home()
     quiet_libraries()
     try:
         config = load_run_config(given)

@@ -7,6 +7,7 @@ import json
 import click
 
 from launcher.options import CONTEXT
+from launcher.workers.common import find_home
 from launcher.workers.quiet import quiet_libraries
 from lorasb_ds.errors import ConfigError
 
@@ -19,6 +20,7 @@ def main(folder: str, trust_remote_code: bool) -> None:
 
     No weights are read or made. Libraries may print other lines before it.
     """
+    find_home()
     quiet_libraries()
     import torch
 

@@ -22,7 +22,7 @@ def read_json(path: str, option: str) -> dict[str, Any]:
     Raises:
         ConfigError: if there is no such file, or it holds no JSON object.
     """
-    file = Path(path).expanduser()
+    file = Path(expand_home(path))
     if not file.is_file():
         shipped = ", ".join(sorted(f"ds_configs/{f.name}" for f in SHIPPED_DS_CONFIGS.glob("*")))
         hint = f" Shipped configurations: {shipped}." if option == "--ds-config" else ""

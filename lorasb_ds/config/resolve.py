@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lorasb_ds.config.methods import METHODS, PEFT_PREFIX
-from lorasb_ds.config.paths import read_json
+from lorasb_ds.config.paths import expand_home, read_json
 from lorasb_ds.config.run_config import RunConfig, problems_of
 from lorasb_ds.config.run_layout import (
     ADAPTER_CONFIG,
@@ -183,7 +183,7 @@ def _replayed(run_json: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     replayed = {name: value for name, value in config.items() if name not in dropped}
     taken = {name: value for name, value in replayed.items() if name not in asked}
     check_no_folder_has_the_name(content, taken)
-    folder = Path(run_json).expanduser().parent
+    folder = Path(expand_home(run_json)).parent
     if (folder / DS_CONFIG_COPY).is_file():
         replayed["ds_config"] = str(folder / DS_CONFIG_COPY)
     if str(replayed.get("method")).startswith(PEFT_PREFIX) and (folder / PEFT_COPY).is_file():
@@ -195,7 +195,7 @@ def _date_of_earlier(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the date of the run that is continued, or whose init is taken: its rows have it."""
     continued = values.get("output_dir") if values.get("resume") is not None else None
     for folder in (continued, values.get("init_from")):
-        file = Path(folder or "").expanduser() / RUN_JSON
+        file = Path(expand_home(folder or "")) / RUN_JSON
         if folder is not None and file.is_file():
             config = read_json(str(file), "run.json").get("config")
             earlier = config.get("template_date") if isinstance(config, dict) else None
@@ -214,7 +214,7 @@ def with_adapter(given: Mapping[str, Any], adapter: str | None) -> dict[str, Any
     asked = {name: value for name, value in given.items() if value is not None}
     if adapter is None:
         return asked
-    folder = Path(adapter).expanduser().resolve()
+    folder = Path(expand_home(adapter)).resolve()
     for run in (folder, folder.parent, folder.parent.parent):
         if (run / RUN_JSON).is_file():
             content = read_json(str(run / RUN_JSON), "--adapter")

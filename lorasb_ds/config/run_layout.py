@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasb_ds.config.overwriting import check_replaceable, names_in, read_object
+from lorasb_ds.config.paths import expand_home
 from lorasb_ds.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 RUN_JSON = "run.json"  # configuration and provenance: the mark of a run's folder; see `is_run`
 LOCK = "run.lock"  # held while a job writes here; stays when it ends
+LAUNCHER_LOCK = "launcher.lock"  # held while a launcher is at work, from before its job begins
 REPORT = "report.md"  # written last: a run that has it is finished
 DS_CONFIG_COPY = "ds_config.json"  # DeepSpeed's configuration, as the run was given it
 PEFT_COPY = "peft.json"  # the file of --method peft:FILE.json
@@ -51,7 +53,7 @@ def resumed_run(resume: str) -> Path:
     Raises:
         ConfigError: if PATH is neither.
     """
-    path = Path(resume).expanduser()
+    path = Path(expand_home(resume))
     for folder in (path, path.parent.parent):
         if (folder / RUN_JSON).is_file():
             return folder
@@ -88,7 +90,8 @@ def foreign_to_run(folder: Path) -> list[str]:
         return []
     # A run that was killed early has left a file that it was writing, and the launcher's own.
     own = launcher_files(folder)
-    early = [name for name in (LAUNCH, LOGS) if {*(folder / name).glob("*")} <= {*own}] + [LOCK]
+    early = [name for name in (LAUNCH, LOGS) if {*(folder / name).glob("*")} <= {*own}]
+    early += [LOCK, LAUNCHER_LOCK]
     return [n for n in names_in(folder) if not n.endswith(".tmp") and n not in early]
 
 

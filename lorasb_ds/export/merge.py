@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from lorasb_ds.config.overwriting import check_replaceable
+from lorasb_ds.config.paths import expand_home
 from lorasb_ds.config.stored_paths import with_absolute_paths
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export.adapter_reader import trained_on
@@ -97,7 +98,7 @@ def merge_adapter(
             disk is too small; later if it fills up or a merged number is not finite.
     """
     start = time.perf_counter()
-    base, out = Base(model, trust_remote_code), out.expanduser().resolve()
+    base, out = Base(model, trust_remote_code), Path(expand_home(str(out))).resolve()
     _check_out(out, base.folder, adapter.path, overwrite)
     partial = out.with_name(out.name + ".partial")
     jobs, config = plan_merge(adapter, base, partial, load_in_4bit)

@@ -13,6 +13,7 @@ from lorasb_ds.adapters.peft_experts import expert_fields, expert_tensors
 from lorasb_ds.adapters.peft_targets import TargetFields
 from lorasb_ds.adapters.peft_writer import PLAIN_FIELDS, peft_tensors, save_peft_adapter
 from lorasb_ds.config.overwriting import check_replaceable, names_in, read_object
+from lorasb_ds.config.paths import expand_home
 from lorasb_ds.config.run_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export.chat_format import tokenizer_files
@@ -149,7 +150,7 @@ def check_folder(out: Path, adapters: Sequence[StoredAdapter], overwrite: bool) 
         ConfigError: if it holds something that is not an adapter or may not be replaced, one of the
             ``adapters``, or this shell.
     """
-    folder = out.expanduser().resolve()
+    folder = Path(expand_home(str(out))).resolve()
     sources = [adapter.path.resolve() for adapter in adapters]
     if any(folder in (path, *path.parents) for path in (*sources, Path.cwd())):
         raise ConfigError(f"--out {out} holds what is read, or this shell. Name another folder.")

@@ -41,7 +41,7 @@ from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.runs.checkpoint import Resume, find_resume
 from lorasb_ds.system.files import SUMS_FILE
-from lorasb_ds.system.folder_lock import FolderLock
+from lorasb_ds.system.folder_lock import FolderLock, lock_to_go_on
 
 # All that a run writes into its folder, and --overwrite removes from it; but for run.json, which
 # marks the folder as a run's, and is replaced.
@@ -68,8 +68,6 @@ OUTPUTS = (
     PROFILE_ASIDE,
     REPORT,
 )
-
-LOST_HOST_S = 150.0  # NFS keeps the locks of a host that has gone for 90
 
 
 def say(text: str) -> None:
@@ -117,7 +115,8 @@ def output_dir(config: RunConfig, resume: Resume | None) -> Iterator[Path]:
         found[0] = str(folder)
         try:
             folder.mkdir(parents=True, exist_ok=config.output_dir is not None)
-            lock = _locked(folder / LOCK, is_resumed=config.resume is not None)
+            path, goes_on = folder / LOCK, config.resume is not None
+            lock = lock_to_go_on(path, say) if goes_on else FolderLock(path)
             # Again: what is there may have come since.
             check_output_dir(config, config.init_from)
             if find_resume(config) != resume:
@@ -138,21 +137,6 @@ def output_dir(config: RunConfig, resume: Resume | None) -> Iterator[Path]:
     finally:
         if lock is not None:
             lock.release()
-
-
-def _locked(path: Path, is_resumed: bool) -> FolderLock:
-    """Lock the folder; a run that is resumed waits for a host that was lost.
-
-    Raises:
-        ConfigError: naming the holder.
-    """
-    try:
-        return FolderLock(path)
-    except ConfigError as error:
-        if not is_resumed:
-            raise
-        say(f"{error} Waiting {LOST_HOST_S:g} s, in case that host was lost")
-        return FolderLock(path, LOST_HOST_S)
 
 
 def remove_outputs(folder: Path, resumed: bool) -> None:

@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import IO
@@ -19,8 +20,21 @@ from typing import IO
 from lorasb_ds.errors import ConfigError
 
 PATIENCE_S = 2.0  # somebody may just be looking; a holder that was killed may not be quite gone
+LOST_HOST_S = 150.0  # for what goes on elsewhere: NFS keeps the locks of a lost host for 90
 # How file systems say that they have no locks.
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+class InUseError(ConfigError):
+    """Another process has the lock.
+
+    Attributes:
+        host: the holder's; None where it is not known.
+    """
+
+    def __init__(self, message: str, host: str | None) -> None:
+        super().__init__(message)
+        self.host = host
 
 
 class FolderLock:
@@ -37,7 +51,7 @@ class FolderLock:
             path: of the lock's file, in the folder.
             patience_s: how long to wait for another holder. [default: ``PATIENCE_S``]
         Raises:
-            ConfigError: naming the holder, if another process has it.
+            InUseError: naming the holder, if another process has it.
             OSError: if the lock's file cannot be written.
         """
         self._file: IO[str] = path.open("a+", encoding="utf-8")
@@ -62,13 +76,30 @@ class FolderLock:
         self._file.close()
 
 
+def lock_to_go_on(path: Path, say: Callable[[str], None]) -> FolderLock:
+    """Lock a folder in which a run goes on; wait for the lock of another host, which may be lost.
+
+    Args:
+        say: gets a line before it waits.
+    Raises:
+        InUseError: naming the holder.
+    """
+    try:
+        return FolderLock(path)
+    except InUseError as error:
+        if error.host == socket.gethostname():  # where locks end with their processes
+            raise
+        say(f"{error} Waiting {LOST_HOST_S:g} s, in case that host was lost")
+        return FolderLock(path, LOST_HOST_S)
+
+
 def check_not_in_use(path: Path) -> None:
     """Refuse a folder that a running job has locked.
 
     Args:
         path: as of ``FolderLock``.
     Raises:
-        ConfigError: naming the holder.
+        InUseError: naming the holder.
     """
     try:
         file = path.open(encoding="utf-8")
@@ -97,14 +128,17 @@ def _try(file: IO[str], kind: int, patience_s: float | None = None) -> bool | No
         time.sleep(0.1)
 
 
-def _in_use(path: Path, file: IO[str]) -> ConfigError:
+def _in_use(path: Path, file: IO[str]) -> InUseError:
+    host = None
     try:
         file.seek(0)
         holder = json.loads(file.read(1 << 10))
         who = f"process {holder['pid']:d} on {holder['host']!r} since {holder['since']!r}"
+        host = holder["host"]
     except (OSError, ValueError, KeyError, TypeError):
         who = "another process"
-    return ConfigError(
+    return InUseError(
         f"{path.parent} is in use: {who} is writing there. Stop it or wait for its end, or name "
-        "another --output-dir."
+        "another --output-dir.",
+        host,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from contextlib import closing
 from pathlib import Path
@@ -17,7 +18,10 @@ from launcher.jobs.local_job import LocalJob
 from launcher.jobs.make_job import make_job
 from launcher.jobs.ranks import free_port
 from launcher.jobs.ssh_job import SshJob
+from launcher.jobs.start import run_once
+from lorasb_ds.config.run_layout import LAUNCHER_LOCK, foreign_to_run
 from lorasb_ds.errors import ConfigError
+from lorasb_ds.system.folder_lock import FolderLock
 
 
 @pytest.fixture
@@ -121,3 +125,17 @@ def test_only_hosts_by_hand_leave_logs_of_others(tmp_path: Path) -> None:
     for job, left in zip(jobs, (True, False), strict=True):
         job.remove_earlier_logs()
         assert log.exists() == left
+
+
+def test_one_launcher_at_a_time(tmp_path: Path) -> None:
+    """A second one removes no logs of the first, whose ranks have not come to lock the folder."""
+    run = tmp_path / "run"
+    job = job_of(run, num_procs=1, skip_preflight=True)
+    log = run / "launch" / "deepspeed.log"
+    log.write_text("the first one's")
+    lock = FolderLock(run / LAUNCHER_LOCK)
+    with pytest.raises(ConfigError, match=rf"{run} is in use: process {os.getpid()} on "):
+        run_once(job, [])
+    assert log.read_text() == "the first one's"
+    lock.release()
+    assert foreign_to_run(run) == [], "an early end leaves nothing that refuses the next start"

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.system import folder_lock
-from lorasb_ds.system.folder_lock import FolderLock, check_not_in_use
+from lorasb_ds.system.folder_lock import FolderLock, check_not_in_use, lock_to_go_on
 
 HOLD = """
 import sys, time
@@ -90,3 +91,22 @@ def test_file_systems_without_locks(path: Path, monkeypatch: pytest.MonkeyPatch,
         assert not lock.is_held
         lock.release()
         check_not_in_use(path)
+
+
+def test_a_run_that_goes_on_waits_for_a_lost_host(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file system may still have that host's lock; one of this host ends with its process."""
+    monkeypatch.setattr(folder_lock, "LOST_HOST_S", 5.0)
+    said: list[str] = []
+    holder = FolderLock(path)
+    with pytest.raises(ConfigError, match="in use"):
+        lock_to_go_on(path, said.append)
+    assert said == []
+    with path.open("r+") as file:
+        file.write(path.read_text().replace(socket.gethostname(), "elsewhere"))
+    threading.Timer(0.5, holder.release).start()
+    lock_to_go_on(path, said.append).release()
+    (line,) = said
+    assert "on 'elsewhere' since" in line
+    assert line.endswith("Waiting 5 s, in case that host was lost")
