@@ -216,12 +216,48 @@ def _answer_of(host: str, request: Mapping[str, Any], question: Question) -> Ans
 def remote_command(host: str, request: Mapping[str, Any], question: Question) -> list[str]:
     """Return the ssh command that runs `host.py` from standard input; no shell reads a question."""
     argument = base64.urlsafe_b64encode(json.dumps(request).encode()).decode()
+    return ssh_command(host, [sys.executable, "-", argument], question)
+
+
+def ssh_command(host: str, words: Sequence[str], question: Question) -> list[str]:
+    """Return the ssh command that runs an argument list on a host."""
     port = [] if question.ssh_port is None else ["-p", str(question.ssh_port)]
     limit = f"ConnectTimeout={max(1, int(question.timeout / 2))}"
-    return [
-        *("ssh", *SSH_OPTIONS, "-o", limit, *port, host),
-        f"exec {shlex.quote(sys.executable)} - {argument}",
-    ]
+    return ["ssh", *SSH_OPTIONS, "-o", limit, *port, host, f"exec {shlex.join(words)}"]
+
+
+def put_file(hosts: Sequence[str], path: Path, question: Question) -> list[str]:
+    """Write a file of this host's on others, for this user's eyes only; return what went wrong.
+
+    Its content goes through ssh's standard input: `ps` shows arguments to everyone.
+    """
+    program = _PUT_FILE.format(text=path.read_text())
+
+    def put(host: str) -> str | None:
+        command = ssh_command(host, [sys.executable, "-", str(path)], question)
+        limit = question.timeout
+        try:
+            done = subprocess.run(
+                command, input=program, capture_output=True, text=True, timeout=limit, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return f"{host}: no answer within {limit:g} s"
+        if done.returncode == 0:
+            return None
+        return f"{host}: {(done.stderr.strip() or f'status {done.returncode}').splitlines()[-1]}"
+
+    with ThreadPoolExecutor(max_workers=max(1, len(hosts))) as pool:
+        return [problem for problem in pool.map(put, hosts) if problem is not None]
+
+
+_PUT_FILE = """
+import os, sys
+os.makedirs(os.path.dirname(sys.argv[1]), exist_ok=True)
+file = os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+os.fchmod(file, 0o600)
+os.write(file, {text!r}.encode())
+os.close(file)
+"""
 
 
 def _first_json(fd: int, seconds: float) -> dict[str, Any] | None:

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # DeepSpeed starts
 from launcher.hosts.host import interface_of, old_build_locks, route_from
 from launcher.hosts.polling import readable
 from launcher.jobs import channel as names
+from launcher.jobs import session
 from launcher.jobs.channel import STOPPED, Channel, beat_interval
 from launcher.jobs.rank_log import Log
 from launcher.jobs.ranks import (
@@ -111,14 +112,26 @@ class Agent:
             # What the user has set wins. Without it gloo binds to what the host's name means.
             for variable in names.INTERFACE_VARIABLES:
                 environment.setdefault(variable, interface)
+        challenge = self._next_message()["challenge"]
+        try:
+            word = session.read_word(environment)
+        except OSError as error:
+            self._fail(
+                f"the job's secret cannot be read ({error}). Name an --output-dir that all hosts "
+                f"share, or set {session.WORD} to the same word on all of them."
+            )
         self.channel.send(
-            session=environment[names.SESSION],
+            proof=session.proof(word, str(challenge)),
+            options=environment.get(names.OPTIONS),
             rank=self.rank,
             world_size=int(environment["WORLD_SIZE"]),
             host=socket.gethostname(),
             interface=environment.get("GLOO_SOCKET_IFNAME", interface),
             log=str(self.log.path.resolve()),
         )
+        return self._next_message()
+
+    def _next_message(self) -> dict[str, Any]:
         deadline = time.monotonic() + self.failure_timeout
         while not self.channel.closed and time.monotonic() < deadline:
             readable([self.channel.fileno()], POLL_S)

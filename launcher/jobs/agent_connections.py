@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hmac
 import os
 import socket
 import time
@@ -14,10 +13,17 @@ from typing import Any
 
 from launcher.hosts.polling import readable
 from launcher.jobs.channel import LONGEST_GREETING, LONGEST_MESSAGE, Channel
+from launcher.jobs.session import is_proof, new_challenge
 from launcher.jobs.verdict import Member
 
 POLL_S = 0.1
 MOST_NEWCOMERS = 2048
+
+
+@dataclass(frozen=True)
+class _Newcomer:
+    since: float
+    challenge: str
 
 
 @dataclass
@@ -26,7 +32,8 @@ class Agents:
 
     Args:
         listener: where they connect; None where another host's supervisor has them.
-        session: what an agent has to say to be let in.
+        session: the word that an agent has to know to be let in.
+        options: digest of the options, which those of hosts that are started by hand must share.
         hosts: the hostfile's name of every rank's host; None where only the agents know.
         by_hand: every host is started by itself (``--no-ssh``).
         launcher_log: is named in a refusal.
@@ -37,10 +44,12 @@ class Agents:
         members: the ranks, as their agents describe them.
         world_size: None as long as it is not known.
         refusal: why the job cannot go on, if an agent was not let in because of its options.
+        strangers: how many have come that were no agents of this job.
     """
 
     listener: socket.socket | None
     session: str
+    options: str | None
     failure_timeout: float
     hosts: Sequence[str] | None
     by_hand: bool
@@ -49,7 +58,8 @@ class Agents:
     on_complete: Callable[[], None]
     members: dict[int, Member] = field(default_factory=dict)
     refusal: str | None = None
-    _newcomers: dict[Channel, float] = field(default_factory=dict)
+    strangers: int = 0
+    _newcomers: dict[Channel, _Newcomer] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.world_size = len(self.hosts) if self.hosts else None
@@ -72,37 +82,41 @@ class Agents:
         with contextlib.suppress(OSError):  # no one else waits, or too many files are open
             while True:
                 newcomer = Channel(self.listener.accept()[0], limit=LONGEST_GREETING)
-                self._newcomers[newcomer] = now
+                self._newcomers[newcomer] = _Newcomer(now, new_challenge())
+                newcomer.send(challenge=self._newcomers[newcomer].challenge)
                 if len(self._newcomers) > MOST_NEWCOMERS:
                     oldest = next(iter(self._newcomers))
                     del self._newcomers[oldest]
                     oldest.close()
-        for channel, since in list(self._newcomers.items()):
+                    self.strangers += 1
+        for channel, came in list(self._newcomers.items()):
             messages = channel.receive()
             if messages:
-                self._admit(channel, messages[0], now)
-            if messages or channel.closed or now - since > self.failure_timeout:
+                self._admit(channel, messages[0], came.challenge, now)
+            if messages or channel.closed or now - came.since > self.failure_timeout:
                 del self._newcomers[channel]
                 if not messages:
                     channel.close()
+                    self.strangers += 1
         for member in self.members.values():
             for message in member.channel.receive():
                 self._hear(member, message, now)
 
-    def _admit(self, channel: Channel, message: dict[str, Any], now: float) -> None:
+    def _admit(self, channel: Channel, message: dict[str, Any], challenge: str, now: float) -> None:
         """Let an agent of this job in; send anything else away."""
-        word = str(message.get("session")).encode(errors="replace")
-        if not hmac.compare_digest(word, self.session.encode()):
-            channel.send(refused="it is not of this job: was it started with the same options?")
+        if not is_proof(message.get("proof"), self.session, challenge):
+            channel.send(refused="it is not of this job")
             channel.close()
-            # The word is a digest of the options. Once all have come, it is a stranger's.
-            is_agent = isinstance(message.get("rank"), int) and "host" in message
-            if is_agent and self.by_hand and len(self.members) != self.world_size:
-                who, where = (repr(message.get(key))[:80] for key in ("rank", "host"))
-                self.refusal = (
-                    f"rank {who} on {where} was started with other options than this host. Use the "
-                    "same on all, but for --node-rank."
-                )
+            self.strangers += 1
+            return
+        if self.options is not None and message.get("options") != self.options:
+            who, where = (repr(message.get(key))[:80] for key in ("rank", "host"))
+            self.refusal = (
+                f"rank {who} on {where} was started with other options than this host. Use the "
+                "same on all, but for --node-rank."
+            )
+            channel.send(refused="it was started with other options than the first host")
+            channel.close()
             return
         try:
             rank, world_size = int(message["rank"]), int(message["world_size"])

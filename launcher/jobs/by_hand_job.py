@@ -43,11 +43,11 @@ class ByHandJob(HostsJob):
         assert first_host is not None
         hostfile = self.hostfile.with_name(f"{HOSTFILE}-{node_rank}")
         hostfile.write_text(self.hostfile_text)
-        # The options are the session's secret, and the supervisor has the port after the master's.
+        # The supervisor has the port after the master's.
         meaning = [*self.arguments, first_host, str(port), *self.slots]
         environment = {
             **environment,
-            channel.SESSION: hashlib.sha256("\0".join(meaning).encode()).hexdigest(),
+            channel.OPTIONS: hashlib.sha256("\0".join(meaning).encode()).hexdigest(),
             channel.SUPERVISOR: f"{first_host}:{port + 1}",
             channel.NODE_RANK: str(node_rank),
         }

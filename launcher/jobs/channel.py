@@ -10,7 +10,7 @@ from typing import Any
 
 # Environment variables of the agents.
 SUPERVISOR = "LORASB_SUPERVISOR"  # host:port
-SESSION = "LORASB_SESSION"  # a secret word, by which an agent of this job is known
+OPTIONS = "LORASB_OPTIONS"  # a digest of the options, where hosts are started by hand
 FAILURE_TIMEOUT = "LORASB_FAILURE_TIMEOUT"  # seconds
 START_TIMEOUT = "LORASB_START_TIMEOUT"  # seconds
 LOGS = "LORASB_LOGS"  # the folder of the ranks' logs

@@ -19,8 +19,8 @@ from launcher.hosts.environment import (
     read_deepspeed_env,
 )
 from launcher.hosts.host import resolve, route_from
-from launcher.hosts.preflight import Findings, examine
-from launcher.jobs import channel
+from launcher.hosts.preflight import Findings, examine, put_file
+from launcher.jobs import channel, session
 from launcher.jobs.channel import listen_for_agents
 from launcher.jobs.command import ssh_command
 from launcher.jobs.job import HostsJob, Job, LauncherCall
@@ -86,9 +86,16 @@ class SshJob(HostsJob):
     ) -> LauncherCall:
         master_addr = self._master_addr(master_addr)
         self.hostfile.write_text(self.hostfile_text)
-        # Where the other hosts see this one.
-        address = route_from(master_addr) or master_addr
-        listener, supervisor = listen_for_agents("", seen_as=address)
+        if self.uses_pdsh:
+            question, file = self.question(port), Path(environment[session.FILE])
+            if problems := put_file(list(self.slots), file, question):
+                raise ConfigError(
+                    f"The job's secret cannot be taken to {'; '.join(problems)}. Every host must "
+                    "be able to write to --output-dir."
+                )
+        # Where the other hosts see this one; nobody else is listened to.
+        address = route_from(master_addr)
+        listener, supervisor = listen_for_agents(address or "", seen_as=address or master_addr)
         environment = {**environment, channel.SUPERVISOR: supervisor}
         variables = self.exported_variables(environment)
         if not self.uses_pdsh:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,14 +11,14 @@ import click
 
 from launcher.hosts.checks import report
 from launcher.hosts.preflight import Findings
-from launcher.jobs import channel
+from launcher.jobs import channel, session
 from launcher.jobs.job import Job
 from launcher.jobs.launch_options import LaunchOptions
 from launcher.jobs.make_job import make_job
 from launcher.jobs.ranks import free_port, remove_shared_memory
 from launcher.jobs.supervisor import Supervisor
 from launcher.jobs.verdict import EXIT_REFUSED
-from lorasb_ds.config.run_layout import LAUNCH, LAUNCHER_LOCK, LOGS
+from lorasb_ds.config.run_layout import LAUNCH, LAUNCHER_LOCK, LOGS, SESSION
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.system.folder_lock import FolderLock, lock_to_go_on
 from lorasb_ds.system.signals import EXIT_INTERRUPTED, EXIT_STOPPED
@@ -116,10 +115,16 @@ def _supervised(
 ) -> int:
     """Start the ranks, and watch them to their end; return the status for the shell."""
     launch, environment = job.launch, environment | _agent_variables(job)
+    word = environment.pop(session.WORD, "")
+    if job.started_by_hand and word:
+        environment[session.WORD] = word
+    elif not launch.node_rank:  # else the first host's launcher does it
+        word = session.new_word(Path(environment[session.FILE]))
     call = job.prepare(environment, port, master_addr)
     supervisor = Supervisor(
         listener=call.listener,
-        session=call.environment[channel.SESSION],
+        session=word,
+        options=call.environment.get(channel.OPTIONS),
         failure_timeout=launch.failure_timeout,
         start_timeout=launch.start_timeout,
         launcher_log=job.launcher_log,
@@ -139,7 +144,7 @@ def _agent_variables(job: Job) -> dict[str, str]:
     """Return what every agent is told through its environment."""
     launch = job.launch
     variables = {
-        channel.SESSION: secrets.token_hex(16),
+        session.FILE: str((job.folder / LAUNCH / SESSION).absolute()),
         channel.FAILURE_TIMEOUT: str(launch.failure_timeout),
         channel.START_TIMEOUT: str(launch.start_timeout),
         channel.LOGS: str((job.folder / LOGS).absolute()),

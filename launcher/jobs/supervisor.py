@@ -52,7 +52,8 @@ class Supervisor:
 
     Args:
         listener: where the agents connect; None where another host's launcher supervises.
-        session: what an agent has to say to be let in.
+        session: the word that an agent has to know to be let in.
+        options: digest of the options, where every host is started by itself.
         hosts: the hostfile's name of every rank's host; None where only the agents know.
         by_hand: every host is started by itself (``--no-ssh``), by a scheduler or a user.
         launcher_log: what DeepSpeed's launchers print.
@@ -66,6 +67,7 @@ class Supervisor:
     launcher_log: Path
     hosts: Sequence[str] | None = None
     by_hand: bool = False
+    options: str | None = None
     stop_signals: list[int] = field(default_factory=list)
 
     def run(self, command: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -79,6 +81,7 @@ class Supervisor:
         self._agents = Agents(
             listener=self.listener,
             session=self.session,
+            options=self.options,
             failure_timeout=self.failure_timeout,
             hosts=self.hosts,
             by_hand=self.by_hand,
@@ -116,6 +119,7 @@ class Supervisor:
             return self._watch_agents() if self.listener else self._watch_launcher()
         finally:
             self._end_everything()
+            self._note_strangers()
             self._console.flush()
 
     def _watch_agents(self) -> int:
@@ -233,6 +237,11 @@ class Supervisor:
         self._signal_children(signal.SIGKILL)
         self._child.wait()
         self._agents.close()
+
+    def _note_strangers(self) -> None:
+        if self._agents.strangers:
+            with contextlib.suppress(OSError), self.launcher_log.open("a") as log:
+                log.write(f"lorasb: {self._agents.strangers} connections were not of this job\n")
 
     def _signal_children(self, signum: int, marker: str = "") -> None:
         """Signal all that this process has started (pdsh's ssh leave its process group).

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import shutil
 import signal
 import sys
 import time
 from contextlib import suppress
 from importlib.metadata import version
+from pathlib import Path
 from typing import NoReturn
 
 import click
@@ -20,6 +22,8 @@ from lorasb_ds.system.home import ensure_home
 from lorasb_ds.system.signals import EXIT_STOPPED
 
 GRACE_S = 10.0
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108, DeepSpeed's choice
+SHARED_BUFFER_BYTES = 66 << 20
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 
@@ -79,6 +83,30 @@ def check_device() -> None:
             f"There is no GPU for process {local_rank} of this host: it has "
             f"{accelerator.device_count()}. Lower --num-gpus."
         )
+    if accelerator.name() == "cpu" and os.environ.get("LOCAL_SIZE") == os.environ["WORLD_SIZE"]:
+        check_shared_memory()
+
+
+def check_shared_memory(folder: Path = SHARED_MEMORY) -> None:
+    """Check that a rank on a CPU has room for the buffer in which DeepSpeed's ranks of a host meet.
+
+    Where it cannot be made, the other ranks wait for it without end, and heed no signal.
+
+    Raises:
+        ConfigError: naming the folder, and the room that is needed.
+    """
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError:
+        free = 0
+    if os.access(folder, os.W_OK) and free >= SHARED_BUFFER_BYTES:
+        return
+    found = f"has {free >> 20} MiB left" if os.access(folder, os.W_OK) else "cannot be written"
+    raise ConfigError(
+        f"{folder} {found}; DeepSpeed needs {SHARED_BUFFER_BYTES >> 20} MiB there for each process "
+        "on the CPU. Mount it with room to write (docker run --shm-size 1g), or remove what was "
+        f"left there ({folder}/deepspeed_*)."
+    )
 
 
 def join() -> None:

@@ -43,6 +43,7 @@ EXPORTED = "exported"  # where `lorasb export` writes by default, in the same fo
 
 LAUNCH, LOGS = "launch", "logs"  # folders of the launcher
 HOSTFILE, DEEPSPEED_FILES = "hostfile", "deepspeed"  # in launch/: beginnings of names
+SESSION = "session"  # in launch/: the secret word of the job that has begun last
 RANK_LOG = "rank-{}.log"  # in logs/
 EVAL_RESULT, EVAL_ANSWERS = "eval.json", "answers.jsonl"  # of `lorasb eval --output-dir`
 
@@ -74,6 +75,7 @@ def launcher_files(folder: Path) -> list[Path]:
         f"{LOGS}/{RANK_LOG.format('*')}",
         f"{LAUNCH}/{DEEPSPEED_FILES}*",
         f"{LAUNCH}/{HOSTFILE}*",
+        f"{LAUNCH}/{SESSION}",
     )
     return [path for name in names for path in folder.glob(name)]
 

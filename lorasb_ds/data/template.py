@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 
 from lorasb_ds.data.turns import Messages, RowError, Tools
 from lorasb_ds.errors import ConfigError
+from lorasb_ds.system.time_limit import time_limit
 
 # For tokenizers without a chat template. Other turns, such as system's, are written as they are.
 STAND_IN = (
@@ -23,6 +24,7 @@ STAND_IN = (
 NEXT_QUESTION = "### Question:"  # the start of a user's turn in it
 MARK = "\ue000turn\ue000"  # placeholder of a turn; private characters, which no text has
 CLOCK = "strftime_now"  # the function by which templates ask for today's date
+RENDER_S = 20.0  # for a conversation, of which thousands of turns take a second
 WORDS = 100  # characters at most of what a template says
 
 
@@ -101,22 +103,29 @@ def render(
     Raises:
         RowError: if the template refuses it, with its own words: Gemma 2's takes no system turns,
             Mistral's requires alternating roles, …
+        ConfigError: if it takes longer than ``RENDER_S``.
     """
     turns = [{k: v for k, v in turn.items() if k != "weight"} for turn in messages]
     try:
         template = chat_template(tokenizer, tools)
         _set_clock(tokenizer, template)
-        return str(
-            tokenizer.apply_chat_template(
-                turns,
-                tools=tools,
-                chat_template=template,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
+        with time_limit(RENDER_S):
+            return str(
+                tokenizer.apply_chat_template(
+                    turns,
+                    tools=tools,
+                    chat_template=template,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                )
             )
-        )
     except MemoryError:
         raise
+    except TimeoutError as error:
+        raise ConfigError(
+            f"The chat template takes {error} for one conversation: it may have a loop without an "
+            "end. Fix chat_template.jinja in the model's folder."
+        ) from error
     except Exception as error:  # a template is a program, and fails in as many ways
         raise RowError(f"the chat template refuses it: {_words(error)}") from error
 

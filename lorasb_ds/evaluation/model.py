@@ -24,7 +24,7 @@ from lorasb_ds.export.chat_format import use_template_of
 from lorasb_ds.export.expert_layers import join
 from lorasb_ds.export.stored_adapter import StoredAdapter
 from lorasb_ds.models.base import Base, open_base
-from lorasb_ds.models.generation import stop_tokens
+from lorasb_ds.models.generation import stop_tokens, stored_end_tokens
 from lorasb_ds.models.loading import DTYPES, load_base
 from lorasb_ds.models.loss import add_loss_head, check_loss_head
 from lorasb_ds.models.tables import Tables, tables_of
@@ -67,15 +67,13 @@ def prepare_model(
     if stored_adapter is not None:
         _check_base(stored_adapter, base)
         use_template_of(stored_adapter, base.tokenizer)
-    tokenizer, others = base.tokenizer, None
-    if (base.folder / "generation_config.json").is_file():
-        others = GenerationConfig.from_pretrained(base.folder).eos_token_id
+    others = stored_end_tokens(base.name, base.folder)
     return PreparedModel(
         config=config,
         ds_config=ds_config,
         base=base,
         adapter=stored_adapter,
-        stop=stop_tokens(tokenizer, others),
+        stop=stop_tokens(base.tokenizer, others),
     )
 
 

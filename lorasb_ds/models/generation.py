@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from lorasb_ds.config.paths import read_json
 from lorasb_ds.data.batch import assign_to_ranks
 from lorasb_ds.data.template import NEXT_QUESTION, end_of_turn
 from lorasb_ds.data.turns import RowError
 from lorasb_ds.distributed.collectives import rank_and_size
+from lorasb_ds.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -46,6 +49,28 @@ def stop_tokens(tokenizer: Any, others: int | Sequence[int] | None = None) -> li
         mark = tokenizer(end_of_turn(tokenizer), add_special_tokens=False)["input_ids"]
         found |= set(mark) if len(mark) == 1 else set()
     return sorted(found)
+
+
+def stored_end_tokens(model: str, folder: Path) -> list[int]:
+    """Return the tokens that end an answer by a base's generation_config.json, if it says any.
+
+    Args:
+        model: as --model gives it, for messages.
+        folder: the folder with the files.
+    Raises:
+        ConfigError: if they are no tokens.
+    """
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return []
+    found = read_json(str(file), "--model").get("eos_token_id")
+    tokens = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(token) is int and 0 <= token < 1 << 31 for token in tokens):
+        raise ConfigError(
+            f"--model {model}: eos_token_id in generation_config.json is no token, nor a list of "
+            "tokens. Fix the file, or remove it."
+        )
+    return tokens
 
 
 @torch.no_grad()

@@ -231,13 +231,14 @@ def intrude(worker: int) -> str:
     """Talk to the launcher of a worker without its secret; what it says."""
     host, _, port = environment_of(worker)["LORASB_SUPERVISOR"].rpartition(":")
     said = ""
-    forged = b'{"session": "guessed", "rank": 0, "ended": 1}\n'
-    odd = b'{"session": "\\ud800", "rank": 0}\n'
+    forged = b'{"proof": "guessed", "rank": 0, "ended": 1}\n'
+    odd = b'{"proof": "\\ud800", "rank": 0}\n'
     for text in (b"\xff\0garbage\n", b"[1]\n", b"[" * 9000 + b"\n", odd, forged):
         with socket.create_connection((host, int(port)), timeout=5) as stranger:
             stranger.sendall(text)
             with suppress(ConnectionResetError):
-                said += stranger.recv(1000).decode()
+                while received := stranger.recv(1000):
+                    said += received.decode()
     return said
 
 
@@ -254,6 +255,11 @@ def test_a_killed_worker_ends_the_run(running: tuple[subprocess.Popen[bytes], st
     assert len(buffers) == 2
     assert "it is not of this job" in intrude(max(ranks))
     assert child.poll() is None, "a stranger changes nothing"
+    session = Path(folder) / "launch" / "session"
+    assert session.stat().st_mode & 0o777 == 0o600
+    for pid in (child.pid, *workers(folder), *workers(folder, "launcher/jobs/agent.py")):
+        shown = _cmdline(pid) + Path(f"/proc/{pid}/environ").read_bytes()
+        assert session.read_bytes() not in shown, "the secret is in no argument and no environment"
     os.kill(max(ranks), signal.SIGKILL)
     log = Path(folder).parent / "log"
     assert status_of(child, log, 60) == 128 + signal.SIGKILL
@@ -262,6 +268,8 @@ def test_a_killed_worker_ends_the_run(running: tuple[subprocess.Popen[bytes], st
     assert f"{place} was ended by SIGKILL, as the kernel does when memory" in text
     assert f"Its log: {folder}/logs/rank-1.log" in text
     assert "--resume auto goes on" in text
+    launched = (Path(folder) / "launch" / "deepspeed.log").read_text()
+    assert "lorasb: 5 connections were not of this job\n" in launched
     assert gone(folder, 10), "no process is left"
     assert not any(buffer.exists() for buffer in buffers), "they went with it"
     assert not (Path(folder) / "adapter").exists()
@@ -284,6 +292,18 @@ def test_sigterm_ends_every_process(running: tuple[subprocess.Popen[bytes], str]
 
 def _cmdline(pid: int) -> bytes:
     return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may mount")
+def test_shared_memory_that_cannot_be_written(tiny_model: Path, tmp_path: Path, rows: str) -> None:
+    """DeepSpeed's ranks would wait for each other there, deaf to signals."""
+    mount = 'mount -t tmpfs -o ro tmpfs /dev/shm && exec "$@"'
+    options = f"--num-procs 2 --model {tiny_model} --data {rows} --r 4 --output-dir {tmp_path}/run"
+    command = ["unshare", "-m", "sh", "-c", mount, "sh", "lorasb", "train", *options.split()]
+    output = run_command(*command, status=2, timeout=120)
+    assert "shm cannot be written; DeepSpeed needs 66 MiB there for each process" in output
+    assert "Traceback" not in output
 
 
 @pytest.mark.slow

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
+import time
 from datetime import date
 from typing import Any
 
 import pytest
 
+from lorasb_ds.data import template as template_module
 from lorasb_ds.data.template import (
     STAND_IN,
     check_template,
@@ -96,3 +98,14 @@ def test_only_templates_with_a_clock_have_a_date(tokenizer: Any) -> None:
             assert date_in(other) is None, "no run has fixed it"
             fix_date(other, date(2024, 7, 26))
             assert date_in(other) == ("2024-07-26" if dated else None)
+
+
+def test_a_loop_without_an_end(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jinja's sandbox bounds one range to 100,000 turns, not two of them inside each other."""
+    monkeypatch.setattr(template_module, "RENDER_S", 0.3)
+    loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match=r"takes more than 0\.3 s for one conversation"):
+        render(with_template(tokenizer, loops), TURNS[:1])
+    assert time.monotonic() - began < 3
+    assert render(with_template(tokenizer, ENDLESS), TURNS[:1]), "others go on"

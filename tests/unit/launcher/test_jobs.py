@@ -97,8 +97,8 @@ def test_a_job_of_mpi(tmp_path: Path, hostfile: str) -> None:
         job.prepare({}, 29501, "127.0.1.1")
 
 
-def test_hosts_by_hand_meet_by_their_options(tmp_path: Path) -> None:
-    """The same word on all hosts; the first one's supervisor has the port after the master's."""
+def test_hosts_by_hand_compare_their_options(tmp_path: Path) -> None:
+    """The same digest on all hosts; the first one's supervisor has the port after the master's."""
     port = free_port()
     first, second = (by_hand(tmp_path / "run", port, node_rank=i) for i in (0, 1))
     assert [job.launcher_log.name for job in (first, second)] == ["deepspeed.log", "deepspeed1.log"]
@@ -108,10 +108,10 @@ def test_hosts_by_hand_meet_by_their_options(tmp_path: Path) -> None:
     with closing(call.listener):
         assert call.listener.getsockname()[1] == port + 1
         assert call.environment[channel.SUPERVISOR] == f"127.0.0.1:{port + 1}"
-        words = [each.environment[channel.SESSION] for each in (call, other)]
-        assert words[0] == words[1]
+        digests = [each.environment[channel.OPTIONS] for each in (call, other)]
+        assert digests[0] == digests[1]
         apart = by_hand(tmp_path / "run", port, num_nodes=3).prepare({}, port, None)
-        assert apart.environment[channel.SESSION] != words[0]
+        assert apart.environment[channel.OPTIONS] != digests[0]
         with pytest.raises(ConfigError, match=rf"the next port, {port + 1}, is needed, too"):
             first.prepare({}, port, None)
     text = (tmp_path / "run" / "launch" / "hostfile-0").read_text()

@@ -15,7 +15,11 @@ from deepspeed.launcher.runner import fetch_hostfile
 from launcher.cli import main
 from launcher.jobs.command import job_environment, local_command, visible_gpus
 from launcher.options import to_arguments
-from launcher.workers.common import ALLOCATOR_VARIABLES, set_device_variables
+from launcher.workers.common import (
+    ALLOCATOR_VARIABLES,
+    check_shared_memory,
+    set_device_variables,
+)
 from lorasb_ds.config.data_options import DEMO_DATA
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.config.run_layout import check_output_dir, launcher_files
@@ -179,3 +183,14 @@ def test_what_an_earlier_start_has_left_may_be_there(tmp_path: Path) -> None:
     (tmp_path / "logs" / "thesis.txt").touch()
     with pytest.raises(ConfigError, match="is not empty"):
         check_output_dir(RunConfig(output_dir=str(tmp_path)))
+
+
+def test_room_for_the_buffers_of_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is none, DeepSpeed's ranks would wait for each other without end."""
+    check_shared_memory()
+    check_shared_memory(tmp_path)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ConfigError, match=rf"{tmp_path} cannot be written; DeepSpeed needs 66 MiB"):
+        check_shared_memory(tmp_path)
+    with pytest.raises(ConfigError, match="cannot be written"):
+        check_shared_memory(tmp_path / "none")
