@@ -24,7 +24,7 @@ from lorasb_ds.config.paths import demo_model_dir
 ROOT = Path(__file__).resolve().parent.parent
 
 # `--hypothesis-profile all` (scripts/test.sh --all) draws what the tests' own settings say.
-settings.register_profile("quick", max_examples=25, deadline=None)
+settings.register_profile("quick", max_examples=10, deadline=None)
 settings.register_profile("all", max_examples=250, deadline=None)
 settings.load_profile("quick")
 

@@ -26,6 +26,11 @@ class _Newcomer:
     challenge: str
 
 
+def _plain(value: object) -> str:
+    """Return a message's value for the console, which nothing in it may move or fill."""
+    return "".join(c for c in str(value) if c.isprintable())[:80]
+
+
 @dataclass
 class Agents:
     """The agents of a job.
@@ -110,7 +115,7 @@ class Agents:
             self.strangers += 1
             return
         if self.options is not None and message.get("options") != self.options:
-            who, where = (repr(message.get(key))[:80] for key in ("rank", "host"))
+            who, where = (_plain(message.get(key)) for key in ("rank", "host"))
             self.refusal = (
                 f"rank {who} on {where} was started with other options than this host. Use the "
                 "same on all, but for --node-rank."

@@ -120,6 +120,14 @@ def _assert_sharded(run: Any, adapters: dict[str, Any]) -> None:
                 assert parameter.numel() == 0, "not sharded"
 
 
+def traffic(settings: dict[str, Any], out: str) -> None:
+    """Collectives of a training step, by DeepSpeed's own counter."""
+    from tests.runs import benchmark
+
+    with benchmark("bench_traffic") as bench:
+        bench.zero3(settings, out)
+
+
 def gradients(config: dict[str, Any], out: str, zero_optimization: dict[str, Any]) -> None:
     """The average gradient of all training rows, gathered whole on rank 0."""
     from lorasb_ds.distributed import zero

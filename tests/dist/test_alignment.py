@@ -132,7 +132,8 @@ def test_alignment_is_that_of_dense_matrices(
         before = updates
 
 
-@pytest.mark.parametrize("stage", [3, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [3, 1])
 def test_training_goes_on_as_if_nobody_had_looked(
     tiny_model: Path, tmp_path: Path, stage: int
 ) -> None:

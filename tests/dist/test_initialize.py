@@ -147,6 +147,7 @@ def test_the_gradient_itself_with_its_own_scale_of_eta(tiny_model: Path, tmp_pat
         torch.testing.assert_close(basis[f"{name}.S"], S[:8], atol=0, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_budget_divides_the_experts_of_a_block(
     tiny_family: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -24,7 +24,7 @@ STAGE_3: dict[str, Any] = {"stage": 3} | REALLY_SHARDED
     ("world_size", "zero_optimization", "quantization"),
     [
         (3, STAGE_3, {}),
-        (3, STAGE_3, {"load_in_4bit": True}),
+        pytest.param(3, STAGE_3, {"load_in_4bit": True}, marks=pytest.mark.slow),
         pytest.param(2, STAGE_3, {"load_in_8bit": True}, marks=pytest.mark.slow),
         pytest.param(2, {"stage": 2}, {"load_in_4bit": True}, marks=pytest.mark.slow),
     ],

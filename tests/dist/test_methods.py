@@ -33,7 +33,7 @@ from tests.runs import REALLY_SHARDED, Runs, metrics, run_ranks, word_rows, writ
 R, STEPS = 4, 3
 PRECONDITIONED = "lora-one, preconditioned"
 # Those of which none is another one with a line changed; the rest is slow.
-QUICK = ("lora-sb", "lora-xs", "lora-one", "lora-ga", "lora", "pissa", PRECONDITIONED)
+QUICK = ("lora-sb", "lora-xs", "lora-one", "lora-ga", PRECONDITIONED)
 NAMES = [
     name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
     for name in (*METHODS, PRECONDITIONED)
@@ -144,7 +144,10 @@ def test_preconditioning_changes_the_path(runs: Runs) -> None:
     assert abs(with_["trained"] - without["trained"]) > 1e-5
 
 
-@pytest.mark.parametrize("method", ["lora", "pissa", "lora-xs"])
+@pytest.mark.parametrize(
+    "method",
+    ["lora-xs", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lora", "pissa"))],
+)
 def test_a_basis_of_another_method_is_rejected(method: str, runs: Runs, tiny_model: Path) -> None:
     """Neither --init-from nor --resume accepts it."""
     config = config_of("lora-sb", tiny_model, runs.folder)

@@ -169,6 +169,7 @@ def test_what_comes_out(
     torch.testing.assert_close(found, peft, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_4_bit_experts_resume(tiny_family: Callable[[str], Path], tmp_path: Path) -> None:
     """On a packed base, over two sharded ranks, with a basis that is loaded, and a resume."""
     folder = tiny_family("qwen3_moe")

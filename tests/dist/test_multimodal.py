@@ -95,6 +95,7 @@ def test_multimodal(
     assert len(same) < len(before)
 
 
+@pytest.mark.slow
 def test_in_4_bits(base: Callable[[str], Path], tmp_path: Path) -> None:
     """The text part alone is in memory, and quantized; notes say what is left out."""
     run = tmp_path / "run"

@@ -147,7 +147,10 @@ def test_the_same_steps_as_on_whole_matrices(
         assert moved > 0.02, f"{name}: {moved}"
 
 
-@pytest.mark.parametrize(("optimizer", "stage"), [("adafactor", 3), ("muon", 2)])
+@pytest.mark.parametrize(
+    ("optimizer", "stage"),
+    [pytest.param("adafactor", 3, marks=pytest.mark.slow), ("muon", 2)],
+)
 def test_a_state_that_is_put_back(
     tiny_model: Path, tmp_path: Path, optimizer: str, stage: int
 ) -> None:

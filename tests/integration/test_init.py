@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.training.prepare import prepare
-from tests.runs import metrics, run_command, run_worker, word_rows, write_jsonl
+from tests.runs import metrics, run_worker, word_rows, write_jsonl
 
 COMMON = {"dtype": "fp32", "r": 12, "init_samples": 4}
 
@@ -27,10 +27,10 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def made(tiny_model: Path, rows: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("init") / "init"
-    output = run_command(
-        *f"lorasb init --num-procs 2 --model {tiny_model} --data {rows} --r 12 --dtype fp32 "
-        f"--init-samples 4 --micro-batch-size 1 --init-memory-gib 1.5e-4 "
-        f"--output-dir {folder}".split()
+    output = run_worker(
+        *f"--init-only --model {tiny_model} --data {rows} --r 12 --dtype fp32 --init-samples 4 "
+        f"--micro-batch-size 1 --init-memory-gib 1.5e-4 --output-dir {folder}".split(),
+        world_size=2,
     )
     assert "groups of layers" in output
     assert "basis saved" in output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from transformers import GPT2Config, Llama4TextConfig
 
 from tests.runs import run_command
@@ -20,6 +21,7 @@ def test_any_model_that_transformers_makes(tmp_path: Path) -> None:
     assert found["recommended"] == "bf16 on every rank"
 
 
+@pytest.mark.slow
 def test_what_stays_out_is_said(tmp_path: Path) -> None:
     config = Llama4TextConfig(num_hidden_layers=2, architectures=["Llama4ForCausalLM"])
     config.save_pretrained(tmp_path)

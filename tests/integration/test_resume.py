@@ -373,19 +373,13 @@ def test_out_of_memory_is_explained(options: list[str], tmp_path: Path) -> None:
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [
         "--packing --max-length 48 --data {data} --data-weights 2,0.5",
-        pytest.param(
-            "--group-by-length --optimizer lion --ds-config ds_configs/zero3_offload.json",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            "--optimizer sgd --ds-config ds_configs/zero1.json --gradient-checkpointing "
-            "--dtype bf16",
-            marks=pytest.mark.slow,
-        ),
+        "--group-by-length --optimizer lion --ds-config ds_configs/zero3_offload.json",
+        "--optimizer sgd --ds-config ds_configs/zero1.json --gradient-checkpointing --dtype bf16",
     ],
 )
 def test_other_ways_to_train_go_on(options: list[str], tmp_path: Path, more: str) -> None:

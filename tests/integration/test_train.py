@@ -330,9 +330,9 @@ def test_a_chosen_pad_token_is_named(tiny_model: Path, tmp_path: Path) -> None:
     ("ds_config", "options"),
     [
         ("zero3", "--load-in-4bit"),
-        ("zero2", "--load-in-4bit"),
+        pytest.param("zero2", "--load-in-4bit", marks=pytest.mark.slow),
         ("zero3_offload", "--gradient-checkpointing"),
-        ("zero1", "--gradient-accumulation-steps 2"),
+        pytest.param("zero1", "--gradient-accumulation-steps 2", marks=pytest.mark.slow),
     ],
 )
 def test_two_epochs(tiny_model: Path, tmp_path: Path, ds_config: str, options: str) -> None:
