@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+LONGEST_PROBLEM = 1500  # characters: less than a screen
+
 
 class ConfigError(Exception):
     """A request that cannot be carried out; the command ends with exit status 2.
+
+    What it says may quote files and names of others: control characters, which could move a
+    terminal's cursor, become spaces, and what is longer than a screen loses its middle.
 
     Args:
         problems: one paragraph for each.
     """
 
     def __init__(self, *problems: str) -> None:
-        super().__init__("\n\n".join(problems))
-        self.problems = problems
+        self.problems = tuple(map(_for_a_terminal, problems))
+        super().__init__("\n\n".join(self.problems))
+
+
+def _for_a_terminal(text: str) -> str:
+    text = "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+    if len(text) <= LONGEST_PROBLEM:
+        return text
+    half = LONGEST_PROBLEM // 2
+    return f"{text[:half]} … {text[-half:]}"
 
 
 def option_name(field: str) -> str:

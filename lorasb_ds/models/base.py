@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers.core_model_loading import build_glob_alternation
 
 from lorasb_ds.config.paths import read_json
@@ -42,17 +41,6 @@ from lorasb_ds.models.streaming import put
 from lorasb_ds.models.tokenizer import choose_pad_token, read_tokenizer
 from lorasb_ds.models.weight_map import WeightSource, map_weights, unused_tensors
 from lorasb_ds.planner.model_shape import ModelShape
-
-# What transformers raises for a config.json that makes no sense.
-BROKEN_CONFIG = (
-    AssertionError,
-    AttributeError,
-    ImportError,
-    KeyError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 
 @dataclass(frozen=True)
@@ -289,7 +277,7 @@ def empty_model(
             model: Any = factory.from_config(
                 hf_config, dtype=dtype, trust_remote_code=trust_remote_code
             )
-    except BROKEN_CONFIG as error:
+    except Exception as error:  # somebody's config.json, which fails in as many ways
         raise ConfigError(
             f"transformers cannot make the model of {hf_config.name_or_path}: "
             f"{type(error).__name__}: {first_line(error)} Look at its config.json."
@@ -313,7 +301,7 @@ def _load_config(model: str, folder: Path, trust_remote_code: bool) -> Any:
     try:
         # Without an answer transformers would ask on the console.
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (*BROKEN_CONFIG, OSError, StrictDataclassError) as error:
+    except Exception as error:  # as above
         remedy = "It must be a model that transformers knows."
         if "trust_remote_code" in str(error):
             remedy = (
@@ -325,6 +313,8 @@ def _load_config(model: str, folder: Path, trust_remote_code: bool) -> Any:
         ) from error
     _stored_quantization(config, model)
     architectures = config.architectures or []
+    if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
+        raise ConfigError(f"--model {model}: architectures in config.json is no list of names.")
     causal = all(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures)
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or (own_code and trust_remote_code)

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import math
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16"
 ITEM_BYTES |= {"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 HEADER_BYTES = 100_000_000  # safetensors' own limit
 MAX_DIMENSIONS = 16
+LONGEST_LINE = 300  # of another library, in a message
 
 
 @dataclass(frozen=True)
@@ -285,6 +287,6 @@ def _digest(path: Path, tensors: Mapping[str, StoredTensor], result: hashlib._Ha
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of another library's error, without its advice."""
+    """Return the first line of another library's error, short, without its advice."""
     text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return text.strip().rstrip(".") + "."
+    return textwrap.shorten(text, LONGEST_LINE, placeholder=" …").rstrip(".") + "."

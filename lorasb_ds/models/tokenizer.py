@@ -90,10 +90,12 @@ def _read_by_transformers(model: str, folder: Path, trust_remote_code: bool) -> 
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer("")  # some settings are looked at only now
+        return tokenizer
+    except Exception as error:  # the package tokenizers has no other class of its own
         raise ConfigError(
-            f"--model {model}: its tokenizer cannot be read: {' '.join(str(error).split())[:300]} "
+            f"--model {model}: its tokenizer cannot be read: {first_line(error)} "
             "The folder needs tokenizer.json (or a sentencepiece tokenizer.model)."
         ) from error
 
