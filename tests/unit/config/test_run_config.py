@@ -467,3 +467,18 @@ def test_a_runs_date_stays_its_own(tmp_path: Path) -> None:
     assert load_run_config({"init_from": folder}).template_date != "2024-07-26"
     with pytest.raises(ConfigError, match=r"--template-date 'today' is not allowed: .*YYYY-MM-DD"):
         load_run_config({"template_date": "today"})
+
+
+@pytest.mark.parametrize(
+    "name", ["zero3", "zero3.json", "ds_configs/zero3.json", "ds_configs/zero3"]
+)
+def test_shipped_files_are_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_run_config({"ds_config": name}).ds_config == ZERO3
+    elsewhere = f"own/{Path(name).name}"
+    assert load_run_config({"ds_config": elsewhere}).ds_config == elsewhere
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("{}")
+    assert load_run_config({"ds_config": name}).ds_config == name, "one's own comes first"
