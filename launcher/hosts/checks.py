@@ -18,6 +18,7 @@ PACKAGES = (
 )
 ROOT = WORKERS.parent
 CLOCKS_APART_S = 5.0
+LONGEST_CELL = 300  # characters
 LEAST_DISK = LEAST_MEMORY = 1 << 28  # bytes; `lorasb plan` says what a run needs
 
 
@@ -79,10 +80,31 @@ class Answer:
 def check_answer(
     answer: Answer, mine: Mapping[str, Any], question: Question, local: bool = False
 ) -> list[Check]:
-    """Compare a host's answer with what the job needs, and with this host."""
-    host, facts = answer.host, answer.facts
-    if facts is None:
-        return [Check(host, "ssh", False, answer.error, answer.remedy)]
+    """Compare a host's answer with what the job needs, and with this host.
+
+    An answer that makes no sense is taken for none: ``answer.facts`` is None then.
+    """
+    if answer.facts is not None:
+        try:
+            return _compare(answer.host, answer.facts, answer, mine, question, local)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            answer.facts, answer.error = None, "an answer that makes no sense"
+            answer.remedy = f"Look at what `ssh {answer.host} true` prints before the answer."
+    return [Check(answer.host, "ssh", False, answer.error, answer.remedy)]
+
+
+def _compare(
+    host: str,
+    facts: Mapping[str, Any],
+    answer: Answer,
+    mine: Mapping[str, Any],
+    question: Question,
+    local: bool,
+) -> list[Check]:
+    if missing := mine.keys() - facts.keys():
+        raise KeyError(*missing)
+    if not isinstance(facts.get("hostname", ""), str) or not isinstance(facts["interfaces"], dict):
+        raise TypeError
     checks: list[Check] = []
 
     def add(what: str, ok: bool, found: str, remedy: str = "") -> None:
@@ -199,14 +221,19 @@ def choose_master_addr(
 
 def report(checks: Sequence[Check], color: bool = False) -> str:
     """Return the table, and below it what to do about each red line."""
-    rows = [("ok" if c.ok else "RED", c.host, c.what, c.found) for c in checks]
+    rows = [("ok" if c.ok else "RED", *map(_plain, (c.host, c.what, c.found))) for c in checks]
     widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
     lines = ["  ".join([*map(str.ljust, row, widths), row[-1]]).rstrip() for row in rows]
     if color:
         styled = zip(lines, checks, strict=True)
         lines = [click.style(line, fg="green" if check.ok else "red") for line, check in styled]
-    remedies = [f"{c.host}: {c.what}: {c.remedy}" for c in checks if not c.ok]
+    remedies = [f"{c.host}: {_plain(c.what)}: {c.remedy}" for c in checks if not c.ok]
     return "\n".join([*lines, *(["", *remedies] if remedies else [])])
+
+
+def _plain(said: object) -> str:
+    """Return what a host may have said, so that nothing in it moves the terminal's cursor."""
+    return "".join(c if c.isprintable() else " " for c in str(said))[:LONGEST_CELL]
 
 
 def _gib(num_bytes: int) -> str:

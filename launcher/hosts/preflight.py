@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -38,6 +39,7 @@ from launcher.hosts.polling import readable
 
 PROGRAM = Path(this_host.__file__).read_text(encoding="utf-8")
 REACH_S = 4.0
+MOST_BYTES = 1 << 20  # of a host's answer, which is some thousands
 SSH_REMEDIES = {
     "resolve": "No DNS, /etc/hosts or ~/.ssh/config knows the name. Fix that, or give the address.",
     "refused": "No sshd listens there. Start it, or give --ssh-port.",
@@ -188,9 +190,7 @@ def _answer_of(host: str, request: Mapping[str, Any], question: Question) -> Ans
     command = remote_command(host, request, question)
     before, limit = time.time(), question.timeout
     try:
-        done = subprocess.run(
-            command, input=PROGRAM, capture_output=True, text=True, timeout=limit, check=False
-        )
+        done = _run(command, PROGRAM, limit)
     except FileNotFoundError:
         return Answer(host, None, "there is no ssh here", "Install openssh-client.")
     except subprocess.TimeoutExpired:
@@ -211,6 +211,45 @@ def _answer_of(host: str, request: Mapping[str, Any], question: Question) -> Ans
     else:
         remedy = f"Try it: ssh {host} {sys.executable} -V"
     return Answer(host, None, error, remedy)
+
+
+def _run(command: Sequence[str], program: str, limit: float) -> subprocess.CompletedProcess[str]:
+    """Run ssh with a program on its standard input; take in ``MOST_BYTES`` of what it prints.
+
+    Raises:
+        subprocess.TimeoutExpired: after ``limit`` seconds.
+    """
+    pipe = subprocess.PIPE
+    with (
+        # In a session of its own: what it starts, such as a ProxyCommand, ends with it.
+        subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True
+        ) as child,
+        ThreadPoolExecutor(max_workers=3) as pool,
+    ):
+
+        def end() -> None:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+
+        def read(source: Any) -> str:
+            data = source.read(MOST_BYTES)
+            if source.read(1):
+                end()
+            return bytes(data).decode(errors="replace")
+
+        def write(target: Any) -> None:
+            with suppress(BrokenPipeError), target:
+                target.write(program.encode())
+
+        texts = [pool.submit(read, source) for source in (child.stdout, child.stderr)]
+        pool.submit(write, child.stdin)
+        try:
+            child.wait(limit)
+        finally:
+            end()
+        out, err = (text.result() for text in texts)
+    return subprocess.CompletedProcess(command, child.returncode, out, err)
 
 
 def remote_command(host: str, request: Mapping[str, Any], question: Question) -> list[str]:
@@ -237,9 +276,7 @@ def put_file(hosts: Sequence[str], path: Path, question: Question) -> list[str]:
         command = ssh_command(host, [sys.executable, "-", str(path)], question)
         limit = question.timeout
         try:
-            done = subprocess.run(
-                command, input=program, capture_output=True, text=True, timeout=limit, check=False
-            )
+            done = _run(command, program, limit)
         except subprocess.TimeoutExpired:
             return f"{host}: no answer within {limit:g} s"
         if done.returncode == 0:

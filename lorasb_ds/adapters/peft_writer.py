@@ -134,11 +134,15 @@ def write_adapter(
     aside = folder.with_name(folder.name + ".tmp")
     if aside.exists():
         shutil.rmtree(aside)
-    aside.mkdir(parents=True)
-    save_tensors(aside / ADAPTER_WEIGHTS, tensors, {"format": "pt"})
-    write_json(aside / ADAPTER_CONFIG, config)
-    if tokenizer is not None:
-        tokenizer.copy_into(aside)
+    try:
+        aside.mkdir(parents=True)
+        save_tensors(aside / ADAPTER_WEIGHTS, tensors, {"format": "pt"})
+        write_json(aside / ADAPTER_CONFIG, config)
+        if tokenizer is not None:
+            tokenizer.copy_into(aside)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)  # room for others
+        raise
     if folder.exists():
         shutil.rmtree(folder)
     publish(aside, folder)

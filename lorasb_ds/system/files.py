@@ -7,7 +7,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 SUMS_FILE = "SHA256SUMS"
@@ -19,15 +19,25 @@ def written_aside(path: Path) -> Iterator[Path]:
 
     A crash leaves the old file or the new one, never a part of it. The file gets the mode that the
     umask says, although some writers (safetensors) make theirs readable for its owner only.
+
+    Raises:
+        OSError: naming the file, if it cannot be written; nothing is left of it.
     """
     aside = path.with_name(path.name + ".tmp")
-    aside.unlink(missing_ok=True)
-    aside.touch()
-    mode = stat.S_IMODE(aside.stat().st_mode)
-    yield aside
-    if stat.S_IMODE(aside.stat().st_mode) != mode:
-        aside.chmod(mode)
-    publish(aside, path)
+    try:
+        aside.unlink(missing_ok=True)
+        aside.touch()
+        mode = stat.S_IMODE(aside.stat().st_mode)
+        yield aside
+        if stat.S_IMODE(aside.stat().st_mode) != mode:
+            aside.chmod(mode)
+        publish(aside, path)
+    except BaseException as error:
+        with suppress(OSError):  # room for others
+            aside.unlink()
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -159,3 +161,52 @@ def test_the_digest_is_of_all_wings(tmp_path: Path) -> None:
     module.write_text("r = 2\n")
     assert before is not None
     assert this_host.code_digest(tmp_path) not in (before, None)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        *({}, {"python": 3}, {"packages": None}, {"sizes": [1]}, {"disk": {"/runs": "full"}}),
+        *({"memory": "much"}, {"interfaces": 5}, {"hostname": []}, {"locks": 7}, {"gpus": 8}),
+    ],
+)
+def test_an_answer_that_makes_no_sense(odd: dict[str, Any]) -> None:
+    answer = Answer("gpu2", FACTS | odd if odd else {})
+    checks = check_answer(answer, FACTS, QUESTION)
+    assert [check for check in checks if not check.ok]
+    assert "Traceback" not in report(checks)
+    if answer.facts is None:
+        assert checks[0].found == "an answer that makes no sense"
+        assert "ssh gpu2 true" in checks[0].remedy
+
+
+def test_nothing_that_a_host_says_moves_the_cursor() -> None:
+    answer = Answer("gpu2", FACTS | {"python": "\x1b[2J\r3.11" + "x" * 5000})
+    text = report(check_answer(answer, FACTS, QUESTION))
+    assert all(c.isprintable() or c == "\n" for c in text)
+    assert max(map(len, text.splitlines())) < 500
+
+
+@pytest.mark.parametrize(
+    ("said", "red"),
+    [
+        ("printf '\\351\\n'; exit 1", "status 1"),  # a latin-1 byte
+        ("printf '\\351\\n' >&2; exit 255", "\ufffd"),
+        ("echo '{}'", "an answer that makes no sense"),
+        ("yes '{}' | head -c 600000000", "status -9"),
+        ("sleep 60", "no answer within 2 s"),
+    ],
+)
+def test_hosts_that_say_odd_things(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, red: str
+) -> None:
+    """Their ssh is a script here."""
+    ssh = tmp_path / "ssh"
+    ssh.write_text(f"#!/bin/sh\nexec 0<&-\n{said}\n")
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    began = time.monotonic()
+    findings = examine(Question(slots={"odd": 1}, cpu=True, timeout=2))
+    assert time.monotonic() - began < 10
+    found = {check.what: check.found for check in findings.problems}
+    assert red in found["ssh"]

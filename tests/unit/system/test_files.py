@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,3 +56,19 @@ def test_what_was_there_has_no_say(umask: int, tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         fail_half_way()
     assert (tmp_path / "file").read_text() == ""
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    """As on a full disk, whose error names none; nothing is left of it."""
+    path = tmp_path / "whole.json"
+    path.write_text("old")
+
+    def write() -> None:
+        with written_aside(path) as aside:
+            aside.write_text("half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match=r"No space left on device: '.*whole\.json'"):
+        write()
+    assert path.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["whole.json"]
