@@ -24,7 +24,8 @@ def main(folder: str, trust_remote_code: bool) -> None:
     quiet_libraries()
     import torch
 
-    from lorasb_ds.models.base import Base, empty_model
+    from lorasb_ds.models.base import Base
+    from lorasb_ds.models.empty_model import empty_model
     from lorasb_ds.models.shape import shape_of
     from lorasb_ds.planner.model_shape import shape_as_json
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.core_model_loading import build_glob_alternation
 
 from lorasb_ds.config.paths import read_json
 from lorasb_ds.config.run_config import RunConfig
@@ -18,26 +16,23 @@ from lorasb_ds.data.template import fix_date
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.models.checkpoint_files import (
     StoredTensor,
-    first_line,
     is_hub_name,
     model_folder,
     stored_tensors,
     weights_digest,
 )
+from lorasb_ds.models.config_json import is_encoded, load_config, stored_quantization
+from lorasb_ds.models.empty_model import empty_model
 from lorasb_ds.models.experts import ExpertShapes
-from lorasb_ds.models.hybrids import call_projections
 from lorasb_ds.models.linear_layers import Shapes, layer_shape
 from lorasb_ds.models.multimodal import (
     encoders,
     is_multimodal,
-    keep_text_part,
     text_layers_prefix,
-    why_not_on_text,
 )
 from lorasb_ds.models.quantization import Kind
 from lorasb_ds.models.shape import other_experts, shape_of
-from lorasb_ds.models.stored_formats import STORED_FORMATS, decoded
-from lorasb_ds.models.streaming import put
+from lorasb_ds.models.stored_formats import decoded
 from lorasb_ds.models.tokenizer import choose_pad_token, read_tokenizer
 from lorasb_ds.models.weight_map import WeightSource, map_weights, unused_tensors
 from lorasb_ds.planner.model_shape import ModelShape
@@ -70,7 +65,7 @@ class Base:
     @cached_property
     def hf_config(self) -> Any:
         """The transformers configuration of a causal language model, without ``encoding``."""
-        hf_config = _load_config(self.name, self.folder, self.trust_remote_code)
+        hf_config = load_config(self.name, self.folder, self.trust_remote_code)
         if self.encoding is not None:
             del hf_config.quantization_config
         if self.attn_implementation is not None:
@@ -85,12 +80,12 @@ class Base:
         """
         config = read_json(str(self.folder / "config.json"), "--model")
         found = config.get("quantization_config")
-        return found if isinstance(found, dict) and _is_encoded(found) else None
+        return found if isinstance(found, dict) and is_encoded(found) else None
 
     @property
     def quantization(self) -> Kind | None:
         """How bitsandbytes has quantized the files; None if it has not."""
-        return _stored_quantization(self.hf_config, self.name)
+        return stored_quantization(self.hf_config, self.name)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -247,115 +242,3 @@ def open_base(config: RunConfig) -> tuple[Base, RunConfig]:
             "out --load-in-4bit and --load-in-8bit, or give the base it was made from."
         )
     return base, config.model_copy(update={f"load_in_{base.quantization}": True})
-
-
-def empty_model(
-    hf_config: Any,
-    dtype: torch.dtype,
-    trust_remote_code: bool = False,
-    *,
-    buffers: bool = True,
-    text_part: bool = True,
-) -> Any:
-    """Make a model without weights: parameters on the meta device, buffers real.
-
-    Args:
-        dtype: of all floating-point parameters except those that the model keeps in fp32.
-        buffers: False: they are on the meta device, too. Nothing is then allocated; otherwise every
-            parameter is for a moment, and the system may refuse that for a block's experts.
-        text_part: of a multimodal model, make what is trained on text only (``keep_text_part``).
-    Raises:
-        ConfigError: if transformers cannot make it.
-    """
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    multimodal = is_multimodal(hf_config)
-    factory = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
-    try:
-        with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
-            model: Any = factory.from_config(
-                hf_config, dtype=dtype, trust_remote_code=trust_remote_code
-            )
-    except Exception as error:  # somebody's config.json, which fails in as many ways
-        raise ConfigError(
-            f"transformers cannot make the model of {hf_config.name_or_path}: "
-            f"{type(error).__name__}: {first_line(error)} Look at its config.json."
-        ) from error
-    call_projections(model)
-    if multimodal and text_part:
-        keep_text_part(model)
-    model.tie_weights()  # the context above has given tied parameters one object each
-    if fp32 := list(model._get_dtype_plan(dtype)):
-        pattern, *_ = build_glob_alternation(fp32)
-        for name, value in model.state_dict().items():
-            if pattern.search(name):
-                put(model, name, value.float())
-    return model
-
-
-def _load_config(model: str, folder: Path, trust_remote_code: bool) -> Any:
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    try:
-        # Without an answer transformers would ask on the console.
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # as above
-        remedy = "It must be a model that transformers knows."
-        if "trust_remote_code" in str(error):
-            remedy = (
-                "If you trust that code, give --trust-remote-code; --config and --resume do not "
-                "take it over from an earlier run."
-            )
-        raise ConfigError(
-            f"--model {model} cannot be read: {first_line(error)} {remedy}"
-        ) from error
-    _stored_quantization(config, model)
-    architectures = config.architectures or []
-    if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
-        raise ConfigError(f"--model {model}: architectures in config.json is no list of names.")
-    causal = all(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures)
-    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or (own_code and trust_remote_code)
-    if is_multimodal(config):
-        if why := why_not_on_text(config):
-            raise ConfigError(
-                f"--model {model} is a {', '.join(architectures)}, which cannot be trained on text "
-                f"alone: {why}."
-            )
-    elif not (known and causal):
-        raise ConfigError(
-            f"--model {model} is a {', '.join(architectures) or type(config).__name__}, not a "
-            "causal language model (…ForCausalLM), nor a multimodal one of images and text "
-            "(…ForConditionalGeneration). Only those can be trained so far."
-        )
-    return config
-
-
-def _stored_quantization(hf_config: Any, model: str) -> Kind | None:
-    """Return how the files are quantized; None if they are not.
-
-    Raises:
-        ConfigError: if they are quantized in a way that cannot be read.
-    """
-    found = getattr(hf_config, "quantization_config", None)
-    if not found:
-        return None
-    if not isinstance(found, dict):
-        found = found.to_dict() if hasattr(found, "to_dict") else {"quant_method": found}
-    if _is_encoded(found):
-        return None
-    if found.get("load_in_4bit"):
-        return "4bit"
-    if found.get("load_in_8bit"):
-        return "8bit"
-    raise ConfigError(
-        f"--model {model} is quantized by {found.get('quant_method')}; of quantized bases only "
-        f"those of bitsandbytes and those in {' and '.join(STORED_FORMATS.values())} can be "
-        "trained. Give the base it was made from; --load-in-4bit quantizes it."
-    )
-
-
-def _is_encoded(quantization: Mapping[str, Any]) -> bool:
-    return str(quantization.get("quant_method")) in STORED_FORMATS

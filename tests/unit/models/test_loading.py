@@ -12,11 +12,13 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.models.base import Base, open_base
+from lorasb_ds.models.config_json import is_encoder
 from lorasb_ds.models.experts import ExpertsLinear
 from lorasb_ds.models.linear_layers import linear_layers
 from lorasb_ds.models.loading import load_base
@@ -435,3 +437,26 @@ def test_code_of_a_base_needs_a_flag(
     input_ids = torch.arange(1, 9).view(1, 8)
     with torch.no_grad():
         assert torch.equal(found(input_ids).logits, expected(input_ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("family", "decoder"), [("bert", False), ("roberta", False), ("bert", True)]
+)
+def test_encoders(tmp_path: Path, family: str, decoder: bool) -> None:
+    """They see both sides, unless they are made decoders."""
+    config = AutoConfig.for_model(family, is_decoder=decoder)
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
+    config.save_pretrained(tmp_path)
+    if decoder:
+        assert Base(str(tmp_path)).hf_config.is_decoder
+    else:
+        with pytest.raises(ConfigError, match=rf"is an encoder \({family}\).* is_decoder: true"):
+            _ = Base(str(tmp_path)).hf_config
+
+
+def test_decoders_that_do_not_say_so(tmp_path: Path) -> None:
+    """GPT-NeoX, and the decoder of BART, which its class makes one."""
+    for family in ("gpt_neox", "bart"):
+        config = AutoConfig.for_model(family)
+        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
+        assert not is_encoder(config)

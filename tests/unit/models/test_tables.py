@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.data.dataset import TokenizedRows, features
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.models.base import empty_model
+from lorasb_ds.models.empty_model import empty_model
 from lorasb_ds.models.tables import largest_ids, tables_of
 from lorasb_ds.training.prepare import prepare
 from tests.runs import word_rows, write_jsonl

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Llama4TextConfig
 
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.models.base import empty_model
+from lorasb_ds.models.empty_model import empty_model
 from lorasb_ds.models.experts import ExpertsLinear, experts_modules, split_experts
 from lorasb_ds.models.shape import shape_of
 from lorasb_ds.planner.config_shape import shape_from_config
