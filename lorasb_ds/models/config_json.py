@@ -13,6 +13,8 @@ from lorasb_ds.models.multimodal import is_multimodal, why_not_on_text
 from lorasb_ds.models.quantization import Kind
 from lorasb_ds.models.stored_formats import STORED_FORMATS
 
+MOST_LAYERS = 10_000  # transformers would make them one by one, without an end
+
 
 def load_config(model: str, folder: Path, trust_remote_code: bool) -> Any:
     """Read the configuration of a model that can be trained here.
@@ -43,6 +45,12 @@ def load_config(model: str, folder: Path, trust_remote_code: bool) -> Any:
     architectures = config.architectures or []
     if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
         raise ConfigError(f"--model {model}: architectures in config.json is no list of names.")
+    count = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(count, int) and count > MOST_LAYERS:
+        raise ConfigError(
+            f"--model {model}: num_hidden_layers in config.json is {count}, more than any model's "
+            f"({MOST_LAYERS})."
+        )
     causal = all(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures)
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or (own_code and trust_remote_code)
