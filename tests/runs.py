@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -215,6 +216,20 @@ def _terminate(child: subprocess.Popen[Any]) -> None:
             child.wait(30)
         child.kill()
         child.wait()
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    """A tmpfs of a size as mount has it (64k) over a folder, with what was in it; else a skip."""
+    aside = Path(shutil.copytree(folder, folder.with_name(f"{folder.name}-aside")))
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a small disk needs root, and a container that lets it")
+    try:
+        shutil.copytree(aside, folder, dirs_exist_ok=True)
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 def wait_until(

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -16,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import ROOT, run_command, word_rows, write_jsonl
+from tests.runs import run_command, small_disk, word_rows, write_jsonl
 
 pytestmark = pytest.mark.slow
 
@@ -97,25 +95,18 @@ def test_a_hub_name_is_fetched_once(tiny_model: Path, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system")
 def test_a_disk_that_is_full_while_fetching(tiny_model: Path, tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(small)]
-    if subprocess.run(mount, cwd=ROOT, check=False).returncode:
-        pytest.skip("this root may not mount a file system (a container's)")
-    try:
-        with hub(tiny_model) as address:
-            output = run_command(
-                *["lorasb", "eval", "--model", "someone/tiny"],
-                status=2,
-                HF_ENDPOINT=address,
-                HF_HOME=str(small),
-                HF_HUB_OFFLINE="0",
-                NO_PROXY="127.0.0.1",
-            )
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
+    with small_disk(small, "4m"), hub(tiny_model) as address:
+        output = run_command(
+            *["lorasb", "eval", "--model", "someone/tiny"],
+            status=2,
+            HF_ENDPOINT=address,
+            HF_HOME=str(small),
+            HF_HUB_OFFLINE="0",
+            NO_PROXY="127.0.0.1",
+        )
     assert "--model someone/tiny cannot be fetched" in output
     assert "The disk is full: free some of it, or name another one by HF_HOME." in output
     assert "Traceback" not in output

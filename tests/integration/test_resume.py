@@ -23,7 +23,16 @@ from lorasb_ds.errors import ConfigError
 from lorasb_ds.runs.checkpoint import checkpoint_path, list_checkpoints, read_checkpoint
 from lorasb_ds.system.signals import EXIT_STOPPED
 from lorasb_ds.training.prepare import prepare
-from tests.runs import ROOT, metrics, output_of, run_command, run_worker, word_rows, write_jsonl
+from tests.runs import (
+    ROOT,
+    metrics,
+    output_of,
+    run_command,
+    run_worker,
+    small_disk,
+    word_rows,
+    write_jsonl,
+)
 
 STEPS = 24
 LORASB = [str(Path(sys.executable).parent / "lorasb"), "train"]
@@ -228,20 +237,6 @@ def test_evaluations_on_other_rows_begin_anew(
     assert "the best evaluation so far is dropped" in output
     index = json.loads((run / "checkpoints" / "index.json").read_text())
     assert index["best_step"] == 26
-
-
-@contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[None]:
-    """A tmpfs over a folder, with what was in it."""
-    aside = Path(shutil.copytree(folder, folder.with_name("aside")))
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("mounting a small disk needs root")
-    try:
-        shutil.copytree(aside, folder, dirs_exist_ok=True)
-        yield
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.mark.parametrize("policy", ["stop", "continue"])

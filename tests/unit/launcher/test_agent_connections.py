@@ -179,6 +179,7 @@ def test_the_word_is_for_its_user_only(tmp_path: Path) -> None:
     word = session.new_word(file)
     assert file.stat().st_mode & 0o777 == 0o600
     assert session.read_word({session.FILE: str(file)}) == word
+    assert session.read_word({session.FILE: str(file), session.WORD: "of all hosts"}) != word
     assert session.new_word(file) != word
     assert is_secret(session.WORD), "it is not exported to hosts unasked"
     (tmp_path / "link").symlink_to(file)

@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.runs.progress import Progress, describe, time_left
 from lorasb_ds.runs.run_log import RunLog
-from tests.runs import ROOT, metrics
+from tests.runs import ROOT, metrics, small_disk
 from tests.unit.runs.test_history import training_row
 
 
@@ -154,11 +154,8 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
     """A folder whose disk has room for 64 KiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("mounting a small disk needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with small_disk(folder, "64k"):
+        yield folder
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
