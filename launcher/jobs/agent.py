@@ -112,7 +112,7 @@ class Agent:
             # What the user has set wins. Without it gloo binds to what the host's name means.
             for variable in names.INTERFACE_VARIABLES:
                 environment.setdefault(variable, interface)
-        challenge = self._next_message()["challenge"]
+        challenge = self._next_message().get("challenge")
         try:
             word = session.read_word(environment)
         except OSError as error:
