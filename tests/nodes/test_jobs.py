@@ -181,7 +181,7 @@ def test_hosts_that_are_started_with_other_options(
     assert status_of(commands[0], logs[0], 60) == 2
     assert status_of(commands[1], logs[1], 60) not in (0, EXIT_STOPPED)
     assert "rank 1 on n1 was started with other options" in logs[0].read_text()
-    assert "was it started with the same options?" in logs[1].read_text()
+    assert "rank 1: it was started with other options than the first host" in logs[1].read_text()
 
 
 @pytest.mark.slow
