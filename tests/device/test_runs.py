@@ -23,9 +23,6 @@ IN_GROUPS = {"init_memory_gib": 1.5e-4, "init_offload": True, "micro_batch_size"
 # Name -> options. The first ones are in the default tests; each of them holds several features.
 RUNS: dict[str, dict[str, Any]] = {
     "zero3": SHARDED,
-    # By bitsandbytes' kernels for all devices, which are in PyTorch; on CUDA it has its own.
-    "zero3-4bit": ZERO3 | {"load_in_4bit": True, "dtype": "bf16", "gradient_checkpointing": True},
-    "groups-offloaded": SHARDED | IN_GROUPS,
     "moe": SHARDED | {"model": "moe"},
 }
 METHOD_RUNS: dict[str, dict[str, Any]] = {
@@ -34,6 +31,9 @@ METHOD_RUNS: dict[str, dict[str, Any]] = {
     "dora": ZERO3 | {"method": "peft:dora"},
 }
 OTHER_RUNS: dict[str, dict[str, Any]] = {
+    # By bitsandbytes' kernels for all devices, which are in PyTorch; on CUDA it has its own.
+    "zero3-4bit": ZERO3 | {"load_in_4bit": True, "dtype": "bf16", "gradient_checkpointing": True},
+    "groups-offloaded": SHARDED | IN_GROUPS,
     "zero2-8bit-adafactor": ZERO2 | {"load_in_8bit": True, "optimizer": "adafactor"},
     "zero1-accumulation": ZERO1 | {"train_batch_size": 8, "dtype": "bf16"},
     "zero3-fp16-checkpointing": ZERO3 | {"dtype": "fp16", "gradient_checkpointing": True},

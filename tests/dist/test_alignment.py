@@ -83,7 +83,7 @@ def dense(
 @pytest.mark.parametrize(
     ("method", "world_size"),
     [
-        ("lora-sb", 2),
+        pytest.param("lora-sb", 2, marks=pytest.mark.slow),
         pytest.param("lora", 1, marks=pytest.mark.slow),
         pytest.param("lora-ga", 2, marks=pytest.mark.slow),
     ],

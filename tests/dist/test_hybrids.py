@@ -17,7 +17,7 @@ from lorasb_ds.export.merge import merge_adapter
 from tests.dist.test_moe import IDS, base_of, losses, options, train
 
 FAMILIES = (
-    "falcon_h1",
+    pytest.param("falcon_h1", marks=pytest.mark.slow),
     *(pytest.param(name, marks=pytest.mark.slow) for name in ("granitemoehybrid", "jamba", "lfm2")),
 )
 

@@ -30,6 +30,7 @@ def test_what_stays_out_is_said(tmp_path: Path) -> None:
     assert "Recommended: bf16" in text
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_trained(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
     text = run_command("lorasb", "plan", "--model", str(tmp_path), status=2)
