@@ -20,8 +20,17 @@ class ConfigError(Exception):
         super().__init__("\n\n".join(self.problems))
 
 
+def printable(text: str, kept: str = "") -> str:
+    """Return somebody else's text with spaces for what could move a terminal's cursor.
+
+    Args:
+        kept: control characters that stay.
+    """
+    return "".join(c if c.isprintable() or c in kept else " " for c in text)
+
+
 def _for_a_terminal(text: str) -> str:
-    text = "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+    text = printable(text, kept="\n")
     if len(text) <= LONGEST_PROBLEM:
         return text
     half = LONGEST_PROBLEM // 2

@@ -65,9 +65,7 @@ def linear_weights(model: Any) -> dict[str, int]:
     head = model.get_output_embeddings()
     of_experts = expert_weights(model)
     experts = {p.shape[0] for name, p in model.named_parameters() if name in of_experts}
-    routers = [
-        f"{name}." for name, module in model.named_modules() if "Router" in str(type(module))
-    ]
+    routers = [f"{n}." for n, module in model.named_modules() if "Router" in type(module).__name__]
     return {
         name: module.weight.numel()
         for name, module in model.named_modules()

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from launcher.paths import WORKERS
+from lorasb_ds.errors import printable
 
 PACKAGES = (
     *("torch", "deepspeed", "transformers", "datasets", "safetensors", "numpy", "lorasb-ds"),
@@ -86,7 +87,7 @@ def check_answer(
     """
     if answer.facts is not None:
         try:
-            return _compare(answer.host, answer.facts, answer, mine, question, local)
+            return _compare(answer, answer.facts, mine, question, local)
         except (AttributeError, KeyError, TypeError, ValueError):
             answer.facts, answer.error = None, "an answer that makes no sense"
             answer.remedy = f"Look at what `ssh {answer.host} true` prints before the answer."
@@ -94,13 +95,13 @@ def check_answer(
 
 
 def _compare(
-    host: str,
-    facts: Mapping[str, Any],
     answer: Answer,
+    facts: Mapping[str, Any],
     mine: Mapping[str, Any],
     question: Question,
     local: bool,
 ) -> list[Check]:
+    host = answer.host
     if missing := mine.keys() - facts.keys():
         raise KeyError(*missing)
     if not isinstance(facts.get("hostname", ""), str) or not isinstance(facts["interfaces"], dict):
@@ -233,7 +234,7 @@ def report(checks: Sequence[Check], color: bool = False) -> str:
 
 def _plain(said: object) -> str:
     """Return what a host may have said, so that nothing in it moves the terminal's cursor."""
-    return "".join(c if c.isprintable() else " " for c in str(said))[:LONGEST_CELL]
+    return printable(str(said))[:LONGEST_CELL]
 
 
 def _gib(num_bytes: int) -> str:

@@ -9,9 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import os
-import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -34,12 +32,11 @@ from launcher.hosts.checks import (
     choose_master_addr,
     judged,
 )
-from launcher.hosts.environment import SSH_OPTIONS
+from launcher.hosts.over_ssh import complaint, run_program, ssh_command
 from launcher.hosts.polling import readable
 
 PROGRAM = Path(this_host.__file__).read_text(encoding="utf-8")
 REACH_S = 4.0
-MOST_BYTES = 1 << 20  # of a host's answer, which is some thousands
 SSH_REMEDIES = {
     "resolve": "No DNS, /etc/hosts or ~/.ssh/config knows the name. Fix that, or give the address.",
     "refused": "No sshd listens there. Start it, or give --ssh-port.",
@@ -190,7 +187,7 @@ def _answer_of(host: str, request: Mapping[str, Any], question: Question) -> Ans
     command = remote_command(host, request, question)
     before, limit = time.time(), question.timeout
     try:
-        done = _run(command, PROGRAM, limit)
+        done = run_program(command, PROGRAM, limit)
     except FileNotFoundError:
         return Answer(host, None, "there is no ssh here", "Install openssh-client.")
     except subprocess.TimeoutExpired:
@@ -201,7 +198,7 @@ def _answer_of(host: str, request: Mapping[str, Any], question: Question) -> Ans
     if done.returncode == 0 and facts is not None:
         ahead = facts.get("clock", after) - after
         return Answer(host, facts, clock_offset=ahead, rtt=after - before)
-    error = (done.stderr.strip() or f"status {done.returncode}").splitlines()[-1]
+    error = complaint(done)
     if done.returncode == 255:
         fitting = [remedy for word, remedy in SSH_REMEDIES.items() if word in error]
         remedy = [*fitting, "Look at what `ssh HOST true` says."][0].replace("HOST", host)
@@ -213,88 +210,10 @@ def _answer_of(host: str, request: Mapping[str, Any], question: Question) -> Ans
     return Answer(host, None, error, remedy)
 
 
-def _run(command: Sequence[str], program: str, limit: float) -> subprocess.CompletedProcess[str]:
-    """Run ssh with a program on its standard input; take in ``MOST_BYTES`` of what it prints.
-
-    Raises:
-        subprocess.TimeoutExpired: after ``limit`` seconds.
-    """
-    pipe = subprocess.PIPE
-    with (
-        # In a session of its own: what it starts, such as a ProxyCommand, ends with it.
-        subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True
-        ) as child,
-        ThreadPoolExecutor(max_workers=3) as pool,
-    ):
-
-        def end() -> None:
-            with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-
-        def read(source: Any) -> str:
-            data = source.read(MOST_BYTES)
-            if source.read(1):
-                end()
-            return bytes(data).decode(errors="replace")
-
-        def write(target: Any) -> None:
-            with suppress(BrokenPipeError), target:
-                target.write(program.encode())
-
-        texts = [pool.submit(read, source) for source in (child.stdout, child.stderr)]
-        pool.submit(write, child.stdin)
-        try:
-            child.wait(limit)
-        finally:
-            end()
-        out, err = (text.result() for text in texts)
-    return subprocess.CompletedProcess(command, child.returncode, out, err)
-
-
 def remote_command(host: str, request: Mapping[str, Any], question: Question) -> list[str]:
     """Return the ssh command that runs `host.py` from standard input; no shell reads a question."""
     argument = base64.urlsafe_b64encode(json.dumps(request).encode()).decode()
     return ssh_command(host, [sys.executable, "-", argument], question)
-
-
-def ssh_command(host: str, words: Sequence[str], question: Question) -> list[str]:
-    """Return the ssh command that runs an argument list on a host."""
-    port = [] if question.ssh_port is None else ["-p", str(question.ssh_port)]
-    limit = f"ConnectTimeout={max(1, int(question.timeout / 2))}"
-    return ["ssh", *SSH_OPTIONS, "-o", limit, *port, host, f"exec {shlex.join(words)}"]
-
-
-def put_file(hosts: Sequence[str], path: Path, question: Question) -> list[str]:
-    """Write a file of this host's on others, for this user's eyes only; return what went wrong.
-
-    Its content goes through ssh's standard input: `ps` shows arguments to everyone.
-    """
-    program = _PUT_FILE.format(text=path.read_text())
-
-    def put(host: str) -> str | None:
-        command = ssh_command(host, [sys.executable, "-", str(path)], question)
-        limit = question.timeout
-        try:
-            done = _run(command, program, limit)
-        except subprocess.TimeoutExpired:
-            return f"{host}: no answer within {limit:g} s"
-        if done.returncode == 0:
-            return None
-        return f"{host}: {(done.stderr.strip() or f'status {done.returncode}').splitlines()[-1]}"
-
-    with ThreadPoolExecutor(max_workers=max(1, len(hosts))) as pool:
-        return [problem for problem in pool.map(put, hosts) if problem is not None]
-
-
-_PUT_FILE = """
-import os, sys
-os.makedirs(os.path.dirname(sys.argv[1]), exist_ok=True)
-file = os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-os.fchmod(file, 0o600)
-os.write(file, {text!r}.encode())
-os.close(file)
-"""
 
 
 def _first_json(fd: int, seconds: float) -> dict[str, Any] | None:

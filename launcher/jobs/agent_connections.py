@@ -15,6 +15,7 @@ from launcher.hosts.polling import readable
 from launcher.jobs.channel import LONGEST_GREETING, LONGEST_MESSAGE, Channel
 from launcher.jobs.session import is_proof, new_challenge
 from launcher.jobs.verdict import Member
+from lorasb_ds.errors import printable
 
 POLL_S = 0.1
 MOST_NEWCOMERS = 2048
@@ -24,11 +25,6 @@ MOST_NEWCOMERS = 2048
 class _Newcomer:
     since: float
     challenge: str
-
-
-def _plain(value: object) -> str:
-    """Return a message's value for the console, which nothing in it may move or fill."""
-    return "".join(c for c in str(value) if c.isprintable())[:80]
 
 
 @dataclass
@@ -115,7 +111,7 @@ class Agents:
             self.strangers += 1
             return
         if self.options is not None and message.get("options") != self.options:
-            who, where = (_plain(message.get(key)) for key in ("rank", "host"))
+            who, where = (printable(str(message.get(key)))[:80] for key in ("rank", "host"))
             self.refusal = (
                 f"rank {who} on {where} was started with other options than this host. Use the "
                 "same on all, but for --node-rank."

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from launcher.paths import WORKERS
 
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108, of DeepSpeed's collectives on CPUs
 EVAL = "--worker=eval"  # tells the agents that the worker is eval.py, not train.py
 
 # RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_SIZE as MPI's and Slurm's launchers name them. DeepSpeed's
@@ -95,6 +96,6 @@ def rank_environment(rank: int, world_size: int, port: int, threads: int) -> dic
 
 def remove_shared_memory(port: int) -> None:
     """Remove what DeepSpeed's collectives on CPUs leave: 66 MiB for every process of a job."""
-    for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):  # noqa: S108
+    for buffer in SHARED_MEMORY.glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
         with suppress(PermissionError):  # another user's, of a job with the same port
             buffer.unlink(missing_ok=True)

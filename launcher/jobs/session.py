@@ -8,10 +8,11 @@ an agent proves that it knows the word by its answer to a challenge.
 from __future__ import annotations
 
 import hmac
-import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
+
+from launcher.hosts.private_file import write_private
 
 FILE = "LORASB_SESSION_FILE"  # environment variable: path of the word's file
 # The word itself, of users whose hosts share no folder; `is_secret` keeps it from being exported.
@@ -23,18 +24,9 @@ def new_challenge() -> str:
 
 
 def new_word(path: Path) -> str:
-    """Write a new word into its file, readable for this user only, and return it.
-
-    The file is not replaced: on NFS, whoever opens it after this reads what is in it now.
-    """
+    """Write a new word into its file, and return it."""
     word = secrets.token_hex(32)
-    file = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-    try:
-        os.fchmod(file, 0o600)
-        os.write(file, word.encode())
-        os.fsync(file)
-    finally:
-        os.close(file)
+    write_private(str(path), word)
     return word
 
 

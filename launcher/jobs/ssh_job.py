@@ -19,7 +19,8 @@ from launcher.hosts.environment import (
     read_deepspeed_env,
 )
 from launcher.hosts.host import resolve, route_from
-from launcher.hosts.preflight import Findings, examine, put_file
+from launcher.hosts.over_ssh import put_file
+from launcher.hosts.preflight import Findings, examine
 from launcher.jobs import channel, session
 from launcher.jobs.channel import listen_for_agents
 from launcher.jobs.command import ssh_command

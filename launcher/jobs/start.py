@@ -20,7 +20,7 @@ from launcher.jobs.supervisor import Supervisor
 from launcher.jobs.verdict import EXIT_REFUSED
 from lorasb_ds.config.run_layout import LAUNCH, LAUNCHER_LOCK, LOGS, SESSION
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.system.folder_lock import FolderLock, lock_to_go_on
+from lorasb_ds.system.folder_lock import lock_folder
 from lorasb_ds.system.signals import EXIT_INTERRUPTED, EXIT_STOPPED
 
 NOT_RESTARTED = (0, EXIT_REFUSED, EXIT_STOPPED, EXIT_INTERRUPTED)
@@ -86,12 +86,11 @@ def _folder(job: Job) -> Iterator[None]:
     The ranks lock the run's folder itself, some seconds later. With ``--no-ssh`` the first host's
     launcher does it for all.
     """
-    path, lock = job.folder / LAUNCHER_LOCK, None
+    lock = None
     try:
         (job.folder / LAUNCH).mkdir(parents=True, exist_ok=True)
         if not job.launch.node_rank:
-            goes_on = job.config.resume is not None
-            lock = lock_to_go_on(path, _say) if goes_on else FolderLock(path)
+            lock = lock_folder(job.folder / LAUNCHER_LOCK, job.config.resume is not None, _say)
         job.remove_earlier_logs()
     except OSError as error:
         raise ConfigError(f"--output-dir {job.folder} cannot be written: {error}.") from error

@@ -17,12 +17,12 @@ import click
 
 from launcher.jobs.channel import tell_agent
 from launcher.jobs.command import GPU_NAMES, GPUS_ASKED_FOR
+from launcher.jobs.ranks import SHARED_MEMORY
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.system.home import ensure_home
 from lorasb_ds.system.signals import EXIT_STOPPED
 
 GRACE_S = 10.0
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108, DeepSpeed's choice
 SHARED_BUFFER_BYTES = 66 << 20
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
@@ -95,13 +95,11 @@ def check_shared_memory(folder: Path = SHARED_MEMORY) -> None:
     Raises:
         ConfigError: naming the folder, and the room that is needed.
     """
-    try:
-        free = shutil.disk_usage(folder).free
-    except OSError:
-        free = 0
-    if os.access(folder, os.W_OK) and free >= SHARED_BUFFER_BYTES:
+    writable = os.access(folder, os.W_OK)  # False, too, where there is none
+    free = shutil.disk_usage(folder).free if writable else 0
+    if free >= SHARED_BUFFER_BYTES:
         return
-    found = f"has {free >> 20} MiB left" if os.access(folder, os.W_OK) else "cannot be written"
+    found = f"has {free >> 20} MiB left" if writable else "cannot be written"
     raise ConfigError(
         f"{folder} {found}; DeepSpeed needs {SHARED_BUFFER_BYTES >> 20} MiB there for each process "
         "on the CPU. Mount it with room to write (docker run --shm-size 1g), or remove what was "

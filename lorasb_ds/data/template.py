@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from lorasb_ds.data.turns import Messages, RowError, Tools
-from lorasb_ds.errors import ConfigError
+from lorasb_ds.errors import ConfigError, printable
 from lorasb_ds.system.time_limit import time_limit
 
 # For tokenizers without a chat template. Other turns, such as system's, are written as they are.
@@ -146,7 +146,7 @@ def _set_clock(tokenizer: Any, template: str) -> None:
 
 def _words(error: Exception) -> str:
     """Return what an error says: short, on one line, without control characters."""
-    text = "".join(c if c.isprintable() else " " for c in str(error))
+    text = printable(str(error))
     kind = "" if isinstance(error, TemplateError) and text.strip() else f"{type(error).__name__}: "
     return textwrap.shorten(kind + text, WORDS, placeholder=" …").removesuffix(":")
 

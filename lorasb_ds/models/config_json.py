@@ -31,7 +31,7 @@ def load_config(model: str, folder: Path, trust_remote_code: bool) -> Any:
     try:
         # Without an answer transformers would ask on the console.
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # as above
+    except Exception as error:  # somebody's file, which fails in as many ways
         remedy = "It must be a model that transformers knows."
         if "trust_remote_code" in str(error):
             remedy = (

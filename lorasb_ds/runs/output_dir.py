@@ -41,7 +41,7 @@ from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.runs.checkpoint import Resume, find_resume
 from lorasb_ds.system.files import SUMS_FILE
-from lorasb_ds.system.folder_lock import FolderLock, lock_to_go_on
+from lorasb_ds.system.folder_lock import lock_folder
 
 # All that a run writes into its folder, and --overwrite removes from it; but for run.json, which
 # marks the folder as a run's, and is replaced.
@@ -115,8 +115,7 @@ def output_dir(config: RunConfig, resume: Resume | None) -> Iterator[Path]:
         found[0] = str(folder)
         try:
             folder.mkdir(parents=True, exist_ok=config.output_dir is not None)
-            path, goes_on = folder / LOCK, config.resume is not None
-            lock = lock_to_go_on(path, say) if goes_on else FolderLock(path)
+            lock = lock_folder(folder / LOCK, config.resume is not None, say)
             # Again: what is there may have come since.
             check_output_dir(config, config.init_from)
             if find_resume(config) != resume:

@@ -76,10 +76,11 @@ class FolderLock:
         self._file.close()
 
 
-def lock_to_go_on(path: Path, say: Callable[[str], None]) -> FolderLock:
-    """Lock a folder in which a run goes on; wait for the lock of another host, which may be lost.
+def lock_folder(path: Path, goes_on: bool, say: Callable[[str], None]) -> FolderLock:
+    """Lock the folder of a run; one that goes on there waits for another host, which may be lost.
 
     Args:
+        path: of the lock's file, in the folder.
         say: gets a line before it waits.
     Raises:
         InUseError: naming the holder.
@@ -87,7 +88,7 @@ def lock_to_go_on(path: Path, say: Callable[[str], None]) -> FolderLock:
     try:
         return FolderLock(path)
     except InUseError as error:
-        if error.host == socket.gethostname():  # where locks end with their processes
+        if not goes_on or error.host == socket.gethostname():  # where locks end with processes
             raise
         say(f"{error} Waiting {LOST_HOST_S:g} s, in case that host was lost")
         return FolderLock(path, LOST_HOST_S)

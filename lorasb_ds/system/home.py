@@ -6,6 +6,7 @@ Containers run as a number that no passwd file knows, without $HOME, or on a rea
 from __future__ import annotations
 
 import os
+import pwd
 import stat
 import tempfile
 from pathlib import Path
@@ -49,8 +50,6 @@ def _can_be_written(folder: Path) -> bool:
 
 
 def _is_known() -> bool:
-    import pwd
-
     try:
         pwd.getpwuid(os.getuid())
     except KeyError:

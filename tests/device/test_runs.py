@@ -32,12 +32,11 @@ METHOD_RUNS: dict[str, dict[str, Any]] = {
 }
 OTHER_RUNS: dict[str, dict[str, Any]] = {
     # By bitsandbytes' kernels for all devices, which are in PyTorch; on CUDA it has its own.
-    "zero3-4bit": ZERO3 | {"load_in_4bit": True, "dtype": "bf16", "gradient_checkpointing": True},
+    "zero3-4bit": ZERO3 | {"load_in_4bit": True, "dtype": "bf16"},
     "groups-offloaded": SHARDED | IN_GROUPS,
     "zero2-8bit-adafactor": ZERO2 | {"load_in_8bit": True, "optimizer": "adafactor"},
     "zero1-accumulation": ZERO1 | {"train_batch_size": 8, "dtype": "bf16"},
     "zero3-fp16-checkpointing": ZERO3 | {"dtype": "fp16", "gradient_checkpointing": True},
-    "4bit": ZERO3 | {"load_in_4bit": True, "dtype": "bf16"},
     **{
         f"optimizer-{name}": (ZERO2 if name in ("muon", "sgd") else ZERO3) | {"optimizer": name}
         for name in ("sgd", "lion", "adafactor", "muon")

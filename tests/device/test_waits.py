@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from tests.device.test_runs import SHARDED, ZERO1, check_run, configured, train
-from tests.runs import Runs, run_ranks
+from tests.runs import run_ranks
 
 __all__ = ["configured"]  # a fixture
 
@@ -26,19 +27,18 @@ LAYERS = 14 - 2  # more in "steps-2" than in "few-layers"
 
 
 @pytest.fixture(scope="module")
-def folders(configured: Any, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def waits(
+    configured: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Counter[str]]:
+    """A function that makes a run: line -> how often its rank 0 has waited there."""
     out = tmp_path_factory.mktemp("waits")
 
-    def make(name: str) -> Path:
+    @functools.cache
+    def of_run(name: str) -> Counter[str]:
         train(configured({name: RUNS[name]}, out), 2, out)
-        return out
+        return lines(check_run(out, name)[0])
 
-    return Runs(out, make)
-
-
-def waits(folders: Runs, name: str) -> Counter[str]:
-    """Line -> how often rank 0 of a run has waited there."""
-    return lines(check_run(folders[name], name)[0])
+    return of_run
 
 
 def lines(counted: dict[str, Any]) -> Counter[str]:
@@ -56,12 +56,14 @@ def in_files(found: Counter[str], package: str) -> Counter[str]:
     ("kind", "num_micro_batches"),
     [("steps", 1), pytest.param("accumulated", 4, marks=pytest.mark.slow)],
 )
-def test_a_step_waits_once(kind: str, num_micro_batches: int, folders: Runs) -> None:
+def test_a_step_waits_once(
+    kind: str, num_micro_batches: int, waits: Callable[[str], Counter[str]]
+) -> None:
     """However many micro-batches it has.
 
     Besides, DeepSpeed waits for its norm, and transformers looks into each padding mask, twice.
     """
-    few, many = (waits(folders, f"{kind}-{n}") for n in STEPS)
+    few, many = (waits(f"{kind}-{n}") for n in STEPS)
     more, num_steps = many - few, STEPS[1] - STEPS[0]
     own = in_files(more, "lorasb_ds/")
     assert own.total() == num_steps, own
@@ -70,9 +72,9 @@ def test_a_step_waits_once(kind: str, num_micro_batches: int, folders: Runs) -> 
     assert in_files(more, "deepspeed/").total() <= 4 * num_steps, more
 
 
-def test_a_layer_of_the_init_waits_a_few_times(folders: Runs) -> None:
+def test_a_layer_of_the_init_waits_a_few_times(waits: Callable[[str], Counter[str]]) -> None:
     """11.5 times have been seen: SVD 7, report 1.5, factors 3. Of a Krylov space more."""
-    more = in_files(waits(folders, "steps-2") - waits(folders, "few-layers"), "lorasb_ds/init")
+    more = in_files(waits("steps-2") - waits("few-layers"), "lorasb_ds/init")
     assert LAYERS <= more.total() <= 14 * LAYERS, more
 
 

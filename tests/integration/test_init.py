@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.training.prepare import prepare
-from tests.runs import metrics, run_worker, word_rows, write_jsonl
+from tests.runs import metrics, run_command, run_worker, word_rows, write_jsonl
 
 COMMON = {"dtype": "fp32", "r": 12, "init_samples": 4}
 
@@ -52,6 +52,17 @@ def test_the_folder(made: Path) -> None:
     assert sum(init[part] for part in parts) + init["step"]["seconds"] <= init["total_s"]
     # The first rows are the gradient's, the others were held back.
     assert (init["num_samples"], init["step"]["num_samples"]) == (3, 1)
+
+
+@pytest.mark.slow
+def test_the_command_itself(tiny_model: Path, rows: str, tmp_path: Path) -> None:
+    output = run_command(
+        *f"lorasb init --num-procs 2 --model {tiny_model} --data {rows} --r 12 --dtype fp32 "
+        f"--init-samples 4 --micro-batch-size 1 --init-memory-gib 1.5e-4 "
+        f"--output-dir {tmp_path}/init".split()
+    )
+    assert "groups of layers" in output
+    assert "basis saved" in output
 
 
 @pytest.mark.parametrize(("r", "num_procs"), [(12, 3), (5, 1)])

@@ -26,24 +26,31 @@ WORD, OPTIONS = "secret", "digest"
 AGENT = {"options": OPTIONS, "world_size": 2, "host": "b", "interface": "lo", "log": "/log"}
 
 
-@pytest.fixture
-def agents() -> Iterator[Agents]:
-    """Those of a job of two ranks whose hosts are started by hand."""
+def agents_of_a_job(**more: Any) -> Agents:
     listener, _ = listen_for_agents("127.0.0.1")
-    agents = Agents(
+    given: dict[str, Any] = {"options": OPTIONS, "failure_timeout": 5, "hosts": None, **more}
+    return Agents(
         listener=listener,
         session=WORD,
-        options=OPTIONS,
-        failure_timeout=5,
-        hosts=["node-0", "node-1"],
-        by_hand=True,
         launcher_log=Path("/log"),
         on_output=lambda *_: None,
         on_complete=lambda: None,
+        **given,
     )
+
+
+@pytest.fixture
+def agents() -> Iterator[Agents]:
+    """Those of a job of two ranks whose hosts are started by hand."""
+    agents = agents_of_a_job(hosts=["node-0", "node-1"], by_hand=True)
     yield agents
+    end(agents)
+
+
+def end(agents: Agents) -> None:
     agents.close()
-    listener.close()
+    assert agents.listener is not None
+    agents.listener.close()
 
 
 def connect(agents: Agents) -> socket.socket:
@@ -133,20 +140,9 @@ def test_other_options(agents: Agents) -> None:
     assert "started with other options" in agents.refusal
 
 
-def test_a_crowd_of_strangers_and_256_agents(tmp_path: Path) -> None:
+def test_a_crowd_of_strangers_and_256_agents() -> None:
     """Half-open, silent, noisy and forged connections; all agents are let in within seconds."""
-    listener, _ = listen_for_agents("127.0.0.1")
-    agents = Agents(
-        listener=listener,
-        session=WORD,
-        options=None,
-        failure_timeout=60,
-        hosts=None,
-        by_hand=False,
-        launcher_log=tmp_path / "log",
-        on_output=lambda *_: None,
-        on_complete=lambda: None,
-    )
+    agents = agents_of_a_job(options=None, failure_timeout=60, by_hand=False)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most[1], most[1]))
     crowd = []
@@ -167,8 +163,7 @@ def test_a_crowd_of_strangers_and_256_agents(tmp_path: Path) -> None:
     finally:
         for connection in crowd:
             connection.close()
-        agents.close()
-        listener.close()
+        end(agents)
         resource.setrlimit(resource.RLIMIT_NOFILE, most)
 
 

@@ -93,6 +93,12 @@ def test_what_was_found_where_and_what_was_left_out(demo_model: Path, tmp_path: 
     assert text.count("You are a helpful AI assistant") == 1, "of the first row"
 
 
+@pytest.mark.slow
+def test_the_command_itself(demo_model: Path, rows: str) -> None:
+    command = ["lorasb", "data", "preview", "--model", str(demo_model), "--data", rows]
+    assert "--- rows.jsonl:3: " in run_command(*command)
+
+
 def test_the_command(demo_model: Path, rows: str) -> None:
     command = ["lorasb", "data", "preview", "--model", str(demo_model), "--data", rows]
     assert "not trained on are dimmed" in CliRunner().invoke(main, ["--help"]).output

@@ -17,7 +17,7 @@ import pytest
 
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.system import folder_lock
-from lorasb_ds.system.folder_lock import FolderLock, check_not_in_use, lock_to_go_on
+from lorasb_ds.system.folder_lock import FolderLock, check_not_in_use, lock_folder
 
 HOLD = """
 import sys, time
@@ -101,12 +101,15 @@ def test_a_run_that_goes_on_waits_for_a_lost_host(
     said: list[str] = []
     holder = FolderLock(path)
     with pytest.raises(ConfigError, match="in use"):
-        lock_to_go_on(path, said.append)
+        lock_folder(path, True, said.append)
     assert said == []
     with path.open("r+") as file:
         file.write(path.read_text().replace(socket.gethostname(), "elsewhere"))
+    with pytest.raises(ConfigError, match="in use"):
+        lock_folder(path, False, said.append)
+    assert said == [], "a new run does not wait"
     threading.Timer(0.5, holder.release).start()
-    lock_to_go_on(path, said.append).release()
+    lock_folder(path, True, said.append).release()
     (line,) = said
     assert "on 'elsewhere' since" in line
     assert line.endswith("Waiting 5 s, in case that host was lost")
