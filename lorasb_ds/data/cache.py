@@ -13,10 +13,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
+import xxhash
 from filelock import FileLock, Timeout
 
 from lorasb_ds.config.data_options import DataOptions
@@ -33,91 +33,15 @@ from lorasb_ds.data.notes import notes_on, of_source
 from lorasb_ds.data.outcomes import Outcomes, too_many_skipped
 from lorasb_ds.data.sources import load_rows, source_fingerprint
 from lorasb_ds.data.template import date_in, stand_in
-from lorasb_ds.errors import ConfigError
 from lorasb_ds.system.files import fsync, publish, write_json
 
-FORMAT = 3  # version of the tables: raise it when the same rows would give other tables
-META = "lorasb.json"  # beside the table: its key, size and counts
+FORMAT = 4  # version of the tables: raise it when the same rows would give other tables
+META = "lorasb.json"  # beside the table: its key, digests and counts
 BATCH_TOKENS = 1 << 20  # tokens of a batch whose rows are as long as --max-length allows
+READ_BYTES = 1 << 24
 WORTH_SAYING_S = 5.0
 LONGEST_WAIT_S = 12 * 3600.0  # for another process that tokenizes
 WORTH_A_WORKER_S = 10.0  # a worker takes seconds to start
-
-
-class Data(NamedTuple):
-    """The rows of a run."""
-
-    train: TokenizedRows
-    held_out: TokenizedRows | None
-    init: TokenizedRows  # for the init's sample: --init-data's, or the training rows
-    notes: list[str]  # for the user
-
-
-def load_data(options: DataOptions, tokenizer: Any) -> Data:
-    """Load and tokenize all rows of a run.
-
-    Raises:
-        ConfigError: if rows cannot be read, or none are left, or too many are skipped.
-    """
-    train, notes = tokenize_sources(options.data, tokenizer, options)
-    held_out = None
-    if options.eval_data is not None:
-        held_out, more = tokenize_sources(
-            (options.eval_data,), tokenizer, options, "--eval-data", held_out=True
-        )
-        notes = [*notes, *(note for note in more if note not in notes)]
-    elif options.val_set_size is not None:
-        parts = split_rows(len(train.examples), options.val_set_size, options.seed)
-        notes.append(
-            f"rows: {train.describe()}; {len(parts[1])} of them held out (--val-set-size "
-            f"{options.val_set_size:g})"
-        )
-        train, held_out = (train.select(part) for part in parts)
-    init = train
-    if options.init_data is not None:
-        init, more = tokenize_sources(options.init_data, tokenizer, options, "--init-data")
-        if options.val_set_size is not None and held_out is not None:
-            init = _exclude_held_out(init, held_out, options)
-        notes = [*notes, *(note for note in more if note not in notes)]
-    return Data(train, held_out, init, notes)
-
-
-def _exclude_held_out(
-    init: TokenizedRows, held_out: TokenizedRows, options: DataOptions
-) -> TokenizedRows:
-    """Remove held-out rows from those of the init: --init-data may name --data's sources.
-
-    Raises:
-        ConfigError: if none are left.
-    """
-    left = np.flatnonzero(~np.isin(init.row_digests, held_out.row_digests))
-    if not len(left):
-        raise ConfigError(
-            f"--init-data {', '.join(options.init_data or ())}: all of its rows are held out by "
-            f"--val-set-size {options.val_set_size:g}. Lower it, or name other rows."
-        )
-    return init if len(left) == len(init.examples) else init.select(left)
-
-
-def split_rows(num_rows: int, val_set_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split rows by the seed into those to train on and those to hold out, each ascending.
-
-    Args:
-        val_set_size: a fraction of the rows if below 1, but at least one row; else their number.
-    Raises:
-        ConfigError: if no row would be left to train on.
-    """
-    wanted = round(num_rows * val_set_size) if val_set_size < 1 else int(val_set_size)
-    num_held_out = max(1, wanted)
-    if num_held_out >= num_rows:
-        raise ConfigError(
-            f"--val-set-size {val_set_size:g} would hold out {num_held_out} of {num_rows} rows, "
-            "and leave none to train on. Lower it."
-        )
-    # Another generator than that of an epoch's order, whose first rows would be those held out.
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + 999_983)
-    order = torch.randperm(num_rows, generator=generator).numpy()
-    return np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
 
 
 def tokenize_sources(
@@ -256,7 +180,7 @@ def _read(folder: Path, key: str) -> tuple[Any, dict[str, Any]] | None:
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
         table = datasets.load_from_disk(str(folder))
-        whole = meta["key"] == key and meta["sizes"] == _sizes(folder)
+        whole = meta["key"] == key and meta["digests"] == _digests(folder)
         if whole and len(table) == meta["counts"]["kept"] and set(table.features) == set(COLUMNS):
             return table, meta
     except Exception:
@@ -264,8 +188,17 @@ def _read(folder: Path, key: str) -> tuple[Any, dict[str, Any]] | None:
     return None
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    return {f.name: f.stat().st_size for f in sorted(folder.iterdir()) if f.name != META}
+def _digests(folder: Path) -> dict[str, str]:
+    """Return digests of a table's files, which find damage: 10 GB/s, or what the disk gives."""
+    digests = {}
+    for file in sorted(folder.iterdir()):
+        if file.name != META:
+            digest = xxhash.xxh3_128()
+            with file.open("rb") as content:
+                while piece := content.read(READ_BYTES):
+                    digest.update(piece)
+            digests[file.name] = digest.hexdigest()
+    return digests
 
 
 def _make(
@@ -293,7 +226,7 @@ def _make(
             raise error
         table = aside / "table"
         made.select(kept).save_to_disk(table)
-        meta = {"key": key, "sizes": _sizes(table), **vars(found)}
+        meta = {"key": key, "digests": _digests(table), **vars(found)}
         write_json(table / META, meta | {"notes": notes_on(made, kept)})
         for file in table.iterdir():
             fsync(file)
@@ -333,6 +266,7 @@ def _batch(
 def _num_proc(rows: Sequence[Any], tokenizer: Any, options: DataOptions, option: str) -> int:
     """Return how many processes to start, judged by the time that some of the rows take."""
     some = range(0, len(rows), max(1, len(rows) // 100))
+    tokenize_columns(rows, some[:1], tokenizer, options)  # the first row compiles the template
     start = time.perf_counter()
     tokenize_columns(rows, some, tokenizer, options)
     seconds = (time.perf_counter() - start) / len(some) * len(rows)

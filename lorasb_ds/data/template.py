@@ -10,7 +10,8 @@ from jinja2 import TemplateError
 
 from lorasb_ds.data.turns import Messages, RowError, Tools
 from lorasb_ds.errors import ConfigError, printable
-from lorasb_ds.system.time_limit import time_limit
+from lorasb_ds.system.limits import memory_limit, time_limit
+from lorasb_ds.system.units import GIB
 
 # For tokenizers without a chat template. Other turns, such as system's, are written as they are.
 STAND_IN = (
@@ -25,6 +26,7 @@ NEXT_QUESTION = "### Question:"  # the start of a user's turn in it
 MARK = "\ue000turn\ue000"  # placeholder of a turn; private characters, which no text has
 CLOCK = "strftime_now"  # the function by which templates ask for today's date
 RENDER_S = 20.0  # for a conversation, of which thousands of turns take a second
+RENDER_BYTES = 2 * GIB  # likewise: beside what the process has
 WORDS = 100  # characters at most of what a template says
 
 
@@ -103,13 +105,13 @@ def render(
     Raises:
         RowError: if the template refuses it, with its own words: Gemma 2's takes no system turns,
             Mistral's requires alternating roles, …
-        ConfigError: if it takes longer than ``RENDER_S``.
+        ConfigError: if it takes longer than ``RENDER_S``, or more than ``RENDER_BYTES``.
     """
     turns = [{k: v for k, v in turn.items() if k != "weight"} for turn in messages]
     try:
         template = chat_template(tokenizer, tools)
         _set_clock(tokenizer, template)
-        with time_limit(RENDER_S):
+        with time_limit(RENDER_S), memory_limit(RENDER_BYTES):
             return str(
                 tokenizer.apply_chat_template(
                     turns,
@@ -119,8 +121,11 @@ def render(
                     add_generation_prompt=add_generation_prompt,
                 )
             )
-    except MemoryError:
-        raise
+    except MemoryError as error:
+        raise ConfigError(
+            f"The chat template takes more than {RENDER_BYTES // GIB} GiB of memory for one "
+            "conversation. Fix chat_template.jinja in the model's folder."
+        ) from error
     except TimeoutError as error:
         raise ConfigError(
             f"The chat template takes {error} for one conversation: it may have a loop without an "

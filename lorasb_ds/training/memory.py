@@ -11,8 +11,8 @@ from typing import Any
 from lorasb_ds.config.methods import METHODS
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.config.training_options import MATRIX_OPTIMIZERS
-from lorasb_ds.data.cache import Data
 from lorasb_ds.data.dataset import TokenizedRows
+from lorasb_ds.data.run_rows import Data
 from lorasb_ds.distributed import accelerator
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.init.factors import InitSettings

@@ -15,8 +15,8 @@ from lorasb_ds.config.paths import read_json
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.config.run_layout import check_output_dir
 from lorasb_ds.data.batch import Batch, Sample, rank_batches
-from lorasb_ds.data.cache import Data, load_data
 from lorasb_ds.data.dataset import TokenizedRows
+from lorasb_ds.data.run_rows import Data, load_data
 from lorasb_ds.data.sampler import Pack, StepSampler, init_sample
 from lorasb_ds.data.template import stand_in_note
 from lorasb_ds.distributed import accelerator, zero

@@ -7,8 +7,8 @@ from functools import partial
 import numpy as np
 
 from lorasb_ds.config.run_config import RunConfig
-from lorasb_ds.data.cache import Data
 from lorasb_ds.data.dataset import TokenizedRows
+from lorasb_ds.data.run_rows import Data
 from lorasb_ds.models.base import Base
 from lorasb_ds.models.tables import check_ids, check_lengths, largest_ids, tables_of
 

@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.data import cache as data_cache
-from lorasb_ds.data.cache import load_data, split_rows, tokenize_sources
+from lorasb_ds.data.cache import tokenize_sources
 from lorasb_ds.data.dataset import TokenizedRows, tokenize_rows
+from lorasb_ds.data.run_rows import load_data, split_rows
 from lorasb_ds.data.template import fix_date
 from lorasb_ds.errors import ConfigError
 from tests.runs import run_ranks, word_rows, write_jsonl
@@ -127,10 +128,17 @@ def damage_cut_off(folder: Path) -> None:
     os.truncate(file, file.stat().st_size // 2)
 
 
+def damage_at_the_same_size(folder: Path) -> None:
+    (file,) = folder.glob("*.arrow")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
 def damage_cut_off_with_its_meta_data(folder: Path) -> None:
     """Only Arrow can tell."""
     damage_cut_off(folder)
-    believe_sizes(folder)
+    believe_digests(folder)
 
 
 def damage_rows_missing(folder: Path) -> None:
@@ -140,12 +148,12 @@ def damage_rows_missing(folder: Path) -> None:
     shutil.rmtree(folder)
     folder.with_suffix(".less").rename(folder)
     (folder / "lorasb.json").write_text(meta)
-    believe_sizes(folder)
+    believe_digests(folder)
 
 
-def believe_sizes(folder: Path) -> None:
+def believe_digests(folder: Path) -> None:
     meta = json.loads((folder / "lorasb.json").read_text())
-    meta["sizes"] = data_cache._sizes(folder)
+    meta["digests"] = data_cache._digests(folder)
     (folder / "lorasb.json").write_text(json.dumps(meta))
 
 
@@ -174,6 +182,7 @@ def damage_half_written(folder: Path) -> None:
     [
         damage_nothing_left,
         damage_cut_off,
+        damage_at_the_same_size,
         damage_cut_off_with_its_meta_data,
         damage_rows_missing,
         damage_meta_data,

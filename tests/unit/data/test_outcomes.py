@@ -11,8 +11,9 @@ import pytest
 from launcher.options import to_arguments
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.config.run_config import RunConfig
-from lorasb_ds.data.cache import load_data, tokenize_sources
+from lorasb_ds.data.cache import tokenize_sources
 from lorasb_ds.data.dataset import tokenize_rows
+from lorasb_ds.data.run_rows import load_data
 from lorasb_ds.errors import ConfigError
 from tests.runs import word_rows, write_jsonl
 

@@ -109,3 +109,19 @@ def test_a_loop_without_an_end(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) 
         render(with_template(tokenizer, loops), TURNS[:1])
     assert time.monotonic() - began < 3
     assert render(with_template(tokenizer, ENDLESS), TURNS[:1]), "others go on"
+
+
+@pytest.mark.parametrize(
+    "greedy",
+    [
+        "{{ 'a' * 10 ** 10 }}",
+        "{% set n = namespace(a='a') %}{% for i in range(99) %}{% set n.a = n.a * 2 %}{% endfor %}",
+        "{{ '%30000000000d' % 1 }}",
+        "{{ ([0] * 99999999999) | join }}",
+    ],
+    ids=["text", "doubled", "padded", "list"],
+)
+def test_a_template_that_takes_much_memory(tokenizer: Any, greedy: str) -> None:
+    with pytest.raises(ConfigError, match="takes more than 2 GiB of memory for one conversation"):
+        render(with_template(tokenizer, greedy), TURNS[:1])
+    assert render(with_template(tokenizer, ENDLESS), TURNS[:1]), "others go on"

@@ -1,14 +1,16 @@
-"""A limit of time, and a timer that ran before it."""
+"""Limits of time and memory, and what held before them."""
 
 from __future__ import annotations
 
+import resource
 import signal
 import threading
 import time
 
 import pytest
 
-from lorasb_ds.system.time_limit import time_limit
+from lorasb_ds.system.limits import memory_limit, time_limit
+from lorasb_ds.system.units import GIB
 
 
 def test_what_takes_longer_is_ended() -> None:
@@ -52,3 +54,23 @@ def test_other_threads_have_none() -> None:
     thread.start()
     thread.join(5)
     assert done == [1]
+
+
+def test_what_takes_more_memory_is_ended() -> None:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with memory_limit(GIB):
+        bytearray(GIB // 2)
+        with pytest.raises(MemoryError):
+            bytearray(2 * GIB)
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+    bytearray(2 * GIB)
+
+
+def test_a_stricter_limit_of_memory_stays() -> None:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with memory_limit(GIB):
+        strict = resource.getrlimit(resource.RLIMIT_AS)
+        with memory_limit(4 * GIB):
+            assert resource.getrlimit(resource.RLIMIT_AS) == strict
+        assert resource.getrlimit(resource.RLIMIT_AS) == strict
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
