@@ -9,6 +9,7 @@ import os
 import pwd
 import stat
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from lorasb_ds.errors import ConfigError
@@ -19,6 +20,8 @@ CACHES = {
     "TRITON_CACHE_DIR": "triton",
     "MPLCONFIGDIR": "matplotlib",
 }
+
+TEMPORARY = ("/tmp", "/var/tmp", "/usr/tmp")  # noqa: S108  # Python's own choices
 
 
 def ensure_home() -> None:
@@ -41,6 +44,23 @@ def ensure_home() -> None:
                 os.environ[variable] = str(_private_folder() / name)
     if not any(os.environ.get(name) for name in ("LOGNAME", "USER")) and not _is_known():
         os.environ["USER"] = str(os.getuid())  # torch and tensorboard ask for a name
+    _check_temporary_folder()
+
+
+def _check_temporary_folder() -> None:
+    """Refuse a host on which torch cannot be imported: its import asks for such a folder.
+
+    Raises:
+        ConfigError: if there is none but the working directory, which the ranks have not.
+    """
+    folders = [os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP")]
+    with suppress(FileNotFoundError):
+        if tempfile.gettempdir() in {*TEMPORARY, *(os.path.abspath(f) for f in folders if f)}:  # noqa: PTH100
+            return
+    raise ConfigError(
+        f"No folder for temporary files can be written ({', '.join(TEMPORARY)}). Set TMPDIR to one "
+        "that can."
+    )
 
 
 def _can_be_written(folder: Path) -> bool:

@@ -265,7 +265,9 @@ def test_a_base_in_4_bits(models: Any, tmp_path: Path) -> None:
         by_hand.get_submodule(name).register_forward_hook(
             lambda _, inputs, y, A=A, B=B: y + inputs[0] @ A.T @ B.T
         )
-    assert close(logits(PeftModel.from_pretrained(load(), tmp_path / "adapter")), logits(by_hand))
+    # As in training: bitsandbytes' kernel for inference, of CPUs with AVX512, wants 64 columns.
+    by_peft = PeftModel.from_pretrained(load(), tmp_path / "adapter").train()
+    assert close(logits(by_peft), logits(by_hand.train()))
 
 
 def test_an_adapter_that_peft_made_of_old_names(models: Any, tmp_path: Path) -> None:

@@ -115,8 +115,9 @@ def test_one_machine_under_two_names() -> None:
     assert (check.host, check.found) == ("10.0.0.1", "the same machine as gpu1")
 
 
-def test_this_host() -> None:
-    question = Question(slots={"here": 1}, cpu=True, paths=[sys.executable], disk=["/nowhere/x"])
+def test_this_host(tmp_path: Path) -> None:
+    disk = [str(tmp_path / "new" / "x")]
+    question = Question(slots={"here": 1}, cpu=True, paths=[sys.executable], disk=disk)
     assert not examine(question, local=True).problems
     missing = replace(question, programs=["no-such-program"], paths=["/nowhere/y"])
     found = {check.what: check for check in examine(missing, local=True).problems}

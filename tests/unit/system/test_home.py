@@ -24,6 +24,7 @@ SOMEBODY = 54321  # of no passwd file
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of temporary files; the variables are put back afterwards."""
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     for name in ("HOME", "USER", *CACHES, "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, "")  # so that it is put back
         monkeypatch.delenv(name)
@@ -110,3 +111,22 @@ def test_the_command_of_a_user_that_nobody_knows() -> None:
     assert "Traceback" not in done.stderr
     assert done.returncode == 2
     assert "lorasb: error: " in done.stderr
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may mount")
+def test_no_folder_for_temporary_files() -> None:
+    """As in a container with a read-only root: torch cannot be imported there."""
+    mount = 'for f in /tmp /var/tmp; do mount -t tmpfs -o ro tmpfs $f || exit 9; done; exec "$@"'
+    lorasb = f"{Path(sys.executable).parent}/lorasb"
+    for variables, said in (([], "Set TMPDIR"), (["TMPDIR=/dev/shm"], "hf:none")):
+        command = ["env", *variables, lorasb, "plan", "--model", "hf:none"]
+        done = subprocess.run(
+            ["unshare", "-m", "sh", "-c", mount, "sh", *command],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 2, done
+        assert said in done.stderr
+        assert "Traceback" not in done.stderr
