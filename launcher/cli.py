@@ -165,8 +165,10 @@ def plan(model: str | None, as_json: bool, table: bool, **options: Any) -> None:
     work = find_workload(shape, options)
     plans = make_plan(shape, cluster, work)
     line = plan_command.command_line(plans, cluster, model, options["hostfile"], options)
-    show = plan_command.as_json if as_json else plan_command.render
-    click.echo(show(shape, cluster, plans, line))
+    if as_json:
+        click.echo(plan_command.as_json(shape, cluster, plans, line))
+    else:
+        click.echo(plan_command.render(shape, cluster, work, plans, line))
 
 
 @main.command(context_settings=CONTEXT)

@@ -10,6 +10,7 @@ from typing import Any
 
 from launcher.commands.plan_inputs import find_shape, find_workload
 from launcher.text import columns
+from lorasb_ds.config.adapter_options import NARROW, without_adapter
 from lorasb_ds.errors import option_name
 from lorasb_ds.planner.model_shape import ModelShape
 from lorasb_ds.planner.strategies import (
@@ -19,6 +20,7 @@ from lorasb_ds.planner.strategies import (
     plan,
     recommended,
 )
+from lorasb_ds.planner.workload import Workload
 from lorasb_ds.system.units import GIB
 
 TABLE_MODELS = (
@@ -36,7 +38,11 @@ def given_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def render(
-    shape: ModelShape, cluster: Cluster, plans: Sequence[StrategyPlan], command_line: str | None
+    shape: ModelShape,
+    cluster: Cluster,
+    work: Workload,
+    plans: Sequence[StrategyPlan],
+    command_line: str | None,
 ) -> str:
     """Return a table of strategies, the parts of the recommended one, and its command."""
     ranks = f"{cluster.world_size} {'process(es)' if cluster.cpu else 'GPU(s)'}"
@@ -45,6 +51,7 @@ def render(
         f"{cluster.memory_bytes / GIB:.1f} GiB each"
         + (f", {cluster.nodes} hosts" if cluster.nodes > 1 else ""),
         *describe_experts(shape),
+        *describe_narrow(shape, work),
         "",
         *columns(
             ("", "needs", "load", "init", "train", "headroom", "host", "sent", "fetched", "with"),
@@ -105,6 +112,15 @@ def describe_experts(shape: ModelShape) -> list[str]:
             "by its registry of experts' functions"
         )
     return lines
+
+
+def describe_narrow(shape: ModelShape, work: Workload) -> list[str]:
+    """Return a line on the layers that are too narrow for an adapter, if there are any."""
+    sizes = {name: out * in_ for name, (out, in_) in shape.layers.items()}
+    narrow = {name: size for name, size in sizes.items() if name not in work.targets}
+    if not narrow:
+        return []
+    return [without_adapter(narrow, sum(narrow.values()) / sum(sizes.values()), NARROW)]
 
 
 def parts(plan: StrategyPlan) -> dict[str, int]:

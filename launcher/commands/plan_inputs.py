@@ -11,7 +11,7 @@ from typing import Any
 
 from launcher.hosts.hostfile import read_hostfile
 from launcher.jobs.ranks import worker_command
-from lorasb_ds.config.adapter_options import default_expert_r
+from lorasb_ds.config.adapter_options import default_expert_r, wide_enough
 from lorasb_ds.config.paths import read_json
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.models.checkpoint_files import model_path
@@ -107,17 +107,16 @@ def find_workload(shape: ModelShape, options: Mapping[str, Any]) -> Workload:
     """Return the largest workload of the options: rows as long as allowed, labels everywhere.
 
     Raises:
-        ConfigError: if r exceeds the shortest side of a layer, or of experts.
+        ConfigError: if r exceeds the shortest side of all layers, or of experts.
     """
     r, budget = options["r"], options["init_memory_gib"]
     expert_r = options["expert_r"]
     if shape.experts and expert_r is None:
         expert_r = default_expert_r(r, shape.experts_per_token)
-    # As select_targets takes them: gates with one output have no adapter.
-    targets = {name: sides for name, sides in shape.layers.items() if min(sides) > 1}
-    smallest = min(min(sides) for sides in targets.values())
-    if r > smallest:
-        raise ConfigError(f"--r {r} exceeds {smallest}, the shortest side of a layer. Lower --r.")
+    targets = wide_enough(shape.layers, r)
+    if not targets:
+        widest = max(min(sides) for sides in shape.layers.values())
+        raise ConfigError(f"--r {r} exceeds {widest}, the most that a layer allows. Lower --r.")
     smallest = min((min(sides[1:]) for sides in shape.experts.values()), default=0)
     if expert_r and expert_r > smallest:
         raise ConfigError(

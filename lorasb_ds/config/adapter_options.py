@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+
 from pydantic import Field, field_validator
 
 from lorasb_ds.config.methods import DEFAULT_ALPHA, DEFAULT_METHOD, METHODS, PEFT_PREFIX
 from lorasb_ds.config.option_group import OptionGroup, default_is
 
 ALL_LINEAR = "all-linear"
+NARROW = "fewer outputs or inputs than its rank"  # why all-linear leaves a layer out
 SMALLEST_EXPERT_R = 4
 
 
@@ -70,3 +73,27 @@ class AdapterOptions(OptionGroup):
 def default_expert_r(r: int, experts_per_token: int) -> int:
     """Return the rank of an expert's adapter, if ``--expert-r`` does not give one."""
     return max(SMALLEST_EXPERT_R, r // experts_per_token)
+
+
+def wide_enough(layers: Mapping[str, tuple[int, int]], rank: int) -> dict[str, tuple[int, int]]:
+    """Return the layers that all-linear takes: those with at least ``rank`` outputs and inputs.
+
+    Narrow ones are gates, indexers and projections to one number for each head.
+
+    Args:
+        layers: name -> (out, in).
+        rank: of the adapter, times the singular directions that the method takes for each of it.
+    """
+    return {name: shape for name, shape in layers.items() if min(shape) >= max(rank, 2)}
+
+
+def without_adapter(names: Collection[str], share: float, reason: str) -> str:
+    """Return a sentence on layers that all-linear leaves out.
+
+    Args:
+        share: of the linear weights.
+    """
+    return (
+        f"no adapter on {len(names)} layer(s) such as {next(iter(names))} ({share:.1%} of the "
+        f"linear weights): {reason}"
+    )

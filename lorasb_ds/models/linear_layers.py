@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lorasb_ds.config.adapter_options import ALL_LINEAR
+from lorasb_ds.config.adapter_options import ALL_LINEAR, wide_enough
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.models.hybrids import layers_read_by_parents
 from lorasb_ds.models.multimodal import text_layers_prefix
@@ -128,8 +128,7 @@ def select_targets(
 ) -> Shapes:
     """Select the layers that get an adapter, by PEFT's rule: a name, or the end of one.
 
-    "all-linear" selects all layers with more than one output: gates such as that of Qwen-MoE's
-    shared experts have one.
+    "all-linear" leaves out those that are too narrow (``wide_enough``); a name does not.
 
     Args:
         layers: of ``linear_layers``.
@@ -141,7 +140,7 @@ def select_targets(
         ConfigError: if a name matches nothing, or r is larger than a matched layer allows.
     """
     if is_all_linear(target_modules):
-        targets = {name: shape for name, shape in layers.items() if min(shape) > 1}
+        targets = wide_enough(layers, r * directions) or dict(layers)
         missing = [] if targets else [ALL_LINEAR]
     else:
         targets = {name: layers[name] for name in select_names(layers, target_modules)}
@@ -155,12 +154,14 @@ def select_targets(
             f"--target-modules {target_modules}: no linear layer matches {', '.join(missing)}. The "
             f"model has linear layers named {', '.join(kinds) or '(none)'}."
         )
-    name = min(targets, key=lambda name: min(targets[name]), default=None)
-    if name is not None and r * directions > (smallest := min(targets[name])):
+    # Of all-linear only narrow ones are left where no layer is wide enough: the widest tells r.
+    pick = max if is_all_linear(target_modules) else min
+    name = pick(targets, key=lambda name: min(targets[name]), default=None)
+    if name is not None and r * directions > (most := min(targets[name])):
         taken = "" if directions == 1 else f" times {directions} (the method takes so many)"
         raise ConfigError(
-            f"--r {r}{taken} exceeds min(out, in) = {smallest} of {name}; lower --r, or leave "
-            "such layers out by --target-modules."
+            f"--r {r}{taken} exceeds min(out, in) = {most} of {name}; lower --r, or leave such "
+            "layers out by --target-modules."
         )
     return targets
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from lorasb_ds.adapters.peft_methods import PeftPlan, plan_peft
 from lorasb_ds.adapters.peft_targets import peft_warning, refused_by_peft
-from lorasb_ds.config.adapter_options import default_expert_r
+from lorasb_ds.config.adapter_options import (
+    NARROW,
+    default_expert_r,
+    wide_enough,
+    without_adapter,
+)
 from lorasb_ds.config.methods import METHODS
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.errors import ConfigError
@@ -75,7 +80,9 @@ def plan_adapter(config: RunConfig, base: Base) -> AdapterPlan:
     layers, left_out = dict(base.shape.layers), tuple[str, ...]()
     if is_all_linear(config.target_modules):
         refused = refused_by_peft(base.model_type, layers)
-        left_out = _left_out(base, refused)
+        wide = wide_enough(layers, config.r * method.directions)
+        narrow = {n: shape for n, shape in layers.items() if n not in {*wide, *refused}}
+        left_out = _left_out(base, refused, narrow if wide else {})
         layers = {name: shape for name, shape in layers.items() if name not in refused}
     targets = select_targets(
         layers, config.target_modules, config.r, method.directions, base.experts
@@ -92,11 +99,12 @@ def plan_adapter(config: RunConfig, base: Base) -> AdapterPlan:
     )
 
 
-def _left_out(base: Base, refused: Sequence[str]) -> tuple[str, ...]:
+def _left_out(base: Base, refused: Sequence[str], narrow: Iterable[str]) -> tuple[str, ...]:
     """Describe the linear layers that get no adapter although all are asked for.
 
     Args:
         refused: of ``refused_by_peft``.
+        narrow: those that are not ``wide_enough``.
     """
     sizes = {name: out * in_ for name, (out, in_) in base.shape.layers.items()}
     read, unlike = layers_read_by_parents(base.model), unlike_linear(base.model)
@@ -108,10 +116,13 @@ def _left_out(base: Base, refused: Sequence[str]) -> tuple[str, ...]:
             {name: sizes[name] for name in refused},
             "PEFT refuses to load one; --target-modules with their name trains them",
         ),
+        (
+            {name: sizes[name] for name in narrow},
+            NARROW,
+        ),
     )
     return tuple(
-        f"no adapter on {len(names)} layers such as {next(iter(names))} "
-        f"({sum(names.values()) / total:.1%} of the linear weights): {reason}"
+        without_adapter(names, sum(names.values()) / total, reason)
         for names, reason in reasons
         if names
     )

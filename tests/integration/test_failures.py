@@ -118,7 +118,7 @@ def test_a_folder_in_use(tiny_model: Path, tmp_path: Path, rows: str) -> None:
 
 
 def test_layers(tiny_model: Path, rows: str) -> None:
-    message = refused(model=str(tiny_model), data=rows, r=25)
+    message = refused(model=str(tiny_model), data=rows, r=25, target_modules="k_proj,o_proj")
     assert "--r 25 exceeds min(out, in) = 24 of model.layers.0.self_attn.k_proj" in message
     message = refused(model=str(tiny_model), data=rows, r=4, target_modules="c_attn")
     assert "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in message

@@ -185,6 +185,10 @@ def test_plain_lora_is_the_same_update() -> None:
 
 def test_select_targets() -> None:
     assert select_targets(SHAPES, "all-linear", 4) == SHAPES
+    wide = ["m.0.q_proj", "m.1.q_proj"]
+    assert list(select_targets(SHAPES, "all-linear", 5)) == wide, "k_proj has 4 outputs"
+    assert list(select_targets(SHAPES, "all-linear", 4, directions=2)) == wide
+    assert list(select_targets(SHAPES | {"gate": (1, 8)}, "all-linear", 1)) == list(SHAPES)
     assert list(select_targets(SHAPES, "q_proj", 8)) == ["m.0.q_proj", "m.1.q_proj"]
     assert list(select_targets(SHAPES, "m.1.k_proj, 0.q_proj", 4)) == ["m.0.q_proj", "m.1.k_proj"]
 
@@ -192,7 +196,8 @@ def test_select_targets() -> None:
 @pytest.mark.parametrize(
     ("target_modules", "r", "message"),
     [
-        ("all-linear", 5, r"--r 5 exceeds min\(out, in\) = 4 of m.0.k_proj; lower --r"),
+        ("all-linear", 9, r"--r 9 exceeds min\(out, in\) = 8 of m.0.q_proj; lower --r"),
+        ("k_proj", 5, r"--r 5 exceeds min\(out, in\) = 4 of m.0.k_proj; lower --r"),
         ("proj", 2, "no linear layer matches proj.*k_proj, q_proj"),
         ("q_proj,v_proj", 2, "no linear layer matches v_proj"),
         (",", 2, "no linear layer matches"),

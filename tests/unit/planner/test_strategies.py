@@ -173,13 +173,19 @@ def test_hostfile_as_deepspeed_reads_it() -> None:
         assert read_hostfile(str(file)) == fetch_hostfile(str(file))
 
 
+def test_narrow_layers_are_named(tiny_model: Path) -> None:
+    said = ["--model", str(tiny_model), "--num-procs", "2", "--r"]
+    assert "no adapter on" not in invoke(*said, "24")
+    assert re.search(r"no adapter on \d+ layer\(s\) such as \S+k_proj \(", invoke(*said, "25"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "--model is missing"),
         (["--model", "no/such-model"], r"no hub name in the cache.*llama-7b"),
         (["--model", "a b c"], "none of the built-in shapes"),
-        (["--model", "llama-7b", "--r", "5000"], "--r 5000 exceeds 4096"),
+        (["--model", "llama-7b", "--r", "5000"], "--r 5000 exceeds 4096, the most that a layer"),
         (["--model", "llama-7b", "--expert-r", "4"], "--expert-r 4: llama-7b has no experts"),
         (["--model", "qwen3-30b-a3b", "--expert-r", "800"], "--expert-r 800 exceeds 768.*0 leaves"),
         (["--model", "llama-7b", "--nodes", "0"], "--nodes"),

@@ -44,8 +44,8 @@ def test_of_a_hybrid(tiny_family: Callable[[str], Path]) -> None:
     assert not [name for name in plan.targets if name.endswith("out_proj")]
     (note,) = plan.left_out
     assert re.match(
-        r"no adapter on \d layers such as model\.\S+out_proj \(\d+\.\d% of the linear weights\): "
-        "PEFT refuses to load one",
+        r"no adapter on \d layer\(s\) such as model\.\S+out_proj \(\d+\.\d% of the linear "
+        r"weights\): PEFT refuses to load one",
         note,
     )
     asked = planned(folder, target_modules="out_proj,in_proj")
@@ -63,7 +63,7 @@ def test_of_grouped_projections(tiny_family: Callable[[str], Path]) -> None:
     assert [name for name in plan.targets if name.endswith("o_b_proj")]
     (note,) = plan.left_out
     assert re.match(
-        r"no adapter on 2 layers such as model\.layers\.0\.self_attn\.o_a_proj "
+        r"no adapter on 2 layer\(s\) such as model\.layers\.0\.self_attn\.o_a_proj "
         r"\(\d\.\d% of the linear weights\): deepseek_v4 multiplies by their weights in another ",
         note,
     )
@@ -86,3 +86,17 @@ def test_of_weights_that_are_read(tiny_family: Callable[[str], Path]) -> None:
     (note,) = plan.left_out
     assert "dt_proj" in note
     assert "jamba reads their weights instead of calling them" in note
+
+
+def test_of_layers_narrower_than_the_rank(tiny_model: Path) -> None:
+    """As Qwen3.5's in_proj_a of 32 outputs at the default rank of 64."""
+    plan = planned(tiny_model, r=25)
+    assert {name.rpartition(".")[2] for name in plan.targets} == {
+        *("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    }
+    (note,) = plan.left_out
+    assert re.match(
+        r"no adapter on \d layer\(s\) such as model\.layers\.0\.self_attn\.k_proj "
+        r"\(\d+\.\d% of the linear weights\): fewer outputs or inputs than its rank",
+        note,
+    )
