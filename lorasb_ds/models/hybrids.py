@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+# Classes of models, also of custom code.
+MODELING = ("transformers.models.", "transformers_modules.")
 # What Mamba's mixers call in training: kernels that take the weights of projections, too.
 FUSED = "fused_output = "
 READS_WEIGHT = re.compile(r"self\.(\w+)\.weight\s*@")
@@ -25,7 +27,7 @@ def _source(module: nn.Module) -> str:
 
 @functools.cache
 def _source_of(of: Any) -> str:
-    if not of.__module__.startswith("transformers.models."):
+    if not of.__module__.startswith(MODELING):
         return ""
     try:
         return inspect.getsource(of)

@@ -14,11 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lorasb_ds.config.adapter_options import ALL_LINEAR, wide_enough
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.models.hybrids import layers_read_by_parents
+from lorasb_ds.models.hybrids import MODELING, layers_read_by_parents
 from lorasb_ds.models.multimodal import text_layers_prefix
-
-# Classes of models, also of custom code; other ones are quantized layers.
-MODELING = ("transformers.models.", "transformers_modules.")
 
 Shapes = dict[str, tuple[int, int]]  # layer name -> (out, in)
 
@@ -70,7 +67,7 @@ def unlike_linear(model: nn.Module) -> dict[str, int]:
     for name, module in model.named_modules():
         kind: Any = type(module)
         if not isinstance(module, nn.Linear) or not kind.__module__.startswith(MODELING):
-            continue
+            continue  # such as a quantized layer
         if "router" not in kind.__name__.lower() and not _computes_linear(kind):
             found[name] = module.weight.numel()
     return found

@@ -204,9 +204,9 @@ def check_loss_head(model: Any, input_ids: torch.Tensor) -> bool:
     Returns:
         Whether the loss head stays.
     """
+    logits = model(input_ids=input_ids, use_cache=False).logits.float()
     if getattr(model, "loss_head", None) is None:
         return False
-    logits = model(input_ids=input_ids, use_cache=False).logits.float()
     labels = logits.argmax(-1)
     labels[:, ::2] = logits[:, ::2].argmin(-1)
     expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")

@@ -16,6 +16,7 @@ from lorasb_ds.adapters.inject import (
     layer_class_of,
     trainable_parameters,
 )
+from lorasb_ds.adapters.passed_by import refuse_passed_by
 from lorasb_ds.adapters.peft_methods import (
     collect_peft,
     disable_peft,
@@ -213,7 +214,7 @@ def start_engine(run: Prepared) -> tuple[Any, Adapters]:
     scheduler = make_scheduler(optimizer, config, run.num_steps)
     engine = zero.make_engine(model, trained, optimizer, scheduler, run.ds_config)
     gather_together(run, model, adapters)
-    with eval_mode(model):
+    with eval_mode(model), refuse_passed_by(model, adapters):
         few = torch.tensor([run.data.train.examples[0].input_ids[:16]], device=accelerator.device())
         if not check_loss_head(model, few):
             work = run.memory.workload
