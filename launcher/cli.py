@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from launcher.jobs.ranks import run_here, worker_command
 from launcher.jobs.start import start
 from launcher.options import (
     CONTEXT,
-    SectionedCommand,
     check_picture,
     reports_problems,
     run_options,
 )
+from launcher.sections import SectionedCommand
+from launcher.settings import print_settings
 from lorasb_ds import __version__
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.planner.strategies import plan as make_plan
@@ -61,8 +63,25 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return launch_options(run_options(reports_problems(command)))
 
 
+def printable(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --print-config, which prints the options instead of starting a job."""
+
+    @wraps(command)
+    def wrapper(print_config: bool, **options: Any) -> Any:
+        if print_config:
+            return click.echo(print_settings(click.get_current_context()))
+        return command(**options)
+
+    return click.option(
+        "--print-config",
+        is_flag=True,
+        help="Print all options as a file for --config, with those given filled in, and stop.",
+    )(wrapper)
+
+
 @main.command(context_settings=CONTEXT)
 @job_options
+@printable
 def train(launch: LaunchOptions, run_json: str | None, **given: Any) -> None:
     """Fine-tune a model: init from gradients, train, save the adapter."""
     sys.exit(start(launch, [], run_json, given))
@@ -70,6 +89,7 @@ def train(launch: LaunchOptions, run_json: str | None, **given: Any) -> None:
 
 @main.command(context_settings=CONTEXT)
 @job_options
+@printable
 def init(launch: LaunchOptions, run_json: str | None, **given: Any) -> None:
     """Do the init only; `train --init-from` loads it from its folder, also for a smaller r."""
     sys.exit(start(launch, ["--init-only"], run_json, given))

@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
+from click.core import ParameterSource
 from pydantic.fields import FieldInfo
 
+from launcher.aliases import our_name
+from launcher.sections import SectionedOption
+from launcher.settings import given_by, settings_option
 from lorasb_ds.config.adapter_options import AdapterOptions
 from lorasb_ds.config.data_options import DataOptions
 from lorasb_ds.config.deepspeed_options import DeepSpeedOptions
@@ -20,6 +24,7 @@ from lorasb_ds.config.init_options import InitOptions
 from lorasb_ds.config.model_options import ModelOptions
 from lorasb_ds.config.option_group import OptionGroup, default_text
 from lorasb_ds.config.output_options import OutputOptions
+from lorasb_ds.config.resolve import replaced_by
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.config.training_options import TrainingOptions
 from lorasb_ds.errors import ConfigError, option_name
@@ -55,32 +60,10 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 # Options may be written with underscores, as DeepSpeed's are: --ds_config is --ds-config.
 CONTEXT = {
-    "token_normalize_func": lambda token: token.replace("_", "-"),
+    "token_normalize_func": our_name,
     "help_option_names": ["-h", "--help"],
     "max_content_width": 100,
 }
-
-
-class SectionedOption(click.Option):
-    """An option in a section of --help."""
-
-    def __init__(self, *args: Any, section: str, **attributes: Any) -> None:
-        super().__init__(*args, **attributes)
-        self.section = section
-
-
-class SectionedCommand(click.Command):
-    """A command whose --help has a section for each group of options."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        sections: dict[str, list[tuple[str, str]]] = {}
-        for param in self.get_params(ctx):
-            section = param.section if isinstance(param, SectionedOption) else "Options"
-            if (record := param.get_help_record(ctx)) is not None:
-                sections.setdefault(section, []).append(record)
-        for section, records in sections.items():
-            with formatter.section(section):
-                formatter.write_dl(records)
 
 
 def reports_problems(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -108,13 +91,16 @@ def check_picture(path: Path) -> None:
 
 def run_options(command: Command) -> Command:
     """Add every field of RunConfig as an option, and --config; the value None means not given."""
-    command = field_options(*RunConfig.model_fields)(command)
-    return click.option(
-        "--config",
-        "run_json",
-        metavar="RUN.JSON",
-        help="Replay an earlier run from its run.json; options that are given win over it.",
-    )(command)
+
+    @wraps(command)
+    def wrapper(**options: Any) -> Any:
+        ctx = click.get_current_context()
+        by_file = given_by(ctx, ParameterSource.DEFAULT_MAP)
+        asked = {name: ctx.params[name] for name in given_by(ctx, ParameterSource.COMMANDLINE)}
+        options |= dict.fromkeys(by_file & replaced_by(asked, ctx.default_map or {}), None)
+        return command(**options)
+
+    return settings_option(replays=True)(field_options(*RunConfig.model_fields)(wrapper))  # type: ignore[return-value]
 
 
 def field_options(*names: str) -> Callable[[Command], Command]:

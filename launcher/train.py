@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from launcher.options import CONTEXT, SectionedCommand, run_options
+from launcher.options import CONTEXT, run_options
+from launcher.sections import SectionedCommand
 from launcher.workers.common import (
     answer_agent,
     check_device,

@@ -10,7 +10,6 @@ from typing import Any
 
 import click
 from bench_common import ROOT
-from bench_families import main as families
 from bench_init import init, scale
 from bench_load import main as load
 from bench_merge import main as merge
@@ -22,7 +21,7 @@ from bench_step import main as step
 from bench_svd import svd
 from bench_wide import main as wide
 
-COMMANDS = (svd, init, ranks, scale, load, wide, plan, step, merge, moe, families, samples)
+COMMANDS = (svd, init, ranks, scale, load, wide, plan, step, merge, moe, samples)
 
 
 @click.group(help=__doc__)

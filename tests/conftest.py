@@ -111,7 +111,7 @@ def tiny_family(
     """A function that makes a tiny random model of an MoE family with the demo's tokenizer."""
     from transformers import AutoModelForCausalLM
 
-    from tests.moe_families import tiny_config
+    from tests.text_families import tiny_config
 
     folders = tmp_path_factory.mktemp("families")
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from tests.moe_families import SIZES, TOKENS
+from tests.text_families import SIZES, TOKENS
 
 # Set where an encoder's configuration has them.
 ENCODER = {

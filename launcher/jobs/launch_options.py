@@ -8,9 +8,12 @@ from functools import wraps
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from launcher.jobs.command import BACKENDS
-from launcher.options import SectionedOption, add_options
+from launcher.options import add_options
+from launcher.sections import HOSTS, SectionedOption
+from launcher.settings import given_by
 from lorasb_ds.errors import ConfigError, option_name
 
 POSITIVE = click.IntRange(min=1)
@@ -183,9 +186,14 @@ def launch_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(command)
     def wrapper(**options: Any) -> Any:
-        launch = LaunchOptions(**{name: options.pop(name) for name in names})
+        chosen = {name: options.pop(name) for name in names}
+        context = click.get_current_context()
+        by_file = given_by(context, ParameterSource.DEFAULT_MAP)
+        if {"num_procs", "num_gpus"} & given_by(context, ParameterSource.COMMANDLINE):
+            chosen |= dict.fromkeys(by_file & {"num_procs", "num_gpus"})
+        launch = LaunchOptions(**chosen)
         return command(launch=launch, **options)
 
-    attributes: dict[str, Any] = {"cls": SectionedOption, "section": "Hosts and processes"}
+    attributes: dict[str, Any] = {"cls": SectionedOption, "section": HOSTS}
     flags = [click.option(option_name(name), name, **attributes, **OPTIONS[name]) for name in names]
     return add_options(*flags)(wrapper)

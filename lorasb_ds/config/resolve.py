@@ -155,6 +155,30 @@ def _data_problems(config: RunConfig) -> list[str]:
     return problems
 
 
+def replaced_by(asked: Mapping[str, Any], earlier: Mapping[str, Any]) -> set[str]:
+    """Return the fields of a file that options on the command line replace, beside their own.
+
+    Args:
+        asked: fields that were given on the command line.
+        earlier: fields of the file.
+    """
+    replaced = set()
+    if asked.get("method", earlier.get("method")) != earlier.get("method"):
+        replaced |= {"lr", "lora_alpha", "gamma", "precondition", "init_update", "init_lr"}
+    if "epochs" in asked:
+        replaced.add("max_steps")
+    if "gradient_accumulation_steps" in asked:
+        replaced.add("train_batch_size")
+    if "data" in asked:  # --init-data stays: one init may serve several tasks
+        replaced |= {"eval_data", "prompt_column", "response_column", "data_weights"}
+        replaced.add("max_skipped_rows")
+    if "eval_data" in asked:
+        replaced.add("val_set_size")
+    if "val_set_size" in asked:
+        replaced.add("eval_data")
+    return replaced
+
+
 def _replayed(run_json: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     """Return an earlier run's fields, without those that what was asked for replaces."""
     content = read_json(run_json, "--config")
@@ -166,20 +190,9 @@ def _replayed(run_json: str, asked: Mapping[str, Any]) -> dict[str, Any]:
         )
     # A replay is a new run with a folder of its own. The file may be somebody else's: only the
     # command line decides whether code is trusted.
-    dropped = {"output_dir", "overwrite", "resume", "trust_remote_code"}
-    if asked.get("method", config.get("method")) != config.get("method"):
-        dropped |= {"lr", "lora_alpha", "gamma", "precondition", "init_update", "init_lr"}
-    if "epochs" in asked:
-        dropped.add("max_steps")
-    if "gradient_accumulation_steps" in asked:
-        dropped.add("train_batch_size")
-    if "data" in asked:  # --init-data stays: one init may serve several tasks
-        dropped |= {"eval_data", "prompt_column", "response_column", "data_weights"}
-        dropped.add("max_skipped_rows")
-    if "eval_data" in asked:
-        dropped.add("val_set_size")
-    if "val_set_size" in asked:
-        dropped.add("eval_data")
+    dropped = {"output_dir", "overwrite", "resume", "trust_remote_code"} | replaced_by(
+        asked, config
+    )
     replayed = {name: value for name, value in config.items() if name not in dropped}
     taken = {name: value for name, value in replayed.items() if name not in asked}
     check_no_folder_has_the_name(content, taken)

@@ -211,7 +211,8 @@ def test_a_run_is_replayed_and_overwritten(tiny_model: Path, tmp_path: Path) -> 
     first, again = tmp_path / "first", tmp_path / "again"
     run_command(
         *f"lorasb train --num-procs 1 --model {tiny_model} --data {data} --r 4 --max-steps 3 "
-        f"--dtype fp32 --init-lr 1e-3 --micro-batch-size 2 --output-dir {first}".split()
+        f"--dtype fp32 --init-lr 1e-3 --micro-batch-size 2 --output-dir {first}".split(),
+        OMP_NUM_THREADS="1",  # as the worker below has
     )
     again.mkdir()
     (again / "report.md").write_text("of an older run")
@@ -220,7 +221,7 @@ def test_a_run_is_replayed_and_overwritten(tiny_model: Path, tmp_path: Path) -> 
     assert "is not a run's folder" in run_command(*replay, "--overwrite", status=2)
     assert (again / "report.md").read_text() == "of an older run"
     shutil.copy(first / "run.json", again)  # what marks a run's folder
-    run_command(*replay, "--overwrite")
+    run_command(*replay, "--overwrite", OMP_NUM_THREADS="1")
     losses = [[row["loss"] for row in metrics(run)] for run in (first, again)]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 3

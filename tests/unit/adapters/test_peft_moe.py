@@ -41,8 +41,8 @@ from lorasb_ds.config.run_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export.adapter_reader import read_adapter
 from lorasb_ds.models.linear_layers import linear_layers
-from tests.moe_families import tiny_config
 from tests.references import nf4_config
+from tests.text_families import tiny_config
 
 # model_type -> options, the layers that PEFT would misread, and the experts' parameters.
 FAMILIES: dict[str, tuple[dict[str, Any], int, int]] = {

@@ -9,7 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from launcher.cli import main
-from launcher.options import SECTIONS, SectionedOption
+from launcher.options import SECTIONS
+from launcher.sections import SectionedOption
 from lorasb_ds.config.data_options import DEMO_DATA, DEMO_EVAL_DATA
 from lorasb_ds.config.methods import METHODS
 from lorasb_ds.config.option_group import DEFAULT_TEXT

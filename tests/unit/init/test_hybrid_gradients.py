@@ -13,7 +13,7 @@ from lorasb_ds.init.gradients import average_gradients
 from lorasb_ds.models.hybrids import call_projections
 from lorasb_ds.models.linear_layers import linear_layers
 from lorasb_ds.models.loss import token_loss_sum
-from tests.moe_families import tiny_config
+from tests.text_families import tiny_config
 from tests.unit.init.test_gradients import batch_of
 
 pytestmark = pytest.mark.usefixtures("one_process")

@@ -16,7 +16,7 @@ from lorasb_ds.errors import ConfigError
 from lorasb_ds.models.base import Base
 from lorasb_ds.models.experts import ExpertsLinear, Routing, experts_modules, up_projection
 from lorasb_ds.models.loading import _fill
-from tests.moe_families import FAMILIES, tiny_config
+from tests.text_families import FAMILIES, tiny_config
 
 CHOSEN = ("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "glm4_moe", "qwen3_next", "nemotron_h")
 

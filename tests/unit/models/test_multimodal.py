@@ -18,8 +18,8 @@ from lorasb_ds.models.multimodal import (
     why_not_on_text,
 )
 from lorasb_ds.models.shape import shape_of
-from tests.moe_families import VOCABULARY
 from tests.multimodal_families import FAMILY_MARKS, tiny_multimodal_config
+from tests.text_families import VOCABULARY
 
 IDS = torch.arange(10, 34).view(2, 12)
 MASK = torch.ones_like(IDS)

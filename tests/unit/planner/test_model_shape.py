@@ -17,7 +17,7 @@ from lorasb_ds.models.shape import shape_of
 from lorasb_ds.planner.config_shape import shape_from_config
 from lorasb_ds.planner.known_models import BUILT_IN
 from lorasb_ds.planner.model_shape import shape_as_json, shape_from_json
-from tests.moe_families import FAMILIES, VOCABULARY, tiny_config
+from tests.text_families import FAMILIES, VOCABULARY, tiny_config
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 99}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}

@@ -1,4 +1,4 @@
-"""Tiny configurations of mixtures of experts: two blocks, of four experts each."""
+"""Tiny configurations of language models: two blocks, of four experts each if they have any."""
 
 from __future__ import annotations
 
@@ -54,16 +54,28 @@ SIZES = {
 # model type -> what its configuration has besides
 TWO_MIXERS = {"layer_types": ["linear_attention", "full_attention"]}
 OPTIONS: dict[str, dict[str, Any]] = {
+    "dbrx": {
+        "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2},
+        "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_d_state": 8, "mamba_n_groups": 1},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1, "state_size": 8},
     "deepseek_v2": {"n_shared_experts": 2},
     "deepseek_v4": {"o_groups": 2, "o_lora_rank": 8},
+    "gemma3n_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 8,
+    },
     "gemma4_text": {"enable_moe_block": True, "top_k_experts": 2},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "nemotron_h": {"layers_block_type": ["attention", "moe"]},
     "qwen2_moe": {"shared_expert_intermediate_size": 40},
     "qwen3_5_moe_text": TWO_MIXERS,
     "qwen3_next": {**TWO_MIXERS, "shared_expert_intermediate_size": 40},
+    "xlnet": {"d_head": 8, "d_inner": 48},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},
 }
 # Those of tests of all families that transformers computes by its registry.
@@ -80,4 +92,6 @@ def tiny_config(family: str, **more: Any) -> Any:
     sizes = {name: value for name, value in SIZES.items() if name in fields}
     if "kv_lora_rank" in sizes and "num_key_value_heads" in sizes:  # as many as there are heads
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
+    if "vocab_size_per_layer_input" in fields:  # Gemma 3n, Gemma 4
+        sizes["vocab_size_per_layer_input"] = more.get("vocab_size", VOCABULARY)
     return AutoConfig.for_model(family, **{**TOKENS, **sizes, **OPTIONS.get(family, {}), **more})
