@@ -44,6 +44,7 @@ SECTIONS: dict[str, type[OptionGroup]] = {
 EVAL_FIELDS = (
     "prompt_column",
     "response_column",
+    "chat_template",
     "template_date",
     "max_length",
     "max_skipped_rows",

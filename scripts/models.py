@@ -226,7 +226,7 @@ def _pack(family: str, folder: Path) -> dict[str, Any]:
 def verdict(of: Mapping[str, Any]) -> str:
     """Return what a family's result comes to."""
     if "refused" in of:
-        return "refused"
+        return "in part" if "adapted" in of else "refused"
     if "trouble" in of:
         return "not built" if of["trouble"].startswith("write:") else "trouble"
     shares = min(of["adapted"], of["packed"]) / (of["linear"] + of["experts"])

@@ -54,9 +54,15 @@ SIZES = {
 # model type -> what its configuration has besides
 TWO_MIXERS = {"layer_types": ["linear_attention", "full_attention"]}
 OPTIONS: dict[str, dict[str, Any]] = {
+    "codegen": {"rotary_dim": 8},
     "dbrx": {
         "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2},
-        "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
+        "ffn_config": {
+            "hidden_size": 32,
+            "ffn_hidden_size": 24,
+            "moe_num_experts": 4,
+            "moe_top_k": 2,
+        },
     },
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_d_state": 8, "mamba_n_groups": 1},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1, "state_size": 8},
@@ -68,6 +74,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "hidden_size_per_layer_input": 8,
     },
     "gemma4_text": {"enable_moe_block": True, "top_k_experts": 2},
+    "gptj": {"rotary_dim": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "nemotron_h": {"layers_block_type": ["attention", "moe"]},

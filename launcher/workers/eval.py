@@ -45,7 +45,7 @@ def main(own: dict[str, Any], given: dict[str, Any]) -> None:
     try:
         config = load_run_config(given)
         check_output_dir(config, evaluation=True)
-        from lorasb_ds.data.template import stand_in_note
+        from lorasb_ds.data.template import template_note
         from lorasb_ds.evaluation.model import prepare_model
         from lorasb_ds.runs.output_dir import say, say_if_bf16_is_emulated
 
@@ -56,7 +56,7 @@ def main(own: dict[str, Any], given: dict[str, Any]) -> None:
         local_size = ranks_of_host(default=world_size) if in_job else 1
         run = prepare_model(config, own["adapter"], world_size, local_size)
         say_if_bf16_is_emulated(run.config)
-        if (note := stand_in_note(run.base.tokenizer)) is not None:
+        if (note := template_note(run.base.tokenizer)) is not None:
             say(note)
         if own["lm_eval"] is not None:
             from lorasb_ds.evaluation.lm_eval import evaluate_by_harness

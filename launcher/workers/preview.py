@@ -26,6 +26,7 @@ FIELDS = (
     "data",
     "prompt_column",
     "response_column",
+    "chat_template",
     "template_date",
     "max_length",
     "loss_on",
@@ -64,12 +65,12 @@ def preview(config: RunConfig, num_rows: int, row: int | None, color: bool) -> I
     import numpy as np
 
     from lorasb_ds.data.cache import tokenize_sources
-    from lorasb_ds.data.template import stand_in_note
+    from lorasb_ds.data.template import template_note
     from lorasb_ds.models.base import open_base
 
     tokenizer = open_base(config)[0].tokenizer
     rows, notes = tokenize_sources(config.data, tokenizer, config, refuse=False)
-    note = stand_in_note(tokenizer) if rows.use_template else None
+    note = template_note(tokenizer) if rows.use_template else None
     yield from [*filter(None, [note]), *notes]
     if row is None:
         chosen = list(range(min(num_rows, len(rows.examples))))

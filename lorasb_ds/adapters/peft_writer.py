@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from lorasb_ds.adapters.peft_config import PREFIX
 from lorasb_ds.adapters.peft_experts import ExpertPair, expert_tensors
 from lorasb_ds.config.run_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lorasb_ds.distributed import zero
-from lorasb_ds.models.linear_layers import Shapes
 from lorasb_ds.models.tokenizer_files import TokenizerFiles
 from lorasb_ds.system.files import publish, write_json
 from lorasb_ds.system.safetensors_writer import save_tensors
@@ -148,14 +147,16 @@ def write_adapter(
     publish(aside, folder)
 
 
-def peft_target_modules(targets: Shapes, layers: Shapes) -> list[str]:
+def peft_target_modules(targets: Iterable[str], modules: Iterable[str]) -> list[str]:
     """Return short names (q_proj, …) if they select exactly the targets, else the full names.
 
     Args:
         targets: the layers with an adapter.
-        layers: all linear layers of the model.
+        modules: all modules of the model. A layer of an nn.Sequential is named by a number, as
+            decoder blocks are.
     """
-    short = {name.rpartition(".")[2] for name in targets}
-    if {name for name in layers if name.rpartition(".")[2] in short} == set(targets):
+    chosen = list(targets)
+    short = {name.rpartition(".")[2] for name in chosen}
+    if {name for name in modules if name.rpartition(".")[2] in short} == set(chosen):
         return sorted(short)
-    return list(targets)
+    return chosen

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
+from lorasb_ds.config.chat_templates import TEMPLATES
 from lorasb_ds.config.option_group import OptionGroup, default_is
 
 REASONING_GYM = "reasoning-gym:"  # begins the address of generated rows
@@ -75,6 +76,12 @@ class DataOptions(OptionGroup):
             "the prompt column's partner: answer, response, completion, output; messages and "
             "conversations bring theirs"
         ),
+    )
+    chat_template: str | None = Field(
+        None,
+        description="Chat template in place of the model's: a file with one, as "
+        f"chat_template.jinja, or {', '.join(TEMPLATES)}.",
+        json_schema_extra=default_is("the model's; a plain one if it has none"),
     )
     template_date: str = Field(
         default_factory=_today,

@@ -16,6 +16,7 @@ from lorasb_ds.config.run_layout import (
     DS_CONFIG_COPY,
     PEFT_COPY,
     RUN_JSON,
+    TEMPLATE_COPY,
     resumed_run,
 )
 from lorasb_ds.config.stored_paths import check_no_folder_has_the_name
@@ -201,6 +202,8 @@ def _replayed(run_json: str, asked: Mapping[str, Any]) -> dict[str, Any]:
         replayed["ds_config"] = str(folder / DS_CONFIG_COPY)
     if str(replayed.get("method")).startswith(PEFT_PREFIX) and (folder / PEFT_COPY).is_file():
         replayed["method"] = f"{PEFT_PREFIX}{folder / PEFT_COPY}"
+    if replayed.get("chat_template") and (folder / TEMPLATE_COPY).is_file():
+        replayed["chat_template"] = str(folder / TEMPLATE_COPY)
     return replayed
 
 
@@ -233,11 +236,13 @@ def with_adapter(given: Mapping[str, Any], adapter: str | None) -> dict[str, Any
             content = read_json(str(run / RUN_JSON), "--adapter")
             config = content.get("config")
             trained = config if isinstance(config, dict) else {}
-            read = ("model", "dtype", "template_date")
+            read = ("model", "dtype", "chat_template", "template_date")
             names = [name for name in read if name not in asked]
             if not {"load_in_4bit", "load_in_8bit"} & set(asked):
                 names += ["load_in_4bit", "load_in_8bit"]
             taken = {name: trained[name] for name in names if trained.get(name)}
+            if taken.get("chat_template") and (run / TEMPLATE_COPY).is_file():
+                taken["chat_template"] = str(run / TEMPLATE_COPY)
             check_no_folder_has_the_name(content, taken)
             return taken | asked
     file = folder / ADAPTER_CONFIG

@@ -22,6 +22,7 @@ LAUNCHER_LOCK = "launcher.lock"  # held while a launcher is at work, from before
 REPORT = "report.md"  # written last: a run that has it is finished
 DS_CONFIG_COPY = "ds_config.json"  # DeepSpeed's configuration, as the run was given it
 PEFT_COPY = "peft.json"  # the file of --method peft:FILE.json
+TEMPLATE_COPY = "chat_template.jinja"  # the template of --chat-template
 
 METRICS, SAMPLES, LOSS_PICTURE = "metrics.jsonl", "samples.jsonl", "loss.png"
 ALIGNMENT, ALIGNMENT_PICTURE = "alignment.jsonl", "alignment.png"

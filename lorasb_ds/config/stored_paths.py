@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from lorasb_ds.config.chat_templates import TEMPLATES
 from lorasb_ds.config.data_options import REASONING_GYM
 from lorasb_ds.config.methods import PEFT_PREFIX
 from lorasb_ds.config.paths import DEMO_MODEL, expand_home
@@ -41,6 +42,8 @@ def with_absolute_paths(options: Mapping[str, Any]) -> dict[str, Any]:
             found[field] = absolute(value) if field in NAMES else _absolute_path(value)
         elif isinstance(value, list | tuple):
             found[field] = type(value)(absolute(str(one)) for one in value)
+    if (template := found.get("chat_template")) not in (None, *TEMPLATES):
+        found["chat_template"] = _absolute_path(str(template))
     if str(found.get("method")).startswith(PEFT_PREFIX):
         file = str(found["method"]).removeprefix(PEFT_PREFIX)
         found["method"] = f"{PEFT_PREFIX}{_absolute_path(file)}"

@@ -31,17 +31,22 @@ WORDS = 100  # characters at most of what a template says
 
 
 def template_origin(tokenizer: Any) -> str:
-    """Return whose the template is, for run.json: "model's own" or "stand-in"."""
+    """Return whose the template is, for run.json: "model's own", "stand-in", or the chosen one."""
+    if (chosen := getattr(tokenizer, "template_name", None)) is not None:
+        return f"--chat-template {chosen}"
     return "model's own" if tokenizer.chat_template else "stand-in"
 
 
-def stand_in_note(tokenizer: Any) -> str | None:
-    """Return what the user should know of the stand-in; None where the model has a template."""
+def template_note(tokenizer: Any) -> str | None:
+    """Return what the user should know of the template; None if it is the model's own."""
+    if (chosen := getattr(tokenizer, "template_name", None)) is not None:
+        return f"chat template: {chosen} (--chat-template)"
     if tokenizer.chat_template:
         return None
     return (
         "warning: the model has no chat template: a plain one stands in for it (### Question: … "
-        "### Answer: …). A server needs the same one: chat_template.jinja beside the adapter"
+        "### Answer: …). A server needs the same one: chat_template.jinja beside the adapter. "
+        "--chat-template takes another one"
     )
 
 

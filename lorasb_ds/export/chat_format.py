@@ -34,23 +34,24 @@ def tokenizer_files(adapter: StoredAdapter) -> TokenizerFiles | None:
 def template_to_add(adapter: StoredAdapter, base: Base) -> str | None:
     """Return the chat template that a merged model needs beside the base's files.
 
-    It is the adapter's where the base has none; the stand-in for a run of ours.
+    It is the adapter's, which may have been trained with another one than the base's; the stand-in
+    for a run of ours on a base without one.
     """
-    if has_chat_template(base.folder):
-        return None
-    for folder in _folders(adapter):
-        if (folder / CHAT_TEMPLATE).is_file():
-            return (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
+    files = [folder / CHAT_TEMPLATE for folder in _folders(adapter)]
+    found = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
     try:
-        return stand_in(base.tokenizer) if adapter.run is not None else None
+        plain = stand_in(base.tokenizer)
     except ConfigError:  # the base has no tokenizer that could be read
-        return None
+        return found[0] if found else None
+    if has_chat_template(base.folder):
+        return found[0] if found and found[0] != plain else None
+    return found[0] if found else plain if adapter.run is not None else None
 
 
 def use_template_of(adapter: StoredAdapter, tokenizer: Any) -> None:
-    """Give a tokenizer without a chat template the adapter's, unless that is the stand-in."""
+    """Give a tokenizer the adapter's chat template, unless that is the stand-in."""
     file = adapter.path / CHAT_TEMPLATE
-    if tokenizer.chat_template or not file.is_file():
+    if not file.is_file() or getattr(tokenizer, "template_name", None) is not None:
         return
     template = file.read_text(encoding="utf-8")
     if template != stand_in(tokenizer):

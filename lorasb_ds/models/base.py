@@ -24,16 +24,14 @@ from lorasb_ds.models.checkpoint_files import (
 from lorasb_ds.models.config_json import is_encoded, load_config, stored_quantization
 from lorasb_ds.models.empty_model import empty_model
 from lorasb_ds.models.experts import ExpertShapes
-from lorasb_ds.models.linear_layers import Shapes, layer_shape
 from lorasb_ds.models.multimodal import (
     encoders,
     is_multimodal,
-    text_layers_prefix,
 )
 from lorasb_ds.models.quantization import Kind
 from lorasb_ds.models.shape import other_experts, shape_of
 from lorasb_ds.models.stored_formats import decoded
-from lorasb_ds.models.tokenizer import choose_pad_token, read_tokenizer
+from lorasb_ds.models.tokenizer import choose_pad_token, read_tokenizer, use_chat_template
 from lorasb_ds.models.weight_map import WeightSource, map_weights, unused_tensors
 from lorasb_ds.planner.model_shape import ModelShape
 
@@ -50,12 +48,14 @@ class Base:
         trust_remote_code: run Python code that comes with the files.
         attn_implementation: of transformers; None: the model's own.
         template_date: what chat templates get as today's date, in ISO format; None: today.
+        chat_template: of ``--chat-template``, in place of the files'.
     """
 
     name: str
     trust_remote_code: bool = False
     attn_implementation: str | None = None
     template_date: str | None = None
+    chat_template: str | None = None
 
     @cached_property
     def folder(self) -> Path:
@@ -95,6 +95,8 @@ class Base:
     @cached_property
     def _tokenizer_and_note(self) -> tuple[Any, str | None]:
         tokenizer = read_tokenizer(self.name, self.folder, self.hf_config, self.trust_remote_code)
+        if self.chat_template is not None:
+            use_chat_template(tokenizer, self.chat_template)
         if self.template_date is not None:
             fix_date(tokenizer, date.fromisoformat(self.template_date))
         return tokenizer, choose_pad_token(tokenizer, self.hf_config.get_text_config().vocab_size)
@@ -169,17 +171,9 @@ class Base:
         return map_weights(self.whole_model, self.stored, self.name)
 
     @cached_property
-    def named_like_layers(self) -> Shapes:
-        """The linear layers among which PEFT looks for an adapter's: encoders', too."""
-        if self.whole_model is self.model:
-            return dict(self.shape.layers)
-        prefix = text_layers_prefix(self.whole_model)
-        others = {
-            name: layer_shape(module)
-            for name, module in self.whole_model.named_modules()
-            if isinstance(module, torch.nn.Linear) and not name.startswith(prefix)
-        }
-        return others | dict(self.shape.layers)
+    def module_names(self) -> list[str]:
+        """The names of all modules, among which PEFT looks for an adapter's: encoders', too."""
+        return [name for name, _ in self.whole_model.named_modules()]
 
     @cached_property
     def digest(self) -> str:
@@ -231,7 +225,11 @@ def open_base(config: RunConfig) -> tuple[Base, RunConfig]:
             than that of the files.
     """
     base = Base(
-        config.model, config.trust_remote_code, config.attn_implementation, config.template_date
+        config.model,
+        config.trust_remote_code,
+        config.attn_implementation,
+        config.template_date,
+        config.chat_template,
     )
     if base.quantization is None:
         return base, config

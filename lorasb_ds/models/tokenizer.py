@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lorasb_ds.data.template import check_template
+from lorasb_ds.config.chat_templates import TEMPLATES, read_chat_template
+from lorasb_ds.data.marks import marks_of
+from lorasb_ds.data.template import check_template, render
+from lorasb_ds.data.turns import RowError
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.models.checkpoint_files import first_line
 
@@ -62,6 +65,33 @@ def read_tokenizer(
         )
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def use_chat_template(tokenizer: Any, chosen: str) -> None:
+    """Give the tokenizer the template of ``--chat-template`` in place of its own.
+
+    Raises:
+        ConfigError: if it cannot be rendered, or ends turns by what is no token of this tokenizer:
+            answers would not end there.
+    """
+    tokenizer.chat_template = read_chat_template(chosen)
+    tokenizer.template_name = chosen
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "."}]
+    try:
+        render(tokenizer, turns)
+        render(tokenizer, turns[:1], add_generation_prompt=True)
+    except RowError as error:
+        raise ConfigError(f"--chat-template {chosen}: a question and an answer: {error}.") from None
+    end = marks_of(tokenizer).end
+    if end and str(tokenizer.eos_token) not in end:
+        pieces = tokenizer(end, add_special_tokens=False)["input_ids"]
+        if len(pieces) > 1:
+            raise ConfigError(
+                f"--chat-template {chosen} ends turns by {end!r}, which is {len(pieces)} tokens of "
+                "this model's tokenizer: answers would not end there. Take a template that ends "
+                f"turns by {tokenizer.eos_token}, or by another token that the tokenizer has: "
+                f"{', '.join(TEMPLATES)} have names."
+            )
 
 
 def choose_pad_token(tokenizer: Any, vocab_size: int) -> str | None:

@@ -36,7 +36,7 @@ class TokenizerFiles:
     that this one would name.
 
     Attributes:
-        template: a chat template for a tokenizer that has none; None: that of the files, if any.
+        template: a chat template in the place of the files'; None: theirs, if they have one.
     """
 
     folder: Path
@@ -44,8 +44,10 @@ class TokenizerFiles:
 
     @classmethod
     def of(cls, base: Base) -> TokenizerFiles:
-        """Return those of a base: the stand-in is written where it has no chat template."""
+        """Return those of a base, with the template that was chosen or stands in for its own."""
         tokenizer = base.tokenizer
+        if base.chat_template is not None:
+            return cls(base.folder, tokenizer.chat_template)
         return cls(base.folder, None if tokenizer.chat_template else stand_in(tokenizer))
 
     def copy_into(self, folder: Path) -> None:
@@ -61,16 +63,19 @@ class TokenizerFiles:
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, target)
             # Without it, transformers would look for the model's config.json beside it.
-            if content and not content.get("tokenizer_class"):
-                write_json(
-                    folder / config.name, content | {"tokenizer_class": "PreTrainedTokenizerFast"}
-                )
+            fixed = {"tokenizer_class": "PreTrainedTokenizerFast"} | content
+            if self.template is not None:
+                fixed.pop("chat_template", None)
+            if content and fixed != content:
+                write_json(folder / config.name, fixed)
         if self.template is not None:
             write_text(folder / CHAT_TEMPLATE, self.template)
 
     @property
     def _files(self) -> list[Path]:
         found = [self.folder / name for name in NAMES if (self.folder / name).is_file()]
+        if self.template is not None:
+            return [file for file in found if not file.name.startswith("chat_template.")]
         return [*found, *(self.folder / MORE_TEMPLATES).glob("*.jinja")]
 
 

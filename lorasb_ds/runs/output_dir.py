@@ -30,6 +30,7 @@ from lorasb_ds.config.run_layout import (
     REPORT,
     RUN_JSON,
     SAMPLES,
+    TEMPLATE_COPY,
     TENSORBOARD,
     TRACKING,
     WANDB,
@@ -48,6 +49,7 @@ from lorasb_ds.system.folder_lock import lock_folder
 OUTPUTS = (
     DS_CONFIG_COPY,
     PEFT_COPY,
+    TEMPLATE_COPY,
     METRICS,
     SAMPLES,
     ALIGNMENT,

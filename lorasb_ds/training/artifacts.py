@@ -127,7 +127,7 @@ def save_adapter(run: Prepared, folder: Path, tensors: Mapping[str, torch.Tensor
         save_peft_method(folder, run.adapter.peft, empty, tensors, base_model, tokenizer)
         return
     adapter, r = run.adapter, config.r * run.memory.workload.pairs
-    modules = peft_target_modules(adapter.targets, run.base.named_like_layers)
+    modules = peft_target_modules(adapter.targets, run.base.module_names)
     fields = target_fields(run.base.model_type, modules)
     if adapter.experts:
         ranks = dict.fromkeys(adapter.experts, adapter.expert_r)

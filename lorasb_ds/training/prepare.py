@@ -18,7 +18,7 @@ from lorasb_ds.data.batch import Batch, Sample, rank_batches
 from lorasb_ds.data.dataset import TokenizedRows
 from lorasb_ds.data.run_rows import Data, load_data
 from lorasb_ds.data.sampler import Pack, StepSampler, init_sample
-from lorasb_ds.data.template import stand_in_note
+from lorasb_ds.data.template import template_note
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.distributed.ds_config_check import check_ds_config
 from lorasb_ds.errors import ConfigError
@@ -84,7 +84,7 @@ class Prepared:
         """What the user should know of the base's files, the adapter and the data."""
         warning = self.adapter.peft_warning
         warnings = [f"warning: {warning}"] if warning else []
-        if self.data.train.use_template and (note := stand_in_note(self.base.tokenizer)):
+        if self.data.train.use_template and (note := template_note(self.base.tokenizer)):
             warnings.append(note)
         of_adapter = [*self.adapter.left_out, *warnings]
         return [*self.base.notes(), *of_adapter, *self.data.notes, *self.table_notes]

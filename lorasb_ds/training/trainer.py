@@ -31,6 +31,7 @@ from lorasb_ds.config.run_layout import (
     PEFT_COPY,
     REPORT,
     RUN_JSON,
+    TEMPLATE_COPY,
 )
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.errors import ConfigError
@@ -43,7 +44,7 @@ from lorasb_ds.planner.gathers import gathers_blocks
 from lorasb_ds.runs.checkpoint import TrainerState
 from lorasb_ds.runs.output_dir import output_dir, say
 from lorasb_ds.runs.run_log import RunLog
-from lorasb_ds.system.files import write_json
+from lorasb_ds.system.files import write_json, write_text
 from lorasb_ds.system.signals import StopRequest
 from lorasb_ds.system.units import GIB
 from lorasb_ds.training.artifacts import announce, describe, finish
@@ -96,6 +97,8 @@ def _run_in(folder: Path, run: Prepared, stop: StopRequest, init_only: bool) -> 
         write_json(folder / DS_CONFIG_COPY, run.ds_config_file)
         if run.adapter.peft is not None:
             write_json(folder / PEFT_COPY, run.adapter.peft.content)
+        if run.config.chat_template is not None:
+            write_text(folder / TEMPLATE_COPY, run.base.tokenizer.chat_template)
         first_step = run.resume.step if run.resume else 0
         log = RunLog(folder, first_step, description["config"], run.config.on_save_error)
     announce(run, folder)

@@ -211,6 +211,9 @@ def test_select_targets_refuses(target_modules: str, r: int, message: str) -> No
 def test_peft_target_modules() -> None:
     queries = {name: SHAPES[name] for name in SHAPES if "q_proj" in name}
     assert peft_target_modules(queries, SHAPES) == ["q_proj"]
+    sequential = ["m", "m.0", "m.0.ffn", "m.0.ffn.0", "m.0.ffn.2", "m.0.q_proj"]
+    layers = sequential[3:]
+    assert peft_target_modules(layers, sequential) == layers, "0 would be the block m.0, too"
     one = {"m.1.q_proj": (8, 8)}
     assert peft_target_modules(one, SHAPES) == ["m.1.q_proj"], "q_proj would take another one too"
 

@@ -21,6 +21,7 @@ from lorasb_ds.errors import ConfigError, option_name
 # Flags and keys of run.json: scripts of users and folders of old runs have them.
 NAMES = [
     "attn_implementation",
+    "chat_template",
     "data",
     "data_weights",
     "dataset_num_proc",

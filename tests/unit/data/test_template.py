@@ -18,7 +18,7 @@ from lorasb_ds.data.template import (
     fix_date,
     render,
     stand_in,
-    stand_in_note,
+    template_note,
     template_origin,
 )
 from lorasb_ds.data.turns import RowError
@@ -66,10 +66,10 @@ def test_named_templates(tokenizer: Any) -> None:
 
 def test_the_stand_in(tokenizer: Any) -> None:
     assert template_origin(tokenizer) == "model's own"
-    assert stand_in_note(tokenizer) is None
+    assert template_note(tokenizer) is None
     plain = with_template(tokenizer, None)
     assert template_origin(plain) == "stand-in"
-    assert "no chat template: a plain one stands in" in str(stand_in_note(plain))
+    assert "no chat template: a plain one stands in" in str(template_note(plain))
     assert stand_in(plain) == STAND_IN, "its tokenizer begins texts with nothing"
     # A server that is given the text as the tokenizer's template writes the same.
     assert render(with_template(tokenizer, stand_in(plain)), TURNS) == render(plain, TURNS)
