@@ -18,6 +18,7 @@ from lorasb_ds.config.run_layout import (
     ALIGNMENT_PICTURE,
     INIT_PICTURE,
     LOSS_PICTURE,
+    MODEL_CARD,
     REPORT,
     RUN_JSON,
 )
@@ -31,7 +32,8 @@ from lorasb_ds.models.tokenizer_files import TokenizerFiles
 from lorasb_ds.runs.output_dir import say, say_if_bf16_is_emulated
 from lorasb_ds.runs.plots import draw_alignment, draw_loss_curve
 from lorasb_ds.runs.run_log import provenance
-from lorasb_ds.system.files import write_json
+from lorasb_ds.system.files import write_json, write_text
+from lorasb_ds.training.model_card import model_card
 from lorasb_ds.training.prepare import Prepared
 from lorasb_ds.training.report import draw_init, write_report
 from lorasb_ds.training.training_run import TrainingRun
@@ -108,6 +110,8 @@ def finish(
     write_json(folder / RUN_JSON, description)
     if tensors:
         save_adapter(run, folder / ADAPTER, tensors)
+        rank = None if run.adapter.peft else run.config.r * run.memory.workload.pairs
+        write_text(folder / ADAPTER / MODEL_CARD, model_card(description, log.rows, rank))
         draw_loss_curve(folder / LOSS_PICTURE, log.rows)
     if log.alignment:
         draw_alignment(folder / ALIGNMENT_PICTURE, log.alignment)

@@ -183,16 +183,21 @@ def _held_out_section(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     held_out = evaluations(rows)
     if not held_out:
         return []
-    lines = ["## Held-out rows", "", "| | step | loss | perplexity |", "|---|---:|---:|---:|"]
-    lines += [
-        f"| {STAGES[row['stage']]} | {row['step']} | {row['eval_loss']:.4f} | "
-        f"{perplexity(row['eval_loss']):.4g} |"
-        for row in held_out
-    ]
+    lines = ["## Held-out rows", "", *held_out_table(held_out)]
     found = summarize(rows)
     if not math.isnan(found.best_loss):
         lines += ["", f"The best: {found.best_loss:.4f}, at step {found.best_step}."]
     return [*lines, ""]
+
+
+def held_out_table(evaluated: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a table of evaluations on held-out rows."""
+    lines = ["| | step | loss | perplexity |", "|---|---:|---:|---:|"]
+    return lines + [
+        f"| {STAGES[row['stage']]} | {row['step']} | {row['eval_loss']:.4f} | "
+        f"{perplexity(row['eval_loss']):.4g} |"
+        for row in evaluated
+    ]
 
 
 def _memory_section(memory: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,106 @@
+"""The README.md beside an adapter: what it is, how it was made, and how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lorasb_ds.config.data_options import REASONING_GYM
+from lorasb_ds.config.paths import DEMO_MODEL
+from lorasb_ds.config.run_config import RunConfig
+from lorasb_ds.runs.history import evaluations
+from lorasb_ds.training.report import held_out_table
+
+DEMO_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# Shown where they are not the default's.
+SHOWN = (
+    *("method", "r", "expert_r", "target_modules", "lr", "lr_scheduler", "optimizer", "epochs"),
+    *("train_batch_size", "max_length", "packing", "loss_on", "dtype", "load_in_4bit"),
+    *("load_in_8bit", "seed"),
+)
+PEFT_LOADS = """\
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")
+model = PeftModel.from_pretrained(base, "FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+```
+"""
+OTHERS_LOAD = """\
+- vLLM: `vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules mine=FOLDER`
+- llama.cpp: `python convert_lora_to_gguf.py FOLDER --base path/to/base`
+- as one model: `lorasb merge FOLDER --model {base} --out merged`
+"""
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def model_card(run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], rank: int | None) -> str:
+    """Return a model card in the hub's form. It has no paths: folders may have private names.
+
+    Args:
+        run: content of ``run.json``.
+        rows: of ``metrics.jsonl``.
+        rank: of the LoRA in the files; None: PEFT has made the layers.
+    """
+    config = run["config"]
+    kind, is_file, file = config["method"].partition(":")
+    config = config | {"method": f"PEFT's, by {Path(file).name}" if is_file else kind}
+    base, sources = _public(config["model"]), [_public(source) for source in config["data"]]
+    hub_sources = [s for s, given in zip(sources, config["data"], strict=True) if s == given]
+    datasets = [s.partition("@")[0].partition(":")[0] for s in hub_sources if "/" in s]
+    front = {
+        "base_model": base,
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "transformers", kind, "lorasb-ds"],
+        **({"datasets": datasets} if datasets else {}),
+    }
+    default = RunConfig.model_validate({}).model_dump()
+    options = [(name, config.get(name)) for name in SHOWN]
+    losses = [row for row in evaluations(rows) if row["stage"] != "step"]
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False).strip(),
+        "---",
+        "",
+        f"# {config['method']} on {base}",
+        "",
+        f"An adapter for `{base}`, trained on {', '.join(f'`{source}`' for source in sources)} by "
+        f"lorasb-ds {run['versions']['lorasb-ds']}: {run['trainable_parameters']:,} trained "
+        f"parameters, {run['num_steps']} steps.",
+        "",
+    ]
+    if losses:
+        lines += ["Loss of held-out rows:", "", *held_out_table(losses), ""]
+    lines += ["| option | |", "|---|---|"]
+    lines += [
+        f"| {name} | {value} |"
+        for name, value in options
+        if name in ("method", "r", "lr") or value != default[name]
+    ]
+    template = run["chat_template"].removeprefix("--chat-template ").rpartition("/")[2]
+    form = "an adapter of one of PEFT's methods" if rank is None else f"a plain LoRA of rank {rank}"
+    lines += [
+        "",
+        f"The files hold {form}, in PEFT's format and fp32. Beside it are the tokenizer, and the "
+        f"chat template that it was trained with ({template}).",
+        "",
+        PEFT_LOADS.format(base=base),
+    ]
+    if rank is not None:
+        wide = next((wide for wide in VLLM_RANKS if rank <= wide), rank)
+        lines.append(OTHERS_LOAD.format(base=base, rank=wide))
+    return "\n".join(lines)
+
+
+def _public(name: str) -> str:
+    """Return a hub name as it is, and of a path its last part."""
+    if name == DEMO_MODEL:
+        return DEMO_BASE
+    is_path = Path(name).is_absolute() and not name.startswith(REASONING_GYM)
+    return Path(name).name if is_path else name
