@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import tempfile
+import textwrap
 from collections import Counter
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -40,6 +41,10 @@ RUN = {
 }
 ENOUGH, SAME = 0.99, 1e-4
 LARGEST = 100_000_000  # parameters: more is a family whose sizes are not known here
+# What is not seen from the numbers alone.
+REMARKS = {
+    "youtu": "transformers sets the pad token's embedding to 0 as it loads; here it is as stored"
+}
 BEGIN, END = "<!-- made by scripts/models.py -->", "<!-- end -->"
 COLUMNS = ("adapter", "in 4 bits", "loss before", "after", "in PEFT", "merged", "what is said")
 
@@ -95,9 +100,10 @@ def expert_weights(model: nn.Module) -> dict[str, int]:
     return {
         f"{name}.{key}": parameter.numel()
         for name, module in model.named_modules()
-        if not isinstance(module, nn.Conv1d)
+        if "expert" in f"{name} {type(module).__name__}".lower()
+        and not isinstance(module, nn.Linear | nn.Embedding)
         for key, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 3
+        if parameter.ndim > 1 and "bias" not in key
     }
 
 
@@ -179,8 +185,16 @@ def _train(family: str, folder: Path) -> dict[str, Any]:
         "base_loss": losses[0],
         "run_loss": losses[-1],
         "peft_loss": _loss(PeftModel.from_pretrained(base, out / "adapter"), folder),
-        "notes": [*run.adapter.left_out, *filter(None, [run.adapter.peft_warning])],
+        "notes": [*_notes(run), *filter(None, [REMARKS.get(family)])],
     }
+
+
+def _notes(run: Any) -> list[str]:
+    """Return what a run says of layers and experts that are left out."""
+    notes = [*run.adapter.left_out, *filter(None, [run.adapter.peft_warning])]
+    if run.base.other_experts:
+        notes.append("experts stay frozen: transformers does not compute them by its registry")
+    return notes
 
 
 def _loss(model: Any, folder: Path) -> float:
@@ -241,7 +255,7 @@ def cells(of: Mapping[str, Any]) -> list[str]:
     keys = ("base_loss", "run_loss", "peft_loss", "merged_loss")
     losses = [f"{of[key]:.4f}" if key in of else "" for key in keys]
     said = of.get("refused") or of.get("trouble") or "; ".join(of.get("notes", ()))
-    return [*shares, *losses, said.replace("|", "/")[:300]]
+    return [*shares, *losses, textwrap.shorten(said.replace("|", "/"), 300, placeholder=" …")]
 
 
 def page(found: Mapping[str, Mapping[str, Any]]) -> str:
@@ -278,10 +292,9 @@ def main(out: Path, to: Path, only: tuple[str, ...], anew: bool) -> None:
         click.echo(f"{family}: {verdict(of)} | {' | '.join(cells(of))}", err=True)
         found = {name: found[name] for name in families() if name in found}
         write_json(out, {"machine": machine(), "run": RUN, "families": found})
-        if to.is_file():
-            head, _, rest = to.read_text().partition(BEGIN)
-            tail = rest.partition(END)[2]
-            to.write_text(f"{head}{BEGIN}\n{page(found)}\n{END}{tail}")
+    if to.is_file():
+        head, _, rest = to.read_text().partition(BEGIN)
+        to.write_text(f"{head}{BEGIN}\n{page(found)}\n{END}{rest.partition(END)[2]}")
 
 
 if __name__ == "__main__":

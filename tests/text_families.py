@@ -56,7 +56,8 @@ TWO_MIXERS = {"layer_types": ["linear_attention", "full_attention"]}
 OPTIONS: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 8},
     "dbrx": {
-        "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2},
+        "d_model": 32,
+        "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8},
         "ffn_config": {
             "hidden_size": 32,
             "ffn_hidden_size": 24,

@@ -104,16 +104,22 @@ def _is_router(name: str, layer: nn.Module, parent: nn.Module) -> bool:
 
 
 def expert_layers(model: nn.Module) -> dict[str, int]:
-    """Return the modules that hold MoE experts as 3-D parameters -> their number of elements.
+    """Return the modules that hold MoE experts as parameters -> their number of elements.
 
-    They are not linear layers: they get no adapter and stay frozen.
+    They are not linear layers: they get no adapter and stay frozen. The parameters are 3-D, or in
+    DBRX 2-D; other modules with 3-D ones (recurrent gates, tables of positions) hold no experts.
     """
-    return {
-        name: sum(p.numel() for p in experts)
-        for name, module in model.named_modules()
-        if not isinstance(module, nn.Conv1d)
-        and (experts := [p for p in module.parameters(recurse=False) if p.ndim == 3])
-    }
+    found = {}
+    for name, module in model.named_modules():
+        if "expert" not in f"{name} {type(module).__name__}".lower():
+            continue
+        if isinstance(module, nn.Linear | Conv1D | nn.Embedding):
+            continue
+        parameters = [p for p in module.parameters(recurse=False) if p.ndim in (2, 3)]
+        deepest = max((p.ndim for p in parameters), default=0)
+        if size := sum(p.numel() for p in parameters if p.ndim == deepest):
+            found[name] = size
+    return found
 
 
 def select_targets(

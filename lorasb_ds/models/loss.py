@@ -17,10 +17,13 @@ from torch.autograd.function import once_differentiable
 
 from lorasb_ds.data.batch import Batch
 from lorasb_ds.data.tokenization import IGNORE_INDEX
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.planner.footprint import logit_rows
 
 # The same head may differ by so many roundings of the largest logit, in products of other shapes.
 ROUNDINGS = 4
+# Of the largest logit: so much must not depend on later tokens. Scans differ by their rounding.
+SEEN = 1e-5
 # fp16 would lose the gradient of tokens that are almost certain, below its smallest number; the
 # engine applies its loss scale only later.
 FP16_SCALE = 256.0
@@ -164,6 +167,8 @@ def label_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
     if len(positions) == 0:
         positions = positions.new_zeros(1)  # no weight: the head still takes part in gathers
     logits = model(**batch.inputs, logits_to_keep=positions, use_cache=False).logits
+    if logits.shape[1] != len(positions):  # some models make all of them, whatever they are told
+        logits = logits[:, positions]
     return F.cross_entropy(
         logits.float().flatten(0, 1),
         next_labels[:, positions].flatten(),
@@ -194,17 +199,29 @@ def add_loss_head(model: Any) -> None:
 
 @torch.no_grad()
 def check_loss_head(model: Any, input_ids: torch.Tensor) -> bool:
-    """Remove the loss head if the model computes other logits than it. Collective.
+    """Remove the loss head if the model computes other logits than it; refuse encoders. Collective.
 
-    The labels are, in turn, the tokens that the model finds most and least likely: their loss
-    depends on the sum of all exponentials and on both ends of the logits.
+    A second row has another last token, which those before must not see. The labels are, in turn,
+    the tokens that the model finds most and least likely: their loss depends on the sum of all
+    exponentials and on both ends of the logits.
 
     Args:
         input_ids: (1, length), a few tokens.
     Returns:
         Whether the loss head stays.
+    Raises:
+        ConfigError: on every rank, if tokens see those after them.
     """
+    input_ids = input_ids.repeat(2, 1)
+    input_ids[1, -1] = (input_ids[1, -1] + 1) % model.config.get_text_config().vocab_size
     logits = model(input_ids=input_ids, use_cache=False).logits.float()
+    changed = (logits[0, :-1] - logits[1, :-1]).abs().max() if input_ids.shape[1] > 1 else 0.0
+    if changed > max(SEEN, torch.finfo(model.dtype).eps) * logits.abs().max():
+        raise ConfigError(
+            f"A {type(model).__name__} cannot be trained to predict tokens: they see those after "
+            "them. (Another last token of a row changes what comes before it.) Only causal "
+            "language models can be."
+        )
     if getattr(model, "loss_head", None) is None:
         return False
     labels = logits.argmax(-1)

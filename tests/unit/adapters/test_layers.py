@@ -28,6 +28,7 @@ from lorasb_ds.models.loss import token_loss_sum
 from lorasb_ds.models.quantization import PackedLinear, PackedLinear4bit, PackedLinear8bit
 from tests.references import own_loss, true_gradients
 from tests.runs import word_rows
+from tests.text_families import tiny_config
 
 SHAPES = {"m.0.q_proj": (8, 8), "m.0.k_proj": (4, 8), "m.1.q_proj": (8, 8), "m.1.k_proj": (4, 8)}
 
@@ -181,6 +182,23 @@ def test_plain_lora_is_the_same_update() -> None:
     adapter = layer(torch.float32)
     A, B = adapter.plain_lora(dict(adapter.named_parameters(recurse=False)))
     torch.testing.assert_close(B @ A, adapter.lora_B @ adapter.lora_R @ adapter.lora_A)
+
+
+def test_what_holds_experts() -> None:
+    """DBRX's parameters are 2-D; 3-D ones of RecurrentGemma and RWKV are gates and decays."""
+    found = {}
+    for family in ("dbrx", "granitemoe", "gpt_oss", "recurrent_gemma", "rwkv", "llama"):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(tiny_config(family))
+        found[family] = len(expert_layers(model))
+    assert found == {
+        "dbrx": 2,
+        "granitemoe": 2,
+        "gpt_oss": 2,
+        "recurrent_gemma": 0,
+        "rwkv": 0,
+        "llama": 0,
+    }
 
 
 def test_select_targets() -> None:

@@ -115,7 +115,7 @@ def test_files_that_are_no_templates(
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none of the templates with a name: alpaca, chatml"):
         read_chat_template("chatlm")
-    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    (tmp_path / "latin").write_bytes(b"\xe9")
     with pytest.raises(ConfigError, match="cannot be read"):
         read_chat_template(str(tmp_path / "latin"))
     (tmp_path / "large").write_text(" " * (LARGEST_BYTES + 1))

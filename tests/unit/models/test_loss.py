@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from lorasb_ds.data.batch import Batch
 from lorasb_ds.data.tokenization import IGNORE_INDEX
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.models import loss as loss_module
 from lorasb_ds.models.loss import (
     LossHead,
@@ -23,6 +24,7 @@ from lorasb_ds.models.loss import (
     token_loss_sum,
 )
 from lorasb_ds.planner.footprint import logit_rows
+from tests.text_families import tiny_config
 
 VOCABULARY = 300
 SIZES = {
@@ -220,6 +222,32 @@ def test_a_head_that_does_more_keeps_its_own_way() -> None:
         reduction="sum",
     )
     torch.testing.assert_close(token_loss_sum(model, batch), expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        *((family, torch.float32) for family in ("xlm", "xlnet", "cpmant", "prophetnet")),
+        *((family, torch.bfloat16) for family in ("xlm", "cpmant")),
+    ],
+)
+def test_models_that_see_later_tokens(family: str, dtype: torch.dtype) -> None:
+    """transformers has them among its causal models, and no configuration says otherwise."""
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(tiny_config(family), dtype=dtype).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(std=0.3)
+    with pytest.raises(ConfigError, match="they see those after them"):
+        check_loss_head(model, torch.arange(3, 19)[None])
+
+
+@pytest.mark.parametrize("family", ["mamba2", "falcon_h1", "qwen3_next", "recurrent_gemma", "rwkv"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scans_see_no_later_tokens(family: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(tiny_config(family), dtype=dtype).eval()
+    check_loss_head(model, torch.arange(3, 19)[None])
 
 
 def test_the_model_is_what_it_was_for_everything_else() -> None:
