@@ -66,11 +66,18 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def printable(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add --print-config, which prints the options instead of starting a job."""
 
+    @reports_problems
     @wraps(command)
     def wrapper(print_config: bool, **options: Any) -> Any:
-        if print_config:
-            return click.echo(print_settings(click.get_current_context()))
-        return command(**options)
+        if not print_config:
+            return command(**options)
+        launch, run_json = options.pop("launch"), options.pop("run_json")
+        if run_json is not None:
+            raise ConfigError(
+                f"--print-config: {run_json} is such a file already; --config repeats its run."
+            )
+        context = click.get_current_context()
+        return click.echo(print_settings(context, vars(launch) | options))
 
     return click.option(
         "--print-config",

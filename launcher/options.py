@@ -92,16 +92,31 @@ def check_picture(path: Path) -> None:
 
 def run_options(command: Command) -> Command:
     """Add every field of RunConfig as an option, and --config; the value None means not given."""
+    return with_settings(replays=True)(field_options(*RunConfig.model_fields)(command))
 
-    @wraps(command)
-    def wrapper(**options: Any) -> Any:
-        ctx = click.get_current_context()
-        by_file = given_by(ctx, ParameterSource.DEFAULT_MAP)
-        asked = {name: ctx.params[name] for name in given_by(ctx, ParameterSource.COMMANDLINE)}
-        options |= dict.fromkeys(by_file & replaced_by(asked, ctx.default_map or {}), None)
-        return command(**options)
 
-    return settings_option(replays=True)(field_options(*RunConfig.model_fields)(wrapper))  # type: ignore[return-value]
+def with_settings(*, replays: bool) -> Callable[[Command], Command]:
+    """Add --config; what is given replaces what the file has, other options of it included.
+
+    Args:
+        replays: of ``settings_option``.
+    """
+
+    def add(command: Command) -> Command:
+        @wraps(command)
+        def wrapper(**options: Any) -> Any:
+            ctx = click.get_current_context()
+            by_file = given_by(ctx, ParameterSource.DEFAULT_MAP)
+            asked = {n: ctx.params.get(n) for n in given_by(ctx, ParameterSource.COMMANDLINE)}
+            replaced = sorted(by_file & options.keys() & replaced_by(asked, ctx.default_map or {}))
+            if replaced:
+                names = ", ".join(map(option_name, replaced))
+                click.echo(f"lorasb: of the file, {names} gives way to what is given", err=True)
+            return command(**options | dict.fromkeys(replaced))
+
+        return settings_option(replays=replays)(wrapper)  # type: ignore[return-value]
+
+    return add
 
 
 def field_options(*names: str) -> Callable[[Command], Command]:

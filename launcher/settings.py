@@ -21,7 +21,7 @@ from lorasb_ds.errors import printable
 MOST_BYTES = 1 << 20  # of a file of settings
 RUN = "run_json"  # the parameter that holds a run.json, which a command replays
 # A file may be somebody else's: only the command line decides on these.
-NOT_BY_FILE = {"trust_remote_code"}
+NOT_BY_FILE = {"trust_remote_code", "env", "launcher_args"}
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -43,6 +43,8 @@ def settings_option(*, replays: bool) -> Callable[[Command], Command]:
                     return path
                 raise ValueError("it is the run.json of a run, which this command does not replay")
             values = parse_settings(text, _names(ctx.command))
+        except OSError as error:
+            raise click.BadParameter(f"{printable(path)}: {error.strerror}.", ctx, param) from None
         except ValueError as error:
             said = printable(f"{path}: {error}")
             raise click.BadParameter(f"{said.removesuffix('.')}.", ctx, param) from None
@@ -155,8 +157,12 @@ def given_by(ctx: click.Context, *sources: ParameterSource) -> set[str]:
     return {name for name in names if ctx.get_parameter_source(name) in sources}
 
 
-def print_settings(ctx: click.Context) -> str:
-    """Return a file for --config: all options with their sentences, those not given as comments."""
+def print_settings(ctx: click.Context, values: Mapping[str, Any]) -> str:
+    """Return a file for --config: all options with their sentences, those not given as comments.
+
+    Args:
+        values: of all parameters; None: it has given way to another one.
+    """
     given = given_by(ctx, ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
     lines = [f"# {ctx.command_path} --config FILE"]
     for section, params in sections_of(ctx.command, ctx).items():
@@ -165,7 +171,8 @@ def print_settings(ctx: click.Context) -> str:
             name = str(option.name)
             if not isinstance(option, SectionedOption) or name in (*NOT_BY_FILE, "dry_run"):
                 continue
-            value = json.dumps(ctx.params[name], ensure_ascii=False) if name in given else ""
+            is_given = name in given and values.get(name) is not None
+            value = json.dumps(values[name], ensure_ascii=False) if is_given else ""
             lines += textwrap.wrap(
                 option.help or "", 98, initial_indent="# ", subsequent_indent="# "
             )

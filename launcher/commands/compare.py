@@ -14,9 +14,8 @@ import click
 
 from launcher.jobs.launch_options import LaunchOptions, launch_options
 from launcher.jobs.make_job import make_job
-from launcher.options import CONTEXT, add_options, field_options, reports_problems
+from launcher.options import CONTEXT, add_options, field_options, reports_problems, with_settings
 from launcher.sections import SectionedCommand
-from launcher.settings import settings_option
 from launcher.sweeps.allocations import find_allocations
 from launcher.sweeps.compare_run import Comparison, run_comparison
 from launcher.sweeps.grid import SWEPT, Trial, is_file, label, make_sweep, own_options
@@ -107,7 +106,7 @@ OPTIONS = (
 
 @click.command(name="compare", cls=SectionedCommand, context_settings=CONTEXT)
 @reports_problems
-@settings_option(replays=False)
+@with_settings(replays=False)
 @add_options(*OPTIONS)
 @launch_options
 @field_options(*(name for name in RunConfig.model_fields if name not in SWEPT))

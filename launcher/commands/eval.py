@@ -21,9 +21,9 @@ from launcher.options import (
     field_options,
     reports_problems,
     to_arguments,
+    with_settings,
 )
 from launcher.sections import SectionedCommand
-from launcher.settings import settings_option
 from lorasb_ds.config.data_options import DEMO_EVAL_DATA
 from lorasb_ds.config.resolve import load_run_config, with_adapter
 from lorasb_ds.config.run_layout import default_output_dir
@@ -98,7 +98,7 @@ def eval_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.command(name="eval", cls=SectionedCommand, context_settings=CONTEXT)
 @reports_problems
-@settings_option(replays=False)
+@with_settings(replays=False)
 @launch_options
 @eval_options
 def eval_command(launch: LaunchOptions, own: dict[str, Any], given: dict[str, Any]) -> None:

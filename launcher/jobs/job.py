@@ -18,6 +18,7 @@ from launcher.jobs.command import Hosts, job_environment
 from launcher.jobs.launch_options import LaunchOptions
 from launcher.jobs.ranks import free_port
 from launcher.options import to_arguments
+from lorasb_ds.config.chat_templates import TEMPLATES
 from lorasb_ds.config.ds_config import resolve_ds_config
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.config.run_config import RunConfig
@@ -121,6 +122,7 @@ class Job(ABC):
         config = self.config
         named = [model_path(config.model), *config.data, config.eval_data, config.ds_config]
         named += [*(config.init_data or ()), config.init_from]
+        named += [config.chat_template] if config.chat_template not in TEMPLATES else []
         return Question(
             slots={socket.gethostname(): self.num_procs or self.num_gpus or 1},
             cpu=self.num_procs is not None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 from lorasb_ds.config.paths import expand_home
@@ -48,13 +49,15 @@ TEMPLATES = {
         BOS + SYSTEM_INTO_USER + "{% for m in messages %}"
         "{% if m.role == 'user' %}"
         "{{ '[INST] ' ~ (first if loop.first else '') ~ m.content ~ ' [/INST]' }}"
-        "{% else %}{{ ' ' ~ m.content ~ eos_token }}{% endif %}{% endfor %}"
+        "{% elif m.role == 'assistant' %}{{ ' ' ~ m.content ~ eos_token }}"
+        "{% else %}{{ raise_exception('Only user and assistant turns can be written.') }}"
+        "{% endif %}{% endfor %}"
     ),
     "vicuna": (
         BOS + "{% for m in messages %}"
         "{% if m.role == 'user' %}{{ 'USER: ' ~ m.content ~ ' ' }}"
-        "{% elif m.role == 'assistant' %}{{ 'ASSISTANT: ' ~ m.content ~ eos_token ~ '\n' }}"
-        "{% else %}{{ m.content ~ '\n\n' }}{% endif %}{% endfor %}"
+        "{% elif m.role == 'assistant' %}{{ 'ASSISTANT: ' ~ m.content ~ eos_token }}"
+        "{% else %}{{ m.content ~ ' ' }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
     ),
     "zephyr": (
@@ -74,14 +77,15 @@ def read_chat_template(chosen: str) -> str:
     if chosen in TEMPLATES:
         return TEMPLATES[chosen]
     file = Path(expand_home(chosen))
-    if not file.is_file():
-        raise ConfigError(
-            f"--chat-template {chosen}: there is no such file, and none of the templates with a "
-            f"name: {', '.join(TEMPLATES)}."
-        )
     try:
+        if not file.is_file():
+            raise ConfigError(
+                f"--chat-template {chosen}: there is no such file, and none of the templates with "
+                f"a name: {', '.join(TEMPLATES)}."
+            )
         if file.stat().st_size > LARGEST_BYTES:
             raise ConfigError(f"--chat-template {chosen} has more than 1 MiB. Name another file.")
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--chat-template {chosen} cannot be read: {error}.") from None
+        named = f"--chat-template {textwrap.shorten(chosen, 200)}"
+        raise ConfigError(f"{named} cannot be read: {error.args[-1]}.") from None

@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lorasb_ds.config.methods import METHODS, PEFT_PREFIX
+from lorasb_ds.config.chat_templates import TEMPLATES
+from lorasb_ds.config.methods import DEFAULT_METHOD, METHODS, PEFT_PREFIX
 from lorasb_ds.config.paths import expand_home, read_json
 from lorasb_ds.config.run_config import RunConfig, problems_of
 from lorasb_ds.config.run_layout import (
@@ -164,7 +165,8 @@ def replaced_by(asked: Mapping[str, Any], earlier: Mapping[str, Any]) -> set[str
         earlier: fields of the file.
     """
     replaced = set()
-    if asked.get("method", earlier.get("method")) != earlier.get("method"):
+    method = earlier.get("method", DEFAULT_METHOD)
+    if asked.get("method", method) != method:
         replaced |= {"lr", "lora_alpha", "gamma", "precondition", "init_update", "init_lr"}
     if "epochs" in asked:
         replaced.add("max_steps")
@@ -177,6 +179,15 @@ def replaced_by(asked: Mapping[str, Any], earlier: Mapping[str, Any]) -> set[str
         replaced.add("val_set_size")
     if "val_set_size" in asked:
         replaced.add("eval_data")
+    if "lm_eval" in asked:
+        replaced.add("data")
+    if asked.get("resume") is not None:
+        replaced |= {"overwrite"} if asked["resume"] == "auto" else {"overwrite", "output_dir"}
+    for one, other in (("load_in_4bit", "load_in_8bit"), ("load_in_8bit", "load_in_4bit")):
+        if asked.get(one):
+            replaced.add(other)
+    if asked.get("overwrite"):
+        replaced.add("resume")
     return replaced
 
 
@@ -241,8 +252,10 @@ def with_adapter(given: Mapping[str, Any], adapter: str | None) -> dict[str, Any
             if not {"load_in_4bit", "load_in_8bit"} & set(asked):
                 names += ["load_in_4bit", "load_in_8bit"]
             taken = {name: trained[name] for name in names if trained.get(name)}
-            if taken.get("chat_template") and (run / TEMPLATE_COPY).is_file():
+            if (run / TEMPLATE_COPY).is_file() and taken.get("chat_template"):
                 taken["chat_template"] = str(run / TEMPLATE_COPY)
+            elif taken.get("chat_template", "chatml") not in TEMPLATES:
+                del taken["chat_template"]  # the file may be gone: the adapter has a copy
             check_no_folder_has_the_name(content, taken)
             return taken | asked
     file = folder / ADAPTER_CONFIG

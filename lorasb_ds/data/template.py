@@ -129,12 +129,13 @@ def render(
     except MemoryError as error:
         raise ConfigError(
             f"The chat template takes more than {RENDER_BYTES // GIB} GiB of memory for one "
-            "conversation. Fix chat_template.jinja in the model's folder."
+            "conversation. Fix chat_template.jinja in the model's folder, or the file of "
+            "--chat-template."
         ) from error
     except TimeoutError as error:
         raise ConfigError(
             f"The chat template takes {error} for one conversation: it may have a loop without an "
-            "end. Fix chat_template.jinja in the model's folder."
+            "end. Fix chat_template.jinja in the model's folder, or the file of --chat-template."
         ) from error
     except Exception as error:  # a template is a program, and fails in as many ways
         raise RowError(f"the chat template refuses it: {_words(error)}") from error

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasb_ds.config.run_layout import ADAPTER
-from lorasb_ds.data.template import stand_in
+from lorasb_ds.data.template import chat_template, stand_in
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export.stored_adapter import StoredAdapter
 from lorasb_ds.models.base import Base
@@ -26,7 +26,9 @@ def tokenizer_files(adapter: StoredAdapter) -> TokenizerFiles | None:
     if adapter.run is None or adapter.base_path is None or not Path(adapter.base_path).is_dir():
         return None
     try:
-        return TokenizerFiles.of(Base(adapter.base_path))
+        base = Base(adapter.base_path)
+        found = _template_beside(adapter)  # of --chat-template, where the run is not finished
+        return TokenizerFiles(base.folder, found) if found else TokenizerFiles.of(base)
     except ConfigError:  # no tokenizer there that could be read
         return None
 
@@ -37,15 +39,14 @@ def template_to_add(adapter: StoredAdapter, base: Base) -> str | None:
     It is the adapter's, which may have been trained with another one than the base's; the stand-in
     for a run of ours on a base without one.
     """
-    files = [folder / CHAT_TEMPLATE for folder in _folders(adapter)]
-    found = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
+    found = _template_beside(adapter)
     try:
         plain = stand_in(base.tokenizer)
     except ConfigError:  # the base has no tokenizer that could be read
-        return found[0] if found else None
+        return found
     if has_chat_template(base.folder):
-        return found[0] if found and found[0] != plain else None
-    return found[0] if found else plain if adapter.run is not None else None
+        return found if found != plain else None
+    return found or (plain if adapter.run is not None else None)
 
 
 def use_template_of(adapter: StoredAdapter, tokenizer: Any) -> None:
@@ -54,8 +55,15 @@ def use_template_of(adapter: StoredAdapter, tokenizer: Any) -> None:
     if not file.is_file() or getattr(tokenizer, "template_name", None) is not None:
         return
     template = file.read_text(encoding="utf-8")
-    if template != stand_in(tokenizer):
+    if template not in (stand_in(tokenizer), chat_template(tokenizer)):
         tokenizer.chat_template = template
+
+
+def _template_beside(adapter: StoredAdapter) -> str | None:
+    """Return the chat template beside an adapter, or that of its run's --chat-template."""
+    folders = [*_folders(adapter), *([adapter.run] if adapter.run is not None else [])]
+    files = [folder / CHAT_TEMPLATE for folder in folders]
+    return next((file.read_text(encoding="utf-8") for file in files if file.is_file()), None)
 
 
 def _folders(adapter: StoredAdapter) -> list[Path]:

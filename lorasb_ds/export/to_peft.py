@@ -14,7 +14,7 @@ from lorasb_ds.adapters.peft_targets import TargetFields
 from lorasb_ds.adapters.peft_writer import PLAIN_FIELDS, peft_tensors, save_peft_adapter
 from lorasb_ds.config.overwriting import check_replaceable, names_in, read_object
 from lorasb_ds.config.paths import expand_home
-from lorasb_ds.config.run_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from lorasb_ds.config.run_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CARD
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export.chat_format import tokenizer_files
 from lorasb_ds.export.expert_layers import Expert, join
@@ -23,7 +23,7 @@ from lorasb_ds.models.loading import DTYPES
 from lorasb_ds.models.tokenizer_files import MORE_TEMPLATES, NAMES, TokenizerFiles
 
 ADAPTER_FILES = {name + end for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) for end in ("", ".tmp")}
-ADAPTER_FILES |= {*NAMES, MORE_TEMPLATES}
+ADAPTER_FILES |= {*NAMES, MORE_TEMPLATES, MODEL_CARD}
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from lorasb_ds.config.paths import read_json
 from lorasb_ds.config.run_config import RunConfig
-from lorasb_ds.data.template import fix_date
+from lorasb_ds.data.template import check_template, fix_date
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.models.checkpoint_files import (
     StoredTensor,
@@ -95,10 +95,11 @@ class Base:
     @cached_property
     def _tokenizer_and_note(self) -> tuple[Any, str | None]:
         tokenizer = read_tokenizer(self.name, self.folder, self.hf_config, self.trust_remote_code)
-        if self.chat_template is not None:
-            use_chat_template(tokenizer, self.chat_template)
         if self.template_date is not None:
             fix_date(tokenizer, date.fromisoformat(self.template_date))
+        if self.chat_template is not None:
+            use_chat_template(tokenizer, self.chat_template)
+        check_template(self.name, tokenizer)
         return tokenizer, choose_pad_token(tokenizer, self.hf_config.get_text_config().vocab_size)
 
     @cached_property

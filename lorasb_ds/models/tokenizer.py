@@ -7,7 +7,7 @@ from typing import Any
 
 from lorasb_ds.config.chat_templates import TEMPLATES, read_chat_template
 from lorasb_ds.data.marks import marks_of
-from lorasb_ds.data.template import check_template, render
+from lorasb_ds.data.template import render
 from lorasb_ds.data.turns import RowError
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.models.checkpoint_files import first_line
@@ -53,7 +53,6 @@ def read_tokenizer(
         tokenizer = _read_sentencepiece(model, folder, hf_config.model_type)
     else:
         tokenizer = _read_by_transformers(model, folder, trust_remote_code)
-    check_template(model, tokenizer)
     vocab_size = hf_config.get_text_config().vocab_size
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"--model {model}: its tokenizer has no end-of-sequence token.")

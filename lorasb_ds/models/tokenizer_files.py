@@ -63,7 +63,8 @@ class TokenizerFiles:
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, target)
             # Without it, transformers would look for the model's config.json beside it.
-            fixed = {"tokenizer_class": "PreTrainedTokenizerFast"} | content
+            fixed = dict(content)
+            fixed["tokenizer_class"] = content.get("tokenizer_class") or "PreTrainedTokenizerFast"
             if self.template is not None:
                 fixed.pop("chat_template", None)
             if content and fixed != content:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from lorasb_ds.adapters.peft_methods import PeftPlan, plan_peft
 from lorasb_ds.adapters.peft_targets import peft_warning, refused_by_peft
@@ -14,7 +15,10 @@ from lorasb_ds.config.adapter_options import (
     without_adapter,
 )
 from lorasb_ds.config.methods import METHODS
+from lorasb_ds.config.overwriting import read_object
+from lorasb_ds.config.paths import expand_home
 from lorasb_ds.config.run_config import RunConfig
+from lorasb_ds.config.run_layout import RUN_JSON
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.init.experts import EXPERT_UPDATES
 from lorasb_ds.init.factors import InitSettings
@@ -80,10 +84,12 @@ def plan_adapter(config: RunConfig, base: Base) -> AdapterPlan:
     layers, left_out = dict(base.shape.layers), tuple[str, ...]()
     if is_all_linear(config.target_modules):
         refused = refused_by_peft(base.model_type, layers)
-        wide = wide_enough(layers, config.r * method.directions)
+        r = _r_of_basis(config) or config.r
+        wide = wide_enough(layers, r * method.directions)
         narrow = {n: shape for n, shape in layers.items() if n not in {*wide, *refused}}
         left_out = _left_out(base, refused, narrow if wide else {})
-        layers = {name: shape for name, shape in layers.items() if name not in refused}
+        chosen = wide or layers
+        layers = {name: shape for name, shape in chosen.items() if name not in refused}
     targets = select_targets(
         layers, config.target_modules, config.r, method.directions, base.experts
     )
@@ -97,6 +103,15 @@ def plan_adapter(config: RunConfig, base: Base) -> AdapterPlan:
     return AdapterPlan(
         targets, experts, expert_r, why_frozen, peft_warning=warning, left_out=left_out
     )
+
+
+def _r_of_basis(config: RunConfig) -> int | None:
+    """Return the r with which --init-from's basis was made: it decided which layers are in it."""
+    if config.init_from is None:
+        return None
+    made = read_object(Path(expand_home(config.init_from)) / RUN_JSON).get("config")
+    r = made.get("r") if isinstance(made, dict) else None
+    return r if isinstance(r, int) else None
 
 
 def _left_out(base: Base, refused: Sequence[str], narrow: Iterable[str]) -> tuple[str, ...]:

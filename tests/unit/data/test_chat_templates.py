@@ -45,7 +45,7 @@ EXPECTED = {
     "<|start_header_id|>user<|end_header_id|>\n\nBlue?<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\nNo.<|eot_id|>",
     "mistral": "<s>[INST] Be brief.\n\nRed? [/INST] Yes.</s>[INST] Blue? [/INST] No.</s>",
-    "vicuna": "<s>Be brief.\n\nUSER: Red? ASSISTANT: Yes.</s>\nUSER: Blue? ASSISTANT: No.</s>\n",
+    "vicuna": "<s>Be brief. USER: Red? ASSISTANT: Yes.</s>USER: Blue? ASSISTANT: No.</s>",
     "zephyr": "<|system|>\nBe brief.</s>\n<|user|>\nRed?</s>\n<|assistant|>\nYes.</s>\n"
     "<|user|>\nBlue?</s>\n<|assistant|>\nNo.</s>\n",
 }
@@ -115,6 +115,8 @@ def test_files_that_are_no_templates(
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none of the templates with a name: alpaca, chatml"):
         read_chat_template("chatlm")
+    with pytest.raises(ConfigError, match=r"cannot be read|there is no such file"):
+        read_chat_template("{% for m in messages %}" * 40)
     (tmp_path / "latin").write_bytes(b"\xe9")
     with pytest.raises(ConfigError, match="cannot be read"):
         read_chat_template(str(tmp_path / "latin"))
@@ -151,4 +153,6 @@ def test_a_replay_and_an_evaluation_read_the_runs_copy(tmp_path: Path) -> None:
     replayed = load_run_config({}, str(run / RUN_JSON))
     assert replayed.chat_template == str(run / TEMPLATE_COPY)
     assert with_adapter({}, str(run))["chat_template"] == str(run / TEMPLATE_COPY)
+    (run / TEMPLATE_COPY).unlink()
+    assert "chat_template" not in with_adapter({}, str(run)), "the adapter has a copy"
     assert with_adapter({"chat_template": "alpaca"}, str(run))["chat_template"] == "alpaca"

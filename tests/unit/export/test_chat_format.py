@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lorasb_ds.adapters.peft_writer import peft_tensors, save_peft_adapter
 from lorasb_ds.data.chat import render_prompt
 from lorasb_ds.data.template import stand_in
 from lorasb_ds.export.adapter_reader import read_adapter
-from lorasb_ds.export.chat_format import template_to_add, use_template_of
+from lorasb_ds.export.chat_format import template_to_add, tokenizer_files, use_template_of
 from lorasb_ds.export.merge import merge_adapter
 from lorasb_ds.export.to_peft import export_adapter
 from lorasb_ds.models.base import Base
@@ -116,3 +117,21 @@ def test_files_that_servers_could_not_read(plain: Path, tmp_path: Path) -> None:
     out.mkdir()
     TokenizerFiles(source, template).copy_into(out)
     assert [file.name for file in out.iterdir()] == [CHAT_TEMPLATE]
+
+
+def test_that_of_an_unfinished_run(adapter: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """Its checkpoints have no tokenizer: the template of --chat-template is in the run's folder."""
+    run, checkpoint = tmp_path / "run", tmp_path / "run/checkpoints/step-00000001"
+    checkpoint.mkdir(parents=True)
+    (run / CHAT_TEMPLATE).write_text("{{ messages[0].content }}")
+    stored = read_adapter(str(adapter))
+    of_base = {"base_model_name_or_path": str(tiny_model)}
+    stored = replace(stored, path=checkpoint, run=run, run_config={}, peft_config=of_base)
+    assert template_to_add(stored, Base(str(tiny_model))) == "{{ messages[0].content }}"
+    found = tokenizer_files(stored)
+    assert found is not None
+    (tmp_path / "out").mkdir()
+    found.copy_into(tmp_path / "out")
+    assert (tmp_path / "out" / CHAT_TEMPLATE).read_text() == "{{ messages[0].content }}"
+    (run / CHAT_TEMPLATE).unlink()
+    assert template_to_add(stored, Base(str(tiny_model))) is None

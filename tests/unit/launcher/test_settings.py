@@ -95,6 +95,30 @@ def test_what_is_given_wins(tmp_path: Path) -> None:
     assert "--num_accelerators 2" in invoke("--config", gpus, *OF_LAUNCHER, "--dry-run")
 
 
+def test_options_that_give_way(tmp_path: Path) -> None:
+    """Those that go with what the file has, and not with what is given; it is said."""
+    file = write(tmp_path, "lr: 1e-3\nload_in_4bit: true\noverwrite: true\noutput_dir: o\n")
+    words = worker_words("--config", file, *OF_LAUNCHER, "--method", "lora-sb")
+    assert "--lr" in words, "it is the default's method"
+    words = worker_words("--config", file, *OF_LAUNCHER, "--load-in-8bit", "--resume", "auto")
+    assert {"--load-in-4bit", "--overwrite"}.isdisjoint(words)
+    said = invoke("--config", file, *OF_LAUNCHER, "--load-in-8bit", "--dry-run")
+    assert "lorasb: of the file, --load-in-4bit gives way to what is given" in said
+    held_out = write(tmp_path, "val_set_size: 0.1\nmax_steps: 3\noutput_dir: o\n", "h.yaml")
+    more = ["--config", held_out, "--eval-data", "x.jsonl", "--epochs", "1", "--dry-run"]
+    said = invoke(*more, "--method", "lora", "--lr", "1e-3", *OF_LAUNCHER, verb="compare")
+    assert "--eval-data x.jsonl" in said
+    assert "--val-set-size" not in said.partition("is given")[2]
+    printed = as_printed("--config", held_out, "--eval-data", "x.jsonl")
+    assert printed == {"eval_data": "x.jsonl", "max_steps": 3, "output_dir": "o"}
+
+
+def test_a_run_json_is_such_a_file_already(tmp_path: Path) -> None:
+    run_json = write(tmp_path, json.dumps({"config": {"lr": 1}}), "run.json")
+    said = invoke("--config", run_json, "--print-config", status=2)
+    assert "is such a file already" in said
+
+
 def test_an_epoch_given_replaces_the_steps_of_the_file(tmp_path: Path) -> None:
     file = write(tmp_path, "max_steps: 5\nlr: 1e-2\noutput_dir: o\nnum_procs: 2\n")
     words = worker_words("--config", file, "--epochs", "2")
@@ -118,6 +142,7 @@ def test_an_epoch_given_replaces_the_steps_of_the_file(tmp_path: Path) -> None:
         ("? [a, b]\n: c", "'?' is not an option"),
         ("lr: !!python/object/apply:os.system [exit]", "Invalid value for '--lr'"),
         ("trust_remote_code: true", "holds only where it is given: --trust-remote-code"),
+        ("env: [LD_PRELOAD=x]", "env holds only where it is given: --env"),
         ("config: other.yaml", "'config' is not an option"),
         ("lr: often", "'often' is not a valid float"),
         ("packing: perhaps", "'perhaps' is not a valid boolean"),
@@ -137,6 +162,8 @@ def test_files_that_are_wrong(tmp_path: Path, text: str, message: str) -> None:
 def test_a_folder_and_no_file(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none"):
         assert "there is no such file" in invoke("--config", str(path), "--dry-run", status=2)
+    said = invoke("--config", "long" * 100, "--dry-run", status=2)
+    assert "File name too long" in said or "there is no such file" in said
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -162,7 +189,8 @@ def test_other_commands_take_one(tmp_path: Path) -> None:
 
 
 def as_printed(*arguments: str) -> dict[str, Any]:
-    return yaml.safe_load(invoke(*arguments, "--print-config")) or {}
+    result = CliRunner().invoke(main, ["train", *arguments, "--print-config"])
+    return yaml.safe_load(result.stdout) or {}
 
 
 def test_what_is_printed_is_the_same_run(tmp_path: Path) -> None:

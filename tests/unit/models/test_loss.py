@@ -238,7 +238,7 @@ def test_models_that_see_later_tokens(family: str, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.data.normal_(std=0.3)
-    with pytest.raises(ConfigError, match="they see those after them"):
+    with pytest.raises(ConfigError, match="its tokens see those after"):
         check_loss_head(model, torch.arange(3, 19)[None])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -88,12 +89,15 @@ def test_of_weights_that_are_read(tiny_family: Callable[[str], Path]) -> None:
     assert "jamba reads their weights instead of calling them" in note
 
 
-def test_of_layers_narrower_than_the_rank(tiny_model: Path) -> None:
+def test_of_layers_narrower_than_the_rank(tiny_model: Path, tmp_path: Path) -> None:
     """As Qwen3.5's in_proj_a of 32 outputs at the default rank of 64."""
     plan = planned(tiny_model, r=25)
     assert {name.rpartition(".")[2] for name in plan.targets} == {
         *("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     }
+    (tmp_path / "run.json").write_text(json.dumps({"config": {"r": 25}}))
+    cut = planned(tiny_model, r=4, init_from=str(tmp_path))
+    assert list(cut.targets) == list(plan.targets), "a basis that is cut has the layers of its r"
     (note,) = plan.left_out
     assert re.match(
         r"no adapter on \d layer\(s\) such as model\.layers\.0\.self_attn\.k_proj "
