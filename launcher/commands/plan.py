@@ -12,6 +12,7 @@ from launcher.commands.plan_inputs import find_shape, find_workload
 from launcher.text import columns
 from lorasb_ds.config.adapter_options import NARROW, without_adapter
 from lorasb_ds.errors import option_name
+from lorasb_ds.planner.known_models import HUB_NAMES
 from lorasb_ds.planner.model_shape import ModelShape
 from lorasb_ds.planner.strategies import (
     Cluster,
@@ -187,7 +188,8 @@ def command_line(
     best = recommended(plans)
     if best is None:
         return None
-    words = command(best, cluster, model, hostfile, given_options(options))
+    named = HUB_NAMES.get(model, model)  # a shape is no model that could be loaded
+    words = command(best, cluster, named, hostfile, given_options(options))
     return shlex.join([*words, *(["--trust-remote-code"] if options["trust_remote_code"] else [])])
 
 

@@ -189,8 +189,12 @@ def launch_options(command: Callable[..., Any]) -> Callable[..., Any]:
         chosen = {name: options.pop(name) for name in names}
         context = click.get_current_context()
         by_file = given_by(context, ParameterSource.DEFAULT_MAP)
-        if {"num_procs", "num_gpus"} & given_by(context, ParameterSource.COMMANDLINE):
-            chosen |= dict.fromkeys(by_file & {"num_procs", "num_gpus"})
+        counts = {"num_procs", "num_gpus"}
+        if counts & given_by(context, ParameterSource.COMMANDLINE) and by_file & counts:
+            click.echo(
+                "lorasb: the file's number of processes gives way to what is given", err=True
+            )
+            chosen |= dict.fromkeys(by_file & counts)
         launch = LaunchOptions(**chosen)
         return command(launch=launch, **options)
 

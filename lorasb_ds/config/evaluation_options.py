@@ -23,6 +23,12 @@ class EvaluationOptions(OptionGroup):
         description="End after so many evaluations in a row without a new best held-out loss; the "
         "adapter is the best one's. Needs --eval-every.",
     )
+    early_stopping_threshold: float = Field(
+        0.0,
+        ge=0,
+        description="A new best held-out loss counts for --early-stopping-patience if it is lower "
+        "than the last one by more than this.",
+    )
     load_best_model_at_end: bool = Field(
         False, description="Save the adapter of the best evaluation, not of the last step."
     )

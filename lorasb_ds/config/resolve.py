@@ -61,6 +61,11 @@ def _evaluation_problems(config: RunConfig) -> list[str]:
         for field in ("early_stopping_patience", "load_best_model_at_end", "generate_samples")
         if getattr(config, field) and config.eval_every is None
     ]
+    if config.early_stopping_threshold and config.early_stopping_patience is None:
+        problems.append(
+            "--early-stopping-threshold needs --early-stopping-patience N: it says which losses "
+            "that one waits for."
+        )
     if config.eval_every is not None and not (config.eval_data or config.val_set_size):
         problems.append(
             "--eval-every needs held-out rows. Name them by --eval-data, or give --val-set-size."

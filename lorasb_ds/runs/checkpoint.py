@@ -13,6 +13,7 @@ a few megabytes for a 7B model; A and B are stored once, in the run's basis.safe
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -52,6 +53,20 @@ class TrainerState:
     evals_since_best: int = 0
     evaluated_at: int = -1  # step
     finished: bool = False  # all steps are done, or early stopping has ended them
+
+    def take_loss(self, loss: float, threshold: float = 0.0) -> bool:
+        """Note an evaluation's loss; return whether it is a new best.
+
+        Args:
+            threshold: a best that is better by no more than this does not end the wait for one.
+        """
+        best, self.evals_since_best = self.best_loss, self.evals_since_best + 1
+        if not math.isfinite(loss) or (best is not None and loss >= best):
+            return False
+        self.best_step, self.best_loss = self.step, loss
+        if best is None or best - loss > threshold:
+            self.evals_since_best = 0
+        return True
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 from lorasb_ds.distributed import accelerator
@@ -37,13 +36,7 @@ def evaluate(training: TrainingRun, stage: Stage) -> bool:
         write_samples(training, stage)
     if stage not in ("step", "trained"):
         return False
-    best = state.best_loss
-    if math.isfinite(loss) and (best is None or loss < best):
-        state.best_step, state.best_loss = state.step, loss
-        state.evals_since_best = 0
-        return True
-    state.evals_since_best += 1
-    return False
+    return state.take_loss(loss, run.config.early_stopping_threshold)
 
 
 def write_samples(training: TrainingRun, stage: Stage) -> None:

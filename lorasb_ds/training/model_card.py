@@ -11,6 +11,7 @@ import yaml
 from lorasb_ds.config.data_options import REASONING_GYM
 from lorasb_ds.config.paths import DEMO_MODEL
 from lorasb_ds.config.run_config import RunConfig
+from lorasb_ds.export.to_peft import VLLM_RANKS
 from lorasb_ds.runs.history import evaluations
 from lorasb_ds.training.report import held_out_table
 
@@ -36,7 +37,6 @@ OTHERS_LOAD = """\
 - llama.cpp: `python convert_lora_to_gguf.py FOLDER --base path/to/base`
 - as one model: `lorasb merge FOLDER --model {base} --out merged`
 """
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def model_card(run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], rank: int | None) -> str:

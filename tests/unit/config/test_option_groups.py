@@ -28,6 +28,7 @@ NAMES = [
     "ds_config",
     "dtype",
     "early_stopping_patience",
+    "early_stopping_threshold",
     "epochs",
     "eval_data",
     "eval_every",

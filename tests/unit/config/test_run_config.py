@@ -247,6 +247,7 @@ def test_dtypes(tmp_path: Path, content: Any, given: Any, dtype: str) -> None:
     ("given", "parts"),
     [
         ({"early_stopping_patience": 2}, ["--early-stopping-patience needs --eval-every"]),
+        ({"early_stopping_threshold": 0.1}, ["needs --early-stopping-patience N"]),
         ({"data": "a.jsonl", "eval_every": 5}, ["--eval-every needs held-out rows"]),
         ({"load_best_model_at_end": True, "generate_samples": 2}, ["--load-best", "--generate"]),
     ],

@@ -21,7 +21,7 @@ from launcher.commands.plan_inputs import find_workload
 from launcher.hosts.hostfile import read_hostfile
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.planner.config_shape import shape_from_config
-from lorasb_ds.planner.known_models import BUILT_IN
+from lorasb_ds.planner.known_models import BUILT_IN, HUB_NAMES
 from lorasb_ds.planner.placement import Placement
 from lorasb_ds.planner.strategies import Cluster, cpu_cluster, plan, recommended
 from lorasb_ds.planner.traffic import step_traffic
@@ -171,6 +171,11 @@ def test_folders_hub_names_and_hosts(tiny_model: Path, tmp_path: Path) -> None:
 def test_hostfile_as_deepspeed_reads_it() -> None:
     for file in (ROOT / "hostfiles").iterdir():
         assert read_hostfile(str(file)) == fetch_hostfile(str(file))
+
+
+def test_the_command_of_a_shape_names_its_model() -> None:
+    assert set(HUB_NAMES) == set(BUILT_IN)
+    assert "--model meta-llama/Meta-Llama-3-70B" in invoke("--model", "llama-3-70b")
 
 
 def test_narrow_layers_are_named(tiny_model: Path) -> None:

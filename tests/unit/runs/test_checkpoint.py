@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 import subprocess
@@ -213,3 +214,15 @@ def test_only_the_last_and_the_best_are_kept(run: Path) -> None:
     assert not list(run.rglob("*.tmp"))
     assert set_newer_aside(run, 10) == ["step-100000000.superseded"]
     assert steps() == [4, 10]
+
+
+def test_which_losses_patience_waits_for() -> None:
+    state = TrainerState()
+    taken = []
+    for step, loss in enumerate((1.0, 0.95, 0.92, math.nan, 0.85, 0.9)):
+        state.step = step
+        taken.append((state.take_loss(loss, threshold=0.06), state.evals_since_best))
+    assert taken == [(True, 0), (True, 1), (True, 2), (False, 3), (True, 0), (False, 1)]
+    assert (state.best_step, state.best_loss) == (4, 0.85)
+    plain = [TrainerState(best_loss=1.0).take_loss(loss) for loss in (0.999, 1.0, math.inf)]
+    assert plain == [True, False, False]
