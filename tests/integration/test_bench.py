@@ -149,12 +149,3 @@ def test_moe_quick(tmp_path: Path) -> None:
         assert runs[f"4-bit, {ranks}"]["held_bytes"] < runs[f"bf16, {ranks}"]["held_bytes"]
     for key in (*runs, *result["blocks"]["medians"]):
         assert key.split(",")[0] in printed
-
-
-def test_families_quick(tmp_path: Path) -> None:
-    printed, result = quick("families", tmp_path)
-    assert result["whole"] == ["qwen3_moe"]
-    llama4 = result["families"]["llama4_text"]
-    assert llama4["trouble"] == {}
-    assert llama4["adapted"] == llama4["packed"] == llama4["linear"]  # its experts stay frozen
-    assert "1 of 2" in printed
