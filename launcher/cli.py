@@ -60,10 +60,10 @@ main.command_class = SectionedCommand
 
 def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options of a verb that starts a job: where it runs, and what it does."""
-    return launch_options(run_options(reports_problems(command)))
+    return run_options(launch_options(reports_problems(command)))
 
 
-def printable(command: Callable[..., Any]) -> Callable[..., Any]:
+def prints_config(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add --print-config, which prints the options instead of starting a job."""
 
     @reports_problems
@@ -88,7 +88,7 @@ def printable(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @main.command(context_settings=CONTEXT)
 @job_options
-@printable
+@prints_config
 def train(launch: LaunchOptions, run_json: str | None, **given: Any) -> None:
     """Fine-tune a model: init from gradients, train, save the adapter."""
     sys.exit(start(launch, [], run_json, given))
@@ -96,7 +96,7 @@ def train(launch: LaunchOptions, run_json: str | None, **given: Any) -> None:
 
 @main.command(context_settings=CONTEXT)
 @job_options
-@printable
+@prints_config
 def init(launch: LaunchOptions, run_json: str | None, **given: Any) -> None:
     """Do the init only; `train --init-from` loads it from its folder, also for a smaller r."""
     sys.exit(start(launch, ["--init-only"], run_json, given))

@@ -57,6 +57,9 @@ EVAL_FIELDS = (
     "overwrite",
 )
 
+# Options of `launch_options` of which there is one.
+COUNTS = {"num_procs", "num_gpus"}
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 # Options may be written with underscores, as DeepSpeed's are: --ds_config is --ds-config.
@@ -108,7 +111,10 @@ def with_settings(*, replays: bool) -> Callable[[Command], Command]:
             ctx = click.get_current_context()
             by_file = given_by(ctx, ParameterSource.DEFAULT_MAP)
             asked = {n: ctx.params.get(n) for n in given_by(ctx, ParameterSource.COMMANDLINE)}
-            replaced = sorted(by_file & options.keys() & replaced_by(asked, ctx.default_map or {}))
+            gives_way = replaced_by(asked, ctx.default_map or {})
+            if COUNTS & asked.keys():
+                gives_way |= COUNTS
+            replaced = sorted(by_file & options.keys() & gives_way)
             if replaced:
                 names = ", ".join(map(option_name, replaced))
                 click.echo(f"lorasb: of the file, {names} gives way to what is given", err=True)

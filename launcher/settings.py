@@ -15,7 +15,7 @@ from click.core import ParameterSource
 
 from launcher.aliases import our_name
 from launcher.sections import OTHERS, SectionedOption, sections_of
-from lorasb_ds.config.paths import expand_home
+from lorasb_ds.config.paths import JSON_BYTES, expand_home
 from lorasb_ds.errors import printable
 
 MOST_BYTES = 1 << 20  # of a file of settings
@@ -67,8 +67,8 @@ def _read(path: str) -> str:
     file = Path(expand_home(path))
     if not file.is_file():
         raise ValueError("there is no such file")
-    if file.stat().st_size > 64 * MOST_BYTES:
-        raise ValueError("it has more than 64 MiB")
+    if file.stat().st_size > JSON_BYTES:
+        raise ValueError(f"it has more than {JSON_BYTES >> 20} MiB")
     return file.read_text(encoding="utf-8")
 
 

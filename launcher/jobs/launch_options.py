@@ -8,12 +8,10 @@ from functools import wraps
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from launcher.jobs.command import BACKENDS
 from launcher.options import add_options
 from launcher.sections import HOSTS, SectionedOption
-from launcher.settings import given_by
 from lorasb_ds.errors import ConfigError, option_name
 
 POSITIVE = click.IntRange(min=1)
@@ -186,16 +184,7 @@ def launch_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(command)
     def wrapper(**options: Any) -> Any:
-        chosen = {name: options.pop(name) for name in names}
-        context = click.get_current_context()
-        by_file = given_by(context, ParameterSource.DEFAULT_MAP)
-        counts = {"num_procs", "num_gpus"}
-        if counts & given_by(context, ParameterSource.COMMANDLINE) and by_file & counts:
-            click.echo(
-                "lorasb: the file's number of processes gives way to what is given", err=True
-            )
-            chosen |= dict.fromkeys(by_file & counts)
-        launch = LaunchOptions(**chosen)
+        launch = LaunchOptions(**{name: options.pop(name) for name in names})
         return command(launch=launch, **options)
 
     attributes: dict[str, Any] = {"cls": SectionedOption, "section": HOSTS}

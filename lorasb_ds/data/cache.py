@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 from filelock import FileLock, Timeout
 
 from lorasb_ds.config.data_options import DataOptions
@@ -33,12 +32,11 @@ from lorasb_ds.data.notes import notes_on, of_source
 from lorasb_ds.data.outcomes import Outcomes, too_many_skipped
 from lorasb_ds.data.sources import load_rows, source_fingerprint
 from lorasb_ds.data.template import date_in, stand_in
-from lorasb_ds.system.files import fsync, publish, write_json
+from lorasb_ds.system.files import file_digest, fsync, publish, write_json
 
 FORMAT = 4  # version of the tables: raise it when the same rows would give other tables
 META = "lorasb.json"  # beside the table: its key, digests and counts
 BATCH_TOKENS = 1 << 20  # tokens of a batch whose rows are as long as --max-length allows
-READ_BYTES = 1 << 24
 WORTH_SAYING_S = 5.0
 LONGEST_WAIT_S = 12 * 3600.0  # for another process that tokenizes
 WORTH_A_WORKER_S = 10.0  # a worker takes seconds to start
@@ -189,16 +187,8 @@ def _read(folder: Path, key: str) -> tuple[Any, dict[str, Any]] | None:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    """Return digests of a table's files, which find damage: 10 GB/s, or what the disk gives."""
-    digests = {}
-    for file in sorted(folder.iterdir()):
-        if file.name != META:
-            digest = xxhash.xxh3_128()
-            with file.open("rb") as content:
-                while piece := content.read(READ_BYTES):
-                    digest.update(piece)
-            digests[file.name] = digest.hexdigest()
-    return digests
+    """Return digests of a table's files, which find damage."""
+    return {f.name: file_digest(f) for f in sorted(folder.iterdir()) if f.name != META}
 
 
 def _make(

@@ -30,16 +30,21 @@ RENDER_BYTES = 2 * GIB  # likewise: beside what the process has
 WORDS = 100  # characters at most of what a template says
 
 
+def chosen_template(tokenizer: Any) -> str | None:
+    """Return what --chat-template named, if its template is in the place of the tokenizer's own."""
+    return getattr(tokenizer, "template_name", None)
+
+
 def template_origin(tokenizer: Any) -> str:
     """Return whose the template is, for run.json: "model's own", "stand-in", or the chosen one."""
-    if (chosen := getattr(tokenizer, "template_name", None)) is not None:
+    if (chosen := chosen_template(tokenizer)) is not None:
         return f"--chat-template {chosen}"
     return "model's own" if tokenizer.chat_template else "stand-in"
 
 
 def template_note(tokenizer: Any) -> str | None:
     """Return what the user should know of the template; None if it is the model's own."""
-    if (chosen := getattr(tokenizer, "template_name", None)) is not None:
+    if (chosen := chosen_template(tokenizer)) is not None:
         return f"chat template: {chosen} (--chat-template)"
     if tokenizer.chat_template:
         return None

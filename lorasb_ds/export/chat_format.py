@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lorasb_ds.config.run_layout import ADAPTER
-from lorasb_ds.data.template import chat_template, stand_in
+from lorasb_ds.config.run_layout import ADAPTER, TEMPLATE_COPY
+from lorasb_ds.data.template import chat_template, chosen_template, stand_in
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export.stored_adapter import StoredAdapter
 from lorasb_ds.models.base import Base
@@ -52,7 +52,7 @@ def template_to_add(adapter: StoredAdapter, base: Base) -> str | None:
 def use_template_of(adapter: StoredAdapter, tokenizer: Any) -> None:
     """Give a tokenizer the adapter's chat template, unless that is the stand-in."""
     file = adapter.path / CHAT_TEMPLATE
-    if not file.is_file() or getattr(tokenizer, "template_name", None) is not None:
+    if not file.is_file() or chosen_template(tokenizer) is not None:
         return
     template = file.read_text(encoding="utf-8")
     if template not in (stand_in(tokenizer), chat_template(tokenizer)):
@@ -61,8 +61,9 @@ def use_template_of(adapter: StoredAdapter, tokenizer: Any) -> None:
 
 def _template_beside(adapter: StoredAdapter) -> str | None:
     """Return the chat template beside an adapter, or that of its run's --chat-template."""
-    folders = [*_folders(adapter), *([adapter.run] if adapter.run is not None else [])]
-    files = [folder / CHAT_TEMPLATE for folder in folders]
+    files = [folder / CHAT_TEMPLATE for folder in _folders(adapter)]
+    if adapter.run is not None:
+        files.append(adapter.run / TEMPLATE_COPY)
     return next((file.read_text(encoding="utf-8") for file in files if file.is_file()), None)
 
 

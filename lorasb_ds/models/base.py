@@ -24,10 +24,7 @@ from lorasb_ds.models.checkpoint_files import (
 from lorasb_ds.models.config_json import is_encoded, load_config, stored_quantization
 from lorasb_ds.models.empty_model import empty_model
 from lorasb_ds.models.experts import ExpertShapes
-from lorasb_ds.models.multimodal import (
-    encoders,
-    is_multimodal,
-)
+from lorasb_ds.models.multimodal import encoders, is_multimodal
 from lorasb_ds.models.quantization import Kind
 from lorasb_ds.models.shape import other_experts, shape_of
 from lorasb_ds.models.stored_formats import decoded

@@ -131,10 +131,7 @@ def _left_out(base: Base, refused: Sequence[str], narrow: Iterable[str]) -> tupl
             {name: sizes[name] for name in refused},
             "PEFT refuses to load one; --target-modules with their name trains them",
         ),
-        (
-            {name: sizes[name] for name in narrow},
-            NARROW,
-        ),
+        ({name: sizes[name] for name in narrow}, NARROW),
     )
     return tuple(
         without_adapter(names, sum(names.values()) / total, reason)

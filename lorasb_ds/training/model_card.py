@@ -11,7 +11,7 @@ import yaml
 from lorasb_ds.config.data_options import REASONING_GYM
 from lorasb_ds.config.paths import DEMO_MODEL
 from lorasb_ds.config.run_config import RunConfig
-from lorasb_ds.export.to_peft import VLLM_RANKS
+from lorasb_ds.export.to_peft import max_lora_rank
 from lorasb_ds.runs.history import evaluations
 from lorasb_ds.training.report import held_out_table
 
@@ -83,7 +83,8 @@ def model_card(run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], rank: 
         for name, value in options
         if name in ("method", "r", "lr") or value != default[name]
     ]
-    template = run["chat_template"].removeprefix("--chat-template ").rpartition("/")[2]
+    chosen = config["chat_template"]
+    template = Path(chosen).name if chosen is not None else run["chat_template"]
     form = "an adapter of one of PEFT's methods" if rank is None else f"a plain LoRA of rank {rank}"
     lines += [
         "",
@@ -93,8 +94,7 @@ def model_card(run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], rank: 
         PEFT_LOADS.format(base=base),
     ]
     if rank is not None:
-        wide = next((wide for wide in VLLM_RANKS if rank <= wide), rank)
-        lines.append(OTHERS_LOAD.format(base=base, rank=wide))
+        lines.append(OTHERS_LOAD.format(base=base, rank=max_lora_rank(rank) or rank))
     return "\n".join(lines)
 
 

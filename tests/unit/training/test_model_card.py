@@ -20,6 +20,8 @@ ROWS = [
 
 
 def run(template: str = "model's own", **options: Any) -> dict[str, Any]:
+    if template.startswith("--chat-template "):  # as run.json has it
+        options["chat_template"] = template.partition(" ")[2]
     config = RunConfig.model_validate(options).model_dump()
     return {
         "config": config,
