@@ -173,6 +173,7 @@ def preview(arguments: Sequence[str]) -> None:
 @click.option("--micro-batch-size", type=click.IntRange(min=1), default=4, show_default=True)
 @click.option("--gradient-checkpointing", is_flag=True)
 @click.option("--init-memory-gib", type=POSITIVE, help="[default: no limit, or what fits]")
+@click.option("--init-micro-batch-size", type=click.IntRange(min=1), help="As in `train`.")
 @click.option("--init-samples", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model has.")
 @click.option("--json", "as_json", is_flag=True, help="All numbers, as JSON, in bytes.")

@@ -32,6 +32,13 @@ class InitOptions(OptionGroup):
         "on the held-back rows).",
         json_schema_extra=default_is("auto; with --init-from, that init's"),
     )
+    init_micro_batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="Rows per process and micro-batch in the init. More rows save time: weights "
+        "are gathered, and gradients exchanged and summed, once for each micro-batch.",
+        json_schema_extra=default_is("--micro-batch-size"),
+    )
     init_update: Literal["sign", "adam", "raw", "adafactor", "muon"] | None = Field(
         None,
         description="The step that lora-sb's init imitates: sign of the gradient (the paper), "

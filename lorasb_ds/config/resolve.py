@@ -73,6 +73,10 @@ def _evaluation_problems(config: RunConfig) -> list[str]:
     return problems
 
 
+# How the init's gradients are computed.
+WORK_OF_INIT = ("init_memory_gib", "init_micro_batch_size", "init_offload")
+
+
 def _method_problems(config: RunConfig, asked: Mapping[str, Any]) -> list[str]:
     """Return problems of options that the method does not use."""
     method = METHODS.get(config.method)
@@ -89,7 +93,7 @@ def _method_problems(config: RunConfig, asked: Mapping[str, Any]) -> list[str]:
         why = "its init looks at no gradient"
         useless["init_data"] = why
         if config.track_alignment is None:  # which does
-            useless |= dict.fromkeys(("init_memory_gib", "init_offload"), why)
+            useless |= dict.fromkeys(WORK_OF_INIT, why)
     return [
         f"{option_name(field)} means nothing to --method {config.method}: {why}. Leave it out."
         for field, why in useless.items()
@@ -140,7 +144,7 @@ def _peft_problems(config: RunConfig, asked: Mapping[str, Any]) -> list[str]:
         + [
             f"{option_name(field)} means nothing to --method {config.method}: PEFT has its own "
             "init. Leave it out."
-            for field in ("init_memory_gib", "init_offload")
+            for field in WORK_OF_INIT
             if field in asked
         ]
     )

@@ -52,6 +52,8 @@ class Footprint:
     block_backward: int  # one block's activations where they are recomputed, and its gradients
     init: InitPlan
     init_activations: int  # with the layers' inputs that the init needs
+    init_logits: int
+    init_block_backward: int
     host_base: int  # offloaded shards
     host_init: int  # offloaded gradients and hidden states
     host_basis: int  # A and B as the init leaves them
@@ -80,7 +82,7 @@ class Footprint:
             self.gathered
             + self.dequantized
             + self.init_activations
-            + max(self.logits, self.block_backward + self.init.backward_bytes)
+            + max(self.init_logits, self.init_block_backward + self.init.backward_bytes)
         )
         return self.resident + kept + max(backward, self.init.svd_bytes)
 
@@ -141,8 +143,9 @@ def footprint(
     kept_gradients = GRADIENT_BYTES * num_optimized + placement.reduce_bucket_size * 4
     basis_size = work.num_in_pairs * work.pairs
     # The init holds the activations of the blocks of one group.
-    kept = activations(shape, placement, work, max(init.blocks_of_groups(shape.num_blocks)))
-    labels = work.micro_batch_size * work.num_labels
+    blocks_at_once = max(init.blocks_of_groups(shape.num_blocks))
+    kept = activations(shape, placement, work, blocks_at_once)
+    kept_in_init = activations(shape, placement, work.in_init, blocks_at_once)
     return Footprint(
         base=base.kept + (base.shards - base.scale_shards if on_device else 0),
         quantization=base.scale_shards if on_device else 0,
@@ -153,18 +156,25 @@ def footprint(
         gathered=gathered_bytes(shape, placement, work),
         dequantized=base.dequantized,
         activations=kept.in_training,
-        # And the hidden states at the labels, with their gradient.
-        logits=logit_rows(labels, shape.vocab_size) * shape.vocab_size * LOGIT_BYTES
-        + 2 * labels * shape.hidden_size * d,
+        logits=_logit_bytes(shape, work, d),
         block_backward=kept.block_backward,
         init=init,
-        init_activations=kept.in_init,
+        init_activations=kept_in_init.in_init,
+        init_logits=_logit_bytes(shape, work.in_init, d),
+        init_block_backward=kept_in_init.block_backward,
         host_base=0 if on_device else hosted,
         host_init=init.shard_bytes + init.boundary_bytes if work.init_offload else 0,
         host_basis=basis_size * (d if work.trains_r else 4),
         host_rank0=basis_size * 4,
         tracks_gradient=work.tracks_gradient,
     )
+
+
+def _logit_bytes(shape: ModelShape, work: Workload, dtype_bytes: int) -> int:
+    """Count the logits at a time, and the hidden states at the labels with their gradient."""
+    labels = work.micro_batch_size * work.num_labels
+    logits = logit_rows(labels, shape.vocab_size) * shape.vocab_size * LOGIT_BYTES
+    return logits + 2 * labels * shape.hidden_size * dtype_bytes
 
 
 def logit_rows(num_labels: int, vocab_size: int) -> int:
@@ -203,13 +213,14 @@ def init_plan(shape: ModelShape, work: Workload, world_size: int, dtype_bytes: i
             boundary_bytes=0,
             budget_bytes=work.init_memory_bytes,
         )
-    rows_per_rank = min(work.init_samples, work.init_rounds(world_size) * work.micro_batch_size)
+    rounds, rows = work.init_rounds(world_size), work.in_init.micro_batch_size
+    rows_per_rank = min(work.init_samples, rounds * rows)
     of_init = InitWork(
         targets=work.targets,
         r=work.svd_r,
         world_size=world_size,
         update=work.svd_update,  # also where the gradient is only tracked: W0's takes most
-        tokens_per_micro_batch=work.tokens,
+        tokens_per_micro_batch=work.in_init.tokens,
         boundary_bytes=rows_per_rank * work.max_length * shape.hidden_size * dtype_bytes,
         dtype_bytes=dtype_bytes,
         offload=work.init_offload,

@@ -53,7 +53,7 @@ def init_traffic(
     They are those of the gathers of its passes, of gradients or the activations that they are made
     of (``sends_activations``), and of the SVDs.
     """
-    w = placement.world_size
+    w, work = placement.world_size, work.in_init
     rounds = work.init_rounds(w)
     of_groups = memory.init.blocks_of_groups(shape.num_blocks)
     passes = _passes(shape, placement, work) * sum(of_groups) / shape.num_blocks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class Workload:
     micro_batch_size: int
     gradient_checkpointing: bool
     init_samples: int  # rows of the gradient
+    init_micro_batch_size: int | None = None  # [default: micro_batch_size]
     init_memory_bytes: int | None = None
     init_update: str = "sign"
     init_offload: bool = False
@@ -43,6 +44,11 @@ class Workload:
     def tokens(self) -> int:
         """Return the tokens of a rank's micro-batch."""
         return self.micro_batch_size * self.max_length
+
+    @property
+    def in_init(self) -> Workload:
+        """Return the workload with the init's micro-batches."""
+        return replace(self, micro_batch_size=self.init_micro_batch_size or self.micro_batch_size)
 
     @property
     def svd_r(self) -> int:
@@ -85,4 +91,4 @@ class Workload:
 
     def init_rounds(self, world_size: int) -> int:
         """Return the micro-batches that each rank computes in the init."""
-        return -(-self.init_samples // (self.micro_batch_size * world_size))
+        return -(-self.init_samples // (self.in_init.micro_batch_size * world_size))

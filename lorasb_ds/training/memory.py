@@ -152,6 +152,8 @@ def plan_memory(
         planned = replace(
             planned,
             init_activations=of_init.init_activations,
+            init_logits=of_init.init_logits,
+            init_block_backward=of_init.init_block_backward,
             logits=max(planned.logits, of_init.logits),
         )
     cluster = this_cluster(world_size)
@@ -179,6 +181,7 @@ def workload_of(
         micro_batch_size=config.micro_batch_size,
         gradient_checkpointing=config.gradient_checkpointing,
         init_samples=init_samples,
+        init_micro_batch_size=config.init_micro_batch_size,
         init_memory_bytes=None if budget is None else int(budget * GIB),
         init_offload=config.init_offload,
         whole_matrices=config.optimizer in MATRIX_OPTIMIZERS,

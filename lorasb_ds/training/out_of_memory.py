@@ -126,7 +126,7 @@ def parts(memory: Footprint, phase: Phase, one_memory: bool) -> dict[str, int]:
         "optimizer": memory.optimizer,
     }
     passing = {"gathered": memory.gathered, "dequantized layer": memory.dequantized}
-    logits = {"logits": memory.logits}
+    logits = {"logits": memory.init_logits if phase == "init" else memory.logits}
     if phase == "load":
         reading = {k: held[k] for k in ("base", "quantization state")}
         reading |= {"tensors on their way": memory.load_in_flight}
@@ -136,7 +136,7 @@ def parts(memory: Footprint, phase: Phase, one_memory: bool) -> dict[str, int]:
             held["gradients of layers"] = memory.init.shard_bytes
             held["hidden states between groups"] = memory.init.boundary_bytes
         backward = {
-            "one block's backward pass": memory.block_backward,
+            "one block's backward pass": memory.init_block_backward,
             "work on one layer": memory.init.backward_bytes,
         }
         steps = passing | {"activations": memory.init_activations}
@@ -212,7 +212,10 @@ def _changes(phase: Phase, memory: RunMemory, config: RunConfig) -> Iterator[_Ch
                 yield _Change(f"--init-memory-gib {half[0]:g}", placement, bounded)
         if not work.init_offload:
             yield _Change("--init-offload", placement, replace(work, init_offload=True))
-    if (size := work.micro_batch_size) > 1:
+        if (size := work.in_init.micro_batch_size) > 1:
+            fewer = replace(work, init_micro_batch_size=size // 2)
+            yield _Change(f"--init-micro-batch-size {size // 2}", placement, fewer)
+    elif (size := work.micro_batch_size) > 1:
         rows = max(n for n in range(1, size // 2 + 1) if size % n == 0)
         accumulation = config.gradient_accumulation_steps * (size // rows)
         yield _Change(

@@ -91,22 +91,24 @@ class Prepared:
 
     def batches(self, rows: TokenizedRows, indices: Iterable[int]) -> list[Batch]:
         """Return this rank's micro-batches of some rows; every rank has as many."""
-        return self._deal(rows, [[i] for i in indices], None, packed=False)
+        return self._deal(rows, [[i] for i in indices], None, self.config.micro_batch_size)
 
     def step_batches(self, packs: Sequence[Pack]) -> list[Batch]:
         """Return this rank's micro-batches of an optimizer step on training rows."""
-        rounds = self.config.gradient_accumulation_steps
-        return self._deal(self.data.train, packs, rounds, packed=self.config.packing)
+        rounds, size = self.config.gradient_accumulation_steps, self.config.micro_batch_size
+        return self._deal(self.data.train, packs, rounds, size, packed=self.config.packing)
 
     def sample(self, indices: Sequence[int], rows: TokenizedRows | None = None) -> Sample:
-        """Return this rank's micro-batches of some rows, on its device.
+        """Return this rank's micro-batches of some rows for the init, on its device.
 
         Args:
             rows: [default: ``data.init``]
         """
         rows = self.data.init if rows is None else rows
+        size = self.config.init_micro_batch_size or self.config.micro_batch_size
+        batches = self._deal(rows, [[i] for i in indices], None, size)
         return Sample(
-            batches=[batch.to(accelerator.device()) for batch in self.batches(rows, indices)],
+            batches=[batch.to(accelerator.device()) for batch in batches],
             num_rows=len(indices),
             num_label_tokens=int(rows.num_labels[list(indices)].sum()),
         )
@@ -117,13 +119,18 @@ class Prepared:
         return "flash" in (self.base.hf_config._attn_implementation or "")
 
     def _deal(
-        self, rows: TokenizedRows, packs: Sequence[Pack], rounds: int | None, packed: bool
+        self,
+        rows: TokenizedRows,
+        packs: Sequence[Pack],
+        rounds: int | None,
+        micro_batch_size: int,
+        packed: bool = False,
     ) -> list[Batch]:
         return rank_batches(
             rows.examples,
             rows.lengths,
             packs,
-            micro_batch_size=self.config.micro_batch_size,
+            micro_batch_size=micro_batch_size,
             pad_token_id=self.base.tokenizer.pad_token_id,
             rank=zero.rank(),
             world_size=zero.world_size(),

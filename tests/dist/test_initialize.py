@@ -125,6 +125,20 @@ def test_a_budget_changes_memory_and_passes_and_nothing_else(
             assert torch.equal(at_once[name] * ratio, grouped[name]), name
 
 
+def test_larger_micro_batches_change_rounding_only(tiny_model: Path, tmp_path: Path) -> None:
+    """The probe's losses, too: all are sums over label tokens."""
+    config = setting(tiny_model, tmp_path, r=8, init_lr=3e-4, micro_batch_size=1)
+    small, _, many = initialized(config, tmp_path, 2)
+    large, _, few = initialized(config | {"init_micro_batch_size": 4}, tmp_path, 2)
+    assert (many["num_batches"], few["num_batches"]) == (7, 2)
+    assert few["loss"] == pytest.approx(many["loss"], rel=1e-6)
+    assert few["step"]["loss_after"] == pytest.approx(many["step"]["loss_after"], rel=1e-6)
+    for name in {name.rpartition(".")[0] for name in small}:
+        updates = [of[f"{name}.B"] @ of[f"{name}.R"] @ of[f"{name}.A"] for of in (small, large)]
+        # An entry of G that is nearly zero may have the other sign.
+        assert torch.dist(*updates) <= 0.03 * torch.linalg.norm(updates[0]), name
+
+
 def test_the_gradient_itself_with_its_own_scale_of_eta(tiny_model: Path, tmp_path: Path) -> None:
     """--init-update raw --init-lr auto on 2 ranks: B R A is -eta times G's truncated SVD."""
     config = setting(tiny_model, tmp_path, r=8, init_update="raw", init_lr="auto")

@@ -43,6 +43,7 @@ NAMES = [
     "init_from",
     "init_lr",
     "init_memory_gib",
+    "init_micro_batch_size",
     "init_offload",
     "init_samples",
     "init_seed",

@@ -115,6 +115,16 @@ def test_a_budget_and_checkpointing_bound_what_they_should() -> None:
     assert recomputed.train_peak < free.train_peak
 
 
+def test_the_init_s_micro_batches() -> None:
+    placement = Placement("bf16", 2)
+    same = footprint_of(LLAMA_7B, placement)
+    more = footprint_of(LLAMA_7B, placement, init_micro_batch_size=4)
+    assert more.init_peak > same.init_peak
+    assert more.train_peak == same.train_peak
+    of_all = footprint_of(LLAMA_7B, placement, micro_batch_size=4)
+    assert more.init_peak == of_all.init_peak
+
+
 def test_methods_that_train_a_and_b() -> None:
     """Llama-7B, r = 64 in all linear layers: computed by hand from its shapes."""
     placement = Placement("bf16", 2)

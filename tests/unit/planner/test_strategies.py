@@ -33,6 +33,7 @@ from tests.runs import ROOT
 
 OPTIONS: dict[str, Any] = {"r": 64, "max_length": 1024, "micro_batch_size": 4, "init_samples": 64}
 OPTIONS |= {"gradient_checkpointing": False, "init_memory_gib": None, "expert_r": None}
+OPTIONS |= {"init_micro_batch_size": None}
 LLAMA_7B = shape_from_config("llama-7b", BUILT_IN["llama-7b"])
 
 
