@@ -33,8 +33,8 @@ TABLE_GPUS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 def given_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that the printed command needs beside the strategy's."""
-    names = ("r", "expert_r", "max_length", "micro_batch_size", "init_samples", "init_memory_gib")
-    names += ("init_micro_batch_size",)
+    names = ["r", "expert_r", "max_length", "micro_batch_size", "init_samples", "init_memory_gib"]
+    names += ["init_micro_batch_size"]
     given = {name: options[name] for name in names if options[name] is not None}
     return {option_name(name): f"{value:g}" for name, value in given.items()}
 

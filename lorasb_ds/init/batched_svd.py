@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from lorasb_ds.init.lanczos import is_converged, random_matrix, upper_triangle
+from lorasb_ds.init.products import full_precision
 from lorasb_ds.init.sharded_svd import GRAM_SIDE
 from lorasb_ds.planner.init_bytes import EXPERT_SVD_ENTRIES, GRAM_SHARE, KRYLOV_BLOCK
 
@@ -26,6 +27,7 @@ class BatchedSVD(NamedTuple):
     captured_energy: torch.Tensor  # (batch,), as in TruncatedSVD
 
 
+@full_precision()
 def batched_svd(
     matrices: torch.Tensor,
     r: int,

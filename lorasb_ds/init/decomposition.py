@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from lorasb_ds.distributed.collectives import Group
 from lorasb_ds.init.init_report import LayerInit
+from lorasb_ds.init.products import full_precision
 from lorasb_ds.init.sharded_svd import TruncatedSVD, truncated_svds
 from lorasb_ds.init.update_rules import UPDATE_RULES, update_svd
 from lorasb_ds.init.whole_svd import truncated_svds_by_rank
@@ -74,6 +75,7 @@ def decompose_matrices(
     return truncated_svds_by_rank(shards, heights, r, group=group, seed=seed)
 
 
+@full_precision()
 def describe_layer(
     svd: TruncatedSVD,
     slopes: torch.Tensor,

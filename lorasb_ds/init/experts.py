@@ -23,6 +23,7 @@ from lorasb_ds.init.factors import (
 )
 from lorasb_ds.init.gradient_shards import gradient_shape, is_transposed
 from lorasb_ds.init.init_report import ExpertsInit, join_experts
+from lorasb_ds.init.products import full_precision
 from lorasb_ds.init.update_rules import UPDATE_RULES
 
 # Optimizers whose updates take every entry of a gradient by itself.
@@ -217,6 +218,7 @@ def _not_transposed(
     return ExpertDirections(U, S, Vh)
 
 
+@full_precision()
 def _describe(
     adapter: LoraSBExperts,
     svd: BatchedSVD,

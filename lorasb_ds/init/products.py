@@ -14,7 +14,10 @@ def weight_gradient(long: torch.Tensor, short: torch.Tensor) -> torch.Tensor:
     Args:
         long, short: (tokens, features), any floating dtypes.
     """
-    with _exact_products(long, short):
+    # Rounding bf16 values to bf16 or TF32 changes nothing, and sums stay in fp32: the result is
+    # that of fp32, at twice its speed on CPUs with AVX512-BF16.
+    from_bf16 = long.dtype == short.dtype == torch.bfloat16
+    with full_precision("medium" if from_bf16 else "highest"):
         if long.dtype == short.dtype and _has_fp32_output(long):
             found: torch.Tensor = torch.mm(long.T, short, out_dtype=torch.float32)
             return found
@@ -30,18 +33,26 @@ def _has_fp32_output(factor: torch.Tensor) -> bool:
 
 
 @contextmanager
-def _exact_products(*factors: torch.Tensor) -> Iterator[None]:
-    """Let fp32 matrix products use bf16 or TF32 hardware if all factors came from bf16.
+def full_precision(of_fp32: str = "highest") -> Iterator[None]:
+    """Keep matrix products' sums in fp32 inside, and their factors as ``of_fp32`` says.
 
-    Rounding such values to either format changes nothing, and sums stay in fp32: the result is
-    that of fp32, at twice its speed on CPUs with AVX512-BF16.
+    Also a decorator. Environments turn TF32 on for products of fp32 (NVIDIA's containers, by
+    TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1), and CUDA may keep partial sums of 16-bit products in 16
+    bits, which is torch's default.
+
+    Args:
+        of_fp32: as ``torch.set_float32_matmul_precision`` takes it.
     """
-    if any(factor.dtype != torch.bfloat16 for factor in factors):
-        yield
-        return
+    matmul = torch.backends.cuda.matmul
+    names = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
+    before = [getattr(matmul, name) for name in names]
     precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+    torch.set_float32_matmul_precision(of_fp32)
+    for name in names:
+        setattr(matmul, name, False)
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(precision)
+        for name, value in zip(names, before, strict=True):
+            setattr(matmul, name, value)

@@ -26,6 +26,7 @@ from lorasb_ds.distributed.collectives import (
     reduce,
 )
 from lorasb_ds.init.lanczos import leading_ritz_vectors, random_matrix, rank_tolerance
+from lorasb_ds.init.products import full_precision
 from lorasb_ds.planner.init_bytes import GRAM_SHARE, GRAM_SIDE_SHARED
 
 SVDMethod = Literal["auto", "gram", "krylov"]
@@ -85,6 +86,7 @@ def truncated_svd(
     return truncated_svds([local_rows], r, group=group, seed=seed, method=method)[0]
 
 
+@full_precision()
 def truncated_svds(
     shards: Sequence[torch.Tensor],
     r: int,
