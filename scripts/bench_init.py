@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,7 @@ def ours(config: dict[str, Any], out: str) -> None:
     import torch.distributed as dist
 
     from lorasb_ds.distributed import zero
+    from lorasb_ds.init.basis_file import BasisWriter, basis_sizes
     from lorasb_ds.init.gradient_shards import GradientShards
     from lorasb_ds.training.init_phase import initialize_by
     from lorasb_ds.training.trainer import start_engine
@@ -98,7 +100,15 @@ def ours(config: dict[str, Any], out: str) -> None:
     del shards
     dist.barrier()
     before = _start_measuring()
-    report, _ = initialize_by(run, engine, adapters, sample, probe)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        basis = None
+        if zero.rank() == 0:
+            basis = BasisWriter(Path(folder), basis_sizes(adapters), run.made_from)
+            stack.enter_context(basis)
+        keep = basis.add if basis else lambda factors: None
+        report = initialize_by(run, engine, adapters, sample, probe, keep)
+        if basis:
+            basis.finish(report)
     peak = torch.tensor(report.peak_memory_bytes - before, dtype=torch.float64)
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     result = {

@@ -65,9 +65,9 @@ def run(config: dict[str, Any], out: str) -> None:
     engine, adapters = start_engine(prepared)
     peaks = {"load": accelerator.peak_memory_bytes() - idle}
     sample, probe = (prepared.sample(r) for r in (prepared.gradient_rows, prepared.probe_rows))
-    report, basis = initialize_by(prepared, engine, adapters, sample, probe)
+    report = initialize_by(prepared, engine, adapters, sample, probe, lambda factors: None)
     peaks["init"] = report.peak_memory_bytes - idle
-    del basis, sample, probe
+    del sample, probe
     accelerator.reset_peak_memory()
     engine.train()
     for step in range(prepared.num_steps):

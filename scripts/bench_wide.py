@@ -68,9 +68,13 @@ def wide(config: dict[str, Any], out: str) -> None:
     dist.barrier()
     (engine, adapters), load = watched(lambda: start_engine(run))
     sample, probe = run.sample(run.gradient_rows), run.sample(run.probe_rows)
-    (report, basis), init = watched(lambda: initialize_by(run, engine, adapters, sample, probe))
-    basis_bytes = sum(factor.nbytes for factor in basis.values())
-    del basis  # a run saves it now
+    basis_bytes = 0
+
+    def keep(factors: dict[str, Any]) -> None:  # a run writes them to its basis
+        nonlocal basis_bytes
+        basis_bytes += sum(factor.nbytes for factor in factors.values())
+
+    report, init = watched(lambda: initialize_by(run, engine, adapters, sample, probe, keep))
     engine.train()
     losses, steps = [], []
     for number in range(run.num_steps):
@@ -97,7 +101,7 @@ def wide(config: dict[str, Any], out: str) -> None:
         "optimizer_bytes": 16 * run.config.r**2 * len(adapters) / hf_config.num_hidden_layers,
         "groups": report.num_groups,
     }
-    # On CPUs the process of rank 0, which holds the basis, too.
+    # On CPUs the process of rank 0.
     phases = run.memory.footprint.phases(one_memory=True)
     result |= {
         f"{part}_predicted_bytes": phases[phase]

@@ -1,16 +1,15 @@
-"""The basis of a run on disk: save it, check what it was made from, load it."""
+"""The basis of a run on disk: check what it was made from, load it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from lorasb_ds.adapters.inject import disable_adapters
@@ -22,16 +21,15 @@ from lorasb_ds.config.run_layout import BASIS_FILE, INIT_REPORT
 from lorasb_ds.data.batch import Sample
 from lorasb_ds.distributed import zero
 from lorasb_ds.errors import ConfigError
+from lorasb_ds.init.basis_file import EXPERT_TENSORS
 from lorasb_ds.init.factors import Basis, InitSettings, fill_factors
 from lorasb_ds.init.init_report import ExpertsInit, InitReport, InitStep, LayerInit
 from lorasb_ds.init.step_size import choose_step, measure_step
 from lorasb_ds.models.experts import ExpertShapes
 from lorasb_ds.models.linear_layers import Shapes
-from lorasb_ds.system.files import SUMS_FILE, check_sums, write_json, write_sums
-from lorasb_ds.system.safetensors_writer import save_tensors
+from lorasb_ds.system.files import SUMS_FILE, check_sums
 
 BASIS_FORMAT = "3"
-EXPERT_TENSORS = ("captured_energy", "spectrum", "slopes", "tokens")  # of ExpertsInit
 SCALING_KEY = "scaling (--lora-alpha, --r)"
 PEFT_FILE_KEY = "--method peft: (its file)"
 
@@ -98,37 +96,6 @@ def _method_entries(config: RunConfig) -> dict[str, Any]:
         SCALING_KEY: method.scale(config.r, config.lora_alpha),
         "--gamma": config.gamma or method.gamma,
     }
-
-
-def save_basis(
-    folder: Path, basis: Basis, report: InitReport, made_from: Mapping[str, Any]
-) -> None:
-    """Write init.json and basis.safetensors; their SHA256SUMS, written last, marks the init done.
-
-    basis.safetensors holds the initial factors, frozen ones in the run's dtype and trained ones in
-    fp32: ``<layer>.lora_A`` (r, in), ``.lora_B`` (out, r), and ``.lora_R`` (r, r) or ``.offset_A``
-    and ``.offset_B``. If a matrix was decomposed, also ``.S`` and ``.slopes``, the singular values
-    and ``LayerInit.slopes``. For PEFT's methods it holds the tensors that PEFT has added, by PEFT's
-    names.
-
-    Args:
-        made_from: from ``fingerprint``.
-    """
-    content = asdict(report)
-    tensors = dict(basis)
-    if report.step.init_lr is not None:
-        for name, found in report.decompositions.items():
-            tensors[f"{name}.lora_R"] = found.R(report.step.init_lr)
-    for name, experts in content["experts"].items():
-        for key in EXPERT_TENSORS:
-            tensors[f"{name}.{key}"] = experts.pop(key)
-    for name, layer in content["layers"].items():
-        tensors[f"{name}.S"] = torch.tensor(layer.pop("spectrum"))
-        tensors[f"{name}.slopes"] = torch.tensor(layer.pop("slopes"))
-    write_json(folder / INIT_REPORT, content)
-    metadata = {"format": "pt", "made_from": json.dumps(dict(made_from), sort_keys=True)}
-    save_tensors(folder / BASIS_FILE, tensors, metadata)
-    write_sums(folder, (BASIS_FILE, INIT_REPORT))
 
 
 def check_basis(
@@ -220,9 +187,16 @@ def stored_digest(folder: Path) -> str:
     return (folder / SUMS_FILE).read_text(encoding="utf-8").split()[0]
 
 
-def load_factors(folder: Path, adapters: Mapping[str, AdapterLinear]) -> Basis:
-    """Fill all factors from a stored basis, cut to the adapters' r. Collective; rank 0 reads."""
-    basis: Basis = {}
+def load_factors(
+    folder: Path,
+    adapters: Mapping[str, AdapterLinear],
+    keep: Callable[[Basis], None] = lambda factors: None,
+) -> None:
+    """Fill all factors from a stored basis, cut to the adapters' r. Collective; rank 0 reads.
+
+    Args:
+        keep: is given each layer's factors, on rank 0; {} elsewhere.
+    """
     with ExitStack() as stack:
         file: Any = None
         if zero.rank() == 0:
@@ -236,8 +210,7 @@ def load_factors(folder: Path, adapters: Mapping[str, AdapterLinear]) -> Basis:
                     ]
                     for key in adapter.frozen + adapter.trained
                 }
-            basis |= fill_factors(name, adapter, factors)
-    return basis
+            keep(fill_factors(name, adapter, factors))
 
 
 def _cut(scalars: dict[str, Any], S: list[float], slopes: list[float], r: int | None) -> LayerInit:
@@ -253,20 +226,22 @@ def load_basis(
     report: InitReport,
     probe: Sample,
     init_lr: float | Literal["auto"] | None,
-) -> tuple[InitReport, Basis]:
+    keep: Callable[[Basis], None],
+) -> InitReport:
     """Fill all factors from an earlier init, cut to the adapters' r. Collective; rank 0 reads.
 
     Args:
         report: from ``check_basis``, the same on every rank.
         probe: the rows to measure losses on.
         init_lr: another eta than the stored one; None: the stored one.
+        keep: as in ``initialize``.
     Returns:
         As ``initialize`` does.
     """
-    basis = load_factors(Path(folder), adapters)
+    load_factors(Path(folder), adapters, keep)
     if report.step.init_lr is None:
         step = measure_step(engine, disable_adapters(adapters), probe)
     else:
         eta = report.step.init_lr if init_lr is None else init_lr
         step = choose_step(engine, adapters, report.decompositions, probe, eta)
-    return replace(report, step=step), basis
+    return replace(report, step=step)

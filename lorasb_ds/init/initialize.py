@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -64,7 +64,8 @@ def initialize(
     *,
     init_lr: float | Literal["auto"],
     offload: bool,
-) -> tuple[InitReport, Basis]:
+    keep: Callable[[Basis], None],
+) -> InitReport:
     """Fill every adapter's factors in place. Collective.
 
     The plan's groups of layers are done one after the other; grouping changes the result
@@ -76,9 +77,10 @@ def initialize(
         probe: other rows, to measure losses on.
         init_lr: eta; "auto" searches for it on the probe. Ignored by methods that take no step.
         offload: keep gradient shards in host memory.
+        keep: is given each layer's part of the basis on rank 0, {} elsewhere; R is that of eta = 1
+            or of none yet.
     Returns:
-        The report (equal on every rank but for memory and times), and the basis on rank 0, {}
-        elsewhere.
+        The report, equal on every rank but for memory and times.
     Raises:
         FloatingPointError: on every rank, if a gradient is not finite.
     """
@@ -97,11 +99,10 @@ def initialize(
     else:
         found = _without_matrix(adapters, settings)
     layers: dict[str, LayerInit | ExpertsInit] = {}
-    basis: Basis = {}
     for name, directions, layer in found:
         if layer is not None:
             layers[name] = layer
-        basis |= _fill(name, adapters[name], directions, settings)
+        keep(_fill(name, adapters[name], directions, settings))
     filled_s = time.perf_counter() - start
     layers = {name: layers[name] for name in adapters if name in layers}
     if method.takes_step:
@@ -111,7 +112,7 @@ def initialize(
     num_batches = torch.tensor(gradients.num_batches, device=accelerator.device())
     dist.all_reduce(num_batches, group=group)
     dist.destroy_process_group(group)
-    report = InitReport(
+    return InitReport(
         update=settings.update if method.needs_gradient else method.matrix,
         num_samples=sample.num_rows if method.needs_gradient else 0,
         num_label_tokens=sample.num_label_tokens if method.needs_gradient else 0,
@@ -131,7 +132,6 @@ def initialize(
         layers={name: of for name, of in layers.items() if isinstance(of, LayerInit)},
         experts={name: of for name, of in layers.items() if isinstance(of, ExpertsInit)},
     )
-    return report, basis
 
 
 def _fill(name: str, adapter: AdapterLinear, directions: Any, settings: InitSettings) -> Basis:

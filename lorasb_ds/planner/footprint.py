@@ -56,7 +56,7 @@ class Footprint:
     init_block_backward: int
     host_base: int  # offloaded shards
     host_init: int  # offloaded gradients and hidden states
-    host_basis: int  # A and B as the init leaves them
+    host_basis: int  # R as the init leaves it; A and B are in their file
     host_rank0: int  # A and B of the adapter in fp32, while it is saved
     tracks_gradient: bool  # training computes the init's gradient now and then
 
@@ -164,7 +164,7 @@ def footprint(
         init_block_backward=kept_in_init.block_backward,
         host_base=0 if on_device else hosted,
         host_init=init.shard_bytes + init.boundary_bytes if work.init_offload else 0,
-        host_basis=basis_size * (d if work.trains_r else 4),
+        host_basis=4 * work.num_trainable if work.trains_r else 0,
         host_rank0=basis_size * 4,
         tracks_gradient=work.tracks_gradient,
     )

@@ -50,7 +50,7 @@ class InitPlan:
 
     @property
     def predicted_bytes(self) -> int:
-        """Return the peak of a rank beside base, activations and the finished basis."""
+        """Return the peak of a rank beside base and activations."""
         return self.shard_bytes + self.workspace_bytes + self.boundary_bytes
 
     @property

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from lorasb_ds.adapters.peft_methods import collect_peft, disable_peft
 from lorasb_ds.config.methods import METHODS
 from lorasb_ds.data.batch import Sample
 from lorasb_ds.distributed import zero
-from lorasb_ds.init.basis import load_basis, save_basis
+from lorasb_ds.init.basis import load_basis
+from lorasb_ds.init.basis_file import BasisWriter, basis_sizes
 from lorasb_ds.init.factors import Basis, InitSettings
 from lorasb_ds.init.init_report import InitReport, no_gradient_report
 from lorasb_ds.init.initialize import initialize
@@ -22,8 +24,13 @@ from lorasb_ds.training.prepare import Prepared
 
 
 def initialize_by(
-    run: Prepared, engine: Any, adapters: Mapping[str, AdapterLinear], sample: Sample, probe: Sample
-) -> tuple[InitReport, Basis]:
+    run: Prepared,
+    engine: Any,
+    adapters: Mapping[str, AdapterLinear],
+    sample: Sample,
+    probe: Sample,
+    keep: Callable[[Basis], None],
+) -> InitReport:
     """Call ``initialize`` with a run's options. Collective."""
     return initialize(
         engine,
@@ -34,6 +41,7 @@ def initialize_by(
         InitSettings.from_config(run.config),
         init_lr=_init_lr(run, engine) or "auto",
         offload=run.config.init_offload,
+        keep=keep,
     )
 
 
@@ -44,48 +52,62 @@ def _init_lr(run: Prepared, engine: Any) -> Any:
     return run.config.init_lr
 
 
-def as_peft_made_it(engine: Any, probe: Sample) -> tuple[InitReport, Basis]:
-    """Report the init that PEFT has made already, and collect its tensors. Collective."""
-    basis = collect_peft(engine.module)
-    step = measure_step(engine, disable_peft(engine.module), probe)
-    return no_gradient_report(step), basis
-
-
 def init_phase(
     run: Prepared, engine: Any, adapters: Mapping[str, AdapterLinear], folder: Path
 ) -> InitReport:
     """Fill A, B and R by the init or from an earlier one, and save them. Collective."""
+    of_peft = collect_peft(engine.module) if run.adapter.peft is not None else {}
+    sizes = basis_sizes(adapters) | {name: tensor.nbytes for name, tensor in of_peft.items()}
+    with ExitStack() as stack:
+        basis: BasisWriter | None = None
+        if zero.rank() == 0:
+            basis = stack.enter_context(BasisWriter(folder, sizes, run.made_from))
+        keep = basis.add if basis is not None else lambda factors: None
+        keep(of_peft)
+        report = _make_init(run, engine, adapters, keep)
+        if basis is not None:
+            basis.finish(report)
+    _tell(run, report)
+    return report
+
+
+def _make_init(
+    run: Prepared,
+    engine: Any,
+    adapters: Mapping[str, AdapterLinear],
+    keep: Callable[[Basis], None],
+) -> InitReport:
+    """Compute the init, load it, or report that which PEFT has made already. Collective."""
     config, plan = run.config, run.memory.footprint.init
-    method = METHODS.get(config.method)  # None: PEFT's
     probe = run.sample(run.probe_rows)
     if run.adapter.peft is not None:
-        report, basis = as_peft_made_it(engine, probe)
-    elif config.init_from is not None and run.stored_init is not None:
-        report, basis = load_basis(
-            engine, adapters, config.init_from, run.stored_init, probe, _init_lr(run, engine)
-        )
+        return no_gradient_report(measure_step(engine, disable_peft(engine.module), probe))
+    if config.init_from is not None and run.stored_init is not None:
+        lr = _init_lr(run, engine)
+        report = load_basis(engine, adapters, config.init_from, run.stored_init, probe, lr, keep)
         say(f"init loaded from {config.init_from}")
-    else:
-        if method is not None and method.needs_gradient:
-            groups = ""
-            if len(plan.groups) > 1:
-                groups = f", in {len(plan.groups)} groups of layers, {plan.passes:.3g} passes"
-            say(
-                f"init: gradients and SVD will take {plan.predicted_bytes / GIB:.2f} GiB a process"
-                f"{groups}"
-            )
-        if plan.exceeds_budget:
-            say(
-                f"warning: --init-memory-gib {config.init_memory_gib:g} is not enough: at least "
-                f"{plan.shard_bytes / GIB:.3f} for gradients (more processes: less), "
-                f"{plan.boundary_bytes / GIB:.3f} for hidden states (fewer --init-samples: less), "
-                f"{plan.workspace_bytes / GIB:.3f} for work on one layer (a smaller --r: less)."
-            )
-        sample = run.sample(run.gradient_rows)
-        report, basis = initialize_by(run, engine, adapters, sample, probe)
-    if zero.rank() == 0:
-        save_basis(folder, basis, report, run.made_from)
-    step = report.step
+        return report
+    if METHODS[config.method].needs_gradient:
+        groups = ""
+        if len(plan.groups) > 1:
+            groups = f", in {len(plan.groups)} groups of layers, {plan.passes:.3g} passes"
+        say(
+            f"init: gradients and SVD will take {plan.predicted_bytes / GIB:.2f} GiB a process"
+            f"{groups}"
+        )
+    if plan.exceeds_budget:
+        say(
+            f"warning: --init-memory-gib {config.init_memory_gib:g} is not enough: at least "
+            f"{plan.shard_bytes / GIB:.3f} for gradients (more processes: less), "
+            f"{plan.boundary_bytes / GIB:.3f} for hidden states (fewer --init-samples: less), "
+            f"{plan.workspace_bytes / GIB:.3f} for work on one layer (a smaller --r: less)."
+        )
+    return initialize_by(run, engine, adapters, run.sample(run.gradient_rows), probe, keep)
+
+
+def _tell(run: Prepared, report: InitReport) -> None:
+    """Print what the init took and found; warn of layers without a step."""
+    step, method = report.step, METHODS.get(run.config.method)  # None: PEFT's
     took = (
         f"{report.num_samples} rows, {report.total_s:.1f} s (gradients {report.gradients_s:.1f}, "
         f"communication {report.communication_s:.1f}, SVD {report.svd_s:.1f}); "
@@ -101,4 +123,3 @@ def init_phase(
         say(f"warning: no descent in {where}: {why}")
     if report.partly_reached:
         say(f"warning: not called by every micro-batch: {', '.join(report.partly_reached)}")
-    return report

@@ -143,7 +143,7 @@ def parts(memory: Footprint, phase: Phase, one_memory: bool) -> dict[str, int]:
         steps |= _larger(logits, backward)
         held |= _larger(steps, {"work on one layer": memory.init.svd_bytes})
         if one_memory:
-            held["the finished basis"] = memory.host_rank0 // 2
+            held["R as found"] = memory.host_basis
     elif phase == "train":
         backward = {"one block's backward pass": memory.block_backward}
         held |= passing | {"activations": memory.activations} | _larger(logits, backward)

@@ -199,13 +199,23 @@ def export(config: dict[str, Any], basis: str, out: str, zero_optimization: dict
 def initialize(config: dict[str, Any], out: str, zero_optimization: dict[str, Any]) -> None:
     """The init on all training rows; what then lies in the layers, and what was reported."""
     from lorasb_ds.distributed import zero
-    from lorasb_ds.init.basis import save_basis
+    from lorasb_ds.init.basis_file import BasisWriter, basis_sizes
     from lorasb_ds.training.init_phase import initialize_by
 
     run, engine, adapters = _start(config, zero_optimization)
     sample = run.sample(range(len(run.data.train.examples)))
     # Losses are measured on the same rows.
-    report, basis = initialize_by(run, engine, adapters, sample, sample)
+    basis = None
+    if zero.rank() == 0:
+        basis = BasisWriter(Path(out), basis_sizes(adapters), run.made_from)
+
+    def keep(factors: dict[str, torch.Tensor]) -> None:
+        if basis is None:
+            assert factors == {}
+        else:
+            basis.add(factors)
+
+    report = initialize_by(run, engine, adapters, sample, sample, keep)
     _assert_sharded(run, adapters)
     live = {}
     for name, adapter in adapters.items():
@@ -213,11 +223,9 @@ def initialize(config: dict[str, Any], out: str, zero_optimization: dict[str, An
         with zero.gathered([adapter.lora_A, adapter.lora_B]):
             live[f"{name}.A"] = adapter.lora_A.data.clone()
             live[f"{name}.B"] = adapter.lora_B.data.clone()
-    if zero.rank() == 0:
+    if basis is not None:
         save_file(live, f"{out}/live.safetensors")
-        save_basis(Path(out), basis, report, run.made_from)
-    else:
-        assert basis == {}
+        basis.finish(report)
 
 
 def alignment(
@@ -433,7 +441,7 @@ def four_bit(config: dict[str, Any], out: str, zero_optimization: dict[str, Any]
     losses = [held_out_loss(engine.module, sample.batches, accelerator.device()) for _ in range(2)]
     assert losses[0] == losses[1], "the weights were not those of the first time"
     assert_released()
-    initialize_by(run, engine, adapters, sample, sample)
+    initialize_by(run, engine, adapters, sample, sample, keep=lambda factors: None)
     engine.train()
     for step in range(run.num_steps):
         result = train_step(engine, run.step_batches(run.order.packs(step)))
