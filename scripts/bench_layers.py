@@ -47,7 +47,7 @@ def _with_adapters(model: Any, way: str) -> Any:
             for factor in (adapter.lora_A, adapter.lora_B, adapter.lora_R):
                 torch.nn.init.normal_(factor, std=0.01)
             if way == FORMULA:
-                adapter._has_plain_base = False  # falls back to it
+                adapter.has_plain_base = False  # falls back to it
     return model
 
 
@@ -55,9 +55,10 @@ def _pass(model: Any, has_head: bool) -> Callable[[], None]:
     """Forward, and backward to the inputs and the adapters; with a head all logits are made."""
     generator = torch.Generator().manual_seed(1)
     shape = (1, LENGTH, model.config.hidden_size)
-    inputs = torch.randn(shape, generator=generator).to(model.dtype).requires_grad_()
-    grad = torch.randn(shape, generator=generator).to(model.dtype)
+    inputs = torch.randn(shape, generator=generator).to(model.device, model.dtype).requires_grad_()
+    grad = torch.randn(shape, generator=generator).to(model.device, model.dtype)
     labels = torch.randint(model.config.vocab_size, (1, LENGTH), generator=generator)
+    labels = labels.to(model.device)
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def run() -> None:
@@ -73,14 +74,20 @@ def _pass(model: Any, has_head: bool) -> Callable[[], None]:
     return run
 
 
+def make_pass(way: str, settings: Mapping[str, Any]) -> Callable[[], None]:
+    """Return a pass on this process's device, with a kind of adapter."""
+    from lorasb_ds.distributed import accelerator
+
+    name = settings["model"]
+    model = _model(name, settings["dtype"], settings["stack"]).to(accelerator.device())
+    return _pass(_with_adapters(model, way), name == "demo")
+
+
 def layers(settings: dict[str, Any], out: str) -> None:
     """Seconds of a pass with each kind of adapter, in turn."""
     torch.set_num_threads(settings["threads"])
     name, dtype, stack = settings["model"], settings["dtype"], settings["stack"]
-    passes = {
-        way: _pass(_with_adapters(_model(name, dtype, stack), way), name == "demo")
-        for way in _ways(dtype)
-    }
+    passes = {way: make_pass(way, settings) for way in _ways(dtype)}
     seconds = interleaved_medians(passes, settings["repeats"])
     shapes = _target_shapes(_model(name, dtype, stack))
     arithmetic = sum(R * (o + i) for o, i in shapes) / sum(o * i for o, i in shapes)
@@ -93,8 +100,7 @@ def peak(settings: dict[str, Any], out: str) -> None:
 
     torch.set_num_threads(settings["threads"])
     dist.init_process_group("gloo")
-    model = _model(settings["model"], settings["dtype"], settings["stack"])
-    run = _pass(_with_adapters(model, settings["way"]), settings["model"] == "demo")
+    run = make_pass(settings["way"], settings)
     _, found = watched(lambda: [run() for _ in range(3)])
     Path(out).write_text(json.dumps(found))
 

@@ -149,3 +149,18 @@ def test_moe_quick(tmp_path: Path) -> None:
         assert runs[f"4-bit, {ranks}"]["held_bytes"] < runs[f"bf16, {ranks}"]["held_bytes"]
     for key in (*runs, *result["blocks"]["medians"]):
         assert key.split(",")[0] in printed
+
+
+def test_gpu_check_works_on_cpus(tmp_path: Path) -> None:
+    """What it prints and writes; what is about GPUs in it no GPU has run."""
+    out = tmp_path / "gpu_check.json"
+    printed = run_command(
+        sys.executable, "scripts/gpu_check.py", "--on-cpu", "--out", str(out), timeout=700
+    )
+    found = json.loads(out.read_text())
+    (check,), measured = found["checks"], found["measured"]
+    assert check["problem"] == ""
+    assert f"{check['name']:34} passed" in printed
+    assert all(seconds > 0 for seconds in measured["pass_s"].values())
+    assert measured["step_bytes"] > 0
+    assert measured["init"]["gradients_s"] > 0
