@@ -6,7 +6,7 @@
 - `decomposition`, `sharded_svd`, `lanczos`: exact truncated SVD of row-sharded updates.
 - `experts`, `batched_svd`: the experts of a projection, each decomposed by the rank that owns it.
 - `factors`, `step_size`: fill the layers' factors, and choose eta.
-- `init_report`, `basis_file`, `basis`: what the init found; the factors on disk, and loading them again.
+- `init_report`, `basis_file`, `basis`: what the init found; the factors on disk; loading them.
 
 Imports `adapters` and what is below it.
 """
