@@ -19,9 +19,17 @@ from launcher.options import SECTIONS, to_arguments
 from launcher.sections import FIRST_DAY_OPTIONS
 from launcher.settings import MOST_BYTES, NOT_BY_FILE
 from lorasb_ds.config.run_config import RunConfig
-from tests.runs import ROOT
+from tests.runs import ROOT, word_rows, write_jsonl
 
 OF_LAUNCHER = ["--num-procs", "2"]
+
+
+@pytest.fixture(autouse=True)
+def _rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows that the tests name are in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b", "c", "x", 'b "c"', "train"):
+        write_jsonl(tmp_path / f"{name}.jsonl", word_rows(1))
 
 
 def invoke(*arguments: str, verb: str = "train", status: int = 0) -> str:
@@ -249,7 +257,8 @@ EXAMPLES = sorted((ROOT / "docs/examples").glob("*.yaml"))
 @pytest.mark.parametrize("file", EXAMPLES, ids=[file.stem for file in EXAMPLES])
 def test_examples(file: Path, tmp_path: Path) -> None:
     """Each would start, and fits on what its first line says."""
-    words = worker_words("--config", str(file), "--output-dir", str(tmp_path))
+    (tmp_path / "hostfiles").symlink_to(ROOT / "hostfiles")
+    words = worker_words("--config", str(file), "--output-dir", "out")
     assert "--model" in words
     first = file.read_text().splitlines()[0]
     assert f"lorasb train --config docs/examples/{file.name}" in file.read_text()
