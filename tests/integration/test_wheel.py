@@ -45,6 +45,7 @@ def lorasb(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Lorasb:
     venv.create(environment, symlinks=True)
     (packages,) = environment.glob("lib/python*/site-packages")
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    (packages / "selectors.py").write_text("raise ImportError('Python has its own')")
     pip("--python", environment / "bin/python", "install", "-q", "--no-deps", wheel)
 
     def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
