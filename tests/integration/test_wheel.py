@@ -39,13 +39,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def lorasb(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Lorasb:
     """`lorasb` of an environment with the wheel, in a folder; dependencies are these tests' own.
 
-    Their folder is one of many on its path, whose .pth files (this clone's) are not read.
+    Their folder is one of many on its path, whose .pth files (this clone's) are not read. A module
+    with a name of Python's own is not imported.
     """
     environment = tmp_path_factory.mktemp("environment")
     venv.create(environment, symlinks=True)
     (packages,) = environment.glob("lib/python*/site-packages")
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
-    (packages / "selectors.py").write_text("raise ImportError('Python has its own')")
+    (packages / "hmac.py").write_text("raise ImportError('Python has its own')")
     pip("--python", environment / "bin/python", "install", "-q", "--no-deps", wheel)
 
     def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
