@@ -201,21 +201,23 @@ def plan(model: str | None, as_json: bool, table: bool, **options: Any) -> None:
 
 @main.command(context_settings=CONTEXT)
 @click.argument("folders", metavar="DIR [DIR...]", nargs=-1, required=True)
-@click.option("--output", default="report.png", show_default=True, help="Picture of the losses.")
+@click.option(
+    "--output", help="Picture of the losses. [default: report.png beside the first folder]"
+)
 @click.option("--markdown", is_flag=True, help="The table in Markdown.")
 @click.option("--json", "as_json", is_flag=True, help="All numbers and options, as JSON.")
 @reports_problems
-def report(folders: Sequence[str], output: str, markdown: bool, as_json: bool) -> None:
+def report(folders: Sequence[str], output: str | None, markdown: bool, as_json: bool) -> None:
     """Compare runs by their output folders: a table, and a picture of their losses."""
     runs = read_runs(folders)
-    picture = Path(output)
+    picture = Path(output or Path(folders[0]).absolute().parent / "report.png")
     check_picture(picture)
     draw_comparison(picture, {run.name: run.rows for run in runs})
     if as_json:
         click.echo(report_command.render_json(runs))
         return
     click.echo(report_command.render(runs, markdown))
-    click.echo(f"\nlosses: {output}")
+    click.echo(f"\nlosses: {picture}")
 
 
 if __name__ == "__main__":

@@ -71,7 +71,10 @@ CONTEXT = {
 
 
 def reports_problems(command: Callable[..., Any]) -> Callable[..., Any]:
-    """End a command with its problems: exit status 2 for ConfigError, 1 for OSError."""
+    """End a command with its problems: exit status 2 for ConfigError, 1 for OSError.
+
+    A reader that has gone (`lorasb plan … | head -1`) is none: click ends in silence.
+    """
 
     @wraps(command)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -80,6 +83,8 @@ def reports_problems(command: Callable[..., Any]) -> Callable[..., Any]:
         except ConfigError as error:
             click.echo(f"lorasb: error: {error}", err=True)
             sys.exit(2)
+        except BrokenPipeError:
+            raise
         except OSError as error:  # a full disk, a name that is too long, no permission
             click.echo(f"lorasb: error: {error}", err=True)
             sys.exit(1)

@@ -10,18 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from launcher.hosts.environment import asked_for
-from launcher.hosts.hostfile import read_hostfile, select, write_hostfile
+from launcher.hosts.hostfile import equal_slots, read_hostfile, select, write_hostfile
 from launcher.hosts.k8s_manifest import k8s_manifest
 from launcher.hosts.slurm import from_slurm
 from launcher.hosts.slurm_script import slurm_script
+from launcher.jobs.launch_options import OPTIONS
 from launcher.options import CONTEXT, add_options, reports_problems, run_options, to_arguments
+from launcher.settings import given_by
 from lorasb_ds.config.ds_config import resolve_ds_config
 from lorasb_ds.config.resolve import load_run_config
-from lorasb_ds.errors import ConfigError
+from lorasb_ds.errors import ConfigError, option_name
 
 POSITIVE = click.IntRange(min=1)
+# Options of `lorasb train` that the command in a job file has, too.
+PASSED_ON = ("network_interface", "failure_timeout", "start_timeout")
+# Those that it cannot have: a file for --config may, which is written for ssh or for this host.
+LEFT_OUT = (
+    *("num_procs", "launcher", "launcher_args", "ssh_port", "no_ssh", "node_rank"),
+    *("master_addr", "max_restarts", "allow_fewer_hosts", "skip_preflight"),
+)
 
 
 @click.group(context_settings=CONTEXT)
@@ -62,12 +72,32 @@ def launch_script() -> None:
     """Print a job file for a scheduler, which then starts the run in place of ssh."""
 
 
+def _say_left_out(ctx: click.Context, option: click.Parameter, value: Any) -> None:
+    if option.name in given_by(ctx, ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP):
+        click.echo(
+            f"lorasb: {option.opts[0]} is left out: the scheduler starts the hosts", err=True
+        )
+
+
 def script_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that both schedulers have, and those of the run."""
+    not_given: dict[str, Any] = {"default": None, "show_default": False}
+    hidden: dict[str, Any] = {"hidden": True, "expose_value": False, "callback": _say_left_out}
     return add_options(
         click.option("--verb", type=click.Choice(["train", "init"]), default="train"),
-        click.option("--nodes", type=POSITIVE, default=1, show_default=True),
-        click.option("--gpus-per-node", type=POSITIVE, default=8, show_default=True),
+        click.option(
+            *("--nodes", "--num-nodes", "nodes"),
+            type=POSITIVE,
+            help="[default: 1, or as many as --hostfile names]",
+        ),
+        click.option(
+            *("--gpus-per-node", "--num-gpus", "gpus_per_node"),
+            type=POSITIVE,
+            help="[default: 8, or the slots of the hostfile's hosts]",
+        ),
+        click.option("--hostfile", help="Only counted: the scheduler chooses the hosts."),
+        click.option("--include", default="", help="Only these hosts and slots of --hostfile."),
+        click.option("--exclude", default="", help="All but these hosts and slots of it."),
         click.option("--job-name", default="lorasb", show_default=True),
         click.option(
             "--master-port",
@@ -76,6 +106,8 @@ def script_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "job's number; Kubernetes: 29500]",
         ),
         click.option("--env", multiple=True, metavar="NAME[=VALUE]", help="A variable of the job."),
+        *(click.option(option_name(n), n, **OPTIONS[n] | not_given) for n in PASSED_ON),
+        *(click.option(option_name(n), n, **OPTIONS[n] | hidden) for n in LEFT_OUT),
         run_options,
         reports_problems,
     )(command)
@@ -86,10 +118,10 @@ def script_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--partition", help="[default: the cluster's]")
 @click.option("--account", help="[default: the user's]")
 @script_options
-def slurm(nodes: int, gpus_per_node: int, env: Sequence[str], **options: Any) -> None:
+def slurm(env: Sequence[str], **options: Any) -> None:
     """Print a script for sbatch. The job saves before its time is over, and queues itself again."""
     own = {name: options.pop(name) for name in ("time_limit", "partition", "account")}
-    shared, arguments, output_dir = _job(nodes, gpus_per_node, env, options)
+    shared, arguments, output_dir = _job(env, options)
     click.echo(
         slurm_script(
             arguments,
@@ -108,20 +140,16 @@ def slurm(nodes: int, gpus_per_node: int, env: Sequence[str], **options: Any) ->
 @click.option("--claim", required=True, help="PersistentVolumeClaim that all pods can write to.")
 @click.option("--mount", default="/data", show_default=True, help="Where the pods see it.")
 @script_options
-def k8s(nodes: int, gpus_per_node: int, env: Sequence[str], **options: Any) -> None:
+def k8s(env: Sequence[str], **options: Any) -> None:
     """Print a Service and an Indexed Job for kubectl apply: one pod for each node."""
     own = {name: options.pop(name) for name in ("image", "claim", "mount")}
     options["master_port"] = options["master_port"] or 29500
-    shared, arguments, output_dir = _job(nodes, gpus_per_node, env, options, own["mount"])
+    shared, arguments, output_dir = _job(env, options, own["mount"])
     click.echo(k8s_manifest(arguments, **own, **shared, output_dir=output_dir), nl=False)
 
 
 def _job(
-    nodes: int,
-    gpus_per_node: int,
-    env: Sequence[str],
-    options: Mapping[str, Any],
-    root: str = "runs",
+    env: Sequence[str], options: Mapping[str, Any], root: str = "runs"
 ) -> tuple[dict[str, Any], list[str], str]:
     """Check the run; return what both files need, the worker's arguments, and the run's folder.
 
@@ -129,6 +157,8 @@ def _job(
         ConfigError: if the run is not possible.
     """
     given = dict(options)
+    nodes, gpus_per_node = _size(given)
+    passed_on = {name: given.pop(name) for name in PASSED_ON}
     shared = {name: given.pop(name) for name in ("verb", "job_name", "master_port")}
     run_json = given.pop("run_json")
     if given.get("resume") not in (None, "auto"):
@@ -142,4 +172,21 @@ def _job(
     output_dir = config.output_dir or str(Path(root) / name)
     shared |= {"nodes": nodes, "gpus_per_node": gpus_per_node}
     shared["environment"] = asked_for(os.environ, env)
-    return shared, to_arguments({"config": run_json, **given}), output_dir
+    return shared, to_arguments({"config": run_json, **given, **passed_on}), output_dir
+
+
+def _size(given: dict[str, Any]) -> tuple[int, int]:
+    """Take the options of hosts out of those given; return the hosts, and the GPUs of each.
+
+    Raises:
+        ConfigError: if the hostfile's hosts differ in their slots, and no number is given.
+    """
+    nodes, gpus_per_node = given.pop("nodes"), given.pop("gpus_per_node")
+    hostfile, filters = given.pop("hostfile"), (given.pop("include"), given.pop("exclude"))
+    if hostfile is None:
+        if any(filters):
+            raise ConfigError("--include and --exclude choose from a hostfile. Give --hostfile.")
+        return nodes or 1, gpus_per_node or 8
+    slots = select(read_hostfile(hostfile), *filters)
+    counts = {host: len(ids) for host, ids in slots.items()}
+    return nodes or len(counts), gpus_per_node or equal_slots(counts, hostfile)

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from launcher.jobs.inputs import describe_inputs
 from launcher.jobs.launch_options import LaunchOptions, launch_options
 from launcher.jobs.make_job import make_job
 from launcher.options import CONTEXT, add_options, field_options, reports_problems, with_settings
@@ -27,7 +28,7 @@ from lorasb_ds.config.paths import expand_home, read_json
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.config.stored_paths import with_absolute_paths
-from lorasb_ds.errors import ConfigError
+from lorasb_ds.errors import ConfigError, printable
 from lorasb_ds.evaluation.reasoning_gym import check_scorer
 
 POSITIVE = click.IntRange(min=1)
@@ -216,6 +217,10 @@ def _check(
     # Its folder is the run's to look at: --overwrite may be about to delete it.
     one = {**comparison.options_of(trials[0]), "resume": None, "output_dir": None}
     job = make_job(launch_in(comparison.launch, allocation), [], None, one)
+    # Else all of its runs would fail, one after the other.
+    for line in describe_inputs(job.config, on_this_host=comparison.launch.hostfile is None):
+        if comparison.launch.dry_run:
+            click.echo(f"lorasb: {printable(line)}", err=True)
     fields = {**comparison.given, "eval_data": config.eval_data, "method": config.method}
     common = load_run_config(fields).model_dump()  # without what the method has for itself
     chosen = {name: value for name, value in common.items() if name not in FREE}

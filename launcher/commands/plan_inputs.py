@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launcher.hosts.hostfile import read_hostfile
+from launcher.hosts.hostfile import equal_slots, read_hostfile
 from launcher.jobs.ranks import worker_command
 from lorasb_ds.config.adapter_options import default_expert_r, wide_enough
 from lorasb_ds.config.paths import read_json
@@ -92,13 +92,7 @@ def find_cluster(
         return cpu_cluster(num_procs, int(memory))
     if hostfile is not None:
         hosts = read_hostfile(hostfile)
-        slots = set(hosts.values())
-        if len(slots) > 1:
-            raise ConfigError(
-                f"--hostfile {hostfile}: hosts have {', '.join(map(str, sorted(slots)))} slots. "
-                "The plan is for equal hosts: give each the smallest of these numbers."
-            )
-        nodes, gpus_per_node = len(hosts), slots.pop()
+        nodes, gpus_per_node = len(hosts), equal_slots(hosts, hostfile)
     host = None if host_memory_gib is None else int(host_memory_gib * GIB)
     return Cluster(nodes, gpus_per_node, int(gpu_memory_gib * GIB), host)
 

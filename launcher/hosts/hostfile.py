@@ -127,6 +127,23 @@ def write_hostfile(hosts: Mapping[str, int]) -> str:
     return "".join(f"{host} slots={slots}\n" for host, slots in hosts.items())
 
 
+def equal_slots(hosts: Mapping[str, int], path: str) -> int:
+    """Return the number of slots that each host has.
+
+    Args:
+        path: of the hostfile, for messages.
+    Raises:
+        ConfigError: if they differ.
+    """
+    slots = set(hosts.values())
+    if len(slots) > 1:
+        raise ConfigError(
+            f"--hostfile {path}: hosts have {', '.join(map(str, sorted(slots)))} slots, and must "
+            "be equal here. Give each the smallest of these numbers."
+        )
+    return slots.pop()
+
+
 def select(
     hosts: Mapping[str, int],
     include: str = "",

@@ -19,7 +19,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # DeepSpeed starts it as a script
+# DeepSpeed starts it as a script. An environment's packages are there, behind Python's modules.
+if (root := str(Path(__file__).resolve().parents[2])) not in sys.path:
+    sys.path.insert(0, root)
 
 from launcher.hosts.host import interface_of, old_build_locks, route_from
 from launcher.hosts.polling import readable

@@ -12,14 +12,16 @@ import click
 from launcher.hosts.checks import report
 from launcher.hosts.preflight import Findings
 from launcher.jobs import channel, session
+from launcher.jobs.inputs import describe_inputs
 from launcher.jobs.job import Job
 from launcher.jobs.launch_options import LaunchOptions
+from launcher.jobs.local_job import LocalJob
 from launcher.jobs.make_job import make_job
-from launcher.jobs.ranks import free_port, remove_shared_memory
+from launcher.jobs.ranks import EVAL, free_port, remove_shared_memory
 from launcher.jobs.supervisor import Supervisor
 from launcher.jobs.verdict import EXIT_REFUSED
 from lorasb_ds.config.run_layout import LAUNCH, LAUNCHER_LOCK, LOGS, SESSION
-from lorasb_ds.errors import ConfigError
+from lorasb_ds.errors import ConfigError, printable
 from lorasb_ds.system.folder_lock import lock_folder
 from lorasb_ds.system.signals import EXIT_INTERRUPTED, EXIT_STOPPED
 
@@ -41,6 +43,9 @@ def start(
     """
     job = make_job(launch, worker_flags, run_json, given)
     if launch.dry_run:
+        if EVAL not in worker_flags:  # whose rows have other forms
+            for line in describe_inputs(job.config, on_this_host=isinstance(job, LocalJob)):
+                _say(printable(line))
         click.echo(job.dry_run())
         return 0
     stop_signals: list[int] = []

@@ -20,3 +20,5 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     # bitsandbytes offers to download a CPU kernel, which is neither wanted nor used.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # Without a traceback for a line of DeepSpeed's log whose reader has gone (`… | head -1`).
+    logging.raiseExceptions = False

@@ -35,4 +35,4 @@ class DeepSpeedOptions(OptionGroup):
         path = Path(expand_home(value))
         shipped = SHIPPED_DS_CONFIGS / f"{path.name.removesuffix('.json')}.json"
         is_name = str(path.parent) in (".", SHIPPED_DS_CONFIGS.name)
-        return str(shipped) if is_name and not path.exists() and shipped.is_file() else value
+        return str(shipped) if is_name and not path.is_file() and shipped.is_file() else value

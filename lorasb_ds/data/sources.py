@@ -60,8 +60,6 @@ def names_a_path(source: str) -> bool:
 
 
 def _load(source: str, option: str, held_out: bool) -> Sequence[Any]:
-    import datasets
-
     path = source_path(source)
     splits = HELD_OUT_SPLITS if held_out else ("train",)
     try:
@@ -91,6 +89,8 @@ def _load(source: str, option: str, held_out: bool) -> Sequence[Any]:
                 f"{option} {source}: {name} is a folder here, and not a data set of the hub. Name "
                 "a file in it, or a folder saved by `datasets`."
             )
+        import datasets  # takes seconds, which files do not need
+
         if split is not None and split.endswith("]"):
             return datasets.load_dataset(name, configuration, split=split)
         loaded = datasets.load_dataset(name, configuration)

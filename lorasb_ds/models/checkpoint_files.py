@@ -47,7 +47,7 @@ def model_path(model: str) -> str:
         if not (folder / "config.json").is_file():
             raise ConfigError(
                 f"--model demo: {folder} does not hold the demo model. Fetch it by "
-                "scripts/setup.sh, or name a model of your own."
+                "the repository's scripts/setup.sh, or name a model of your own."
             )
         return str(folder)
     folder = Path(expand_home(model))

@@ -1,7 +1,7 @@
 """Write what a run leaves on disk, and read it again.
 
 `output_dir.output_dir` prepares the folder and locks it. `run_log.RunLog` writes rows of numbers to
-files, by `tracking` to a tracker and by `progress` to the console; `profiler` profiles steps.
+files, by `tracking` to trackers and by `progress` to the console; `profiler` profiles steps.
 `checkpoint` writes and finds checkpoints. `history` reads the rows back, `plots` draws them, and
 `compare` puts several runs side by side.
 Imports `data`, `distributed`, `planner` and what is below them.

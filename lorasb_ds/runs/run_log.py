@@ -17,7 +17,7 @@ from typing import Any, Literal
 from lorasb_ds.config.run_layout import ALIGNMENT, METRICS, SAMPLES, TENSORBOARD
 from lorasb_ds.runs.history import Row, read_rows, to_line
 from lorasb_ds.runs.progress import Progress
-from lorasb_ds.runs.tracking import Tracker
+from lorasb_ds.runs.tracking import Tracker, tensorboard_options
 from lorasb_ds.system.files import append_text, write_text
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "bitsandbytes", "peft", "safetensors")
@@ -42,7 +42,8 @@ class RunLog:
         Args:
             first_step: number of steps that are done. Their rows in the folder are kept; rows of
                 later steps, from an earlier process, are removed.
-            config: of the run, for the tracker that its ``report_to`` names; None: no tracker.
+            config: of the run, for TensorBoard and the tracker that its ``report_to`` names; None:
+                no tracker.
             on_save_error: "continue": what cannot be written is kept, and written once there is
                 room; TensorBoard ends.
         Raises:
@@ -68,6 +69,8 @@ class RunLog:
         self._tensorboard: Any = None
         with self._continues(TENSORBOARD):
             self._tensorboard = SummaryWriter(str(folder / TENSORBOARD), purge_step=purge_step)
+            if config is not None:
+                self._tensorboard.file_writer.add_summary(tensorboard_options(config))
         self._tracker: Tracker | None = None
         if config is not None and (package := config["report_to"]) != "none":
             self._try_tracker(lambda: self._start_tracker(package, folder, config))

@@ -1,4 +1,4 @@
-"""Send rows to an experiment tracker: Weights & Biases or Trackio, which share an API."""
+"""Options and rows at trackers: TensorBoard; and Weights & Biases or Trackio, of one API."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.config.run_layout import TRACKING
 from lorasb_ds.errors import ConfigError
+from lorasb_ds.runs.compare import NOT_COMPARED
 from lorasb_ds.system.files import write_json
 
 PROJECT = "lorasb-ds"
@@ -33,6 +34,24 @@ def check_tracker(config: RunConfig) -> None:
         raise ConfigError(
             f"--report-to {package} needs the package {package}: pip install {package}"
         )
+
+
+def tensorboard_options(config: Mapping[str, Any]) -> Any:
+    """Return the options of a run as a summary, which TensorBoard's tab HPARAMS shows.
+
+    Written into the run's own folder, it has the tab show the last values of its scalars, too.
+    (`SummaryWriter.add_hparams` makes another run, and writes values of its own into it.)
+    """
+    from torch.utils.tensorboard.summary import hparams
+
+    def shown(value: Any) -> float | str:
+        if isinstance(value, int | float | str) and not isinstance(value, bool):
+            return value
+        return json.dumps(value, ensure_ascii=False).strip("[]")
+
+    given = {n: v for n, v in config.items() if v is not None and n not in NOT_COMPARED}
+    _, start_of_session, _ = hparams({name: shown(value) for name, value in given.items()}, {})
+    return start_of_session
 
 
 class Tracker:

@@ -71,6 +71,9 @@ def test_train(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     arguments = shlex.split(line)[1:]
     if "--resume" in arguments and (run := arguments[arguments.index("--resume") + 1]) != "auto":
         made_up_run(Path(run), {})
+    for name in ("train", "test", "task", "general", "data/train"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_jsonl(tmp_path / f"{name}.jsonl", word_rows(100))
     result = CliRunner().invoke(main, [*arguments, "--dry-run"])
     assert result.exit_code == 0, result.output
     if "--print-config" not in arguments:

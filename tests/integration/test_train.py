@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from lorasb_ds.models.loading import DTYPES
 from lorasb_ds.system.signals import EXIT_STOPPED
 from tests.runs import ROOT, metrics, run_command, run_worker, word_rows, write_jsonl
+from tests.unit.runs.test_run_log import session_groups
 
 TASK = "reasoning-gym:word_sequence_reversal?max_words=4"
 R, STEPS = 32, 12
@@ -58,7 +59,9 @@ def test_metrics(run: Path) -> None:
     rates = [row["lr"] for row in rows]
     assert rates[0] == max(rates) == pytest.approx(4e-3)
     assert 0 < rates[-1] < rates[0]
-    assert list((run / "tensorboard").glob("events*"))
+    (group,) = session_groups(run)
+    assert group.hparams["r"].number_value == R
+    assert {value.name.tag for value in group.metric_values} >= {"train/loss", "eval/eval_loss"}
 
 
 @pytest.mark.slow

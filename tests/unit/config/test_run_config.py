@@ -480,6 +480,9 @@ def test_shipped_files_are_found_from_anywhere(
     assert load_run_config({"ds_config": name}).ds_config == ZERO3
     elsewhere = f"own/{Path(name).name}"
     assert load_run_config({"ds_config": elsewhere}).ds_config == elsewhere
+    (tmp_path / name).mkdir(parents=True)
+    assert load_run_config({"ds_config": name}).ds_config == ZERO3, "a folder is no configuration"
+    (tmp_path / name).rmdir()
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("{}")
     assert load_run_config({"ds_config": name}).ds_config == name, "one's own comes first"

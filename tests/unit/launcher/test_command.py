@@ -254,7 +254,7 @@ def test_ranks_of_other_launchers() -> None:
 def dry_run(*arguments: str, status: int = 0) -> str:
     result = CliRunner().invoke(main, ["train", "--dry-run", *arguments])
     assert result.exit_code == status, result.output
-    return result.output
+    return result.stdout if status == 0 else result.output
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ def dry_run(folder: Path, *arguments: str) -> list[str]:
     result = compare(folder, *arguments, "--dry-run")
     assert result.exit_code == 0, result.output
     assert not folder.exists()
-    return result.output.splitlines()
+    return result.stdout.splitlines()
 
 
 def refusal(folder: Path, *arguments: str) -> str:

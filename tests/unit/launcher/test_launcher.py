@@ -24,6 +24,7 @@ from lorasb_ds.config.data_options import DEMO_DATA
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.config.run_layout import check_output_dir, launcher_files
 from lorasb_ds.errors import ConfigError, option_name
+from tests.runs import word_rows, write_jsonl
 
 
 def test_local_command() -> None:
@@ -109,7 +110,10 @@ def test_arguments_of_the_worker() -> None:
     assert to_arguments(given) == expected
 
 
-def test_several_sources_reach_the_worker() -> None:
+def test_several_sources_reach_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "b.jsonl"):
+        write_jsonl(tmp_path / name, word_rows(1))
     sources = ["--data", "a.jsonl", "--data", "b.jsonl", "--data-weights", "2,0.5"]
     command = dry_run("--num-procs", "1", *sources, "--max-length", "99")
     assert command[command.index("--data") :] == [*sources, "--max-length", "99"]
@@ -120,7 +124,7 @@ def test_several_sources_reach_the_worker() -> None:
 def dry_run(*arguments: str) -> list[str]:
     result = CliRunner().invoke(main, ["train", "--dry-run", *arguments])
     assert result.exit_code == 0, result.output
-    words = shlex.split(result.output, comments=True)
+    words = shlex.split(result.stdout, comments=True)
     assert words[words.index("--output-dir") + 1].startswith("runs/"), "chosen by the launcher"
     assert date.fromisoformat(words[words.index("--template-date") + 1]), "for all hosts"
     for option in ("--output-dir", "--template-date"):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -19,9 +20,17 @@ from launcher.options import SECTIONS, to_arguments
 from launcher.sections import FIRST_DAY_OPTIONS
 from launcher.settings import MOST_BYTES, NOT_BY_FILE
 from lorasb_ds.config.run_config import RunConfig
-from tests.runs import ROOT
+from tests.runs import ROOT, word_rows, write_jsonl
 
 OF_LAUNCHER = ["--num-procs", "2"]
+
+
+@pytest.fixture(autouse=True)
+def _rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows that the tests name are in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b", "c", "x", 'b "c"', "train"):
+        write_jsonl(tmp_path / f"{name}.jsonl", word_rows(1))
 
 
 def invoke(*arguments: str, verb: str = "train", status: int = 0) -> str:
@@ -188,6 +197,58 @@ def test_other_commands_take_one(tmp_path: Path) -> None:
     assert "'methodes' is not an option of this command; method is." in " ".join(said.split())
 
 
+def script(*arguments: str, kind: str = "slurm", status: int = 0) -> Result:
+    result = CliRunner().invoke(main, ["launch-script", kind, *arguments])
+    assert result.exit_code == status, result.output
+    return result
+
+
+def test_a_job_file_takes_the_same_file_as_train(tmp_path: Path) -> None:
+    """With its hosts and GPUs; what is for ssh is left out, and that is said."""
+    settings = "num_gpus: 4\nnum_nodes: 3\nlr: 1e-3\nmax_restarts: 2\nfailure_timeout: 90\n"
+    file = write(tmp_path, f"{settings}no_ssh: false\nnum_procs: ~\n")
+    made = script("--config", file)
+    assert "#SBATCH --nodes=3\n" in made.stdout
+    assert "#SBATCH --gpus-per-node=4\n" in made.stdout
+    assert "--num-nodes 3 --num-gpus 4 --node-rank" in made.stdout
+    assert "--lr 0.001 --failure-timeout 90.0" in made.stdout
+    assert "--max-restarts" not in made.stdout
+    assert "lorasb: --max-restarts is left out: the scheduler starts the hosts" in made.stderr
+    made = script("--config", file, "--nodes", "2", "--gpus-per-node", "8", "--lr", "1")
+    assert "--num-nodes 2 --num-gpus 8 --node-rank" in made.stdout, "what is given wins"
+    k8s = ("--image", "i", "--claim", "c", "--config", file)
+    assert yaml.safe_load_all(script(*k8s, kind="k8s").stdout)
+    assert (
+        "'lrate' is not an option"
+        in script("--config", write(tmp_path, "lrate: 1"), status=2).stderr
+    )
+
+
+def test_a_job_file_counts_the_hosts_of_a_hostfile(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("a slots=4\nb slots=4\nc slots=8\n")
+    equal = write(tmp_path, "hostfile: hosts\nexclude: c\n")
+    assert "--num-nodes 2 --num-gpus 4 --node-rank" in script("--config", equal).stdout
+    different = write(tmp_path, "hostfile: hosts\n")
+    assert (
+        "hosts have 4, 8 slots, and must be equal" in script("--config", different, status=2).stderr
+    )
+    made = script("--config", different, "--gpus-per-node", "4").stdout
+    assert "--num-nodes 3 --num-gpus 4 --node-rank" in made
+    assert "Give --hostfile" in script("--include", "a", status=2).stderr
+
+
+@pytest.mark.parametrize("name", ["one_24gb_gpu", "one_host_8_gpus", "mixture_of_experts"])
+def test_a_job_file_has_the_words_of_train(name: str) -> None:
+    options = ("--config", str(ROOT / f"docs/examples/{name}.yaml"), "--output-dir", "out")
+    assert shlex.join(worker_words(*options)) in script(*options).stdout
+
+
+def test_a_job_file_for_the_hosts_of_an_example(tmp_path: Path) -> None:
+    (tmp_path / "hostfiles").symlink_to(ROOT / "hostfiles")
+    made = script("--config", str(ROOT / "docs/examples/two_hosts.yaml"))
+    assert "--num-nodes 2 --num-gpus 8 --node-rank" in made.stdout
+
+
 def as_printed(*arguments: str) -> dict[str, Any]:
     result = CliRunner().invoke(main, ["train", *arguments, "--print-config"])
     return yaml.safe_load(result.stdout) or {}
@@ -249,7 +310,8 @@ EXAMPLES = sorted((ROOT / "docs/examples").glob("*.yaml"))
 @pytest.mark.parametrize("file", EXAMPLES, ids=[file.stem for file in EXAMPLES])
 def test_examples(file: Path, tmp_path: Path) -> None:
     """Each would start, and fits on what its first line says."""
-    words = worker_words("--config", str(file), "--output-dir", str(tmp_path))
+    (tmp_path / "hostfiles").symlink_to(ROOT / "hostfiles")
+    words = worker_words("--config", str(file), "--output-dir", "out")
     assert "--model" in words
     first = file.read_text().splitlines()[0]
     assert f"lorasb train --config docs/examples/{file.name}" in file.read_text()

@@ -29,7 +29,7 @@ from lorasb_ds.planner.workload import Workload
 from lorasb_ds.system.host_memory import available_bytes
 from lorasb_ds.system.units import GIB
 from lorasb_ds.training.memory import RunMemory
-from tests.runs import ROOT
+from tests.runs import ROOT, word_rows, write_jsonl
 
 OPTIONS: dict[str, Any] = {"r": 64, "max_length": 1024, "micro_batch_size": 4, "init_samples": 64}
 OPTIONS |= {"gradient_checkpointing": False, "init_memory_gib": None, "expert_r": None}
@@ -122,7 +122,7 @@ def test_the_order_of_those_that_fit() -> None:
     assert recommended([offloaded, sharded]) is sharded
 
 
-def test_the_command_as_a_user_sees_it() -> None:
+def test_the_command_as_a_user_sees_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = invoke("--model", "llama-3-70b", "--gpus-per-node", "8")
     assert "70.55 billion parameters on 8 GPU(s) with 80.0 GiB each" in text
     assert len(re.findall(r"^(?:bf16|4-bit)", text, re.MULTILINE)) == 6
@@ -130,6 +130,8 @@ def test_the_command_as_a_user_sees_it() -> None:
     words = shlex.split(line)
     assert words[:2] == ["lorasb", "train"]
     assert (ROOT / words[words.index("--ds-config") + 1]).is_file()
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / words[words.index("--data") + 1], word_rows(1))
     dry_run = CliRunner().invoke(main, [*words[1:], "--dry-run"])
     assert dry_run.exit_code == 0, dry_run.output
 

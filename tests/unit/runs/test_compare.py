@@ -150,8 +150,11 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--output x.txt" in refusal(run, "--output", "x.txt")
     assert "DIR" in refusal()
     assert not list(tmp_path.glob("*.png"))
-    report("run")
-    assert (tmp_path / "report.png").is_file()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert f"losses: {tmp_path}/report.png" in report("../run/", run).replace("/elsewhere/..", "")
+    assert (tmp_path / "report.png").is_file(), "beside the run"
+    assert list(tmp_path.glob("elsewhere/*")) == []
 
 
 def test_it_needs_no_torch(tmp_path: Path) -> None:

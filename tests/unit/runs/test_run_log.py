@@ -16,8 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.hparams import api_pb2, list_session_groups
+from tensorboard.plugins.hparams.backend_context import Context
 
+from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.runs.progress import Progress, describe, time_left
 from lorasb_ds.runs.run_log import RunLog
@@ -30,6 +37,18 @@ def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     return [(event.step, event.value) for event in events.Scalars(name)]
+
+
+def session_groups(logdir: Path) -> list[Any]:
+    """Ask TensorBoard's plugin for what its tab HPARAMS shows: a group for each run."""
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(logdir))
+    multiplexer.Reload()
+    provider = MultiplexerDataProvider(multiplexer, str(logdir))
+    backend = Context(TBContext(data_provider=provider, logdir=str(logdir)))
+    request = api_pb2.ListSessionGroupsRequest(start_index=0, slice_size=99)
+    request.allowed_statuses.append(api_pb2.STATUS_UNKNOWN)  # that of a run that may go on
+    handler = list_session_groups.Handler(RequestContext(), backend, "", request)
+    return list(handler.run().session_groups)
 
 
 def write_run(folder: Path) -> None:
@@ -79,6 +98,33 @@ def test_a_run_that_is_resumed_before_its_first_step(tmp_path: Path) -> None:
     log.close()
     assert [row["stage"] for row in log.rows] == ["base", "init"]
     assert scalars(tmp_path, "eval/eval_loss") == [(0, 3.0)]
+
+
+def test_tensorboard_has_the_options_beside_the_last_values(tmp_path: Path) -> None:
+    """A run in the tab for each folder, once, also where it was resumed."""
+    for name, lr, last in (("a", 1e-3, 2.0), ("b", 4e-3, 1.5)):
+        config = RunConfig(lr=lr, data=("x.jsonl", "y.jsonl"), packing=True).model_dump()
+        (tmp_path / name).mkdir()
+        for first, loss in ((0, 3.0), (1, last)):
+            log = RunLog(tmp_path / name, first_step=first, config=config)
+            log.write(training_row(first + 1, loss))
+            log.write({"step": first + 1, "stage": "step", "eval_loss": loss / 2})
+            log.close()
+    groups = {group.name: group for group in session_groups(tmp_path)}
+    assert groups.keys() == {"a/tensorboard", "b/tensorboard"}
+    for name, lr, last in (("a", 1e-3, 2.0), ("b", 4e-3, 1.5)):
+        options = groups[f"{name}/tensorboard"].hparams
+        assert options["lr"].number_value == lr
+        assert options["data"].string_value == '"x.jsonl", "y.jsonl"'
+        assert options["packing"].string_value == "true"
+        assert "output_dir" not in options
+        assert "eval_every" not in options, "it was not given"
+        values = groups[f"{name}/tensorboard"].metric_values
+        found = {value.name.tag: value.value for value in values}
+        assert found["eval/eval_loss"] == last / 2
+        assert found["train/loss"] == last
+    folders = {path.parent for path in tmp_path.rglob("events*")}
+    assert folders == {tmp_path / "a/tensorboard", tmp_path / "b/tensorboard"}, "no other runs"
 
 
 def test_damaged_rows_are_left_as_they_are(tmp_path: Path) -> None:
