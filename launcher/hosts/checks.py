@@ -167,14 +167,20 @@ def _check_devices(host: str, facts: Mapping[str, Any], question: Question) -> l
     if devices is not None:
         on_cpu = devices["name"] == "cpu"
         sizes = devices["memory"]
+        problem = devices.get("problem")  # older code on the host does not say
         found = (
-            "none: DeepSpeed finds a CPU only"
+            f"none: DeepSpeed finds a CPU only{f' ({problem})' if problem else ''}"
             if on_cpu
             else f"{devices['count']} {devices['name']}"
         )
         found += f", {_gib(min(sizes))} and more each" if sizes else ""
         enough = not on_cpu and devices["count"] >= slots
-        return [judged(host, "accelerators", enough, f"{found}, {slots} wanted", remedy)]
+        checks = [judged(host, "accelerators", enough, f"{found}, {slots} wanted", remedy)]
+        if not on_cpu and problem:
+            checks.append(Check(host, "communication", False, problem, "Install torch's wheels."))
+        if not on_cpu and devices.get("emulates_bf16"):
+            checks.append(Check(host, "dtype", True, "no bf16 arithmetic: --dtype fp16 is faster"))
+        return checks
     if gpus is not None:  # the quick look
         enough = len(gpus) >= slots
         found = f"{len(gpus)} GPUs, {slots} wanted"

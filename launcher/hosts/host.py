@@ -203,10 +203,8 @@ def _gpus(seconds: float) -> list[int] | None:
 def _devices(root: str, seconds: float) -> dict[str, Any]:
     """Ask DeepSpeed and torch in a process of its own: it takes seconds, and may fail."""
     program = (
-        "import json; from deepspeed.accelerator import get_accelerator; a = get_accelerator();"
-        "n = a.device_count() if a.device_name() != 'cpu' else 0;"
-        "sizes = [a.total_memory(i) for i in range(n)];"
-        "print(json.dumps({'name': a.device_name(), 'count': n, 'memory': sizes}))"
+        "import json; from lorasb_ds.distributed import accelerator;"
+        "print(json.dumps(accelerator.describe()))"
     )
     try:
         output = subprocess.run(

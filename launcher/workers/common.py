@@ -75,9 +75,12 @@ def check_device() -> None:
     asked, local_rank = os.environ.get(GPUS_ASKED_FOR), int(os.environ.get("LOCAL_RANK", 0))
     if asked is not None and accelerator.name() == "cpu":
         raise ConfigError(
-            f"--num-gpus {asked}: DeepSpeed finds no GPU on this host. Use --num-procs {asked} for "
-            "the CPU, or look at `nvidia-smi` and torch.cuda.is_available()."
+            f"--num-gpus {asked}: there is no GPU on this host that torch can use "
+            f"({accelerator.why_no_gpu()}). Look at `nvidia-smi`, install a torch that fits the "
+            f"driver (pytorch.org), or use --num-procs {asked} for the CPU."
         )
+    if problem := accelerator.backend_problem():
+        raise ConfigError(f"{problem}, by which GPUs communicate. Install torch from its wheels.")
     if accelerator.name() != "cpu" and local_rank >= accelerator.device_count():
         raise ConfigError(
             f"There is no GPU for process {local_rank} of this host: it has "
@@ -112,7 +115,10 @@ def join() -> None:
     from lorasb_ds.distributed import zero
 
     tell_agent("joining")
-    zero.init_process_group()
+    try:
+        zero.init_process_group()
+    except ConfigError as error:
+        refuse(error)
     tell_agent("joined")
 
 

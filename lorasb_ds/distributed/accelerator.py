@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from typing import Any
 
@@ -37,9 +38,54 @@ def device_count() -> int:
 
 
 def emulates_bf16() -> bool:
-    """Return whether products in bf16 are many times slower than in fp32: on CPUs without bf16."""
+    """Return whether bf16 is emulated here, many times slower than another dtype.
+
+    So it is on CPUs without it, where fp32 is fast, and on GPUs before NVIDIA's Ampere, where fp16
+    is.
+    """
+    if name() == "cuda":
+        return not torch.cuda.is_bf16_supported(including_emulation=False)
     has_kernels = torch.backends.mkldnn.is_available()
     return name() == "cpu" and not (has_kernels and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def why_no_gpu() -> str:
+    """Return why torch finds no GPU, as far as it knows: its build, the driver."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # such as a driver that is too old
+        return str(error).partition("\n")[0]
+    return "torch.cuda finds none"
+
+
+def backend_problem() -> str | None:
+    """Return why ranks on this accelerator cannot communicate; None if they can, or on CPUs."""
+    backend = get_accelerator().communication_backend_name()
+    if name() == "cpu" or torch.distributed.is_backend_available(backend):
+        return None
+    return f"torch {torch.__version__} is built without {backend.upper()}"
+
+
+def device_id() -> str:
+    """Return what tells this process's device from others, on any host."""
+    index = get_accelerator().current_device()
+    properties = getattr(getattr(torch, name(), None), "get_device_properties", None)
+    uuid = getattr(properties(index), "uuid", index) if properties else index
+    return f"{name()} {uuid} of {socket.gethostname()}"
+
+
+def describe() -> dict[str, Any]:
+    """Return what `lorasb doctor` asks about the accelerators of a host."""
+    count = 0 if name() == "cpu" else device_count()
+    return {
+        "name": name(),
+        "count": count,
+        "memory": [int(get_accelerator().total_memory(i)) for i in range(count)],
+        "problem": why_no_gpu() if name() == "cpu" else backend_problem(),
+        "emulates_bf16": emulates_bf16(),
+    }
 
 
 class Stopwatch:

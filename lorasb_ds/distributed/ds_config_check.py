@@ -41,6 +41,11 @@ def check_ds_config(ds_config: dict[str, Any], path: str) -> None:
             f"--dtype fp16: DeepSpeed finds no fp16 arithmetic on this {accelerator.name()}. Use "
             "bf16, which is more precise where it matters, or fp32."
         )
+    if ds_config.get("bf16", {}).get("enabled") and not get_accelerator().is_bf16_supported():
+        raise ConfigError(
+            f"--dtype bf16: DeepSpeed finds no bf16 arithmetic on this {accelerator.name()}. Use "
+            "--dtype fp16, whose losses are scaled since its range is smaller, or fp32."
+        )
     if section.zero_quantized_weights and accelerator.name() == "cpu":
         raise ConfigError(
             f"{path}: zero_quantized_weights is true, but DeepSpeed quantizes on GPUs only. Remove "

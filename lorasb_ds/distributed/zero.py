@@ -23,6 +23,7 @@ from lorasb_ds.distributed import accelerator
 from lorasb_ds.distributed.collectives import broadcast, rank_and_size
 from lorasb_ds.distributed.masters import parts_of_masters
 from lorasb_ds.distributed.matrix_optimizer import MatrixOptimizer
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.system.host_memory import ranks_of_host
 
 VERSION = deepspeed.__version__
@@ -44,6 +45,9 @@ def init_process_group() -> None:
 
     On CPUs the ranks of a host share its cores evenly unless OMP_NUM_THREADS is set: torch would
     use all cores in every rank.
+
+    Raises:
+        ConfigError: if two ranks were given one accelerator; on all ranks that have one.
     """
     if accelerator.name() == "cpu":
         if "OMP_NUM_THREADS" not in os.environ:
@@ -52,6 +56,29 @@ def init_process_group() -> None:
     else:
         get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
     deepspeed.init_distributed()
+    if accelerator.name() != "cpu":
+        # By the store: a collective would end with NCCL's "Duplicate GPU detected", or wait.
+        store = dist.distributed_c10d._get_default_store()
+        check_own_device(store, rank(), world_size(), accelerator.device_id())
+
+
+def check_own_device(store: dist.Store, rank: int, world_size: int, device: str) -> None:
+    """Check that no other rank has this rank's device. Collective.
+
+    Args:
+        device: from ``accelerator.device_id``.
+    Raises:
+        ConfigError: naming the ranks.
+    """
+    store.set(f"lorasb device of {rank}", device)
+    devices = [store.get(f"lorasb device of {other}").decode() for other in range(world_size)]
+    same = [str(other) for other, found in enumerate(devices) if found == device]
+    if len(same) > 1:
+        raise ConfigError(
+            f"Ranks {' and '.join(same)} were both given {device}. Give each rank of a host "
+            "another LOCAL_RANK, from 0 on, and let CUDA_VISIBLE_DEVICES show all of the host's "
+            "GPUs to all of them (Slurm: --gpus-per-node, not --gpus-per-task)."
+        )
 
 
 def new_group() -> dist.ProcessGroup:

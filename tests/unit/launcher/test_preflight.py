@@ -93,10 +93,16 @@ def test_each_red() -> None:
     assert reds(thorough, compiler=None, ninja=None) == {"build tools": "no compiler and no ninja"}
     on_cpu = {"name": "cpu", "count": 0, "memory": []}
     assert "DeepSpeed finds a CPU only" in reds(thorough, devices=on_cpu)["accelerators"]
+    why = {**on_cpu, "problem": "The NVIDIA driver on your system is too old"}
+    assert "driver on your system is too old" in reds(thorough, devices=why)["accelerators"]
     broken = {"error": "ImportError: torch or DeepSpeed does not start"}
     assert "does not start" in reds(replace(thorough, cpu=True), devices=broken)["accelerators"]
     some = {"name": "cuda", "count": 4, "memory": [80 << 30] * 4}
     assert reds(thorough, devices=some)["accelerators"].startswith("4 cuda, 80.0 GiB and more")
+    without = {"name": "cuda", "count": 8, "memory": [80 << 30] * 8, "emulates_bf16": True}
+    assert reds(thorough, devices=without) == {}
+    without["problem"] = "torch 2.13.0 is built without NCCL"
+    assert reds(thorough, devices=without) == {"communication": without["problem"]}
 
 
 def test_a_host_that_does_not_answer() -> None:
