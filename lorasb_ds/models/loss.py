@@ -54,30 +54,31 @@ class LossHead(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, hidden: torch.Tensor, labels: torch.Tensor, with_grad: bool
+        self, hidden: torch.Tensor, labels: torch.Tensor, with_grad: bool, each: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Compute the loss, and its gradient if asked for.
 
         Args:
             hidden: (n, hidden), at the positions that predict a label; n may be 0.
             labels: (n,).
+            each: return every position's loss, not the sum.
         Returns:
-            The loss, fp32; and its gradient at ``hidden`` in the head's dtype, in fp16 times
-            ``FP16_SCALE``; None without ``with_grad``.
+            The loss, or (n,) losses, fp32; and its gradient at ``hidden`` in the head's dtype, in
+            fp16 times ``FP16_SCALE``; None without ``with_grad``.
         """
         hidden = hidden.to(self.weight.dtype)  # Mamba's is fp32
         # Liger's does not take zero rows; with a soft cap it is untested.
         ligers = LIGER and hidden.device.type in TRITON_DEVICES
-        if ligers and len(hidden) > 0 and self.softcap is None:
+        if ligers and len(hidden) > 0 and self.softcap is None and not each:
             return self.by_liger(hidden, labels, with_grad)
         grad = torch.empty_like(hidden) if with_grad else None
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        losses = hidden.new_empty(len(hidden), dtype=torch.float32)
         rows = logit_rows(len(hidden), len(self.weight))
         for start in range(0, len(hidden), rows):
             wanted = labels[start : start + rows]
             logits = self.logits(hidden[start : start + rows])
             log_p = F.log_softmax(logits, -1, dtype=torch.float32)
-            loss += F.nll_loss(log_p, wanted, reduction="sum")
+            losses[start : start + rows] = F.nll_loss(log_p, wanted, reduction="none")
             if grad is not None:
                 grad_logits = log_p.exp_()  # minus one-hot: the gradient at the capped logits
                 grad_logits[torch.arange(len(wanted), device=wanted.device), wanted] -= 1
@@ -87,7 +88,7 @@ class LossHead(nn.Module):
                     grad_logits *= self.scale
                 grad_logits = (grad_logits * _scale(hidden.dtype)).to(hidden.dtype)
                 torch.mm(grad_logits, self.weight, out=grad[start : start + rows])
-        return loss, grad
+        return losses if each else losses.sum(), grad
 
     def by_liger(
         self, hidden: torch.Tensor, labels: torch.Tensor, with_grad: bool
@@ -181,8 +182,9 @@ def add_loss_head(model: Any) -> None:
     """Let a transformers model compute its loss by ``LossHead``; call before the engine is made.
 
     Called with ``predicts``, the positions that predict a label in the flattened batch and those
-    labels, (n,) each, the model then returns the loss instead of logits. They are not a mask: the
-    host would wait for the device to count it, in the backward pass, too.
+    labels, (n,) each, the model then returns the loss instead of logits; with ``each``, every
+    position's. They are not a mask: the host would wait for the device to count it, in the backward
+    pass, too.
     The model itself is called because DeepSpeed's hooks are on it.
     """
     linear = model.get_output_embeddings()
@@ -204,7 +206,8 @@ def check_loss_head(model: Any, input_ids: torch.Tensor) -> bool:
     Another row has another last token, which those before must not see; what differs between equal
     rows is the kernels' own noise. The labels are, in turn, the tokens that the model finds most
     and least likely: their loss depends on the sum of all exponentials and on both ends of the
-    logits.
+    logits. Every position's is compared (in a sum, errors may cancel), and the sum, which another
+    kernel may compute.
 
     Args:
         input_ids: (1, length), a few tokens.
@@ -228,11 +231,15 @@ def check_loss_head(model: Any, input_ids: torch.Tensor) -> bool:
         return False
     labels = logits.argmax(-1)
     labels[:, ::2] = logits[:, ::2].argmin(-1)
-    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-    everywhere = torch.arange(labels.numel(), device=labels.device)
-    found = model(input_ids=input_ids, use_cache=False, predicts=(everywhere, labels.flatten()))
-    tolerance = ROUNDINGS * torch.finfo(model.dtype).eps
-    same = (found - expected).abs() <= tolerance * (logits.abs().amax(-1).sum() + expected)
+    labels, logits = labels.flatten(), logits.flatten(0, 1)
+    expected = F.cross_entropy(logits, labels, reduction="none")
+    predicts = {"predicts": (torch.arange(len(labels), device=labels.device), labels)}
+    each = model(input_ids=input_ids, use_cache=False, each=True, **predicts)
+    total = model(input_ids=input_ids, use_cache=False, **predicts)
+    roundings = ROUNDINGS * torch.finfo(model.dtype).eps
+    largest = roundings * (logits.abs().amax(-1) + expected) + 4 * noise
+    same = ((each - expected).abs() <= largest).all()
+    same &= (total - expected.sum()).abs() <= largest.sum()
     if not _on_all_ranks(same):
         model.loss_head = None
         return False
@@ -253,13 +260,14 @@ def _forward_with_loss(forward: Any) -> Any:
         model: Any,
         *args: Any,
         predicts: tuple[torch.Tensor, torch.Tensor] | None = None,
+        each: bool = False,
         **kwargs: Any,
     ) -> Any:
         if predicts is None:  # for generation and logits
             return forward(model, *args, **kwargs)
         positions, labels = predicts
         hidden = model.base_model(*args, **kwargs)[0].flatten(0, 1).index_select(0, positions)
-        loss, grad = model.loss_head(hidden.detach(), labels, hidden.requires_grad)
+        loss, grad = model.loss_head(hidden.detach(), labels, hidden.requires_grad, each)
         return loss if grad is None else _GivenGradient.apply(hidden, loss, grad)
 
     return with_loss

@@ -224,6 +224,21 @@ def test_a_head_that_does_more_keeps_its_own_way() -> None:
     torch.testing.assert_close(token_loss_sum(model, batch), expected)
 
 
+def test_errors_that_cancel_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(CONFIGS["llama"])
+    add_loss_head(model)
+    forward = LossHead.forward
+
+    def off(self: LossHead, *args: Any) -> Any:
+        losses, grad = forward(self, *args)
+        errors = torch.tensor([0.5, -0.5]).repeat(losses.numel() // 2)
+        return losses + (errors if losses.ndim else errors.sum()), grad
+
+    assert check_loss_head(model, torch.arange(1, 9)[None])
+    monkeypatch.setattr(LossHead, "forward", off)
+    assert not check_loss_head(model, torch.arange(1, 9)[None])
+
+
 @pytest.mark.parametrize(
     ("family", "dtype"),
     [
