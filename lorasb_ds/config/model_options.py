@@ -38,3 +38,8 @@ class ModelOptions(OptionGroup):
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass to save memory."
     )
+    activation_offload: bool = Field(
+        False,
+        description="Keep the inputs of blocks, which --gradient-checkpointing recomputes from, in "
+        "host memory: for long rows. On CPUs it changes nothing.",
+    )

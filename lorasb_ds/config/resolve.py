@@ -48,6 +48,11 @@ def load_run_config(given: Mapping[str, Any], run_json: str | None = None) -> Ru
     except ValidationError as error:
         raise ConfigError(*problems_of(error)) from None
     problems = [*_data_problems(config), *_evaluation_problems(config)]
+    if config.activation_offload and not config.gradient_checkpointing:
+        problems.append(
+            "--activation-offload moves the inputs of blocks that --gradient-checkpointing "
+            "recomputes. Add --gradient-checkpointing, or leave it out."
+        )
     if problems := [*problems, *_method_problems(config, asked)]:
         raise ConfigError(*problems)
     # What was replayed is a default here: a ds_config's numbers may win over it.

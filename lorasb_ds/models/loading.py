@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.errors import ConfigError
+from lorasb_ds.models.activation_offload import offload_activations
 from lorasb_ds.models.base import Base
 from lorasb_ds.models.checkpoint_files import StoredTensor, first_line
 from lorasb_ds.models.experts import split_experts
@@ -46,6 +47,8 @@ def load_base(base: Base, config: RunConfig, ds_config: dict[str, Any]) -> Any:
     if config.gradient_checkpointing:
         # The reentrant kind needs inputs that require grad, which a frozen embedding's do not.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.activation_offload:
+        offload_activations(model)
         # transformers lets them require grad with either kind: a backward pass of the first block's
         # inputs for nothing, for which ZeRO-3 would gather the embedding.
         model.disable_input_require_grads()

@@ -22,11 +22,13 @@ class Activations:
         in_training: kept for the backward pass.
         in_init: kept for the backward pass of the init's longest segment.
         block_backward: of one block: what is recomputed of it, and its gradients.
+        in_host_memory: the inputs of all blocks, if they are offloaded.
     """
 
     in_training: int
     in_init: int
     block_backward: int
+    in_host_memory: int = 0
 
 
 def activations(
@@ -57,10 +59,15 @@ def activations(
     gradients = max(_gradient_bytes(shape, block, work, d) for block in kinds)
     boundaries = work.tokens * shape.hidden_size * d
     if work.gradient_checkpointing:
+        of_blocks = shape.num_blocks * boundaries
+        # On the device: those of the block that is run, and of the one on its way.
+        kept = min(2, shape.num_blocks) if work.activation_offload else shape.num_blocks
+        kept_in_init = min(kept, blocks_at_once)
         return Activations(
-            in_training=shape.num_blocks * boundaries,
-            in_init=boundaries * blocks_at_once + max(in_init.values()),
+            in_training=kept * boundaries,
+            in_init=kept_in_init * boundaries + max(in_init.values()),
             block_backward=gradients + max(in_training.values()),
+            in_host_memory=of_blocks if work.activation_offload else 0,
         )
     largest = sorted((in_init[block] for block in shape.blocks), reverse=True)
     return Activations(

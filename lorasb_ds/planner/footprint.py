@@ -56,6 +56,7 @@ class Footprint:
     init_block_backward: int
     host_base: int  # offloaded shards
     host_init: int  # offloaded gradients and hidden states
+    host_activations: int  # offloaded inputs of blocks
     host_basis: int  # R as the init leaves it; A and B are in their file
     host_rank0: int  # A and B of the adapter in fp32, while it is saved
     tracks_gradient: bool  # training computes the init's gradient now and then
@@ -101,7 +102,7 @@ class Footprint:
     @property
     def host(self) -> int:
         """Return what every rank holds in host memory."""
-        return self.host_base + self.host_init
+        return self.host_base + self.host_init + self.host_activations
 
     def phases(self, one_memory: bool) -> dict[str, int]:
         """Return the peaks of "load", "init" and "train".
@@ -116,7 +117,7 @@ class Footprint:
         return {
             "load": self.load_peak + self.host_base + CPU_LOAD_BYTES,
             "init": self.init_peak + self.host + self.host_basis + CPU_RUNTIME_BYTES,
-            "train": trained + self.host_base + CPU_RUNTIME_BYTES,
+            "train": trained + self.host_base + self.host_activations + CPU_RUNTIME_BYTES,
         }
 
 
@@ -164,6 +165,7 @@ def footprint(
         init_block_backward=kept_in_init.block_backward,
         host_base=0 if on_device else hosted,
         host_init=init.shard_bytes + init.boundary_bytes if work.init_offload else 0,
+        host_activations=max(kept.in_host_memory, kept_in_init.in_host_memory),
         host_basis=4 * work.num_trainable if work.trains_r else 0,
         host_rank0=basis_size * 4,
         tracks_gradient=work.tracks_gradient,

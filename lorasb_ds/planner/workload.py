@@ -17,6 +17,7 @@ class Workload:
     micro_batch_size: int
     gradient_checkpointing: bool
     init_samples: int  # rows of the gradient
+    activation_offload: bool = False  # the inputs of blocks are in host memory
     init_micro_batch_size: int | None = None  # [default: micro_batch_size]
     init_memory_bytes: int | None = None
     init_update: str = "sign"

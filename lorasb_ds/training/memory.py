@@ -181,6 +181,7 @@ def workload_of(
         micro_batch_size=config.micro_batch_size,
         gradient_checkpointing=config.gradient_checkpointing,
         init_samples=init_samples,
+        activation_offload=config.activation_offload,
         init_micro_batch_size=config.init_micro_batch_size,
         init_memory_bytes=None if budget is None else int(budget * GIB),
         init_offload=config.init_offload,

@@ -153,6 +153,8 @@ def parts(memory: Footprint, phase: Phase, one_memory: bool) -> dict[str, int]:
         held["A and B, whole and in fp32"] = memory.host_rank0
     if one_memory:
         held["offloaded base"] = memory.host_base
+        if phase in ("init", "train"):
+            held["offloaded inputs of blocks"] = memory.host_activations
         held["runtime"] = CPU_LOAD_BYTES if phase == "load" else CPU_RUNTIME_BYTES
     return held
 
@@ -227,6 +229,9 @@ def _changes(phase: Phase, memory: RunMemory, config: RunConfig) -> Iterator[_Ch
     if not work.gradient_checkpointing:
         checkpointed = replace(work, gradient_checkpointing=True)
         yield _Change("--gradient-checkpointing", placement, checkpointed)
+    elif not (work.activation_offload or cluster.cpu):
+        offloaded = replace(work, activation_offload=True)
+        yield _Change("--activation-offload", placement, offloaded)
     if placement.form == "bf16":  # which is what quantized bases compute in
         rounded = "the base is rounded"
         yield _Change("--load-in-8bit", replace(placement, form="int8"), work, price=rounded)

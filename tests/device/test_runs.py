@@ -19,11 +19,14 @@ ZERO1, ZERO2, ZERO3 = ({"ds_config": f"{CONFIGS}/zero{stage}.json"} for stage in
 SHARDED = ZERO3 | {"zero_optimization": REALLY_SHARDED, "dtype": "fp32"}
 # With --init-memory-gib: less than all layers take.
 IN_GROUPS = {"init_memory_gib": 1.5e-4, "init_offload": True, "micro_batch_size": 1}
+RECOMPUTED = {"gradient_checkpointing": True}
 
 # Name -> options. The first ones are in the default tests; each of them holds several features.
 RUNS: dict[str, dict[str, Any]] = {
     "zero3": SHARDED,
     "moe": SHARDED | {"model": "moe"},
+    "recomputed": SHARDED | RECOMPUTED,
+    "activations-offloaded": SHARDED | RECOMPUTED | {"activation_offload": True},
 }
 METHOD_RUNS: dict[str, dict[str, Any]] = {
     **{f"method-{name}": SHARDED | {"method": name} for name in METHODS},
@@ -149,6 +152,14 @@ def check_run(out: Path, name: str, world_size: int = 2) -> list[dict[str, Any]]
 @pytest.mark.parametrize("name", RUNS)
 def test_runs(name: str, default_runs: Path) -> None:
     check_run(default_runs, name)
+
+
+def test_offloaded_activations_come_back_as_they_were(default_runs: Path) -> None:
+    runs = [default_runs / name for name in ("recomputed", "activations-offloaded")]
+    losses = [[row["loss"] for row in metrics(run) if "loss" in row] for run in runs]
+    assert losses[0] == losses[1]
+    bases = [(run / "basis.safetensors").read_bytes()[-10_000:] for run in runs]
+    assert bases[0] == bases[1], "nor does the init's gradient change"
 
 
 @pytest.mark.slow

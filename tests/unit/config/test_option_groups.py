@@ -20,6 +20,7 @@ from lorasb_ds.errors import ConfigError, option_name
 
 # Flags and keys of run.json: scripts of users and folders of old runs have them.
 NAMES = [
+    "activation_offload",
     "attn_implementation",
     "chat_template",
     "data",

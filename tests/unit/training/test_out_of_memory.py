@@ -212,6 +212,7 @@ def test_nothing_is_offered_twice() -> None:
     work = replace(
         WORK,
         gradient_checkpointing=True,
+        activation_offload=True,
         init_memory_bytes=2 * GIB,
         init_offload=True,
         micro_batch_size=1,
