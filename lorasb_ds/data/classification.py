@@ -1,0 +1,210 @@
+"""Rows with a label: their texts, their labels, and the classes that the labels are."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.compute as pc
+
+from lorasb_ds.config.data_options import DataOptions
+from lorasb_ds.data.formats import NO_COLUMNS, Row, is_missing
+from lorasb_ds.data.tokenization import Example
+from lorasb_ds.data.turns import RowError, check_unicode, is_empty
+from lorasb_ds.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lorasb_ds.data.dataset import TokenizedRows
+
+# In the order of the search: GLUE's, and those that most data sets of one text have.
+TEXT_COLUMNS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("sentence",),
+    ("text",),
+)
+LABEL_COLUMN = "label"
+UNLABELED = -1  # the label of rows whose label is not given: GLUE's test splits
+LISTED = 12  # classes in a list for the user
+
+
+@dataclass(frozen=True)
+class Classes:
+    """What labels are: classes, or a number to be predicted.
+
+    Attributes:
+        labels: each class's label as JSON has it, in the order of the classes' numbers; () for
+            numbers (a regression).
+    """
+
+    labels: tuple[str, ...]
+
+    @property
+    def is_regression(self) -> bool:
+        return not self.labels
+
+    @property
+    def num_labels(self) -> int:
+        """Return the number of outputs of the classification head."""
+        return len(self.labels) or 1
+
+    @property
+    def names(self) -> list[str]:
+        """Return the labels as text, for config.json's ``id2label``."""
+        values = [json.loads(label) for label in self.labels]
+        return [value if isinstance(value, str) else str(value) for value in values]
+
+    def target(self, label: str) -> int | float:
+        """Return the number of a label's class, or the number itself.
+
+        Raises:
+            ValueError: if it is no class.
+        """
+        return float(json.loads(label)) if self.is_regression else self.labels.index(label)
+
+    def describe(self) -> str:
+        """Return what the user should know of them."""
+        if self.is_regression:
+            return "labels are numbers: a regression, with the mean squared error as loss"
+        more = ", …" if len(self.labels) > LISTED else ""
+        return f"{len(self.labels)} classes: {', '.join(self.names[:LISTED])}{more}"
+
+
+def read_classified(
+    row: Any, tokenizer: Any, options: DataOptions
+) -> tuple[str, Example, tuple[str, ...]]:
+    """Tokenize a row's text, or its pair of texts, as the tokenizer itself does.
+
+    Returns:
+        The form, named by the columns; the example, with its label; and the names of the other
+        columns that hold something.
+    Raises:
+        RowError: if the row is to be skipped.
+    """
+    if not isinstance(row, Mapping):
+        raise RowError("not a JSON object")
+    texts, label = _find_columns(row, options.prompt_column, options.response_column)
+    for name in texts:
+        if not isinstance(row[name], str) or not row[name].strip():
+            raise RowError("no text")
+        check_unicode(row[name])
+    written = _written(row[label])
+    used = {*texts, label}
+    left_out = (str(n) for n, value in row.items() if n not in used and not is_empty(value))
+    example = _encode(tokenizer, [row[name] for name in texts], options)
+    return "/".join([*texts, label]), replace(example, label=written), tuple(left_out)
+
+
+def _find_columns(row: Row, text: str | None, label: str | None) -> tuple[tuple[str, ...], str]:
+    candidates: Iterable[tuple[str, ...]] = TEXT_COLUMNS if text is None else ((text,),)
+    label = label or LABEL_COLUMN
+    # In tables of rows of several forms, the other forms' columns are empty.
+    filled = {name for name, value in row.items() if not is_missing(value)}
+    for columns in (filled, {*row}):
+        found = next((texts for texts in candidates if columns.issuperset(texts)), None)
+        if found is not None and label in row:
+            return found, label
+    raise RowError(NO_COLUMNS)
+
+
+def _written(value: Any) -> str:
+    """Return a label as JSON; whole numbers without a fraction, so that 1 is 1.0."""
+    if isinstance(value, str) and value.strip():
+        check_unicode(value)
+        return json.dumps(value, ensure_ascii=False)
+    if is_missing(value) or isinstance(value, str):
+        raise RowError("no label")
+    if not isinstance(value, bool | int | float | Decimal) or math.isinf(value):
+        raise RowError("a label that is neither text nor a number")
+    if isinstance(value, bool):
+        return json.dumps(value)
+    if value == UNLABELED:
+        raise RowError(f"label {UNLABELED}, that of rows without one")
+    return json.dumps(int(value) if value == int(value) else float(value))
+
+
+def _encode(tokenizer: Any, texts: Sequence[str], options: DataOptions) -> Example:
+    """Tokenize one text or two, cut to ``--max-length``: of two the longer one first."""
+    found = tokenizer(*texts)
+    too_long = len(found["input_ids"]) > options.max_length
+    if too_long and options.truncation == "skip":
+        raise RowError("longer than --max-length")
+    if too_long:
+        side, tokenizer.truncation_side = tokenizer.truncation_side, options.truncation
+        try:
+            found = tokenizer(*texts, truncation="longest_first", max_length=options.max_length)
+        finally:
+            tokenizer.truncation_side = side
+    return Example(
+        found["input_ids"],
+        [],
+        truncated=too_long,
+        token_type_ids=tuple(found.get("token_type_ids", ())),
+    )
+
+
+def find_classes(rows: TokenizedRows, option: str = "--data") -> Classes:
+    """Find the classes of some rows' labels: in the order of numbers, or of the alphabet.
+
+    Numbers that are not whole make it a regression.
+
+    Raises:
+        ConfigError: if all rows have the same label, or some have text and others numbers.
+    """
+    found = [json.loads(label) for label in _distinct(rows)]
+    texts = [value for value in found if isinstance(value, str)]
+    if texts and len(texts) < len(found):
+        other = next(value for value in found if not isinstance(value, str))
+        raise ConfigError(
+            f"{option}: labels are text in some rows ({texts[0]!r}) and not in others ({other!r}). "
+            "Write all of them in one way."
+        )
+    if any(isinstance(value, float) for value in found):
+        return Classes(())
+    if len(found) == 1:
+        raise ConfigError(
+            f"{option}: all {len(rows.index)} rows have the label {found[0]!r}. There is nothing "
+            "to learn: give rows of at least two classes."
+        )
+    return Classes(tuple(json.dumps(value, ensure_ascii=False) for value in sorted(found)))
+
+
+def check_labels(rows: TokenizedRows, classes: Classes, option: str) -> None:
+    """Refuse rows with a label that is no class.
+
+    Raises:
+        ConfigError: naming the label and its row.
+    """
+    if classes.is_regression:
+        texts = [label for label in _distinct(rows) if isinstance(json.loads(label), str)]
+    else:
+        texts = [label for label in _distinct(rows) if label not in classes.labels]
+    if texts:
+        column = rows.table.data.column("label").take(rows.index)
+        row = rows.row_id(pc.index(column, texts[0]).as_py())
+        raise ConfigError(
+            f"{option}: the label {texts[0]} of {row} is none of the training rows' "
+            f"({classes.describe()}). Correct it, or leave such rows out."
+        )
+
+
+def _distinct(rows: TokenizedRows) -> list[str]:
+    labels: list[str] = pc.unique(rows.table.data.column("label").take(rows.index)).to_pylist()
+    return labels
+
+
+def unknown_text_columns(option: str, row: Row, options: DataOptions) -> ConfigError:
+    """Return the error for data without a text or a label; ``row`` is the first one."""
+    known = ", ".join("/".join(texts) for texts in TEXT_COLUMNS)
+    return ConfigError(
+        f"{option}: no known columns of a text and its label. The first row has: "
+        f"{', '.join(map(str, row))}. Name them by --prompt-column (the text; now "
+        f"{options.prompt_column or 'by name'}) and --response-column (the label; now "
+        f"{options.response_column or LABEL_COLUMN}). Known texts: {known}."
+    )
