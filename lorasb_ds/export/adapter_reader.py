@@ -60,8 +60,8 @@ def read_adapter(path: str, *, with_head: bool = False) -> StoredAdapter:
     if found.head and not with_head:
         raise ConfigError(
             f"{path} is a classifier's (--task-type sequence-classification): it has a head beside "
-            "its layers, with which this cannot be done yet. `lorasb eval --adapter` and PEFT "
-            "(AutoModelForSequenceClassification) load it; merge_and_unload of PEFT merges it."
+            "its layers, with which this cannot be done yet. `lorasb merge`, `lorasb eval "
+            "--adapter` and PEFT (AutoModelForSequenceClassification) take it."
         )
     return found
 

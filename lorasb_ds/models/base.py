@@ -22,7 +22,7 @@ from lorasb_ds.models.checkpoint_files import (
     stored_tensors,
     weights_digest,
 )
-from lorasb_ds.models.classification import POOLER, head_modules, head_parameters
+from lorasb_ds.models.classification import head_modules, head_parameters
 from lorasb_ds.models.config_json import is_encoded, load_config, stored_quantization
 from lorasb_ds.models.empty_model import empty_model
 from lorasb_ds.models.experts import ExpertShapes
@@ -33,6 +33,9 @@ from lorasb_ds.models.stored_formats import decoded
 from lorasb_ds.models.tokenizer import choose_pad_token, read_tokenizer, use_chat_template
 from lorasb_ds.models.weight_map import WeightSource, map_weights, unused_tensors
 from lorasb_ds.planner.model_shape import ModelShape
+
+# Properties of a base that do not depend on what a classifier predicts.
+OF_FILES = ("folder", "encoding", "_tokenizer_and_note", "headers", "stored", "digest")
 
 
 @dataclass(frozen=True)
@@ -140,8 +143,10 @@ class Base:
         return model
 
     def with_classes(self, classes: Classes) -> Base:
-        """Return the base of a classifier of these classes."""
-        return replace(self, classes=classes)
+        """Return the base of a classifier of these classes; what was read of its files is kept."""
+        base = replace(self, classes=classes)
+        vars(base).update({name: vars(self)[name] for name in OF_FILES if name in vars(self)})
+        return base
 
     @property
     def model_type(self) -> str:
@@ -247,11 +252,12 @@ class Base:
             )
         unused = unused_tensors(self.whole_model, self._all_sources, self.stored)
         if self.classifies:
-            count = sum(self.model.get_parameter(name).numel() for name in self.head)
-            begins = ", new where the files have none" if POOLER in " ".join(self.head) else ", new"
+            sizes = {name: self.model.get_parameter(name).numel() for name in self.head}
+            new = sum(sizes[name] for name in self.new_parameters)
             notes.append(
-                f"classification head: {', '.join(head_modules(self.model))} ({count:,} parameters"
-                f"{begins}), trained whole and without an adapter"
+                f"classification head: {', '.join(head_modules(self.model))} "
+                f"({sum(sizes.values()):,} parameters, {new:,} of them new), trained whole and "
+                "without an adapter"
             )
             if unused:
                 notes.append(

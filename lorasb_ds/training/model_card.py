@@ -48,7 +48,7 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER", pad_token={pad_token})
 model.config.pad_token_id = tokenizer.pad_token_id  # a decoder classifies by the token before
 ```
 
-As one model: `model.merge_and_unload()`.
+As one model: `lorasb merge RUN --out merged` with the run's folder, or `model.merge_and_unload()`.
 """
 OTHERS_LOAD = """\
 - vLLM: `vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules mine=FOLDER`

@@ -66,9 +66,9 @@ def true_gradients(
     ("family", "rows", "world_size", "stage"),
     [
         ("roberta", opinions(5), 1, 2),
-        ("roberta", pairs(5), 2, 3),
+        pytest.param("roberta", pairs(5), 2, 3, marks=pytest.mark.slow),
         ("bert", pairs(5), 2, 2),
-        ("bert", opinions(5), 3, 3),
+        pytest.param("bert", opinions(5), 3, 3, marks=pytest.mark.slow),
         ("llama", opinions(5), 2, 3),
     ],
 )
@@ -114,8 +114,8 @@ def test_gradients_by_segments(base: Callable[[str], Path], tmp_path: Path) -> N
     [
         ("roberta", opinions(5), 1, 1),
         ("roberta", pairs(5), 3, 3),
-        ("bert", opinions(5), 2, 2),
-        ("llama", opinions(5), 2, 3),
+        pytest.param("bert", opinions(5), 2, 2, marks=pytest.mark.slow),
+        pytest.param("llama", opinions(5), 2, 3, marks=pytest.mark.slow),
     ],
 )
 def test_a_step_of_the_head(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from launcher.workers.preview import preview
 from lorasb_ds.config.resolve import load_run_config
@@ -68,7 +68,9 @@ def logits_by_peft(run: Path, rows: list[dict[str, Any]]) -> torch.Tensor:
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", ["classes", "numbers", "decoder", pytest.param("bf16", marks=pytest.mark.slow)]
+)
 def test_peft_and_eval_give_what_the_run_measured(runs: Runs, name: str, tmp_path: Path) -> None:
     """Adapter and head, in the logits of every held-out row."""
     run = runs[name]
@@ -187,6 +189,31 @@ def test_eval_over_ranks(runs: Runs, tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=why):
             evaluate_model(**{"data": data, "task_type": "sequence-classification", **given})
+
+
+@pytest.mark.parametrize("name", ["classes", "numbers", "decoder"])
+def test_merge(runs: Runs, tmp_path: Path, name: str) -> None:
+    """One folder, as transformers' own would be, with the logits of base, adapter and head."""
+    run, out, more = runs[name], tmp_path / "merged", ()
+    if name == "numbers":  # BERT's: of several files, with a pooler that is replaced
+        base: Any = AutoModel.from_pretrained(run.parent / "bert")
+        shutil.copytree(run.parent / "bert", sharded := tmp_path / "sharded")
+        (sharded / "model.safetensors").unlink()
+        base.save_pretrained(sharded, max_shard_size="20KB")
+        more = ("--model", str(sharded))
+    run_worker("merge", str(run), "--out", str(out), *more, worker="adapters", world_size=None)
+    model, info = AutoModelForSequenceClassification.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"]
+    content = json.loads((run / "run.json").read_text())
+    rows = pairs(8) if name == "numbers" else opinions(8)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    texts = [[row[n] for n in ("sentence", "sentence1", "sentence2") if n in row] for row in rows]
+    inputs = tokenizer(*map(list, zip(*texts, strict=True)), padding=True, return_tensors="pt")
+    with torch.no_grad():
+        found = model.eval()(**inputs).logits
+    torch.testing.assert_close(found, logits_by_peft(run, rows), atol=1e-4, rtol=1e-3)
+    assert [*model.config.id2label.values()] == (content["labels"] or ["LABEL_0"])
+    assert not (out / "chat_template.jinja").exists() or name == "decoder"
 
 
 def test_what_is_not_done_with_a_classifier(runs: Runs) -> None:
