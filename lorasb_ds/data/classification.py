@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -31,6 +32,7 @@ TEXT_COLUMNS = (
 )
 LABEL_COLUMN = "label"
 UNLABELED = -1  # the label of rows whose label is not given: GLUE's test splits
+NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?")  # and not 007, which is a name
 LISTED = 12  # classes in a list for the user
 
 
@@ -114,7 +116,9 @@ def _find_columns(row: Row, text: str | None, label: str | None) -> tuple[tuple[
 
 
 def _written(value: Any) -> str:
-    """Return a label as JSON; whole numbers without a fraction, so that 1 is 1.0."""
+    """Return a label as JSON: 1, 1.0 and "1" are the same, since all cells of a CSV are text."""
+    if isinstance(value, str) and NUMBER.fullmatch(value.strip()):
+        value = float(value)
     if isinstance(value, str) and value.strip():
         check_unicode(value)
         return json.dumps(value, ensure_ascii=False)
@@ -150,29 +154,24 @@ def _encode(tokenizer: Any, texts: Sequence[str], options: DataOptions) -> Examp
 
 
 def find_classes(rows: TokenizedRows, option: str = "--data") -> Classes:
-    """Find the classes of some rows' labels: in the order of numbers, or of the alphabet.
+    """Find the classes of some rows' labels: numbers in their order, then text in the alphabet's.
 
-    Numbers that are not whole make it a regression.
+    If all are numbers, and one has a fraction, it is a regression.
 
     Raises:
-        ConfigError: if all rows have the same label, or some have text and others numbers.
+        ConfigError: if all rows have the same label.
     """
     found = [json.loads(label) for label in _distinct(rows)]
-    texts = [value for value in found if isinstance(value, str)]
-    if texts and len(texts) < len(found):
-        other = next(value for value in found if not isinstance(value, str))
-        raise ConfigError(
-            f"{option}: labels are text in some rows ({texts[0]!r}) and not in others ({other!r}). "
-            "Write all of them in one way."
-        )
-    if any(isinstance(value, float) for value in found):
+    kinds = {type(value) for value in found}
+    if float in kinds and str not in kinds:
         return Classes(())
     if len(found) == 1:
         raise ConfigError(
             f"{option}: all {len(rows.index)} rows have the label {found[0]!r}. There is nothing "
             "to learn: give rows of at least two classes."
         )
-    return Classes(tuple(json.dumps(value, ensure_ascii=False) for value in sorted(found)))
+    in_order = sorted(found, key=lambda value: (isinstance(value, str), value))
+    return Classes(tuple(json.dumps(value, ensure_ascii=False) for value in in_order))
 
 
 def check_labels(rows: TokenizedRows, classes: Classes, option: str) -> None:
