@@ -68,7 +68,8 @@ def load_config(model: str, folder: Path, trust_remote_code: bool, classifies: b
         raise ConfigError(
             f"--model {model} is a {', '.join(architectures) or type(config).__name__}, not a "
             "causal language model (…ForCausalLM), nor a multimodal one of images and text "
-            "(…ForConditionalGeneration). Only those can be trained so far."
+            "(…ForConditionalGeneration). Only those can be trained, and encoders as classifiers "
+            "(--task-type sequence-classification)."
         )
     elif is_encoder(config):
         raise ConfigError(
@@ -90,7 +91,7 @@ def _check_classifies(config: Any, model: str) -> None:
             "(AutoModelForSequenceClassification). Give an encoder, such as BERT or RoBERTa, or a "
             "decoder, such as Llama or Qwen."
         )
-    if config.is_encoder_decoder:
+    if getattr(config, "is_encoder_decoder", False):
         raise ConfigError(f"{option}, an encoder with a decoder. Only one of them can be trained.")
 
 

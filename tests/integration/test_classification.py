@@ -28,6 +28,7 @@ RUNS: dict[str, tuple[str, bool, int, str]] = {
     "numbers": ("bert", True, 1, "--ds-config zero2"),
     "decoder": ("llama", False, 1, "--ds-config zero1 --gradient-checkpointing"),
     "bf16": ("roberta", False, 2, "--ds-config zero2 --dtype bf16"),
+    "4bit": ("bert", True, 2, "--ds-config zero3 --dtype bf16 --load-in-4bit"),
 }
 
 
@@ -214,6 +215,18 @@ def test_merge(runs: Runs, tmp_path: Path, name: str) -> None:
     torch.testing.assert_close(found, logits_by_peft(run, rows), atol=1e-4, rtol=1e-3)
     assert [*model.config.id2label.values()] == (content["labels"] or ["LABEL_0"])
     assert not (out / "chat_template.jinja").exists() or name == "decoder"
+
+
+@pytest.mark.slow
+def test_4_bits(runs: Runs, tmp_path: Path) -> None:
+    """Layers are quantized, and the head is not; eval holds the base as the run did."""
+    run = runs["4bit"]
+    rows = [json.loads(line) for line in Path(f"{run}.jsonl").read_text().splitlines()]
+    data = write_jsonl(tmp_path / "held_out.jsonl", rows_held_out(run, rows))
+    trained = next(row for row in metrics(run) if row.get("stage") == "trained")
+    found = evaluate_model(adapter=str(run), data=data)
+    assert found.loss == pytest.approx(trained["eval_loss"], rel=0.02)
+    assert evaluate_model(adapter=str(run), data=data, load_in_4bit=False).loss != found.loss
 
 
 def test_what_is_not_done_with_a_classifier(runs: Runs) -> None:
