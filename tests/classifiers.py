@@ -54,6 +54,35 @@ def tiny_base(family: str, folder: Path, demo_model: Path) -> Path:
     return folder
 
 
+_TOKENS = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+_ENCODER = SIZES | {"max_position_embeddings": 80}
+_DECODER = _ENCODER | {"num_key_value_heads": 2, "head_dim": 8}
+OTHERS: dict[str, dict[str, Any]] = {
+    "albert": _ENCODER | {"embedding_size": 16},
+    "deberta-v2": _ENCODER | {"pooler_hidden_size": 32},
+    "distilbert": {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4},
+    "electra": _ENCODER | {"embedding_size": 32},
+    "gemma2": _DECODER,
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 80},
+    "modernbert": _ENCODER | _TOKENS | {"cls_token_id": 0, "sep_token_id": 2},
+    "mpnet": _ENCODER,
+    "qwen3": _DECODER,
+    "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
+}
+
+
+def other_base(family: str, folder: Path) -> Path:
+    """A random base of one of ``OTHERS``, without any head, with RoBERTa's tokenizer."""
+    from transformers import CONFIG_MAPPING, AutoModel
+
+    size = _roberta_tokenizer(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = CONFIG_MAPPING[family](vocab_size=size, **OTHERS[family])
+        AutoModel.from_config(config).save_pretrained(folder)
+    return folder
+
+
 def _roberta_tokenizer(folder: Path) -> int:
     from transformers import RobertaTokenizerFast
 

@@ -19,7 +19,7 @@ from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.evaluation.evaluator import evaluate_model
 from lorasb_ds.export.adapter_reader import read_adapter
-from tests.classifiers import opinions, pairs, tiny_base
+from tests.classifiers import OTHERS, opinions, other_base, pairs, tiny_base
 from tests.runs import Runs, metrics, run_worker, write_jsonl
 
 # Family, rows, processes, and what else.
@@ -227,6 +227,35 @@ def test_4_bits(runs: Runs, tmp_path: Path) -> None:
     found = evaluate_model(adapter=str(run), data=data)
     assert found.loss == pytest.approx(trained["eval_loss"], rel=0.02)
     assert evaluate_model(adapter=str(run), data=data, load_in_4bit=False).loss != found.loss
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", OTHERS)
+def test_families(family: str, tmp_path: Path) -> None:
+    """Base, adapter and head by our loss, and merged by transformers'."""
+    base, run, out = other_base(family, tmp_path / "base"), tmp_path / "run", tmp_path / "merged"
+    data = write_jsonl(tmp_path / "rows.jsonl", opinions(24))
+    held_out = opinions(12, 24)
+    eval_data = write_jsonl(tmp_path / "held_out.jsonl", held_out)
+    options = f"--task-type sequence-classification --model {base} --data {data} --dtype fp32"
+    options += f" --eval-data {eval_data} --r 4 --max-steps 2 --init-samples 8 --output-dir {run}"
+    status = 2 if family == "xlnet" else 0  # it pools the last token, padding or not
+    output = run_worker(*options.split(), world_size=2, status=status)
+    if status:
+        assert "the logits of a XLNetForSequenceClassification depend on padding" in output
+        return
+    assert "classification head: " in output
+    run_worker("merge", str(run), "--out", str(out), worker="adapters", world_size=None)
+    model, info = AutoModelForSequenceClassification.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"]
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    inputs = [tokenizer(row["sentence"], return_tensors="pt")["input_ids"] for row in held_out]
+    with torch.no_grad():
+        logits = torch.cat([model.eval()(input_ids=ids).logits for ids in inputs])
+    labels = torch.tensor([row["label"] for row in held_out])
+    loss = torch.nn.functional.cross_entropy(logits, labels).item()
+    trained = next(row for row in metrics(run) if row.get("stage") == "trained")
+    assert trained["eval_loss"] == pytest.approx(loss, abs=1e-4)
 
 
 def test_what_is_not_done_with_a_classifier(runs: Runs) -> None:
