@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lorasb_ds.config.chat_templates import TEMPLATES
+from lorasb_ds.config.classification import classification_problems
 from lorasb_ds.config.methods import DEFAULT_METHOD, METHODS, PEFT_PREFIX
 from lorasb_ds.config.paths import expand_home, read_json
 from lorasb_ds.config.run_config import RunConfig, problems_of
@@ -48,7 +49,7 @@ def load_run_config(given: Mapping[str, Any], run_json: str | None = None) -> Ru
     except ValidationError as error:
         raise ConfigError(*problems_of(error)) from None
     problems = [*_data_problems(config), *_evaluation_problems(config)]
-    problems += _classification_problems(config, asked)
+    problems += classification_problems(config, asked)
     if problems := [*problems, *_method_problems(config, asked)]:
         raise ConfigError(*problems)
     # What was replayed is a default here: a ds_config's numbers may win over it.
@@ -72,29 +73,6 @@ def _evaluation_problems(config: RunConfig) -> list[str]:
             "--eval-every needs held-out rows. Name them by --eval-data, or give --val-set-size."
         )
     return problems
-
-
-def _classification_problems(config: RunConfig, asked: Mapping[str, Any]) -> list[str]:
-    """Return problems of options that do not work where rows are classified."""
-    if not config.classifies:
-        return []
-    refused = {
-        "--packing": config.packing and "a packed row would have one class",
-        "--generate-samples": config.generate_samples and "a classifier writes no answers",
-        f"--method {config.method}": config.method not in METHODS
-        and "PEFT's methods are for causal language models here",
-        "--optimizer muon": config.optimizer == "muon" and "the head has biases, not only matrices",
-    }
-    refused |= {
-        option_name(field): "rows are not rendered as conversations"
-        for field in ("chat_template", "loss_on")
-        if field in asked
-    }
-    return [
-        f"{option} does not work with --task-type sequence-classification: {why}. Leave it out."
-        for option, why in refused.items()
-        if why
-    ]
 
 
 def _method_problems(config: RunConfig, asked: Mapping[str, Any]) -> list[str]:

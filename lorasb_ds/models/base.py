@@ -22,7 +22,7 @@ from lorasb_ds.models.checkpoint_files import (
     stored_tensors,
     weights_digest,
 )
-from lorasb_ds.models.classification import head_modules, head_parameters
+from lorasb_ds.models.classification import head_modules, head_parameters, set_classes
 from lorasb_ds.models.config_json import is_encoded, load_config, stored_quantization
 from lorasb_ds.models.empty_model import empty_model
 from lorasb_ds.models.experts import ExpertShapes
@@ -77,11 +77,7 @@ class Base:
         if self.attn_implementation is not None:
             hf_config._attn_implementation = self.attn_implementation
         if self.classes is not None:
-            names = self.classes.names or ["LABEL_0"]  # as transformers calls a number
-            hf_config.id2label = dict(enumerate(names))  # this also sets num_labels
-            hf_config.label2id = {label: i for i, label in enumerate(names)}
-            is_number = self.classes.is_regression
-            hf_config.problem_type = "regression" if is_number else "single_label_classification"
+            set_classes(hf_config, self.classes)
         return hf_config
 
     @cached_property

@@ -13,11 +13,22 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorasb_ds.data.batch import Batch
+from lorasb_ds.data.classification import Classes
 from lorasb_ds.errors import ConfigError
 
+NUMBER_NAME = "LABEL_0"  # as transformers calls an output that is a number
 POOLER = "pooler"  # of the base model: BERT's layer before the head
 # Of the largest logit: so much may padding change, in roundings of the dtype.
 ROUNDINGS = 32
+
+
+def set_classes(hf_config: Any, classes: Classes) -> None:
+    """Write into a configuration what a classifier of it predicts."""
+    names = classes.names or [NUMBER_NAME]
+    hf_config.id2label = dict(enumerate(names))  # this also sets num_labels
+    hf_config.label2id = {label: i for i, label in enumerate(names)}
+    is_number = classes.is_regression
+    hf_config.problem_type = "regression" if is_number else "single_label_classification"
 
 
 def is_classifier(model: nn.Module) -> bool:

@@ -141,7 +141,7 @@ def _scale(dtype: torch.dtype) -> float:
 def token_loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Return Σ cross-entropy over a batch's label tokens, in fp32; 0 for a batch without weight.
 
-    Of rows that are classified it is the sum over rows (``row_losses``).
+    Of rows that are classified: Σ ``row_losses``.
     Prompts and padding never reach the head: their logits would be a step's largest tensor.
     Collective under ZeRO-3.
 

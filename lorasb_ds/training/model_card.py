@@ -13,6 +13,7 @@ from lorasb_ds.config.paths import DEMO_MODEL
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.data.classification import Classes
 from lorasb_ds.export.to_peft import max_lora_rank
+from lorasb_ds.models.classification import NUMBER_NAME
 from lorasb_ds.runs.history import evaluations
 from lorasb_ds.training.report import held_out_table
 
@@ -121,7 +122,7 @@ def model_card(run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], rank: 
 
 def _of_classifier(run: Mapping[str, Any], base: str, form: str) -> list[str]:
     """Return what a card says of the files of a classifier, and how to load them."""
-    names = Classes(tuple(run["labels"])).names or ["LABEL_0"]
+    names = Classes(tuple(run["labels"])).names or [NUMBER_NAME]
     return [
         f"The files hold {form} and the classification head (modules_to_save), in PEFT's format "
         "and fp32. Beside it is the tokenizer.",

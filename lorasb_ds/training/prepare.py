@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 from collections.abc import Iterable, Sequence
@@ -176,7 +177,8 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
         config, base.digest, adapter.targets, rows_digest, adapter.experts, adapter.expert_r
     )
     if data.classes is not None:
-        made_from["classes of the labels"] = data.classes.describe()
+        labels = json.dumps(data.classes.labels).encode()
+        made_from["classes of the labels"] = hashlib.sha256(labels).hexdigest()
     same_run = made_from | what_must_match(config, data.train)
     stored_init = None
     if resume is not None:
