@@ -42,6 +42,7 @@ SECTIONS: dict[str, type[OptionGroup]] = {
 }
 # Fields that `lorasb eval` has, too.
 EVAL_FIELDS = (
+    "task_type",
     "prompt_column",
     "response_column",
     "chat_template",

@@ -115,6 +115,7 @@ def eval_command(launch: LaunchOptions, own: dict[str, Any], given: dict[str, An
     if own["lm_eval"] is not None:
         asked = {"--data": given.get("data"), "--max-new-tokens": own["max_new_tokens"]}
         asked |= {"--task": own["task"] != "auto", "Several processes": several}
+        asked["--task-type"] = given.get("task_type") == "sequence-classification"
         if extra := [name for name, value in asked.items() if value]:
             raise ConfigError(
                 f"--lm-eval: {extra[0]} cannot be chosen with it. It brings its own rows and "

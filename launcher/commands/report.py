@@ -12,7 +12,7 @@ from lorasb_ds.runs.compare import COLUMNS, Run, as_dict, differing_options, tab
 
 LEGEND = (
     "loss: mean over the last tenth of the training steps. Held-out loss: base > after the init > "
-    "best > last. GiB: peak of rank 0."
+    "best > last, and a classifier's last scores. GiB: peak of rank 0."
 )
 
 

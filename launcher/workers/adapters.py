@@ -160,7 +160,7 @@ def merge(run: str, out: Path, model: str | None, **options: Any) -> None:
     from lorasb_ds.export.adapter_reader import read_adapter
     from lorasb_ds.export.merge import merge_adapter
 
-    adapter = read_adapter(run)
+    adapter = read_adapter(run, with_head=True)
     model = model or adapter.base_model
     if model is None:
         raise ConfigError(f"{run} does not name its base. Name it by --model.")

@@ -56,7 +56,7 @@ def main(own: dict[str, Any], given: dict[str, Any]) -> None:
         local_size = ranks_of_host(default=world_size) if in_job else 1
         run = prepare_model(config, own["adapter"], world_size, local_size)
         say_if_bf16_is_emulated(run.config)
-        if (note := template_note(run.base.tokenizer)) is not None:
+        if not config.classifies and (note := template_note(run.base.tokenizer)) is not None:
             say(note)
         if own["lm_eval"] is not None:
             from lorasb_ds.evaluation.lm_eval import evaluate_by_harness
@@ -69,7 +69,7 @@ def main(own: dict[str, Any], given: dict[str, Any]) -> None:
         from lorasb_ds.evaluation.rows import load_eval_rows
 
         chosen = {name: own[name] for name in ("task", "num_samples", "max_new_tokens")}
-        chosen["tables"] = run.tables
+        chosen |= {"tables": run.tables, "classes": run.base.classes}
         sources = [load_eval_rows(s, run.config, run.base.tokenizer, **chosen) for s in config.data]
         for warning in (warning for rows in sources for warning in rows.warnings):
             say(warning)
@@ -101,13 +101,17 @@ def main(own: dict[str, Any], given: dict[str, Any]) -> None:
 
 
 def render(rows: EvalRows, result: EvalResult, named: bool) -> str:
+    from lorasb_ds.evaluation.rows import CLASSIFICATION
     from lorasb_ds.runs.history import perplexity
 
-    scores = "".join(f"   {name.replace('_', ' ')} {s}" for name, s in result.scores.items())
+    shown = {n: f"{s:.4f}" if isinstance(s, float) else s for n, s in result.scores.items()}
+    scores = "".join(f"   {name.replace('_', ' ')} {s}" for name, s in shown.items())
+    loss = f"held-out loss {result.loss:.4f}"
+    if result.task != CLASSIFICATION:
+        loss += f", perplexity {perplexity(result.loss):.4g}"
     lines = [rows.source] if named else []
     lines += [
-        f"task {result.task}   held-out loss {result.loss:.4f}, perplexity "
-        f"{perplexity(result.loss):.4g}{scores}   {result.num_rows} rows   {result.seconds:.0f} s"
+        f"task {result.task}   {loss}{scores}   {result.num_rows} rows   {result.seconds:.0f} s"
     ]
     if rows.skipped:
         kept = rows.examples.describe() if rows.examples else f"{rows.skipped} without choices"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 FIELDS = (
     "model",
+    "task_type",
     "data",
     "prompt_column",
     "response_column",
@@ -65,11 +67,16 @@ def preview(config: RunConfig, num_rows: int, row: int | None, color: bool) -> I
     import numpy as np
 
     from lorasb_ds.data.cache import tokenize_sources
+    from lorasb_ds.data.classification import find_classes
     from lorasb_ds.data.template import template_note
     from lorasb_ds.models.base import open_base
 
     tokenizer = open_base(config)[0].tokenizer
     rows, notes = tokenize_sources(config.data, tokenizer, config, refuse=False)
+    if config.classifies:
+        classes = find_classes(rows)
+        rows = replace(rows, classes=classes)
+        notes.append(classes.describe())
     note = template_note(tokenizer) if rows.use_template else None
     yield from [*filter(None, [note]), *notes]
     if row is None:
@@ -80,9 +87,12 @@ def preview(config: RunConfig, num_rows: int, row: int | None, color: bool) -> I
     for i in chosen:
         example, found = rows.examples[i], rows.found(i)
         left = f"; left out: {', '.join(found.left_out)}" if found.left_out else ""
+        learned = f"{example.num_label_tokens} learned"
+        if example.label:
+            learned = f"label {example.label}"
         yield (
-            f"--- {rows.row_id(i)}: {len(example.input_ids)} tokens, {example.num_label_tokens} "
-            f"learned{', truncated' if example.truncated else ''}; from {found.form}{left}"
+            f"--- {rows.row_id(i)}: {len(example.input_ids)} tokens, {learned}"
+            f"{', truncated' if example.truncated else ''}; from {found.form}{left}"
         )
         yield from (f"rows like this one {remark}" for remark in found.remarks)
         yield show(tokenizer, example, color)
@@ -108,7 +118,12 @@ def why_skipped(config: RunConfig, tokenizer: Any, row: int) -> Iterator[str]:
 
 
 def show(tokenizer: Any, example: Example, color: bool) -> str:
-    """Return an example's text with special tokens; masked parts dimmed, or the others in ⟦⟧."""
+    """Return an example's text with special tokens; masked parts dimmed, or the others in ⟦⟧.
+
+    In rows that are classified there is nothing to be marked.
+    """
+    if example.label:
+        return str(tokenizer.decode(example.input_ids))
     shown, end, so_far = "", 0, ""
     for masked, group in groupby(label < 0 for label in example.labels):
         end += len(list(group))
@@ -126,10 +141,13 @@ def statistics(rows: TokenizedRows) -> str:
     import numpy as np
 
     half, most = np.percentile(rows.lengths, [50, 95])
-    return (
+    lengths = (
         f"tokens of a row: {half:.0f} at the median, {most:.0f} at 95 %, {rows.lengths.max()} at "
-        f"most; {rows.num_labels.sum() / rows.lengths.sum():.1%} of all are learned"
+        "most"
     )
+    if rows.classes is not None:
+        return lengths
+    return f"{lengths}; {rows.num_labels.sum() / rows.lengths.sum():.1%} of all are learned"
 
 
 if __name__ == "__main__":

@@ -59,6 +59,8 @@ def check_plain(folder: Path, config: Mapping[str, Any]) -> None:
     parameters = config.get("target_parameters")
     if isinstance(parameters, list) and all(isinstance(name, str) for name in parameters):
         known.add("target_parameters")
+    if config.get("task_type") == "SEQ_CLS":  # whose head is trained whole
+        known.add("modules_to_save")
     unset: tuple[Any, ...] = (None, False, [], {})
     other = [
         name

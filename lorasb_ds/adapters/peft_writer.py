@@ -23,7 +23,7 @@ from lorasb_ds.system.safetensors_writer import save_tensors
 PLAIN_FIELDS = {
     *("peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout"),
     *("bias", "fan_in_fan_out", "inference_mode", "target_modules", "target_parameters"),
-    *("rank_pattern", "alpha_pattern"),
+    *("rank_pattern", "alpha_pattern", "modules_to_save"),
 }
 
 
@@ -56,6 +56,24 @@ def collect_lora(adapters: Mapping[str, AdapterLinear]) -> dict[str, torch.Tenso
     return tensors | expert_tensors(experts)
 
 
+def collect_whole(model: torch.nn.Module, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Return parameters that are trained whole, with PEFT's names, on rank 0's CPU; {} elsewhere.
+
+    Collective.
+
+    Args:
+        names: of trained parameters (``Base.head``).
+    Raises:
+        FloatingPointError: on every rank, if one is not finite.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for name in names:
+        value = trained_value(name, model.get_parameter(name))
+        if zero.rank() == 0:
+            tensors[f"{PREFIX}{name}"] = value.cpu().clone()
+    return tensors
+
+
 def trained_value(name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
     """Return the whole fp32 master of a trainable parameter. Collective.
 
@@ -85,6 +103,7 @@ def save_peft_adapter(
     base_model: str | None,
     target_parameters: Sequence[str] = (),
     rank_pattern: Mapping[str, int] | None = None,
+    modules_to_save: Sequence[str] = (),
     tokenizer: TokenizerFiles | None = None,
 ) -> None:
     """Write a plain LoRA that ``PeftModel.from_pretrained`` loads; see ``write_adapter``.
@@ -95,11 +114,12 @@ def save_peft_adapter(
         target_modules, target_parameters: as from ``target_fields`` and ``expert_fields``.
         base_model: name of the base in adapter_config.json.
         rank_pattern: as from ``expert_fields``; also written as alpha_pattern.
+        modules_to_save: the modules of a classification head, whose tensors are there, too.
         tokenizer: to put beside it.
     """
     config: dict[str, Any] = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if modules_to_save else "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "r": r,
         "lora_alpha": r,
@@ -113,6 +133,8 @@ def save_peft_adapter(
         config["target_parameters"] = target_parameters
     if rank_pattern:
         config |= {"rank_pattern": rank_pattern, "alpha_pattern": rank_pattern}
+    if modules_to_save:
+        config["modules_to_save"] = modules_to_save
     write_adapter(folder, tensors, config, tokenizer)
 
 

@@ -29,6 +29,12 @@ def _today() -> str:
 
 
 class DataOptions(OptionGroup):
+    task_type: Literal["causal-lm", "sequence-classification"] = Field(
+        "causal-lm",
+        description="What is learned: the tokens of responses, or the label of each row, by an "
+        "encoder or a decoder with a classification head that is trained, too "
+        "(docs/classification.md).",
+    )
     data: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         (DEMO_DATA,),
         min_length=1,
@@ -133,6 +139,11 @@ class DataOptions(OptionGroup):
         lt=2**32,
         description="Seed of the rows' order, samples, what is held out, the init and dropout.",
     )
+
+    @property
+    def classifies(self) -> bool:
+        """Whether rows have a label, and the model a classification head."""
+        return self.task_type == "sequence-classification"
 
     @field_validator("data", "init_data", mode="before")
     @classmethod

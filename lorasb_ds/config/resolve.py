@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lorasb_ds.config.chat_templates import TEMPLATES
+from lorasb_ds.config.classification import classification_problems
 from lorasb_ds.config.methods import DEFAULT_METHOD, METHODS, PEFT_PREFIX
 from lorasb_ds.config.paths import expand_home, read_json
 from lorasb_ds.config.run_config import RunConfig, problems_of
@@ -53,6 +54,7 @@ def load_run_config(given: Mapping[str, Any], run_json: str | None = None) -> Ru
             "--activation-offload moves the inputs of blocks that --gradient-checkpointing "
             "recomputes. Add --gradient-checkpointing, or leave it out."
         )
+    problems += classification_problems(config, asked)
     if problems := [*problems, *_method_problems(config, asked)]:
         raise ConfigError(*problems)
     # What was replayed is a default here: a ds_config's numbers may win over it.
@@ -261,7 +263,9 @@ def with_adapter(given: Mapping[str, Any], adapter: str | None) -> dict[str, Any
             content = read_json(str(run / RUN_JSON), "--adapter")
             config = content.get("config")
             trained = config if isinstance(config, dict) else {}
-            read = ("model", "dtype", "chat_template", "template_date")
+            read: tuple[str, ...] = ("model", "dtype", "chat_template", "template_date")
+            if trained.get("task_type") == "sequence-classification":
+                read = ("task_type", "model", "dtype", "max_length")
             names = [name for name in read if name not in asked]
             if not {"load_in_4bit", "load_in_8bit"} & set(asked):
                 names += ["load_in_4bit", "load_in_8bit"]

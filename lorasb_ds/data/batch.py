@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -23,6 +23,9 @@ class Batch:
 
     A packed one has several examples in a row, and no attention mask: position ids start again
     where an example ends, by which transformers keeps examples apart.
+
+    Rows that are classified have ``targets``, and no labels of tokens: wherever label tokens are
+    counted, such rows count as one each.
     """
 
     input_ids: torch.Tensor  # (rows, length), int64
@@ -31,14 +34,17 @@ class Batch:
     num_label_tokens: int
     position_ids: torch.Tensor | None = None  # (rows, length), int64, of packed rows
     num_tokens: int = 0  # without padding; 0 for a weightless batch
+    targets: torch.Tensor | None = None  # (rows,), int64: classes; fp32: numbers
+    token_type_ids: torch.Tensor | None = None  # (rows, length), int64
 
     @property
     def inputs(self) -> dict[str, Any]:
         """Keyword arguments of the model. Some models take no position ids: only packed rows
-        have them.
+        have them. Token types are there if the tokenizer gives them.
         """
-        packed = {} if self.position_ids is None else {"position_ids": self.position_ids}
-        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, **packed}
+        optional = {"position_ids": self.position_ids, "token_type_ids": self.token_type_ids}
+        given = {name: ids for name, ids in optional.items() if ids is not None}
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, **given}
 
     @property
     def next_labels(self) -> torch.Tensor:
@@ -93,14 +99,30 @@ def collate(examples: Sequence[Example], pad_token_id: int, weightless: bool = F
         n = len(example.input_ids)
         input_ids[i, :n] = torch.tensor(example.input_ids)
         attention_mask[i, :n] = 1
-        if not weightless:
+        if not weightless and example.target is None:
             labels[i, :n] = torch.tensor(example.labels)
-    return Batch(
+    batch = Batch(
         input_ids,
         attention_mask,
         labels,
         _num_labels(labels),
         num_tokens=0 if weightless else int(attention_mask.sum()),
+    )
+    return batch if examples[0].target is None else _classified(batch, examples, weightless)
+
+
+def _classified(batch: Batch, examples: Sequence[Example], weightless: bool) -> Batch:
+    """Add what rows that are classified have. A weightless batch has targets that do not count."""
+    token_type_ids = None
+    if any(example.token_type_ids for example in examples):
+        token_type_ids = torch.zeros_like(batch.input_ids)
+        for i, example in enumerate(examples):
+            token_type_ids[i, : len(example.input_ids)] = torch.tensor(example.token_type_ids)
+    return replace(
+        batch,
+        num_label_tokens=0 if weightless else len(examples),
+        targets=torch.tensor([example.target for example in examples]),
+        token_type_ids=token_type_ids,
     )
 
 

@@ -34,7 +34,7 @@ from lorasb_ds.data.sources import load_rows, source_fingerprint
 from lorasb_ds.data.template import date_in, stand_in
 from lorasb_ds.system.files import file_digest, fsync, publish, write_json
 
-FORMAT = 4  # version of the tables: raise it when the same rows would give other tables
+FORMAT = 5  # version of the tables: raise it when the same rows would give other tables
 META = "lorasb.json"  # beside the table: its key, digests and counts
 BATCH_TOKENS = 1 << 20  # tokens of a batch whose rows are as long as --max-length allows
 WORTH_SAYING_S = 5.0
@@ -95,7 +95,7 @@ def _key(source: str, tokenizer: str, options: DataOptions) -> str:
     Args:
         source, tokenizer: their fingerprints.
     """
-    names = ("prompt_column", "response_column", "max_length", "loss_on", "truncation")
+    names = ("task_type", "prompt_column", "response_column", "max_length", "loss_on", "truncation")
     parts = [FORMAT, source, tokenizer, {name: getattr(options, name) for name in names}]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

@@ -14,11 +14,12 @@ import numpy as np
 import pyarrow.compute as pc
 
 from lorasb_ds.config.data_options import DataOptions
+from lorasb_ds.data.classification import Classes, read_classified
 from lorasb_ds.data.formats import check_columns, parse_row
 from lorasb_ds.data.notes import count_values, notes_on
 from lorasb_ds.data.outcomes import KEPT, SKIPPED, TRUNCATED, Outcomes, listed, too_many_skipped
 from lorasb_ds.data.sources import source_path
-from lorasb_ds.data.tokenization import IGNORE_INDEX, Example, encode
+from lorasb_ds.data.tokenization import Example, encode
 from lorasb_ds.data.turns import RowError
 from lorasb_ds.errors import ConfigError
 
@@ -36,6 +37,8 @@ COLUMNS = {
     "digest": "int64",
     "left_out": "names",
     "remarks": "names",
+    "label": "string",
+    "token_type_ids": "list",
 }
 
 
@@ -46,21 +49,21 @@ def tokenize_columns(
 
     ``digest`` is a hash of ids and labels, to compare examples without reading them.
     """
+    read = read_classified if options.classifies else _read_said
     columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
     for i in indices:
         example, form, outcome = Example([], []), "", KEPT
         left_out: tuple[str, ...] = ()
         try:
-            form, said, tools, left_out = parse_row(
-                rows[i], options.prompt_column, options.response_column
-            )
-            example = encode(tokenizer, said, options, tools)
+            form, example, left_out = read(rows[i], tokenizer, options)
         except RowError as error:
             outcome = f"{SKIPPED}{error}"
         except RecursionError:
             outcome = f"{SKIPPED}nested too deeply"
         ids, labels = (np.array(x, np.int32) for x in (example.input_ids, example.labels))
-        whole = hashlib.sha256(ids.tobytes() + labels.tobytes()).digest()
+        types = np.array(example.token_type_ids, np.int32)
+        of_row = types.tobytes() + example.label.encode()
+        whole = hashlib.sha256(ids.tobytes() + labels.tobytes() + of_row).digest()
         values = {
             "input_ids": ids,
             "labels": labels,
@@ -69,15 +72,25 @@ def tokenize_columns(
             "outcome": outcome,
             "form": form,
             "length": len(ids),
-            "num_labels": int((labels[1:] != IGNORE_INDEX).sum()),
+            "num_labels": example.num_label_tokens,
             "first_label": example.first_label,
             "digest": int.from_bytes(whole[:8], "little", signed=True),
             "left_out": [*left_out, *example.left_out],
             "remarks": list(example.remarks),
+            "label": example.label,
+            "token_type_ids": types,
         }
         for name, value in values.items():
             columns[name].append(value)
     return columns
+
+
+def _read_said(
+    row: Any, tokenizer: Any, options: DataOptions
+) -> tuple[str, Example, tuple[str, ...]]:
+    """Tokenize what a row says; returns and raises as ``read_classified``."""
+    parsed = parse_row(row, options.prompt_column, options.response_column)
+    return parsed.form, encode(tokenizer, parsed.said, options, parsed.tools), parsed.left_out
 
 
 def features() -> Any:
@@ -93,10 +106,10 @@ def features() -> Any:
 
 
 class Examples(Sequence[Example]):
-    """Examples of a table, read one by one."""
+    """Examples of a table, read one by one; with classes, each has its ``target``."""
 
-    def __init__(self, table: Any, index: np.ndarray) -> None:
-        self._table, self._index = table, index
+    def __init__(self, table: Any, index: np.ndarray, classes: Classes | None = None) -> None:
+        self._table, self._index, self._classes = table, index, classes
 
     def __len__(self) -> int:
         return len(self._index)
@@ -109,7 +122,12 @@ class Examples(Sequence[Example]):
         if isinstance(i, slice):
             return [self[j] for j in range(*i.indices(len(self)))]
         row = self._table[int(self._index[i])]
-        return Example(row["input_ids"], row["labels"], row["truncated"])
+        example = Example(row["input_ids"], row["labels"], row["truncated"])
+        if self._classes is None:
+            return example
+        label, types = row["label"], tuple(row["token_type_ids"])
+        target = self._classes.target(label)
+        return replace(example, label=label, target=target, token_type_ids=types)
 
 
 class Found(NamedTuple):
@@ -131,6 +149,7 @@ class TokenizedRows:
         forms: how many of the rows that are kept have which form.
         sources: each source as given, and where in the table it ends.
         notes: what the user should know of the rows that are kept; see ``notes.notes_on``.
+        classes: what the rows' labels are; None: tokens are learned.
     """
 
     table: Any
@@ -139,15 +158,16 @@ class TokenizedRows:
     forms: Counter[str]
     sources: tuple[tuple[str, int], ...]
     notes: tuple[str, ...] = ()
+    classes: Classes | None = None
 
     @property
     def use_template(self) -> bool:
         """Whether any of them is rendered by the chat template: plain text is not."""
-        return set(self.forms) != {"text"}
+        return self.classes is None and set(self.forms) != {"text"}
 
     @property
     def examples(self) -> Examples:
-        return Examples(self.table, self.index)
+        return Examples(self.table, self.index, self.classes)
 
     @cached_property
     def lengths(self) -> np.ndarray:

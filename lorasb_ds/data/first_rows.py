@@ -8,6 +8,7 @@ from typing import Any
 
 from lorasb_ds.config.data_options import DataOptions
 from lorasb_ds.data.formats import check_columns, parse_row
+from lorasb_ds.data.labelled_rows import parse_classified
 from lorasb_ds.data.outcomes import KEPT, SKIPPED, Outcomes, listed, too_many_skipped
 from lorasb_ds.data.sources import load_rows
 from lorasb_ds.data.turns import RowError
@@ -51,7 +52,7 @@ def _outcomes(rows: Sequence[Any], options: DataOptions) -> Outcomes:
             break
         outcome = KEPT
         try:
-            forms[parse_row(rows[i], options.prompt_column, options.response_column).form] += 1
+            forms[_form(rows[i], options)] += 1
         except RowError as error:
             outcome = f"{SKIPPED}{error}"
         except RecursionError:
@@ -59,3 +60,9 @@ def _outcomes(rows: Sequence[Any], options: DataOptions) -> Outcomes:
         counts[outcome] += 1
         first.setdefault(outcome, i + 1)
     return Outcomes(counts, forms, first)
+
+
+def _form(row: Any, options: DataOptions) -> str:
+    if options.classifies:
+        return parse_classified(row, options).form
+    return parse_row(row, options.prompt_column, options.response_column).form

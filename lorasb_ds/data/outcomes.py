@@ -10,6 +10,7 @@ from typing import Any
 from lorasb_ds.config.data_options import DataOptions
 from lorasb_ds.data.formats import NO_COLUMNS, unknown_columns
 from lorasb_ds.data.json_rows import JsonRows
+from lorasb_ds.data.labelled_rows import UNLABELED, unknown_text_columns
 from lorasb_ds.errors import ConfigError
 
 KEPT = "kept"
@@ -95,6 +96,8 @@ def _no_rows_left(
         )
     if not set(kinds) - {NOT_JSON, NO_COLUMNS}:
         first = next(row for row in rows if isinstance(row, Mapping))
+        if options.classifies:
+            return unknown_text_columns(option, first, options)
         return unknown_columns(option, first, options.prompt_column, options.response_column)
     advice = dict.fromkeys(_advice(kind, options) for kind in kinds)
     return ConfigError(
@@ -121,6 +124,9 @@ def _advice(reason: str, options: DataOptions) -> str:
         "no response token left": length,
         "no response with a weight": "The rows themselves exclude every response.",
         **dict.fromkeys(("no prompt", "no response", "no text", "no messages"), cells),
+        **dict.fromkeys(("no label", "a label that"), cells),
+        f"label {UNLABELED}": "Only rows with a label can be learned from, or measured on: of "
+        "GLUE those of train and validation.",
         "the chat template": "Change what the template refuses (for some, a turn of the system), "
         "or choose a --model whose template takes it.",
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 
 from lorasb_ds.config.data_options import DataOptions
 from lorasb_ds.data.cache import tokenize_sources
+from lorasb_ds.data.classification import Classes, check_labels, find_classes
 from lorasb_ds.data.dataset import TokenizedRows
 from lorasb_ds.errors import ConfigError
 
@@ -21,12 +23,37 @@ class Data(NamedTuple):
     init: TokenizedRows  # for the init's sample: --init-data's, or the training rows
     notes: list[str]  # for the user
 
+    @property
+    def classes(self) -> Classes | None:
+        """What the labels of all rows are; None: tokens are learned."""
+        return self.train.classes
+
+    def classified(self) -> Data:
+        """Return the same rows with the classes of those of --data.
+
+        Raises:
+            ConfigError: if these have one class only, or other rows have other ones.
+        """
+        everything = replace(self.train, index=np.arange(len(self.train.table)))  # held out, too
+        classes = find_classes(everything)
+        train, held_out, init = replace(self.train, classes=classes), self.held_out, self.init
+        if held_out is not None:
+            check_labels(held_out, classes, "--eval-data")
+            held_out = replace(held_out, classes=classes)
+        if init is self.train:
+            init = train
+        else:
+            check_labels(init, classes, "--init-data")
+            init = replace(init, classes=classes)
+        return Data(train, held_out, init, [*self.notes, classes.describe()])
+
 
 def load_data(options: DataOptions, tokenizer: Any) -> Data:
     """Load and tokenize all rows of a run.
 
     Raises:
-        ConfigError: if rows cannot be read, or none are left, or too many are skipped.
+        ConfigError: if rows cannot be read, or none are left, or too many are skipped; or if labels
+            are of one class, or held-out rows have other classes.
     """
     train, notes = tokenize_sources(options.data, tokenizer, options)
     held_out = None
@@ -48,7 +75,8 @@ def load_data(options: DataOptions, tokenizer: Any) -> Data:
         if options.val_set_size is not None and held_out is not None:
             init = _exclude_held_out(init, held_out, options)
         notes = [*notes, *(note for note in more if note not in notes)]
-    return Data(train, held_out, init, notes)
+    data = Data(train, held_out, init, notes)
+    return data.classified() if options.classifies else data
 
 
 def _exclude_held_out(

@@ -15,17 +15,31 @@ IGNORE_INDEX = -100  # torch's cross-entropy skips these labels
 
 @dataclass(frozen=True)
 class Example:
-    """One row as the model sees it. Labels are aligned with the token ids; the loss shifts them."""
+    """One row as the model sees it. Labels are aligned with the token ids; the loss shifts them.
+
+    Attributes:
+        label: of a row that is classified, as JSON; "" of others, which have labels of tokens.
+        target: the number of that label's class, or the number that it is; None: not known yet.
+        token_type_ids: which of two texts a token is of, for models that ask for it; else ().
+    """
 
     input_ids: list[int]
     labels: list[int]  # IGNORE_INDEX where nothing is to be learned
     truncated: bool = False
     remarks: tuple[str, ...] = field(default=(), compare=False)  # see ``Rendered``
     left_out: tuple[str, ...] = field(default=(), compare=False)
+    label: str = ""
+    target: int | float | None = None
+    token_type_ids: tuple[int, ...] = ()
 
     @property
     def num_label_tokens(self) -> int:
-        """Number of labels that are learned: all but the first token's, which nothing precedes."""
+        """Number of labels that are learned: all but the first token's, which nothing precedes.
+
+        A row's own label is one.
+        """
+        if self.label or self.target is not None:
+            return 1
         return sum(label != IGNORE_INDEX for label in self.labels[1:])
 
     @property

@@ -21,9 +21,10 @@ from lorasb_ds.data.batch import collate, rank_batches
 from lorasb_ds.data.template import template_origin
 from lorasb_ds.distributed import accelerator
 from lorasb_ds.distributed.collectives import rank_and_size
+from lorasb_ds.evaluation.classification import Scores, classify
 from lorasb_ds.evaluation.model import PreparedModel, prepare_model, start_model
 from lorasb_ds.evaluation.proportions import Proportion
-from lorasb_ds.evaluation.rows import EvalRows, load_eval_rows
+from lorasb_ds.evaluation.rows import CLASSIFICATION, EvalRows, load_eval_rows
 from lorasb_ds.models.generation import Generated, from_all_ranks, generate, rounds
 from lorasb_ds.models.loss import eval_mode, held_out_loss, log_likelihoods
 from lorasb_ds.runs.run_log import provenance
@@ -37,7 +38,8 @@ class EvalResult:
     Attributes:
         loss: mean cross-entropy over the tokens of the responses, or of the right choices where the
             task is multiple choice.
-        scores: "exact_match", or "accuracy" and "accuracy_norm"; {} if no row has a question.
+        scores: "exact_match", or "accuracy" and "accuracy_norm"; {} if no row has a question. Of a
+            classifier those of ``row_scores``, all but the accuracy without an interval.
         cut_off: number of answers that were stopped at ``max_new_tokens``.
         answers: a record for each row, in order.
     """
@@ -45,7 +47,7 @@ class EvalResult:
     task: str
     num_rows: int
     loss: float
-    scores: dict[str, Proportion]
+    scores: Scores
     cut_off: int
     seconds: float
     answers: list[dict[str, Any]]
@@ -82,6 +84,7 @@ def evaluate_model(
         num_samples=num_samples,
         max_new_tokens=max_new_tokens,
         tables=run.tables,
+        classes=run.base.classes,
     )
     return evaluate(run, rows, start_model(run))
 
@@ -93,8 +96,11 @@ def evaluate(run: PreparedModel, rows: EvalRows, model: Any) -> EvalResult:
         model: from ``start_model(run)``.
     """
     start = time.perf_counter()
+    scores: Scores
     with eval_mode(model):
-        if rows.task == "multiple-choice":
+        if rows.task == CLASSIFICATION:
+            loss, scores, answers = classify(run, rows, model)
+        elif rows.task == "multiple-choice":
             loss, scores, answers = _choose(run, rows, model)
         else:
             loss = _loss(run, rows, model)
@@ -125,9 +131,7 @@ def _loss(run: PreparedModel, rows: EvalRows, model: nn.Module) -> float:
     return held_out_loss(model, batches, accelerator.device())
 
 
-def _answer(
-    run: PreparedModel, rows: EvalRows, model: Any
-) -> tuple[dict[str, Proportion], list[dict[str, Any]]]:
+def _answer(run: PreparedModel, rows: EvalRows, model: Any) -> tuple[Scores, list[dict[str, Any]]]:
     """Generate greedy answers and judge them."""
     found: dict[int, tuple[Generated, bool]] = {}
     lengths = [len(question.ids) for question in rows.questions]
@@ -164,7 +168,7 @@ def _answer(
 
 def _choose(
     run: PreparedModel, rows: EvalRows, model: nn.Module
-) -> tuple[float, dict[str, Proportion], list[dict[str, Any]]]:
+) -> tuple[float, Scores, list[dict[str, Any]]]:
     """Choose by likelihood: log p, and log p divided by the choice's characters.
 
     These are lm-evaluation-harness's acc and acc_norm.
@@ -201,7 +205,7 @@ def _choose(
                 "right_norm": normed == right,
             }
         )
-    scores = {
+    scores: Scores = {
         "accuracy": _proportion(answers, "right"),
         "accuracy_norm": _proportion(answers, "right_norm"),
     }
@@ -228,7 +232,7 @@ def describe_run(run: PreparedModel) -> dict[str, Any]:
         "model": with_absolute_paths({"model": run.config.model})["model"],
         "adapter": run.adapter and str(run.adapter.path),
         "batch_size": run.config.micro_batch_size,
-        "chat_template": template_origin(run.base.tokenizer),
+        "chat_template": None if run.config.classifies else template_origin(run.base.tokenizer),
         "template_date": run.config.template_date,
         "dtype": run.config.dtype,
         "load_in_4bit": run.config.load_in_4bit,
@@ -269,7 +273,9 @@ def _describe(rows: EvalRows, result: EvalResult) -> dict[str, Any]:
         "max_new_tokens": rows.max_new_tokens,
         "loss": result.loss,
         "scores": {
-            name: {**asdict(score), "share": score.value, "interval": score.interval}
+            name: score
+            if isinstance(score, float)
+            else {**asdict(score), "share": score.value, "interval": score.interval}
             for name, score in result.scores.items()
         },
         "cut_off": result.cut_off,

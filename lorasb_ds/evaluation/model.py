@@ -63,18 +63,48 @@ def prepare_model(
     base, config = open_base(config)
     ds_config, config = resolve_ds_config(config, world_size, local_size)
     check_ds_config(ds_config, config.ds_config)
-    stored_adapter = read_adapter(adapter) if adapter is not None else None
+    stored_adapter = None
+    if adapter is not None:
+        stored_adapter = read_adapter(adapter, with_head=config.classifies)
+    if config.classifies:
+        base = _with_classes(base, stored_adapter)
     if stored_adapter is not None:
         _check_base(stored_adapter, base)
-        use_template_of(stored_adapter, base.tokenizer)
-    others = stored_end_tokens(base.name, base.folder)
+    stop: list[int] = []
+    if not config.classifies:
+        if stored_adapter is not None:
+            use_template_of(stored_adapter, base.tokenizer)
+        stop = stop_tokens(base.tokenizer, stored_end_tokens(base.name, base.folder))
     return PreparedModel(
-        config=config,
-        ds_config=ds_config,
-        base=base,
-        adapter=stored_adapter,
-        stop=stop_tokens(base.tokenizer, others),
+        config=config, ds_config=ds_config, base=base, adapter=stored_adapter, stop=stop
     )
+
+
+def _with_classes(base: Base, adapter: StoredAdapter | None) -> Base:
+    """Return the base of a classifier with the classes that its run was trained on.
+
+    Raises:
+        ConfigError: if there is no trained head, it is another model's, or its run is gone.
+    """
+    option = "--task-type sequence-classification"
+    if adapter is None or not adapter.head:
+        raise ConfigError(
+            f"{option} needs the --adapter of a classifier: a base has no trained head."
+        )
+    if adapter.classes is None:
+        raise ConfigError(
+            f"{option}: {adapter.path} does not say what its classes are; run.json of its run "
+            "does. Name the run's folder."
+        )
+    base = base.with_classes(adapter.classes)
+    stored = {name: tuple(adapter.stored[key].shape) for name, key in adapter.head.items()}
+    of_base = {name: tuple(base.model.get_parameter(name).shape) for name in base.head}
+    if stored != of_base:
+        raise ConfigError(
+            f"--adapter {adapter.path} does not fit --model {base.name}: its head has {stored}, "
+            f"where the model has {of_base}. Name the base that it was trained on."
+        )
+    return base
 
 
 def start_model(run: PreparedModel) -> Any:
@@ -98,7 +128,8 @@ def start_model(run: PreparedModel) -> Any:
     model.generation_config = GenerationConfig()
     adapters = _inject(model, run.adapter, DTYPES[config.dtype])
     model.requires_grad_(False)
-    add_loss_head(model)
+    if not config.classifies:
+        add_loss_head(model)
     if run.is_sharded:
         model = zero.make_inference_engine(model, run.ds_config).module
     for name, layer in adapters.items():
@@ -110,6 +141,11 @@ def start_model(run: PreparedModel) -> Any:
         zero.fill(layer.lora_B, B)
         zero.fill(layer.lora_R, torch.eye(layer.r).expand(layer.factor_shape("lora_R")))
     model.eval()
+    if config.classifies:
+        assert run.adapter is not None, "prepare_model has refused a base alone"
+        for name, key in run.adapter.head.items():
+            zero.fill(model.get_parameter(name), run.adapter.read(key))
+        return model
     check_loss_head(model, torch.arange(8, device=accelerator.device())[None])
     return model
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.data.chat import render_conversation, render_prompt
+from lorasb_ds.data.classification import Classes, check_labels
 from lorasb_ds.data.dataset import TokenizedRows, check_tokenizer, tokenize_rows
 from lorasb_ds.data.formats import Row, parse_row
 from lorasb_ds.data.marks import marks_of
@@ -23,6 +24,7 @@ from lorasb_ds.evaluation.scoring import SCORES, Score, is_equal_math
 from lorasb_ds.evaluation.tasks import Choices, choices_of, find_task
 from lorasb_ds.models.tables import Tables, check_ids, check_lengths, largest_ids
 
+CLASSIFICATION = "classification"
 LONG_ANSWERS = ("gsm8k", "metamath", "math")  # which reason before they answer
 
 
@@ -51,7 +53,7 @@ class EvalRows:
     """The rows of one source.
 
     Attributes:
-        task: one of ``tasks.TASKS``; never "auto".
+        task: one of ``tasks.TASKS``, but never "auto"; of a classifier ``CLASSIFICATION``.
         examples: all rows with a response, for their loss; None for multiple choice.
         skipped: number of rows that cannot be used.
         warnings: about rows that the model's tables are not made for.
@@ -77,6 +79,7 @@ def load_eval_rows(
     num_samples: int | None = None,
     max_new_tokens: int | None = None,
     tables: Tables | None = None,
+    classes: Classes | None = None,
 ) -> EvalRows:
     """Load the rows of a source.
 
@@ -87,6 +90,7 @@ def load_eval_rows(
         num_samples: take the first rows only; None: all.
         max_new_tokens: of an answer. [default: 512 where answers reason, else 128]
         tables: of the model; rows that need more are refused.
+        classes: of a classifier; None: rows have responses.
     Raises:
         ConfigError: if rows cannot be read, or too many have no question of this task, or one is
             too long.
@@ -94,7 +98,11 @@ def load_eval_rows(
     check_tokenizer(tokenizer, config)
     rows = load_rows(source, held_out=True)
     rows = [rows[i] for i in range(min(num_samples or len(rows), len(rows)))]
-    if task == "auto":
+    if classes is not None:
+        if task != "auto":
+            raise ConfigError(f"--task {task}: the run is a classifier's. Leave it out.")
+        task = CLASSIFICATION
+    elif task == "auto":
         task = find_task(source, rows)
     questions: list[Question] = []
     choices: list[ChoiceQuestion] = []
@@ -105,8 +113,12 @@ def load_eval_rows(
         _check_choices(used, len(rows), config, source)
     else:
         examples = tokenize_rows(rows, tokenizer, config, f"--data {source}")
-        examples = replace(examples, notes=tuple(of_source(source, examples.notes)))
-        questions = _questions(tokenizer, rows, config)
+        notes = tuple(of_source(source, examples.notes))
+        examples = replace(examples, notes=notes, classes=classes)
+        if classes is not None:
+            check_labels(examples, classes, f"--data {source}")
+        else:
+            questions = _questions(tokenizer, rows, config)
         used = {question.row for question in questions} | {*examples.row_numbers.tolist()}
     found = EvalRows(
         source=source,

@@ -26,9 +26,10 @@ from lorasb_ds.config.run_layout import (
     TRAINER_FILE,
 )
 from lorasb_ds.config.stored_paths import ABSOLUTE, with_absolute_paths
+from lorasb_ds.data.classification import Classes
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export.expert_layers import Expert, split_basis, split_peft
-from lorasb_ds.export.stored_adapter import Factors, StoredAdapter, check_factors
+from lorasb_ds.export.stored_adapter import FLOATS, Factors, StoredAdapter, check_factors
 from lorasb_ds.init.basis import SCALING_KEY
 from lorasb_ds.models.checkpoint_files import StoredTensor, read_header
 from lorasb_ds.runs.checkpoint import Checkpoint, list_checkpoints, read_checkpoint
@@ -37,11 +38,13 @@ from lorasb_ds.system.safetensors_writer import metadata_of
 CONFIG_BYTES = 1 << 20  # at most
 
 
-def read_adapter(path: str) -> StoredAdapter:
+def read_adapter(path: str, *, with_head: bool = False) -> StoredAdapter:
     """Open the adapter of a run, of one of its checkpoints, or of a PEFT LoRA folder.
 
     A run without an adapter yet stands for its newest complete checkpoint.
 
+    Args:
+        with_head: take a classifier's, too, whose head the caller reads beside the layers.
     Raises:
         ConfigError: if the folder is none of them, broken, or not a plain LoRA.
     """
@@ -53,6 +56,12 @@ def read_adapter(path: str) -> StoredAdapter:
         raise ConfigError(
             f"{path} is not an adapter. Name a run's folder, one of its checkpoints, or a PEFT "
             f"LoRA folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}."
+        )
+    if found.head and not with_head:
+        raise ConfigError(
+            f"{path} is a classifier's (--task-type sequence-classification): it has a head beside "
+            "its layers, with which this cannot be done yet. `lorasb merge`, `lorasb eval "
+            "--adapter` and PEFT (AutoModelForSequenceClassification) take it."
         )
     return found
 
@@ -171,7 +180,32 @@ def _checkpoint(folder: Path, run: Path) -> StoredAdapter:
     stored, experts = split_basis(whole)
     layers = _of_basis(stored, experts, run)
     check_factors(folder, layers, stored)
-    return StoredAdapter(folder, run, _run_config(run), {}, layers, stored)
+    head, classes = _head_of_run(run)
+    in_state = {name: name for name in head}
+    _check_head(folder, in_state, stored)
+    return StoredAdapter(folder, run, _run_config(run), {}, layers, stored, in_state, classes)
+
+
+def _head_of_run(run: Path) -> tuple[list[str], Classes | None]:
+    """Return the parameters of the head that a run trains, and what it predicts; of a classifier.
+
+    Raises:
+        ConfigError: if run.json says neither names nor labels.
+    """
+    content = read_json(str(run / RUN_JSON), "RUN")
+    head, labels = content.get("head", []), content.get("labels")
+    for found in (head, labels or []):
+        if not isinstance(found, list) or not all(isinstance(value, str) for value in found):
+            raise ConfigError(f"{run}: head and labels in {RUN_JSON} must be lists of text.")
+    return head, None if labels is None else Classes(tuple(labels))
+
+
+def _check_head(folder: Path, head: Mapping[str, str], stored: Mapping[str, StoredTensor]) -> None:
+    for name, key in head.items():
+        if key not in stored or stored[key].dtype not in FLOATS:
+            raise ConfigError(
+                f"{folder}: {name} of the head is missing, or no floats. Fetch it again."
+            )
 
 
 def _peft_folder(folder: Path) -> StoredAdapter:
@@ -184,8 +218,12 @@ def _peft_folder(folder: Path) -> StoredAdapter:
         has = pickled if (folder / "adapter_model.bin").exists() else ""
         raise ConfigError(f"{folder}: the folder has no {ADAPTER_WEIGHTS}.{has}")
     stored = read_header(folder / ADAPTER_WEIGHTS, str(folder))
-    layers = {}
+    layers, head = {}, {}
+    saved = config.get("modules_to_save") or []
     for key in stored:
+        if any(f".{module}." in key for module in saved) and key.startswith(PREFIX):
+            head[key.removeprefix(PREFIX)] = key
+            continue
         name, _, leaf = key.rpartition(".lora_")
         if leaf not in ("A.weight", "B.weight") or not name.startswith(PREFIX):
             raise ConfigError(
@@ -215,4 +253,6 @@ def _peft_folder(folder: Path) -> StoredAdapter:
     in_run = folder.name == ADAPTER and (folder.parent / RUN_JSON).is_file()
     run = folder.parent if in_run else None
     run_config = _run_config(run) if run is not None else {}
-    return StoredAdapter(folder, run, run_config, config, layers, stored)
+    _check_head(folder, head, stored)
+    classes = _head_of_run(run)[1] if run is not None else None
+    return StoredAdapter(folder, run, run_config, config, layers, stored, head, classes)

@@ -43,7 +43,7 @@ from lorasb_ds.export.merge_folder import (
     write_all_sums,
     write_index,
 )
-from lorasb_ds.export.merge_plan import plan_merge
+from lorasb_ds.export.merge_plan import base_of, plan_merge
 from lorasb_ds.export.stored_adapter import StoredAdapter
 from lorasb_ds.models.base import Base
 from lorasb_ds.models.tokenizer_files import CHAT_TEMPLATE
@@ -98,7 +98,7 @@ def merge_adapter(
             disk is too small; later if it fills up or a merged number is not finite.
     """
     start = time.perf_counter()
-    base, out = Base(model, trust_remote_code), Path(expand_home(str(out))).resolve()
+    base, out = base_of(adapter, model, trust_remote_code), Path(expand_home(str(out))).resolve()
     _check_out(out, base.folder, adapter.path, overwrite)
     partial = out.with_name(out.name + ".partial")
     jobs, config = plan_merge(adapter, base, partial, load_in_4bit)
@@ -126,9 +126,11 @@ def merge_adapter(
             say(f"{name}: {len(job.updates)} layers ({len(finished)} of {len(jobs)} files)")
         try:
             copy_rest(base.folder, partial, config)
-            if (template := template_to_add(adapter, base)) is not None:
+            template = None if adapter.head else template_to_add(adapter, base)
+            if template is not None:
                 write_text(partial / CHAT_TEMPLATE, template)
-            write_index(base.folder, partial, jobs, load_in_4bit or base.encoding is not None)
+            rewritten = load_in_4bit or base.encoding is not None or bool(adapter.head)
+            write_index(base.folder, partial, jobs, rewritten)
             write_all_sums(partial, finished)
             put_in_place(partial, out)
         except OSError as error:

@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ class FileJob:
         updates: stored name of a weight -> the update of each of its matrices: one, or one for each
             expert (None: it has none).
         quantized: stored names of weights to write in 4 bits.
+        added: tensors of other files that are written beside them, as they are stored.
     """
 
     source: Path
@@ -62,6 +63,7 @@ class FileJob:
     tensors: Mapping[str, StoredTensor]
     updates: Mapping[str, Sequence[Update | None]]
     quantized: frozenset[str] = frozenset()
+    added: Mapping[str, StoredTensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def size_bound(job: FileJob) -> int:
 
 def _write(job: FileJob, aside: Path) -> None:
     tensors, metadata = job.tensors, metadata_of(job.source)
-    parts: dict[str, list[str]] = {name: [name] for name in tensors}
+    parts: dict[str, list[str]] = {name: [name] for name in (*job.added, *tensors)}
     late: dict[str, torch.Tensor] = {}
     # In PEFT's form one B is that of all experts of a projection: it is read once.
     read = lru_cache(maxsize=2)(read_fp32)
@@ -136,6 +138,9 @@ def _write(job: FileJob, aside: Path) -> None:
         job.source.open("rb", buffering=0) as file,
     ):
         descriptor = file.fileno()
+        for name, tensor in job.added.items():  # first: fp32 leaves what follows aligned
+            with tensor.file.open("rb", buffering=0) as other:
+                writer.add(name, tensor.dtype, tensor.shape, _copied(tensor, other.fileno()))
         for name in (name for name in tensors if name in job.quantized):
             found = _quantized(job, name, tensors[name], descriptor, read)
             parts[name] = list(found)
@@ -172,11 +177,11 @@ def _bounds(job: FileJob, metadata: Mapping[str, str]) -> tuple[int, int]:
     """Return upper bounds for the bytes of the header and of the tensors."""
     sizes = {
         name: _bound_4bit(*t.shape) if name in job.quantized else _num_bytes(t)
-        for name, t in job.tensors.items()
+        for name, t in (*job.added.items(), *job.tensors.items())
     }
     data_bytes = sum(sizes.values())
     entries: dict[str, dict[str, Any]] = {}
-    for name, t in job.tensors.items():
+    for name, t in (*job.added.items(), *job.tensors.items()):
         entry = {"dtype": t.dtype, "shape": t.shape, "data_offsets": [data_bytes] * 2}
         entries[name] = entry
         if name in job.quantized:

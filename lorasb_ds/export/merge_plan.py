@@ -65,9 +65,12 @@ def plan_merge(
         layers = _layers_in_4bit(model, name)
         quantized = {_stored_weight(layer, sources, stored, name) for layer in layers}
         config = {QUANTIZATION: _quantization_config(base.whole_model, layers)}
-    jobs = []
+    head, replaced = _head(adapter, base)
+    if head:
+        config = (config or {}) | _classifier_fields(base)
+    jobs: list[FileJob] = []
     for file in sorted({tensor.file for tensor in stored.values()}):
-        mine = {key: tensor for key, tensor in stored.items() if tensor.file == file}
+        mine = {k: t for k, t in stored.items() if t.file == file and k not in replaced}
         jobs.append(
             FileJob(
                 file,
@@ -75,9 +78,51 @@ def plan_merge(
                 mine,
                 {key: updates[key] for key in sorted(updates.keys() & mine)},
                 frozenset(quantized & mine.keys()),
+                {} if jobs else head,
             )
         )
     return jobs, config
+
+
+def base_of(adapter: StoredAdapter, model: str, trust_remote_code: bool) -> Base:
+    """Return the base that an adapter is merged into: a classifier, if the adapter has a head.
+
+    Raises:
+        ConfigError: if the run that would say what the head's classes are is not there.
+    """
+    if not adapter.head:
+        return Base(model, trust_remote_code)
+    if adapter.classes is None:
+        raise ConfigError(
+            f"{adapter.path} is a classifier's, and what its classes are is in run.json of its "
+            "run. Name the run's folder."
+        )
+    return Base(model, trust_remote_code, classifies=True, classes=adapter.classes)
+
+
+def _head(adapter: StoredAdapter, base: Base) -> tuple[dict[str, StoredTensor], set[str]]:
+    """Return a classifier's trained head, and the stored tensors of the base that it replaces."""
+    head = {name: adapter.stored[key] for name, key in adapter.head.items()}
+    shapes = {name: tuple(base.model.get_parameter(name).shape) for name in base.head}
+    if {name: tuple(tensor.shape) for name, tensor in head.items()} != shapes:
+        raise ConfigError(
+            f"{adapter.path} has another head than --model {base.name} would have. Give the base "
+            "that it was trained on."
+        )
+    prefix = base.model.base_model_prefix
+    return head, {key for key in base.stored if key in head or f"{prefix}.{key}" in head}
+
+
+def _classifier_fields(base: Base) -> dict[str, Any]:
+    """Return what config.json says of a classifier."""
+    config = base.model.config
+    return {
+        "architectures": [type(base.model).__name__],
+        "id2label": config.id2label,
+        "label2id": config.label2id,
+        "problem_type": config.problem_type,
+        "pad_token_id": config.get_text_config().pad_token_id,
+    }
 
 
 def weights_of(

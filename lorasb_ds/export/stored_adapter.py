@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from lorasb_ds.adapters.peft_targets import TargetFields, target_fields
 from lorasb_ds.config.paths import DEMO_MODEL, demo_model_dir, read_json
 from lorasb_ds.config.run_layout import RUN_JSON
 from lorasb_ds.config.stored_paths import absolute
+from lorasb_ds.data.classification import Classes
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export.expert_layers import Expert
 from lorasb_ds.models.checkpoint_files import StoredTensor, model_type_of
@@ -63,6 +64,8 @@ class StoredAdapter:
         run_config: the options of that run; {} without one.
         peft_config: adapter_config.json; {} where R was read from a checkpoint.
         layers: layer -> its factors, as names in ``stored``.
+        head: parameter of a classification head, which is trained whole -> its name in ``stored``.
+        classes: what a classifier's run predicts; None without a run.
     """
 
     path: Path
@@ -71,6 +74,8 @@ class StoredAdapter:
     peft_config: Mapping[str, Any]
     layers: Mapping[str, Factors]
     stored: Mapping[str, StoredTensor]
+    head: Mapping[str, str] = field(default_factory=dict)
+    classes: Classes | None = None
 
     @property
     def base_model(self) -> str | None:

@@ -7,7 +7,7 @@ The base never requires grad. A hook at each layer passes its input and output g
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -77,8 +77,9 @@ def average_gradients(
     wanted = {name: adapters[name] for name in (adapters if layers is None else layers)}
     shards = GradientShards(wanted, group, offload, layers)
     loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device())
-    state = freeze_factors(model) if with_adapters else disable_adapters(adapters)
-    with gradient_hooks(wanted, shards), state, no_dropout(model):
+    state = nullcontext() if with_adapters else disable_adapters(adapters)
+    # A classifier's head is trained beside the adapters, and is in the graph with or without them.
+    with gradient_hooks(wanted, shards), state, freeze_factors(model), no_dropout(model):
         for batch in batches:
             loss = token_loss_sum(model, batch)
             shards.after_forward(batch.num_label_tokens > 0)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
-from lorasb_ds.adapters.inject import disable_adapters
+from lorasb_ds.adapters.inject import disable_adapters, freeze_factors
 from lorasb_ds.adapters.layer import AdapterLinear
 from lorasb_ds.data.batch import Batch
 from lorasb_ds.distributed import accelerator
@@ -74,7 +74,7 @@ def gradients_by_segment(
         raise SegmentError(f"{shared[0]} is not in exactly one block")
     segments = cut_segments(groups, prefix, len(blocks))
     keep = torch.device("cpu") if offload else accelerator.device()
-    with disable_adapters(adapters), no_dropout(model):
+    with disable_adapters(adapters), freeze_factors(model), no_dropout(model):
         starts = {segment.first for segment in segments if segment.first > 0}
         stored = _first_pass(model, blocks, starts, batches, keep)
         dist.all_reduce(stored.loss_sum, group=group)

@@ -8,6 +8,6 @@ the stored tensors that make each parameter, `tokenizer` reads the tokenizer, wh
 4 and 8 bits. `linear_layers` finds the layers that get an adapter, `experts` makes layers of the
 experts of MoE blocks, `shape` gives the sizes of all of them to the planner. `tables` compares rows
 with the embeddings, `packing` tests whether packed rows stay apart; `loss` and `generation` run the
-model.
+model, `classification` one with a classification head, whose predictions `row_scores` judges.
 Imports `data`, `distributed`, `planner` and what is below them.
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 
 from lorasb_ds.config.paths import read_json
 from lorasb_ds.config.run_config import RunConfig
+from lorasb_ds.data.classification import Classes
 from lorasb_ds.data.template import check_template, fix_date
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.models.checkpoint_files import (
@@ -21,6 +22,7 @@ from lorasb_ds.models.checkpoint_files import (
     stored_tensors,
     weights_digest,
 )
+from lorasb_ds.models.classification import head_modules, head_parameters, set_classes
 from lorasb_ds.models.config_json import is_encoded, load_config, stored_quantization
 from lorasb_ds.models.empty_model import empty_model
 from lorasb_ds.models.experts import ExpertShapes
@@ -31,6 +33,9 @@ from lorasb_ds.models.stored_formats import decoded
 from lorasb_ds.models.tokenizer import choose_pad_token, read_tokenizer, use_chat_template
 from lorasb_ds.models.weight_map import WeightSource, map_weights, unused_tensors
 from lorasb_ds.planner.model_shape import ModelShape
+
+# Properties of a base that do not depend on what a classifier predicts.
+OF_FILES = ("folder", "encoding", "_tokenizer_and_note", "headers", "stored", "digest")
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class Base:
         attn_implementation: of transformers; None: the model's own.
         template_date: what chat templates get as today's date, in ISO format; None: today.
         chat_template: of ``--chat-template``, in place of the files'.
+        classifies: make a classifier of the files, and not a causal language model.
+        classes: what it predicts; None: not known yet, as before the rows are read.
     """
 
     name: str
@@ -53,6 +60,8 @@ class Base:
     attn_implementation: str | None = None
     template_date: str | None = None
     chat_template: str | None = None
+    classifies: bool = False
+    classes: Classes | None = None
 
     @cached_property
     def folder(self) -> Path:
@@ -61,12 +70,14 @@ class Base:
 
     @cached_property
     def hf_config(self) -> Any:
-        """The transformers configuration of a causal language model, without ``encoding``."""
-        hf_config = load_config(self.name, self.folder, self.trust_remote_code)
+        """The transformers configuration of the model, without ``encoding``."""
+        hf_config = load_config(self.name, self.folder, self.trust_remote_code, self.classifies)
         if self.encoding is not None:
             del hf_config.quantization_config
         if self.attn_implementation is not None:
             hf_config._attn_implementation = self.attn_implementation
+        if self.classes is not None:
+            set_classes(hf_config, self.classes)
         return hf_config
 
     @cached_property
@@ -91,7 +102,10 @@ class Base:
 
     @cached_property
     def _tokenizer_and_note(self) -> tuple[Any, str | None]:
-        tokenizer = read_tokenizer(self.name, self.folder, self.hf_config, self.trust_remote_code)
+        tokenizer = read_tokenizer(
+            *(self.name, self.folder, self.hf_config, self.trust_remote_code),
+            needs_end=not self.classifies,
+        )
         if self.template_date is not None:
             fix_date(tokenizer, date.fromisoformat(self.template_date))
         if self.chat_template is not None:
@@ -112,8 +126,23 @@ class Base:
         return empty_model(self.hf_config, torch.bfloat16, self.trust_remote_code, text_part=False)
 
     def empty_model(self, dtype: torch.dtype) -> Any:
-        """Make a new model without weights: see the function ``empty_model``."""
-        return empty_model(self.hf_config, dtype, self.trust_remote_code)
+        """Make a new model without weights: see the function ``empty_model``.
+
+        A decoder that classifies reads a row's last token before the padding, and keeps no cache.
+        """
+        model = empty_model(
+            self.hf_config, dtype, self.trust_remote_code, classifies=self.classifies
+        )
+        if self.classifies:
+            model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
+            model.config.use_cache = False
+        return model
+
+    def with_classes(self, classes: Classes) -> Base:
+        """Return the base of a classifier of these classes; what was read of its files is kept."""
+        base = replace(self, classes=classes)
+        vars(base).update({name: vars(self)[name] for name in OF_FILES if name in vars(self)})
+        return base
 
     @property
     def model_type(self) -> str:
@@ -166,7 +195,20 @@ class Base:
 
     @cached_property
     def _all_sources(self) -> list[WeightSource]:
-        return map_weights(self.whole_model, self.stored, self.name)
+        within = f"{self.model.base_model_prefix}."
+        new = [name for name in self.head if not name.startswith(within)]
+        return map_weights(self.whole_model, self.stored, self.name, new, self.head)
+
+    @cached_property
+    def head(self) -> list[str]:
+        """The parameters of a classifier's head, which are trained whole; [] without one."""
+        return head_parameters(self.model)
+
+    @cached_property
+    def new_parameters(self) -> list[str]:
+        """Those of the head that are not in the files: all but a pooler that is."""
+        stored = {target for source in self.sources for target in source.targets}
+        return [name for name in self.head if name not in stored]
 
     @cached_property
     def module_names(self) -> list[str]:
@@ -204,7 +246,21 @@ class Base:
                 f"({size / 1e6:,.1f} M parameters, not loaded). The adapter has the names of the "
                 "whole model, and `lorasb merge` writes all of it"
             )
-        if unused := unused_tensors(self.whole_model, self._all_sources, self.stored):
+        unused = unused_tensors(self.whole_model, self._all_sources, self.stored)
+        if self.classifies:
+            sizes = {name: self.model.get_parameter(name).numel() for name in self.head}
+            new = sum(sizes[name] for name in self.new_parameters)
+            notes.append(
+                f"classification head: {', '.join(head_modules(self.model))} "
+                f"({sum(sizes.values()):,} parameters, {new:,} of them new), trained whole and "
+                "without an adapter"
+            )
+            if unused:
+                notes.append(
+                    f"{len(unused)} tensors of the checkpoint are no part of this classifier, such "
+                    f"as {', '.join(unused[:3])}"
+                )
+        elif unused:
             notes.append(
                 f"warning: {len(unused)} tensors of the checkpoint have no place in the model of "
                 f"config.json, such as {', '.join(unused[:3])}"
@@ -228,6 +284,7 @@ def open_base(config: RunConfig) -> tuple[Base, RunConfig]:
         config.attn_implementation,
         config.template_date,
         config.chat_template,
+        config.classifies,
     )
     if base.quantization is None:
         return base, config

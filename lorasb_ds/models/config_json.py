@@ -16,12 +16,13 @@ from lorasb_ds.models.stored_formats import STORED_FORMATS
 MOST_LAYERS = 10_000  # transformers would make them one by one, without an end
 
 
-def load_config(model: str, folder: Path, trust_remote_code: bool) -> Any:
+def load_config(model: str, folder: Path, trust_remote_code: bool, classifies: bool = False) -> Any:
     """Read the configuration of a model that can be trained here.
 
     Args:
         model: as --model gives it, for messages.
         folder: the folder with the files.
+        classifies: whether a classifier is made of the model, and not a causal language model.
     Raises:
         ConfigError: if it cannot be read, or is of another kind of model.
     """
@@ -51,6 +52,9 @@ def load_config(model: str, folder: Path, trust_remote_code: bool) -> Any:
             f"--model {model}: num_hidden_layers in config.json is {count}, more than any model's "
             f"({MOST_LAYERS})."
         )
+    if classifies:
+        _check_classifies(config, model)
+        return config
     causal = all(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures)
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or (own_code and trust_remote_code)
@@ -64,7 +68,8 @@ def load_config(model: str, folder: Path, trust_remote_code: bool) -> Any:
         raise ConfigError(
             f"--model {model} is a {', '.join(architectures) or type(config).__name__}, not a "
             "causal language model (…ForCausalLM), nor a multimodal one of images and text "
-            "(…ForConditionalGeneration). Only those can be trained so far."
+            "(…ForConditionalGeneration). Only those can be trained, and encoders as classifiers "
+            "(--task-type sequence-classification)."
         )
     elif is_encoder(config):
         raise ConfigError(
@@ -73,6 +78,21 @@ def load_config(model: str, folder: Path, trust_remote_code: bool) -> Any:
             "its config.json says is_decoder: true."
         )
     return config
+
+
+def _check_classifies(config: Any, model: str) -> None:
+    """Refuse a configuration of which transformers makes no classifier of text by one model."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    option = f"--task-type sequence-classification: --model {model} is a {config.model_type}"
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or is_multimodal(config):
+        raise ConfigError(
+            f"{option}, of which transformers makes no text classifier "
+            "(AutoModelForSequenceClassification). Give an encoder, such as BERT or RoBERTa, or a "
+            "decoder, such as Llama or Qwen."
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise ConfigError(f"{option}, an encoder with a decoder. Only one of them can be trained.")
 
 
 def is_encoder(config: Any) -> bool:

@@ -21,6 +21,7 @@ def empty_model(
     *,
     buffers: bool = True,
     text_part: bool = True,
+    classifies: bool = False,
 ) -> Any:
     """Make a model without weights: parameters on the meta device, buffers real.
 
@@ -29,14 +30,21 @@ def empty_model(
         buffers: False: they are on the meta device, too. Nothing is then allocated; otherwise every
             parameter is for a moment, and the system may refuse that for a block's experts.
         text_part: of a multimodal model, make what is trained on text only (``keep_text_part``).
+        classifies: make a classifier, with the outputs of the configuration's ``num_labels``.
     Raises:
         ConfigError: if transformers cannot make it.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForSequenceClassification,
+    )
 
     multimodal = is_multimodal(hf_config)
-    factory = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+    factory: Any = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+    if classifies:
+        factory = AutoModelForSequenceClassification
     try:
         with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
             model: Any = factory.from_config(

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorasb_ds.config.adapter_options import ALL_LINEAR, wide_enough
 from lorasb_ds.errors import ConfigError
+from lorasb_ds.models.classification import head_modules
 from lorasb_ds.models.hybrids import MODELING, layers_read_by_parents
 from lorasb_ds.models.multimodal import text_layers_prefix
 
@@ -35,7 +36,9 @@ def linear_layers(model: Any) -> Shapes:
     experts, which are small, sensitive to rounding, and in some families give several tensors or
     read the weight themselves; layers that are not called at all (``hybrids``); and those that
     compute something else (``unlike_linear``). Of a multimodal model the text part's are returned.
+    A classifier's head may be several layers (``head_modules``).
     """
+    trained = tuple(f"{module}." for module in head_modules(model))
     prefix = text_layers_prefix(model) if hasattr(model, "get_decoder") else ""
     others = {*layers_read_by_parents(model), *unlike_linear(model)}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -49,6 +52,7 @@ def linear_layers(model: Any) -> Shapes:
         if isinstance(module, nn.Linear | Conv1D)
         and name.startswith(prefix)
         and module is not head
+        and not f"{name}.".startswith(trained)
         and len(parents[module]) == 1
         and not _is_router(name, module, *parents[module])
         and name not in others

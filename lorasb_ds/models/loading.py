@@ -17,6 +17,7 @@ from lorasb_ds.errors import ConfigError
 from lorasb_ds.models.activation_offload import offload_activations
 from lorasb_ds.models.base import Base
 from lorasb_ds.models.checkpoint_files import StoredTensor, first_line
+from lorasb_ds.models.classification import new_parameter
 from lorasb_ds.models.experts import split_experts
 from lorasb_ds.models.linear_layers import layer_shape, linear_layers
 from lorasb_ds.models.quantization import Kind, PackedLinear, PackedLinear4bit, PackedLinear8bit
@@ -24,6 +25,7 @@ from lorasb_ds.models.streaming import put, stream_weights
 from lorasb_ds.models.tensor_reader import TensorReader
 from lorasb_ds.models.weight_map import WeightSource
 
+DEFAULT_RANGE = 0.02  # standard deviation of new weights, if config.json has no initializer_range
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -43,7 +45,9 @@ def load_base(base: Base, config: RunConfig, ds_config: dict[str, Any]) -> Any:
     """
     model = base.empty_model(DTYPES[config.dtype])
     kind: Kind | None = "4bit" if config.load_in_4bit else "8bit" if config.load_in_8bit else None
-    _fill(model, base, kind, zero.sharder(ds_config))
+    shard = zero.sharder(ds_config)
+    _fill(model, base, kind, shard)
+    _fill_head(model, base.new_parameters, config.seed_of_init, shard)
     if config.gradient_checkpointing:
         # The reentrant kind needs inputs that require grad, which a frozen embedding's do not.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -74,6 +78,22 @@ def _fill(
         put(model, parameter, model.get_parameter(twin))
     for buffer, value in list(model.named_buffers(remove_duplicate=False)):
         put(model, buffer, value.to(accelerator.device()))
+
+
+def _fill_head(
+    model: Any, names: Sequence[str], seed: int, shard: Callable[[nn.Parameter], None] | None
+) -> None:
+    """Fill the parameters of a classification head that the files do not have.
+
+    By the seed of the init, whose gradient depends on them.
+    """
+    std = getattr(model.config.get_text_config(), "initializer_range", None) or DEFAULT_RANGE
+    for name in names:
+        empty = model.get_parameter(name)
+        value = new_parameter(name, empty.shape, empty.dtype, std, seed)
+        placed = put(model, name, value.to(accelerator.device()))
+        if shard is not None and isinstance(placed, nn.Parameter):
+            shard(placed)
 
 
 def _pack_as_stored(

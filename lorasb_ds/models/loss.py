@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from lorasb_ds.data.batch import Batch
 from lorasb_ds.data.tokenization import IGNORE_INDEX
 from lorasb_ds.errors import ConfigError
+from lorasb_ds.models.classification import row_loss_sum
 from lorasb_ds.planner.footprint import logit_rows
 
 # The same head may differ by so many roundings of the largest logit, in products of other shapes.
@@ -141,12 +142,15 @@ def _scale(dtype: torch.dtype) -> float:
 def token_loss_sum(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Return Σ cross-entropy over a batch's label tokens, in fp32; 0 for a batch without weight.
 
+    Of rows that are classified: Σ ``row_losses``.
     Prompts and padding never reach the head: their logits would be a step's largest tensor.
     Collective under ZeRO-3.
 
     Args:
-        model: a causal model, or the engine around it.
+        model: a causal model or a classifier, or the engine around it.
     """
+    if batch.targets is not None:
+        return row_loss_sum(model, batch)
     if getattr(getattr(model, "module", model), "loss_head", None) is not None:
         labels = batch.next_labels.flatten()[batch.label_positions]
         predicts = (batch.label_positions, labels)
@@ -284,7 +288,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, batches: Sequence[Batch], device: torch.device) -> float:
-    """Return the mean cross-entropy over label tokens, in eval mode.
+    """Return the mean loss over label tokens, or over rows that are classified, in eval mode.
 
     Collective if a process group exists.
 

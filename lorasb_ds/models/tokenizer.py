@@ -33,7 +33,12 @@ PROBE = "  Say 12345:\n\n\tx = f(y)   # größer, 漢字, 🙂 ﬁn² "
 
 
 def read_tokenizer(
-    model: str, folder: Path, hf_config: Any, trust_remote_code: bool = False
+    model: str,
+    folder: Path,
+    hf_config: Any,
+    trust_remote_code: bool = False,
+    *,
+    needs_end: bool = True,
 ) -> Any:
     """Read the base's tokenizer, padding on the right, as its files define it.
 
@@ -42,6 +47,7 @@ def read_tokenizer(
         folder: the folder with the files.
         hf_config: the model's configuration.
         trust_remote_code: whether the base may bring its own tokenizer class.
+        needs_end: refuse one without an end-of-sequence token, as BERT's, which cannot end answers.
     Raises:
         ConfigError: if it cannot be read, has no end-of-sequence token, or one that the model
             does not know; or several chat templates and no default.
@@ -54,9 +60,9 @@ def read_tokenizer(
     else:
         tokenizer = _read_by_transformers(model, folder, trust_remote_code)
     vocab_size = hf_config.get_text_config().vocab_size
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and needs_end:
         raise ConfigError(f"--model {model}: its tokenizer has no end-of-sequence token.")
-    if tokenizer.eos_token_id >= vocab_size:
+    if (tokenizer.eos_token_id or 0) >= vocab_size:
         raise ConfigError(
             f"--model {model}: the tokenizer's end-of-sequence token {tokenizer.eos_token} is "
             f"number {tokenizer.eos_token_id}, but the model's vocabulary has {vocab_size} tokens. "

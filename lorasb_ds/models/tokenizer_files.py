@@ -46,6 +46,8 @@ class TokenizerFiles:
     def of(cls, base: Base) -> TokenizerFiles:
         """Return those of a base, with the template that was chosen or stands in for its own."""
         tokenizer = base.tokenizer
+        if base.classifies:
+            return cls(base.folder)
         if base.chat_template is not None:
             return cls(base.folder, tokenizer.chat_template)
         return cls(base.folder, None if tokenizer.chat_template else stand_in(tokenizer))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -94,7 +94,13 @@ class _Shapes:
         return getattr(self._model, name)
 
 
-def map_weights(model: Any, stored: Mapping[str, StoredTensor], name: str) -> list[WeightSource]:
+def map_weights(
+    model: Any,
+    stored: Mapping[str, StoredTensor],
+    name: str,
+    new: Collection[str] = (),
+    optional: Collection[str] = (),
+) -> list[WeightSource]:
     """Find the stored tensors that make every parameter and stored buffer of a model.
 
     Names are matched by transformers' renamings and fusions (of MoE experts into 3-D parameters,
@@ -104,6 +110,8 @@ def map_weights(model: Any, stored: Mapping[str, StoredTensor], name: str) -> li
         model: as transformers makes it, before any layer is replaced; may be on the meta device.
         stored: the checkpoint's tensors.
         name: the model's name, for messages.
+        new: parameters that are not taken from the files, whatever these have.
+        optional: parameters that the files may lack.
     Returns:
         One source for each parameter or fusion, except parameters that are tied to others.
     Raises:
@@ -124,7 +132,7 @@ def map_weights(model: Any, stored: Mapping[str, StoredTensor], name: str) -> li
         target, pattern = rename_source_key(key, renamings, converters, prefix, state)
         if target not in state and key in state:
             target, pattern = key, None
-        if target not in state:
+        if target not in state or target in new:
             continue
         if pattern is None:
             sources[target] = WeightSource(
@@ -151,7 +159,7 @@ def map_weights(model: Any, stored: Mapping[str, StoredTensor], name: str) -> li
     result = list(sources.values())
     for source in result:
         _check_shapes(model, source, state, stored, name)
-    _check_complete(model, result, set(state) - set(tied), stored, name)
+    _check_complete(model, result, set(state) - {*tied, *new, *optional}, stored, name)
     return result
 
 

@@ -35,6 +35,7 @@ class Workload:
     # Projections of experts with an adapter, in which every expert has factors of its own.
     expert_targets: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
     expert_r: int = 0
+    head_size: int = 0  # elements of a classification head, which is trained, too
 
     @property
     def adapted(self) -> list[str]:
@@ -73,8 +74,9 @@ class Workload:
             return sum(self.trained_sizes)
         if self.trains_r:
             num_experts = sum(n for n, _, _ in self.expert_targets.values())
-            return len(self.targets) * self.r**2 + num_experts * self.expert_r**2
-        return self.num_in_pairs
+            in_factors = len(self.targets) * self.r**2 + num_experts * self.expert_r**2
+            return in_factors + self.head_size
+        return self.num_in_pairs + self.head_size
 
     @property
     def num_in_pairs(self) -> int:

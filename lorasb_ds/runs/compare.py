@@ -13,7 +13,7 @@ from typing import Any
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.config.run_layout import METRICS, REPORT, RUN_JSON
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.runs.history import Row, Summary, read_rows, summarize
+from lorasb_ds.runs.history import Row, Summary, evaluations, read_rows, scores_of, summarize
 from lorasb_ds.system.units import GIB
 
 # Options that do not matter in a comparison: where and how a run was written.
@@ -64,6 +64,12 @@ class Run:
         found, config = summarize(self.rows), self.description.get("config", {})
         takes_best = config.get("load_best_model_at_end") or config.get("early_stopping_patience")
         return found.best_loss if takes_best else found.last_loss
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Return a classifier's scores at its last evaluation, by name; {} without."""
+        found = evaluations(self.rows)
+        return scores_of(found[-1]) if found else {}
 
     @property
     def peak_memory_bytes(self) -> int:
@@ -149,18 +155,20 @@ def _cells(run: Run) -> list[str]:
         str(timedelta(seconds=round(found.seconds))) if run.rows else "",
         _number(found.tokens_per_s, ".0f"),
         _number(found.final_loss, ".4f"),
-        _held_out(found),
+        _held_out(found, run.scores),
         f"{peak / GIB:.2f}" if peak else "",
         run.problem,
     ]
     return [cell or "-" for cell in cells[:-1]] + cells[-1:]
 
 
-def _held_out(found: Summary) -> str:
+def _held_out(found: Summary, scores: Mapping[str, float]) -> str:
     losses = (found.base_loss, found.init_loss, found.best_loss, found.last_loss)
     if all(map(math.isnan, losses)):
         return ""
-    return " > ".join(_number(loss, ".4f") or "-" for loss in losses)
+    shown = " > ".join(_number(loss, ".4f") or "-" for loss in losses)
+    last = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+    return f"{shown} ({last})" if last else shown
 
 
 def _number(value: float, form: str) -> str:
@@ -182,5 +190,6 @@ def as_dict(run: Run) -> dict[str, Any]:
         "trainable_parameters": run.description.get("trainable_parameters"),
         "peak_memory_bytes": run.peak_memory_bytes or None,
         **{name: known(value) for name, value in numbers.items()},
+        "scores": {name: known(value) for name, value in run.scores.items()},
         "options": run.options,
     }

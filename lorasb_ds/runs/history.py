@@ -13,6 +13,8 @@ from lorasb_ds.errors import ConfigError
 
 MAX_EXPONENT = 709.0  # of a double
 Row = dict[str, Any]
+PERPLEXITY = "perplexity"  # beside the loss of tokens
+SCORES = ("accuracy", "f1", "matthews", "pearson", "spearman")  # beside the loss of classified rows
 
 
 def to_line(row: Mapping[str, Any]) -> str:
@@ -125,6 +127,16 @@ def evaluations(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     Their ``stage`` says of what: the base, after the init, after a step, or at the end.
     """
     return [row for row in rows if "eval_loss" in row]
+
+
+def as_logged(beside: Mapping[str, float]) -> Row:
+    """Return what is told beside a held-out loss by its names in a row: ``eval_accuracy``, …"""
+    return {k if k == PERPLEXITY else f"eval_{k}": value for k, value in beside.items()}
+
+
+def scores_of(row: Mapping[str, Any]) -> dict[str, float]:
+    """Return the scores in a row of an evaluation, by name; {} of a causal language model."""
+    return {name: row[f"eval_{name}"] for name in SCORES if f"eval_{name}" in row}
 
 
 def perplexity(loss: float) -> float:

@@ -27,6 +27,7 @@ from lorasb_ds.data.template import template_origin
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.init.init_report import InitReport
 from lorasb_ds.models.checkpoint_files import model_path
+from lorasb_ds.models.classification import head_modules
 from lorasb_ds.models.loading import DTYPES
 from lorasb_ds.models.tokenizer_files import TokenizerFiles
 from lorasb_ds.runs.output_dir import say, say_if_bf16_is_emulated
@@ -48,10 +49,11 @@ def describe(run: Prepared, folder: Path) -> dict[str, Any]:
         "world_size": zero.world_size(),
         "accelerator": accelerator.name(),
         "model_type": run.base.model_type,
-        "chat_template": template_origin(run.base.tokenizer),
+        "chat_template": None if run.config.classifies else template_origin(run.base.tokenizer),
         "notes": run.notes,
         "peft_warning": run.adapter.peft_warning,
         "trainable_parameters": run.memory.workload.num_trainable,
+        **_classification(run),
         "num_steps": run.num_steps,
         "resumed_at": run.resume.step if run.resume else None,
         "rows": {"train": dict(run.data.train.counts)}
@@ -59,6 +61,19 @@ def describe(run: Prepared, folder: Path) -> dict[str, Any]:
         | ({"init": dict(run.data.init.counts)} if run.config.init_data else {}),
         "memory": {"predicted": run.memory.describe()},
         **provenance(),
+    }
+
+
+def _classification(run: Prepared) -> dict[str, Any]:
+    """Return what ``run.json`` holds of a classifier: its labels and its head."""
+    if run.data.classes is None:
+        return {}
+    size = run.memory.workload.head_size
+    return {
+        "labels": run.data.classes.labels,
+        "head": run.base.head,
+        "head_parameters": size,
+        "pad_token": run.base.tokenizer.pad_token,
     }
 
 
@@ -136,6 +151,14 @@ def save_adapter(run: Prepared, folder: Path, tensors: Mapping[str, torch.Tensor
     if adapter.experts:
         ranks = dict.fromkeys(adapter.experts, adapter.expert_r)
         fields = expert_fields(r, fields, ranks, run.base.experts)
-    save_peft_adapter(folder, tensors, r=r, base_model=base_model, tokenizer=tokenizer, **fields)
+    save_peft_adapter(
+        folder,
+        tensors,
+        r=r,
+        base_model=base_model,
+        tokenizer=tokenizer,
+        modules_to_save=head_modules(run.base.model),
+        **fields,
+    )
     if run.adapter.peft_warning:
         say(f"warning: {run.adapter.peft_warning}")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
+from lorasb_ds.data.dataset import TokenizedRows
 from lorasb_ds.distributed import accelerator
+from lorasb_ds.models.classification import predict
 from lorasb_ds.models.generation import generate, stop_tokens
 from lorasb_ds.models.loss import eval_mode, held_out_loss
-from lorasb_ds.runs.history import perplexity
+from lorasb_ds.models.row_scores import score
+from lorasb_ds.runs.history import PERPLEXITY, as_logged, perplexity
 from lorasb_ds.runs.output_dir import say
 from lorasb_ds.training.table_check import SAMPLE_TOKENS
 from lorasb_ds.training.training_run import TrainingRun
@@ -16,7 +19,7 @@ Stage = Literal["base", "init", "step", "trained"]
 
 
 def evaluate(training: TrainingRun, stage: Stage) -> bool:
-    """Measure the loss on the held-out rows, and log it. Collective.
+    """Measure the loss on the held-out rows, of a classifier its scores, too; log it. Collective.
 
     Returns:
         Whether training has reached a new best loss; False without held-out rows.
@@ -25,18 +28,32 @@ def evaluate(training: TrainingRun, stage: Stage) -> bool:
     state.evaluated_at = state.step
     if run.data.held_out is None:
         return False
-    batches = run.batches(run.data.held_out, range(len(run.data.held_out.examples)))
-    loss = held_out_loss(training.engine.module, batches, accelerator.device())
-    ppl = perplexity(loss)
-    say(f"step {state.step}: held-out loss {loss:.4f}, perplexity {ppl:.2f} ({stage})")
+    loss, beside = _measure(training, run.data.held_out)
+    shown = ", ".join(
+        f"{name} {value:.2f}" if name == PERPLEXITY else f"{name} {value:.4f}"
+        for name, value in beside.items()
+    )
+    say(f"step {state.step}: held-out loss {loss:.4f}, {shown} ({stage})")
     if training.log:
-        row = {"step": state.step, "stage": stage, "eval_loss": loss, "perplexity": ppl}
-        training.log.write(row)
+        row = {"step": state.step, "stage": stage, "eval_loss": loss}
+        training.log.write(row | as_logged(beside))
     if run.config.generate_samples:
         write_samples(training, stage)
     if stage not in ("step", "trained"):
         return False
     return state.take_loss(loss, run.config.early_stopping_threshold)
+
+
+def _measure(training: TrainingRun, rows: TokenizedRows) -> tuple[float, dict[str, float]]:
+    """Return the rows' loss, and by name what is told beside it. Collective."""
+    model, device = training.engine.module, accelerator.device()
+    batches = training.run.batches(rows, range(len(rows.examples)))
+    if rows.classes is None:
+        loss = held_out_loss(model, batches, device)
+        return loss, {PERPLEXITY: perplexity(loss)}
+    with eval_mode(model):
+        found = predict(model, batches, device)
+    return found.loss, score(found.logits, found.targets)
 
 
 def write_samples(training: TrainingRun, stage: Stage) -> None:

@@ -32,7 +32,7 @@ class StepResult:
     """The result of one optimizer step, over all ranks.
 
     Attributes:
-        loss: mean over label tokens.
+        loss: mean over label tokens, or over rows that are classified.
         grad_norm: norm of the gradient, before clipping.
         r_norm: norm of everything trained (every R), after the step.
         applied: False if the step was skipped, because loss or gradient was not finite.

@@ -125,6 +125,7 @@ def plan_memory(
     ds_config: Mapping[str, Any],
     shape: ModelShape,
     adapter: AdapterPlan,
+    head_size: int,
     data: Data,
     gradient_rows: Sequence[int],
     probe_rows: Sequence[int],
@@ -135,19 +136,20 @@ def plan_memory(
     """Plan a run's memory. Not collective.
 
     Args:
+        head_size: elements of a classification head, which is trained, too; 0 without one.
         gradient_rows: rows of ``data.init`` that the init's gradient is of.
         probe_rows: those that its losses are measured on.
     """
     form: Form = "nf4" if config.load_in_4bit else "int8" if config.load_in_8bit else config.dtype
     placement = placement_of(ds_config, form, world_size)
-    workload = workload_of(config, adapter, data.train, len(gradient_rows))
+    workload = workload_of(config, adapter, data.train, len(gradient_rows), head_size)
     longest = int(data.init.lengths[gradient_rows].max())
     of_sample = replace(workload, max_length=longest)
     init = init_plan(shape, of_sample, world_size, placement.dtype_bytes)
     planned = footprint(shape, placement, workload, init)
     if config.init_data is not None:  # whose rows may be longer, or shorter
         sample = data.init.select([*gradient_rows, *probe_rows])
-        work = workload_of(config, adapter, sample, len(gradient_rows))
+        work = workload_of(config, adapter, sample, len(gradient_rows), head_size)
         of_init = footprint(shape, placement, work, init)
         planned = replace(
             planned,
@@ -161,12 +163,17 @@ def plan_memory(
 
 
 def workload_of(
-    config: RunConfig, adapter: AdapterPlan, rows: TokenizedRows, init_samples: int
+    config: RunConfig,
+    adapter: AdapterPlan,
+    rows: TokenizedRows,
+    init_samples: int,
+    head_size: int = 0,
 ) -> Workload:
     """Describe what a run computes with some rows, for the planner.
 
     Args:
         init_samples: number of rows that the init's gradient is of.
+        head_size: elements of a classification head.
     """
     longest, first_label = int(rows.lengths.max()), int(rows.first_labels.min())
     if config.packing:
@@ -177,7 +184,7 @@ def workload_of(
         targets=adapter.targets,
         r=config.r,
         max_length=longest,
-        num_labels=longest - max(1, first_label),
+        num_labels=0 if config.classifies else longest - max(1, first_label),
         micro_batch_size=config.micro_batch_size,
         gradient_checkpointing=config.gradient_checkpointing,
         init_samples=init_samples,
@@ -189,6 +196,7 @@ def workload_of(
         tracks_gradient=config.track_alignment is not None,
         expert_targets=adapter.experts,
         expert_r=adapter.expert_r,
+        head_size=head_size,
     )
     if method is not None:
         return replace(

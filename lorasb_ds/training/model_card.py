@@ -11,13 +11,16 @@ import yaml
 from lorasb_ds.config.data_options import REASONING_GYM
 from lorasb_ds.config.paths import DEMO_MODEL
 from lorasb_ds.config.run_config import RunConfig
+from lorasb_ds.data.classification import Classes
 from lorasb_ds.export.to_peft import max_lora_rank
+from lorasb_ds.models.classification import NUMBER_NAME
 from lorasb_ds.runs.history import evaluations
 from lorasb_ds.training.report import held_out_table
 
 DEMO_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Shown where they are not the default's.
 SHOWN = (
+    "task_type",
     *("method", "r", "expert_r", "target_modules", "lr", "lr_scheduler", "optimizer", "epochs"),
     *("train_batch_size", "max_length", "packing", "loss_on", "dtype", "load_in_4bit"),
     *("load_in_8bit", "seed"),
@@ -31,6 +34,22 @@ base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")
 model = PeftModel.from_pretrained(base, "FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 ```
+"""
+PEFT_CLASSIFIES = """\
+```python
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+labels = {labels}
+base = AutoModelForSequenceClassification.from_pretrained(
+    "{base}", dtype="auto", num_labels=len(labels), id2label=dict(enumerate(labels))
+)
+model = PeftModel.from_pretrained(base, "FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER", pad_token={pad_token})
+model.config.pad_token_id = tokenizer.pad_token_id  # a decoder classifies by the token before
+```
+
+As one model: `lorasb merge RUN --out merged` with the run's folder, or `model.merge_and_unload()`.
 """
 OTHERS_LOAD = """\
 - vLLM: `vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules mine=FOLDER`
@@ -53,10 +72,11 @@ def model_card(run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], rank: 
     base, sources = _public(config["model"]), [_public(source) for source in config["data"]]
     hub_sources = [s for s, given in zip(sources, config["data"], strict=True) if s == given]
     datasets = [s.partition("@")[0].partition(":")[0] for s in hub_sources if "/" in s]
+    classifies = "labels" in run
     front = {
         "base_model": base,
         "library_name": "peft",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "text-classification" if classifies else "text-generation",
         "tags": ["lora", "transformers", kind, "lorasb-ds"],
         **({"datasets": datasets} if datasets else {}),
     }
@@ -86,6 +106,8 @@ def model_card(run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], rank: 
     chosen = config["chat_template"]
     template = Path(chosen).name if chosen is not None else run["chat_template"]
     form = "an adapter of one of PEFT's methods" if rank is None else f"a plain LoRA of rank {rank}"
+    if classifies:
+        return "\n".join([*lines, "", *_of_classifier(run, base, form)])
     lines += [
         "",
         f"The files hold {form}, in PEFT's format and fp32. Beside it are the tokenizer, and the "
@@ -96,6 +118,17 @@ def model_card(run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], rank: 
     if rank is not None:
         lines.append(OTHERS_LOAD.format(base=base, rank=max_lora_rank(rank) or rank))
     return "\n".join(lines)
+
+
+def _of_classifier(run: Mapping[str, Any], base: str, form: str) -> list[str]:
+    """Return what a card says of the files of a classifier, and how to load them."""
+    names = Classes(tuple(run["labels"])).names or [NUMBER_NAME]
+    return [
+        f"The files hold {form} and the classification head (modules_to_save), in PEFT's format "
+        "and fp32. Beside it is the tokenizer.",
+        "",
+        PEFT_CLASSIFIES.format(base=base, labels=names, pad_token=repr(run["pad_token"])),
+    ]
 
 
 def _public(name: str) -> str:

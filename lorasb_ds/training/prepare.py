@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 from collections.abc import Iterable, Sequence
@@ -161,10 +162,17 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
     base.check_files()
     if config.packing:
         _check_packing(base.model)
+    if config.classifies and (base.experts or base.other_experts):
+        raise ConfigError(
+            f"--task-type sequence-classification: --model {config.model} is a mixture of experts, "
+            "which cannot be trained as a classifier yet. Give a dense model."
+        )
     _make_experts_leaves(ds_config, base)
     adapter = plan_adapter(config, base)
 
     data = load_data(config, base.tokenizer)
+    if data.classes is not None:
+        base = base.with_classes(data.classes)
     table_notes = check_tables(config, base, data)
     num_rows = len(data.init.examples)
     gradient_rows, probe_rows = init_sample(num_rows, config.init_samples, config.seed_of_init)
@@ -175,6 +183,9 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
     made_from = fingerprint(
         config, base.digest, adapter.targets, rows_digest, adapter.experts, adapter.expert_r
     )
+    if data.classes is not None:
+        labels = json.dumps(data.classes.labels).encode()
+        made_from["classes of the labels"] = hashlib.sha256(labels).hexdigest()
     same_run = made_from | what_must_match(config, data.train)
     stored_init = None
     if resume is not None:
@@ -187,6 +198,7 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
         ds_config,
         base.shape,
         adapter,
+        sum(base.model.get_parameter(name).numel() for name in base.head),
         data,
         gradient_rows,
         probe_rows,

@@ -12,7 +12,14 @@ from lorasb_ds.config.methods import METHODS
 from lorasb_ds.config.run_layout import INIT_PICTURE, LOSS_PICTURE
 from lorasb_ds.init.init_report import InitReport, LayerInit
 from lorasb_ds.models.linear_layers import Shapes
-from lorasb_ds.runs.history import evaluations, perplexity, summarize, training_rows
+from lorasb_ds.runs.history import (
+    PERPLEXITY,
+    evaluations,
+    perplexity,
+    scores_of,
+    summarize,
+    training_rows,
+)
 from lorasb_ds.system.files import write_text
 from lorasb_ds.system.units import GIB
 
@@ -63,7 +70,8 @@ def write_report(
         num_frozen_in_experts: elements of MoE experts without an adapter.
     """
     r, method = run["config"]["r"], run["config"]["method"]
-    num_trained = run["trainable_parameters"]
+    head = run.get("head_parameters", 0)
+    num_trained = run["trainable_parameters"] - head
     what = f"{method}, r = {r}" if method in METHODS else method
     num_lora = sum(r * (out + in_) for out, in_ in targets.values())
     lines = [
@@ -79,6 +87,8 @@ def write_report(
     if method in METHODS:
         times = f"{num_lora / num_trained:.1f} times more"
         lines.append(f"| LoRA, r = {r}, same layers | {num_lora:,} ({times}) |")
+    if head:
+        lines.append(f"| and the classification head | {head:,} |")
     lines.append("")
     if run.get("notes"):
         lines += ["## Notes", "", *(f"- {note}" for note in run["notes"]), ""]
@@ -103,9 +113,11 @@ def _init_section(init: InitReport, taken: str | None, num_frozen: int) -> list[
     energies = [layer.captured_energy for layer in init.layers.values()]
     of_gradient = []
     if init.loss is not None:
+        tokens = f", {init.num_label_tokens} label tokens"
+        if init.num_label_tokens == init.num_samples:  # of rows that are classified
+            tokens = ""
         of_gradient = [
-            f"| sample | {init.num_samples} rows, {init.num_label_tokens} label tokens, "
-            f"loss {init.loss:.4f} |",
+            f"| sample | {init.num_samples} rows{tokens}, loss {init.loss:.4f} |",
             f"| groups of layers | {init.num_groups} |",
             f"| passes over the sample | {init.passes:g}"
             f"{', and one more forward' if init.by_segments else ''} |",
@@ -192,12 +204,20 @@ def _held_out_section(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def held_out_table(evaluated: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a table of evaluations on held-out rows."""
-    lines = ["| | step | loss | perplexity |", "|---|---:|---:|---:|"]
+    names = list(scores_of(evaluated[0])) or [PERPLEXITY]
+    lines = [f"| | step | loss | {' | '.join(names)} |", "|---|---:|---:|" + "---:|" * len(names)]
     return lines + [
-        f"| {STAGES[row['stage']]} | {row['step']} | {row['eval_loss']:.4f} | "
-        f"{perplexity(row['eval_loss']):.4g} |"
+        f"| {STAGES[row['stage']]} | {row['step']} | {row['eval_loss']:.4f} | {_beside(row)} |"
         for row in evaluated
     ]
+
+
+def _beside(row: Mapping[str, Any]) -> str:
+    """Return the cells beside a held-out loss: its scores, or its perplexity."""
+    scores = scores_of(row)
+    if not scores:
+        return f"{perplexity(row['eval_loss']):.4g}"
+    return " | ".join(f"{value:.4f}" for value in scores.values())
 
 
 def _memory_section(memory: Mapping[str, Any]) -> list[str]:

@@ -23,7 +23,7 @@ from lorasb_ds.adapters.peft_methods import (
     gather_peft_together,
     inject_peft,
 )
-from lorasb_ds.adapters.peft_writer import collect_lora
+from lorasb_ds.adapters.peft_writer import collect_lora, collect_whole
 from lorasb_ds.config.run_layout import (
     ADAPTER,
     BASIS_FILE,
@@ -36,6 +36,7 @@ from lorasb_ds.config.run_layout import (
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.init.init_report import InitReport
+from lorasb_ds.models.classification import check_padding, train_head
 from lorasb_ds.models.loading import DTYPES, load_base
 from lorasb_ds.models.loss import add_loss_head, check_loss_head, eval_mode
 from lorasb_ds.models.packing import keeps_packs_apart
@@ -132,6 +133,7 @@ def _run_in(folder: Path, run: Prepared, stop: StopRequest, init_only: bool) -> 
             with phase(run, "save"):
                 peft = run.adapter.peft is not None
                 tensors = collect_peft(engine.module) if peft else collect_lora(adapters)
+                tensors |= collect_whole(engine.module, run.base.head)
             peaks["train"] = accelerator.peak_memory_bytes() - idle_bytes
         if zero.rank() == 0:
             description["memory"]["measured"] = peaks
@@ -211,6 +213,7 @@ def start_engine(run: Prepared) -> tuple[Any, Adapters]:
     else:
         layer_class = layer_class_of(config, run.adapter.expert_r)
         adapters = inject(model, run.adapter.names(run.base), config.r, dtype, layer_class)
+    train_head(model, run.base.head)
     add_loss_head(model)
     trained = list(trainable_parameters(model).values())
     optimizer = make_optimizer(trained, config)
@@ -219,7 +222,9 @@ def start_engine(run: Prepared) -> tuple[Any, Adapters]:
     gather_together(run, model, adapters)
     with eval_mode(model), refuse_passed_by(model, adapters):
         few = torch.tensor([run.data.train.examples[0].input_ids[:16]], device=accelerator.device())
-        if not check_loss_head(model, few):
+        if config.classifies:
+            check_padding(model, few, run.base.tokenizer.pad_token_id)
+        elif not check_loss_head(model, few):
             work = run.memory.workload
             gib = (
                 work.micro_batch_size

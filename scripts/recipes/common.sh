@@ -109,7 +109,7 @@ plan_all() {
   plan_machine 8x80gb 8
 }
 
-stand_in() { # stand_in arithmetic|commonsense: small rows of the same forms and a dtype, for --smoke
+stand_in() { # stand_in arithmetic|commonsense|glue: small rows of the same forms and a dtype, for --smoke
   SCRATCH=$(mktemp -d)
   trap 'rm -rf "$SCRATCH"' EXIT
   OUT=${OUT:-$SCRATCH/run}

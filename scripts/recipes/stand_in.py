@@ -1,6 +1,6 @@
 """Small rows in the forms of the recipes' data sets, made up here: what --smoke runs on.
 
-python scripts/recipes/stand_in.py arithmetic|commonsense FOLDER
+python scripts/recipes/stand_in.py arithmetic|commonsense|glue FOLDER
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from tiny_roberta import write_tiny_roberta
 
 NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva")
 THINGS = ("pears", "nails", "maps", "cups", "keys")
@@ -32,6 +34,19 @@ SETS = {
     "ARC-Easy": ("Please choose the correct answer to the question:", "answer", 4),
     "ARC-Challenge": ("Please choose the correct answer to the question:", "answer", 4),
     "openbookqa": ("Please choose the correct answer to the question:", "answer", 4),
+}
+
+
+# A task of GLUE -> its columns of texts, and how many classes it has; 0: numbers.
+GLUE = {
+    "cola": (("sentence",), 2),
+    "rte": (("sentence1", "sentence2"), 2),
+    "mrpc": (("sentence1", "sentence2"), 2),
+    "stsb": (("sentence1", "sentence2"), 0),
+    "sst2": (("sentence",), 2),
+    "qnli": (("question", "sentence"), 2),
+    "qqp": (("question1", "question2"), 2),
+    "mnli": (("premise", "hypothesis"), 3),
 }
 
 
@@ -94,6 +109,14 @@ def commonsense(name: str, i: int) -> dict[str, str]:
     }
 
 
+def glue(task: str, i: int) -> dict[str, Any]:
+    """A row of a task; every class comes, and of STS-B numbers with a fraction."""
+    columns, num_classes = GLUE[task]
+    texts = {name: f"{NAMES[(i + j) % 5]} has {THINGS[i % 5]}." for j, name in enumerate(columns)}
+    label = i % num_classes if num_classes else i % 11 * 0.45
+    return {**texts, "label": label, "idx": i}
+
+
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".json":
@@ -107,6 +130,13 @@ def main(experiment: str, folder: Path) -> None:
         write(folder / "metamath.json", [metamath(i) for i in range(NUM_TRAINING_ROWS)])
         write(folder / "gsm8k.jsonl", [gsm8k(i) for i in range(NUM_TEST_ROWS)])
         write(folder / "math.jsonl", [competition_math(i) for i in range(NUM_TEST_ROWS)])
+        return
+    if experiment == "glue":
+        write_tiny_roberta(folder / "tiny-roberta")
+        for task in GLUE:
+            rows = [glue(task, i) for i in range(NUM_TRAINING_ROWS + NUM_TEST_ROWS)]
+            write(folder / task / "train.jsonl", rows[:NUM_TRAINING_ROWS])
+            write(folder / task / "validation.jsonl", rows[NUM_TRAINING_ROWS:])
         return
     names = list(SETS)
     training = [commonsense(names[i % len(names)], i) for i in range(NUM_TRAINING_ROWS)]

@@ -20,6 +20,12 @@ SHARDED = ZERO3 | {"zero_optimization": REALLY_SHARDED, "dtype": "fp32"}
 # With --init-memory-gib: less than all layers take.
 IN_GROUPS = {"init_memory_gib": 1.5e-4, "init_offload": True, "micro_batch_size": 1}
 RECOMPUTED = {"gradient_checkpointing": True}
+# Every answer is a class.
+CLASSIFIES = {
+    "task_type": "sequence-classification",
+    "prompt_column": "question",
+    "response_column": "answer",
+}
 
 # Name -> options. The first ones are in the default tests; each of them holds several features.
 RUNS: dict[str, dict[str, Any]] = {
@@ -65,7 +71,16 @@ MOE_RUNS: dict[str, dict[str, Any]] = {
     "moe-groups": SHARDED | IN_GROUPS | {"model": "moe", "init_memory_gib": 1e-5},
     **{family: SHARDED | {"model": family} for family in ("gpt_oss", "deepseek_v3", "qwen3_moe")},
 }
-SLOW_RUNS = (METHOD_RUNS, OTHER_RUNS, MOE_RUNS)  # each in a process group of its own
+CLASSIFIER_RUNS: dict[str, dict[str, Any]] = {
+    "classifier": SHARDED | CLASSIFIES | {"eval_every": 1},
+    "classifier-bf16": ZERO2 | CLASSIFIES | {"dtype": "bf16", "method": "lora"},
+}
+SLOW_RUNS = (
+    METHOD_RUNS,
+    OTHER_RUNS,
+    MOE_RUNS,
+    CLASSIFIER_RUNS,
+)  # each in a process group of its own
 
 
 @pytest.fixture(scope="module")

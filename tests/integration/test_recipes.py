@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -67,6 +68,52 @@ def test_in_small(recipe: str, sets: list[str], tmp_path: Path, demo_model: Path
         words = shlex.split(line)
         assert Path(words[2]) == out / "run"
         assert Path(value(words, "--out")).parent == out
+
+
+@pytest.mark.slow
+def test_glue_in_small(tmp_path: Path) -> None:
+    """One task of each kind: what is reported of it is in the table."""
+    out = tmp_path / "out"
+    output = run_command(str(RECIPES / "glue.sh"), "--smoke", "--out", str(out), timeout=700)
+    scores = output.partition("== scores")[2]
+    for task, names in (
+        ("cola", ["matthews"]),
+        ("mrpc", ["accuracy", "f1"]),
+        ("stsb", ["pearson", "spearman"]),
+    ):
+        config = json.loads((out / task / "run/adapter/adapter_config.json").read_text())
+        assert config["modules_to_save"] == ["classifier"]
+        (line,) = re.findall(rf"^{task} .*$", scores, re.MULTILINE)
+        assert re.findall(r"([a-z0-9]+) +-?[0-9.]+%", line) == names
+        result = json.loads((out / task / "after/eval.json").read_text())["results"][0]
+        assert result["rows"] == 8
+        assert result["scores"].keys() >= {*names}
+    assert re.search(r"^mean .* -?[0-9.]+%$", scores, re.MULTILINE)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_commands_of_glue(machine: str) -> None:
+    recipe, tasks = str(RECIPES / "glue.sh"), ("mnli", "cola")
+    named = [word for task in tasks for word in ("--task", task)]
+    output = run_command(recipe, *named, "--machine", machine, "--dry-run")
+    trained = commands(output, "lorasb", "train")
+    assert [value(c, "--eval-data") for c in trained] == [
+        "nyu-mll/glue:mnli@validation_matched",
+        "nyu-mll/glue:cola@validation",
+    ]
+    evaluations = commands(output, "lorasb", "eval")
+    for train, evaluation, task in zip(trained, evaluations, tasks, strict=True):
+        assert value(train, "--output-dir") == f"runs/recipes/glue-roberta-large-r24/{task}/run"
+        assert value(train, "--train-batch-size") == "128"
+        result = CliRunner().invoke(main, [*train[1:], "--dry-run"])
+        assert result.exit_code == 0, result.output
+        words = evaluation[2:]
+        assert value(words, "--adapter") == value(train, "--output-dir")
+        assert value(words, "--data") == value(train, "--eval-data")
+        words[words.index("--adapter") + 1] = str(RECIPES)  # there is no run
+        eval_command.make_context("eval", words)
+    output = run_command(recipe, "--dry-run")
+    assert len(commands(output, "lorasb", "train")) == 8
 
 
 @pytest.mark.slow
@@ -144,6 +191,10 @@ def test_gpus_of_a_machine(tmp_path: Path) -> None:
         ("arithmetic", "--data-dir .", "Leave it out"),
         ("arithmetic", "--smoke --machine 24gb", "Leave out --machine and --gpus"),
         ("arithmetic", "--smoke --plan", "Name one of them"),
+        ("glue", "--model llama-3.2-3b", "Known: roberta-large roberta-base"),
+        ("glue", "--task wnli", "Known: cola rte mrpc"),
+        ("glue", "--plan", "lorasb plan knows no encoders"),
+        ("glue", "--data-dir docs", "docs/cola/train.jsonl is missing"),
         ("commonsense", "--dry-run", "git clone .*LLM-Adapters, and name it by --data-dir"),
         ("commonsense", "--data-dir docs", "docs/ft-training_set/commonsense_170k.json is missing"),
     ],

@@ -80,6 +80,7 @@ NAMES = [
     "save_every",
     "seed",
     "target_modules",
+    "task_type",
     "template_date",
     "track_alignment",
     "train_batch_size",

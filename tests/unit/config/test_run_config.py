@@ -486,3 +486,19 @@ def test_shipped_files_are_found_from_anywhere(
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("{}")
     assert load_run_config({"ds_config": name}).ds_config == name, "one's own comes first"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"packing": True}, "--packing does not work"),
+        ({"loss_on": "all"}, "--loss-on does not work"),
+        ({"chat_template": "chatml"}, "--chat-template does not work"),
+        ({"optimizer": "muon"}, "--optimizer muon does not work"),
+        ({"generate_samples": 1, "eval_every": 1}, "--generate-samples does not work"),
+    ],
+)
+def test_what_does_not_work_where_rows_are_classified(given: dict[str, Any], message: str) -> None:
+    load_run_config(given)
+    with pytest.raises(ConfigError, match=f"{message} with --task-type sequence-classification"):
+        load_run_config({"task_type": "sequence-classification", **given})

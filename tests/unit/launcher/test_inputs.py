@@ -133,6 +133,17 @@ def test_first_rows_decide_as_all_of_them_would(tmp_path: Path) -> None:
         describe_first_rows(file, options)
 
 
+def test_rows_with_a_label(tmp_path: Path) -> None:
+    options = DataOptions(task_type="sequence-classification")
+    rows = [{"sentence1": "a", "sentence2": "b", "label": n} for n in (0, 1, 1)]
+    file = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    said = describe_first_rows(file, options)
+    assert said.endswith("3 rows: 3 sentence1/sentence2/label")
+    file = write_jsonl(tmp_path / "none.jsonl", [{"sentence1": "a", "label": 1}])
+    with pytest.raises(ConfigError, match="no known columns of a text and its label"):
+        describe_first_rows(file, options)
+
+
 IMPORTED = """
 import sys
 from launcher.cli import main

@@ -56,6 +56,17 @@ def test_a_finished_run(tmp_path: Path) -> None:
     }
 
 
+def test_a_classifier_s_scores_are_beside_the_loss(tmp_path: Path) -> None:
+    run = made_up_run(tmp_path / "one")
+    with (run / "metrics.jsonl").open("a") as file:
+        row = {"step": 10, "stage": "trained", "eval_loss": 0.5, "eval_accuracy": 0.75}
+        file.write(json.dumps(row | {"eval_matthews": None}) + "\n")
+    held_out = "3.0000 > 2.0000 > 0.5000 > 0.5000 (accuracy 0.7500, matthews nan)"
+    assert cells(run)["held-out loss"] == held_out
+    (found,) = json.loads(report(run, "--json"))["runs"]
+    assert found["scores"] == {"accuracy": 0.75, "matthews": None}
+
+
 def test_unfinished_and_broken_ones_have_a_row(tmp_path: Path) -> None:
     finished = made_up_run(tmp_path / "finished")
     started = made_up_run(tmp_path / "started", finished=False)
