@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import time
 import warnings
@@ -26,12 +27,17 @@ def gpu(settings: dict[str, Any], out: str) -> None:
     Settings: ``config`` of the run, ``stack`` of decoder blocks for the pass.
     """
     import torch.distributed as dist
+    from deepspeed.accelerator import get_accelerator
     from deepspeed.comm.comm import comms_logger
 
     from lorasb_ds.distributed import accelerator, zero
     from lorasb_ds.training.init_phase import initialize_by
     from lorasb_ds.training.loop import train_step
 
+    # Before an engine: ZeRO-3 replaces torch's linear function for the rest of the process.
+    if accelerator.name() != "cpu":
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    passes = {way: a_pass(way, settings["stack"]) for way in (BASE, OURS, PEFT)}
     run, engine, adapters = started(settings["config"])
     sample, probe = run.sample(run.gradient_rows), run.sample(run.probe_rows)
     with host_waits() as of_init:
@@ -65,7 +71,7 @@ def gpu(settings: dict[str, Any], out: str) -> None:
             "predicted_bytes": report.predicted_memory_bytes,
             "host_waits_a_layer": sum(of_init.values()) / len(adapters),
         },
-        "pass_s": {way: a_pass(way, settings["stack"]) for way in (BASE, OURS, PEFT)},
+        "pass_s": passes,
         "device": accelerator.name(),
     }
     if zero.rank() == 0:

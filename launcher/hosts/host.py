@@ -203,7 +203,9 @@ def _gpus(seconds: float) -> list[int] | None:
 def _devices(root: str, seconds: float) -> dict[str, Any]:
     """Ask DeepSpeed and torch in a process of its own: it takes seconds, and may fail."""
     program = (
-        "import json; from lorasb_ds.distributed import accelerator;"
+        # Last: next to an installed package lie others, named as Python's own modules.
+        "import sys; sys.path.append(sys.path.pop(0)); import json;"
+        "from lorasb_ds.distributed import accelerator;"
         "print(json.dumps(accelerator.describe()))"
     )
     try:

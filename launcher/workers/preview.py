@@ -74,9 +74,12 @@ def preview(config: RunConfig, num_rows: int, row: int | None, color: bool) -> I
     tokenizer = open_base(config)[0].tokenizer
     rows, notes = tokenize_sources(config.data, tokenizer, config, refuse=False)
     if config.classifies:
-        classes = find_classes(rows)
-        rows = replace(rows, classes=classes)
-        notes.append(classes.describe())
+        try:
+            classes = find_classes(rows)
+            rows = replace(rows, classes=classes)
+            notes.append(classes.describe())
+        except ConfigError as error:  # all of one class: they are shown all the same
+            notes.append(f"warning: {error}")
     note = template_note(tokenizer) if rows.use_template else None
     yield from [*filter(None, [note]), *notes]
     if row is None:

@@ -81,7 +81,7 @@ def _evaluation_problems(config: RunConfig) -> list[str]:
 
 
 # How the init's gradients are computed.
-WORK_OF_INIT = ("init_memory_gib", "init_micro_batch_size", "init_offload")
+WORK_OF_INIT = ("init_memory_gib", "init_offload")
 
 
 def _method_problems(config: RunConfig, asked: Mapping[str, Any]) -> list[str]:

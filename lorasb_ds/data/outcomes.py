@@ -126,7 +126,7 @@ def _advice(reason: str, options: DataOptions) -> str:
         **dict.fromkeys(("no prompt", "no response", "no text", "no messages"), cells),
         **dict.fromkeys(("no label", "a label that"), cells),
         f"label {UNLABELED}": "Only rows with a label can be learned from, or measured on: of "
-        "GLUE those of train and validation.",
+        f"GLUE those of train and validation. If {UNLABELED} is a class of yours, rename it.",
         "the chat template": "Change what the template refuses (for some, a turn of the system), "
         "or choose a --model whose template takes it.",
     }

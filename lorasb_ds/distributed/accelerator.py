@@ -72,8 +72,9 @@ def device_id() -> str:
     """Return what tells this process's device from others, on any host."""
     index = get_accelerator().current_device()
     properties = getattr(getattr(torch, name(), None), "get_device_properties", None)
-    uuid = getattr(properties(index), "uuid", index) if properties else index
-    return f"{name()} {uuid} of {socket.gethostname()}"
+    ids = ("uuid", "pci_domain_id", "pci_bus_id", "pci_device_id")
+    found = [str(getattr(properties(index), key, "")) for key in ids] if properties else []
+    return f"{name()} {'-'.join(filter(None, found)) or index} of {socket.gethostname()}"
 
 
 def describe() -> dict[str, Any]:

@@ -70,12 +70,13 @@ def check_own_device(store: dist.Store, rank: int, world_size: int, device: str)
     Raises:
         ConfigError: naming the ranks.
     """
-    store.set(f"lorasb device of {rank}", device)
-    devices = [store.get(f"lorasb device of {other}").decode() for other in range(world_size)]
+    names = [f"lorasb device of {other}" for other in range(world_size)]
+    store.set(names[rank], device)
+    devices = [found.decode() for found in store.multi_get(names)]
     same = [str(other) for other, found in enumerate(devices) if found == device]
     if len(same) > 1:
         raise ConfigError(
-            f"Ranks {' and '.join(same)} were both given {device}. Give each rank of a host "
+            f"Ranks {', '.join(same)} were given the same {device}. Give each rank of a host "
             "another LOCAL_RANK, from 0 on, and let CUDA_VISIBLE_DEVICES show all of the host's "
             "GPUs to all of them (Slurm: --gpus-per-node, not --gpus-per-task)."
         )

@@ -144,7 +144,10 @@ def start_model(run: PreparedModel) -> Any:
     if config.classifies:
         assert run.adapter is not None, "prepare_model has refused a base alone"
         for name, key in run.adapter.head.items():
-            zero.fill(model.get_parameter(name), run.adapter.read(key))
+            value = run.adapter.read(key)
+            if not value.to(DTYPES[config.dtype]).isfinite().all():
+                raise ConfigError(f"--dtype {config.dtype}: {name} of the head exceeds its range.")
+            zero.fill(model.get_parameter(name), value)
         return model
     check_loss_head(model, torch.arange(8, device=accelerator.device())[None])
     return model

@@ -101,6 +101,8 @@ def load_eval_rows(
     if classes is not None:
         if task != "auto":
             raise ConfigError(f"--task {task}: the run is a classifier's. Leave it out.")
+        if max_new_tokens is not None:
+            raise ConfigError("--max-new-tokens: a classifier writes no answers. Leave it out.")
         task = CLASSIFICATION
     elif task == "auto":
         task = find_task(source, rows)

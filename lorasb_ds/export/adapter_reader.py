@@ -57,6 +57,11 @@ def read_adapter(path: str, *, with_head: bool = False) -> StoredAdapter:
             f"{path} is not an adapter. Name a run's folder, one of its checkpoints, or a PEFT "
             f"LoRA folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}."
         )
+    if found.head and not with_head and found.classes is None:
+        raise ConfigError(
+            f"{path} is a classifier's, and does not say what its classes are; {RUN_JSON} of its "
+            "run does. Name the run's folder."
+        )
     if found.head and not with_head:
         raise ConfigError(
             f"{path} is a classifier's (--task-type sequence-classification): it has a head beside "
@@ -190,7 +195,7 @@ def _head_of_run(run: Path) -> tuple[list[str], Classes | None]:
     """Return the parameters of the head that a run trains, and what it predicts; of a classifier.
 
     Raises:
-        ConfigError: if run.json says neither names nor labels.
+        ConfigError: if run.json has something else than lists of text there.
     """
     content = read_json(str(run / RUN_JSON), "RUN")
     head, labels = content.get("head", []), content.get("labels")

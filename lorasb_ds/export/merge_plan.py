@@ -42,8 +42,12 @@ def plan_merge(
     for layer, factors in adapter.layers.items():
         if factors.offset is not None:
             raise ConfigError(
-                f"{adapter.path}: the adapter of {layer} has an offset. Fold it in by `lorasb "
-                "export` first, and merge what that writes."
+                f"{adapter.path}: the adapter of {layer} has an offset. "
+                + (
+                    "Let the run end, and merge its folder."
+                    if adapter.head
+                    else "Fold it in by `lorasb export` first, and merge what that writes."
+                )
             )
         A, B = adapter.stored[factors.A], adapter.stored[factors.B]
         R = adapter.stored[factors.R] if factors.R is not None else None

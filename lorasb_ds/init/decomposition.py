@@ -15,6 +15,7 @@ from lorasb_ds.init.update_rules import UPDATE_RULES, update_svd
 from lorasb_ds.init.whole_svd import truncated_svds_by_rank
 
 
+@full_precision()
 def decompose(
     gradients: Mapping[str, torch.Tensor],
     r: int,

@@ -64,6 +64,7 @@ class ExpertSVDs:
         self._parts: dict[int, tuple[ExpertDirections | None, ExpertsInit]] = {}
         self._missing = adapter.num_matrices
 
+    @full_precision()
     def add(self, experts: range, gradients: torch.Tensor, tokens: torch.Tensor) -> None:
         """Decompose the updates of some experts. Collective.
 

@@ -172,7 +172,9 @@ def _qr(Y: torch.Tensor, exact: bool) -> tuple[torch.Tensor, torch.Tensor]:
     shift = 11 * (n * k + k * (k + 1)) * torch.finfo(torch.float64).eps
     gram.diagonal().add_(shift * gram.diagonal().sum() + torch.finfo(Y.dtype).tiny)
     L = torch.linalg.cholesky_ex(gram).L
-    inverse = torch.linalg.solve_triangular(L, torch.eye(k).to(L), upper=False)
+    inverse = torch.linalg.solve_triangular(
+        L, torch.eye(k, dtype=L.dtype, device=L.device), upper=False
+    )
     return Y @ inverse.T.to(Y.dtype), L.T.to(Y.dtype)
 
 

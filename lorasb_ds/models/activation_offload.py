@@ -13,7 +13,7 @@ def offload_activations(model: Any) -> None:
     """Move the inputs of blocks to the host in the forward pass, and back in the backward pass.
 
     For a model whose blocks are recomputed (non-reentrant checkpointing): all that autograd then
-    saves of the base model are these inputs, and a little before and after the blocks. Both copies
+    saves of the base model are their arguments, and a little before and after them. Both copies
     are queued on the stream that computes, from and to page-locked memory: the host does not wait.
     On CPUs nothing is moved.
     """
@@ -29,7 +29,9 @@ def offload_activations(model: Any) -> None:
 
 
 def _to_host(saved: torch.Tensor) -> tuple[torch.device, torch.Tensor]:
-    if saved.device.type == "cpu" or isinstance(saved, nn.Parameter):
+    # A linear layer saves a view of its weight.
+    is_weight = any(isinstance(of, nn.Parameter) for of in (saved, saved._base))
+    if saved.device.type == "cpu" or is_weight:
         return saved.device, saved
     host = torch.empty(saved.shape, dtype=saved.dtype, pin_memory=True)
     return saved.device, host.copy_(saved, non_blocking=True)

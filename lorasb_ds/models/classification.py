@@ -159,12 +159,13 @@ def check_padding(model: Any, input_ids: torch.Tensor, pad_token_id: int) -> Non
     among = model(input_ids=padded, attention_mask=mask).logits.float()
     changed = (alone - among).abs().max()
     limit = ROUNDINGS * torch.finfo(model.dtype).eps * alone.abs().max().clamp(min=1)
-    found = (changed > limit).float()
+    found = torch.stack([(changed > limit).float(), changed])
     if dist.is_initialized():  # all raise or none: the others would wait
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    if found:
+    is_changed, most = found.tolist()
+    if is_changed:
         raise ConfigError(
             f"--task-type sequence-classification: the logits of a {type(model).__name__} depend "
-            f"on padding (they change by {changed.item():.2g}), so that a row's loss would depend "
+            f"on padding (they change by {most:.2g}), so that a row's loss would depend "
             "on the rows beside it. Give another model."
         )

@@ -51,11 +51,11 @@ def load_base(base: Base, config: RunConfig, ds_config: dict[str, Any]) -> Any:
     if config.gradient_checkpointing:
         # The reentrant kind needs inputs that require grad, which a frozen embedding's do not.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if config.activation_offload:
-        offload_activations(model)
         # transformers lets them require grad with either kind: a backward pass of the first block's
         # inputs for nothing, for which ZeRO-3 would gather the embedding.
         model.disable_input_require_grads()
+    if config.activation_offload:
+        offload_activations(model)
     model.requires_grad_(False)
     return model
 

@@ -57,7 +57,7 @@ class Footprint:
     host_base: int  # offloaded shards
     host_init: int  # offloaded gradients and hidden states
     host_activations: int  # offloaded inputs of blocks
-    host_basis: int  # R as the init leaves it; A and B are in their file
+    host_basis: int  # R as the init leaves it, and PEFT's tensors; A and B are in their file
     host_rank0: int  # A and B of the adapter in fp32, while it is saved
     tracks_gradient: bool  # training computes the init's gradient now and then
 
@@ -166,10 +166,17 @@ def footprint(
         host_base=0 if on_device else hosted,
         host_init=init.shard_bytes + init.boundary_bytes if work.init_offload else 0,
         host_activations=max(kept.in_host_memory, kept_in_init.in_host_memory),
-        host_basis=4 * work.num_trainable if work.trains_r else 0,
+        host_basis=_late_bytes(work),
         host_rank0=basis_size * 4,
         tracks_gradient=work.tracks_gradient,
     )
+
+
+def _late_bytes(work: Workload) -> int:
+    """Count what is written into the basis's file only at the end of the init."""
+    if work.trains_r or work.trained_sizes is not None:
+        return 4 * (work.num_trainable - work.head_size)
+    return 0
 
 
 def _logit_bytes(shape: ModelShape, work: Workload, dtype_bytes: int) -> int:

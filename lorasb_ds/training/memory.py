@@ -156,6 +156,7 @@ def plan_memory(
             init_activations=of_init.init_activations,
             init_logits=of_init.init_logits,
             init_block_backward=of_init.init_block_backward,
+            host_activations=max(planned.host_activations, of_init.host_activations),
             logits=max(planned.logits, of_init.logits),
         )
     cluster = this_cluster(world_size)

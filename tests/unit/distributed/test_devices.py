@@ -20,7 +20,7 @@ def test_ranks_with_one_device_are_refused() -> None:
     for rank, device in enumerate(["cuda a of n1", "cuda b of n1", "cuda a of n2", "cuda b of n1"]):
         store.set(f"lorasb device of {rank}", device)
     check_own_device(store, 0, 4, "cuda a of n1")
-    with pytest.raises(ConfigError, match=r"Ranks 1 and 3 were both given cuda b of n1\."):
+    with pytest.raises(ConfigError, match=r"Ranks 1, 3 were given the same cuda b of n1\."):
         check_own_device(store, 3, 4, "cuda b of n1")
 
 

@@ -147,6 +147,14 @@ def test_4bit_equals_transformers_and_bitsandbytes(architecture: str, tmp_path: 
         assert torch.equal(found(input_ids).logits, expected(input_ids).logits)
 
 
+@pytest.mark.parametrize("offload", [False, True])
+def test_recomputing_makes_no_input_require_grad(llama: Path, offload: bool) -> None:
+    """ZeRO-3 would gather the embedding, and every backward pass end at it."""
+    model = base(llama, dtype="fp32", gradient_checkpointing=True, activation_offload=offload)
+    assert model.is_gradient_checkpointing
+    assert not model.train()(input_ids=torch.arange(4)[None]).logits.requires_grad
+
+
 def test_8bit_is_near_the_base(llama: Path) -> None:
     plain, found = base(llama), base(llama, load_in_8bit=True)
     layers = linear_layers(plain)
