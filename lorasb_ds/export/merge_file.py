@@ -26,6 +26,7 @@ from lorasb_ds.export.merge_update import (
 )
 from lorasb_ds.models.checkpoint_files import ITEM_BYTES, StoredTensor
 from lorasb_ds.models.stored_formats import EncodedTensor
+from lorasb_ds.models.tensor_reader import DTYPE_NAMES
 from lorasb_ds.planner.placement import bytes_4bit
 from lorasb_ds.system.files import file_digest, publish
 from lorasb_ds.system.safetensors_writer import (
@@ -37,7 +38,6 @@ from lorasb_ds.system.safetensors_writer import (
     metadata_of,
 )
 
-NAMES = {dtype: name for name, dtype in FLOATS.items()} | {torch.uint8: "U8"}
 CHUNK_BYTES = 4 << 20  # copied at a time
 CHUNK = 1 << 18  # elements merged at a time: they stay in a cache
 # A 4-bit weight's parts beside its codes: their number, and an upper bound for the bytes of those
@@ -148,7 +148,7 @@ def _write(job: FileJob, aside: Path) -> None:
                 if made.nbytes % ALIGNMENT:  # the tensors after it would not be aligned
                     late[part] = made
                 else:
-                    writer.add(part, NAMES[made.dtype], made.shape, [bytes_of(made)])
+                    writer.add(part, DTYPE_NAMES[made.dtype], made.shape, [bytes_of(made)])
         for name, tensor in _in_order(job):
             if name in job.updates or isinstance(tensor, EncodedTensor):
                 rows = _rows(name, tensor, descriptor, job.updates.get(name, ()), read)
@@ -157,7 +157,7 @@ def _write(job: FileJob, aside: Path) -> None:
                 chunks = _copied(tensor, descriptor)
             writer.add(name, tensor.dtype, tensor.shape, chunks)
         for part, made in sorted(late.items(), key=lambda item: -item[1].itemsize):
-            writer.add(part, NAMES[made.dtype], made.shape, [bytes_of(made)])
+            writer.add(part, DTYPE_NAMES[made.dtype], made.shape, [bytes_of(made)])
         writer.finish([part for found in parts.values() for part in found], metadata)
 
 

@@ -16,12 +16,11 @@ from lorasb_ds.adapters.layer import AdapterLinear
 from lorasb_ds.config.run_layout import BASIS_FILE, INIT_REPORT
 from lorasb_ds.init.factors import Basis
 from lorasb_ds.init.init_report import InitReport
-from lorasb_ds.models.tensor_reader import STORED_DTYPES
+from lorasb_ds.models.tensor_reader import DTYPE_NAMES
 from lorasb_ds.system.files import write_json, write_sums, written_aside
 from lorasb_ds.system.safetensors_writer import ALIGNMENT, TensorWriter, bytes_of
 
 EXPERT_TENSORS = ("captured_energy", "spectrum", "slopes", "tokens")  # of ExpertsInit
-NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 ENTRY_BYTES = 200  # at most, of a tensor's entry in the header, beside its name
 
 
@@ -99,7 +98,7 @@ class BasisWriter:
 
     def _write(self, name: str, tensor: torch.Tensor) -> None:
         tensor = tensor.cpu().contiguous()
-        self._writer.add(name, NAMES[tensor.dtype], tensor.shape, [bytes_of(tensor)])
+        self._writer.add(name, DTYPE_NAMES[tensor.dtype], tensor.shape, [bytes_of(tensor)])
         self._names.append(name)
 
 

@@ -25,6 +25,7 @@ STORED_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 
 
 class TensorReader:
