@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
 import platform
 import statistics
@@ -70,14 +71,25 @@ def interleaved_medians(ways: Mapping[str, Callable[[], Any]], repeats: int) -> 
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def measure(case: Callable[..., None], settings: Mapping[str, Any], world_size: int = 1) -> Any:
+def measure(
+    case: Callable[..., None],
+    settings: Mapping[str, Any],
+    world_size: int = 1,
+    *,
+    on_cpu: bool = True,
+    limit_s: float = math.inf,
+) -> Any:
     """Run a case in fresh processes that share this machine's cores.
 
     Args:
         case: a function of a script which, given its name, the settings as JSON and a path, calls
             it with the settings and the path. One rank writes its result there, as JSON.
+        on_cpu: whether ranks are CPU processes wherever they run; else DeepSpeed chooses.
+        limit_s: seconds after which all ranks are ended.
     Returns:
         The result.
+    Raises:
+        SystemExit: if a rank fails; the others, which would wait for it, are ended.
     """
     port = free_port()
     threads = max(1, len(os.sched_getaffinity(0)) // world_size)
@@ -89,9 +101,12 @@ def measure(case: Callable[..., None], settings: Mapping[str, Any], world_size: 
         for rank in range(world_size):
             environment = os.environ | rank_environment(rank, world_size, port, threads)
             environment |= {"PYTHONHASHSEED": "0", "PYTHONPATH": str(ROOT)}
+            if not on_cpu:
+                del environment["DS_ACCELERATOR"]
             ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
+        end = time.monotonic() + limit_s
         while any(rank.poll() is None for rank in ranks):
-            if any(rank.poll() for rank in ranks):
+            if any(rank.poll() for rank in ranks) or time.monotonic() > end:
                 for rank in ranks:
                     rank.kill()
             time.sleep(0.1)

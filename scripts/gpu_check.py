@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -13,11 +12,10 @@ from typing import Any, NamedTuple
 
 import click
 import torch
-from bench_common import ROOT, machine, write_json
+from bench_common import ROOT, machine, measure, write_json
 from bench_layers import BASE, PEFT
 from bench_step import QUICK, STACK
-
-from launcher.jobs.ranks import free_port, rank_environment
+from gpu_measure import gpu
 
 BUDGET_S, MEASURE_S = 450.0, 130.0  # all checks together; what is measured after them
 TASK = "reasoning-gym:word_sequence_reversal?max_words=6"
@@ -67,7 +65,7 @@ def main(out: Path, on_cpu: bool) -> None:
             check(name, options, Path(scratch) / str(index), deadline)
             for index, (name, options) in enumerate(checks.items())
         ]
-        measured = measure(num_gpus, on_cpu, Path(scratch) / "measured.json")
+    measured = measured_on(num_gpus, on_cpu)
     print_measured(measured)
     print(f"\n{'check':34} {'result':8} {'time':>6}   held-out loss: base, trained, of the folder")
     for name, problem, seconds, losses, init in results:
@@ -81,36 +79,17 @@ def main(out: Path, on_cpu: bool) -> None:
     sys.exit(1 if any(result.problem for result in results) or "problem" in measured else 0)
 
 
-def measure(num_ranks: int, on_cpu: bool, out: Path) -> dict[str, Any]:
-    """Run ``gpu_measure.gpu`` on all ranks; return what it wrote, or its problem."""
+def measured_on(num_ranks: int, on_cpu: bool) -> dict[str, Any]:
+    """Run ``gpu_measure.gpu`` on all ranks; return what it found, or its problem."""
     print("== a pass, a step, the init", flush=True)
     config = {"data": f"{TASK}&size=64&seed=1", "init_samples": 16, "r": 64, "max_length": 128}
     config |= {"ds_config": str(ROOT / "ds_configs/zero3.json")}
     settings = {"config": config, "stack": QUICK if on_cpu else STACK}
-    command = [sys.executable, str(ROOT / "scripts/gpu_measure.py"), "gpu", json.dumps(settings)]
-    port, ranks = free_port(), []
-    for rank in range(num_ranks):
-        environment = rank_environment(rank, num_ranks, port, 1 if on_cpu else 4)
-        if not on_cpu:
-            del environment["DS_ACCELERATOR"]
-        environment |= {"PYTHONPATH": str(ROOT)}
-        ranks.append(subprocess.Popen([*command, str(out)], env=os.environ | environment))
-    end = time.monotonic() + MEASURE_S
-    # One that has failed would leave the others waiting in a collective.
-    found = [process.poll() for process in ranks]
-    while None in found and not any(found) and time.monotonic() < end:
-        time.sleep(0.2)
-        found = [process.poll() for process in ranks]
-    for process in ranks:
-        process.kill()
-        process.wait()
-    if any(found):
-        return {"problem": f"a rank ended with status {next(filter(None, found))}"}
     try:
-        measured: dict[str, Any] = json.loads(out.read_text())
-    except (OSError, ValueError):
-        return {"problem": f"not done in {MEASURE_S:.0f} s"}
-    return measured
+        found: dict[str, Any] = measure(gpu, settings, num_ranks, on_cpu=on_cpu, limit_s=MEASURE_S)
+    except SystemExit:
+        return {"problem": f"a rank failed, or it took more than {MEASURE_S:.0f} s"}
+    return found
 
 
 def print_measured(found: dict[str, Any]) -> None:

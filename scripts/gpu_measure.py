@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_common import run_as_rank
+from bench_common import interleaved_medians, run_as_rank
 from bench_layers import BASE, OURS, PEFT, make_pass
 from bench_run import started
 
@@ -37,7 +35,10 @@ def gpu(settings: dict[str, Any], out: str) -> None:
     # Before an engine: ZeRO-3 replaces torch's linear function for the rest of the process.
     if accelerator.name() != "cpu":
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    passes = {way: a_pass(way, settings["stack"]) for way in (BASE, OURS, PEFT)}
+    stack = {"model": "stack", "dtype": "bfloat16", "stack": settings["stack"]}
+    passes = {way: synchronized(make_pass(way, stack)) for way in (BASE, OURS, PEFT)}
+    pass_s = interleaved_medians(passes, NUM_PASSES)
+    del passes
     run, engine, adapters = started(settings["config"])
     sample, probe = run.sample(run.gradient_rows), run.sample(run.probe_rows)
     with host_waits() as of_init:
@@ -57,8 +58,9 @@ def gpu(settings: dict[str, Any], out: str) -> None:
         for size, found in sizes.items()
     )
     dist.barrier()
+    step = {"step": synchronized(lambda: train_step(engine, batches))}
     result = {
-        "step_s": timed(lambda: train_step(engine, batches), NUM_STEPS),
+        "step_s": interleaved_medians(step, NUM_STEPS)["step"],
         "step_host_waits": sum(of_step.values()),
         "step_waits_at": of_step,
         "step_bytes": sent,
@@ -71,7 +73,7 @@ def gpu(settings: dict[str, Any], out: str) -> None:
             "predicted_bytes": report.predicted_memory_bytes,
             "host_waits_a_layer": sum(of_init.values()) / len(adapters),
         },
-        "pass_s": passes,
+        "pass_s": pass_s,
         "device": accelerator.name(),
     }
     if zero.rank() == 0:
@@ -80,22 +82,15 @@ def gpu(settings: dict[str, Any], out: str) -> None:
     zero.close_process_group()
 
 
-def a_pass(way: str, stack: Mapping[str, int]) -> float:
-    """Return the seconds of a forward and backward pass of some decoder blocks, bf16."""
-    settings = {"model": "stack", "dtype": "bfloat16", "stack": stack}
-    return timed(make_pass(way, settings), NUM_PASSES)
-
-
-def timed(run: Callable[[], Any], repeats: int) -> float:
+def synchronized(run: Callable[[], Any]) -> Callable[[], None]:
+    """Return a function that runs it, and waits for the device."""
     from deepspeed.accelerator import get_accelerator
 
-    seconds = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
+    def to_the_end() -> None:
         run()
         get_accelerator().synchronize()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])  # kernels are made in the first
+
+    return to_the_end
 
 
 @contextmanager
