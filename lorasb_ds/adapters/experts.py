@@ -34,14 +34,17 @@ class LoraSBExperts(LoraSBLinear):
         super().add_factor(name, (self.num_experts, *shape), dtype)
 
     def fused_forward(self, x: torch.Tensor, *routing: Routing) -> torch.Tensor:
-        return _LoraSBExpertsFunction.apply(x, self.lora_R, self, *routing, True)
+        return _LoraSBExpertsFunction.apply(x, self.lora_R, self, *routing, "all")
 
     def branch(self, x: torch.Tensor, *routing: Routing) -> torch.Tensor:
-        return _LoraSBExpertsFunction.apply(x, self.lora_R, self, *routing, False) / self.scale
+        return _LoraSBExpertsFunction.apply(x, self.lora_R, self, *routing, "trained") / self.scale
+
+    def kept_branch(self, x: torch.Tensor, *routing: Routing) -> torch.Tensor:
+        return _LoraSBExpertsFunction.apply(x, self.kept_R, self, *routing, "kept")
 
 
 class _LoraSBExpertsFunction(torch.autograd.Function):
-    """The scaled branch, with or without the base's product; saves only ``h_i = A_e x_i``.
+    """The base's product with all branches, or some of them; saves only ``h_i = A_e x_i``.
 
     As in LoRA-SB's function for linear layers, the backward reads the weights from the layer again.
     For row i and its expert e, with δ_i = dL/dy_i::
@@ -51,15 +54,15 @@ class _LoraSBExpertsFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, R, layer, routing, with_base):
+    def forward(ctx, x, R, layer, routing, parts):
         x = autocast(x)
-        A, B, R = layer.cast_factors(x.dtype)
+        A, B, R = layer.cast_factors(x.dtype, parts)
         h = grouped_mm(x, A.mT, routing)
         y = grouped_mm(grouped_mm(h, R.mT, routing), B.mT, routing)
-        if with_base:
+        if parts == "all":
             y += layer.base_layer.product(x, routing)
-        ctx.save_for_backward(h)
-        ctx.layer, ctx.routing, ctx.with_base = layer, routing, with_base
+        ctx.save_for_backward(h[:, : layer.r].contiguous() if ctx.needs_input_grad[1] else None)
+        ctx.layer, ctx.routing, ctx.parts = layer, routing, parts
         return y
 
     @staticmethod
@@ -67,13 +70,14 @@ class _LoraSBExpertsFunction(torch.autograd.Function):
     def backward(ctx, grad_y):
         (h,), layer, routing = ctx.saved_tensors, ctx.layer, ctx.routing
         delta = grad_y.contiguous()
-        A, B, R = layer.cast_factors(delta.dtype)
+        A, B, R = layer.cast_factors(delta.dtype, ctx.parts)
         delta_B = grouped_mm(delta, B, routing)
         grad_R = grad_x = None
         if ctx.needs_input_grad[1]:
-            grad_R = layer.scale * grouped_outer(delta_B, h, routing)
+            of_trained = delta_B[:, : layer.r].contiguous()
+            grad_R = layer.scale * grouped_outer(of_trained, h, routing)
         if ctx.needs_input_grad[0]:
             grad_x = grouped_mm(grouped_mm(delta_B, R, routing), A, routing)
-            if ctx.with_base:
+            if ctx.parts == "all":
                 grad_x += layer.base_layer.product(delta, routing, transposed=True)
         return grad_x, grad_R, None, None, None

@@ -82,29 +82,35 @@ def freeze_factors(model: nn.Module) -> Iterator[None]:
 
 
 def lora_sb_layer(
-    base_layer: nn.Module, r: int, dtype: torch.dtype, expert_r: int | None = None
+    base_layer: nn.Module,
+    r: int,
+    dtype: torch.dtype,
+    expert_r: int | None = None,
+    max_kept: int = 0,
 ) -> LoraSBLinear:
     """Make LoRA-SB's layer around a linear layer or a projection of experts.
 
     Args:
         expert_r: rank of the adapters of experts. [default: r]
+        max_kept: as for ``LoraSBLinear``.
     """
     if isinstance(base_layer, ExpertsLinear):
-        return LoraSBExperts(base_layer, expert_r or r, dtype)
-    return LoraSBLinear(base_layer, r, dtype)
+        return LoraSBExperts(base_layer, expert_r or r, dtype, max_kept=max_kept)
+    return LoraSBLinear(base_layer, r, dtype, max_kept=max_kept)
 
 
 def layer_class_of(
-    config: RunConfig, expert_r: int = 0
+    config: RunConfig, expert_r: int = 0, max_kept: int = 0
 ) -> Callable[[nn.Module, int, torch.dtype], AdapterLinear]:
     """Return ``inject``'s ``layer_class`` for a run with one of ``METHODS``.
 
     Args:
         expert_r: rank of the adapters of experts.
+        max_kept: how many updates in earlier bases a layer may keep.
     """
     method = METHODS[config.method]
     if method.trains_r:
-        return partial(lora_sb_layer, expert_r=expert_r)
+        return partial(lora_sb_layer, expert_r=expert_r, max_kept=max_kept)
     return partial(
         LoraLinear,
         scaling=method.scale(config.r, config.lora_alpha),

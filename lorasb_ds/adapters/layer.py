@@ -47,6 +47,8 @@ class AdapterLinear(nn.Module, ABC):
     Attributes:
         lora_A, lora_B: (r, in) and (out, r).
         trained, frozen: names of the factors.
+        kept: names of the factors of updates in earlier bases (``--rebase-every``).
+        num_kept: how many updates those are; they are part of the frozen layer.
         scale: multiplies the branch. 0 skips the branch, so that the layer is exactly its base; the
             search for eta uses other values; else 1.
         gradient_hook: if set, sees every input and output gradient of the base layer.
@@ -55,6 +57,7 @@ class AdapterLinear(nn.Module, ABC):
 
     trained: tuple[str, ...]
     frozen: tuple[str, ...]
+    kept: tuple[str, ...] = ()
     lora_A: nn.Parameter
     lora_B: nn.Parameter
 
@@ -66,6 +69,7 @@ class AdapterLinear(nn.Module, ABC):
         self.add_factor("lora_A", (r, self.in_features), dtype)
         self.add_factor("lora_B", (self.out_features, r), dtype)
         self.scale = 1.0
+        self.num_kept = 0
         self.gradient_hook: GradientHook | None = None
         # A subclass of nn.Linear may override forward with something else.
         of_ours = isinstance(base_layer, PackedLinear | ExpertsLinear)
@@ -118,7 +122,7 @@ class AdapterLinear(nn.Module, ABC):
         """
         if self.scale != 0 and self.gradient_hook is None and self.has_plain_base:
             return self.fused_forward(x, *routing)
-        y = self.base_layer(x, *routing)
+        y = self.frozen_output(x, *routing)
         if self.gradient_hook is not None:
             self.gradient_hook.on_forward(x, *routing)
             # A leaf that requires grad makes autograd run back to this layer although everything
@@ -128,6 +132,18 @@ class AdapterLinear(nn.Module, ABC):
         if self.scale != 0:
             y = y + self.scale * self.branch(x, *routing)
         return y
+
+    def frozen_output(self, x: torch.Tensor, *routing: Any) -> torch.Tensor:
+        """Compute the layer without its branch."""
+        y: torch.Tensor = self.base_layer(x, *routing)
+        return y
+
+    def kept_lora(self) -> LoraPair | None:
+        """Return updates of earlier bases as a LoRA pair, fp32; None if there are none.
+
+        Under ZeRO-3 the factors ``kept`` must be gathered.
+        """
+        return None
 
     @abstractmethod
     def fused_forward(self, x: torch.Tensor, *routing: Any) -> torch.Tensor:

@@ -31,7 +31,8 @@ def collect_lora(adapters: Mapping[str, AdapterLinear]) -> dict[str, torch.Tenso
     """Return the adapter as plain LoRA tensors with PEFT's names, on rank 0's CPU; {} elsewhere.
 
     Collective: one layer at a time is gathered. Trainable factors are read from their fp32 masters.
-    An offset is folded in, so that such a pair has rank 2 r.
+    An offset is folded in, so that such a pair has rank 2 r; and so is every update that
+    ``--rebase-every`` has kept, each of which adds r.
 
     Raises:
         FloatingPointError: on every rank, if a trainable factor is not finite.
@@ -43,12 +44,14 @@ def collect_lora(adapters: Mapping[str, AdapterLinear]) -> dict[str, torch.Tenso
             key: trained_value(f"{key} of {name}", adapter.factor(key)) for key in adapter.trained
         }
         frozen = {key: adapter.factor(key) for key in adapter.frozen}
-        with zero.gathered(frozen.values()):
+        kept = [adapter.factor(key) for key in adapter.kept]
+        with zero.gathered([*frozen.values(), *kept]):
             if zero.rank() != 0:
                 continue
             values |= {key: parameter.data for key, parameter in frozen.items()}
-            A, B = adapter.plain_lora(values)
-            A, B = A.cpu().clone(), B.cpu().clone()
+            pairs = [pair for pair in (adapter.plain_lora(values), adapter.kept_lora()) if pair]
+            A = torch.cat([pair.A.cpu() for pair in pairs], -2)
+            B = torch.cat([pair.B.cpu() for pair in pairs], -1)
             if isinstance(adapter, LoraSBExperts):
                 experts[name] = ExpertPair(A, B)
             else:

@@ -56,6 +56,14 @@ class InitOptions(OptionGroup):
         json_schema_extra=default_is("no limit"),
     )
     init_offload: bool = Field(False, description="Keep the init's gradient shards in host memory.")
+    rebase_every: int | None = Field(
+        None,
+        ge=1,
+        description="Optimizer steps after which the update so far is kept as it is and another "
+        "init, from the gradient at the present weights, makes the next basis; again and again. "
+        "The adapter's rank grows by r each time.",
+        json_schema_extra=default_is("one basis for the whole run"),
+    )
     init_from: str | None = Field(
         None,
         description="Folder of an earlier `lorasb init` or train run whose basis is taken instead "

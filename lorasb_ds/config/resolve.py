@@ -95,6 +95,8 @@ def _method_problems(config: RunConfig, asked: Mapping[str, Any]) -> list[str]:
         "precondition": method.trains_r and "it is for methods that train A and B",
         "init_update": method.matrix != "update" and f"what it decomposes is: {method.matrix}",
         "init_lr": not method.takes_step and "it takes no step in its init",
+        "rebase_every": not (method.trains_r and method.needs_gradient)
+        and "it is for methods that train R in a basis of the gradient",
     }
     if not method.needs_gradient:
         why = "its init looks at no gradient"
@@ -133,6 +135,7 @@ def _peft_problems(config: RunConfig, asked: Mapping[str, Any]) -> list[str]:
         "--track-alignment": config.track_alignment and "it reads A and B of our own layers",
         "--init-from": config.init_from and "PEFT has its own init",
         "--init-data": config.init_data and "PEFT has its own init",
+        "--rebase-every": config.rebase_every and "PEFT has its own init",
         "--precondition": config.precondition and "PEFT's layers have their own gradients",
     }
     return (

@@ -33,6 +33,9 @@ WANDB = "wandb"  # what wandb stores beside it
 
 BASIS_FILE, INIT_REPORT, INIT_PICTURE = "basis.safetensors", "init.json", "init.png"
 
+# rebased/step-00000100/ of a basis as above, for each time that --rebase-every has made one.
+REBASED = "rebased"
+
 # checkpoints/step-00000100/ of two files, and their checksums.
 CHECKPOINTS, CHECKPOINT_PREFIX, CHECKPOINT_INDEX = "checkpoints", "step-", "index.json"
 STATE_FILE, TRAINER_FILE = "state.safetensors", "trainer.json"
@@ -64,6 +67,16 @@ def resumed_run(resume: str) -> Path:
         f"--resume {resume}: neither a run's folder (with a run.json) nor a checkpoint in one. "
         "Name such a folder, or give --resume auto and --output-dir."
     )
+
+
+def rebasing_steps(every: int | None, num_steps: int) -> range:
+    """Return the steps after which a run of ``num_steps`` is re-based (``--rebase-every``)."""
+    return range(every, num_steps, every) if every is not None else range(0)
+
+
+def rebased_folder(run: Path, step: int) -> Path:
+    """Return the folder of the basis that a run has made after a step."""
+    return run / REBASED / f"{CHECKPOINT_PREFIX}{step:08d}"
 
 
 def default_output_dir(model: str, prefix: str = "") -> Path:

@@ -62,6 +62,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """
         self._parts = list(parts)
 
+    @property
+    def inner_state(self) -> dict[Any, dict[str, Any]]:
+        """The states of all matrices."""
+        return self._inner.state
+
     def state_of(self, parameter: torch.nn.Parameter) -> dict[str, Any]:
         """Return the whole state of one of the model's parameters; {} before the first step."""
         return self._inner.state.get(self._matrices[parameter], {})

@@ -172,18 +172,21 @@ def gathered(params: Iterable[torch.nn.Parameter]) -> Iterator[None]:
         yield
 
 
-def fill(param: torch.nn.Parameter, value: torch.Tensor | None) -> None:
+def fill(param: torch.nn.Parameter, value: torch.Tensor | None, at: Any = ...) -> None:
     """Set a parameter, sharded or not, from rank 0's ``value``; other ranks may pass None.
 
     Collective if a process group is initialized.
+
+    Args:
+        at: index of the part to set. [default: the whole parameter]
     """
     if hasattr(param, "ds_id"):
         with deepspeed.zero.GatheredParameters([param], modifier_rank=0):
             if rank() == 0:
-                param.data.copy_(_required(value))
+                param.data[at].copy_(_required(value))
         return
     if rank_and_size(None)[0] == 0:
-        param.data.copy_(_required(value))
+        param.data[at].copy_(_required(value))
     broadcast(param.data, 0, None)
 
 

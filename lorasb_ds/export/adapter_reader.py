@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from lorasb_ds.config.run_layout import (
     RUN_JSON,
     STATE_FILE,
     TRAINER_FILE,
+    rebased_folder,
+    rebasing_steps,
 )
 from lorasb_ds.config.stored_paths import ABSOLUTE, with_absolute_paths
 from lorasb_ds.data.classification import Classes
@@ -35,6 +38,7 @@ from lorasb_ds.models.checkpoint_files import StoredTensor, read_header
 from lorasb_ds.runs.checkpoint import Checkpoint, list_checkpoints, read_checkpoint
 from lorasb_ds.system.safetensors_writer import metadata_of
 
+KEPT_R = ".kept_R"  # in a basis that --rebase-every has made: R of the one before
 CONFIG_BYTES = 1 << 20  # at most
 
 
@@ -169,7 +173,7 @@ def _run_config(run: Path) -> dict[str, Any]:
 
 
 def _checkpoint(folder: Path, run: Path) -> StoredAdapter:
-    """Open R of a checkpoint with the run's A and B."""
+    """Open R of a checkpoint with the A and B that it was trained in, and what was kept before."""
     found = read_checkpoint(folder)
     if isinstance(found, str):
         raise ConfigError(f"{folder}: {found}. Name another one.")
@@ -178,17 +182,38 @@ def _checkpoint(folder: Path, run: Path) -> StoredAdapter:
             f"{folder} is of a method of PEFT's, whose checkpoints only --resume reads. Finish the "
             "run: PEFT loads its adapter."
         )
-    basis = read_header(run / BASIS_FILE, str(run))
+    *earlier, basis = bases = _bases(run, found.state.step)
     state = read_header(folder / STATE_FILE, str(folder))
     trained = tuple(f".{factor}" for factor in _method_of(run).trained)
     whole = {key: t for key, t in basis.items() if not key.endswith(trained)} | state
     stored, experts = split_basis(whole)
     layers = _of_basis(stored, experts, run)
+    for number, (kept, after) in enumerate(zip(earlier, bases[1:], strict=True)):
+        of_kept = {key: t for key, t in kept.items() if key.endswith((".lora_A", ".lora_B"))}
+        of_kept |= {
+            f"{key.removesuffix(KEPT_R)}.lora_R": t
+            for key, t in after.items()
+            if key.endswith(KEPT_R)
+        }
+        prefix = f"kept {number}: "
+        stored |= {f"{prefix}{key}": tensor for key, tensor in split_basis(of_kept)[0].items()}
+        for name, factors in layers.items():
+            keys = tuple(f"{prefix}{name}.lora_{factor}" for factor in "ABR")
+            layers[name] = replace(factors, kept=(*factors.kept, keys))
     check_factors(folder, layers, stored)
     head, classes = _head_of_run(run)
     in_state = {name: name for name in head}
     _check_head(folder, in_state, stored)
     return StoredAdapter(folder, run, _run_config(run), {}, layers, stored, in_state, classes)
+
+
+def _bases(run: Path, step: int) -> list[dict[str, StoredTensor]]:
+    """Return the tensors of each basis of a run until a checkpoint's step."""
+    every = _run_config(run).get("rebase_every")
+    if every is not None and (not isinstance(every, int) or every < 1):
+        raise ConfigError(f"{run}: rebase_every in {RUN_JSON} is {every!r}, not a number of steps.")
+    folders = [run, *(rebased_folder(run, after) for after in rebasing_steps(every, step))]
+    return [read_header(folder / BASIS_FILE, str(folder)) for folder in folders]
 
 
 def _head_of_run(run: Path) -> tuple[list[str], Classes | None]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,10 @@ SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 @dataclass(frozen=True)
 class Factors:
-    """The stored names of a layer's factors: ``ΔW = scale · (B R A - B0 A0)``.
+    """The stored names of a layer's factors: ``ΔW = scale · (B R A - B0 A0) + Σ_k B_k R_k A_k``.
 
-    Without R, it is I; without an offset (A0, B0), ``B0 A0`` is 0.
+    Without R, it is I; without an offset (A0, B0), ``B0 A0`` is 0. The sum is of what
+    ``--rebase-every`` has kept.
     """
 
     A: str
@@ -47,11 +49,13 @@ class Factors:
     scale: float = 1.0
     offset: tuple[str, str] | None = None  # A0 and B0
     expert: Expert | None = None  # that the layer is
+    kept: tuple[tuple[str, ...], ...] = ()  # A, B and R of each
 
     @property
     def all(self) -> list[str]:
         """Return the names that are there."""
-        return [key for key in (self.A, self.B, self.R, *(self.offset or ())) if key is not None]
+        own = (self.A, self.B, self.R, *(self.offset or ()))
+        return [*filter(None, own), *chain.from_iterable(self.kept)]
 
 
 @dataclass(frozen=True)
@@ -155,9 +159,9 @@ class StoredAdapter:
         return max(self.rank_of(name) for name in self.layers)
 
     def rank_of(self, name: str) -> int:
-        """Return the rank of a layer's factors, plus that of its offset."""
+        """Return the rank of a layer's factors, plus those of its offset and of what is kept."""
         factors = self.layers[name]
-        keys = [factors.A, *(factors.offset or ())[:1]]
+        keys = [factors.A, *(factors.offset or ())[:1], *(A for A, _, _ in factors.kept)]
         return sum(self.stored[key].shape[0] for key in keys)
 
     def pair(self, name: str) -> LoraPair:
@@ -179,6 +183,9 @@ class StoredAdapter:
             A, B = torch.cat([A, first_A]), torch.cat([B, -first_B], 1)
         if factors.scale != 1:
             B = B * factors.scale
+        for of_kept in factors.kept:
+            kept_A, kept_B, kept_R = map(self.read, of_kept)
+            A, B = torch.cat([A, kept_A]), torch.cat([B, kept_B @ kept_R], 1)
         if not B.isfinite().all():
             raise ConfigError(f"{self.path}: the update of {name} exceeds fp32's range.")
         return LoraPair(A, B)
@@ -231,6 +238,9 @@ def check_factors(
         if factors.offset is not None:
             fits = [stored[key].shape for key in factors.offset] == [A, B]
             R = R if fits else ()
+        for of_kept in factors.kept:
+            if [stored[key].shape for key in of_kept] != [A, B, R]:
+                R = ()
         fit = len(A) == len(B) == 2 and A[0] == B[1] and (A[0], A[0]) == R and min(*A, *B) > 0
         if not fit or A[0] > MAX_RANK:
             raise ConfigError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from lorasb_ds.adapters.layer import AdapterLinear
 from lorasb_ds.config.methods import DEFAULT_METHOD, METHODS, PEFT_PREFIX
 from lorasb_ds.config.resolve import read_peft_file
 from lorasb_ds.config.run_config import RunConfig
-from lorasb_ds.config.run_layout import BASIS_FILE, INIT_REPORT
+from lorasb_ds.config.run_layout import BASIS_FILE, INIT_REPORT, rebased_folder
 from lorasb_ds.data.batch import Sample
 from lorasb_ds.distributed import zero
 from lorasb_ds.errors import ConfigError
@@ -182,9 +182,20 @@ def damage(folder: Path) -> str | None:
     return check_sums(folder, (BASIS_FILE, INIT_REPORT))
 
 
-def stored_digest(folder: Path) -> str:
-    """Return the SHA-256 that the basis had when it was written."""
-    return (folder / SUMS_FILE).read_text(encoding="utf-8").split()[0]
+def stored_digests(run: Path, rebased_after: Iterable[int]) -> dict[str, str]:
+    """Return the SHA-256 that the bases of a run had when they were written.
+
+    Args:
+        rebased_after: the steps after which the run was re-based.
+    """
+    folders = {"basis": run}
+    for step in rebased_after:
+        folders[f"basis of step {step}"] = rebased_folder(run, step)
+    sums = {what: folder / SUMS_FILE for what, folder in folders.items()}
+    return {
+        what: file.read_text(encoding="utf-8").split()[0] if file.is_file() else "missing"
+        for what, file in sums.items()
+    }
 
 
 def load_factors(

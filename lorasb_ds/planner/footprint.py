@@ -59,7 +59,7 @@ class Footprint:
     host_activations: int  # offloaded inputs of blocks
     host_basis: int  # R as the init leaves it, and PEFT's tensors; A and B are in their file
     host_rank0: int  # A and B of the adapter in fp32, while it is saved
-    tracks_gradient: bool  # training computes the init's gradient now and then
+    needs_gradient: bool  # training computes the init's gradient now and then
 
     @property
     def resident(self) -> int:
@@ -97,7 +97,7 @@ class Footprint:
             + self.activations
             + max(self.logits, self.block_backward)
         )
-        return max(step, self.init_peak) if self.tracks_gradient else step
+        return max(step, self.init_peak) if self.needs_gradient else step
 
     @property
     def host(self) -> int:
@@ -168,7 +168,7 @@ def footprint(
         host_activations=max(kept.in_host_memory, kept_in_init.in_host_memory),
         host_basis=_late_bytes(work),
         host_rank0=basis_size * 4,
-        tracks_gradient=work.tracks_gradient,
+        needs_gradient=work.tracks_gradient or work.max_kept > 0,
     )
 
 
@@ -248,18 +248,18 @@ def _optimizer_bytes(work: Workload, num_optimized: int) -> int:
 
 
 def _adapter_bytes(work: Workload, dtype_bytes: int) -> Iterator[int]:
-    """Yield the bytes of every factor: A, B and R; or A and B, perhaps with an offset's two."""
+    """Yield the bytes of every factor: A, B and R, or A and B; those of kept updates, too."""
     if work.trained_sizes is not None:
         yield from (size * dtype_bytes for size in work.trained_sizes)
         yield work.num_kept * dtype_bytes
         return
     for out_features, in_features in work.targets.values():
         sides = [in_features, out_features]
-        sides = [*sides, work.r] if work.trains_r else sides * work.pairs
-        for side in sides:
+        sides = [*sides, work.r] if work.trains_r else sides
+        for side in sides * work.pairs:
             yield work.r * side * dtype_bytes
     for num_experts, out_features, in_features in work.expert_targets.values():
         sides = [in_features, out_features]
-        sides = [*sides, work.expert_r] if work.trains_r else sides * work.pairs
-        for side in sides:
+        sides = [*sides, work.expert_r] if work.trains_r else sides
+        for side in sides * work.pairs:
             yield num_experts * work.expert_r * side * dtype_bytes

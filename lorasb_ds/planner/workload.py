@@ -24,6 +24,7 @@ class Workload:
     init_offload: bool = False
     trains_r: bool = True  # else A and B
     offset: bool = False  # a layer has two more frozen factors like A and B
+    max_kept: int = 0  # updates in earlier bases that a layer has room for (--rebase-every)
     directions: int = 1  # of the init's SVD, times r
     tracks_gradient: bool = False  # in training, too (--track-alignment)
     decomposes: str = "gradient"  # in the init; or "weight", or "nothing"
@@ -65,7 +66,7 @@ class Workload:
     @property
     def pairs(self) -> int:
         """Return how many pairs of factors like A and B a layer has."""
-        return 2 if self.offset else 1
+        return 1 + self.offset + self.max_kept
 
     @property
     def num_trainable(self) -> int:

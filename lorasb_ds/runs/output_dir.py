@@ -27,6 +27,7 @@ from lorasb_ds.config.run_layout import (
     PEFT_COPY,
     PROFILE,
     PROFILE_ASIDE,
+    REBASED,
     REPORT,
     RUN_JSON,
     SAMPLES,
@@ -68,6 +69,7 @@ OUTPUTS = (
     LOSS_PICTURE,
     PROFILE,
     PROFILE_ASIDE,
+    REBASED,
     REPORT,
 )
 

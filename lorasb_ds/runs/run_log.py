@@ -171,8 +171,12 @@ class RunLog:
 
 
 def _kept(path: Path, last_step: int) -> list[Row]:
-    """Return the rows of a file up to a step; [] if there is no file."""
-    return [row for row in read_rows(path) if row["step"] <= last_step]
+    """Return the rows of a file up to a step; [] if there is no file.
+
+    A re-basing comes after its step's checkpoint, so that a resumed run repeats it.
+    """
+    rows = [row for row in read_rows(path) if row["step"] <= last_step]
+    return [row for row in rows if (row["step"], row.get("stage")) != (last_step, "rebase")]
 
 
 def provenance() -> dict[str, Any]:

@@ -124,8 +124,11 @@ def finish(
     assert log is not None
     write_json(folder / RUN_JSON, description)
     if tensors:
-        save_adapter(run, folder / ADAPTER, tensors)
-        rank = None if run.adapter.peft else run.config.r * run.memory.workload.pairs
+        work = run.memory.workload
+        num_kept = next((a.num_kept for a in training.adapters.values()), 0)
+        pairs = work.pairs - work.max_kept + num_kept  # early stopping may have left some out
+        save_adapter(run, folder / ADAPTER, tensors, pairs)
+        rank = None if run.adapter.peft else run.config.r * pairs
         write_text(folder / ADAPTER / MODEL_CARD, model_card(description, log.rows, rank))
         draw_loss_curve(folder / LOSS_PICTURE, log.rows)
     if log.alignment:
@@ -137,19 +140,25 @@ def finish(
     write_report(folder / REPORT, description, log.rows, init, targets, frozen)
 
 
-def save_adapter(run: Prepared, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write the trained adapter as a PEFT folder. Rank 0 only."""
+def save_adapter(
+    run: Prepared, folder: Path, tensors: Mapping[str, torch.Tensor], pairs: int
+) -> None:
+    """Write the trained adapter as a PEFT folder. Rank 0 only.
+
+    Args:
+        pairs: how many pairs of rank r a layer's factors are.
+    """
     config, base_model = run.config, absolute(model_path(run.config.model))
     tokenizer = TokenizerFiles.of(run.base)
     if run.adapter.peft is not None:
         empty = run.base.empty_model(DTYPES[config.dtype])
         save_peft_method(folder, run.adapter.peft, empty, tensors, base_model, tokenizer)
         return
-    adapter, r = run.adapter, config.r * run.memory.workload.pairs
+    adapter, r = run.adapter, config.r * pairs
     modules = peft_target_modules(adapter.targets, run.base.module_names)
     fields = target_fields(run.base.model_type, modules)
     if adapter.experts:
-        ranks = dict.fromkeys(adapter.experts, adapter.expert_r)
+        ranks = dict.fromkeys(adapter.experts, adapter.expert_r * pairs)
         fields = expert_fields(r, fields, ranks, run.base.experts)
     save_peft_adapter(
         folder,

@@ -106,6 +106,23 @@ def restore_state(
             fill_optimizer_state(parameter, key, tensors[f"{name}.{key}"])
 
 
+def reset_optimizer(engine: Any) -> None:
+    """Put the optimizer's state back to where its first step begins. Not collective.
+
+    In place: DeepSpeed links each parameter to its part of a state.
+    """
+    optimizer = torch_optimizer(engine)
+    states: dict[Any, dict[str, Any]] = optimizer.state
+    if isinstance(optimizer, MatrixOptimizer):
+        states = optimizer.inner_state
+    for state in states.values():
+        for key, value in state.items():
+            if torch.is_tensor(value):
+                value.zero_()
+            elif isinstance(value, int | float):
+                state[key] = 0
+
+
 def _state_keys(name: str, tensors: Mapping[str, torch.Tensor]) -> set[str]:
     return {key.removeprefix(f"{name}.") for key in tensors if key.startswith(f"{name}.")}
 

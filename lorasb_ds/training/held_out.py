@@ -15,7 +15,7 @@ from lorasb_ds.runs.output_dir import say
 from lorasb_ds.training.table_check import SAMPLE_TOKENS
 from lorasb_ds.training.training_run import TrainingRun
 
-Stage = Literal["base", "init", "step", "trained"]
+Stage = Literal["base", "init", "step", "rebase", "trained"]
 
 
 def evaluate(training: TrainingRun, stage: Stage) -> bool:

@@ -21,6 +21,7 @@ from lorasb_ds.runs.output_dir import say
 from lorasb_ds.runs.profiler import profiled
 from lorasb_ds.training.alignment import track_alignment, trained_factors
 from lorasb_ds.training.held_out import evaluate
+from lorasb_ds.training.rebase import rebase, rebasing_is_due
 from lorasb_ds.training.resume import save
 from lorasb_ds.training.training_run import TrainingRun
 
@@ -79,6 +80,9 @@ def _steps(training: TrainingRun, step_done: Callable[[], None]) -> RunStatus:
             what = "is saved" if saved else "is not saved"
             say(f"asked to stop: step {state.step} {what}; --resume goes on")
             return "stopped"
+        if rebasing_is_due(training):
+            rebase(training)
+            start = time.perf_counter()
         units = run.order.packs(state.step)
         lr = engine.get_lr()[0]  # of this step: the scheduler moves on at its end
         tracked = _is_due(state.step + 1, run.config.track_alignment)

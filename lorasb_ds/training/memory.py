@@ -130,6 +130,7 @@ def plan_memory(
     gradient_rows: Sequence[int],
     probe_rows: Sequence[int],
     *,
+    num_rebasings: int,
     world_size: int,
     computes_init: bool,
 ) -> RunMemory:
@@ -139,17 +140,20 @@ def plan_memory(
         head_size: elements of a classification head, which is trained, too; 0 without one.
         gradient_rows: rows of ``data.init`` that the init's gradient is of.
         probe_rows: those that its losses are measured on.
+        num_rebasings: how often the run is re-based, each time with other rows of ``data.init``.
     """
     form: Form = "nf4" if config.load_in_4bit else "int8" if config.load_in_8bit else config.dtype
     placement = placement_of(ds_config, form, world_size)
-    workload = workload_of(config, adapter, data.train, len(gradient_rows), head_size)
-    longest = int(data.init.lengths[gradient_rows].max())
+    all_rows = range(len(data.init.examples))
+    kept = {"max_kept": num_rebasings}
+    workload = workload_of(config, adapter, data.train, len(gradient_rows), head_size, **kept)
+    longest = int(data.init.lengths[all_rows if num_rebasings else gradient_rows].max())
     of_sample = replace(workload, max_length=longest)
     init = init_plan(shape, of_sample, world_size, placement.dtype_bytes)
     planned = footprint(shape, placement, workload, init)
     if config.init_data is not None:  # whose rows may be longer, or shorter
-        sample = data.init.select([*gradient_rows, *probe_rows])
-        work = workload_of(config, adapter, sample, len(gradient_rows), head_size)
+        sample = data.init.select(all_rows if num_rebasings else [*gradient_rows, *probe_rows])
+        work = workload_of(config, adapter, sample, len(gradient_rows), head_size, **kept)
         of_init = footprint(shape, placement, work, init)
         planned = replace(
             planned,
@@ -169,12 +173,14 @@ def workload_of(
     rows: TokenizedRows,
     init_samples: int,
     head_size: int = 0,
+    max_kept: int = 0,
 ) -> Workload:
     """Describe what a run computes with some rows, for the planner.
 
     Args:
         init_samples: number of rows that the init's gradient is of.
         head_size: elements of a classification head.
+        max_kept: how many updates in earlier bases a layer may keep.
     """
     longest, first_label = int(rows.lengths.max()), int(rows.first_labels.min())
     if config.packing:
@@ -198,6 +204,7 @@ def workload_of(
         expert_targets=adapter.experts,
         expert_r=adapter.expert_r,
         head_size=head_size,
+        max_kept=max_kept,
     )
     if method is not None:
         return replace(

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from lorasb_ds.config.ds_config import resolve_ds_config
 from lorasb_ds.config.paths import read_json
 from lorasb_ds.config.run_config import RunConfig
-from lorasb_ds.config.run_layout import check_output_dir
+from lorasb_ds.config.run_layout import check_output_dir, rebasing_steps
 from lorasb_ds.data.batch import Batch, Sample, rank_batches
 from lorasb_ds.data.dataset import TokenizedRows
 from lorasb_ds.data.run_rows import Data, load_data
@@ -114,6 +114,14 @@ class Prepared:
             num_label_tokens=int(rows.num_labels[list(indices)].sum()),
         )
 
+    def rebasing_rows(self, number: int) -> tuple[list[int], list[int]]:
+        """Return ``gradient_rows`` and ``probe_rows`` of a re-basing, counted from 1.
+
+        Each draws its own.
+        """
+        seed = self.config.seed_of_init + number
+        return init_sample(len(self.data.init.examples), self.config.init_samples, seed)
+
     @property
     def one_row(self) -> bool:
         """Whether a packed batch is one row, as variable-length attention kernels take it."""
@@ -193,6 +201,12 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
     elif config.init_from is not None:
         stored_init = check_init_from(config, made_from)
 
+    num_rebasings = len(rebasing_steps(config.rebase_every, num_steps))
+    if config.rebase_every is not None and not num_rebasings:
+        raise ConfigError(
+            f"--rebase-every {config.rebase_every}: the run has {num_steps} steps, so that it is "
+            "never re-based. Give fewer, or leave it out."
+        )
     memory = plan_memory(
         config,
         ds_config,
@@ -202,8 +216,9 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
         data,
         gradient_rows,
         probe_rows,
+        num_rebasings=num_rebasings,
         world_size=world_size,
-        computes_init=stored_init is None and adapter.peft is None,
+        computes_init=(stored_init is None or num_rebasings > 0) and adapter.peft is None,
     )
     if not config.force:
         memory.check_fits()

@@ -23,7 +23,13 @@ from lorasb_ds.runs.history import (
 from lorasb_ds.system.files import write_text
 from lorasb_ds.system.units import GIB
 
-STAGES = {"base": "base", "init": "after the init", "step": "in training", "trained": "trained"}
+STAGES = {
+    "base": "base",
+    "init": "after the init",
+    "step": "in training",
+    "rebase": "after re-basing",
+    "trained": "trained",
+}
 
 
 def draw_init(path: Path, init: InitReport) -> None:

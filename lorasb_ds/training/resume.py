@@ -10,11 +10,11 @@ from typing import Any
 import torch.distributed as dist
 
 from lorasb_ds.adapters.peft_methods import fill_peft
-from lorasb_ds.config.run_layout import BASIS_FILE
+from lorasb_ds.config.run_layout import BASIS_FILE, rebasing_steps
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.distributed.optimizer_state import loss_scale_state, set_loss_scale_state
 from lorasb_ds.errors import option_name
-from lorasb_ds.init.basis import load_factors, stored_digest
+from lorasb_ds.init.basis import stored_digests
 from lorasb_ds.init.init_report import InitReport
 from lorasb_ds.runs.checkpoint import (
     Checkpoint,
@@ -35,6 +35,7 @@ from lorasb_ds.training.engine_state import (
 )
 from lorasb_ds.training.optimizer import set_scheduler
 from lorasb_ds.training.prepare import Prepared
+from lorasb_ds.training.rebase import load_bases
 from lorasb_ds.training.training_run import TrainingRun
 
 HELD_OUT = "held-out rows"
@@ -58,11 +59,12 @@ def save(training: TrainingRun) -> bool:
     dist.all_gather_object(all_rng, rng_states(accelerator.device()))
     done: list[Any] = [0, None]  # size, problem
     if zero.rank() == 0:
+        digests = stored_digests(training.folder, rebasing_steps(config.rebase_every, state.step))
         for rank, states in enumerate(all_rng):
             tensors |= {f"rng.{rank}.{name}": state for name, state in states.items()}
         content = {
             "progress": asdict(state),
-            "made_from": training.run.same_run | {"basis": stored_digest(training.folder)},
+            "made_from": training.run.same_run | digests,
             "options": may_change(training.run),
             "world_size": zero.world_size(),
             "optimizer_scalars": scalars,
@@ -111,7 +113,7 @@ def resume(training: TrainingRun, found: Resume) -> InitReport:
     if run.adapter.peft is not None:
         fill_peft(training.engine.module, training.folder / BASIS_FILE)
     else:
-        load_factors(training.folder, training.adapters)
+        load_bases(training, found.step)
     if zero.rank() == 0:
         for name in set_newer_aside(training.folder, found.step):
             say(f"set aside, since this run continues from before it: checkpoints/{name}")
@@ -177,6 +179,8 @@ def load_best(training: TrainingRun) -> None:
     if found[0] is None:
         say(f"warning: the best checkpoint (step {step}) is gone: the adapter is the last step's")
         return
+    if training.run.config.rebase_every is not None:
+        load_bases(training, step)
     for name, parameter in trained.items():
         zero.fill_trainable(parameter, found[0][name])
     say(f"the adapter is that of step {step}, held-out loss {training.state.best_loss:.4f}")

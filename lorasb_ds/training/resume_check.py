@@ -9,11 +9,14 @@ from typing import Any
 
 from lorasb_ds.config.methods import METHODS
 from lorasb_ds.config.run_config import RunConfig
+from lorasb_ds.config.run_layout import rebased_folder, rebasing_steps
 from lorasb_ds.data.dataset import TokenizedRows
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.init.basis import check_basis, damage, stored_digest
+from lorasb_ds.init.basis import check_basis, damage, stored_digests
 from lorasb_ds.init.init_report import InitReport
 from lorasb_ds.runs.checkpoint import Checkpoint, Resume, check_same_run
+
+REBASE_KEY = "--rebase-every"
 
 
 def what_must_match(config: RunConfig, train: TokenizedRows) -> dict[str, Any]:
@@ -31,6 +34,7 @@ def what_must_match(config: RunConfig, train: TokenizedRows) -> dict[str, Any]:
         "--data-weights": list(config.data_weights or ()),
         "rows of each --data": list(train.source_sizes),
         "--optimizer": config.optimizer,
+        **({} if config.rebase_every is None else {REBASE_KEY: config.rebase_every}),
         **({} if config.precondition is None else {"--precondition": config.precondition}),
     }
 
@@ -55,13 +59,19 @@ def check_resume(
     """
     option, checkpoint = f"--resume {config.resume}", resume.checkpoint
     # Gigabytes for a large model: one process reads them, and ends the others.
-    if int(os.environ.get("RANK", 0)) == 0 and (problem := damage(resume.folder)):
-        raise ConfigError(
-            f"{option}: the init in {resume.folder} is damaged: {problem}. Restore the file, "
-            "or start the run anew by --overwrite."
-        )
+    if int(os.environ.get("RANK", 0)) == 0:
+        every = checkpoint.made_from.get(REBASE_KEY) if checkpoint is not None else None
+        rebased_after = rebasing_steps(every, resume.step)
+        for folder in (resume.folder, *(rebased_folder(resume.folder, s) for s in rebased_after)):
+            if problem := damage(folder):
+                raise ConfigError(
+                    f"{option}: the init in {folder} is damaged: {problem}. Restore the file, "
+                    "or start the run anew by --overwrite."
+                )
     if checkpoint is not None:
-        check_same_run(option, checkpoint, {**same_run, "basis": stored_digest(resume.folder)})
+        rebased_after = rebasing_steps(config.rebase_every, resume.step)
+        digests = stored_digests(resume.folder, rebased_after)
+        check_same_run(option, checkpoint, {**same_run, **digests})
     if resume.step > num_steps:
         raise ConfigError(
             f"{option}: the run has done {resume.step} steps, more than the {num_steps} asked for "

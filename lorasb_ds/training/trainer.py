@@ -211,7 +211,8 @@ def start_engine(run: Prepared) -> tuple[Any, Adapters]:
     if run.adapter.peft is not None:
         inject_peft(model, run.adapter.peft, config, dtype)
     else:
-        layer_class = layer_class_of(config, run.adapter.expert_r)
+        max_kept = run.memory.workload.max_kept
+        layer_class = layer_class_of(config, run.adapter.expert_r, max_kept)
         adapters = inject(model, run.adapter.names(run.base), config.r, dtype, layer_class)
     train_head(model, run.base.head)
     add_loss_head(model)

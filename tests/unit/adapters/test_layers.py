@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -49,6 +50,37 @@ def test_forward_is_the_formula() -> None:
     torch.testing.assert_close(adapter(x), F.linear(x, W, adapter.base_layer.bias))
     adapter.scale = 0.0
     assert torch.equal(adapter(x), adapter.base_layer(x))
+
+
+def test_kept_updates_are_part_of_the_frozen_layer() -> None:
+    """Two of three places are taken."""
+    base = nn.Linear(6, 5, dtype=torch.float64).requires_grad_(False)
+    adapter = LoraSBLinear(base, 3, torch.float64, max_kept=3)
+    generator = torch.Generator().manual_seed(0)
+    for name in (*adapter.trained, *adapter.frozen, *adapter.kept):
+        adapter.factor(name).data.normal_(generator=generator)
+    adapter.num_kept = 2
+    A, B, R = (factor.detach() for factor in (adapter.kept_A, adapter.kept_B, adapter.kept_R))
+    kept = B[:, :3] @ R[0] @ A[:3] + B[:, 3:6] @ R[1] @ A[3:6]
+    pair = adapter.kept_lora()
+    assert pair is not None
+    torch.testing.assert_close(pair.B @ pair.A, kept.float())
+    W, x = base.weight + kept, torch.randn(4, 6, dtype=torch.float64)
+    seen: list[torch.Tensor] = []
+
+    def on_backward(x: torch.Tensor, grad_y: torch.Tensor) -> None:
+        seen.append(grad_y.flatten(0, -2).T @ x.flatten(0, -2))
+
+    hook: Any = SimpleNamespace(on_forward=lambda x: None, on_backward=on_backward)
+    for adapter.gradient_hook in (None, hook):  # fused, and with the hook: apart
+        for adapter.scale in (1.0, 0.5):
+            assert_is_the_formula(adapter, W, tol=1e-12)
+        adapter.scale = 0.0
+        torch.testing.assert_close(adapter(x), F.linear(x, W, base.bias))
+    weight = W.clone().requires_grad_()
+    adapter(x.requires_grad_()).square().sum().backward()
+    F.linear(x, weight, base.bias).square().sum().backward()
+    torch.testing.assert_close(seen[-1], weight.grad)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])

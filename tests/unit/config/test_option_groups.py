@@ -74,6 +74,7 @@ NAMES = [
     "profile",
     "prompt_column",
     "r",
+    "rebase_every",
     "report_to",
     "response_column",
     "resume",
