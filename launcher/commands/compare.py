@@ -19,7 +19,7 @@ from launcher.options import CONTEXT, add_options, field_options, reports_proble
 from launcher.sections import SectionedCommand
 from launcher.sweeps.allocations import find_allocations
 from launcher.sweeps.compare_run import Comparison, run_comparison
-from launcher.sweeps.grid import SWEPT, Trial, is_file, label, make_sweep, own_options
+from launcher.sweeps.grid import SWEPT, Trial, is_file, label, make_sweep, method_of, own_options
 from launcher.sweeps.pool import Allocation
 from launcher.sweeps.runs import NUMBERS, OF_NO_CONSEQUENCE, PARALLEL, launch_in, shown
 from lorasb_ds.config.data_options import REASONING_GYM
@@ -40,7 +40,8 @@ OPTIONS = (
         "--method",
         "methods",
         multiple=True,
-        help="As in `train`, or peft:FILE.json; may be given several times.",
+        help="As in `train`, or peft:FILE.json; may be given several times. NAME=METHOD gives it a "
+        "name, under which it has options of its own (--for, --lr, --r).",
     ),
     click.option(
         "--lr",
@@ -163,7 +164,7 @@ def _read_file(method: str) -> dict[str, Any]:
     Raises:
         ConfigError: if there is no such file.
     """
-    return read_json(method.removeprefix(PEFT_PREFIX), "--method")
+    return read_json(method_of(method).removeprefix(PEFT_PREFIX), "--method")
 
 
 def _rank_in(content: Mapping[str, Any]) -> int | None:
@@ -178,7 +179,7 @@ def _own(
     """Return method -> its own options, with their types."""
     found = {}
     for method, chosen in own_options(words, methods).items():
-        config = load_run_config({**given, **chosen, "method": method})
+        config = load_run_config({**given, **chosen, "method": method_of(method)})
         found[method] = {name: getattr(config, name) for name in chosen}
     return found
 

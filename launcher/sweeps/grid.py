@@ -21,7 +21,7 @@ SWEPT = ("method", "lr", "r", "seed", "output_dir", "overwrite", "resume")
 # Options that a method may have for itself: all but rows, batches and the number of steps.
 OWN = (
     *("lora_alpha", "gamma", "precondition", "target_modules"),
-    *("init_lr", "init_update", "init_samples", "init_data", "init_seed"),
+    *("init_lr", "init_update", "init_samples", "init_data", "init_seed", "rebase_every"),
     *("optimizer", "weight_decay", "lr_scheduler", "warmup_ratio", "max_grad_norm"),
 )
 NAME = re.compile(r"[\w+][\w.+-]*", re.ASCII)  # of a folder, on every file system
@@ -45,17 +45,25 @@ class Trial:
     @property
     def options(self) -> dict[str, Any]:
         """Return the fields of RunConfig. The r of a PEFT configuration is in its file."""
-        own = {"method": self.method, "lr": self.lr, "seed": self.seed}
+        own = {"method": method_of(self.method), "lr": self.lr, "seed": self.seed}
         return own if is_file(self.method) else {**own, "r": self.r}
 
 
+def method_of(method: str) -> str:
+    """Return the method of ``NAME=METHOD``, which is METHOD with options of its own."""
+    name, is_named, named = method.partition("=")
+    return named if is_named and NAME.fullmatch(name) else method
+
+
 def label(method: str) -> str:
-    """Return a method's name in names of runs; PEFT's are called by their file."""
+    """Return a method's name in names of runs: its own, a file of PEFT's for its configuration."""
+    if (named := method_of(method)) != method:
+        return method.removesuffix(f"={named}")
     return Path(method.removeprefix(PEFT_PREFIX)).stem if is_file(method) else method
 
 
 def is_file(method: str) -> bool:
-    return method.startswith(PEFT_PREFIX)
+    return method_of(method).startswith(PEFT_PREFIX)
 
 
 def short(number: float) -> str:
@@ -142,7 +150,7 @@ def make_sweep(
         f"--method {method!r} is not known. Give one of {', '.join(METHODS)}, or "
         f"{PEFT_PREFIX}FILE.json."
         for method in methods
-        if method not in METHODS and not is_file(method)
+        if method_of(method) not in METHODS and not is_file(method)
     ]
     problems += [
         f"--method {method}: {label(method)!r} is part of its runs' names, which are letters, "

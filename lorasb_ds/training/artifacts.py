@@ -13,14 +13,18 @@ from lorasb_ds.adapters.peft_experts import expert_fields
 from lorasb_ds.adapters.peft_methods import save_peft_method
 from lorasb_ds.adapters.peft_targets import target_fields
 from lorasb_ds.adapters.peft_writer import peft_target_modules, save_peft_adapter
+from lorasb_ds.config.paths import read_json
 from lorasb_ds.config.run_layout import (
     ADAPTER,
     ALIGNMENT_PICTURE,
     INIT_PICTURE,
+    INIT_REPORT,
     LOSS_PICTURE,
     MODEL_CARD,
     REPORT,
     RUN_JSON,
+    rebased_folder,
+    rebasing_steps,
 )
 from lorasb_ds.config.stored_paths import ABSOLUTE, absolute, with_absolute_paths
 from lorasb_ds.data.template import template_origin
@@ -137,7 +141,11 @@ def finish(
         draw_init(folder / INIT_PICTURE, init)
     # Last: a run that has its report is finished.
     targets, frozen = run.adapter.targets, num_frozen_in_experts(run)
-    write_report(folder / REPORT, description, log.rows, init, targets, frozen)
+    rebased_after = rebasing_steps(run.config.rebase_every, training.state.step)
+    rebasings = {
+        s: read_json(str(rebased_folder(folder, s) / INIT_REPORT), "") for s in rebased_after
+    }
+    write_report(folder / REPORT, description, log.rows, init, targets, frozen, rebasings)
 
 
 def save_adapter(

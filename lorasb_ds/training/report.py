@@ -65,6 +65,7 @@ def write_report(
     init: InitReport,
     targets: Shapes,
     num_frozen_in_experts: int,
+    rebasings: Mapping[int, Mapping[str, Any]],
 ) -> None:
     """Write ``report.md``: the init, the training, and the size of the adapter.
 
@@ -74,6 +75,7 @@ def write_report(
         init: report of the init.
         targets: layers with an adapter -> (out, in).
         num_frozen_in_experts: elements of MoE experts without an adapter.
+        rebasings: step -> content of the ``init.json`` that --rebase-every has made after it.
     """
     r, method = run["config"]["r"], run["config"]["method"]
     head = run.get("head_parameters", 0)
@@ -101,6 +103,7 @@ def write_report(
     if run.get("peft_warning"):
         lines += [f"**Not for PEFT**: {run['peft_warning']}", ""]
     lines += _init_section(init, run["config"]["init_from"], num_frozen_in_experts)
+    lines += _rebasing_section(rebasings)
     lines += _training_section(rows)
     lines += _held_out_section(rows)
     lines += _memory_section(run["memory"])
@@ -172,6 +175,25 @@ def _init_section(init: InitReport, taken: str | None, num_frozen: int) -> list[
             "",
         ]
     return [*lines, f"![spectra and captured energy]({INIT_PICTURE})", ""] if init.layers else lines
+
+
+def _rebasing_section(rebasings: Mapping[int, Mapping[str, Any]]) -> list[str]:
+    if not rebasings:
+        return []
+    lines = [
+        "## Re-basing",
+        "",
+        "The gradient's sample and the rows whose loss is measured are other ones each time.",
+        "",
+        "| after step | eta | loss of other rows: before / after | time |",
+        "|---:|---:|---:|---:|",
+    ]
+    for after, init in rebasings.items():
+        step = init["step"]
+        eta = "-" if step["init_lr"] is None else f"{step['init_lr']:.3g}"
+        losses = f"{step['loss_before']:.4f} / {step['loss_after']:.4f}"
+        lines.append(f"| {after} | {eta} | {losses} | {init['total_s']:.1f} s |")
+    return [*lines, ""]
 
 
 def _training_section(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -147,6 +147,8 @@ def test_it_is_a_plain_lora_whose_rank_has_grown(name: str, runs: Runs, tiny_mod
     with torch.no_grad():
         tuned = PeftModel.from_pretrained(base, run / "adapter").eval()
         assert own_loss(tuned, batch).item() == pytest.approx(stages[6, "trained"], rel=1e-5)
+    report = (run / "report.md").read_text()
+    assert all(f"\n| {step} | " in report for step in (2, 4))
     described = json.loads((run / "run.json").read_text())
     assert described["trainable_parameters"] == 14 * R * R
 

@@ -75,6 +75,23 @@ def test_all_methods_have_runs(tmp_path: Path) -> None:
     assert lines[-1] == f"# {len(METHODS)} runs, 1 at a time"
 
 
+def test_a_method_under_two_names(tmp_path: Path) -> None:
+    """`NAME=METHOD` is another row of the table, with options of its own."""
+    file = tmp_path / "dora.json"
+    file.write_text('{"peft_type": "LORA", "use_dora": true, "r": 4}')
+    words = ["--method", "rebased=lora-sb", "--method", f"mine=peft:{file}", "--lr", "mine=2e-4"]
+    words += ["--lr", "rebased=3e-3", "--for", "rebased:rebase_every=5", "--r", "rebased=8"]
+    lines = dry_run(tmp_path / "out", *OPTIONS, *words, "--max-steps", "7")
+    names, commands = zip(*(line.split(": ", 1) for line in lines[:-1]), strict=True)
+    assert [*names[2:]] == ["rebased-r8-lr3e-3-s42", "mine-r4-lr2e-4-s42"]
+    assert "--method lora-sb " in commands[2]
+    assert "--rebase-every 5" in commands[2]
+    assert not any("--rebase-every" in command for command in commands[:2])
+    assert f"--method peft:{file} " in commands[3]
+    twice = refusal(tmp_path / "out", *OPTIONS, "--method", "lora-sb=lora-sb")
+    assert "lora-sb in --method" in twice
+
+
 def test_options_of_all_that_the_default_method_has_not(tmp_path: Path) -> None:
     methods = ["--method", "lora", "--method", "lora-one", "--lr", "1e-3", "--num-procs", "1"]
     lines = dry_run(tmp_path / "out", *methods, "--precondition", "0.1", "--lora-alpha", "32")

@@ -54,7 +54,8 @@ def report(
         "notes": notes or [],
         "memory": {"predicted": {"phases": {"load": 1 << 30}}, "measured": {"load": 2 << 30}},
     }
-    write_report(tmp_path / "report.md", run, rows, INIT, TARGETS, 1000)
+    rebased = {"step": {"init_lr": 2**-13, "loss_before": 1.5, "loss_after": 1.25}, "total_s": 7.0}
+    write_report(tmp_path / "report.md", run, rows, INIT, TARGETS, 1000, {3: rebased})
     return (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
@@ -73,6 +74,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
         "# lora-sb, r = 2: tiny on rows.jsonl",
         "3 process(es) on cpu; 2 layers with an adapter.",
         "| lora-sb, r = 2 | 8 |",
+        "| 3 | 0.000122 | 1.5000 / 1.2500 | 7.0 s |",
         "| LoRA, r = 2, same layers | 352 (44.0 times more) |",
         "| steps | 10 |",
         "| time | 20 s |",
