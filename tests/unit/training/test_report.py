@@ -94,6 +94,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
     headings = [line for line in text.splitlines() if line.startswith("## ")]
     assert headings == [
         "## Init",
+        "## Re-basing",
         "## Training",
         "## Held-out rows",
         "## Memory of rank 0",
