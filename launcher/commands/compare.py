@@ -48,7 +48,8 @@ OPTIONS = (
         "lrs",
         multiple=True,
         metavar="[METHOD=]LR,…",
-        help="Learning rates, separated by commas; METHOD=… for those of one method.",
+        help="Learning rates, separated by commas; METHOD=… for those of one method, METHOD-rN=… "
+        "at r = N.",
     ),
     click.option(
         "--r",

@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar
@@ -83,12 +83,18 @@ class Sweep:
     Args:
         best: number of (method, r) that get the other seeds, at their best learning rate; with None
             all do, at all learning rates.
+        lrs_of_r: learning rates of a method at one r, in place of ``lrs``.
     """
 
     lrs: Mapping[str, tuple[float, ...]]
     ranks: Mapping[str, tuple[int | None, ...]]
     seeds: tuple[int, ...]
     best: int | None = None
+    lrs_of_r: Mapping[tuple[str, int | None], tuple[float, ...]] = field(default_factory=dict)
+
+    def rates(self, method: str, r: int | None) -> tuple[float, ...]:
+        """Return the learning rates of a row of the table."""
+        return self.lrs_of_r.get((method, r), self.lrs[method])
 
     @property
     def contenders(self) -> list[tuple[str, int | None]]:
@@ -101,7 +107,7 @@ class Sweep:
         return [
             Trial(method, lr, r, seed)
             for method, r in self.contenders
-            for lr in self.lrs[method]
+            for lr in self.rates(method, r)
             for seed in seeds
         ]
 
@@ -123,6 +129,7 @@ class Sweep:
         """Return it for JSON."""
         return {
             "lrs": {method: list(lrs) for method, lrs in self.lrs.items()},
+            "lrs_of_r": {f"{label(m)}-r{r}": list(lrs) for (m, r), lrs in self.lrs_of_r.items()},
             "ranks": {method: list(ranks) for method, ranks in self.ranks.items()},
             "seeds": list(self.seeds),
             "best": self.best,
@@ -140,7 +147,8 @@ def make_sweep(
     """Make a sweep from the words of a command line.
 
     Args:
-        lrs, ranks: lists as ``1e-3,2e-3`` for all methods, or ``METHOD=1e-4,3e-4`` for one.
+        lrs, ranks: lists as ``1e-3,2e-3`` for all methods, or ``METHOD=1e-4,3e-4`` for one; of
+            lrs also ``METHOD-rN=1e-4,3e-4`` for one at r = N.
         seeds: lists.
         files: the rank that each PEFT configuration among the methods has.
     Raises:
@@ -162,14 +170,24 @@ def make_sweep(
         raise ConfigError(*problems)
     ours = [method for method in methods if not is_file(method)]
     given = _by_method("--r", ranks, ours, int)
+    of_methods = {method: given.get(method, ((files or {}).get(method),)) for method in methods}
+    rows = {f"{label(m)}-r{r}": (m, r) for m, of_method in of_methods.items() for r in of_method}
+    rows = {name: row for name, row in rows.items() if name not in map(label, methods)}
+    of_rows = [word for word in lrs if word.rpartition("=")[0] in rows]
     sweep = Sweep(
-        lrs=_by_method("--lr", lrs, methods, _finite),
-        ranks={method: given.get(method, ((files or {}).get(method),)) for method in methods},
+        lrs=_by_method("--lr", [word for word in lrs if word not in of_rows], methods, _finite),
+        ranks=of_methods,
         seeds=_numbers("--seed", seeds, int),
         best=best,
+        lrs_of_r={
+            rows[name]: _numbers("--lr", [numbers], _finite)
+            for name, _, numbers in (word.rpartition("=") for word in of_rows)
+        },
     )
     missing = {"--method": methods, "--seed": sweep.seeds}
-    missing |= {f"--lr of {label(method)}": found for method, found in sweep.lrs.items()}
+    missing |= {
+        f"--lr of {label(method)}": sweep.rates(method, r) for method, r in sweep.contenders
+    }
     missing |= {f"--r of {label(method)}": found for method, found in sweep.ranks.items()}
     if empty := [name for name, found in missing.items() if not found]:
         raise ConfigError(
@@ -190,8 +208,8 @@ def check_names(methods: Iterable[str], sweep: Sweep) -> None:
         "--method": [label(method) for method in methods],
         "--seed": list(map(str, sweep.seeds)),
     }
-    for method, lrs in sweep.lrs.items():
-        given[f"--lr of {label(method)}"] = [short(lr) for lr in lrs]
+    for method, r in sweep.contenders:
+        given[f"--lr of {label(method)}"] = [short(lr) for lr in sweep.rates(method, r)]
     for method, ranks in sweep.ranks.items():
         given[f"--r of {label(method)}"] = list(map(str, ranks))
     twice = [

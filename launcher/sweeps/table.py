@@ -147,7 +147,9 @@ class MethodResult:
 
 def method_results(sweep: Sweep, results: Mapping[Trial, TrialResult]) -> list[MethodResult]:
     """Return a row for each method and r: the best first, those without a result last."""
-    rows = [_method_result(method, r, sweep.lrs[method], results) for method, r in sweep.contenders]
+    rows = [
+        _method_result(method, r, sweep.rates(method, r), results) for method, r in sweep.contenders
+    ]
     return sorted(rows, key=lambda row: (math.isnan(row.loss), row.loss))
 
 

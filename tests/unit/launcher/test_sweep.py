@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from launcher.sweeps.grid import Sweep, Trial, make_sweep, own_options, short
+from launcher.sweeps.grid import Sweep, Trial, label, make_sweep, own_options, short
 from launcher.sweeps.plots import draw_sweep
 from launcher.sweeps.results import TrialResult, read_result
 from launcher.sweeps.table import COLUMNS, MethodResult, as_dict, method_results, ranking, table
@@ -128,6 +128,18 @@ def test_lists_of_one_method() -> None:
     assert [trial.options for trial in by_file] == [
         {"method": "peft:a/dora.json", "lr": 5e-4, "seed": 42}
     ], "no --r: the file says it"
+
+
+def test_learning_rates_of_one_rank() -> None:
+    lrs = ["2e-3", "lora-sb-r96=5e-4,1e-3", "x-r2=1e-4"]
+    methods = ["lora-sb", "lora", "x-r2=lora-sb"]
+    found = make_sweep(methods, lrs, ["32", "lora-sb=32,96"], ["42"])
+    assert [(label(t.method), t.r, t.lr) for t in found.first()] == [
+        *(("lora-sb", 32, 2e-3), ("lora-sb", 96, 5e-4), ("lora-sb", 96, 1e-3)),
+        *(("lora", 32, 2e-3), ("x-r2", 32, 1e-4)),
+    ]
+    assert found.describe()["lrs_of_r"] == {"lora-sb-r96": [5e-4, 1e-3]}
+    assert "1e-3 in --lr of lora-sb" in refusal(lrs=["1e-3", "lora-sb-r4=1e-3,1e-3"], ranks=["4"])
 
 
 def test_the_best_get_the_other_seeds() -> None:

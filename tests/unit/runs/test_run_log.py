@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import time
 import os
 import pty
 import re
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
