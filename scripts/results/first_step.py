@@ -9,21 +9,19 @@ more rows. Each way is followed by the same training. A way that the output has 
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from launcher.jobs.ranks import free_port, rank_environment
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from one_process import held_out, measured, start, train
+
 from launcher.text import markdown
-from lorasb_ds.system.files import write_json
 
 
 @dataclass(frozen=True)
@@ -60,44 +58,17 @@ COLUMNS = ("first step", "eta", "loss after the init", "loss at the end")
 def main(output: Path, seeds: str, ways: str, **options: Any) -> None:
     """Run every way with every seed, and print the table."""
     settings = {"micro_batch_size": 8, "max_length": 512, **options}
-    done: dict[str, Any] = json.loads(output.read_text()) if output.is_file() else {}
-    if done.setdefault("settings", settings) != settings:
-        raise click.UsageError(f"{output} was made with {done['settings']}")
-    results = done.setdefault("results", {})
-    for seed in seeds.split(","):
-        due = [way for way in ways.split(",") if f"{way} {seed}" not in results]
-        child = os.fork() if due else 0  # an engine is made once in a process
-        if due and child == 0:
-            measure(settings | {"seed": int(seed)}, due, done, output)
-            os._exit(0)
-        if due and os.waitpid(child, 0)[1]:
-            sys.exit(1)
-        done = json.loads(output.read_text())
-        results = done["results"]
+    cases = {seed: [f"{way} {seed}" for way in ways.split(",")] for seed in seeds.split(",")}
+
+    def measure(seed: str, due: Sequence[str], keep: Callable[[str, Any], None]) -> None:
+        run, engine, adapters = start(settings | {"seed": int(seed)})
+        found = matrices(run, engine, adapters)
+        for name in due:
+            way = WAYS[name.split()[0]]
+            keep(name, follow(way, run, engine, adapters, found[way.matrix]))
+
+    results = measured(output, settings, cases, measure)
     click.echo("\n".join(markdown(COLUMNS, table(results))))
-
-
-def measure(settings: dict[str, Any], due: list[str], done: dict[str, Any], output: Path) -> None:
-    """Measure some ways with one seed, and write each to the output when it is done."""
-    os.environ |= rank_environment(0, 1, free_port(), threads=len(os.sched_getaffinity(0)))
-    from launcher.workers.quiet import quiet_libraries
-
-    quiet_libraries()
-    from lorasb_ds.config.resolve import load_run_config
-    from lorasb_ds.distributed import zero
-    from lorasb_ds.training.prepare import prepare
-    from lorasb_ds.training.trainer import start_engine
-
-    run = prepare(load_run_config(settings), 1)
-    zero.init_process_group()
-    engine, adapters = start_engine(run)
-    found = matrices(run, engine, adapters)
-    for name in due:
-        result = follow(WAYS[name], run, engine, adapters, found[WAYS[name].matrix])
-        click.echo(f"{name}, seed {run.config.seed}: {result}")
-        done["results"][f"{name} {run.config.seed}"] = result
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(output, done)
 
 
 def matrices(run: Any, engine: Any, adapters: Any) -> dict[str, dict[str, Any]]:
@@ -125,14 +96,9 @@ def follow(
     way: Way, run: Any, engine: Any, adapters: Any, gradients: Mapping[str, Any]
 ) -> dict[str, float]:
     """Take one first step and train from it; return eta and the held-out losses."""
-    from lorasb_ds.distributed import accelerator
     from lorasb_ds.init.decomposition import decompose, describe_layer
     from lorasb_ds.init.factors import InitSettings, fill_layer, gather_directions
     from lorasb_ds.init.step_size import choose_step
-    from lorasb_ds.models.loss import held_out_loss
-    from lorasb_ds.training.engine_state import reset_optimizer
-    from lorasb_ds.training.loop import train_step
-    from lorasb_ds.training.optimizer import set_scheduler
 
     settings, layers = InitSettings.from_config(run.config), {}
     for name, adapter in adapters.items():
@@ -146,15 +112,9 @@ def follow(
         probe_rows = sorted(unseen)[: way.probe_rows]
     step = choose_step(engine, adapters, layers, run.sample(probe_rows), "auto")
 
-    held_out = run.batches(run.data.held_out, range(len(run.data.held_out.examples)))
-    after_init = held_out_loss(engine.module, held_out, accelerator.device())
-    reset_optimizer(engine)
-    set_scheduler(engine.lr_scheduler, 0)
-    engine.train()
-    for number in range(run.num_steps):
-        train_step(engine, run.step_batches(run.order.packs(number)))
-    at_the_end = held_out_loss(engine.module, held_out, accelerator.device())
-    return {"eta": step.init_lr, "after_init": after_init, "at_the_end": at_the_end}
+    after_init = held_out(run, engine)
+    train(run, engine, run.num_steps, run.config.lr)
+    return {"eta": step.init_lr, "after_init": after_init, "at_the_end": held_out(run, engine)}
 
 
 def table(results: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
