@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import types
 from collections.abc import Callable, Mapping
@@ -95,8 +96,8 @@ def reports_problems(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def check_picture(path: Path) -> None:
     """Raise ConfigError unless a picture can be written to a path."""
-    if path.suffix != ".png" or not path.parent.is_dir():
-        raise ConfigError(f"--output {path} must be a .png file in a folder that exists.")
+    if path.suffix != ".png" or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"--output {path} must be a .png file in a folder that can be written.")
 
 
 def run_options(command: Command) -> Command:

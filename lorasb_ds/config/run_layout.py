@@ -41,6 +41,7 @@ CHECKPOINT_FILES = (STATE_FILE, TRAINER_FILE)
 ADAPTER = "adapter"  # a folder in PEFT's format: the two files, and the tokenizer's
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MODEL_CARD = "README.md"  # in it
+INSPECT_PICTURE = "inspect.png"  # of `lorasb inspect`
 EXPORTED = "exported"  # where `lorasb export` writes by default, in the same format
 
 LAUNCH, LOGS = "launch", "logs"  # folders of the launcher
