@@ -18,9 +18,10 @@ from launcher.hosts.k8s_manifest import k8s_manifest
 from launcher.hosts.slurm import from_slurm
 from launcher.hosts.slurm_script import slurm_script
 from launcher.jobs.launch_options import OPTIONS
-from launcher.options import CONTEXT, add_options, reports_problems, run_options, to_arguments
+from launcher.options import CONTEXT, add_options, reports_problems, run_options
 from launcher.settings import given_by
 from lorasb_ds.config.ds_config import resolve_ds_config
+from lorasb_ds.config.option_group import to_arguments
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.errors import ConfigError, option_name
 
