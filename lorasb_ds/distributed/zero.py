@@ -133,6 +133,15 @@ def make_engine(
     return engine
 
 
+def destroy(engine: Any) -> None:
+    """Let go of an engine, its model and its memory. Not collective.
+
+    DeepSpeed's hooks on gradients, which Python's collector does not see, would keep them for as
+    long as the process lives.
+    """
+    engine.destroy()
+
+
 def make_inference_engine(model: torch.nn.Module, ds_config: Mapping[str, Any]) -> Any:
     """Make an engine that gathers ZeRO-3's shards of a model and trains nothing. Collective."""
     section = {k: v for k, v in ds_config["zero_optimization"].items() if k != "offload_optimizer"}
