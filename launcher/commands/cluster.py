@@ -137,7 +137,12 @@ def slurm(env: Sequence[str], **options: Any) -> None:
 
 
 @launch_script.command(context_settings=CONTEXT)
-@click.option("--image", required=True, help="Container image with this package installed.")
+@click.option(
+    "--image",
+    required=True,
+    help="Container image with this package installed, as `docker build` makes of the Dockerfile "
+    "(docs/launching.md) and `docker push` puts where the nodes find it.",
+)
 @click.option("--claim", required=True, help="PersistentVolumeClaim that all pods can write to.")
 @click.option("--mount", default="/data", show_default=True, help="Where the pods see it.")
 @script_options
