@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -95,8 +96,8 @@ def reports_problems(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def check_picture(path: Path) -> None:
     """Raise ConfigError unless a picture can be written to a path."""
-    if path.suffix != ".png" or not path.parent.is_dir():
-        raise ConfigError(f"--output {path} must be a .png file in a folder that exists.")
+    if path.suffix != ".png" or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"--output {path} must be a .png file in a folder that can be written.")
 
 
 def run_options(command: Command) -> Command:
@@ -176,19 +177,3 @@ def _plain_type(annotation: Any) -> Any:
         kinds = [a for a in get_args(annotation) if a is not type(None)]
         return kinds[0] if len(kinds) == 1 else str
     return annotation
-
-
-def to_arguments(given: Mapping[str, Any]) -> list[str]:
-    """Return options as words of a command line, without those that are None."""
-    arguments: list[str] = []
-    for name, value in given.items():
-        if value is None:
-            continue
-        flag = option_name(name)
-        if isinstance(value, bool):
-            arguments.append(flag if value else f"--no-{flag[2:]}")
-        elif isinstance(value, tuple):
-            arguments += [word for one in value for word in (flag, str(one))]
-        else:
-            arguments += [flag, str(value)]
-    return arguments

@@ -1,4 +1,4 @@
-"""The error that every part of the project raises for a request that cannot be carried out."""
+"""The errors that a user can do something about."""
 
 from __future__ import annotations
 
@@ -18,6 +18,18 @@ class ConfigError(Exception):
     def __init__(self, *problems: str) -> None:
         self.problems = tuple(map(_for_a_terminal, problems))
         super().__init__("\n\n".join(self.problems))
+
+
+class JobError(Exception):
+    """The processes of a run have ended before it did.
+
+    Attributes:
+        status: of `lorasb train` (docs/resuming.md lists them).
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(_for_a_terminal(message))
+        self.status = status
 
 
 def printable(text: str, kept: str = "") -> str:

@@ -48,15 +48,16 @@ def benchmark(name: str) -> Iterator[Any]:
         del sys.modules[name]
 
 
-def run_ranks(case: str, world_size: int, timeout: float = 240, **arguments: Any) -> None:
+def run_ranks(case: str, world_size: int | None, timeout: float = 240, **arguments: Any) -> None:
     """Run a function of tests/dist/cases.py on gloo ranks; fails as soon as one of them does.
 
     Args:
         case: its name, or MODULE:NAME of another module's.
+        world_size: None: in one process, which nobody has started as a rank.
     """
     given = {"case": case, **arguments}
     outcome = _forked("run_case", world_size, timeout, given)
-    assert outcome.statuses == [0] * world_size, f"{case}: {_described(outcome, timeout)}"
+    assert outcome.statuses == [0] * (world_size or 1), f"{case}: {_described(outcome, timeout)}"
 
 
 class Runs(dict[str, Path]):

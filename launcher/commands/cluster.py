@@ -18,9 +18,10 @@ from launcher.hosts.k8s_manifest import k8s_manifest
 from launcher.hosts.slurm import from_slurm
 from launcher.hosts.slurm_script import slurm_script
 from launcher.jobs.launch_options import OPTIONS
-from launcher.options import CONTEXT, add_options, reports_problems, run_options, to_arguments
+from launcher.options import CONTEXT, add_options, reports_problems, run_options
 from launcher.settings import given_by
 from lorasb_ds.config.ds_config import resolve_ds_config
+from lorasb_ds.config.option_group import to_arguments
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.errors import ConfigError, option_name
 
@@ -136,7 +137,12 @@ def slurm(env: Sequence[str], **options: Any) -> None:
 
 
 @launch_script.command(context_settings=CONTEXT)
-@click.option("--image", required=True, help="Container image with this package installed.")
+@click.option(
+    "--image",
+    required=True,
+    help="Container image with this package installed, as `docker build` makes of the Dockerfile "
+    "(docs/launching.md) and `docker push` puts where the nodes find it.",
+)
 @click.option("--claim", required=True, help="PersistentVolumeClaim that all pods can write to.")
 @click.option("--mount", default="/data", show_default=True, help="Where the pods see it.")
 @script_options

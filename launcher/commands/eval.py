@@ -20,11 +20,11 @@ from launcher.options import (
     add_options,
     field_options,
     reports_problems,
-    to_arguments,
     with_settings,
 )
 from launcher.sections import SectionedCommand
 from lorasb_ds.config.data_options import DEMO_EVAL_DATA
+from lorasb_ds.config.option_group import to_arguments
 from lorasb_ds.config.resolve import load_run_config, with_adapter
 from lorasb_ds.config.run_layout import default_output_dir
 from lorasb_ds.errors import ConfigError

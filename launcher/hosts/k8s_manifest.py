@@ -148,6 +148,8 @@ _K8S_HEAD = """\
 #   - name: HF_TOKEN
 #     valueFrom:
 #       secretKeyRef: {{name: hugging-face, key: token}}
+# The image of lorasb-ds's own Dockerfile runs as user 10001. Where that user may not write to the
+# claim, put this into the pod's `spec`, beside `containers`: securityContext: {{fsGroup: 10001}}
 """
 
 

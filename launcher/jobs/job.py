@@ -17,9 +17,9 @@ from launcher.hosts.preflight import Findings, examine
 from launcher.jobs.command import Hosts, job_environment
 from launcher.jobs.launch_options import LaunchOptions
 from launcher.jobs.ranks import free_port
-from launcher.options import to_arguments
 from lorasb_ds.config.chat_templates import TEMPLATES
 from lorasb_ds.config.ds_config import resolve_ds_config
+from lorasb_ds.config.option_group import to_arguments
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.config.run_layout import DEEPSPEED_FILES, HOSTFILE, LAUNCH, launcher_files

@@ -14,7 +14,7 @@ import click
 
 from launcher.jobs.launch_options import LaunchOptions
 from launcher.jobs.verdict import EXIT_REFUSED
-from launcher.options import EVAL_FIELDS, to_arguments
+from launcher.options import EVAL_FIELDS
 from launcher.sweeps.grid import Sweep, Trial, is_file, label
 from launcher.sweeps.plots import PICTURES, draw_sweep
 from launcher.sweeps.pool import Allocation, PoolJob
@@ -35,6 +35,7 @@ from launcher.sweeps.runs import (
 )
 from launcher.sweeps.table import COLUMNS, LEGEND, as_dict, method_results, ranking, table
 from launcher.text import columns, markdown
+from lorasb_ds.config.option_group import to_arguments
 from lorasb_ds.config.run_layout import REPORT
 from lorasb_ds.system.files import write_json, write_text
 from lorasb_ds.system.signals import EXIT_STOPPED

@@ -21,9 +21,9 @@ import click
 from filelock import FileLock, Timeout
 
 from launcher.jobs.launch_options import OPTIONS, LaunchOptions
-from launcher.options import to_arguments
 from launcher.paths import WORKERS
 from launcher.sweeps.pool import Allocation, Pool, PoolJob
+from lorasb_ds.config.option_group import to_arguments
 from lorasb_ds.config.overwriting import check_replaceable, names_in, read_object
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.config.run_layout import foreign_to_run

@@ -16,7 +16,7 @@ from launcher.text import columns
 from launcher.workers.common import find_home
 from launcher.workers.quiet import quiet_libraries
 from lorasb_ds.adapters.peft_targets import peft_warning
-from lorasb_ds.config.run_layout import EXPORTED
+from lorasb_ds.config.run_layout import EXPORTED, INSPECT_PICTURE
 from lorasb_ds.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -189,9 +189,8 @@ def merge(run: str, out: Path, model: str | None, **options: Any) -> None:
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
-    default=Path("inspect.png"),
-    show_default=True,
-    help="Picture: blocks of the model by modules.",
+    help="Picture: blocks of the model by modules. [default: inspect.png in the run's folder, or "
+    "DIR-inspect.png beside a folder DIR that is in no run's]",
 )
 @click.option(
     "--json", "as_json", is_flag=True, help="All numbers, with all singular values, as JSON."
@@ -202,15 +201,19 @@ def inspect(
     model: str | None,
     no_base: bool,
     trust_remote_code: bool,
-    output: Path,
+    output: Path | None,
     as_json: bool,
 ) -> None:
     """Show what an adapter has learned, layer by layer: rank, size, and what training added."""
-    check_picture(output)
+    if output is not None:
+        check_picture(output)
     from lorasb_ds.export.adapter_reader import read_adapter
     from lorasb_ds.export.inspection import draw_updates, inspect_adapter
 
     adapter = read_adapter(run)
+    if output is None:
+        output = picture_of(adapter)
+        check_picture(output)
     model = model or adapter.base_model
     base = None
     if not no_base:
@@ -226,6 +229,14 @@ def inspect(
         return
     click.echo("\n".join(layer_table(layers)))
     click.echo(f"\nheat map: {output}")
+
+
+def picture_of(adapter: StoredAdapter) -> Path:
+    """Return where an adapter's picture goes: a PEFT folder itself may be sent to the hub."""
+    if adapter.run is not None:
+        return adapter.run / INSPECT_PICTURE
+    folder = adapter.path.resolve()
+    return folder.with_name(f"{folder.name}-{INSPECT_PICTURE}")
 
 
 def layer_table(layers: dict[str, LayerUpdate]) -> list[str]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
+
+from lorasb_ds.errors import option_name
 
 DEFAULT_TEXT = "default_text"
 
@@ -34,3 +37,21 @@ def default_text(field: FieldInfo) -> str | None:
     if isinstance(field.default, tuple):
         return " ".join(map(str, field.default))
     return str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
+
+
+def to_arguments(given: Mapping[str, Any]) -> list[str]:
+    """Return options as words of a command line, without those that are None."""
+    arguments: list[str] = []
+    for name, value in given.items():
+        if value is None:
+            continue
+        flag = option_name(name)
+        if isinstance(value, bool):
+            arguments.append(flag if value else f"--no-{flag[2:]}")
+        elif isinstance(value, tuple | list) and all(isinstance(one, str) for one in value):
+            arguments += [word for one in value for word in (flag, one)]
+        elif isinstance(value, tuple | list):  # numbers
+            arguments += [flag, ",".join(map(str, value))]
+        else:
+            arguments += [flag, str(value)]
+    return arguments

@@ -23,6 +23,7 @@ REPORT = "report.md"  # written last: a run that has it is finished
 DS_CONFIG_COPY = "ds_config.json"  # DeepSpeed's configuration, as the run was given it
 PEFT_COPY = "peft.json"  # the file of --method peft:FILE.json
 TEMPLATE_COPY = "chat_template.jinja"  # the template of --chat-template
+GIVEN_ROWS = "rows-{}"  # DIGEST.jsonl, of rows that a program gave; NUMBER.tmp as it is written
 
 METRICS, SAMPLES, LOSS_PICTURE = "metrics.jsonl", "samples.jsonl", "loss.png"
 ALIGNMENT, ALIGNMENT_PICTURE = "alignment.jsonl", "alignment.png"
@@ -44,6 +45,7 @@ CHECKPOINT_FILES = (STATE_FILE, TRAINER_FILE)
 ADAPTER = "adapter"  # a folder in PEFT's format: the two files, and the tokenizer's
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MODEL_CARD = "README.md"  # in it
+INSPECT_PICTURE = "inspect.png"  # of `lorasb inspect`
 EXPORTED = "exported"  # where `lorasb export` writes by default, in the same format
 
 LAUNCH, LOGS = "launch", "logs"  # folders of the launcher
@@ -95,6 +97,12 @@ def launcher_files(folder: Path) -> list[Path]:
     return [path for name in names for path in folder.glob(name)]
 
 
+def given_rows(folder: Path) -> list[Path]:
+    """Return the files of rows that programs have given, half-written ones included."""
+    names = ("[0-9a-f]" * 16 + ".jsonl", "[0-9]*.tmp")
+    return [path for name in names for path in folder.glob(GIVEN_ROWS.format(name))]
+
+
 def is_run(folder: Path) -> bool:
     """Return whether a folder has the run.json of a run of ours."""
     config = read_object(folder / RUN_JSON).get("config")
@@ -108,7 +116,7 @@ def foreign_to_run(folder: Path) -> list[str]:
     # A run that was killed early has left a file that it was writing, and the launcher's own.
     own = launcher_files(folder)
     early = [name for name in (LAUNCH, LOGS) if {*(folder / name).glob("*")} <= {*own}]
-    early += [LOCK, LAUNCHER_LOCK]
+    early += [LOCK, LAUNCHER_LOCK, *(path.name for path in given_rows(folder))]
     return [n for n in names_in(folder) if not n.endswith(".tmp") and n not in early]
 
 

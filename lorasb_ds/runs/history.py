@@ -39,7 +39,7 @@ def read_rows(path: Path) -> list[Row]:
     lines = path.read_bytes().splitlines(keepends=True)
     rows = []
     for number, line in enumerate(lines, 1):
-        row = _row(line)
+        row = read_row(line)
         if row is not None:
             rows.append(row)
         elif number < len(lines):
@@ -49,8 +49,8 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def _row(line: bytes) -> Row | None:
-    """Parse a line; return None if it is cut off or not a row."""
+def read_row(line: bytes) -> Row | None:
+    """Parse a line of a ``metrics.jsonl``; return None if it is cut off or not a row."""
     if not line.endswith(b"\n"):
         return None
     try:

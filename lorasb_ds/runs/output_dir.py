@@ -21,6 +21,7 @@ from lorasb_ds.config.run_layout import (
     EXPORTED,
     INIT_PICTURE,
     INIT_REPORT,
+    INSPECT_PICTURE,
     LOCK,
     LOSS_PICTURE,
     METRICS,
@@ -37,6 +38,7 @@ from lorasb_ds.config.run_layout import (
     WANDB,
     check_output_dir,
     default_output_dir,
+    given_rows,
     is_run,
 )
 from lorasb_ds.distributed import accelerator, zero
@@ -66,6 +68,7 @@ OUTPUTS = (
     ADAPTER,
     f"{ADAPTER}.tmp",
     EXPORTED,
+    INSPECT_PICTURE,
     LOSS_PICTURE,
     PROFILE,
     PROFILE_ASIDE,
@@ -130,6 +133,8 @@ def output_dir(config: RunConfig, resume: Resume | None) -> Iterator[Path]:
             if find_resume(config) != resume:
                 raise ConfigError(f"{folder} has changed since this run was started. Try again.")
             remove_outputs(folder, resumed=resume is not None)
+            if resume is None:
+                remove_given_rows(folder, config)
         except OSError as error:
             found[1] = f"--output-dir {folder} cannot be written: {error}."
         except ConfigError as error:
@@ -145,6 +150,15 @@ def output_dir(config: RunConfig, resume: Resume | None) -> Iterator[Path]:
     finally:
         if lock is not None:
             lock.release()
+
+
+def remove_given_rows(folder: Path, config: RunConfig) -> None:
+    """Remove the rows that a program gave to an earlier run in the folder, unless they are used."""
+    sources = (*config.data, config.eval_data, *(config.init_data or ()))
+    used = {Path(source).resolve() for source in sources if source is not None}
+    for path in given_rows(folder):
+        if path.resolve() not in used:
+            path.unlink(missing_ok=True)
 
 
 def remove_outputs(folder: Path, resumed: bool) -> None:

@@ -21,6 +21,7 @@ from lorasb_ds.runs.tracking import Tracker, tensorboard_options
 from lorasb_ds.system.files import append_text, write_text
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "bitsandbytes", "peft", "safetensors")
+OnRow = Callable[[Row], object]  # what is done with each row, beside writing it
 
 
 class RunLog:
@@ -36,6 +37,7 @@ class RunLog:
         first_step: int = 0,
         config: Mapping[str, Any] | None = None,
         on_save_error: Literal["stop", "continue"] = "stop",
+        on_row: OnRow | None = None,
     ) -> None:
         """Open the files, and start the tracker.
 
@@ -46,12 +48,13 @@ class RunLog:
                 no tracker.
             on_save_error: "continue": what cannot be written is kept, and written once there is
                 room; TensorBoard ends.
+            on_row: is called with each row once it is written; what it raises ends the run.
         Raises:
             ConfigError: if ``metrics.jsonl`` is there and damaged.
         """
         from torch.utils.tensorboard import SummaryWriter
 
-        self._folder, self._on_save_error = folder, on_save_error
+        self._folder, self._on_save_error, self._on_row = folder, on_save_error, on_row
         self._progress = Progress()
         self._warned: set[str] = set()  # files that could not be written
         self._unwritten: defaultdict[str, str] = defaultdict(str)  # of each file
@@ -91,6 +94,8 @@ class RunLog:
                     self._tensorboard.add_scalar(name, value, row["step"])
         if (tracker := self._tracker) is not None:
             self._try_tracker(lambda: tracker.log(values, row["step"]))
+        if self._on_row is not None:
+            self._on_row(dict(row))
 
     def write_sample(self, row: Row) -> None:
         """Append a generated answer to ``samples.jsonl``."""

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 # The run was asked to end and can be resumed: EX_TEMPFAIL in sysexits.h, "try again later".
 EXIT_STOPPED = 75
@@ -41,4 +45,29 @@ class StopRequest:
             if self._interrupted:
                 os._exit(EXIT_INTERRUPTED)
             self._interrupted = True
+        self.requested = True
+
+
+class InterruptRequest(StopRequest):
+    """Tell whether Ctrl-C has asked a run to end that is part of somebody else's program.
+
+    The program goes on: a Ctrl-C before there is something to save, or a second one, is Python's
+    KeyboardInterrupt. Other signals are the program's own.
+    """
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle SIGINT in the ``with`` block; in other threads than the main one, do nothing."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before: Any = signal.signal(signal.SIGINT, self._handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+
+    def _handle(self, signum: int, _frame: object) -> None:
+        if self.requested or not self._can_save:
+            raise KeyboardInterrupt
         self.requested = True

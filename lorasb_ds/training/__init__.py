@@ -1,9 +1,9 @@
 """A training run, from its configuration to its adapter.
 
-`trainer` runs it from beginning to end. `prepare` checks everything that one process can check,
-with `adapter_plan`, `table_check`, `memory` and `resume_check`; `init_phase` and `loop` are the two
-phases, and `held_out` evaluates between steps;
-`training_run` is what they share; `resume` and `engine_state` save and restore it;
-`out_of_memory` says what would take less.
+`from_python` is `lorasb_ds.train`, a run in the program's processes (`here`) or in ones of its own
+(`launched`). `trainer` runs it from beginning to end. `prepare` checks everything that one process
+can check, with `adapter_plan`, `table_check`, `memory` and `resume_check`; `init_phase` and `loop`
+are the two phases, and `held_out` evaluates between steps; `training_run` is what they share;
+`resume` and `engine_state` save and restore it; `out_of_memory` says what would take less.
 Imports `init` and what is below it; `evaluation` neither imports it nor is imported by it.
 """

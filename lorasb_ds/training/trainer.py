@@ -44,7 +44,7 @@ from lorasb_ds.planner.footprint import LOGIT_BYTES
 from lorasb_ds.planner.gathers import gathers_blocks
 from lorasb_ds.runs.checkpoint import TrainerState
 from lorasb_ds.runs.output_dir import output_dir, say
-from lorasb_ds.runs.run_log import RunLog
+from lorasb_ds.runs.run_log import OnRow, RunLog
 from lorasb_ds.system.files import write_json, write_text
 from lorasb_ds.system.signals import StopRequest
 from lorasb_ds.system.units import GIB
@@ -59,12 +59,15 @@ from lorasb_ds.training.resume import load_best, resume
 from lorasb_ds.training.training_run import Adapters, TrainingRun
 
 
-def run_training(run: Prepared, stop: StopRequest, init_only: bool = False) -> RunStatus:
+def run_training(
+    run: Prepared, stop: StopRequest, init_only: bool = False, on_row: OnRow | None = None
+) -> RunStatus:
     """Run the whole training, inside a process group. Collective.
 
     Args:
         stop: whether this process is asked to stop; checked between steps.
         init_only: end when the init is done and reported.
+        on_row: is called on rank 0 with each row of ``metrics.jsonl``.
     Returns:
         Whether the run has finished, with its adapter and report in the output folder, or was
         stopped, with checkpoints to resume from.
@@ -83,15 +86,17 @@ def run_training(run: Prepared, stop: StopRequest, init_only: bool = False) -> R
             say(f"{run.resume.folder} has its adapter and report: nothing is left to do")
             return "finished"
     with output_dir(run.config, run.resume) as folder:
-        return _run_in(folder, run, stop, init_only)
+        return _run_in(folder, run, stop, init_only, on_row)
 
 
-def _run_in(folder: Path, run: Prepared, stop: StopRequest, init_only: bool) -> RunStatus:
+def _run_in(
+    folder: Path, run: Prepared, stop: StopRequest, init_only: bool, on_row: OnRow | None
+) -> RunStatus:
     """Do the work of ``run_training`` in its folder. Collective."""
     accelerator.reset_peak_memory()
     idle_bytes = 0 if accelerator.name() != "cpu" else accelerator.memory_bytes()
     description = describe(run, folder)
-    log = None
+    log = engine = None
     if zero.rank() == 0:
         write_json(folder / RUN_JSON, description)
         # A replay reads this copy: the file it came from may change.
@@ -101,7 +106,8 @@ def _run_in(folder: Path, run: Prepared, stop: StopRequest, init_only: bool) -> 
         if run.config.chat_template is not None:
             write_text(folder / TEMPLATE_COPY, run.base.tokenizer.chat_template)
         first_step = run.resume.step if run.resume else 0
-        log = RunLog(folder, first_step, description["config"], run.config.on_save_error)
+        config = description["config"]
+        log = RunLog(folder, first_step, config, run.config.on_save_error, on_row)
     announce(run, folder)
     # For dropout. Alike on all ranks: where models drop whole layers, all must drop the same ones.
     torch.manual_seed(run.config.seed)
@@ -142,6 +148,8 @@ def _run_in(folder: Path, run: Prepared, stop: StopRequest, init_only: bool) -> 
     finally:
         if log is not None:
             log.close()  # flushes what TensorBoard and trackers have buffered
+        if engine is not None:
+            zero.destroy(engine)
     saved = folder / (BASIS_FILE if init_only else ADAPTER)
     say(f"{'basis' if init_only else 'adapter'} saved: {saved}   report: {folder / REPORT}")
     return "finished"

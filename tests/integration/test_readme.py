@@ -152,7 +152,7 @@ def test_after_training(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.Mo
         words = shlex.split(line.replace("--r 64", "--r 20"))[1:]  # its layers have no more
         result = CliRunner().invoke(adapters_worker.main, words)
         assert result.exit_code == 0, (line, result.output, result.exception)
-    for made in ("demo-layers.png", "demo/exported", "demo-r16", "demo-merged", "demo-mean"):
+    for made in ("demo/inspect.png", "demo/exported", "demo-r16", "demo-merged", "demo-mean"):
         assert (tmp_path / "runs" / made).exists(), made
     script = next(block for block in PYTHON if "evaluate_model" in block)
     small = (

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from launcher.options import to_arguments
+from lorasb_ds.config.option_group import to_arguments
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.data.cache import tokenize_sources

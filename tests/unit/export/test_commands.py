@@ -722,6 +722,23 @@ def test_inspect_without_the_base(folders: list[Path], tmp_path: Path) -> None:
     assert "must be a .png file" in run(*arguments[:-1], tmp_path / "x.jpg", status=2)
 
 
+def test_the_picture_of_inspect_is_where_its_adapter_is(
+    folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    alone = shutil.copytree(folders[0], tmp_path / "alone")
+    of_run = shutil.copytree(folders[0], tmp_path / "run/adapter")
+    (tmp_path / "run/run.json").write_text('{"config": {}}')
+    for folder, picture in ((alone, "alone-inspect.png"), (of_run, "run/inspect.png")):
+        for named in (folder, Path("..") / folder.relative_to(tmp_path)):
+            said = run("inspect", named, "--no-base")
+            assert "heat map: " in said
+            (tmp_path / picture).unlink()  # raises where there is none
+    assert not any((tmp_path / "here").iterdir())
+    assert not list(alone.glob("*.png"))
+
+
 def test_an_export_of_some_blocks_names_them(
     tiny_model: Path, folders: list[Path], tmp_path: Path
 ) -> None:

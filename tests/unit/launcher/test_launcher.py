@@ -14,13 +14,13 @@ from deepspeed.launcher.runner import fetch_hostfile
 
 from launcher.cli import main
 from launcher.jobs.command import job_environment, local_command, visible_gpus
-from launcher.options import to_arguments
 from launcher.workers.common import (
     ALLOCATOR_VARIABLES,
     check_shared_memory,
     set_device_variables,
 )
 from lorasb_ds.config.data_options import DEMO_DATA
+from lorasb_ds.config.option_group import to_arguments
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.config.run_layout import check_output_dir, launcher_files
 from lorasb_ds.errors import ConfigError, option_name
@@ -106,7 +106,9 @@ def test_a_count_and_visible_gpus_exclude_each_other(monkeypatch: pytest.MonkeyP
 
 def test_arguments_of_the_worker() -> None:
     given = {"r": 8, "load_in_4bit": True, "overwrite": False, "lr": None, "model": "a b"}
+    given |= {"data": ("a", "b"), "data_weights": (2.0, 0.5)}
     expected = ["--r", "8", "--load-in-4bit", "--no-overwrite", "--model", "a b"]
+    expected += ["--data", "a", "--data", "b", "--data-weights", "2.0,0.5"]
     assert to_arguments(given) == expected
 
 

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from launcher import aliases
 from launcher.cli import main
-from launcher.options import SECTIONS, to_arguments
+from launcher.options import SECTIONS
 from launcher.sections import FIRST_DAY_OPTIONS
 from launcher.settings import MOST_BYTES, NOT_BY_FILE
+from lorasb_ds.config.option_group import to_arguments
 from lorasb_ds.config.run_config import RunConfig
 from tests.runs import ROOT, word_rows, write_jsonl
 

@@ -1,0 +1,110 @@
+"""What a program does with ``lorasb_ds.train``, alone or on each rank of a job."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorasb_ds import ConfigError, RunConfig, train
+from tests.runs import metrics, word_rows
+
+SHORT = {"dtype": "fp32", "r": 4, "lr": 1e-3, "max_steps": 4, "init_samples": 4}
+
+
+def config_of(model: str, folder: Path, **more: Any) -> RunConfig:
+    return RunConfig(model=model, output_dir=str(folder), **SHORT, **more)
+
+
+def large_tensors() -> list[torch.Size]:
+    """Shapes of those that are there, such as the model's embedding."""
+    found = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    return [tensor.shape for tensor in found if tensor.untyped_storage().nbytes() > 1 << 20]
+
+
+def run_twice(model: str, folder: str, data: str, eval_data: str) -> None:
+    """The second run of the process has the same rows from files."""
+    assert not {"RANK", "WORLD_SIZE", "MASTER_PORT"} & os.environ.keys()
+    rows, held_out = word_rows(40), word_rows(6)
+    first, second = Path(folder, "given"), Path(folder, "files")
+    logged: list[dict[str, Any]] = []
+    made = iter(rows)
+    zero3 = {"ds_config": "zero3"}
+    found = train(
+        config_of(model, first, **zero3),
+        rows=lambda: made,
+        eval_rows=held_out,
+        on_log=logged.append,
+    )
+    assert logged == metrics(first)
+    assert [row["step"] for row in logged] == [0, 0, 1, 2, 3, 4, 4]
+    assert found.status == "finished"
+    assert found.folder == first
+    assert (found.adapter / "adapter_model.safetensors").is_file()
+    assert (found.steps, found.loss) == (4, logged[-2]["loss"])
+    assert found.eval_loss == logged[-1]["eval_loss"]
+    named = json.loads((first / "run.json").read_text())["config"]
+    files = {named["eval_data"], *named["data"]}
+    assert files == {str(path) for path in first.glob("rows-*.jsonl")}
+    assert len(files) == 2
+    read = [json.loads(line) for line in Path(named["data"][0]).read_text().splitlines()]
+    assert read == rows
+
+    again = train(config_of(model, second, data=(data,), eval_data=eval_data, **zero3))
+    assert (again.loss, again.eval_loss) == (found.loss, found.eval_loss)
+    assert "RANK" not in os.environ
+    assert large_tensors() == [], "memory is free for the next run"
+
+
+def interrupted(model: str, folder: str) -> None:
+    """A Ctrl-C in step 2, and the rest of the run; then runs that are refused or break off."""
+    logged: list[int] = []
+
+    def log(row: dict[str, Any]) -> None:
+        logged.append(row["step"])
+        if row["step"] == 2 and len(logged) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    stopped = train(config_of(model, Path(folder)), rows=word_rows(40), on_log=log)
+    assert (stopped.status, stopped.steps) == ("stopped", 3)  # asked after the step's end
+    assert not stopped.adapter.exists()
+    assert large_tensors() == []
+    go_on = config_of(model, Path(folder), resume="auto")
+    with pytest.raises(ConfigError, match="rows"):
+        train(go_on, rows=word_rows(39))
+    finished = train(go_on, rows=word_rows(40), on_log=log)
+    assert (finished.status, finished.steps) == ("finished", 4)
+    assert logged == [1, 2, 3, 4], "each row once"
+
+    config = config_of(model, Path(folder, "another"))
+    with pytest.raises(ZeroDivisionError):  # what a callback raises
+        train(config, rows=word_rows(20), on_log=lambda row: 1 / 0)
+    with pytest.raises(ConfigError, match="is not empty"):
+        train(config, rows=word_rows(4))
+    os.environ["RANK"] = "0"
+    with pytest.raises(ConfigError, match="RANK=0 of a job, but no LOCAL_RANK, WORLD_SIZE, MASTER"):
+        train(config, rows=word_rows(4))
+    with pytest.raises(ConfigError, match="this one is rank 0 of a job"):
+        train(config, rows=word_rows(4), launch={"num_procs": 2})
+
+
+def two_ranks(model: str, folder: str) -> None:
+    """Rank 0's rows are those of all, and it gets the rows of numbers."""
+    rank, logged = int(os.environ["RANK"]), []
+
+    def rows() -> list[dict[str, str]]:
+        assert rank == 0
+        return word_rows(40)
+
+    with pytest.raises(ConfigError, match="rows: there are none"):
+        train(config_of(model, Path(folder)), rows=[])
+    found = train(config_of(model, Path(folder)), rows=rows, on_log=logged.append)
+    assert logged == (metrics(Path(folder)) if rank == 0 else [])
+    assert (found.status, found.steps) == ("finished", 4)
+    assert found.loss == metrics(Path(folder))[-1]["loss"]
