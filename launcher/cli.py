@@ -172,6 +172,13 @@ def preview(arguments: Sequence[str]) -> None:
 @click.option("--max-length", type=click.IntRange(min=8), default=1024, show_default=True)
 @click.option("--micro-batch-size", type=click.IntRange(min=1), default=4, show_default=True)
 @click.option("--gradient-checkpointing", is_flag=True)
+@click.option(
+    "--sequence-parallel",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="As in `train`.",
+)
 @click.option("--init-memory-gib", type=POSITIVE, help="[default: no limit, or what fits]")
 @click.option("--init-micro-batch-size", type=click.IntRange(min=1), help="As in `train`.")
 @click.option("--init-samples", type=click.IntRange(min=1), default=64, show_default=True)

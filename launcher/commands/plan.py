@@ -36,6 +36,8 @@ def given_options(options: Mapping[str, Any]) -> dict[str, Any]:
     names = ["r", "expert_r", "max_length", "micro_batch_size", "init_samples", "init_memory_gib"]
     names += ["init_micro_batch_size"]
     given = {name: options[name] for name in names if options[name] is not None}
+    if options["sequence_parallel"] > 1:
+        given["sequence_parallel"] = options["sequence_parallel"]
     return {option_name(name): f"{value:g}" for name, value in given.items()}
 
 

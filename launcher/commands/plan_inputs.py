@@ -129,6 +129,7 @@ def find_workload(shape: ModelShape, options: Mapping[str, Any]) -> Workload:
         gradient_checkpointing=options["gradient_checkpointing"],
         init_samples=options["init_samples"],
         init_micro_batch_size=options["init_micro_batch_size"],
+        sequence_parallel=options["sequence_parallel"],
         init_memory_bytes=None if budget is None else int(budget * GIB),
         expert_targets=shape.experts if expert_r else {},
         expert_r=expert_r or 0,

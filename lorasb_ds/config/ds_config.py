@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from lorasb_ds.config.deepspeed_options import DEFAULT_DS_CONFIG, SINGLE_PROCESS_DS_CONFIG
 from lorasb_ds.config.paths import read_json
 from lorasb_ds.config.run_config import RunConfig, problems_of
+from lorasb_ds.config.sequence_parallel import group_problems, own_group_problems
 from lorasb_ds.errors import ConfigError, option_name
 
 # DeepSpeed's keys and our fields. A missing key is filled like "auto": DeepSpeed's own defaults
@@ -90,6 +91,8 @@ def resolve_ds_config(
     problems += _check_precision(raw, config, updates)
     zero_section = _fill_zero(_section(raw, "zero_optimization"), local_size or world_size)
     problems += _check_zero(zero_section, config, world_size)
+    problems += group_problems(config.sequence_parallel, world_size)
+    problems += own_group_problems(raw, config.ds_config)
     if problems:
         raise ConfigError(*problems)
     try:
@@ -104,7 +107,9 @@ def resolve_ds_config(
     for key, field in FIELD_OF_KEY.items():
         resolved[key] = getattr(resolved_config, field)
     # DeepSpeed's is always the product; a step may hold fewer rows.
-    resolved["train_batch_size"] = batch_capacity(resolved_config, world_size)
+    # To it, ranks that share rows are like any others (``sequence_parallel.py``).
+    shares = resolved_config.sequence_parallel
+    resolved["train_batch_size"] = batch_capacity(resolved_config, world_size) * shares
     # Without it, ranks of stages 1 and 2 may disagree about a gradient that is not finite.
     agreeing = {"enabled": resolved_config.dtype == "bf16", "check_grad_overflow": True}
     resolved["bf16"] = {**_section(raw, "bf16"), **agreeing}
@@ -124,7 +129,8 @@ def resolve_ds_config(
 
 def batch_capacity(config: RunConfig, world_size: int) -> int:
     """Return how many rows an optimizer step has room for; ``train_batch_size`` may be fewer."""
-    return config.micro_batch_size * config.gradient_accumulation_steps * world_size
+    ranks_with_own_rows = world_size // config.sequence_parallel
+    return config.micro_batch_size * config.gradient_accumulation_steps * ranks_with_own_rows
 
 
 def _section(raw: dict[str, Any], name: str) -> dict[str, Any]:
@@ -258,7 +264,8 @@ def _settle_batch(config: RunConfig, fixed: set[str], world_size: int) -> RunCon
     Args:
         fixed: fields that an option or the file has set.
     """
-    total, per_round = config.train_batch_size, config.micro_batch_size * world_size
+    shares = config.sequence_parallel
+    total, per_round = config.train_batch_size, config.micro_batch_size * world_size // shares
     if total is None:
         return config.model_copy(update={"train_batch_size": batch_capacity(config, world_size)})
     if "gradient_accumulation_steps" not in fixed:
@@ -269,7 +276,8 @@ def _settle_batch(config: RunConfig, fixed: set[str], world_size: int) -> RunCon
             f"A global batch of {total} rows (--train-batch-size, or train_batch_size in "
             f"{config.ds_config}) does not fit into --micro-batch-size {config.micro_batch_size} x "
             f"--gradient-accumulation-steps {config.gradient_accumulation_steps} x {world_size} "
-            f"processes = {batch_capacity(config, world_size)}. Leave "
+            f"processes{f' / --sequence-parallel {shares}' if shares > 1 else ''} = "
+            f"{batch_capacity(config, world_size)}. Leave "
             "--gradient-accumulation-steps out, or change one of them."
         )
     return config

@@ -21,6 +21,7 @@ from lorasb_ds.config.run_layout import (
     TEMPLATE_COPY,
     resumed_run,
 )
+from lorasb_ds.config.sequence_parallel import sequence_problems
 from lorasb_ds.config.stored_paths import check_no_folder_has_the_name
 from lorasb_ds.errors import ConfigError, option_name
 
@@ -54,6 +55,7 @@ def load_run_config(given: Mapping[str, Any], run_json: str | None = None) -> Ru
             "--activation-offload moves the inputs of blocks that --gradient-checkpointing "
             "recomputes. Add --gradient-checkpointing, or leave it out."
         )
+    problems += sequence_problems(config)
     problems += classification_problems(config, asked)
     if problems := [*problems, *_method_problems(config, asked)]:
         raise ConfigError(*problems)

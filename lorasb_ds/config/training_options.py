@@ -50,12 +50,21 @@ class TrainingOptions(OptionGroup):
     gradient_accumulation_steps: int = Field(
         1, ge=1, description="Micro-batches per process and optimizer step."
     )
+    sequence_parallel: int = Field(
+        1,
+        ge=1,
+        description="Processes that compute a row together, a piece each, for long rows "
+        "(DeepSpeed's Ulysses). The number of processes and of attention heads must be divisible "
+        "by it.",
+    )
     train_batch_size: int | None = Field(
         None,
         ge=1,
         description="Rows per optimizer step, of all processes. It need not be divisible by "
         "anything, and decides --gradient-accumulation-steps unless that is given.",
-        json_schema_extra=default_is("micro-batch size x accumulation x processes"),
+        json_schema_extra=default_is(
+            "micro-batch size x accumulation x processes / --sequence-parallel"
+        ),
     )
     max_grad_norm: float = Field(
         1.0, ge=0, description="Gradients are clipped to this norm; 0 switches clipping off."

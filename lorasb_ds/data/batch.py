@@ -21,6 +21,8 @@ from lorasb_ds.data.tokenization import IGNORE_INDEX, Example
 class Batch:
     """A micro-batch. ``labels`` are aligned with ``input_ids``; the loss shifts them.
 
+    A piece of one has one column of labels more: those of the token behind it.
+
     A packed one has several examples in a row, and no attention mask: position ids start again
     where an example ends, by which transformers keeps examples apart.
 
@@ -32,15 +34,15 @@ class Batch:
     attention_mask: torch.Tensor | None  # (rows, length), int64
     labels: torch.Tensor  # (rows, length), int64, IGNORE_INDEX on prompts and padding
     num_label_tokens: int
-    position_ids: torch.Tensor | None = None  # (rows, length), int64, of packed rows
+    position_ids: torch.Tensor | None = None  # (rows, length), int64, of packed rows and pieces
     num_tokens: int = 0  # without padding; 0 for a weightless batch
     targets: torch.Tensor | None = None  # (rows,), int64: classes; fp32: numbers
     token_type_ids: torch.Tensor | None = None  # (rows, length), int64
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """Keyword arguments of the model. Some models take no position ids: only packed rows
-        have them. Token types are there if the tokenizer gives them.
+        """Keyword arguments of the model. Some models take no position ids: only packed rows and
+        pieces have them. Token types are there if the tokenizer gives them.
         """
         optional = {"position_ids": self.position_ids, "token_type_ids": self.token_type_ids}
         given = {name: ids for name, ids in optional.items() if ids is not None}
@@ -49,7 +51,8 @@ class Batch:
     @property
     def next_labels(self) -> torch.Tensor:
         """Labels of the next position, (rows, length)."""
-        return F.pad(self.labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        length = self.input_ids.shape[1]
+        return F.pad(self.labels, (0, 1), value=IGNORE_INDEX)[:, 1 : length + 1]
 
     @cached_property
     def label_positions(self) -> torch.Tensor:
@@ -58,6 +61,33 @@ class Batch:
         Its first use waits for the batch's device. ``to`` finds them before, on the host.
         """
         return (self.next_labels != IGNORE_INDEX).flatten().nonzero().flatten()
+
+    def piece(self, index: int, count: int) -> Batch:
+        """Return one of ``count`` pieces of equal length that all rows are cut into.
+
+        Rows are padded at their ends until they can be, without a position of its own: positions
+        may have a table. Padding is not masked, since nothing comes after it; without any mask
+        transformers would take it for packed rows. Not for these, or rows that are classified.
+        """
+        assert self.attention_mask is not None, "packed rows would see each other"
+        assert self.targets is None, "a classifier reads the last token, which is in one piece"
+        whole = self.input_ids.shape[1]
+        length = math.ceil(whole / count)
+        first, last = index * length, (index + 1) * length
+
+        def cut(values: torch.Tensor, last: int, padding: int) -> torch.Tensor:
+            missing = max(0, last - values.shape[1])
+            return F.pad(values, (0, missing), value=padding)[:, first:last].contiguous()
+
+        input_ids, labels = cut(self.input_ids, last, 0), cut(self.labels, last + 1, IGNORE_INDEX)
+        return Batch(
+            input_ids,
+            torch.ones_like(input_ids),
+            labels,
+            _num_labels(labels),
+            torch.arange(first, last).clamp(max=whole - 1).repeat(len(labels), 1),
+            num_tokens=int(cut(self.attention_mask, last, 0).sum()) if self.num_tokens else 0,
+        )
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device, without waiting for what the device still has to do."""

@@ -28,6 +28,11 @@ class Data(NamedTuple):
         """What the labels of all rows are; None: tokens are learned."""
         return self.train.classes
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(int(rows.lengths.max()) for rows in self[:3] if rows is not None)
+
     def classified(self) -> Data:
         """Return the same rows with the classes of those of --data.
 

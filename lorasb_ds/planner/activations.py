@@ -90,9 +90,10 @@ def block_activation_bytes(
     """Return what autograd keeps of one decoder block for one micro-batch's backward pass.
 
     The base is frozen: its linear layers keep nothing. Kept are fp32 inputs of the norms; what
-    ``Attention`` says, and the mask in the compute dtype; both factors of an MLP's product and the
-    input of its activation function; and the input of every R. For each expert of a token the same
-    as of an MLP, and the output, which the router's weight multiplies.
+    ``Attention`` says, and the mask in the compute dtype, which pieces of rows do not have; both
+    factors of an MLP's product and the input of its activation function; and the input of every R.
+    For each expert of a token the same as of an MLP, and the output, which the router's weight
+    multiplies.
 
     Args:
         inputs: keep the inputs of the linear layers, too, as the init needs them.
@@ -100,7 +101,8 @@ def block_activation_bytes(
         router: keep the router's input.
     """
     attention, hidden = block.attention, shape.hidden_size
-    numbers = attention.kept + work.max_length * (attention.scores or 1) + 3 * block.mlp
+    of_pairs = attention.scores or (1 if work.sequence_parallel == 1 else 0)
+    numbers = attention.kept + work.max_length * of_pairs + 3 * block.mlp
     if block.shared_gate:
         numbers += hidden
     if branches:

@@ -181,7 +181,7 @@ def _late_bytes(work: Workload) -> int:
 
 def _logit_bytes(shape: ModelShape, work: Workload, dtype_bytes: int) -> int:
     """Count the logits at a time, and the hidden states at the labels with their gradient."""
-    labels = work.micro_batch_size * work.num_labels
+    labels = work.micro_batch_size * min(work.num_labels, work.piece_length)
     logits = logit_rows(labels, shape.vocab_size) * shape.vocab_size * LOGIT_BYTES
     return logits + 2 * labels * shape.hidden_size * dtype_bytes
 
@@ -230,7 +230,7 @@ def init_plan(shape: ModelShape, work: Workload, world_size: int, dtype_bytes: i
         world_size=world_size,
         update=work.svd_update,  # also where the gradient is only tracked: W0's takes most
         tokens_per_micro_batch=work.in_init.tokens,
-        boundary_bytes=rows_per_rank * work.max_length * shape.hidden_size * dtype_bytes,
+        boundary_bytes=rows_per_rank * work.piece_length * shape.hidden_size * dtype_bytes,
         dtype_bytes=dtype_bytes,
         offload=work.init_offload,
         experts=work.expert_targets,

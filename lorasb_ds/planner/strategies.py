@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from lorasb_ds.config.paths import SHIPPED_DS_CONFIGS, read_json
+from lorasb_ds.config.sequence_parallel import group_problems
+from lorasb_ds.errors import ConfigError
 from lorasb_ds.planner.base_bytes import base_bytes
 from lorasb_ds.planner.footprint import Footprint, footprint, init_plan
 from lorasb_ds.planner.init_plan import InitPlan
@@ -127,7 +129,12 @@ def plan(shape: ModelShape, cluster: Cluster, work: Workload) -> list[StrategyPl
     """Plan every strategy that makes sense there, as asked for or with the least change that fits.
 
     One rank has nothing to shard, and on CPUs there is no other memory to offload to.
+
+    Raises:
+        ConfigError: if the ranks cannot be divided into groups that compute rows together.
     """
+    if problems := group_problems(work.sequence_parallel, cluster.world_size):
+        raise ConfigError(*problems)
 
     @cache  # the strategies differ in the base, not in the init
     def plan_init(checkpointing: bool, budget: int | None) -> InitPlan:

@@ -18,6 +18,7 @@ class Workload:
     gradient_checkpointing: bool
     init_samples: int  # rows of the gradient
     activation_offload: bool = False  # the inputs of blocks are in host memory
+    sequence_parallel: int = 1  # ranks that compute a row together
     init_micro_batch_size: int | None = None  # [default: micro_batch_size]
     init_memory_bytes: int | None = None
     init_update: str = "sign"
@@ -44,9 +45,14 @@ class Workload:
         return [*self.targets, *self.expert_targets]
 
     @property
+    def piece_length(self) -> int:
+        """Return the tokens of the longest row that a rank computes."""
+        return -(-self.max_length // self.sequence_parallel)
+
+    @property
     def tokens(self) -> int:
         """Return the tokens of a rank's micro-batch."""
-        return self.micro_batch_size * self.max_length
+        return self.micro_batch_size * self.piece_length
 
     @property
     def in_init(self) -> Workload:
@@ -95,4 +101,5 @@ class Workload:
 
     def init_rounds(self, world_size: int) -> int:
         """Return the micro-batches that each rank computes in the init."""
-        return -(-self.init_samples // (self.in_init.micro_batch_size * world_size))
+        rows = self.in_init.micro_batch_size * world_size // self.sequence_parallel
+        return -(-self.init_samples // rows)

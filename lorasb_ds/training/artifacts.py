@@ -81,6 +81,11 @@ def _classification(run: Prepared) -> dict[str, Any]:
     }
 
 
+def _together(run: Prepared) -> str:
+    size = run.config.sequence_parallel
+    return f", every {size} of which compute a row together" if size > 1 else ""
+
+
 def announce(run: Prepared, folder: Path) -> None:
     """Print what the user should know before the base is loaded."""
     say(f"run folder {folder}")
@@ -95,7 +100,7 @@ def announce(run: Prepared, folder: Path) -> None:
     say(
         f"{len(run.adapter.targets)} layers with an adapter ({run.config.method}), "
         f"{run.memory.workload.num_trainable:,} trainable parameters, {zero.world_size()} "
-        f"process(es) on {accelerator.name()}, {run.num_steps} steps of "
+        f"process(es) on {accelerator.name()}{_together(run)}, {run.num_steps} steps of "
         f"{run.config.train_batch_size} {'packs' if run.config.packing else 'rows'}"
     )
     say_if_bf16_is_emulated(run.config)

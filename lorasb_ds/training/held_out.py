@@ -6,6 +6,7 @@ from typing import Literal
 
 from lorasb_ds.data.dataset import TokenizedRows
 from lorasb_ds.distributed import accelerator
+from lorasb_ds.distributed.sequence_parallel import whole_rows
 from lorasb_ds.models.classification import predict
 from lorasb_ds.models.generation import generate, stop_tokens
 from lorasb_ds.models.loss import eval_mode, held_out_loss
@@ -65,7 +66,7 @@ def write_samples(training: TrainingRun, stage: Stage) -> None:
     assert run.data.held_out is not None
     examples = run.data.held_out.examples[: run.config.generate_samples]
     prompts = [example.input_ids[: max(1, example.first_label)] for example in examples]
-    with eval_mode(model):
+    with eval_mode(model), whole_rows():
         answers = generate(
             model,
             run.base.tokenizer,

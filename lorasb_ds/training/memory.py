@@ -196,6 +196,7 @@ def workload_of(
         gradient_checkpointing=config.gradient_checkpointing,
         init_samples=init_samples,
         activation_offload=config.activation_offload,
+        sequence_parallel=config.sequence_parallel,
         init_micro_batch_size=config.init_micro_batch_size,
         init_memory_bytes=None if budget is None else int(budget * GIB),
         init_offload=config.init_offload,

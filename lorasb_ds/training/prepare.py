@@ -26,6 +26,7 @@ from lorasb_ds.errors import ConfigError
 from lorasb_ds.init.basis import PEFT_FILE_KEY, fingerprint
 from lorasb_ds.init.init_report import InitReport
 from lorasb_ds.models.base import Base, open_base
+from lorasb_ds.models.sequence_parallel import check_shareable
 from lorasb_ds.runs.checkpoint import Resume, find_resume
 from lorasb_ds.runs.tracking import check_tracker
 from lorasb_ds.training.adapter_plan import AdapterPlan, plan_adapter
@@ -135,17 +136,21 @@ class Prepared:
         micro_batch_size: int,
         packed: bool = False,
     ) -> list[Batch]:
-        return rank_batches(
+        shares = self.config.sequence_parallel
+        batches = rank_batches(
             rows.examples,
             rows.lengths,
             packs,
             micro_batch_size=micro_batch_size,
             pad_token_id=self.base.tokenizer.pad_token_id,
-            rank=zero.rank(),
-            world_size=zero.world_size(),
+            rank=zero.rank() // shares,
+            world_size=zero.world_size() // shares,
             num_micro_batches=rounds,
             one_row=self.one_row if packed else None,
         )
+        if shares == 1:
+            return batches
+        return [batch.piece(zero.rank() % shares, shares) for batch in batches]
 
 
 def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -> Prepared:
@@ -182,6 +187,8 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
     if data.classes is not None:
         base = base.with_classes(data.classes)
     table_notes = check_tables(config, base, data)
+    if config.sequence_parallel > 1:
+        check_shareable(base.model, config.sequence_parallel, data.longest)
     num_rows = len(data.init.examples)
     gradient_rows, probe_rows = init_sample(num_rows, config.init_samples, config.seed_of_init)
     order = order_of(config, data.train)

@@ -34,12 +34,14 @@ from lorasb_ds.config.run_layout import (
     TEMPLATE_COPY,
 )
 from lorasb_ds.distributed import accelerator, zero
+from lorasb_ds.distributed.sequence_parallel import share_rows, unshare_rows
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.init.init_report import InitReport
 from lorasb_ds.models.classification import check_padding, train_head
 from lorasb_ds.models.loading import DTYPES, load_base
 from lorasb_ds.models.loss import add_loss_head, check_loss_head, eval_mode
 from lorasb_ds.models.packing import keeps_packs_apart
+from lorasb_ds.models.sequence_parallel import check_pieces
 from lorasb_ds.planner.footprint import LOGIT_BYTES
 from lorasb_ds.planner.gathers import gathers_blocks
 from lorasb_ds.runs.checkpoint import TrainerState
@@ -146,6 +148,7 @@ def _run_in(
             finish(training, init, tensors, description)
         dist.barrier()
     finally:
+        unshare_rows()
         if log is not None:
             log.close()  # flushes what TensorBoard and trackers have buffered
         if engine is not None:
@@ -246,6 +249,9 @@ def start_engine(run: Prepared) -> tuple[Any, Adapters]:
                 f"the loss of a {type(model).__name__} is made of all its logits at once, up to "
                 f"{gib:.2f} GiB in training: its output head is of an unknown kind"
             )
+        if config.sequence_parallel > 1:
+            share_rows(model.config._attn_implementation, config.sequence_parallel)
+            check_pieces(model, few, config.sequence_parallel)
     return engine, adapters
 
 

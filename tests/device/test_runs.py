@@ -54,6 +54,7 @@ OTHER_RUNS: dict[str, dict[str, Any]] = {
     "offload": {"ds_config": f"{CONFIGS}/zero3_offload.json"},
     "hpz": {"ds_config": f"{CONFIGS}/zero3_hpz.json"},
     "8bit-sharded": SHARDED | {"load_in_8bit": True, "dtype": "bf16"},
+    "pieces": SHARDED | RECOMPUTED | {"sequence_parallel": 2, "eval_every": 1},
     "packing": ZERO3 | {"packing": True, "max_length": 128},
     "tracked": ZERO3
     | {

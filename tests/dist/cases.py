@@ -866,3 +866,30 @@ def exchanged_bytes() -> None:
         assert list(received) == ["all_to_all_single" if rows == 16 else "reduce"]
         received.clear()
     dist.barrier()
+
+
+def trial_in_pieces(bases: dict[str, bool]) -> None:
+    """Some models are refused that would compute something else in pieces; others are not."""
+    from contextlib import nullcontext
+
+    from transformers import AutoModelForCausalLM
+
+    from lorasb_ds.distributed import zero
+    from lorasb_ds.distributed.sequence_parallel import share_rows, unshare_rows
+    from lorasb_ds.errors import ConfigError
+    from lorasb_ds.models.sequence_parallel import check_pieces
+
+    zero.init_process_group()
+    for folder, is_refused in bases.items():
+        for dtype in (torch.float32, torch.bfloat16)[: 1 if is_refused else 2]:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+            few = torch.arange(100, 110)[None]
+            with torch.no_grad():
+                before = model(few).logits
+            refused = pytest.raises(ConfigError, match="something else in pieces of rows than in")
+            share_rows(model.config._attn_implementation, 2)
+            with refused if is_refused else nullcontext():
+                check_pieces(model, few, 2)
+            unshare_rows()
+            with torch.no_grad():
+                assert torch.equal(model(few).logits, before), "each rank by itself, as before"

@@ -80,6 +80,7 @@ NAMES = [
     "resume",
     "save_every",
     "seed",
+    "sequence_parallel",
     "target_modules",
     "task_type",
     "template_date",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
-from lorasb_ds.data.batch import assign_to_ranks, collate, collate_packed
+from lorasb_ds.data.batch import Batch, assign_to_ranks, collate, collate_packed
 from lorasb_ds.data.tokenization import IGNORE_INDEX, Example
 from lorasb_ds.models.loss import token_loss_sum
 from lorasb_ds.models.packing import keeps_packs_apart
@@ -101,3 +102,23 @@ def test_bloom_has_no_position_ids() -> None:
 
     assert "position_ids" not in inspect.signature(BloomForCausalLM.forward).parameters
     assert BloomConfig().model_type == "bloom"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_pieces_have_what_whole_rows_have(count: int) -> None:
+    batch = collate(examples_of(9, 4, 1), 2)
+    pieces = [batch.piece(i, count) for i in range(count)]
+    assert len({piece.input_ids.shape for piece in pieces}) == 1
+
+    def joined(of: Callable[[Batch], Any]) -> torch.Tensor:
+        return torch.cat([of(piece) for piece in pieces], 1)[:, :9]
+
+    assert torch.equal(joined(lambda piece: piece.input_ids), batch.input_ids)
+    assert torch.equal(joined(lambda piece: piece.next_labels), batch.next_labels)
+    assert torch.equal(joined(lambda piece: piece.position_ids), torch.arange(9).repeat(3, 1))
+    assert max(int(piece.inputs["position_ids"].max()) for piece in pieces) == 8, "for its table"
+    assert sum(piece.num_tokens for piece in pieces) == batch.num_tokens
+    assert sum(piece.num_label_tokens for piece in pieces) == batch.num_label_tokens
+    assert sum(len(piece.label_positions) for piece in pieces) == batch.num_label_tokens
+    weightless = collate(examples_of(9), 2, weightless=True).piece(0, count)
+    assert (weightless.num_tokens, weightless.num_label_tokens) == (0, 0)

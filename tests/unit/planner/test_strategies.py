@@ -33,7 +33,7 @@ from tests.runs import ROOT, word_rows, write_jsonl
 
 OPTIONS: dict[str, Any] = {"r": 64, "max_length": 1024, "micro_batch_size": 4, "init_samples": 64}
 OPTIONS |= {"gradient_checkpointing": False, "init_memory_gib": None, "expert_r": None}
-OPTIONS |= {"init_micro_batch_size": None}
+OPTIONS |= {"init_micro_batch_size": None, "sequence_parallel": 1}
 LLAMA_7B = shape_from_config("llama-7b", BUILT_IN["llama-7b"])
 
 
@@ -270,3 +270,17 @@ def test_available_memory_within_a_cgroup(tmp_path: Path) -> None:
         (folder / "memory.stat").write_text(f"anon 1\ninactive_file {cached * 1024}\n")
     assert available_bytes(proc, cgroups) == 200 * 1024
     assert available_bytes() > 0
+
+
+def test_pieces_of_rows() -> None:
+    """Half of the rows on each of two ranks, and no masks; the command says so."""
+    whole, halves = (
+        plan(LLAMA_7B, Cluster(1, 4, 80 * GIB), work_of(sequence_parallel=size)) for size in (1, 2)
+    )
+    for one, other in zip(whole, halves, strict=True):
+        assert other.memory.activations < one.memory.activations / 2
+        assert other.memory.base == one.memory.base
+    text = invoke("--model", "llama-7b", "--sequence-parallel", "4", "--gpus-per-node", "8")
+    assert "--sequence-parallel 4" in text.strip().splitlines()[-1]
+    refused = invoke("--model", "llama-7b", "--sequence-parallel", "3", status=2)
+    assert "--sequence-parallel 3 does not divide the number of processes, 8" in refused
