@@ -252,6 +252,35 @@ def test_re_based_with_the_same_ranks(world_size: int, runs: Runs, tiny_model: P
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options"),
+    {
+        "lora-xs": {"method": "lora-xs"},
+        "sb-gradient": {"method": "sb-gradient"},
+        "4 bits, tracked": {"load_in_4bit": True, "dtype": "bf16", "track_alignment": 2},
+        "muon": {"optimizer": "muon", "init_update": "sign"},
+    }.items(),
+)
+def test_with_other_options(
+    name: str, options: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    first = config_of(tiny_model, tmp_path, "basis", r=OF_BASIS, **options | {"max_steps": 1})
+    by_energy = config_by_energy(tiny_model, tmp_path, "basis", name=name, **options)
+    run_ranks("methods", 2, runs=[first, by_energy], zero_optimization=STAGE_3)
+    run = tmp_path / name
+    saved, last = read_adapter(str(run / "adapter")), read_adapter(str(checkpoint_path(run, STEPS)))
+    assert min(map(saved.rank_of, saved.layers)) < R < saved.r
+    for layer, update in dense(saved).items():
+        torch.testing.assert_close(product(last.pair(layer)), update, atol=1e-6, rtol=1e-5)
+    described = json.loads((run / "run.json").read_text())
+    numbers = sum(saved.rank_of(layer) ** 2 for layer in saved.layers)
+    assert described["trainable_parameters"] == numbers
+    if "track_alignment" in options:
+        rows = [json.loads(line) for line in (run / "alignment.jsonl").read_text().splitlines()]
+        assert {row["step"] for row in rows} >= {2, 4}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe"])
 def test_experts_keep_their_rank(
     family: str, tiny_family: Callable[[str], Path], tmp_path: Path
