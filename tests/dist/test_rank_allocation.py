@@ -211,7 +211,8 @@ def test_a_basis_without_more_directions_is_refused(runs: Runs, tiny_model: Path
     assert again.adapter.ranks == taken, "the same budget, of the directions that are there"
 
 
-@pytest.mark.parametrize("world_size", [2, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 1])
 def test_re_based_with_the_same_ranks(world_size: int, runs: Runs, tiny_model: Path) -> None:
     """Each later basis has a layer's own number of directions of the gradient then."""
     start = runs[f"{world_size} rank{'s' if world_size > 1 else ''}"]
