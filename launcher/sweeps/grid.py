@@ -20,8 +20,9 @@ Number = TypeVar("Number", int, float)
 SWEPT = ("method", "lr", "r", "seed", "output_dir", "overwrite", "resume")
 # Options that a method may have for itself: all but rows, batches and the number of steps.
 OWN = (
-    *("lora_alpha", "gamma", "precondition", "target_modules"),
+    *("lora_alpha", "gamma", "precondition", "target_modules", "rank_allocation"),
     *("init_lr", "init_update", "init_samples", "init_data", "init_seed", "rebase_every"),
+    "init_from",
     *("optimizer", "weight_decay", "lr_scheduler", "warmup_ratio", "max_grad_norm"),
 )
 NAME = re.compile(r"[\w+][\w.+-]*", re.ASCII)  # of a folder, on every file system

@@ -24,6 +24,7 @@ def inject(
     r: int,
     dtype: torch.dtype,
     layer_class: Callable[[nn.Module, int, torch.dtype], AdapterT] = LoraSBLinear,  # type: ignore[assignment]
+    ranks: Mapping[str, int] | None = None,
 ) -> dict[str, AdapterT]:
     """Wrap every target layer in a layer with an adapter, and freeze all other parameters.
 
@@ -33,6 +34,7 @@ def inject(
         targets: names of the layers to wrap, and of projections of experts (``ExpertsLinear``).
         dtype: of the adapters' factors.
         layer_class: makes the new layer from ``(base_layer, r, dtype)``.
+        ranks: layer -> its r, of those that have another.
     Returns:
         The new layers by the names of the layers that they wrap, in the model's order.
     """
@@ -41,7 +43,7 @@ def inject(
     for name in targets:
         parent_name, _, child = name.rpartition(".")
         parent = model.get_submodule(parent_name)
-        adapter = layer_class(parent.get_submodule(child), r, dtype)
+        adapter = layer_class(parent.get_submodule(child), (ranks or {}).get(name, r), dtype)
         setattr(parent, child, adapter)
         adapters[name] = adapter
     return adapters

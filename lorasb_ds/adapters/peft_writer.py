@@ -11,8 +11,10 @@ import torch
 
 from lorasb_ds.adapters.experts import LoraSBExperts
 from lorasb_ds.adapters.layer import AdapterLinear
+from lorasb_ds.adapters.low_rank import LoraPair, padded
 from lorasb_ds.adapters.peft_config import PREFIX
 from lorasb_ds.adapters.peft_experts import ExpertPair, expert_tensors
+from lorasb_ds.adapters.peft_targets import TargetFields
 from lorasb_ds.config.run_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lorasb_ds.distributed import zero
 from lorasb_ds.models.tokenizer_files import TokenizerFiles
@@ -91,10 +93,42 @@ def trained_value(name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
     return value
 
 
+def peft_names(name: str) -> tuple[str, str]:
+    """Return PEFT's names of a layer's A and B."""
+    prefix = f"{PREFIX}{name}.lora_"
+    return f"{prefix}A.weight", f"{prefix}B.weight"
+
+
 def peft_tensors(name: str, A: torch.Tensor, B: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return a layer's factors by PEFT's names."""
-    prefix = f"{PREFIX}{name}.lora_"
-    return {f"{prefix}A.weight": A, f"{prefix}B.weight": B}
+    return dict(zip(peft_names(name), (A, B), strict=True))
+
+
+def with_ranks(
+    tensors: Mapping[str, torch.Tensor], fields: TargetFields, ranks: Mapping[str, int], r: int
+) -> tuple[Mapping[str, torch.Tensor], TargetFields]:
+    """Return an adapter's tensors and fields with the ranks of layers that have another than r.
+
+    They get a pattern each, before those of experts: PEFT takes the first one that matches. Layers
+    that it finds by their weights are padded to r, since it would look for other patterns of them.
+
+    Args:
+        fields: as from ``target_fields`` and ``expert_fields``.
+        ranks: layer -> its rank, below r.
+        r: of adapter_config.json.
+    """
+    weights = tuple(f".{name}" for name in fields.get("target_parameters", ()))
+    by_weight = [name for name in ranks if f".{name}.weight".endswith(weights)]
+    padded_tensors = dict(tensors)
+    for name in by_weight:
+        pair = LoraPair(*(tensors[key] for key in peft_names(name)))
+        padded_tensors |= peft_tensors(name, *padded(pair, r))
+    own = {name: rank for name, rank in ranks.items() if name not in by_weight}
+    if not own:
+        return padded_tensors, fields
+    # Theirs may name a layer, too, and must not replace its rank.
+    patterns = {**own, **fields.get("rank_pattern", {}), **own}
+    return padded_tensors, {**fields, "rank_pattern": patterns}
 
 
 def save_peft_adapter(
@@ -116,7 +150,7 @@ def save_peft_adapter(
         r: also written as lora_alpha: scaling is 1.
         target_modules, target_parameters: as from ``target_fields`` and ``expert_fields``.
         base_model: name of the base in adapter_config.json.
-        rank_pattern: as from ``expert_fields``; also written as alpha_pattern.
+        rank_pattern: as from ``expert_fields`` and ``with_ranks``; also written as alpha_pattern.
         modules_to_save: the modules of a classification head, whose tensors are there, too.
         tokenizer: to put beside it.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Final, Literal
 
 from pydantic import Field, field_validator
 
@@ -12,6 +13,7 @@ from lorasb_ds.config.option_group import OptionGroup, default_is
 ALL_LINEAR = "all-linear"
 NARROW = "fewer outputs or inputs than its rank"  # why all-linear leaves a layer out
 SMALLEST_EXPERT_R = 4
+UNIFORM: Final = "uniform"  # of --rank-allocation
 
 
 class AdapterOptions(OptionGroup):
@@ -31,6 +33,12 @@ class AdapterOptions(OptionGroup):
         json_schema_extra=default_is(
             f"--r divided by the experts of a token, at least {SMALLEST_EXPERT_R}"
         ),
+    )
+    rank_allocation: Literal["uniform", "energy"] = Field(
+        UNIFORM,
+        description="'uniform': every layer has rank --r. 'energy': as many numbers are trained, "
+        "and ranks are larger where the next directions have more of the init's step; needs "
+        "--init-from a basis with a larger r.",
     )
     target_modules: str = Field(
         ALL_LINEAR,

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from lorasb_ds.config.adapter_options import UNIFORM
 from lorasb_ds.config.chat_templates import TEMPLATES
 from lorasb_ds.config.classification import classification_problems
 from lorasb_ds.config.methods import DEFAULT_METHOD, METHODS, PEFT_PREFIX
@@ -50,6 +51,12 @@ def load_run_config(given: Mapping[str, Any], run_json: str | None = None) -> Ru
     except ValidationError as error:
         raise ConfigError(*problems_of(error)) from None
     problems = [*_data_problems(config), *_evaluation_problems(config)]
+    if config.rank_allocation != UNIFORM and config.init_from is None:
+        problems.append(
+            "--rank-allocation energy needs --init-from a basis with more than r directions of "
+            f"every layer. `lorasb init --r {2 * config.r} --output-dir runs/basis`, with the "
+            "other options of this run, makes it; then add --init-from runs/basis."
+        )
     if config.activation_offload and not config.gradient_checkpointing:
         problems.append(
             "--activation-offload moves the inputs of blocks that --gradient-checkpointing "
@@ -99,6 +106,8 @@ def _method_problems(config: RunConfig, asked: Mapping[str, Any]) -> list[str]:
         "init_lr": not method.takes_step and "it takes no step in its init",
         "rebase_every": not (method.trains_r and method.needs_gradient)
         and "it is for methods that train R in a basis of the gradient",
+        "rank_allocation": (not method.trains_r or method.decomposes == "nothing")
+        and "it is for methods that train R in a basis with a spectrum",
     }
     if not method.needs_gradient:
         why = "its init looks at no gradient"
@@ -138,6 +147,7 @@ def _peft_problems(config: RunConfig, asked: Mapping[str, Any]) -> list[str]:
         "--init-from": config.init_from and "PEFT has its own init",
         "--init-data": config.init_data and "PEFT has its own init",
         "--rebase-every": config.rebase_every and "PEFT has its own init",
+        "--rank-allocation": config.rank_allocation != UNIFORM and "the file decides about ranks",
         "--precondition": config.precondition and "PEFT's layers have their own gradients",
     }
     return (
@@ -189,6 +199,7 @@ def replaced_by(asked: Mapping[str, Any], earlier: Mapping[str, Any]) -> set[str
     method = earlier.get("method", DEFAULT_METHOD)
     if asked.get("method", method) != method:
         replaced |= {"lr", "lora_alpha", "gamma", "precondition", "init_update", "init_lr"}
+        replaced.add("rank_allocation")
     if "epochs" in asked:
         replaced.add("max_steps")
     if "gradient_accumulation_steps" in asked:

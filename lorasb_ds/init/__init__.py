@@ -7,6 +7,7 @@
 - `experts`, `batched_svd`: the experts of a projection, each decomposed by the rank that owns it.
 - `factors`, `step_size`: fill the layers' factors, and choose eta.
 - `init_report`, `basis_file`, `basis`: what the init found; the factors on disk; loading them.
+- `rank_allocation`: ranks by layer, of the spectra in a basis.
 
 Imports `adapters` and what is below it.
 """

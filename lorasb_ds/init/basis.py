@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -98,41 +98,62 @@ def _method_entries(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def check_basis(
-    folder: Path, option: str, r: int | None, made_from: Mapping[str, Any], uncut: str | None
-) -> InitReport:
-    """Reject a basis that other settings than this run's have made.
+@contextmanager
+def open_basis(folder: Path, option: str) -> Iterator[Any]:
+    """Open the file of a basis, whose report is there, too. Reading it in the block is covered.
 
     Args:
         option: the option and folder, for messages.
-        r: of the run; None for PEFT's methods, whose configuration decides.
-        made_from: this run's ``fingerprint``.
-        uncut: the remedy to suggest if r is smaller than that of the basis; None: cut the basis.
-    Returns:
-        The stored report, cut to r.
     Raises:
-        ConfigError: naming what is missing or differs.
+        ConfigError: if a file is missing, or cannot be read as a basis's.
     """
-    for file in (BASIS_FILE, INIT_REPORT):
-        if not (folder / file).is_file():
+    for name in (BASIS_FILE, INIT_REPORT):
+        if not (folder / name).is_file():
             raise ConfigError(
-                f"{option}: there is no {file} in it. Give the output folder of a `lorasb init` or "
+                f"{option}: there is no {name} in it. Give the output folder of a `lorasb init` or "
                 "`lorasb train` whose init has finished."
             )
     try:
         with safe_open(folder / BASIS_FILE, "pt") as file:
-            metadata = file.metadata() or {}
-            names = [name for name in file.keys() if name.endswith(".lora_A")]  # noqa: SIM118
-            shapes = [file.get_slice(name).get_shape() for name in names]
-            # --r cuts those of layers; --expert-r must be the basis's own.
-            ranks = [shape[0] for shape in shapes if len(shape) == 2]
-        theirs = json.loads(metadata["made_from"])
-        report = _read_report(folder, r, min(ranks, default=None) if r is not None else None)
+            yield file
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise ConfigError(
             f"{option}: {BASIS_FILE} and {INIT_REPORT} are not a basis of this version. Compute it "
             "again with `lorasb init`."
         ) from error
+
+
+def stored_ranks(file: Any) -> dict[str, int]:
+    """Return the rank of each layer of an open basis; not of projections of experts."""
+    keys = [name for name in file.keys() if name.endswith(".lora_A")]  # noqa: SIM118
+    shapes = {key.removesuffix(".lora_A"): file.get_slice(key).get_shape() for key in keys}
+    return {name: shape[0] for name, shape in shapes.items() if len(shape) == 2}
+
+
+def check_basis(
+    folder: Path,
+    option: str,
+    ranks: Mapping[str, int],
+    made_from: Mapping[str, Any],
+    uncut: str | None,
+) -> InitReport:
+    """Reject a basis that other settings than this run's have made.
+
+    Args:
+        option: the option and folder, for messages.
+        ranks: layer -> its rank in this run; {} for PEFT's methods, whose configuration decides.
+        made_from: this run's ``fingerprint``.
+        uncut: the remedy to suggest if a rank is smaller than that of the basis; None: cut it.
+    Returns:
+        The stored report, cut to the ranks.
+    Raises:
+        ConfigError: naming what is missing or differs.
+    """
+    with open_basis(folder, option) as file:
+        stored = stored_ranks(file)
+        theirs = json.loads((file.metadata() or {})["made_from"])
+        smaller = {n: r for n, r in ranks.items() if r < stored.get(n, r)}
+        report = _read_report(folder, file, smaller)
     # A key that only one of the two has is a difference, too.
     differ = [what for what in {**made_from, **theirs} if theirs.get(what) != made_from.get(what)]
     if differ:
@@ -140,39 +161,36 @@ def check_basis(
             f"{option} was made with other settings: {', '.join(differ)} differ. Give the options "
             f"that it was made with (its run.json has them), or leave {option.split()[0]} out."
         )
-    if r is None:
-        return report
-    r_max = min(ranks, default=r)
-    if r < r_max and uncut is not None:
-        raise ConfigError(f"--r {r} differs from the run's r = {r_max}. {uncut}")
-    if r > r_max:
-        raise ConfigError(
-            f"--r {r} exceeds r = {r_max} of the basis of {option}. Give a smaller r, which is cut "
-            "from it exactly, or compute a new basis."
-        )
+    if smaller and uncut is not None:
+        name, r = next(iter(smaller.items()))
+        raise ConfigError(f"--r {r} differs from the run's r = {stored[name]}. {uncut}")
+    for name, r in ranks.items():
+        if r > stored.get(name, r):
+            raise ConfigError(
+                f"--r {r} exceeds r = {stored[name]} of the basis of {option}. Give a smaller r, "
+                "which is cut from it exactly, or compute a new basis."
+            )
     return report
 
 
-def _read_report(folder: Path, r: int | None, r_max: int | None) -> InitReport:
-    """Read a stored report, cut to the first r of r_max directions, which is exact."""
-    cut = r if r is not None and r_max is not None and r < r_max else None
+def _read_report(folder: Path, file: Any, cut_to: Mapping[str, int]) -> InitReport:
+    """Read a stored report, cut to the first directions of some layers, which is exact."""
     content = json.loads((folder / INIT_REPORT).read_text(encoding="utf-8"))
-    with safe_open(folder / BASIS_FILE, "pt") as file:
-        layers = {
-            name: _cut(
-                layer,
-                file.get_tensor(f"{name}.S").tolist(),
-                file.get_tensor(f"{name}.slopes").tolist(),
-                cut,
-            )
-            for name, layer in content.pop("layers").items()
-        }
-        experts = {
-            name: ExpertsInit(
-                **scalars, **{key: file.get_tensor(f"{name}.{key}") for key in EXPERT_TENSORS}
-            )
-            for name, scalars in content.pop("experts", {}).items()
-        }
+    layers = {
+        name: _cut(
+            layer,
+            file.get_tensor(f"{name}.S").tolist(),
+            file.get_tensor(f"{name}.slopes").tolist(),
+            cut_to.get(name),
+        )
+        for name, layer in content.pop("layers").items()
+    }
+    experts = {
+        name: ExpertsInit(
+            **scalars, **{key: file.get_tensor(f"{name}.{key}") for key in EXPERT_TENSORS}
+        )
+        for name, scalars in content.pop("experts", {}).items()
+    }
     step = InitStep(**content.pop("step"))
     return InitReport(**content, step=step, layers=layers, experts=experts)
 

@@ -198,6 +198,8 @@ def _from_gradients(
             found = decompose(G, r, settings.update, group, settings.seed, scales, heights)
             for name, (svd, slopes) in found.items():
                 dtype, reached = adapters[name].lora_A.dtype, gradients.batches_reached[name]
+                own_r = adapters[name].r * settings.method.directions
+                svd, slopes = svd.cut(own_r), slopes[:own_r]
                 layer = describe_layer(svd, slopes, dtype, reached, group)
                 yield name, gather_directions(adapters[name], svd, group), layer
         began = time.perf_counter()

@@ -46,6 +46,15 @@ class TruncatedSVD(NamedTuple):
     Vh: torch.Tensor  # (r, n), fp32
     captured_energy: float  # sum of S squared over the squared Frobenius norm of M; 1 if M is 0
 
+    def cut(self, r: int) -> TruncatedSVD:
+        """Return the first r directions. Not collective."""
+        if r == len(self.S):
+            return self
+        energies = self.S.square()
+        share = (energies[:r].sum() / energies.sum()).item() if self.S[0] > 0 else 1.0
+        kept = (self.U_local[:, :r], self.S[:r], self.Vh[:r])
+        return TruncatedSVD(*kept, self.captured_energy * share)
+
 
 def truncated_svd(
     local_rows: torch.Tensor,

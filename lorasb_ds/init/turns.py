@@ -15,7 +15,7 @@ class Turn(NamedTuple):
     """Layers that are decomposed at the same time, at most as many as there are ranks.
 
     Attributes:
-        r: how many singular vectors the method takes of each.
+        r: the most singular vectors that the method takes of one.
         heights: the rows of each layer's matrix, where each rank decomposes one of them; None where
             all ranks decompose each.
     """
@@ -46,5 +46,5 @@ def in_turns(
     for layers, by_one in ((whole, True), (sharded, False)):
         for first in range(0, len(layers), ranks):
             names = layers[first : first + ranks]
-            r = adapters[names[0]].r * method.directions
+            r = max(adapters[name].r for name in names) * method.directions
             yield Turn(names, r, [heights[name] for name in names] if by_one else None)

@@ -106,7 +106,7 @@ def block_activation_bytes(
     if block.shared_gate:
         numbers += hidden
     if branches:
-        numbers += work.r * len(work.targets) // shape.num_blocks
+        numbers += sum(map(work.rank_of, work.targets)) // shape.num_blocks
     if inputs:
         numbers += hidden * (2 if block.mlp else 1) + attention.inputs + block.mlp
     fp32 = block.normed + attention.fp32

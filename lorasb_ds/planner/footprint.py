@@ -253,11 +253,11 @@ def _adapter_bytes(work: Workload, dtype_bytes: int) -> Iterator[int]:
         yield from (size * dtype_bytes for size in work.trained_sizes)
         yield work.num_kept * dtype_bytes
         return
-    for out_features, in_features in work.targets.values():
-        sides = [in_features, out_features]
-        sides = [*sides, work.r] if work.trains_r else sides
+    for name, (out_features, in_features) in work.targets.items():
+        r, sides = work.rank_of(name), [in_features, out_features]
+        sides = [*sides, r] if work.trains_r else sides
         for side in sides * work.pairs:
-            yield work.r * side * dtype_bytes
+            yield r * side * dtype_bytes
     for num_experts, out_features, in_features in work.expert_targets.values():
         sides = [in_features, out_features]
         sides = [*sides, work.expert_r] if work.trains_r else sides

@@ -65,7 +65,7 @@ def gathered_by_name(shape: ModelShape, placement: Placement, work: Workload) ->
     stored |= {name: sum(placement.stored_experts(s)) for name, s in shape.experts.items()}
     for name, (out, in_) in work.targets.items():
         # PEFT's methods may target what is no linear layer, such as norms.
-        stored[name] = stored.get(name, 0) + work.pairs * work.r * (out + in_) * d
+        stored[name] = stored.get(name, 0) + work.pairs * work.rank_of(name) * (out + in_) * d
     for name, (num_experts, out, in_) in work.expert_targets.items():
         stored[name] += work.pairs * num_experts * work.expert_r * (out + in_) * d
     return stored | {name: n * d for name, n in shape.others.items()}

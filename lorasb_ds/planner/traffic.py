@@ -129,7 +129,7 @@ def _gathers(
     for name, sides in shape.layers.items():
         of_blocks.append(sum(placement.stored(sides)))
         if name in work.targets:
-            of_blocks += [work.r * side * d for side in sides] * work.pairs
+            of_blocks += [work.rank_of(name) * side * d for side in sides] * work.pairs
     for name, (num_experts, out, in_) in shape.experts.items():
         of_blocks.append(sum(placement.stored_experts((num_experts, out, in_))))
         if name in work.expert_targets:

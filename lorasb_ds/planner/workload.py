@@ -38,11 +38,17 @@ class Workload:
     expert_targets: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
     expert_r: int = 0
     head_size: int = 0  # elements of a classification head, which is trained, too
+    # Layer -> its rank, of those that have another than r (--rank-allocation).
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def adapted(self) -> list[str]:
         """Return the names of all layers and projections with an adapter."""
         return [*self.targets, *self.expert_targets]
+
+    def rank_of(self, layer: str) -> int:
+        """Return the rank of a layer's adapter."""
+        return self.ranks.get(layer, self.r)
 
     @property
     def piece_length(self) -> int:
@@ -61,8 +67,8 @@ class Workload:
 
     @property
     def svd_r(self) -> int:
-        """Return how many singular vectors the init takes of a layer."""
-        return self.r * self.directions
+        """Return how many singular vectors the init takes of a layer, at most."""
+        return max(map(self.rank_of, self.targets), default=self.r) * self.directions
 
     @property
     def svd_update(self) -> str:
@@ -81,14 +87,14 @@ class Workload:
             return sum(self.trained_sizes)
         if self.trains_r:
             num_experts = sum(n for n, _, _ in self.expert_targets.values())
-            in_factors = len(self.targets) * self.r**2 + num_experts * self.expert_r**2
-            return in_factors + self.head_size
+            in_factors = sum(self.rank_of(name) ** 2 for name in self.targets)
+            return in_factors + num_experts * self.expert_r**2 + self.head_size
         return self.num_in_pairs + self.head_size
 
     @property
     def num_in_pairs(self) -> int:
         """Return the elements of one pair of factors like A and B, of all layers and experts."""
-        layers = sum(self.r * (out + in_) for out, in_ in self.targets.values())
+        layers = sum(self.rank_of(name) * sum(sides) for name, sides in self.targets.items())
         return layers + self.num_in_expert_pairs
 
     @property

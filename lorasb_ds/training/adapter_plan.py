@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from lorasb_ds.adapters.peft_methods import PeftPlan, plan_peft
 from lorasb_ds.adapters.peft_targets import peft_warning, refused_by_peft
 from lorasb_ds.config.adapter_options import (
     NARROW,
+    UNIFORM,
     default_expert_r,
     wide_enough,
     without_adapter,
@@ -22,6 +23,7 @@ from lorasb_ds.config.run_layout import RUN_JSON
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.init.experts import EXPERT_UPDATES
 from lorasb_ds.init.factors import InitSettings
+from lorasb_ds.init.rank_allocation import planned_ranks
 from lorasb_ds.models.base import Base
 from lorasb_ds.models.experts import ExpertShapes
 from lorasb_ds.models.hybrids import layers_read_by_parents
@@ -41,6 +43,7 @@ class AdapterPlan:
 
     Attributes:
         targets: layer -> (out, in).
+        ranks: layer -> its rank, of all targets; {} for PEFT's methods.
         experts: projection of MoE experts -> (experts, out, in).
         expert_r: rank of every expert's adapter.
         frozen_experts: why projections of experts that --target-modules selects get no adapter;
@@ -51,6 +54,7 @@ class AdapterPlan:
     """
 
     targets: Shapes
+    ranks: Mapping[str, int] = field(default_factory=dict)
     experts: ExpertShapes = field(default_factory=dict)
     expert_r: int = 0
     frozen_experts: str | None = None
@@ -58,18 +62,32 @@ class AdapterPlan:
     peft_warning: str | None = None
     left_out: tuple[str, ...] = ()
 
+    @property
+    def rank_note(self) -> list[str]:
+        """A sentence on ranks that differ; none if they do not."""
+        if len(ranks := {*self.ranks.values()}) < 2:
+            return []
+        experts = f"; adapters of experts keep rank {self.expert_r}" if self.experts else ""
+        return [f"ranks of {min(ranks)} to {max(ranks)} by the energy of their directions{experts}"]
+
+    def largest_r(self, r: int) -> int:
+        """Return the largest rank of a layer; ``r``, of --r, where only experts have an adapter."""
+        return max(self.ranks.values(), default=r)
+
     def names(self, base: Base) -> list[str]:
         """Return all layers and projections with an adapter, in the model's order."""
         order = base.order
         return sorted((*self.targets, *self.experts), key=order.__getitem__)
 
 
-def plan_adapter(config: RunConfig, base: Base) -> AdapterPlan:
-    """Find the layers that get an adapter. Not collective.
+def plan_adapter(config: RunConfig, base: Base, run: Path | None = None) -> AdapterPlan:
+    """Find the layers that get an adapter, and their ranks. Not collective.
 
+    Args:
+        run: the folder of the run that is resumed; None: the run starts anew.
     Raises:
         ConfigError: if --target-modules, --r, --expert-r or PEFT's configuration does not fit the
-            base.
+            base, or --rank-allocation the basis.
     """
     method = METHODS.get(config.method)
     if method is None:
@@ -100,8 +118,11 @@ def plan_adapter(config: RunConfig, base: Base) -> AdapterPlan:
             f"{why_frozen}. Name other layers, too."
         )
     warning = peft_warning(base.model_type, targets, config.model)
+    ranks = dict.fromkeys(targets, config.r)
+    if config.rank_allocation != UNIFORM:
+        ranks = planned_ranks(config, targets, run)
     return AdapterPlan(
-        targets, experts, expert_r, why_frozen, peft_warning=warning, left_out=left_out
+        targets, ranks, experts, expert_r, why_frozen, peft_warning=warning, left_out=left_out
     )
 
 

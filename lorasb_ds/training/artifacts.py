@@ -12,7 +12,7 @@ import torch
 from lorasb_ds.adapters.peft_experts import expert_fields
 from lorasb_ds.adapters.peft_methods import save_peft_method
 from lorasb_ds.adapters.peft_targets import target_fields
-from lorasb_ds.adapters.peft_writer import peft_target_modules, save_peft_adapter
+from lorasb_ds.adapters.peft_writer import peft_target_modules, save_peft_adapter, with_ranks
 from lorasb_ds.config.paths import read_json
 from lorasb_ds.config.run_layout import (
     ADAPTER,
@@ -137,7 +137,7 @@ def finish(
         num_kept = next((a.num_kept for a in training.adapters.values()), 0)
         pairs = work.pairs - work.max_kept + num_kept  # early stopping may have left some out
         save_adapter(run, folder / ADAPTER, tensors, pairs)
-        rank = None if run.adapter.peft else run.config.r * pairs
+        rank = None if run.adapter.peft else run.adapter.largest_r(run.config.r) * pairs
         write_text(folder / ADAPTER / MODEL_CARD, model_card(description, log.rows, rank))
         draw_loss_curve(folder / LOSS_PICTURE, log.rows)
     if log.alignment:
@@ -159,7 +159,7 @@ def save_adapter(
     """Write the trained adapter as a PEFT folder. Rank 0 only.
 
     Args:
-        pairs: how many pairs of rank r a layer's factors are.
+        pairs: how many pairs of its rank a layer's factors are.
     """
     config, base_model = run.config, absolute(model_path(run.config.model))
     tokenizer = TokenizerFiles.of(run.base)
@@ -167,12 +167,14 @@ def save_adapter(
         empty = run.base.empty_model(DTYPES[config.dtype])
         save_peft_method(folder, run.adapter.peft, empty, tensors, base_model, tokenizer)
         return
-    adapter, r = run.adapter, config.r * pairs
+    adapter, r = run.adapter, run.adapter.largest_r(config.r) * pairs
     modules = peft_target_modules(adapter.targets, run.base.module_names)
     fields = target_fields(run.base.model_type, modules)
     if adapter.experts:
         ranks = dict.fromkeys(adapter.experts, adapter.expert_r * pairs)
         fields = expert_fields(r, fields, ranks, run.base.experts)
+    own_ranks = {name: of * pairs for name, of in adapter.ranks.items() if of * pairs != r}
+    tensors, fields = with_ranks(tensors, fields, own_ranks, r)
     save_peft_adapter(
         folder,
         tensors,

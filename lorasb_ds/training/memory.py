@@ -190,6 +190,7 @@ def workload_of(
     work = Workload(
         targets=adapter.targets,
         r=config.r,
+        ranks=adapter.ranks,
         max_length=longest,
         num_labels=0 if config.classifies else longest - max(1, first_label),
         micro_batch_size=config.micro_batch_size,

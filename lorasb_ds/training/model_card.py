@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from lorasb_ds.config.adapter_options import UNIFORM
 from lorasb_ds.config.data_options import REASONING_GYM
 from lorasb_ds.config.paths import DEMO_MODEL
 from lorasb_ds.config.run_config import RunConfig
@@ -21,7 +22,8 @@ DEMO_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Shown where they are not the default's.
 SHOWN = (
     "task_type",
-    *("method", "r", "expert_r", "target_modules", "lr", "lr_scheduler", "optimizer", "epochs"),
+    *("method", "r", "rank_allocation", "expert_r", "target_modules", "lr", "lr_scheduler"),
+    *("optimizer", "epochs"),
     *("train_batch_size", "max_length", "packing", "loss_on", "dtype", "load_in_4bit"),
     *("load_in_8bit", "seed"),
 )
@@ -64,7 +66,7 @@ def model_card(run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], rank: 
     Args:
         run: content of ``run.json``.
         rows: of ``metrics.jsonl``.
-        rank: of the LoRA in the files; None: PEFT has made the layers.
+        rank: of the LoRA in the files, the largest; None: PEFT has made the layers.
     """
     config = run["config"]
     kind, is_file, file = config["method"].partition(":")
@@ -105,7 +107,10 @@ def model_card(run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], rank: 
     ]
     chosen = config["chat_template"]
     template = Path(chosen).name if chosen is not None else run["chat_template"]
-    form = "an adapter of one of PEFT's methods" if rank is None else f"a plain LoRA of rank {rank}"
+    of_rank = "rank" if config["rank_allocation"] == UNIFORM else "ranks up to"
+    form = "an adapter of one of PEFT's methods"
+    if rank is not None:
+        form = f"a plain LoRA of {of_rank} {rank}"
     if classifies:
         return "\n".join([*lines, "", *_of_classifier(run, base, form)])
     lines += [

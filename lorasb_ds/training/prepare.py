@@ -88,7 +88,7 @@ class Prepared:
         warnings = [f"warning: {warning}"] if warning else []
         if self.data.train.use_template and (note := template_note(self.base.tokenizer)):
             warnings.append(note)
-        of_adapter = [*self.adapter.left_out, *warnings]
+        of_adapter = [*self.adapter.rank_note, *self.adapter.left_out, *warnings]
         return [*self.base.notes(), *of_adapter, *self.data.notes, *self.table_notes]
 
     def batches(self, rows: TokenizedRows, indices: Iterable[int]) -> list[Batch]:
@@ -181,7 +181,7 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
             "which cannot be trained as a classifier yet. Give a dense model."
         )
     _make_experts_leaves(ds_config, base)
-    adapter = plan_adapter(config, base)
+    adapter = plan_adapter(config, base, resume.folder if resume is not None else None)
 
     data = load_data(config, base.tokenizer)
     if data.classes is not None:
@@ -204,9 +204,9 @@ def prepare(config: RunConfig, world_size: int, local_size: int | None = None) -
     same_run = made_from | what_must_match(config, data.train)
     stored_init = None
     if resume is not None:
-        stored_init = check_resume(config, resume, num_steps, same_run, made_from)
+        stored_init = check_resume(config, resume, num_steps, same_run, made_from, adapter.ranks)
     elif config.init_from is not None:
-        stored_init = check_init_from(config, made_from)
+        stored_init = check_init_from(config, made_from, adapter.ranks)
 
     num_rebasings = len(rebasing_steps(config.rebase_every, num_steps))
     if config.rebase_every is not None and not num_rebasings:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lorasb_ds.config.adapter_options import UNIFORM
 from lorasb_ds.config.methods import METHODS
 from lorasb_ds.config.run_layout import INIT_PICTURE, LOSS_PICTURE
 from lorasb_ds.init.init_report import InitReport, LayerInit
@@ -98,6 +99,8 @@ def write_report(
     if head:
         lines.append(f"| and the classification head | {head:,} |")
     lines.append("")
+    if run["config"]["rank_allocation"] != UNIFORM:
+        lines += _ranks_section(init)
     if run.get("notes"):
         lines += ["## Notes", "", *(f"- {note}" for note in run["notes"]), ""]
     if run.get("peft_warning"):
@@ -112,6 +115,17 @@ def write_report(
     if init.experts:
         lines += _experts_section(init)
     write_text(path, "\n".join(lines) + "\n")
+
+
+def _ranks_section(init: InitReport) -> list[str]:
+    """Return a table of the ranks by kind of layer: what follows the last dot of its name."""
+    kinds: dict[str, list[int]] = {}
+    for name, layer in init.layers.items():
+        kinds.setdefault(name.rpartition(".")[2], []).append(len(layer.spectrum))
+    lines = ["| rank by energy | min | mean | max |", "|---|---:|---:|---:|"]
+    for kind, ranks in kinds.items():
+        lines.append(f"| {kind} | {min(ranks)} | {statistics.mean(ranks):.1f} | {max(ranks)} |")
+    return [*lines, ""]
 
 
 def _init_rows(config: Mapping[str, Any]) -> str:

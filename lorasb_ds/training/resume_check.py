@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lorasb_ds.config.adapter_options import UNIFORM
 from lorasb_ds.config.methods import METHODS
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.config.run_layout import rebased_folder, rebasing_steps
@@ -16,7 +17,7 @@ from lorasb_ds.init.basis import check_basis, damage, stored_digests
 from lorasb_ds.init.init_report import InitReport
 from lorasb_ds.runs.checkpoint import Checkpoint, Resume, check_same_run
 
-REBASE_KEY = "--rebase-every"
+REBASE_KEY, ALLOCATION_KEY = "--rebase-every", "--rank-allocation"
 
 
 def what_must_match(config: RunConfig, train: TokenizedRows) -> dict[str, Any]:
@@ -35,6 +36,7 @@ def what_must_match(config: RunConfig, train: TokenizedRows) -> dict[str, Any]:
         "rows of each --data": list(train.source_sizes),
         "--optimizer": config.optimizer,
         **({} if config.rebase_every is None else {REBASE_KEY: config.rebase_every}),
+        **({} if config.rank_allocation == UNIFORM else {ALLOCATION_KEY: config.rank_allocation}),
         **({} if config.precondition is None else {"--precondition": config.precondition}),
     }
 
@@ -45,6 +47,7 @@ def check_resume(
     num_steps: int,
     same_run: Mapping[str, Any],
     made_from: Mapping[str, str],
+    ranks: Mapping[str, int],
 ) -> InitReport:
     """Refuse to resume a run that is damaged, another run, or beyond the steps asked for.
 
@@ -52,6 +55,7 @@ def check_resume(
         num_steps: optimizer steps that the options ask for.
         same_run: what the checkpoint must agree on, but for the digest of its basis.
         made_from: what the basis must have been made from.
+        ranks: layer -> its rank; {} for PEFT's methods.
     Returns:
         The report of the run's init.
     Raises:
@@ -77,16 +81,19 @@ def check_resume(
             f"{option}: the run has done {resume.step} steps, more than the {num_steps} asked for "
             "(--max-steps, --epochs). To go back, name one of its checkpoints."
         )
-    r = config.r if config.method in METHODS else None
     uncut = f"To cut its basis to a smaller r, start a new run with --init-from {resume.folder}."
-    return check_basis(resume.folder, option, r, made_from, uncut)
+    return check_basis(resume.folder, option, ranks, made_from, uncut)
 
 
-def check_init_from(config: RunConfig, made_from: Mapping[str, str]) -> InitReport:
+def check_init_from(
+    config: RunConfig, made_from: Mapping[str, str], ranks: Mapping[str, int]
+) -> InitReport:
     """Refuse an earlier init (--init-from) that this run's options would not have given.
 
+    Args:
+        ranks: layer -> its rank.
     Returns:
-        Its report, cut to the run's r.
+        Its report, cut to the ranks.
     Raises:
         ConfigError: what is missing or differs.
     """
@@ -94,7 +101,7 @@ def check_init_from(config: RunConfig, made_from: Mapping[str, str]) -> InitRepo
     option, method, uncut = f"--init-from {config.init_from}", METHODS.get(config.method), None
     if method is not None and not method.trains_r:
         uncut = "Where A and B are trained they are not cut to a smaller r: compute them again."
-    return check_basis(Path(config.init_from), option, config.r, made_from, uncut)
+    return check_basis(Path(config.init_from), option, ranks, made_from, uncut)
 
 
 def with_global_batch(config: RunConfig, checkpoint: Checkpoint) -> RunConfig:

@@ -224,7 +224,8 @@ def start_engine(run: Prepared) -> tuple[Any, Adapters]:
     else:
         max_kept = run.memory.workload.max_kept
         layer_class = layer_class_of(config, run.adapter.expert_r, max_kept)
-        adapters = inject(model, run.adapter.names(run.base), config.r, dtype, layer_class)
+        names, ranks = run.adapter.names(run.base), run.adapter.ranks
+        adapters = inject(model, names, config.r, dtype, layer_class, ranks)
     train_head(model, run.base.head)
     add_loss_head(model)
     trained = list(trainable_parameters(model).values())

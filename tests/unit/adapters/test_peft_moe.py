@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from lorasb_ds.adapters.low_rank import LoraPair
 from lorasb_ds.adapters.peft_config import PREFIX
 from lorasb_ds.adapters.peft_experts import (
     REGISTERED,
@@ -36,7 +37,12 @@ from lorasb_ds.adapters.peft_targets import (
     renamed_by_peft,
     target_fields,
 )
-from lorasb_ds.adapters.peft_writer import peft_target_modules, peft_tensors, save_peft_adapter
+from lorasb_ds.adapters.peft_writer import (
+    peft_target_modules,
+    peft_tensors,
+    save_peft_adapter,
+    with_ranks,
+)
 from lorasb_ds.config.run_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export.adapter_reader import read_adapter
@@ -190,6 +196,35 @@ def test_adapters_of_experts_and_layers(model_type: str, models: Any, tmp_path: 
         assert found[0].scale == 1
         assert all(map(torch.equal, found[1], pairs[name]))
     assert read(tmp_path).keys() == pairs.keys()
+
+
+@pytest.mark.parametrize("names", ["short", "whole"])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_layers_of_several_ranks(model_type: str, names: str, models: Any, tmp_path: Path) -> None:
+    """With experts of yet another, and layers that PEFT finds by their weights."""
+    base, by_hand, tensors = models(model_type), models(model_type), {}
+    ranks = {name: 1 + i % R for i, name in enumerate(layers_of(base))}
+    for name, r in ranks.items():
+        out, in_ = layers_of(base)[name]
+        pair = LoraPair(randn(r, in_), randn(out, r))
+        tensors |= peft_tensors(name, *pair)
+        by_hand.get_submodule(name).weight.data += pair.B @ pair.A
+    pairs = add_experts(by_hand)
+    modules = [*ranks] if names == "whole" else peft_target_modules(ranks, linear_layers(base))
+    fields = target_fields(model_type, modules)
+    fields = expert_fields(R, fields, ranks_of(pairs), experts_of(base))
+    tensors |= expert_tensors(pairs)
+    written, fields = with_ranks(tensors, fields, {n: r for n, r in ranks.items() if r != R}, R)
+    save_peft_adapter(tmp_path, written, r=R, base_model=None, **fields)
+    stored = read_adapter(str(tmp_path))
+    by_weight = misread_by_peft(model_type, ranks)
+    for name, r in ranks.items():
+        assert stored.rank_of(name) == (R if name in by_weight else r)
+        A, B = stored.pair(name)
+        own_A, own_B = (tensors[f"{PREFIX}{name}.lora_{leaf}.weight"] for leaf in "AB")
+        assert torch.equal(B @ A, own_B @ own_A)
+    assert {stored.rank_of(name) for name in stored.experts} == {EXPERT_R}
+    assert close(logits(PeftModel.from_pretrained(base, tmp_path)), logits(by_hand))
 
 
 def read(folder: Path) -> dict[str, tuple[StoredExperts, ExpertPair]]:

@@ -74,6 +74,7 @@ NAMES = [
     "profile",
     "prompt_column",
     "r",
+    "rank_allocation",
     "rebase_every",
     "report_to",
     "response_column",

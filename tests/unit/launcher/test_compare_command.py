@@ -88,6 +88,11 @@ def test_a_method_under_two_names(tmp_path: Path) -> None:
     assert "--rebase-every 5" in commands[2]
     assert not any("--rebase-every" in command for command in commands[:2])
     assert f"--method peft:{file} " in commands[3]
+    words = ["--method", "energy=lora-sb", "--for", "energy:rank_allocation=energy"]
+    words += ["--for", "energy:init_from=runs/basis"]
+    *_, command, _ = dry_run(tmp_path / "out", *OPTIONS, *words, "--max-steps", "7")
+    assert "--rank-allocation energy" in command
+    assert "--init-from runs/basis" in command
     twice = refusal(tmp_path / "out", *OPTIONS, "--method", "lora-sb=lora-sb")
     assert "lora-sb in --method" in twice
 

@@ -57,6 +57,20 @@ def test_stored_as_bitsandbytes_has_it(sides: tuple[int, int]) -> None:
     assert Placement("bf16", 1).stored(sides) == (weight.nbytes, 0)
 
 
+def test_ranks_of_layers() -> None:
+    """Where all have the same, they are that rank; where some have it, those add what it costs."""
+    placement, last = Placement("bf16", 4), "model.layers.31."
+    uniform, larger = (footprint_of(LLAMA_7B, placement, r=r) for r in (8, 24))
+    same = footprint_of(LLAMA_7B, placement, ranks=dict.fromkeys(LLAMA_7B.layers, 24))
+    assert same == larger
+    some = {name: 24 for name in LLAMA_7B.layers if name.startswith(last)}
+    mixed = footprint_of(LLAMA_7B, placement, ranks=some)
+    for part in ("adapters", "optimizer", "host_rank0", "host_basis"):
+        of_one_block = (getattr(larger, part) - getattr(uniform, part)) / 32
+        assert getattr(mixed, part) == getattr(uniform, part) + of_one_block
+    assert mixed.gathered == larger.gathered, "the largest"
+
+
 def test_parameters_over_ranks() -> None:
     whole = 2 * LLAMA_7B.num_parameters
     alone = footprint_of(LLAMA_7B, Placement("bf16", 1, stage=2))
