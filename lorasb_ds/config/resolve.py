@@ -199,7 +199,7 @@ def replaced_by(asked: Mapping[str, Any], earlier: Mapping[str, Any]) -> set[str
     method = earlier.get("method", DEFAULT_METHOD)
     if asked.get("method", method) != method:
         replaced |= {"lr", "lora_alpha", "gamma", "precondition", "init_update", "init_lr"}
-        replaced.add("rank_allocation")
+        replaced |= {"rank_allocation", "rebase_every"}
     if "epochs" in asked:
         replaced.add("max_steps")
     if "gradient_accumulation_steps" in asked:

@@ -40,7 +40,8 @@ from lorasb_ds.runs.run_log import provenance
 from lorasb_ds.system.files import write_json, write_text
 from lorasb_ds.training.model_card import model_card
 from lorasb_ds.training.prepare import Prepared
-from lorasb_ds.training.report import draw_init, write_report
+from lorasb_ds.training.report import write_report
+from lorasb_ds.training.report_init import draw_init
 from lorasb_ds.training.training_run import TrainingRun
 
 

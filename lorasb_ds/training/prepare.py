@@ -9,8 +9,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
-
 from lorasb_ds.config.ds_config import resolve_ds_config
 from lorasb_ds.config.paths import read_json
 from lorasb_ds.config.run_config import RunConfig
@@ -23,7 +21,7 @@ from lorasb_ds.data.template import template_note
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.distributed.ds_config_check import check_ds_config
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.init.basis import PEFT_FILE_KEY, fingerprint
+from lorasb_ds.init.basis import fingerprint
 from lorasb_ds.init.init_report import InitReport
 from lorasb_ds.models.base import Base, open_base
 from lorasb_ds.models.sequence_parallel import check_shareable
@@ -282,35 +280,3 @@ def _check_packing(model: Any) -> None:
             f"--packing: a {type(model).__name__} takes no position ids, which keep packed rows "
             "apart. Leave it out; rows of similar lengths are batched together anyway."
         )
-
-
-def check_ranks_agree(run: Prepared) -> None:
-    """Refuse to start unless every rank has the same run and the same rows. Collective.
-
-    Raises:
-        ConfigError: on every rank alike, naming what differs.
-    """
-    held = {
-        # ds_config is a path, which may differ between hosts; its content comes next.
-        # The date matters where a template writes it: then it is in the rows.
-        "the options": run.config.model_dump_json(exclude={"ds_config", "template_date"}),
-        "the ds_config": json.dumps(run.ds_config, sort_keys=True),
-        "the model's layers": json.dumps(run.base.shape.layers),
-        "the training rows": run.data.train.digest,
-        "the held-out rows": run.data.held_out.digest if run.data.held_out else "",
-        "the rows for the init": run.data.init.digest,
-        "the model's files": run.made_from["model files"],
-        "the file of --method peft:": repr(run.adapter.peft) + run.made_from.get(PEFT_FILE_KEY, ""),
-        "the basis": repr(run.stored_init),
-        "the checkpoint": repr(run.resume),
-    }
-    all_held: list[Any] = [None] * zero.world_size()
-    dist.all_gather_object(all_held, held)
-    for rank, theirs in enumerate(all_held):
-        differ = [what for what in held if theirs[what] != all_held[0][what]]
-        if differ:
-            raise ConfigError(
-                f"Rank {rank} and rank 0 do not agree on {', '.join(differ)}. Every host must see "
-                "the same files; and some tasks of reasoning-gym depend on Python's hash seed: set "
-                "PYTHONHASHSEED=0 (`lorasb train` does)."
-            )

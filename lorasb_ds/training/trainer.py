@@ -56,7 +56,8 @@ from lorasb_ds.training.init_phase import init_phase
 from lorasb_ds.training.loop import RunStatus, train
 from lorasb_ds.training.optimizer import make_optimizer, make_scheduler
 from lorasb_ds.training.out_of_memory import OutOfMemoryError, Phase, explain, is_out_of_memory
-from lorasb_ds.training.prepare import Prepared, check_ranks_agree
+from lorasb_ds.training.prepare import Prepared
+from lorasb_ds.training.ranks_agree import check_ranks_agree
 from lorasb_ds.training.resume import load_best, resume
 from lorasb_ds.training.training_run import Adapters, TrainingRun
 

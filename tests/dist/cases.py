@@ -549,7 +549,8 @@ def disagree(config: dict[str, Any]) -> None:
     from lorasb_ds.config.resolve import load_run_config
     from lorasb_ds.distributed import zero
     from lorasb_ds.errors import ConfigError
-    from lorasb_ds.training.prepare import check_ranks_agree, prepare
+    from lorasb_ds.training.prepare import prepare
+    from lorasb_ds.training.ranks_agree import check_ranks_agree
 
     run = prepare(load_run_config(config), 2)
     zero.init_process_group()

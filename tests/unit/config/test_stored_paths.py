@@ -90,7 +90,7 @@ def test_a_run_of_relative_paths(
     assert config["output_dir"] == str(tmp_path / folder)
     A, B = torch.ones(2, 48), torch.ones(48, 2)
     layer = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
-    save_adapter(run, folder / "adapter", {f"{layer}A.weight": A, f"{layer}B.weight": B})
+    save_adapter(run, folder / "adapter", {f"{layer}A.weight": A, f"{layer}B.weight": B}, pairs=1)
     (folder / "run.json").write_text(json.dumps(described))
     monkeypatch.chdir("/")
     stored = json.loads((tmp_path / folder / "adapter/adapter_config.json").read_text())
