@@ -54,6 +54,12 @@ OTHER_RUNS: dict[str, dict[str, Any]] = {
     "offload": {"ds_config": f"{CONFIGS}/zero3_offload.json"},
     "hpz": {"ds_config": f"{CONFIGS}/zero3_hpz.json"},
     "8bit-sharded": SHARDED | {"load_in_8bit": True, "dtype": "bf16"},
+    "rebased": SHARDED | {"rebase_every": 1},
+    "rebased-groups": SHARDED | IN_GROUPS | {"rebase_every": 1},
+    **{
+        f"rebased-{name}": {"ds_config": f"{CONFIGS}/{name}.json", "rebase_every": 1}
+        for name in ("zero2", "zero3_offload", "zero3_hpz")
+    },
     "pieces": SHARDED | RECOMPUTED | {"sequence_parallel": 2, "eval_every": 1},
     "packing": ZERO3 | {"packing": True, "max_length": 128},
     "tracked": ZERO3
@@ -69,6 +75,7 @@ MOE_RUNS: dict[str, dict[str, Any]] = {
     **{f"moe-{n}bit": ZERO3 | {"model": "moe", f"load_in_{n}bit": True} for n in (4, 8)},
     "moe-checkpointing-fp16": ZERO2
     | {"model": "moe", "dtype": "fp16", "gradient_checkpointing": True},
+    "moe-rebased": SHARDED | {"model": "moe", "rebase_every": 1},
     "moe-groups": SHARDED | IN_GROUPS | {"model": "moe", "init_memory_gib": 1e-5},
     **{family: SHARDED | {"model": family} for family in ("gpt_oss", "deepseek_v3", "qwen3_moe")},
 }
