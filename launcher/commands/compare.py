@@ -241,7 +241,9 @@ def _own_so_far(
     """
     own: dict[str, dict[str, Any]] = {}
     for method in comparison.sweep.lrs:
-        content = {"file": files[method]} if method in files else {}
+        content: dict[str, Any] = {"file": files[method]} if method in files else {}
+        if (named := method_of(method)) != method:
+            content["method"] = named
         own[label(method)] = {**with_absolute_paths(comparison.own.get(method, {})), **content}
     before: dict[str, dict[str, Any]] = {}
     with suppress(OSError, ValueError, KeyError, TypeError):  # the folder is looked at later

@@ -181,13 +181,14 @@ def make_sweep(
         seeds=_numbers("--seed", seeds, int),
         best=best,
         lrs_of_r={
-            rows[name]: _numbers("--lr", [numbers], _finite)
-            for name, _, numbers in (word.rpartition("=") for word in of_rows)
+            row: _numbers("--lr", [w.rpartition("=")[2] for w in words], _finite)
+            for name, row in rows.items()
+            if (words := [word for word in of_rows if word.rpartition("=")[0] == name])
         },
     )
     missing = {"--method": methods, "--seed": sweep.seeds}
     missing |= {
-        f"--lr of {label(method)}": sweep.rates(method, r) for method, r in sweep.contenders
+        f"--lr of {label(method)}{_at(r)}": sweep.rates(method, r) for method, r in sweep.contenders
     }
     missing |= {f"--r of {label(method)}": found for method, found in sweep.ranks.items()}
     if empty := [name for name, found in missing.items() if not found]:
@@ -197,6 +198,10 @@ def make_sweep(
         )
     check_names(methods, sweep)
     return sweep
+
+
+def _at(r: int | None) -> str:
+    return "" if r is None else f" at r = {r}"
 
 
 def check_names(methods: Iterable[str], sweep: Sweep) -> None:
@@ -210,7 +215,7 @@ def check_names(methods: Iterable[str], sweep: Sweep) -> None:
         "--seed": list(map(str, sweep.seeds)),
     }
     for method, r in sweep.contenders:
-        given[f"--lr of {label(method)}"] = [short(lr) for lr in sweep.rates(method, r)]
+        given[f"--lr of {label(method)}{_at(r)}"] = [short(lr) for lr in sweep.rates(method, r)]
     for method, ranks in sweep.ranks.items():
         given[f"--r of {label(method)}"] = list(map(str, ranks))
     twice = [

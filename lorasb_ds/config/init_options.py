@@ -28,8 +28,8 @@ class InitOptions(OptionGroup):
     init_lr: Annotated[float, Field(gt=0)] | Literal["auto", "schedule"] | None = Field(
         None,
         description="Eta, the learning rate of the step that the init takes: a number, 'schedule' "
-        "(the first step's of --lr and its warmup), or 'auto' (the best of a handful, measured "
-        "on the held-back rows).",
+        "(that of --lr and its warmup in the next step), or 'auto' (the best of a handful, "
+        "measured on the held-back rows).",
         json_schema_extra=default_is("auto; with --init-from, that init's"),
     )
     init_micro_batch_size: int | None = Field(

@@ -33,7 +33,7 @@ from lorasb_ds.data.classification import Classes
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export.expert_layers import Expert, split_basis, split_peft
 from lorasb_ds.export.stored_adapter import FLOATS, Factors, StoredAdapter, check_factors
-from lorasb_ds.init.basis import SCALING_KEY
+from lorasb_ds.init.basis import SCALING_KEY, stored_digests
 from lorasb_ds.models.checkpoint_files import StoredTensor, read_header
 from lorasb_ds.runs.checkpoint import Checkpoint, list_checkpoints, read_checkpoint
 from lorasb_ds.system.safetensors_writer import metadata_of
@@ -182,7 +182,7 @@ def _checkpoint(folder: Path, run: Path) -> StoredAdapter:
             f"{folder} is of a method of PEFT's, whose checkpoints only --resume reads. Finish the "
             "run: PEFT loads its adapter."
         )
-    *earlier, basis = bases = _bases(run, found.state.step)
+    *earlier, basis = bases = _bases(folder, found, run)
     state = read_header(folder / STATE_FILE, str(folder))
     trained = tuple(f".{factor}" for factor in _method_of(run).trained)
     whole = {key: t for key, t in basis.items() if not key.endswith(trained)} | state
@@ -207,13 +207,27 @@ def _checkpoint(folder: Path, run: Path) -> StoredAdapter:
     return StoredAdapter(folder, run, _run_config(run), {}, layers, stored, in_state, classes)
 
 
-def _bases(run: Path, step: int) -> list[dict[str, StoredTensor]]:
-    """Return the tensors of each basis of a run until a checkpoint's step."""
-    every = _run_config(run).get("rebase_every")
-    if every is not None and (not isinstance(every, int) or every < 1):
-        raise ConfigError(f"{run}: rebase_every in {RUN_JSON} is {every!r}, not a number of steps.")
-    folders = [run, *(rebased_folder(run, after) for after in rebasing_steps(every, step))]
-    return [read_header(folder / BASIS_FILE, str(folder)) for folder in folders]
+def _bases(folder: Path, found: Checkpoint, run: Path) -> list[dict[str, StoredTensor]]:
+    """Return the tensors of each basis of a run until a checkpoint.
+
+    Raises:
+        ConfigError: if they are not those that the checkpoint was trained in.
+    """
+    every, step = _run_config(run).get("rebase_every"), found.state.step
+    if not all(isinstance(n, int) and n >= 0 for n in (every or 1, step)):
+        raise ConfigError(f"{folder}: step or rebase_every is no number of steps. Fetch it again.")
+    tensors = [read_header(run / BASIS_FILE, str(run))]
+    for after in rebasing_steps(every or None, step):
+        basis = rebased_folder(run, after)
+        tensors.append(read_header(basis / BASIS_FILE, str(basis)))  # or there is no such basis
+    digests = stored_digests(run, rebasing_steps(every or None, step))
+    digests.pop("basis")  # which is made once
+    if differ := [what for what, digest in digests.items() if found.made_from.get(what) != digest]:
+        raise ConfigError(
+            f"{folder}: the {' and the '.join(differ)} of its run has been made again since. Name "
+            "a checkpoint that is not set aside."
+        )
+    return tensors
 
 
 def _head_of_run(run: Path) -> tuple[list[str], Classes | None]:

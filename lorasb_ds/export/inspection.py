@@ -69,7 +69,9 @@ def inspect_adapter(
         pair = adapter.pair(name)
         S = product_svd(pair).S
         size = S.norm().item()
-        errors, share = [orthonormality_error(pair.A)], None
+        # A of the last basis comes first; those of earlier ones are not orthogonal to it.
+        r = start.rank_of(name) if start is not None and name in start.layers else len(pair.A)
+        errors, share = [orthonormality_error(pair.A[:r])], None
         if start is not None and name in start.layers and start.shapes[name] == shape:
             errors.append(orthonormality_error(start.read(start.layers[name].B)))
             added = weighted_sum([pair, start.pair(name)], [1.0, -1.0])

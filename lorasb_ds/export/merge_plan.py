@@ -40,9 +40,10 @@ def plan_merge(
     updates: dict[str, list[Update | None]] = {}
     parts = parts_of_experts(adapter, base)
     for layer, factors in adapter.layers.items():
-        if factors.offset is not None:
+        if factors.offset is not None or factors.kept:
+            what = "an offset" if factors.offset is not None else "updates in earlier bases"
             raise ConfigError(
-                f"{adapter.path}: the adapter of {layer} has an offset. "
+                f"{adapter.path}: the adapter of {layer} has {what}. "
                 + (
                     "Let the run end, and merge its folder."
                     if adapter.head

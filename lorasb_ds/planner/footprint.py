@@ -46,7 +46,7 @@ class Footprint:
     optimizer: int  # master and moments of R; ZeRO-3: and gradients, and the bucket to reduce them
     load_in_flight: int
     gathered: int  # by ZeRO-3 at a time
-    dequantized: int  # one layer
+    dequantized: int  # one layer, and its factors where those of earlier bases are stacked on them
     activations: int  # in training, kept for the backward pass
     logits: int
     block_backward: int  # one block's activations where they are recomputed, and its gradients
@@ -155,7 +155,7 @@ def footprint(
         + (kept_gradients if placement.sharded else 0),
         load_in_flight=base.in_flight,
         gathered=gathered_bytes(shape, placement, work),
-        dequantized=base.dequantized,
+        dequantized=base.dequantized + _stacked_bytes(work, d),
         activations=kept.in_training,
         logits=_logit_bytes(shape, work, d),
         block_backward=kept.block_backward,
@@ -170,6 +170,20 @@ def footprint(
         host_rank0=basis_size * 4,
         needs_gradient=work.tracks_gradient or work.max_kept > 0,
     )
+
+
+def _stacked_bytes(work: Workload, dtype_bytes: int) -> int:
+    """Count the copy of a layer's factors that is made of those in all of its bases."""
+    if not work.max_kept:
+        return 0
+    sizes = [0]
+    for name, (out, in_) in work.targets.items():
+        k = work.pairs * work.rank_of(name)
+        sizes.append(k * (out + in_ + k))
+    for num_experts, out, in_ in work.expert_targets.values():
+        k = work.pairs * work.expert_r
+        sizes.append(num_experts * k * (out + in_ + k))
+    return max(sizes) * dtype_bytes
 
 
 def _late_bytes(work: Workload) -> int:

@@ -30,6 +30,7 @@ from lorasb_ds.config.run_layout import (
     CHECKPOINT_INDEX,
     CHECKPOINT_PREFIX,
     CHECKPOINTS,
+    REBASED,
     STATE_FILE,
     TRAINER_FILE,
     resumed_run,
@@ -251,14 +252,19 @@ def changed_options(checkpoint: Checkpoint, options: Mapping[str, Any]) -> list[
 
 
 def set_newer_aside(folder: Path, step: int) -> list[str]:
-    """Rename checkpoints after the step that a run continues from, and return their new names."""
+    """Rename checkpoints after the step that a run continues from, and return their new names.
+
+    So are the bases that they were trained in, which the run makes again.
+    """
+    rebased = [path for path in (folder / REBASED).glob(f"{CHECKPOINT_PREFIX}*") if not path.suffix]
+    newer = [path for path in list_checkpoints(folder) if step_of(path) > step]
+    newer += [path for path in sorted(rebased) if step_of(path) >= step]
     moved = []
-    for path in list_checkpoints(folder):
-        if step_of(path) > step:
-            aside = path.with_name(path.name + ".superseded")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.replace(aside)
-            moved.append(aside.name)
+    for path in newer:
+        aside = path.with_name(path.name + ".superseded")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.replace(aside)
+        moved.append(f"{path.parent.name}/{aside.name}")
     return moved
 
 

@@ -96,7 +96,8 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> Summary:
     base = [row["eval_loss"] for row in held_out if row["stage"] == "base"]
     init = [row["eval_loss"] for row in held_out if row["stage"] == "init"]
     filled = [row for row in held_out if row["stage"] != "base"]
-    finite = [row for row in filled if math.isfinite(row["eval_loss"])]
+    # No checkpoint is of right after a re-basing.
+    finite = [r for r in filled if math.isfinite(r["eval_loss"]) and r["stage"] != "rebase"]
     nothing: Row = {"step": 0, "eval_loss": math.nan}
     best = min(finite, key=lambda row: row["eval_loss"], default=nothing)
     return Summary(

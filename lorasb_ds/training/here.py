@@ -66,15 +66,20 @@ def from_rank_0(make: Callable[[], Any]) -> Any:
     """Return what rank 0 makes, on every rank. Collective.
 
     Raises:
-        ConfigError: on every rank, if rank 0 raises it.
+        Exception: what it raises on rank 0; on other ranks a ConfigError that says so.
     """
     made: list[Any] = [None, None]  # the result, and what is wrong
+    failure: Exception | None = None
     if zero.rank() == 0:
         try:
             made[0] = make()
         except ConfigError as error:
-            made[1] = error.problems
+            failure, made[1] = error, error.problems
+        except Exception as error:  # of the program: the others must not wait for rank 0
+            failure, made[1] = error, [f"Rank 0 has failed: {type(error).__name__}: {error}"]
     dist.broadcast_object_list(made, src=0)
+    if failure is not None:
+        raise failure
     result, problems = made
     if problems is not None:
         raise ConfigError(*problems)

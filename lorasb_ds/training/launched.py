@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lorasb_ds.config.option_group import to_arguments
+from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.errors import ConfigError, JobError
 from lorasb_ds.runs.followed_log import FollowedLog
 from lorasb_ds.runs.history import Row
@@ -48,6 +49,11 @@ def train_launched(
         raise ConfigError(
             f"launch starts processes of its own, and this one is rank {os.environ['RANK']} of a "
             "job. Leave launch out to train in that job."
+        )
+    if refused := [name for name in launch if name in (*RunConfig.model_fields, "dry_run")]:
+        raise ConfigError(
+            f"launch has {', '.join(refused)}: it takes options of processes and hosts (num_gpus, "
+            "hostfile, …). Those of a run go into the RunConfig; a dry run is the command's."
         )
     options = make_options()
     folder = Path(options["output_dir"])

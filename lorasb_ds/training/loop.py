@@ -81,6 +81,7 @@ def _steps(training: TrainingRun, step_done: Callable[[], None]) -> RunStatus:
             say(f"asked to stop: step {state.step} {what}; --resume goes on")
             return "stopped"
         if rebasing_is_due(training):
+            save(training)
             rebase(training)
             start = time.perf_counter()
         units = run.order.packs(state.step)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 
 from lorasb_ds.adapters.layer import AdapterLinear
@@ -47,6 +48,10 @@ def rebase(training: TrainingRun) -> None:
 
     Collective. The model changes by the init's step alone: what is kept are the factors that it
     computes with.
+
+    Raises:
+        OSError: on every rank, if there is no room for the basis. No step is lost: ``save`` comes
+            before.
     """
     run, step = training.run, training.state.step
     number = step // (run.config.rebase_every or 1)
@@ -57,9 +62,18 @@ def rebase(training: TrainingRun) -> None:
     sizes |= {f"{n}.kept_R": 4 * a.factor_shape("lora_R").numel() for n, a in adapters.items()}
     with ExitStack() as stack:
         basis: BasisWriter | None = None
+        problem: list[str | None] = [None]
         if zero.rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            basis = stack.enter_context(BasisWriter(folder, sizes, made_from))
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                basis = stack.enter_context(BasisWriter(folder, sizes, made_from))
+            except OSError as error:
+                problem = [f"the basis after step {step} cannot be written: {error}"]
+        dist.broadcast_object_list(problem, src=0)
+        if problem[0] is not None:
+            raise OSError(
+                f"{problem[0]}. Free some disk space and give --resume, which goes on from there."
+            )
         keep = basis.add if basis is not None else lambda factors: None
         for name, adapter in training.adapters.items():
             R = keep_update(adapter)
@@ -102,11 +116,10 @@ def load_bases(training: TrainingRun, step: int) -> None:
     """
     rebased_after = rebasing_steps(training.run.config.rebase_every, step)
     folders = [training.folder, *(rebased_folder(training.folder, s) for s in rebased_after)]
-    if rebased_after:
-        for adapter in training.adapters.values():
-            adapter.num_kept = 0
-        for folder, next_folder in pairwise(folders):
-            _load_kept(training, folder, next_folder)
+    for adapter in training.adapters.values():
+        adapter.num_kept = 0
+    for folder, next_folder in pairwise(folders):
+        _load_kept(training, folder, next_folder)
     load_factors(folders[-1], training.adapters)
 
 

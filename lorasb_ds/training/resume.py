@@ -116,7 +116,7 @@ def resume(training: TrainingRun, found: Resume) -> InitReport:
         load_bases(training, found.step)
     if zero.rank() == 0:
         for name in set_newer_aside(training.folder, found.step):
-            say(f"set aside, since this run continues from before it: checkpoints/{name}")
+            say(f"set aside, since this run continues from before it: {name}")
     if checkpoint is None:
         say("resumed after the init: there is no complete checkpoint")
     else:

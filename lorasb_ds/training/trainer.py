@@ -128,7 +128,7 @@ def _run_in(
         )
         peaks = {"load": accelerator.peak_memory_bytes() - idle_bytes}
         init = initialize_or_resume(training)
-        if run.resume is None and "init" in run.memory.phases:
+        if run.resume is None and run.stored_init is None and "init" in run.memory.phases:
             peaks["init"] = accelerator.peak_memory_bytes() - idle_bytes
         tensors = {}
         if not init_only:

@@ -16,10 +16,14 @@ from transformers import AutoModelForCausalLM
 
 from lorasb_ds.adapters.low_rank import LoraPair
 from lorasb_ds.config.resolve import load_run_config
+from lorasb_ds.config.run_layout import CHECKPOINT_FILES
 from lorasb_ds.data.batch import Batch, collate
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export.adapter_reader import read_adapter
+from lorasb_ds.export.inspection import inspect_adapter
+from lorasb_ds.export.merge import merge_adapter
 from lorasb_ds.export.stored_adapter import StoredAdapter
+from lorasb_ds.export.to_peft import export_adapter
 from lorasb_ds.models.base import Base
 from lorasb_ds.runs.checkpoint import (
     Checkpoint,
@@ -27,6 +31,7 @@ from lorasb_ds.runs.checkpoint import (
     list_checkpoints,
     read_checkpoint,
 )
+from lorasb_ds.system.files import write_sums
 from lorasb_ds.training.prepare import Prepared, prepare
 from tests.references import own_loss, true_gradients
 from tests.runs import REALLY_SHARDED, Runs, metrics, run_ranks, word_rows, write_jsonl
@@ -188,7 +193,67 @@ def test_the_optimizer_begins_anew(runs: Runs) -> None:
     assert (moved / lr).median().item() == pytest.approx(1, rel=1e-3)
 
 
-@pytest.mark.parametrize("step", [3, 4])
+@pytest.mark.slow
+def test_a_checkpoint_of_another_course_is_not_mixed_with_new_bases(
+    runs: Runs, tiny_model: Path
+) -> None:
+    """Those after the step that a run continues from are set aside, and their bases with them."""
+    folder = runs.folder / "another course"
+    shutil.copytree(runs["2 ranks"], folder)
+    (folder / "report.md").unlink()
+    shutil.rmtree(folder / "adapter")
+    step = checkpoint_path(folder, 3)
+    train(config_of(tiny_model, runs.folder, folder.name, resume=str(step), lr=1e-2))
+    aside = checkpoint_path(folder, 5).with_suffix(".superseded")
+    assert aside.is_dir()
+    assert (folder / "rebased" / "step-00000004.superseded").is_dir()
+    with pytest.raises(ConfigError, match="basis of step 4 of its run has been made again"):
+        read_adapter(str(aside))
+    assert read_adapter(str(checkpoint_path(folder, 5))).r == 3 * R
+
+
+def test_merging_a_checkpoint_is_refused(runs: Runs, tiny_model: Path, tmp_path: Path) -> None:
+    """Until its updates are folded, by an export."""
+    last = read_adapter(str(checkpoint_path(runs["2 ranks"], STEPS)))
+    with pytest.raises(ConfigError, match="has updates in earlier bases"):
+        merge_adapter(last, str(tiny_model), tmp_path / "merged")
+    export_adapter(last, tmp_path / "exported")
+    merge_adapter(read_adapter(str(tmp_path / "exported")), str(tiny_model), tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    expected = with_update(tiny_model, last)
+    for name in last.layers:
+        found, wanted = (m.get_submodule(name).weight for m in (merged, expected))
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_inspection_looks_at_one_basis(runs: Runs) -> None:
+    for update in inspect_adapter(read_adapter(str(runs["2 ranks"]))).values():
+        assert update.r == 3 * R
+        assert update.orthonormality_error < 1e-5
+
+
+@pytest.mark.slow
+def test_no_room_for_a_basis(runs: Runs, tiny_model: Path) -> None:
+    """The run ends on all ranks, and goes on from the step of the re-basing."""
+    folder = runs.folder / "no room"
+    shutil.copytree(runs["2 ranks"], folder)
+    for path in (folder / "adapter", folder / "rebased", *list_checkpoints(folder)[1:]):
+        shutil.rmtree(path)
+    (folder / "report.md").unlink()
+    (folder / "rebased").write_text("a file where a folder is to be")
+    config = config_of(tiny_model, runs.folder, folder.name, resume="auto", save_every=100)
+    with pytest.raises(AssertionError, match="the basis after step 2 cannot be written"):
+        train(config)
+    assert list_checkpoints(folder)[-1] == checkpoint_path(folder, EVERY)
+    (folder / "rebased").unlink()
+    run = train(config)
+    assert [row["step"] for row in metrics(run) if "loss" in row] == [*range(1, STEPS + 1)]
+    wanted = read_adapter(str(runs["2 ranks"]))
+    for layer, update in dense(read_adapter(str(run))).items():
+        torch.testing.assert_close(update, product(wanted.pair(layer)), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("step", [pytest.param(3, marks=pytest.mark.slow), 4])
 def test_resumed_to_the_bit(step: int, runs: Runs, tiny_model: Path) -> None:
     """From within the second basis, and from the step after which the third is made."""
     run = runs["2 ranks"]
@@ -232,16 +297,22 @@ def test_resuming_is_refused(runs: Runs, tiny_model: Path) -> None:
         prepare(load_run_config(taken | {"init_from": str(run / "rebased" / "step-00000002")}), 2)
 
 
-def test_the_best_may_be_of_an_earlier_basis(runs: Runs, tiny_model: Path) -> None:
-    """Held-out answers that become less likely with every step."""
-    rows = [{"prompt": "Say it.", "response": "@#%& 17 ~~ {}"}]
-    best = {"load_best_model_at_end": True, "eval_every": 1, "save_every": 100}
-    best["eval_data"] = write_jsonl(runs.folder / "others.jsonl", rows)
-    run = train(config_of(tiny_model, runs.folder, "best", **best))
-    index = json.loads((run / "checkpoints" / "index.json").read_text())
-    assert index["best_step"] <= 2 * EVERY
-    saved, wanted = read_adapter(str(run / "adapter")), checkpoint_path(run, index["best_step"])
-    for layer, update in dense(read_adapter(str(wanted))).items():
+@pytest.mark.parametrize("best", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_the_best_may_be_of_an_earlier_basis(best: int, runs: Runs, tiny_model: Path) -> None:
+    """A run that is resumed at its end, with a checkpoint of the first or second basis as best."""
+    folder = runs.folder / f"best of step {best}"
+    shutil.copytree(runs["2 ranks"], folder)
+    (folder / "report.md").unlink()
+    last = checkpoint_path(folder, STEPS)
+    content = json.loads((last / "trainer.json").read_text())
+    content["progress"] |= {"best_step": best, "best_loss": 0.0}
+    (last / "trainer.json").write_text(json.dumps(content))
+    write_sums(last, CHECKPOINT_FILES)
+    asked = {"load_best_model_at_end": True, "eval_every": 100, "resume": "auto"}
+    run = train(config_of(tiny_model, runs.folder, folder.name, **asked))
+    saved, wanted = read_adapter(str(run)), read_adapter(str(checkpoint_path(run, best)))
+    assert saved.r == wanted.r == (R if best == 1 else 2 * R)
+    for layer, update in dense(wanted).items():
         torch.testing.assert_close(product(saved.pair(layer)), update, atol=1e-6, rtol=1e-5)
 
 

@@ -139,7 +139,12 @@ def test_learning_rates_of_one_rank() -> None:
         *(("lora", 32, 2e-3), ("x-r2", 32, 1e-4)),
     ]
     assert found.describe()["lrs_of_r"] == {"lora-sb-r96": [5e-4, 1e-3]}
-    assert "1e-3 in --lr of lora-sb" in refusal(lrs=["1e-3", "lora-sb-r4=1e-3,1e-3"], ranks=["4"])
+    twice = refusal(lrs=["1e-3,1e-3", "lora-sb-r8=1e-3"], ranks=["4,8"])
+    assert "1e-3 in --lr of lora-sb at r = 4" in twice
+    assert "1e-3 in --lr of lora-sb at r = 4" in refusal(lrs=["lora-sb-r4=1e-3,1e-3"], ranks=["4"])
+    assert "no --lr of lora-sb at r = 4" in refusal(lrs=["lora-sb-r8=1e-3"], ranks=["4,8"])
+    apart = make_sweep(["lora-sb"], ["lora-sb-r4=1e-3", "lora-sb-r4=2e-3"], ["4"], ["42"])
+    assert [trial.lr for trial in apart.first()] == [1e-3, 2e-3]
 
 
 def test_the_best_get_the_other_seeds() -> None:
@@ -156,11 +161,11 @@ def test_the_best_get_the_other_seeds() -> None:
     [
         ({"methods": ["lora-sc"]}, "--method 'lora-sc' is not known. Give one of lora-sb, lora-xs"),
         ({"methods": []}, "A sweep without runs: there is no --method."),
-        ({"lrs": []}, "there is no --lr of lora-sb."),
-        ({"lrs": ["lora=1e-3"], "methods": ["lora", "lora-xs"]}, "no --lr of lora-xs."),
+        ({"lrs": []}, "there is no --lr of lora-sb at r = "),
+        ({"lrs": ["lora=1e-3"], "methods": ["lora", "lora-xs"]}, "no --lr of lora-xs at r = "),
         ({"seeds": [","]}, "no --seed."),
         ({"ranks": []}, "no --r of lora-sb."),
-        ({"lrs": ["1e-3,0.001"]}, "Given more than once: 1e-3 in --lr of lora-sb."),
+        ({"lrs": ["1e-3,0.001"]}, "Given more than once: 1e-3 in --lr of lora-sb at r = "),
         ({"lrs": ["1e-3", "1e-3"]}, "1e-3 in --lr of lora-sb"),
         ({"seeds": ["1,2,1"]}, "1 in --seed."),
         ({"ranks": ["4", "04"]}, "4 in --r of lora-sb."),

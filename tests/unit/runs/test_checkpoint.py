@@ -212,7 +212,7 @@ def test_only_the_last_and_the_best_are_kept(run: Path) -> None:
     assert [entry["step"] for entry in index["checkpoints"]] == steps()
     assert index["best_step"] == 4
     assert not list(run.rglob("*.tmp"))
-    assert set_newer_aside(run, 10) == ["step-100000000.superseded"]
+    assert set_newer_aside(run, 10) == ["checkpoints/step-100000000.superseded"]
     assert steps() == [4, 10]
 
 
