@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import default_pg_timeout
 from deepspeed.utils import (
+    groups,
     safe_get_full_fp32_param,
     safe_set_full_fp32_param,
     safe_set_local_fp32_param,
@@ -144,6 +145,8 @@ def destroy(engine: Any) -> None:
         for held in (tensor, getattr(tensor, "ds_tensor", None)):
             if held is not None:
                 held.data = held.data.new_empty(0)
+    # hpZ's, which DeepSpeed makes once and then refuses to make for another run.
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
 
 
 def make_inference_engine(model: torch.nn.Module, ds_config: Mapping[str, Any]) -> Any:
