@@ -18,6 +18,14 @@ def started(config: Mapping[str, Any], zero_optimization: Mapping[str, Any] = {}
     Args:
         zero_optimization: what its ds_config has otherwise.
     """
+    run, engine, adapters = started_empty(config, zero_optimization)
+    _fill(adapters)
+    engine.train()
+    return run, engine, adapters
+
+
+def started_empty(config: Mapping[str, Any], zero_optimization: Mapping[str, Any] = {}) -> Any:
+    """Do the same with factors that are still 0. Collective."""
     from launcher.workers.quiet import quiet_libraries
 
     quiet_libraries()
@@ -29,10 +37,7 @@ def started(config: Mapping[str, Any], zero_optimization: Mapping[str, Any] = {}
     run = prepare(load_run_config(dict(config)), int(os.environ["WORLD_SIZE"]))
     run.ds_config["zero_optimization"] |= zero_optimization
     zero.init_process_group()
-    engine, adapters = start_engine(run)
-    _fill(adapters)
-    engine.train()
-    return run, engine, adapters
+    return run, *start_engine(run)
 
 
 def _fill(adapters: Mapping[str, Any]) -> None:

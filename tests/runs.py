@@ -271,6 +271,24 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
+def run_on_words(model: Path, folder: Path, name: str, **options: Any) -> dict[str, Any]:
+    """Options of a run of a few steps, each of which is saved, on rows of words in a folder."""
+    return {
+        "model": str(model),
+        "data": write_jsonl(folder / "rows.jsonl", word_rows(24)),
+        "eval_data": write_jsonl(folder / "held-out.jsonl", word_rows(30)[24:]),
+        "output_dir": str(folder / name),
+        "lr": 2e-2,
+        "dtype": "fp32",
+        "save_every": 1,
+        "keep_last": 10,
+        "init_samples": 8,
+        "train_batch_size": 4,
+        "micro_batch_size": 2,
+        **options,
+    }
+
+
 def word_rows(count: int) -> list[dict[str, str]]:
     """Short question/answer rows of different lengths."""
     words = [

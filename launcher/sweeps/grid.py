@@ -173,8 +173,8 @@ def make_sweep(
     given = _by_method("--r", ranks, ours, int)
     of_methods = {method: given.get(method, ((files or {}).get(method),)) for method in methods}
     rows = {f"{label(m)}-r{r}": (m, r) for m, of_method in of_methods.items() for r in of_method}
-    rows = {name: row for name, row in rows.items() if name not in map(label, methods)}
-    of_rows = [word for word in lrs if word.rpartition("=")[0] in rows]
+    names = {*rows} - {*map(label, methods)}  # a method may be called like a row of another
+    of_rows = [word for word in lrs if word.rpartition("=")[0] in names]
     sweep = Sweep(
         lrs=_by_method("--lr", [word for word in lrs if word not in of_rows], methods, _finite),
         ranks=of_methods,

@@ -50,18 +50,7 @@ def load_run_config(given: Mapping[str, Any], run_json: str | None = None) -> Ru
         config = RunConfig(**values)
     except ValidationError as error:
         raise ConfigError(*problems_of(error)) from None
-    problems = [*_data_problems(config), *_evaluation_problems(config)]
-    if config.rank_allocation != UNIFORM and config.init_from is None:
-        problems.append(
-            "--rank-allocation energy needs --init-from a basis with more than r directions of "
-            f"every layer. `lorasb init --r {2 * config.r} --output-dir runs/basis`, with the "
-            "other options of this run, makes it; then add --init-from runs/basis."
-        )
-    if config.activation_offload and not config.gradient_checkpointing:
-        problems.append(
-            "--activation-offload moves the inputs of blocks that --gradient-checkpointing "
-            "recomputes. Add --gradient-checkpointing, or leave it out."
-        )
+    problems = [*_data_problems(config), *_partner_problems(config)]
     problems += sequence_problems(config)
     problems += classification_problems(config, asked)
     if problems := [*problems, *_method_problems(config, asked)]:
@@ -70,7 +59,7 @@ def load_run_config(given: Mapping[str, Any], run_json: str | None = None) -> Ru
     return RunConfig.model_construct(_fields_set=set(asked), **dict(config))
 
 
-def _evaluation_problems(config: RunConfig) -> list[str]:
+def _partner_problems(config: RunConfig) -> list[str]:
     """Return problems of options that need others."""
     problems = [
         f"{option_name(field)} needs --eval-every N: it looks at these evaluations."
@@ -85,6 +74,17 @@ def _evaluation_problems(config: RunConfig) -> list[str]:
     if config.eval_every is not None and not (config.eval_data or config.val_set_size):
         problems.append(
             "--eval-every needs held-out rows. Name them by --eval-data, or give --val-set-size."
+        )
+    if config.rank_allocation != UNIFORM and config.init_from is None:
+        problems.append(
+            "--rank-allocation energy needs --init-from a basis with more than r directions of "
+            f"every layer. `lorasb init --r {2 * config.r} --output-dir runs/basis`, with the "
+            "other options of this run, makes it; then add --init-from runs/basis."
+        )
+    if config.activation_offload and not config.gradient_checkpointing:
+        problems.append(
+            "--activation-offload moves the inputs of blocks that --gradient-checkpointing "
+            "recomputes. Add --gradient-checkpointing, or leave it out."
         )
     return problems
 

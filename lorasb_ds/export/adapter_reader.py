@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +24,18 @@ from lorasb_ds.config.run_layout import (
     RUN_JSON,
     STATE_FILE,
     TRAINER_FILE,
-    rebased_folder,
-    rebasing_steps,
 )
 from lorasb_ds.config.stored_paths import ABSOLUTE, with_absolute_paths
 from lorasb_ds.data.classification import Classes
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.export.expert_layers import Expert, split_basis, split_peft
+from lorasb_ds.export.kept_updates import add_kept, read_bases
 from lorasb_ds.export.stored_adapter import FLOATS, Factors, StoredAdapter, check_factors
-from lorasb_ds.init.basis import SCALING_KEY, stored_digests
+from lorasb_ds.init.basis import SCALING_KEY
 from lorasb_ds.models.checkpoint_files import StoredTensor, read_header
 from lorasb_ds.runs.checkpoint import Checkpoint, list_checkpoints, read_checkpoint
 from lorasb_ds.system.safetensors_writer import metadata_of
 
-KEPT_R = ".kept_R"  # in a basis that --rebase-every has made: R of the one before
 CONFIG_BYTES = 1 << 20  # at most
 
 
@@ -182,52 +179,18 @@ def _checkpoint(folder: Path, run: Path) -> StoredAdapter:
             f"{folder} is of a method of PEFT's, whose checkpoints only --resume reads. Finish the "
             "run: PEFT loads its adapter."
         )
-    *earlier, basis = bases = _bases(folder, found, run)
+    bases = read_bases(folder, found, run, _run_config(run).get("rebase_every"))
     state = read_header(folder / STATE_FILE, str(folder))
     trained = tuple(f".{factor}" for factor in _method_of(run).trained)
-    whole = {key: t for key, t in basis.items() if not key.endswith(trained)} | state
+    whole = {key: t for key, t in bases[-1].items() if not key.endswith(trained)} | state
     stored, experts = split_basis(whole)
     layers = _of_basis(stored, experts, run)
-    for number, (kept, after) in enumerate(zip(earlier, bases[1:], strict=True)):
-        of_kept = {key: t for key, t in kept.items() if key.endswith((".lora_A", ".lora_B"))}
-        of_kept |= {
-            f"{key.removesuffix(KEPT_R)}.lora_R": t
-            for key, t in after.items()
-            if key.endswith(KEPT_R)
-        }
-        prefix = f"kept {number}: "
-        stored |= {f"{prefix}{key}": tensor for key, tensor in split_basis(of_kept)[0].items()}
-        for name, factors in layers.items():
-            keys = tuple(f"{prefix}{name}.lora_{factor}" for factor in "ABR")
-            layers[name] = replace(factors, kept=(*factors.kept, keys))
+    stored |= add_kept(layers, bases)
     check_factors(folder, layers, stored)
     head, classes = _head_of_run(run)
     in_state = {name: name for name in head}
     _check_head(folder, in_state, stored)
     return StoredAdapter(folder, run, _run_config(run), {}, layers, stored, in_state, classes)
-
-
-def _bases(folder: Path, found: Checkpoint, run: Path) -> list[dict[str, StoredTensor]]:
-    """Return the tensors of each basis of a run until a checkpoint.
-
-    Raises:
-        ConfigError: if they are not those that the checkpoint was trained in.
-    """
-    every, step = _run_config(run).get("rebase_every"), found.state.step
-    if not all(isinstance(n, int) and n >= 0 for n in (every or 1, step)):
-        raise ConfigError(f"{folder}: step or rebase_every is no number of steps. Fetch it again.")
-    tensors = [read_header(run / BASIS_FILE, str(run))]
-    for after in rebasing_steps(every or None, step):
-        basis = rebased_folder(run, after)
-        tensors.append(read_header(basis / BASIS_FILE, str(basis)))  # or there is no such basis
-    digests = stored_digests(run, rebasing_steps(every or None, step))
-    digests.pop("basis")  # which is made once
-    if differ := [what for what, digest in digests.items() if found.made_from.get(what) != digest]:
-        raise ConfigError(
-            f"{folder}: the {' and the '.join(differ)} of its run has been made again since. Name "
-            "a checkpoint that is not set aside."
-        )
-    return tensors
 
 
 def _head_of_run(run: Path) -> tuple[list[str], Classes | None]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
 
 from lorasb_ds.adapters.layer import AdapterLinear
 from lorasb_ds.adapters.peft_methods import collect_peft, disable_peft
@@ -58,17 +60,44 @@ def init_phase(
     """Fill A, B and R by the init or from an earlier one, and save them. Collective."""
     of_peft = collect_peft(engine.module) if run.adapter.peft is not None else {}
     sizes = basis_sizes(adapters) | {name: tensor.nbytes for name, tensor in of_peft.items()}
-    with ExitStack() as stack:
-        basis: BasisWriter | None = None
-        if zero.rank() == 0:
-            basis = stack.enter_context(BasisWriter(folder, sizes, run.made_from))
-        keep = basis.add if basis is not None else lambda factors: None
+    with written_basis("the basis", folder, sizes, run.made_from) as (keep, finish):
         keep(of_peft)
         report = _make_init(run, engine, adapters, keep)
-        if basis is not None:
-            basis.finish(report)
+        finish(report)
     _tell(run, report)
     return report
+
+
+@contextmanager
+def written_basis(
+    what: str, folder: Path, sizes: Mapping[str, int], made_from: Mapping[str, Any]
+) -> Iterator[tuple[Callable[[Basis], None], Callable[[InitReport], None]]]:
+    """Give ``add`` and ``finish`` of a ``BasisWriter`` on rank 0; elsewhere they do nothing.
+
+    Collective.
+
+    Args:
+        what: the basis, for messages.
+        folder, sizes, made_from: as for ``BasisWriter``.
+    Raises:
+        OSError: on every rank, if there is no room for it.
+    """
+    with ExitStack() as stack:
+        basis: BasisWriter | None = None
+        problem: list[str | None] = [None]
+        if zero.rank() == 0:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                basis = stack.enter_context(BasisWriter(folder, sizes, made_from))
+            except OSError as error:
+                problem = [f"{what} cannot be written: {error}"]
+        dist.broadcast_object_list(problem, src=0)
+        if problem[0] is not None:
+            raise OSError(f"{problem[0]}. Free some disk space and give --resume.")
+        if basis is None:
+            yield lambda factors: None, lambda report: None
+        else:
+            yield basis.add, basis.finish
 
 
 def _make_init(

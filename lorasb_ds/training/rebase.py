@@ -20,18 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 
 from lorasb_ds.adapters.layer import AdapterLinear
 from lorasb_ds.config.run_layout import BASIS_FILE, rebased_folder, rebasing_steps
 from lorasb_ds.distributed import zero
 from lorasb_ds.init.basis import load_factors
-from lorasb_ds.init.basis_file import BasisWriter, basis_sizes
+from lorasb_ds.init.basis_file import basis_sizes
 from lorasb_ds.runs.output_dir import say
 from lorasb_ds.training.engine_state import reset_optimizer
 from lorasb_ds.training.held_out import evaluate
-from lorasb_ds.training.init_phase import initialize_by
+from lorasb_ds.training.init_phase import initialize_by, written_basis
 from lorasb_ds.training.training_run import TrainingRun
 
 
@@ -60,29 +59,14 @@ def rebase(training: TrainingRun) -> None:
     adapters = training.adapters
     sizes = basis_sizes(adapters)
     sizes |= {f"{n}.kept_R": 4 * a.factor_shape("lora_R").numel() for n, a in adapters.items()}
-    with ExitStack() as stack:
-        basis: BasisWriter | None = None
-        problem: list[str | None] = [None]
-        if zero.rank() == 0:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                basis = stack.enter_context(BasisWriter(folder, sizes, made_from))
-            except OSError as error:
-                problem = [f"the basis after step {step} cannot be written: {error}"]
-        dist.broadcast_object_list(problem, src=0)
-        if problem[0] is not None:
-            raise OSError(
-                f"{problem[0]}. Free some disk space and give --resume, which goes on from there."
-            )
-        keep = basis.add if basis is not None else lambda factors: None
-        for name, adapter in training.adapters.items():
+    with written_basis(f"the basis after step {step}", folder, sizes, made_from) as (keep, finish):
+        for name, adapter in adapters.items():
             R = keep_update(adapter)
             keep({} if R is None else {f"{name}.kept_R": R})
         reset_optimizer(training.engine)
         sample, probe = map(run.sample, run.rebasing_rows(number))
         report = initialize_by(run, training.engine, adapters, sample, probe, keep)
-        if basis is not None:
-            basis.finish(report)
+        finish(report)
     taken = report.step
     eta = "" if taken.init_lr is None else f"eta {taken.init_lr:.3g}, "
     say(

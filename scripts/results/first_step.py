@@ -19,7 +19,7 @@ from typing import Any
 import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from one_process import held_out, measured, start, train
+from one_process import held_out, measured, train
 
 from launcher.text import markdown
 
@@ -61,7 +61,9 @@ def main(output: Path, seeds: str, ways: str, **options: Any) -> None:
     cases = {seed: [f"{way} {seed}" for way in ways.split(",")] for seed in seeds.split(",")}
 
     def measure(seed: str, due: Sequence[str], keep: Callable[[str, Any], None]) -> None:
-        run, engine, adapters = start(settings | {"seed": int(seed)})
+        from bench_run import started_empty  # with torch, which is the child's
+
+        run, engine, adapters = started_empty(settings | {"seed": int(seed)})
         found = matrices(run, engine, adapters)
         for name in due:
             way = WAYS[name.split()[0]]

@@ -21,7 +21,7 @@ from typing import Any
 import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from one_process import held_out, loss_of, measured, start, train
+from one_process import held_out, loss_of, measured, train
 
 from launcher.text import markdown
 
@@ -69,10 +69,12 @@ def follow(
     settings: Mapping[str, Any], due: Sequence[str], keep: Callable[[str, Any], None]
 ) -> None:
     """Make one init and train from it at each learning rate that is due."""
+    from bench_run import started_empty  # with torch, which is the child's
+
     from lorasb_ds.distributed import zero
     from lorasb_ds.training.init_phase import initialize_by
 
-    run, engine, adapters = start(settings)
+    run, engine, adapters = started_empty(settings)
     samples = (run.sample(rows) for rows in (run.gradient_rows, run.probe_rows))
     report = initialize_by(run, engine, adapters, *samples, lambda factors: None)
     eta = report.step.init_lr

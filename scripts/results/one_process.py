@@ -1,8 +1,9 @@
-"""What is measured in one process: a run up to its engine, and trainings from what is filled in."""
+"""What is measured in one process: results that are kept, trainings from what is filled in."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 import click
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench_run
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from launcher.jobs.ranks import free_port, rank_environment
 from lorasb_ds.system.files import write_json
@@ -59,25 +61,8 @@ def threads() -> int:
     return int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0))))
 
 
-def start(settings: Mapping[str, Any]) -> tuple[Any, Any, Any]:
-    """Return a run, its engine and its empty adapters."""
-    from launcher.workers.quiet import quiet_libraries
-
-    quiet_libraries()
-    from lorasb_ds.config.resolve import load_run_config
-    from lorasb_ds.distributed import zero
-    from lorasb_ds.training.prepare import prepare
-    from lorasb_ds.training.trainer import start_engine
-
-    run = prepare(load_run_config(settings), 1)
-    zero.init_process_group()
-    return run, *start_engine(run)
-
-
 def train(run: Any, engine: Any, num_steps: int, lr: float) -> None:
     """Train from what is filled in, with a new optimizer and half a cosine without a warmup."""
-    import math
-
     from lorasb_ds.training.engine_state import reset_optimizer
     from lorasb_ds.training.loop import train_step
 

@@ -27,7 +27,13 @@ from lorasb_ds.init.rank_allocation import allocate_ranks
 from lorasb_ds.runs.checkpoint import checkpoint_path, list_checkpoints
 from lorasb_ds.training.prepare import Prepared, prepare
 from tests.references import own_loss, true_gradients
-from tests.runs import REALLY_SHARDED, Runs, metrics, run_ranks, word_rows, write_jsonl
+from tests.runs import (
+    REALLY_SHARDED,
+    Runs,
+    metrics,
+    run_on_words,
+    run_ranks,
+)
 
 R, OF_BASIS, STEPS = 5, 14, 4
 STAGE_3 = {"stage": 3, **REALLY_SHARDED}
@@ -36,22 +42,7 @@ BASIS = "basis of {}"
 
 
 def config_of(model: Path, folder: Path, name: str, **options: Any) -> dict[str, Any]:
-    data = write_jsonl(folder / "rows.jsonl", word_rows(24))
-    return {
-        "model": str(model),
-        "data": data,
-        "eval_data": write_jsonl(folder / "held-out.jsonl", word_rows(30)[24:]),
-        "output_dir": str(folder / name),
-        "lr": 2e-2,
-        "dtype": "fp32",
-        "max_steps": STEPS,
-        "save_every": 1,
-        "keep_last": 10,
-        "init_samples": 8,
-        "train_batch_size": 4,
-        "micro_batch_size": 2,
-        **options,
-    }
+    return run_on_words(model, folder, name, **{"max_steps": STEPS} | options)
 
 
 def config_by_energy(model: Path, folder: Path, basis: str, **options: Any) -> dict[str, Any]:

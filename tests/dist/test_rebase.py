@@ -34,7 +34,13 @@ from lorasb_ds.runs.checkpoint import (
 from lorasb_ds.system.files import write_sums
 from lorasb_ds.training.prepare import Prepared, prepare
 from tests.references import own_loss, true_gradients
-from tests.runs import REALLY_SHARDED, Runs, metrics, run_ranks, word_rows, write_jsonl
+from tests.runs import (
+    REALLY_SHARDED,
+    Runs,
+    metrics,
+    run_on_words,
+    run_ranks,
+)
 
 R, STEPS, EVERY = 4, 6, 2
 STAGE_3 = {"stage": 3, **REALLY_SHARDED}
@@ -42,24 +48,9 @@ NAMES = ["2 ranks", pytest.param("1 process", marks=pytest.mark.slow)]
 
 
 def config_of(model: Path, folder: Path, name: str, **options: Any) -> dict[str, Any]:
-    data = write_jsonl(folder / "rows.jsonl", word_rows(24))
-    return {
-        "model": str(model),
-        "data": data,
-        "eval_data": write_jsonl(folder / "held-out.jsonl", word_rows(30)[24:]),
-        "output_dir": str(folder / name),
-        "r": R,
-        "lr": 2e-2,
-        "dtype": "fp32",
-        "max_steps": STEPS,
-        "rebase_every": EVERY,
-        "save_every": 1,
-        "keep_last": 10,
-        "init_samples": 8,
-        "train_batch_size": 4,
-        "micro_batch_size": 2,
-        **options,
-    }
+    return run_on_words(
+        model, folder, name, **{"r": R, "max_steps": STEPS, "rebase_every": EVERY} | options
+    )
 
 
 def train(config: dict[str, Any], world_size: int = 2, zero: dict[str, Any] = STAGE_3) -> Path:
