@@ -1,34 +1,54 @@
 #!/usr/bin/env bash
-# docs/results.md: five methods on GSM-Symbolic, three learning rates each, three seeds for the best two, and how the
-# gradient's subspace ages. About an hour on two cores; the same command goes on where it was stopped.
+# docs/results.md: LoRA-SB at four ranks and re-based, LoRA at two, LoRA-XS, LoRA-One and LoRA-GA, on GSM-Symbolic and on
+# lists of words; three learning rates each, three seeds for each best; and two runs that are watched as they train.
+# The same command goes on where it was stopped.
 #   scripts/results.sh [FOLDER]     default: runs/results
-# RESULTS_STEPS, RESULTS_ROWS, RESULTS_ANSWERS: other sizes, for a trial.
+# RESULTS_STEPS, RESULTS_ROWS, RESULTS_ANSWERS, RESULTS_SEEDS, RESULTS_PARALLEL: other sizes, for a trial.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH" PYTHONHASHSEED=0
 FOLDER=${1:-runs/results}
-STEPS=${RESULTS_STEPS:-24} ROWS=${RESULTS_ROWS:-48} ANSWERS=${RESULTS_ANSWERS:-48}
+STEPS=${RESULTS_STEPS:-24} ROWS=${RESULTS_ROWS:-40} ANSWERS=${RESULTS_ANSWERS:-64} SEEDS=${RESULTS_SEEDS:-42,43,44}
+PARALLEL=${RESULTS_PARALLEL:-2}
+SECONDS=0
 
 mkdir -p "$FOLDER"
 [ -s "$FOLDER/data/test.jsonl" ] || python scripts/results/data.py "$FOLDER/data"
 head -n "$ROWS" "$FOLDER/data/test.jsonl" >"$FOLDER/data/held-out.jsonl"
 
-COMMON=(
+GSM=(
   --model demo --data "$FOLDER/data/train.jsonl" --eval-data "$FOLDER/data/held-out.jsonl"
-  --micro-batch-size 8 --max-length 512 --init-samples 40 --max-steps "$STEPS" --num-procs 1
+  --micro-batch-size 4 --init-micro-batch-size 8 --max-length 256 --init-samples 32 --max-steps "$STEPS" --num-procs 1
 )
+REBASED=(--method rebased=lora-sb --for rebased:rebase_every=$((STEPS / 3)))
 
-# Per method the learning rates around the best one of shorter trials.
-lorasb compare --output-dir "$FOLDER/compare" "${COMMON[@]}" \
-  --method lora-sb --lr lora-sb=7e-4,2e-3,6e-3 \
-  --method lora-xs --lr lora-xs=2.5e-4,1e-3,4e-3 \
-  --method lora-one --lr lora-one=3e-4,1e-3,3e-3 \
-  --method lora --lr lora=1e-3,3e-3,9e-3 \
-  --method lora-ga --lr lora-ga=2.5e-5,1e-4,4e-4 \
-  --r 32 --seed 42,43,44 --best 2 \
-  --parallel 2 --eval-samples "$ANSWERS" --max-new-tokens 200 --eval-batch-size 24
+# Learning rates around the best ones of shorter trials.
+lorasb compare --output-dir "$FOLDER/gsm" "${GSM[@]}" --seed "$SEEDS" --best 10 --parallel "$PARALLEL" \
+  "${REBASED[@]}" --r rebased=32 --lr rebased=1e-3,2e-3,4e-3 \
+  --method lora-sb --r lora-sb=32,64,96,128 --lr lora-sb-r32=1.5e-3,3e-3,6e-3 \
+  --lr lora-sb-r64=7e-4,1.5e-3,3e-3 --lr lora-sb-r96=5e-4,1e-3,2e-3 --lr lora-sb-r128=4e-4,8e-4,1.6e-3 \
+  --method lora --r lora=6,32 --lr lora-r6=1e-3,3e-3,9e-3 --lr lora-r32=1e-3,3e-3,9e-3 \
+  --method lora-xs --r lora-xs=96 --lr lora-xs=3e-4,1e-3,3e-3 \
+  --method lora-one --r lora-one=32 --lr lora-one=3e-4,1e-3,3e-3 \
+  --method lora-ga --r lora-ga=32 --lr lora-ga=2.5e-5,1e-4,4e-4
 
-# The same first run of LoRA-SB, watched.
-lorasb train --resume auto --output-dir "$FOLDER/alignment" "${COMMON[@]}" \
-  --method lora-sb --lr 2e-3 --r 32 --seed 42 --track-alignment 4 --save-every 1000
-echo "results: $FOLDER/compare/compare.md and its pictures; $FOLDER/alignment/alignment.png"
+# Lists of words to reverse, at which a model of 135M is right or wrong; learning rates around the best ones above.
+lorasb compare --output-dir "$FOLDER/words" --model demo --micro-batch-size 8 --init-samples 32 --max-steps "$STEPS" \
+  --num-procs 1 --seed "$SEEDS" --best 4 --parallel "$PARALLEL" \
+  --eval-samples "$ANSWERS" --max-new-tokens 32 --eval-batch-size 32 \
+  "${REBASED[@]}" --r rebased=32 --lr rebased=2e-3 \
+  --method lora-sb --r lora-sb=96 --lr lora-sb=1e-3,2e-3 \
+  --method lora --r lora=32 --lr lora=3e-3,9e-3 \
+  --method lora-xs --r lora-xs=96 --lr lora-xs=1e-3,3e-3
+
+# How soon a loss is reached, and how the gradient leaves the basis: the same runs, watched.
+watched() { # watched NAME OPTIONS…
+  OMP_NUM_THREADS=1 lorasb train --resume auto --output-dir "$FOLDER/watched/$1" "${GSM[@]}" --eval-every 4 \
+    --save-every 1000 --seed 42 "${@:2}"
+}
+watched lora-sb --r 96 --lr 1e-3 --track-alignment 4 &
+watched rebased --r 32 --lr 2e-3 --rebase-every $((STEPS / 3)) --track-alignment 4
+wait $!
+watched lora --method lora --r 32 --lr 3e-3
+python scripts/results/tokens_to_loss.py --output "$FOLDER/watched.json" "$FOLDER"/watched/{lora-sb,rebased,lora}
+echo "results: $FOLDER/gsm/compare.md and $FOLDER/words/compare.md with their pictures, $FOLDER/watched; $SECONDS s"

@@ -173,7 +173,12 @@ def _job(
             "the job goes on in its --output-dir."
         )
     config = load_run_config(given, run_json)
-    resolve_ds_config(config, nodes * gpus_per_node, gpus_per_node)
+    if config.overwrite:
+        raise ConfigError(
+            "--overwrite would remove the job's own checkpoints whenever it is queued again. Leave "
+            "it out, and name a new --output-dir."
+        )
+    resolve_ds_config(config, nodes * gpus_per_node, gpus_per_node, here=False)
     name = re.sub(r"[^A-Za-z0-9._-]", "-", shared["job_name"])
     output_dir = config.output_dir or str(Path(root) / name)
     shared |= {"nodes": nodes, "gpus_per_node": gpus_per_node}

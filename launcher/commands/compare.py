@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from launcher.sweeps.allocations import find_allocations
 from launcher.sweeps.compare_run import Comparison, run_comparison
 from launcher.sweeps.grid import SWEPT, Trial, is_file, label, make_sweep, method_of, own_options
 from launcher.sweeps.pool import Allocation
-from launcher.sweeps.runs import NUMBERS, OF_NO_CONSEQUENCE, PARALLEL, launch_in, shown
+from launcher.sweeps.runs import OF_NO_CONSEQUENCE, PARALLEL, launch_in, shown, stored_options
 from lorasb_ds.config.data_options import REASONING_GYM
 from lorasb_ds.config.methods import PEFT_PREFIX
 from lorasb_ds.config.paths import expand_home, read_json
@@ -150,9 +149,13 @@ def compare_command(
     allocations = find_allocations(
         launch, parallel, has_batch=given["train_batch_size"] is not None
     )
+    before = {} if overwrite else stored_options(comparison.folder)
     options = _check(comparison, sweep.first(), allocations[0])
-    options["own"] = _own_so_far(comparison, files)
-    comparison = replace(comparison, options=options)
+    # Some templates write it into the rows, and a sweep may take days.
+    options["template_date"] = before.get("template_date", options["template_date"])
+    options["own"] = _own_so_far(comparison, files, before)
+    dated = {**given, "template_date": options["template_date"]}
+    comparison = replace(comparison, given=dated, options=options)
     if launch.dry_run:
         click.echo(dry_run(comparison, allocations))
         return
@@ -226,18 +229,28 @@ def _check(
     fields = {**comparison.given, "eval_data": config.eval_data, "method": config.method}
     common = load_run_config(fields).model_dump()  # without what the method has for itself
     chosen = {name: value for name, value in common.items() if name not in FREE}
+    chosen["template_date"] = _date(comparison.given, configs)
     on = {"processes": job.num_procs or job.num_gpus}
     found: dict[str, Any] = json.loads(json.dumps({**with_absolute_paths(chosen), **on}))
     return found
 
 
+def _date(given: Mapping[str, Any], configs: Sequence[RunConfig]) -> str:
+    """Return the date that chat templates get: as given, or as an --init-from has it, or today."""
+    with_basis = [config for config in configs if config.init_from is not None]
+    return given["template_date"] or (with_basis or configs)[0].template_date
+
+
 def _own_so_far(
-    comparison: Comparison, files: Mapping[str, Mapping[str, Any]]
+    comparison: Comparison,
+    files: Mapping[str, Mapping[str, Any]],
+    before: Mapping[str, Any],
 ) -> dict[str, dict[str, Any]]:
     """Return own options by method, with those of an earlier call: methods may be added.
 
     Args:
         files: PEFT's configurations, which are options of their methods.
+        before: the options of the earlier call.
     """
     own: dict[str, dict[str, Any]] = {}
     for method in comparison.sweep.lrs:
@@ -245,11 +258,9 @@ def _own_so_far(
         if (named := method_of(method)) != method:
             content["method"] = named
         own[label(method)] = {**with_absolute_paths(comparison.own.get(method, {})), **content}
-    before: dict[str, dict[str, Any]] = {}
-    with suppress(OSError, ValueError, KeyError, TypeError):  # the folder is looked at later
-        content = json.loads((comparison.folder / NUMBERS).read_text(encoding="utf-8"))
-        before = content["options"]["own"]
-    found: dict[str, dict[str, Any]] = json.loads(json.dumps({**before, **own}))
+    theirs = before.get("own")
+    earlier = theirs if isinstance(theirs, Mapping) else {}
+    found: dict[str, dict[str, Any]] = json.loads(json.dumps({**earlier, **own}))
     return found
 
 

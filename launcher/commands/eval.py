@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from launcher.hosts.environment import asked_for
 from launcher.jobs.launch_options import LaunchOptions, launch_options
 from launcher.jobs.ranks import EVAL, run_here, worker_command
 from launcher.jobs.start import start
@@ -27,7 +28,7 @@ from lorasb_ds.config.data_options import DEMO_EVAL_DATA
 from lorasb_ds.config.option_group import to_arguments
 from lorasb_ds.config.resolve import load_run_config, with_adapter
 from lorasb_ds.config.run_layout import default_output_dir
-from lorasb_ds.errors import ConfigError
+from lorasb_ds.errors import ConfigError, option_name
 from lorasb_ds.evaluation.tasks import TASKS
 
 # Options of an evaluation that a run does not have.
@@ -123,12 +124,19 @@ def eval_command(launch: LaunchOptions, own: dict[str, Any], given: dict[str, An
             )
     arguments = to_arguments(own)
     if not several:
+        environment = {**os.environ, **asked_for(os.environ, launch.env)}
+        if useless := [name for name in launch.given() if name not in ("env", "dry_run")]:
+            click.echo(
+                f"lorasb: {', '.join(map(option_name, useless))}: not used, since this evaluation "
+                "runs in one process",
+                err=True,
+            )
         command = worker_command("eval", [*arguments, *to_arguments(given)])
         if launch.dry_run:
             click.echo(shlex.join(command))
             return
         # The rows that `lorasb train` sees: some tasks of reasoning-gym depend on the hash seed.
-        sys.exit(run_here(command, {"PYTHONHASHSEED": "0", **os.environ}))
+        sys.exit(run_here(command, {"PYTHONHASHSEED": "0", **environment}))
     if given.get("output_dir") is None and not launch.no_ssh:
         given["output_dir"] = str(default_output_dir(load_run_config(given).model, "eval-"))
     sys.exit(start(launch, [EVAL, *arguments], None, given))

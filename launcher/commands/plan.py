@@ -38,7 +38,7 @@ def given_options(options: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: options[name] for name in names if options[name] is not None}
     if options["sequence_parallel"] > 1:
         given["sequence_parallel"] = options["sequence_parallel"]
-    return {option_name(name): f"{value:g}" for name, value in given.items()}
+    return {option_name(name): f"{value:.15g}" for name, value in given.items()}
 
 
 def render(

@@ -19,6 +19,7 @@ from launcher.jobs.launch_options import LaunchOptions
 from launcher.jobs.ranks import free_port
 from lorasb_ds.config.chat_templates import TEMPLATES
 from lorasb_ds.config.ds_config import resolve_ds_config
+from lorasb_ds.config.methods import PEFT_PREFIX
 from lorasb_ds.config.option_group import to_arguments
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.config.run_config import RunConfig
@@ -121,7 +122,9 @@ class Job(ABC):
         """
         config = self.config
         named = [model_path(config.model), *config.data, config.eval_data, config.ds_config]
-        named += [*(config.init_data or ()), config.init_from]
+        named += [*(config.init_data or ()), config.init_from, self.run_json]
+        if config.method.startswith(PEFT_PREFIX):
+            named.append(config.method.removeprefix(PEFT_PREFIX))
         named += [config.chat_template] if config.chat_template not in TEMPLATES else []
         return Question(
             slots={socket.gethostname(): self.num_procs or self.num_gpus or 1},
@@ -169,16 +172,22 @@ class Job(ABC):
             ConfigError: if the first host's address is not known, or a port is taken.
         """
 
-    def restarted(self) -> Job:
+    def restarted(self, has_begun: bool) -> Job:
         """Return the same run, to go on from its last checkpoint.
 
+        Args:
+            has_begun: whether its ranks have done in the folder what --overwrite or --resume PATH
+                asked for; if not, it is still to be done.
         Raises:
             ConfigError: if it cannot go on.
         """
-        return self._with_options(self._options_of_restart())
+        return self._with_options(self._options_of_restart(has_begun))
 
-    def _options_of_restart(self) -> dict[str, Any]:
-        return {**self.given, "resume": "auto", "overwrite": None, "output_dir": str(self.folder)}
+    def _options_of_restart(self, has_begun: bool) -> dict[str, Any]:
+        given = {**self.given, "output_dir": str(self.folder)}
+        if has_begun or not (self.config.overwrite or self.config.resume):
+            given |= {"resume": "auto", "overwrite": None}
+        return given
 
     def _with_options(self, given: Mapping[str, Any]) -> Job:
         return replace(self, given=given, config=load_run_config(given, self.run_json))
@@ -224,4 +233,4 @@ class HostsJob(Job):
 def resolved_on(config: RunConfig, slots: Mapping[str, Sequence[int]]) -> RunConfig:
     """Return the run's options with the numbers of its ds_config for these hosts."""
     sizes = [len(ids) for ids in slots.values()]
-    return resolve_ds_config(config, sum(sizes), sizes[0])[1]
+    return resolve_ds_config(config, sum(sizes), sizes[0], here=False)[1]

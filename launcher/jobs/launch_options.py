@@ -45,6 +45,14 @@ class LaunchOptions:
     skip_preflight: bool
     dry_run: bool
 
+    def given(self) -> dict[str, Any]:
+        """Return the options that are not at their defaults."""
+        return {
+            name: value
+            for name, option in OPTIONS.items()
+            if (value := getattr(self, name)) and value != option.get("default")
+        }
+
     def check(self) -> None:
         """Refuse options that do not go together.
 

@@ -129,9 +129,9 @@ class SshJob(HostsJob):
             )
         return address
 
-    def restarted(self) -> Job:
+    def restarted(self, has_begun: bool) -> Job:
         if not self.uses_pdsh:
-            return super().restarted()
+            return super().restarted(has_begun)
         limit = min(20.0, self.launch.failure_timeout)
         findings = self.examine(self.question(timeout=limit))
         # The next start reports whatever else is red.
@@ -143,7 +143,7 @@ class SshJob(HostsJob):
         slots = {host: ids for host, ids in self.slots.items() if host not in lost}
         if not slots:
             raise ConfigError(f"No restart: no host is left. {_describe(lost.values())}.")
-        given = self._options_of_restart()
+        given = self._options_of_restart(has_begun)
         if lost:
             click.echo(f"lorasb: goes on without {_describe(lost.values())}", err=True)
             # The order of the rows depends on the global batch, which must stay.

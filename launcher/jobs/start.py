@@ -20,7 +20,7 @@ from launcher.jobs.make_job import make_job
 from launcher.jobs.ranks import EVAL, free_port, remove_shared_memory
 from launcher.jobs.supervisor import Supervisor
 from launcher.jobs.verdict import EXIT_REFUSED
-from lorasb_ds.config.run_layout import LAUNCH, LAUNCHER_LOCK, LOGS, SESSION
+from lorasb_ds.config.run_layout import LAUNCH, LAUNCHER_LOCK, LOGS, RUN_JSON, SESSION
 from lorasb_ds.errors import ConfigError, printable
 from lorasb_ds.system.folder_lock import lock_folder
 from lorasb_ds.system.signals import EXIT_INTERRUPTED, EXIT_STOPPED
@@ -49,25 +49,37 @@ def start(
         click.echo(job.dry_run())
         return 0
     stop_signals: list[int] = []
+    found = _version(job.folder / RUN_JSON)
     for attempt in range(launch.max_restarts + 1):
         if attempt:
             click.echo(f"lorasb: restart {attempt} of {launch.max_restarts}", err=True)
             try:
-                job = job.restarted()
+                # Replaced by ranks that have overwritten the folder, or gone back in it.
+                job = job.restarted(has_begun=_version(job.folder / RUN_JSON) != found)
             except ConfigError as error:
                 click.echo(f"lorasb: error: {error}", err=True)
                 break
-        status = run_once(job, stop_signals)
+        status = run_once(job, stop_signals, is_first=attempt == 0)
         if status in NOT_RESTARTED or stop_signals:
             break
     return status
 
 
-def run_once(job: Job, stop_signals: list[int]) -> int:
+def _version(file: Path) -> tuple[int, int] | None:
+    """Return what changes when a file is replaced; None if there is none."""
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def run_once(job: Job, stop_signals: list[int], is_first: bool = True) -> int:
     """Make one attempt, from the preflight to the end of all ranks.
 
     Args:
         stop_signals: is extended by the signals that ask the job to end.
+        is_first: not a restart, which keeps the logs of the attempts before it.
     Returns:
         The status for the shell.
     """
@@ -80,12 +92,12 @@ def run_once(job: Job, stop_signals: list[int]) -> int:
         click.echo(report(findings.problems), err=True)
         click.echo("lorasb: error: this job cannot start (--skip-preflight tries)", err=True)
         return EXIT_REFUSED
-    with _folder(job):
+    with _folder(job, is_first):
         return _supervised(job, environment, port, findings.master_addr, stop_signals)
 
 
 @contextmanager
-def _folder(job: Job) -> Iterator[None]:
+def _folder(job: Job, is_first: bool) -> Iterator[None]:
     """Make the launcher's folder, and keep other launchers from it: each removes earlier logs.
 
     The ranks lock the run's folder itself, some seconds later. With ``--no-ssh`` the first host's
@@ -96,7 +108,8 @@ def _folder(job: Job) -> Iterator[None]:
         (job.folder / LAUNCH).mkdir(parents=True, exist_ok=True)
         if not job.launch.node_rank:
             lock = lock_folder(job.folder / LAUNCHER_LOCK, job.config.resume is not None, _say)
-        job.remove_earlier_logs()
+        if is_first:
+            job.remove_earlier_logs()
     except OSError as error:
         raise ConfigError(f"--output-dir {job.folder} cannot be written: {error}.") from error
     try:

@@ -81,7 +81,7 @@ class Comparison:
     ) -> list[str]:
         """Return `lorasb eval` for a run, in as many processes as the run had."""
         folder = self.run_folder(trial)
-        launch, on = launch_in(self.launch, allocation), []
+        launch, on = launch_in(self.launch, allocation), to_arguments({"env": self.launch.env})
         if launch.hostfile or (launch.num_procs or launch.num_gpus or 1) > 1:
             on = launch_arguments(replace(launch, max_restarts=0), port)
         given = {name: self.given[name] for name in EVAL_FIELDS if name in self.given}

@@ -20,7 +20,7 @@ from typing import Any
 import click
 from filelock import FileLock, Timeout
 
-from launcher.jobs.launch_options import OPTIONS, LaunchOptions
+from launcher.jobs.launch_options import LaunchOptions
 from launcher.paths import WORKERS
 from launcher.sweeps.pool import Allocation, Pool, PoolJob
 from lorasb_ds.config.option_group import to_arguments
@@ -56,13 +56,9 @@ def launch_in(launch: LaunchOptions, allocation: Allocation) -> LaunchOptions:
 
 def launch_arguments(launch: LaunchOptions, port: int | None) -> list[str]:
     """Return launch options as words of a command line, without those that were not given."""
-    given = {
-        name: value
-        for name, option in OPTIONS.items()
-        if (value := getattr(launch, name)) and value != option.get("default")
-    }
-    given |= {"dry_run": None, "master_port": launch.master_port or port}
-    return to_arguments(given)
+    return to_arguments(
+        launch.given() | {"dry_run": None, "master_port": launch.master_port or port}
+    )
 
 
 def train_command(
@@ -127,6 +123,12 @@ def sweep_folder(
         yield
 
 
+def stored_options(folder: Path) -> dict[str, Any]:
+    """Return the options that a sweep's folder was made with; {} where none are."""
+    options = read_object(folder / NUMBERS).get("options")
+    return options if isinstance(options, dict) else {}
+
+
 def check_folder(folder: Path, options: Mapping[str, Any], overwrite: bool) -> None:
     """Refuse a folder that is not one of a sweep, or one of a sweep with other options.
 
@@ -182,8 +184,7 @@ def _differing(
 
 def _foreign(folder: Path) -> list[str]:
     """Return the names in a folder that has no ``compare.json`` of ours, but for the lock."""
-    options = read_object(folder / NUMBERS).get("options")
-    if isinstance(options, dict) and "processes" in options:
+    if "processes" in stored_options(folder):
         return []
     return [name for name in names_in(folder) if name != LOCK]
 

@@ -45,17 +45,18 @@ REFUSED = {
 
 
 def resolve_ds_config(
-    config: RunConfig, world_size: int, local_size: int | None = None
+    config: RunConfig, world_size: int, local_size: int | None = None, here: bool = True
 ) -> tuple[dict[str, Any], RunConfig]:
     """Read ``config.ds_config`` and make it and the options agree.
 
     Args:
         config: the run; what is in its ``model_fields_set`` was asked for.
         world_size: number of processes.
-        local_size: number of processes on this host; all of them by default.
+        local_size: number of processes on each host; all of them by default.
+        here: whether they are on this host, whose NVMe drive is then looked at.
     Returns:
-        The configuration for ``deepspeed.initialize``, without any "auto"; and the run with the
-        file's numbers in place of its defaults.
+        The configuration for ``deepspeed.initialize``, without any "auto" (but for that drive's
+        folder, unless ``here``); and the run with the file's numbers in place of its defaults.
     Raises:
         ConfigError: with one paragraph for every problem.
     """
@@ -89,8 +90,8 @@ def resolve_ds_config(
     for section in ("optimizer", "scheduler"):
         problems += _check_section(section, raw, config.ds_config, agree)
     problems += _check_precision(raw, config, updates)
-    zero_section = _fill_zero(_section(raw, "zero_optimization"), local_size or world_size)
-    problems += _check_zero(zero_section, config, world_size)
+    zero_section = _fill_zero(_section(raw, "zero_optimization"), local_size or world_size, here)
+    problems += _check_zero(zero_section, config, world_size, here)
     problems += group_problems(config.sequence_parallel, world_size)
     problems += own_group_problems(raw, config.ds_config)
     if problems:
@@ -186,18 +187,20 @@ def _check_precision(raw: dict[str, Any], config: RunConfig, updates: dict[str, 
     return []
 
 
-def _fill_zero(section: dict[str, Any], local_size: int) -> dict[str, Any]:
+def _fill_zero(section: dict[str, Any], local_size: int, here: bool) -> dict[str, Any]:
     """Fill what depends on the host: its number of processes, and its NVMe drive."""
     section = dict(section)
     if section.get("zero_hpz_partition_size") == "auto":
         section["zero_hpz_partition_size"] = local_size
     offload = _section(section, "offload_param")
-    if offload.get("nvme_path") == "auto":
+    if here and offload.get("nvme_path") == "auto":
         section["offload_param"] = {**offload, "nvme_path": os.environ.get("TMPDIR")}
     return section
 
 
-def _check_zero(section: dict[str, Any], config: RunConfig, world_size: int) -> list[str]:
+def _check_zero(
+    section: dict[str, Any], config: RunConfig, world_size: int, here: bool
+) -> list[str]:
     path = config.ds_config
     problems = [
         f"{path}: zero_optimization.{key} is set. {reason}"
@@ -229,7 +232,8 @@ def _check_zero(section: dict[str, Any], config: RunConfig, world_size: int) -> 
         )
     on_nvme = _section(section, "offload_param").get("device") == "nvme"
     if on_nvme:
-        problems += _check_nvme_path(_section(section, "offload_param").get("nvme_path"), path)
+        folder = _section(section, "offload_param").get("nvme_path")
+        problems += _check_nvme_path(folder, path, here)
     group = section.get("zero_hpz_partition_size", 1)
     if isinstance(group, bool) or not isinstance(group, int) or group < 1 or world_size % group:
         problems.append(
@@ -244,13 +248,13 @@ def _check_zero(section: dict[str, Any], config: RunConfig, world_size: int) -> 
     return problems
 
 
-def _check_nvme_path(folder: object, path: str) -> list[str]:
+def _check_nvme_path(folder: object, path: str, here: bool) -> list[str]:
     if not isinstance(folder, str):
         return [
             f"{path}: offload_param.nvme_path is not set. Name a folder on an NVMe drive of each "
             'host; "auto" takes the one that the environment variable TMPDIR names.'
         ]
-    if not Path(folder).is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+    if here and not (Path(folder).is_dir() and os.access(folder, os.W_OK | os.X_OK)):
         return [
             f"{path}: offload_param.nvme_path is {folder}, which is not a folder that can be "
             "written to. Create it on an NVMe drive of each host, or name another one."

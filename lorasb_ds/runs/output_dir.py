@@ -43,7 +43,7 @@ from lorasb_ds.config.run_layout import (
 )
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.runs.checkpoint import Resume, find_resume
+from lorasb_ds.runs.checkpoint import Resume, find_resume, set_newer_aside
 from lorasb_ds.system.files import SUMS_FILE
 from lorasb_ds.system.folder_lock import lock_folder
 
@@ -135,6 +135,8 @@ def output_dir(config: RunConfig, resume: Resume | None) -> Iterator[Path]:
             remove_outputs(folder, resumed=resume is not None)
             if resume is None:
                 remove_given_rows(folder, config)
+            for name in set_newer_aside(folder, resume.step) if resume is not None else ():
+                say(f"set aside, since this run continues from before it: {name}")
         except OSError as error:
             found[1] = f"--output-dir {folder} cannot be written: {error}."
         except ConfigError as error:

@@ -22,7 +22,6 @@ from lorasb_ds.runs.checkpoint import (
     changed_options,
     checkpoint_path,
     read_checkpoint,
-    set_newer_aside,
     tidy,
     write_checkpoint,
 )
@@ -114,9 +113,6 @@ def resume(training: TrainingRun, found: Resume) -> InitReport:
         fill_peft(training.engine.module, training.folder / BASIS_FILE)
     else:
         load_bases(training, found.step)
-    if zero.rank() == 0:
-        for name in set_newer_aside(training.folder, found.step):
-            say(f"set aside, since this run continues from before it: {name}")
     if checkpoint is None:
         say("resumed after the init: there is no complete checkpoint")
     else:

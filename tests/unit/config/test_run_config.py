@@ -121,7 +121,7 @@ def test_trust_in_code_is_not_replayed(tmp_path: Path) -> None:
         launch = LaunchOptions(
             **{name: option.get("default") for name, option in OPTIONS.items()} | {"num_procs": 1}
         )
-        job = make_job(launch, [], run_json, given).restarted()
+        job = make_job(launch, [], run_json, given).restarted(has_begun=True)
         assert job.config.trust_remote_code, "a restart has the flags of its job"
         assert "--trust-remote-code" in job.arguments
     assert "trust_remote_code" not in with_adapter({}, str(tmp_path))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from launcher.jobs.make_job import make_job
 from launcher.jobs.ranks import free_port
 from launcher.jobs.ssh_job import SshJob
 from launcher.jobs.start import run_once
+from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.config.run_layout import LAUNCHER_LOCK, foreign_to_run
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.system.folder_lock import FolderLock
@@ -31,13 +34,13 @@ def hostfile(tmp_path: Path) -> str:
     return str(file)
 
 
-def job_of(folder: Path, **given: Any) -> Job:
+def job_of(folder: Path, run: Mapping[str, Any] | None = None, **given: Any) -> Job:
     """A job whose run is written into ``folder``, made from launch options."""
     defaults = {name: option.get("default") for name, option in OPTIONS.items()}
     flags = {name: False for name, option in OPTIONS.items() if option.get("is_flag")}
     launch = LaunchOptions(**{**defaults, **flags, "env": (), **given})
     (folder / "launch").mkdir(parents=True, exist_ok=True)
-    return make_job(launch, [], None, {"output_dir": str(folder)})
+    return make_job(launch, [], None, {"output_dir": str(folder), **(run or {})})
 
 
 def by_hand(folder: Path, port: int, **given: Any) -> Job:
@@ -76,7 +79,20 @@ def test_a_local_job(tmp_path: Path) -> None:
     with closing(call.listener):
         port = call.listener.getsockname()[1]
         assert call.environment == {"A": "1", channel.SUPERVISOR: f"127.0.0.1:{port}"}
-    assert job.restarted().given["resume"] == "auto"
+    assert job.restarted(has_begun=True).given["resume"] == "auto"
+    assert job.restarted(has_begun=False).given["resume"] == "auto", "a folder that is new"
+
+
+@pytest.mark.parametrize("asked", [{"overwrite": True}, {"resume": "."}])
+def test_a_restart_of_ranks_that_never_began(asked: dict[str, Any], tmp_path: Path) -> None:
+    """What they were to do with the folder is still to be done; nothing of an old run is taken."""
+    run, config = tmp_path / "run", load_run_config({"max_steps": 3}).model_dump()
+    run.mkdir()
+    (run / "run.json").write_text(json.dumps({"config": config}))
+    job = job_of(run, {k: str(run) if v == "." else v for k, v in asked.items()}, num_procs=2)
+    again, on = job.restarted(has_begun=False).config, job.restarted(has_begun=True).config
+    assert (again.overwrite, again.resume) == (job.config.overwrite, job.config.resume)
+    assert (on.overwrite, on.resume) == (False, "auto")
 
 
 def test_a_job_of_mpi(tmp_path: Path, hostfile: str) -> None:
