@@ -24,11 +24,11 @@ REBASED=(--method rebased=lora-sb --for rebased:rebase_every=$((STEPS / 3)))
 
 # Learning rates around the best ones of shorter trials.
 lorasb compare --output-dir "$FOLDER/gsm" "${GSM[@]}" --seed "$SEEDS" --best 10 --parallel "$PARALLEL" \
-  "${REBASED[@]}" --r rebased=32 --lr rebased=1e-3,2e-3,4e-3 \
+  "${REBASED[@]}" --r rebased=32 --lr rebased=2e-3,4e-3,8e-3 \
   --method lora-sb --r lora-sb=32,64,96,128 --lr lora-sb-r32=1.5e-3,3e-3,6e-3 \
   --lr lora-sb-r64=7e-4,1.5e-3,3e-3 --lr lora-sb-r96=5e-4,1e-3,2e-3 --lr lora-sb-r128=4e-4,8e-4,1.6e-3 \
   --method lora --r lora=6,32 --lr lora-r6=1e-3,3e-3,9e-3 --lr lora-r32=1e-3,3e-3,9e-3 \
-  --method lora-xs --r lora-xs=96 --lr lora-xs=3e-4,1e-3,3e-3 \
+  --method lora-xs --r lora-xs=96 --lr lora-xs=1e-4,3e-4,1e-3 \
   --method lora-one --r lora-one=32 --lr lora-one=3e-4,1e-3,3e-3 \
   --method lora-ga --r lora-ga=32 --lr lora-ga=2.5e-5,1e-4,4e-4
 
@@ -36,10 +36,10 @@ lorasb compare --output-dir "$FOLDER/gsm" "${GSM[@]}" --seed "$SEEDS" --best 10 
 lorasb compare --output-dir "$FOLDER/words" --model demo --micro-batch-size 8 --init-samples 32 --max-steps "$STEPS" \
   --num-procs 1 --seed "$SEEDS" --best 4 --parallel "$PARALLEL" \
   --eval-samples "$ANSWERS" --max-new-tokens 32 --eval-batch-size 32 \
-  "${REBASED[@]}" --r rebased=32 --lr rebased=2e-3 \
+  "${REBASED[@]}" --r rebased=32 --lr rebased=2e-3,4e-3 \
   --method lora-sb --r lora-sb=96 --lr lora-sb=1e-3,2e-3 \
-  --method lora --r lora=32 --lr lora=3e-3,9e-3 \
-  --method lora-xs --r lora-xs=96 --lr lora-xs=1e-3,3e-3
+  --method lora --r lora=32 --lr lora=1e-3,3e-3 \
+  --method lora-xs --r lora-xs=96 --lr lora-xs=3e-4,1e-3
 
 # How soon a loss is reached, and how the gradient leaves the basis: the same runs, watched.
 watched() { # watched NAME OPTIONS…
@@ -47,7 +47,7 @@ watched() { # watched NAME OPTIONS…
     --save-every 1000 --seed 42 "${@:2}"
 }
 watched lora-sb --r 96 --lr 1e-3 --track-alignment 4 &
-watched rebased --r 32 --lr 2e-3 --rebase-every $((STEPS / 3)) --track-alignment 4
+watched rebased --r 32 --lr 4e-3 --rebase-every $((STEPS / 3)) --track-alignment 4
 wait $!
 watched lora --method lora --r 32 --lr 3e-3
 python scripts/results/tokens_to_loss.py --output "$FOLDER/watched.json" "$FOLDER"/watched/{lora-sb,rebased,lora}

@@ -152,7 +152,8 @@ def compare_command(
     before = {} if overwrite else stored_options(comparison.folder)
     options = _check(comparison, sweep.first(), allocations[0])
     # Some templates write it into the rows, and a sweep may take days.
-    options["template_date"] = before.get("template_date", options["template_date"])
+    if given["template_date"] is None:
+        options["template_date"] = before.get("template_date", options["template_date"])
     options["own"] = _own_so_far(comparison, files, before)
     dated = {**given, "template_date": options["template_date"]}
     comparison = replace(comparison, given=dated, options=options)

@@ -18,7 +18,7 @@ from launcher.jobs.ranks import EVAL
 from launcher.jobs.ssh_job import SshJob
 from lorasb_ds.config.ds_config import resolve_ds_config
 from lorasb_ds.config.paths import read_json
-from lorasb_ds.config.resolve import load_run_config, replayed_processes
+from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.config.run_layout import (
     LOCK,
     RUN_JSON,
@@ -83,6 +83,25 @@ def make_job(
         return LocalJob(launch, worker_flags, given, run_json, config, num_procs, num_gpus)
     kind = ByHandJob if launch.no_ssh else SshJob
     return kind(launch, worker_flags, given, run_json, config, num_procs, num_gpus, slots)
+
+
+def replayed_processes(run_json: str) -> tuple[int | None, int | None]:
+    """Return --num-procs and --num-gpus of an earlier run; None if unknown, or the other kind.
+
+    Raises:
+        ConfigError: if it was a run of several hosts, which have to be named.
+    """
+    description = read_json(run_json, "--config")
+    count, accelerator = description.get("world_size"), description.get("accelerator")
+    if not isinstance(count, int):
+        return None, None
+    here = description.get("processes_per_host")
+    if isinstance(here, int) and here < count:
+        raise ConfigError(
+            f"{run_json} is of a run of {count} processes, {here} on each host. Name hosts by "
+            "--hostfile, or the processes of this host alone by --num-gpus or --num-procs."
+        )
+    return (count, None) if accelerator == "cpu" else (None, count)
 
 
 def _slots(launch: LaunchOptions) -> dict[str, list[int]] | None:

@@ -296,12 +296,3 @@ def with_adapter(given: Mapping[str, Any], adapter: str | None) -> dict[str, Any
     config = read_json(str(file), "--adapter") if file.is_file() else {}
     base = config.get("base_model_name_or_path")
     return {"model": base, **asked} if isinstance(base, str) else asked
-
-
-def replayed_processes(run_json: str) -> tuple[int | None, int | None]:
-    """Return --num-procs and --num-gpus of an earlier run; None if unknown, or the other kind."""
-    description = read_json(run_json, "--config")
-    count, accelerator = description.get("world_size"), description.get("accelerator")
-    if not isinstance(count, int):
-        return None, None
-    return (count, None) if accelerator == "cpu" else (None, count)

@@ -44,6 +44,7 @@ class AdapterPlan:
     Attributes:
         targets: layer -> (out, in).
         ranks: layer -> its rank, of all targets; {} for PEFT's methods.
+        r_of_layers: the --r that all-linear has taken the layers by: that of the first basis.
         experts: projection of MoE experts -> (experts, out, in).
         expert_r: rank of every expert's adapter.
         frozen_experts: why projections of experts that --target-modules selects get no adapter;
@@ -55,6 +56,7 @@ class AdapterPlan:
 
     targets: Shapes
     ranks: Mapping[str, int] = field(default_factory=dict)
+    r_of_layers: int = 0
     experts: ExpertShapes = field(default_factory=dict)
     expert_r: int = 0
     frozen_experts: str | None = None
@@ -100,10 +102,10 @@ def plan_adapter(config: RunConfig, base: Base, run: Path | None = None) -> Adap
             )
         return AdapterPlan(plan.layers, peft=plan)
     layers, left_out = dict(base.shape.layers), tuple[str, ...]()
+    r_of_layers, r_of_experts = _ranks_of_basis(config, run)
     if is_all_linear(config.target_modules):
         refused = refused_by_peft(base.model_type, layers)
-        r = _r_of_basis(config) or config.r
-        wide = wide_enough(layers, r * method.directions)
+        wide = wide_enough(layers, r_of_layers * method.directions)
         narrow = {n: shape for n, shape in layers.items() if n not in {*wide, *refused}}
         left_out = _left_out(base, refused, narrow if wide else {})
         chosen = wide or layers
@@ -111,7 +113,7 @@ def plan_adapter(config: RunConfig, base: Base, run: Path | None = None) -> Adap
     targets = select_targets(
         layers, config.target_modules, config.r, method.directions, base.experts
     )
-    experts, expert_r, why_frozen = _plan_experts(config, base)
+    experts, expert_r, why_frozen = _plan_experts(config, base, r_of_experts)
     if not targets and not experts:
         raise ConfigError(
             f"--target-modules {config.target_modules} selects nothing but experts, and "
@@ -122,17 +124,35 @@ def plan_adapter(config: RunConfig, base: Base, run: Path | None = None) -> Adap
     if config.rank_allocation != UNIFORM:
         ranks = planned_ranks(config, targets, run)
     return AdapterPlan(
-        targets, ranks, experts, expert_r, why_frozen, peft_warning=warning, left_out=left_out
+        targets,
+        ranks,
+        r_of_layers,
+        experts,
+        expert_r,
+        why_frozen,
+        peft_warning=warning,
+        left_out=left_out,
     )
 
 
-def _r_of_basis(config: RunConfig) -> int | None:
-    """Return the r with which --init-from's basis was made: it decided which layers are in it."""
-    if config.init_from is None:
-        return None
-    made = read_object(Path(expand_home(config.init_from)) / RUN_JSON).get("config")
-    r = made.get("r") if isinstance(made, dict) else None
-    return r if isinstance(r, int) else None
+def _ranks_of_basis(config: RunConfig, run: Path | None) -> tuple[int, int | None]:
+    """Return the r that has decided which layers are in the basis, and the rank of its experts.
+
+    They are those of the run that is resumed, or of --init-from's; else --r, and None.
+    """
+    r: object
+    for folder in (run, config.init_from):
+        if folder is not None:
+            stored = read_object(Path(expand_home(str(folder))) / RUN_JSON)
+            of_adapter, options = stored.get("adapter"), stored.get("config")
+            if isinstance(of_adapter, dict):
+                r, of_experts = of_adapter.get("r_of_layers"), of_adapter.get("expert_r")
+                if isinstance(r, int) and isinstance(of_experts, int):
+                    return r, of_experts
+            elif folder is not run and isinstance(options, dict):  # of an earlier version
+                r = options.get("r")
+                return r if isinstance(r, int) else config.r, None
+    return config.r, None
 
 
 def _left_out(base: Base, refused: Sequence[str], narrow: Iterable[str]) -> tuple[str, ...]:
@@ -161,7 +181,9 @@ def _left_out(base: Base, refused: Sequence[str], narrow: Iterable[str]) -> tupl
     )
 
 
-def _plan_experts(config: RunConfig, base: Base) -> tuple[ExpertShapes, int, str | None]:
+def _plan_experts(
+    config: RunConfig, base: Base, r_of_basis: int | None
+) -> tuple[ExpertShapes, int, str | None]:
     """Return the projections of experts that get an adapter, its rank, and why they get none."""
     selected = set(select_names(base.experts, config.target_modules))
     experts = {name: shape for name, shape in base.experts.items() if name in selected}
@@ -178,7 +200,9 @@ def _plan_experts(config: RunConfig, base: Base) -> tuple[ExpertShapes, int, str
         if config.expert_r is not None:
             raise ConfigError(f"--expert-r {config.expert_r}: {why}. Give 0, or leave it out.")
         return {}, 0, why
-    r = config.expert_r
+    r = config.expert_r if config.expert_r is not None else r_of_basis
+    if r == 0:
+        return {}, 0, "the basis has none of experts"
     if r is None:
         r = default_expert_r(config.r, base.shape.experts_per_token)
     name, shape = min(experts.items(), key=lambda item: min(item[1][1:]))

@@ -38,6 +38,7 @@ from lorasb_ds.runs.output_dir import say, say_if_bf16_is_emulated
 from lorasb_ds.runs.plots import draw_alignment, draw_loss_curve
 from lorasb_ds.runs.run_log import provenance
 from lorasb_ds.system.files import write_json, write_text
+from lorasb_ds.system.host_memory import ranks_of_host
 from lorasb_ds.training.model_card import model_card
 from lorasb_ds.training.prepare import Prepared
 from lorasb_ds.training.report import write_report
@@ -52,10 +53,12 @@ def describe(run: Prepared, folder: Path) -> dict[str, Any]:
         ABSOLUTE: True,
         "ds_config": run.ds_config,
         "world_size": zero.world_size(),
+        "processes_per_host": ranks_of_host(default=zero.world_size()),
         "accelerator": accelerator.name(),
         "model_type": run.base.model_type,
         "chat_template": None if run.config.classifies else template_origin(run.base.tokenizer),
         "notes": run.notes,
+        "adapter": {"r_of_layers": run.adapter.r_of_layers, "expert_r": run.adapter.expert_r},
         "peft_warning": run.adapter.peft_warning,
         "trainable_parameters": run.memory.workload.num_trainable,
         **_classification(run),

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from launcher.jobs.launch_options import OPTIONS, LaunchOptions
-from launcher.jobs.make_job import make_job
+from launcher.jobs.make_job import make_job, replayed_processes
 from lorasb_ds.config.data_options import DEMO_EVAL_DATA
 from lorasb_ds.config.ds_config import resolve_ds_config
 from lorasb_ds.config.paths import SHIPPED_DS_CONFIGS
-from lorasb_ds.config.resolve import load_run_config, replayed_processes, with_adapter
+from lorasb_ds.config.resolve import load_run_config, with_adapter
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.config.run_layout import check_output_dir
 from lorasb_ds.errors import ConfigError
@@ -150,6 +150,14 @@ def test_replay_reads_the_copy_of_the_ds_config(tmp_path: Path) -> None:
     config = load_run_config({}, str(run / "run.json"))
     assert resolve_ds_config(config, 2)[0]["train_batch_size"] == 4
     assert replayed_processes(str(run / "run.json")) == (2, None)
+    content = {"config": first.model_dump(), "world_size": 16, "accelerator": "cuda"}
+    for here, known in ((16, True), (8, False)):
+        (tmp_path / "hosts.json").write_text(json.dumps({**content, "processes_per_host": here}))
+        if known:
+            assert replayed_processes(str(tmp_path / "hosts.json")) == (None, 16)
+            continue
+        with pytest.raises(ConfigError, match=r"16 processes, 8 on each host\. Name"):
+            replayed_processes(str(tmp_path / "hosts.json"))
     # Another file's numbers win over what is only replayed, and not over what is asked for.
     other = ds_file(tmp_path, train_micro_batch_size_per_gpu=7)
     config = load_run_config({"ds_config": other}, str(run / "run.json"))
@@ -401,6 +409,13 @@ def test_the_nvme_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     content = {"zero_optimization": {"stage": 3, "offload_param": offload}}
     monkeypatch.delenv("TMPDIR", raising=False)
     assert "nvme_path is not set" in problems(tmp_path, {}, **content)
+    elsewhere = load_run_config({"ds_config": ds_file(tmp_path, **content)})
+    resolve_ds_config(elsewhere, world_size=2, here=False)  # on hosts that know their TMPDIR
+    offload["nvme_path"] = "/a/drive/of/theirs"
+    resolve_ds_config(
+        load_run_config({"ds_config": ds_file(tmp_path, **content)}), world_size=2, here=False
+    )
+    offload["nvme_path"] = "auto"
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     resolved, _ = resolve_ds_config(
         load_run_config({"ds_config": ds_file(tmp_path, **content)}), world_size=2

@@ -7,6 +7,7 @@ import shlex
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,22 @@ def test_a_file_that_has_changed_since(finished: tuple[Path, list[str]]) -> None
     assert compare(folder, "--method", "lora", *options[4:]).exit_code == 0
     dora.write_text('{"peft_type": "LORA", "r": 8, "use_rslora": true}')
     assert "use_rslora of file of dora is True now" in refusal(folder, *options), "left out between"
+
+
+def test_all_runs_have_one_date(finished: tuple[Path, list[str]]) -> None:
+    """Templates may write it into rows, and a sweep may take days."""
+    folder, options = finished
+    assert compare(folder, *options).exit_code == 0
+    numbers = folder / "compare.json"
+    content = json.loads(numbers.read_text())
+    assert content["options"]["template_date"] == date.today().isoformat()
+    content["options"]["template_date"] = "2024-07-26"
+    numbers.write_text(json.dumps(content))
+    result = compare(folder, *options, "--seed", "43", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("--template-date 2024-07-26") == 2
+    other = refusal(folder, *options, "--template-date", "2024-07-27")
+    assert "--template-date is '2024-07-27' now, and was '2024-07-26'" in other
 
 
 def test_methods_may_be_added(finished: tuple[Path, list[str]]) -> None:

@@ -67,6 +67,10 @@ def test_hosts_that_are_asked(tmp_path: Path, hostfile: str) -> None:
     assert job_of(run, num_procs=2).question().slots == {here: 2}
     assert by_hand(run, 29500, num_procs=3).question().slots == {here: 3}
     assert job_of(run, hostfile=hostfile).question(port=7).slots == {"gpu1": 4, "gpu2": 4}
+    file = tmp_path / "peft.json"
+    file.write_text('{"peft_type": "LORA"}')
+    asked = {"method": f"peft:{file}"}
+    assert str(file) in job_of(run, asked, hostfile=hostfile).question(port=7).paths
     mpi = job_of(run, hostfile=hostfile, launcher="openmpi").question()
     assert (mpi.slots, mpi.programs) == ({}, ("mpirun", "ompi_info"))
 

@@ -191,6 +191,8 @@ def test_other_commands_take_one(tmp_path: Path) -> None:
     words = worker_words("--config", file, "--num-samples", "7", verb="eval")
     assert words[words.index("--micro-batch-size") + 1] == "3"
     assert words[words.index("--num-samples") + 1] == "7"
+    unused = ("--env", "A=1", "--failure-timeout", "9", "--dry-run")
+    assert "lorasb: --failure-timeout: not used, since" in invoke(*unused, verb="eval")
     run_json = write(tmp_path, json.dumps({"config": {"lr": 1}}), "run.json")
     assert "does not replay" in invoke("--config", run_json, verb="eval", status=2)
     wrong = write(tmp_path, "output_dir: x\nmethodes: lora\n")
@@ -217,6 +219,8 @@ def test_a_job_file_takes_the_same_file_as_train(tmp_path: Path) -> None:
     assert "lorasb: --max-restarts is left out: the scheduler starts the hosts" in made.stderr
     made = script("--config", file, "--nodes", "2", "--gpus-per-node", "8", "--lr", "1")
     assert "--num-nodes 2 --num-gpus 8 --node-rank" in made.stdout, "what is given wins"
+    refused = script("--config", file, "--overwrite", status=2).stderr
+    assert "--overwrite would remove the job's own checkpoints" in refused
     k8s = ("--image", "i", "--claim", "c", "--config", file)
     assert yaml.safe_load_all(script(*k8s, kind="k8s").stdout)
     assert (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +20,9 @@ from lorasb_ds.training.adapter_plan import AdapterPlan, plan_adapter
 def planned(tiny_family: Callable[[str], Path]) -> Callable[..., AdapterPlan]:
     folder = tiny_family("deepseek_v3")
 
-    def plan(**options: Any) -> AdapterPlan:
-        return plan_adapter(load_run_config({"model": str(folder), **options}), Base(str(folder)))
+    def plan(run: Path | None = None, **options: Any) -> AdapterPlan:
+        config = load_run_config({"model": str(folder), **options})
+        return plan_adapter(config, Base(str(folder)), run)
 
     return plan
 
@@ -45,6 +47,23 @@ def test_experts_by_name(planned: Callable[..., AdapterPlan]) -> None:
     assert "model.layers.0.mlp.down_proj" in plan.targets
     assert planned(r=4, target_modules="gate_up_proj").targets == {}
     assert planned(r=4, target_modules="q_a_proj").experts == {}
+
+
+def test_experts_have_the_rank_of_the_basis(
+    planned: Callable[..., AdapterPlan], tmp_path: Path
+) -> None:
+    """A smaller --r cuts layers, not experts; and a run that is resumed needs no other folder."""
+    made = planned(r=12)
+    stored = {"r_of_layers": made.r_of_layers, "expert_r": made.expert_r}
+    (tmp_path / "run.json").write_text(json.dumps({"config": {"r": 12}, "adapter": stored}))
+    cut = planned(r=8, init_from=str(tmp_path))
+    assert (cut.expert_r, planned(r=8).expert_r) == (6, 4)
+    assert planned(r=8, run=tmp_path, init_from="gone").expert_r == 6
+    assert planned(r=8, init_from=str(tmp_path), expert_r=5).expert_r == 5
+    stored["expert_r"] = 0
+    (tmp_path / "run.json").write_text(json.dumps({"adapter": stored}))
+    without = planned(r=8, init_from=str(tmp_path))
+    assert (without.experts, without.frozen_experts) == ({}, "the basis has none of experts")
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,13 @@ def test_of_layers_narrower_than_the_rank(tiny_model: Path, tmp_path: Path) -> N
     (tmp_path / "run.json").write_text(json.dumps({"config": {"r": 25}}))
     cut = planned(tiny_model, r=4, init_from=str(tmp_path))
     assert list(cut.targets) == list(plan.targets), "a basis that is cut has the layers of its r"
+    for r_of_run in (4, 25):  # of a run that has cut it, or not
+        stored = {"r_of_layers": 25, "expert_r": 0}
+        (tmp_path / "run.json").write_text(
+            json.dumps({"config": {"r": r_of_run}, "adapter": stored})
+        )
+        again = planned(tiny_model, r=4, init_from=str(tmp_path))
+        assert (list(again.targets), again.r_of_layers) == (list(plan.targets), 25)
     (note,) = plan.left_out
     assert re.match(
         r"no adapter on \d layer\(s\) such as model\.layers\.0\.self_attn\.k_proj "
