@@ -25,8 +25,8 @@ from one_process import held_out, loss_of, measured, train
 
 from launcher.text import markdown
 
-STEP_SIZES = [2.0**exponent for exponent in range(-6, 0)]  # lr · r
-SHORT = (4, 8)  # steps of the searches
+STEP_SIZES = [2.0**exponent for exponent in range(-6, -1)]  # lr · r
+SHORT = (8,)  # steps of the searches
 COLUMNS = (
     "model",
     "r",

@@ -17,14 +17,18 @@ from tests.runs import ROOT
 RESULTS = ROOT / "docs" / "results"
 
 
-@pytest.fixture(scope="module")
-def data() -> Any:
-    spec = importlib.util.spec_from_file_location("data", ROOT / "scripts" / "results" / "data.py")
+def script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/results/{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def data() -> Any:
+    return script("data")
 
 
 def test_rows_are_gsm8k_s_and_disjoint(
@@ -36,6 +40,7 @@ def test_rows_are_gsm8k_s_and_disjoint(
     for name in ("train", "test"):
         sets[name] = list(map(json.loads, (tmp_path / f"{name}.jsonl").read_text().splitlines()))
         for row in sets[name]:
+            assert len(row["question"] + row["answer"]) <= data.LONGEST
             assert set(row) == {"question", "answer"}
             assert re.search(r"#### -?[\d.,/]+$", row["answer"]), row["answer"][-40:]
     assert len(sets["train"]) == 60
@@ -49,28 +54,38 @@ def test_the_script_is_bash_s() -> None:
     subprocess.run(["bash", "-n", str(ROOT / "scripts" / "results.sh")], check=True)
 
 
-def test_the_page_is_its_numbers() -> None:
-    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    script = (ROOT / "scripts" / "results.sh").read_text(encoding="utf-8")
-    found = json.loads((RESULTS / "compare.json").read_text(encoding="utf-8"))
-    cells = {
-        line.split(" | ")[0].removeprefix("| "): line.strip("| \n").split(" | ")
-        for line in page.splitlines()
-        if re.match(r"\| lor", line)
-    }
-    methods = {run["method"] for run in found["runs"]}
-    assert set(cells) == methods == {"lora-sb", "lora-xs", "lora-one", "lora", "lora-ga"}
-    for method in methods:
-        runs = [run for run in found["runs"] if run["method"] == method and run["finished"]]
-        first = {run["lr"]: run["loss"] for run in runs if run["seed"] == 42}
-        best = min(first, key=lambda lr: first[lr])
-        at_best = [run["loss"] for run in runs if run["lr"] == best]
-        assert float(cells[method][4].split()[0]) == pytest.approx(
-            statistics.mean(at_best), abs=1e-4
+@pytest.mark.parametrize("task", ["gsm"])
+def test_the_page_is_its_numbers(task: str) -> None:
+    """Each row's loss and learning rate; every learning rate is between others of its list."""
+    page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    found = json.loads((RESULTS / f"{task}.json").read_text(encoding="utf-8"))
+    section = page[page.index(f"<!-- {task} -->") :].partition("\n## ")[0]
+    cells = [
+        line.strip("| \n").split(" | ")
+        for line in section.splitlines()
+        if re.match(r"\| [\w-]+ \| \d", line)
+    ]
+    rows = {(of["method"].partition("=")[0], of["r"]): of for of in found["results"]}
+    assert [(method, int(r)) for method, r, *_ in cells] == list(rows)
+    for method, r, trainable, lr, loss, *_ in cells:
+        of = rows[method, int(r)]
+        runs = [run for run in found["runs"] if run["name"] in of["runs"]]
+        assert {run["seed"] for run in runs} == set(found["sweep"]["seeds"])
+        assert {run["trainable_parameters"] for run in runs} == {int(trainable.replace(",", ""))}
+        assert {run["lr"] for run in runs} == {float(lr.rstrip("↑↓↕"))}
+        assert float(loss.split()[0]) == pytest.approx(
+            statistics.mean(run["loss"] for run in runs), abs=1e-4
         )
-        assert min(first) < best < max(first), "a best learning rate at an end is not tuned"
-        listed = re.search(rf"--lr {method}=(\S+)", script)
-        assert listed is not None
-        assert {float(lr) for lr in listed[1].split(",")} == set(first)
+        assert of["at_edge"] is None, "a best learning rate at an end is not tuned"
     for picture in re.findall(r"!\[\]\(results/(\S+)\)", page):
         assert (RESULTS / picture).is_file()
+
+
+def test_tokens_to_a_loss() -> None:
+    """Interpolated between losses; the least of them may come before the end."""
+    first_at = script("tokens_to_loss").first_at
+    points = [(0, 1.1), (100, 0.9), (200, 0.8), (300, 0.85)]
+    assert first_at(1.0, points) == pytest.approx(50)
+    assert first_at(0.82, points) == pytest.approx(180)
+    assert first_at(1.2, points) == 0
+    assert first_at(0.7, points) is None
