@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # docs/results.md: LoRA-SB at four ranks and re-based, LoRA at two, LoRA-XS, LoRA-One and LoRA-GA, on GSM-Symbolic and on
-# lists of words; three learning rates each, three seeds for each best; and two runs that are watched as they train.
+# lists of words; several learning rates each, three seeds for each best; and runs that are watched as they train.
 # The same command goes on where it was stopped.
 #   scripts/results.sh [FOLDER]     default: runs/results
 # RESULTS_STEPS, RESULTS_ROWS, RESULTS_ANSWERS, RESULTS_SEEDS, RESULTS_PARALLEL: other sizes, for a trial.
@@ -41,14 +41,22 @@ lorasb compare --output-dir "$FOLDER/words" --model demo --micro-batch-size 8 --
   --method lora --r lora=32 --lr lora=1e-3,3e-3 \
   --method lora-xs --r lora-xs=96 --lr lora-xs=3e-4,1e-3
 
-# How soon a loss is reached, and how the gradient leaves the basis: the same runs, watched.
+# How soon a loss is reached, what as many steps as two re-basings take time for would do, and how the gradient leaves
+# the basis: runs that are watched.
 watched() { # watched NAME OPTIONS…
-  OMP_NUM_THREADS=1 lorasb train --resume auto --output-dir "$FOLDER/watched/$1" "${GSM[@]}" --eval-every 4 \
+  OMP_NUM_THREADS=1 lorasb train --resume auto --output-dir "$FOLDER/watched/$1" "${GSM[@]}" --eval-every $((STEPS / 6)) \
     --save-every 1000 --seed 42 "${@:2}"
 }
-watched lora-sb --r 96 --lr 1e-3 --track-alignment 4 &
-watched rebased --r 32 --lr 4e-3 --rebase-every $((STEPS / 3)) --track-alignment 4
+BEST=(--r 96 --lr 1e-3)
+LORA=(--method lora --r 32 --lr 3e-3)
+LONGER=(--max-steps $((2 * STEPS)))
+watched rebased --r 32 --lr 4e-3 --rebase-every $((STEPS / 3)) --track-alignment $((STEPS / 6)) &
+watched lora-sb "${BEST[@]}" --track-alignment $((STEPS / 6))
 wait $!
-watched lora --method lora --r 32 --lr 3e-3
-python scripts/results/tokens_to_loss.py --output "$FOLDER/watched.json" "$FOLDER"/watched/{lora-sb,rebased,lora}
+watched lora-longer "${LORA[@]}" "${LONGER[@]}" &
+watched lora-sb-longer "${BEST[@]}" "${LONGER[@]}"
+wait $!
+watched lora "${LORA[@]}"
+python scripts/results/tokens_to_loss.py --output "$FOLDER/watched.json" \
+  "$FOLDER"/watched/{rebased,lora-sb,lora-sb-longer,lora-longer,lora}
 echo "results: $FOLDER/gsm/compare.md and $FOLDER/words/compare.md with their pictures, $FOLDER/watched; $SECONDS s"
