@@ -127,6 +127,8 @@ def restore_training(training: TrainingRun, checkpoint: Checkpoint) -> None:
         training.engine, training.trained, tensors, checkpoint.optimizer_scalars, run.config
     )
     state = training.state = checkpoint.state
+    if checkpoint.path.resolve() == checkpoint_path(training.folder, state.step).resolve():
+        training.saved = replace(state)  # as long as nothing is dropped below
     set_scheduler(training.engine.lr_scheduler, state.updates)
     training.engine.global_steps = state.step
     if checkpoint.loss_scale:
