@@ -146,12 +146,21 @@ def finish(
     if init.layers:
         draw_init(folder / INIT_PICTURE, init)
     # Last: a run that has its report is finished.
-    targets, frozen = run.adapter.targets, num_frozen_in_experts(run)
+    in_pairs, frozen = run.memory.workload.num_in_expert_pairs, num_frozen_in_experts(run)
     rebased_after = rebasing_steps(run.config.rebase_every, training.state.step)
     rebasings = {
         s: read_json(str(rebased_folder(folder, s) / INIT_REPORT), "") for s in rebased_after
     }
-    write_report(folder / REPORT, description, log.rows, init, targets, frozen, rebasings)
+    write_report(
+        folder / REPORT,
+        description,
+        log.rows,
+        init,
+        run.adapter.targets,
+        in_pairs,
+        frozen,
+        rebasings,
+    )
 
 
 def save_adapter(

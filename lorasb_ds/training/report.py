@@ -45,6 +45,7 @@ def write_report(
     rows: Sequence[Mapping[str, Any]],
     init: InitReport,
     targets: Shapes,
+    num_in_expert_pairs: int,
     num_frozen_in_experts: int,
     rebasings: Mapping[int, Mapping[str, Any]],
 ) -> None:
@@ -55,6 +56,7 @@ def write_report(
         rows: all rows of ``metrics.jsonl``.
         init: report of the init.
         targets: layers with an adapter -> (out, in).
+        num_in_expert_pairs: elements of A and B of all MoE experts with an adapter.
         num_frozen_in_experts: elements of MoE experts without an adapter.
         rebasings: step -> content of the ``init.json`` that --rebase-every has made after it.
     """
@@ -62,7 +64,7 @@ def write_report(
     head = run.get("head_parameters", 0)
     num_trained = run["trainable_parameters"] - head
     what = f"{method}, r = {r}" if method in METHODS else method
-    num_lora = sum(r * (out + in_) for out, in_ in targets.values())
+    num_lora = sum(r * (out + in_) for out, in_ in targets.values()) + num_in_expert_pairs
     lines = [
         f"# {what}: {run['config']['model']} on {' + '.join(run['config']['data'])}",
         "",
@@ -75,7 +77,8 @@ def write_report(
     ]
     if method in METHODS:
         times = f"{num_lora / num_trained:.1f} times more"
-        lines.append(f"| LoRA, r = {r}, same layers | {num_lora:,} ({times}) |")
+        layers = "same layers and experts" if num_in_expert_pairs else "same layers"
+        lines.append(f"| LoRA, r = {r}, {layers} | {num_lora:,} ({times}) |")
     if head:
         lines.append(f"| and the classification head | {head:,} |")
     lines.append("")

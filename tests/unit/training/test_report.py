@@ -43,7 +43,11 @@ EVALUATIONS = [
 
 
 def report(
-    tmp_path: Path, rows: list[dict[str, Any]], notes: list[str] | None = None, **options: Any
+    tmp_path: Path,
+    rows: list[dict[str, Any]],
+    notes: list[str] | None = None,
+    in_expert_pairs: int = 0,
+    **options: Any,
 ) -> str:
     config = RunConfig(model="tiny", data="rows.jsonl", r=2, **options)
     run = {
@@ -55,7 +59,8 @@ def report(
         "memory": {"predicted": {"phases": {"load": 1 << 30}}, "measured": {"load": 2 << 30}},
     }
     rebased = {"step": {"init_lr": 2**-13, "loss_before": 1.5, "loss_after": 1.25}, "total_s": 7.0}
-    write_report(tmp_path / "report.md", run, rows, INIT, TARGETS, 1000, {3: rebased})
+    path = tmp_path / "report.md"
+    write_report(path, run, rows, INIT, TARGETS, in_expert_pairs, 1000, {3: rebased})
     return (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
@@ -100,6 +105,12 @@ def test_a_whole_run(tmp_path: Path) -> None:
         "## Memory of rank 0",
         "## Init, layer by layer",
     ]
+
+
+def test_lora_on_experts_counts_them(tmp_path: Path) -> None:
+    """4 experts of (48, 32), of rank 3, beside the linear layers' 352 numbers."""
+    text = report(tmp_path, [], in_expert_pairs=4 * 3 * (48 + 32))
+    assert "| LoRA, r = 2, same layers and experts | 1,312 (164.0 times more) |" in text
 
 
 @pytest.mark.parametrize(("rows", "absent"), [([], "Held-out"), (EVALUATIONS[:2], "Training")])
