@@ -34,6 +34,7 @@ from lorasb_ds.models.checkpoint_files import model_path
 from lorasb_ds.models.classification import head_modules
 from lorasb_ds.models.loading import DTYPES
 from lorasb_ds.models.tokenizer_files import TokenizerFiles
+from lorasb_ds.runs.history import evaluation_of, for_json
 from lorasb_ds.runs.output_dir import say, say_if_bf16_is_emulated
 from lorasb_ds.runs.plots import draw_alignment, draw_loss_curve
 from lorasb_ds.runs.run_log import provenance
@@ -66,6 +67,24 @@ def describe(run: Prepared, folder: Path) -> dict[str, Any]:
         | ({"init": dict(run.data.init.counts)} if run.config.init_data else {}),
         "memory": {"predicted": run.memory.describe()},
         **provenance(),
+    }
+
+
+def describe_end(training: TrainingRun, saved_step: int) -> dict[str, Any]:
+    """Return what ``run.json`` holds beside ``describe`` once the run is trained. Rank 0 only.
+
+    Args:
+        saved_step: the step whose adapter is saved.
+    """
+    assert training.log is not None
+    state = training.state
+    saved: dict[str, Any] = {"step": saved_step}
+    if training.run.data.held_out is not None:
+        saved = for_json(evaluation_of(training.log.rows, saved_step))
+    return {
+        "steps_done": state.step,
+        "saved": saved,  # with its evaluation, as it is in metrics.jsonl
+        "best": {"step": state.best_step, "eval_loss": state.best_loss},
     }
 
 

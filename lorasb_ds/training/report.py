@@ -16,6 +16,7 @@ from lorasb_ds.runs.history import (
     PERPLEXITY,
     evaluations,
     perplexity,
+    saved_evaluation,
     scores_of,
     summarize,
     training_rows,
@@ -91,7 +92,7 @@ def write_report(
     lines += init_section(init, run["config"]["init_from"], num_frozen_in_experts)
     lines += rebasing_section(rebasings)
     lines += _training_section(rows)
-    lines += _held_out_section(rows)
+    lines += _held_out_section(run, rows)
     lines += _memory_section(run["memory"])
     if init.layers:
         lines += layers_section(init)
@@ -127,14 +128,18 @@ def _training_section(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
-def _held_out_section(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _held_out_section(run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
     held_out = evaluations(rows)
     if not held_out:
         return []
     lines = ["## Held-out rows", "", *held_out_table(held_out)]
-    found = summarize(rows)
-    if not math.isnan(found.best_loss):
-        lines += ["", f"The best: {found.best_loss:.4f}, at step {found.best_step}."]
+    if "saved" in run:
+        saved = saved_evaluation(run, rows)
+        loss = f": {saved['eval_loss']:.4f}" if "eval_loss" in saved else ""
+        lines += ["", f"The adapter is that of step {saved['step']}{loss}."]
+        best = run["best"]
+        if best["step"] not in (None, saved["step"]):
+            lines[-1] += f" The best: {best['eval_loss']:.4f}, at step {best['step']}."
     return [*lines, ""]
 
 
