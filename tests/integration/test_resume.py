@@ -347,6 +347,9 @@ def test_early_stopping_keeps_the_best(options: list[str], tmp_path: Path) -> No
     assert described["steps_done"] == best + 2
     assert described["best"] == {"step": best, "eval_loss": evals[best]}
     assert (described["saved"]["step"], described["saved"]["eval_loss"]) == (best, evals[best])
+    card = (folder / "adapter" / "README.md").read_text()
+    assert f"parameters, step {best} of {best + 2}, the best evaluation's." in card
+    assert f"| trained | {best} | {evals[best]:.4f} |" in card
     again = ["--resume", str(folder)]
     assert "nothing is left to do" in run_worker(*again)
     longer = run_worker(*again, "--max-steps", "201")
