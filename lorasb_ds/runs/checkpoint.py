@@ -6,8 +6,10 @@
         trainer.json          progress, and what the run was made from
         SHA256SUMS            of both; `sha256sum -c` reads it
 
-A checkpoint is written under another name, fsynced and renamed: it is complete or not there. It has
-a few megabytes for a 7B model; A and B are stored once, in the run's basis.safetensors.
+A checkpoint is written under another name, fsynced and renamed: it is complete or not there. An
+earlier one of the same step is step-00000100.old meanwhile, and gets its name back if the new one
+does not come. It has a few megabytes for a 7B model; A and B are stored once, in the run's
+basis.safetensors.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +43,7 @@ from lorasb_ds.system.files import SUMS_FILE, check_sums, publish, write_json, w
 from lorasb_ds.system.safetensors_writer import save_tensors
 
 FORMAT = 1
+OLD = ".old"  # ends the name of a checkpoint that is being replaced
 
 
 @dataclass
@@ -111,10 +115,11 @@ def write_checkpoint(
     Returns:
         Its size in bytes.
     Raises:
-        OSError: if it cannot be written; nothing of it is left then.
+        OSError: if it cannot be written; nothing of it is left then, and one of the same step that
+            was there is there still.
     """
     path = checkpoint_path(folder, step)
-    aside = path.with_name(path.name + ".tmp")
+    aside, old = (path.with_name(path.name + suffix) for suffix in (".tmp", OLD))
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
@@ -122,15 +127,27 @@ def write_checkpoint(
         write_json(aside / TRAINER_FILE, {"format": FORMAT, **content})
         write_sums(aside, CHECKPOINT_FILES)
         size = sum(file.stat().st_size for file in aside.iterdir())
-        old = path.with_name(path.name + ".old")
         if path.exists():  # of the same step: a finished run that continues
+            shutil.rmtree(old, ignore_errors=True)  # of an earlier kill
             path.replace(old)
         publish(aside, path)
         shutil.rmtree(old, ignore_errors=True)
     except OSError:
+        restore_replaced(folder)
         shutil.rmtree(aside, ignore_errors=True)
         raise
     return size
+
+
+def restore_replaced(folder: Path) -> None:
+    """Give back their names to checkpoints whose replacement never came. Not collective.
+
+    Every rank may call it, in any order: a rename is done by one of them, and seen by all.
+    """
+    for old in (folder / CHECKPOINTS).glob(f"{CHECKPOINT_PREFIX}*{OLD}"):
+        if not (path := old.with_suffix("")).exists():
+            with suppress(OSError):  # another rank has done it
+                old.replace(path)
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -152,15 +169,16 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def tidy(folder: Path, keep_last: int, best_step: int | None) -> None:
     """Remove old checkpoints and what a crash has left; then write ``index.json``."""
+    restore_replaced(folder)
+    for path in (folder / CHECKPOINTS).glob("*"):
+        if path.is_dir() and path.suffix in (".tmp", OLD):
+            shutil.rmtree(path, ignore_errors=True)
     paths = list_checkpoints(folder)
     keep = {*paths[-keep_last:]}
     if best_step is not None:
         keep.add(checkpoint_path(folder, best_step))
     for path in paths:
         if path not in keep:
-            shutil.rmtree(path, ignore_errors=True)
-    for path in (folder / CHECKPOINTS).glob("*"):
-        if path.is_dir() and path.suffix in (".tmp", ".old"):
             shutil.rmtree(path, ignore_errors=True)
     kept = [path for path in paths if path in keep]
     listed = [{"step": step_of(path), "folder": path.name} for path in kept]
@@ -186,6 +204,8 @@ def read_checkpoint(path: Path) -> Checkpoint | str:
 def find_resume(config: RunConfig) -> Resume | None:
     """Find what ``--resume`` continues: the newest complete checkpoint, or the named one.
 
+    A kill may have left it under another name: it gets its own back.
+
     Returns:
         None where there is nothing to continue: the run starts anew.
     Raises:
@@ -195,6 +215,7 @@ def find_resume(config: RunConfig) -> Resume | None:
         return None
     assert config.output_dir is not None, "check_output_dir has set it"
     option, folder = f"--resume {config.resume}", Path(config.output_dir)
+    restore_replaced(folder)
     candidates, exact = list_checkpoints(folder), False
     if config.resume != "auto":
         source, named = resumed_run(config.resume), Path(config.resume)
@@ -262,7 +283,8 @@ def set_newer_aside(folder: Path, step: int) -> list[str]:
     moved = []
     for path in newer:
         aside = path.with_name(path.name + ".superseded")
-        shutil.rmtree(aside, ignore_errors=True)
+        for earlier in (aside, path.with_name(path.name + OLD)):  # which would take its name
+            shutil.rmtree(earlier, ignore_errors=True)
         path.replace(aside)
         moved.append(f"{path.parent.name}/{aside.name}")
     return moved

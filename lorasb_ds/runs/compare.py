@@ -13,7 +13,15 @@ from typing import Any
 from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.config.run_layout import METRICS, REPORT, RUN_JSON
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.runs.history import Row, Summary, evaluations, read_rows, scores_of, summarize
+from lorasb_ds.runs.history import (
+    Row,
+    Summary,
+    evaluations,
+    read_rows,
+    saved_evaluation,
+    scores_of,
+    summarize,
+)
 from lorasb_ds.system.units import GIB
 
 # Options that do not matter in a comparison: where and how a run was written.
@@ -61,9 +69,7 @@ class Run:
     @property
     def loss(self) -> float:
         """Return the held-out loss of the adapter that a finished run has saved; nan if unknown."""
-        found, config = summarize(self.rows), self.description.get("config", {})
-        takes_best = config.get("load_best_model_at_end") or config.get("early_stopping_patience")
-        return found.best_loss if takes_best else found.last_loss
+        return float(saved_evaluation(self.description, self.rows).get("eval_loss", math.nan))
 
     @property
     def scores(self) -> dict[str, float]:

@@ -13,17 +13,27 @@ from lorasb_ds.errors import ConfigError
 
 MAX_EXPONENT = 709.0  # of a double
 Row = dict[str, Any]
+OF_STEPS = ("step", "trained")  # stages in which the adapter is that of a step, as it may be saved
 PERPLEXITY = "perplexity"  # beside the loss of tokens
 SCORES = ("accuracy", "f1", "matthews", "pearson", "spearman")  # beside the loss of classified rows
 
 
 def to_line(row: Mapping[str, Any]) -> str:
-    """Format a row as a line of ``metrics.jsonl``; nan and infinity, which JSON lacks, are null."""
-    finite = {
+    """Format a row as a line of ``metrics.jsonl``."""
+    return json.dumps(for_json(row), allow_nan=False) + "\n"
+
+
+def for_json(row: Mapping[str, Any]) -> Row:
+    """Return a row with null for nan and infinity, which JSON lacks."""
+    return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in row.items()
     }
-    return json.dumps(finite, allow_nan=False) + "\n"
+
+
+def from_json(row: Mapping[str, Any]) -> Row:
+    """Return a row with nan for null."""
+    return {key: math.nan if value is None else value for key, value in row.items()}
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -59,7 +69,7 @@ def read_row(line: bytes) -> Row | None:
         return None
     if not isinstance(row, dict) or not isinstance(row.get("step"), int):
         return None
-    return {key: math.nan if value is None else value for key, value in row.items()}
+    return from_json(row)
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,7 @@ class Summary:
     final_loss: float  # the mean over the last tenth of the steps
     base_loss: float  # held out, like the following losses
     init_loss: float
-    best_loss: float  # after the init
+    best_loss: float  # of a step
     best_step: int
     last_loss: float
     memory_bytes: int  # the largest of a training row; 0 if it was not measured
@@ -96,10 +106,7 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> Summary:
     base = [row["eval_loss"] for row in held_out if row["stage"] == "base"]
     init = [row["eval_loss"] for row in held_out if row["stage"] == "init"]
     filled = [row for row in held_out if row["stage"] != "base"]
-    # No checkpoint is of right after a re-basing.
-    finite = [r for r in filled if math.isfinite(r["eval_loss"]) and r["stage"] != "rebase"]
-    nothing: Row = {"step": 0, "eval_loss": math.nan}
-    best = min(finite, key=lambda row: row["eval_loss"], default=nothing)
+    best = best_evaluation(rows) or {"step": 0, "eval_loss": math.nan}
     return Summary(
         steps=train[-1]["step"] if train else 0,
         seconds=sum(row["step_time_s"] for row in train),
@@ -128,6 +135,41 @@ def evaluations(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     Their ``stage`` says of what: the base, after the init, after a step, or at the end.
     """
     return [row for row in rows if "eval_loss" in row]
+
+
+def best_evaluation(rows: Sequence[Mapping[str, Any]]) -> Row:
+    """Return the evaluation with the lowest loss of a step's adapter; {} if none is finite.
+
+    No adapter is saved right after the init or a re-basing.
+    """
+    finite = [row for row in _of_steps(rows) if math.isfinite(row["eval_loss"])]
+    return dict(min(finite, key=lambda row: row["eval_loss"], default={}))
+
+
+def evaluation_of(rows: Sequence[Mapping[str, Any]], step: int) -> Row:
+    """Return the last evaluation of a step's adapter; only the step if there is none."""
+    found = [row for row in _of_steps(rows) if row["step"] == step]
+    return dict(found[-1]) if found else {"step": step}
+
+
+def saved_evaluation(run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Row:
+    """Return the evaluation of the adapter that a finished run has saved; {} if it is unknown.
+
+    Args:
+        run: content of ``run.json``. Where it does not say what was saved, since the run is not
+            finished or an earlier version's, it is what the options ask for.
+        rows: of ``metrics.jsonl``.
+    """
+    if isinstance(saved := run.get("saved"), dict):
+        return from_json(saved)
+    config, found = run.get("config", {}), _of_steps(rows)
+    if config.get("load_best_model_at_end") or config.get("early_stopping_patience"):
+        return best_evaluation(rows)
+    return dict(found[-1]) if found else {}
+
+
+def _of_steps(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [row for row in evaluations(rows) if row["stage"] in OF_STEPS]
 
 
 def as_logged(beside: Mapping[str, float]) -> Row:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lorasb_ds.config.run_layout import ADAPTER, METRICS
-from lorasb_ds.runs.history import read_rows, summarize
+from lorasb_ds.config.overwriting import read_object
+from lorasb_ds.config.run_layout import ADAPTER, METRICS, RUN_JSON
+from lorasb_ds.runs.history import read_rows, saved_evaluation, summarize
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class TrainResult:
         folder: of the run, absolute.
         steps: that are done.
         loss: of training, the mean over the last tenth of the steps; nan without any.
-        eval_loss: the last one of the held-out rows with the adapter; nan without any.
+        eval_loss: of the held-out rows, with ``adapter``; of a stopped run, with what is trained so
+            far, at its last evaluation. nan without any.
     """
 
     status: Literal["finished", "stopped"]
@@ -41,11 +44,16 @@ def read_result(folder: Path, status: Literal["finished", "stopped"]) -> TrainRe
     Raises:
         ConfigError: if its ``metrics.jsonl`` is damaged.
     """
-    found = summarize(read_rows(folder / METRICS))
+    rows = read_rows(folder / METRICS)
+    found = summarize(rows)
+    eval_loss = found.last_loss
+    if status == "finished":
+        run = read_object(folder / RUN_JSON)
+        eval_loss = float(saved_evaluation(run, rows).get("eval_loss", math.nan))
     return TrainResult(
         status=status,
         folder=folder.absolute(),
         steps=found.steps,
         loss=found.final_loss,
-        eval_loss=found.last_loss,
+        eval_loss=eval_loss,
     )

@@ -89,7 +89,7 @@ def plan_adapter(config: RunConfig, base: Base, run: Path | None = None) -> Adap
         run: the folder of the run that is resumed; None: the run starts anew.
     Raises:
         ConfigError: if --target-modules, --r, --expert-r or PEFT's configuration does not fit the
-            base, or --rank-allocation the basis.
+            base, --rank-allocation the basis, or --track-alignment the layers.
     """
     method = METHODS.get(config.method)
     if method is None:
@@ -118,6 +118,12 @@ def plan_adapter(config: RunConfig, base: Base, run: Path | None = None) -> Adap
         raise ConfigError(
             f"--target-modules {config.target_modules} selects nothing but experts, and "
             f"{why_frozen}. Name other layers, too."
+        )
+    if not targets and config.track_alignment is not None:
+        raise ConfigError(
+            f"--track-alignment {config.track_alignment} measures linear layers, and "
+            f"--target-modules {config.target_modules} selects nothing but experts. Leave it out, "
+            "or name other layers, too."
         )
     warning = peft_warning(base.model_type, targets, config.model)
     ranks = dict.fromkeys(targets, config.r)

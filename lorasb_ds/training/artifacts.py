@@ -34,6 +34,7 @@ from lorasb_ds.models.checkpoint_files import model_path
 from lorasb_ds.models.classification import head_modules
 from lorasb_ds.models.loading import DTYPES
 from lorasb_ds.models.tokenizer_files import TokenizerFiles
+from lorasb_ds.runs.history import evaluation_of, for_json
 from lorasb_ds.runs.output_dir import say, say_if_bf16_is_emulated
 from lorasb_ds.runs.plots import draw_alignment, draw_loss_curve
 from lorasb_ds.runs.run_log import provenance
@@ -69,6 +70,24 @@ def describe(run: Prepared, folder: Path) -> dict[str, Any]:
         | ({"init": dict(run.data.init.counts)} if run.config.init_data else {}),
         "memory": {"predicted": run.memory.describe()},
         **provenance(),
+    }
+
+
+def describe_end(training: TrainingRun, saved_step: int) -> dict[str, Any]:
+    """Return what ``run.json`` holds beside ``describe`` once the run is trained. Rank 0 only.
+
+    Args:
+        saved_step: the step whose adapter is saved.
+    """
+    assert training.log is not None
+    state = training.state
+    saved: dict[str, Any] = {"step": saved_step}
+    if training.run.data.held_out is not None:
+        saved = for_json(evaluation_of(training.log.rows, saved_step))
+    return {
+        "steps_done": state.step,
+        "saved": saved,  # with its evaluation, as it is in metrics.jsonl
+        "best": {"step": state.best_step, "eval_loss": state.best_loss},
     }
 
 
@@ -149,12 +168,21 @@ def finish(
     if init.layers:
         draw_init(folder / INIT_PICTURE, init)
     # Last: a run that has its report is finished.
-    targets, frozen = run.adapter.targets, num_frozen_in_experts(run)
+    in_pairs, frozen = run.memory.workload.num_in_expert_pairs, num_frozen_in_experts(run)
     rebased_after = rebasing_steps(run.config.rebase_every, training.state.step)
     rebasings = {
         s: read_json(str(rebased_folder(folder, s) / INIT_REPORT), "") for s in rebased_after
     }
-    write_report(folder / REPORT, description, log.rows, init, targets, frozen, rebasings)
+    write_report(
+        folder / REPORT,
+        description,
+        log.rows,
+        init,
+        run.adapter.targets,
+        in_pairs,
+        frozen,
+        rebasings,
+    )
 
 
 def save_adapter(

@@ -11,7 +11,7 @@ from lorasb_ds.models.classification import predict
 from lorasb_ds.models.generation import generate, stop_tokens
 from lorasb_ds.models.loss import eval_mode, held_out_loss
 from lorasb_ds.models.row_scores import score
-from lorasb_ds.runs.history import PERPLEXITY, as_logged, perplexity
+from lorasb_ds.runs.history import OF_STEPS, PERPLEXITY, as_logged, perplexity
 from lorasb_ds.runs.output_dir import say
 from lorasb_ds.training.table_check import SAMPLE_TOKENS
 from lorasb_ds.training.training_run import TrainingRun
@@ -40,7 +40,7 @@ def evaluate(training: TrainingRun, stage: Stage) -> bool:
         training.log.write(row | as_logged(beside))
     if run.config.generate_samples:
         write_samples(training, stage)
-    if stage not in ("step", "trained"):
+    if stage not in OF_STEPS:
         return False
     return state.take_loss(loss, run.config.early_stopping_threshold)
 

@@ -15,7 +15,7 @@ from lorasb_ds.config.run_config import RunConfig
 from lorasb_ds.data.classification import Classes
 from lorasb_ds.export.to_peft import max_lora_rank
 from lorasb_ds.models.classification import NUMBER_NAME
-from lorasb_ds.runs.history import evaluations
+from lorasb_ds.runs.history import OF_STEPS, evaluations, saved_evaluation
 from lorasb_ds.training.report import held_out_table
 
 DEMO_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -64,7 +64,7 @@ def model_card(run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], rank: 
     """Return a model card in the hub's form. It has no paths: folders may have private names.
 
     Args:
-        run: content of ``run.json``.
+        run: content of ``run.json``, of a run that is trained.
         rows: of ``metrics.jsonl``.
         rank: of the LoRA in the files, the largest; None: PEFT has made the layers.
     """
@@ -84,7 +84,10 @@ def model_card(run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], rank: 
     }
     default = RunConfig.model_validate({}).model_dump()
     options = [(name, config.get(name)) for name in SHOWN]
-    losses = [row for row in evaluations(rows) if row["stage"] != "step"]
+    saved = saved_evaluation(run, rows)
+    steps = f"{run['steps_done']} steps"
+    if saved["step"] < run["steps_done"]:
+        steps = f"step {saved['step']} of {run['steps_done']}, the best evaluation's"
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False).strip(),
@@ -94,11 +97,14 @@ def model_card(run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], rank: 
         "",
         f"An adapter for `{base}`, trained on {', '.join(f'`{source}`' for source in sources)} by "
         f"lorasb-ds {run['versions']['lorasb-ds']}: {run['trainable_parameters']:,} trained "
-        f"parameters, {run['num_steps']} steps.",
+        f"parameters, {steps}.",
         "",
     ]
-    if losses:
-        lines += ["Loss of held-out rows:", "", *held_out_table(losses), ""]
+    if "eval_loss" in saved:
+        before = [row for row in evaluations(rows) if row["stage"] not in OF_STEPS]
+        table = [row for row in before if row["step"] < saved["step"]]
+        table.append(saved | {"stage": "trained"})
+        lines += ["Loss of held-out rows:", "", *held_out_table(table), ""]
     lines += ["| option | |", "|---|---|"]
     lines += [
         f"| {name} | {value} |"

@@ -16,6 +16,7 @@ from lorasb_ds.runs.history import (
     PERPLEXITY,
     evaluations,
     perplexity,
+    saved_evaluation,
     scores_of,
     summarize,
     training_rows,
@@ -45,6 +46,7 @@ def write_report(
     rows: Sequence[Mapping[str, Any]],
     init: InitReport,
     targets: Shapes,
+    num_in_expert_pairs: int,
     num_frozen_in_experts: int,
     rebasings: Mapping[int, Mapping[str, Any]],
 ) -> None:
@@ -55,6 +57,7 @@ def write_report(
         rows: all rows of ``metrics.jsonl``.
         init: report of the init.
         targets: layers with an adapter -> (out, in).
+        num_in_expert_pairs: elements of A and B of all MoE experts with an adapter.
         num_frozen_in_experts: elements of MoE experts without an adapter.
         rebasings: step -> content of the ``init.json`` that --rebase-every has made after it.
     """
@@ -62,7 +65,7 @@ def write_report(
     head = run.get("head_parameters", 0)
     num_trained = run["trainable_parameters"] - head
     what = f"{method}, r = {r}" if method in METHODS else method
-    num_lora = sum(r * (out + in_) for out, in_ in targets.values())
+    num_lora = sum(r * (out + in_) for out, in_ in targets.values()) + num_in_expert_pairs
     lines = [
         f"# {what}: {run['config']['model']} on {' + '.join(run['config']['data'])}",
         "",
@@ -75,7 +78,8 @@ def write_report(
     ]
     if method in METHODS:
         times = f"{num_lora / num_trained:.1f} times more"
-        lines.append(f"| LoRA, r = {r}, same layers | {num_lora:,} ({times}) |")
+        layers = "same layers and experts" if num_in_expert_pairs else "same layers"
+        lines.append(f"| LoRA, r = {r}, {layers} | {num_lora:,} ({times}) |")
     if head:
         lines.append(f"| and the classification head | {head:,} |")
     lines.append("")
@@ -88,7 +92,7 @@ def write_report(
     lines += init_section(init, run["config"]["init_from"], num_frozen_in_experts)
     lines += rebasing_section(rebasings)
     lines += _training_section(rows)
-    lines += _held_out_section(rows)
+    lines += _held_out_section(run, rows)
     lines += _memory_section(run["memory"])
     if init.layers:
         lines += layers_section(init)
@@ -124,14 +128,18 @@ def _training_section(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
-def _held_out_section(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _held_out_section(run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
     held_out = evaluations(rows)
     if not held_out:
         return []
     lines = ["## Held-out rows", "", *held_out_table(held_out)]
-    found = summarize(rows)
-    if not math.isnan(found.best_loss):
-        lines += ["", f"The best: {found.best_loss:.4f}, at step {found.best_step}."]
+    if "saved" in run:
+        saved = saved_evaluation(run, rows)
+        loss = f": {saved['eval_loss']:.4f}" if "eval_loss" in saved else ""
+        lines += ["", f"The adapter is that of step {saved['step']}{loss}."]
+        best = run["best"]
+        if best["step"] not in (None, saved["step"]):
+            lines[-1] += f" The best: {best['eval_loss']:.4f}, at step {best['step']}."
     return [*lines, ""]
 
 

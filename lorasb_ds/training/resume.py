@@ -127,6 +127,8 @@ def restore_training(training: TrainingRun, checkpoint: Checkpoint) -> None:
         training.engine, training.trained, tensors, checkpoint.optimizer_scalars, run.config
     )
     state = training.state = checkpoint.state
+    if checkpoint.path.resolve() == checkpoint_path(training.folder, state.step).resolve():
+        training.saved = replace(state)  # as long as nothing is dropped below
     set_scheduler(training.engine.lr_scheduler, state.updates)
     training.engine.global_steps = state.step
     if checkpoint.loss_scale:
@@ -149,6 +151,8 @@ def restore_training(training: TrainingRun, checkpoint: Checkpoint) -> None:
             say("the best evaluation so far is dropped: its rows or its checkpoint are gone")
         state.best_step = state.best_loss = None
         state.evals_since_best = 0
+    if checkpoint.options[HELD_OUT] != now[HELD_OUT]:
+        state.evaluated_at = -1  # not on these rows
 
 
 def best_is_there(training: TrainingRun) -> bool:
@@ -159,11 +163,15 @@ def best_is_there(training: TrainingRun) -> bool:
     )
 
 
-def load_best(training: TrainingRun) -> None:
-    """Load the trained parameters of the best evaluation's checkpoint. Collective; rank 0 reads."""
+def load_best(training: TrainingRun) -> int:
+    """Load the trained parameters of the best evaluation's checkpoint. Collective; rank 0 reads.
+
+    Returns:
+        The step whose they are: the last one's if there is no better one, or it is gone.
+    """
     step = training.state.best_step
     if step is None or step == training.state.step:
-        return
+        return training.state.step
     trained = training.trained
     found: list[Any] = [None]
     if zero.rank() == 0:
@@ -174,9 +182,10 @@ def load_best(training: TrainingRun) -> None:
     dist.broadcast_object_list(found, src=0)
     if found[0] is None:
         say(f"warning: the best checkpoint (step {step}) is gone: the adapter is the last step's")
-        return
+        return training.state.step
     if training.run.config.rebase_every is not None:
         load_bases(training, step)
     for name, parameter in trained.items():
         zero.fill_trainable(parameter, found[0][name])
     say(f"the adapter is that of step {step}, held-out loss {training.state.best_loss:.4f}")
+    return step

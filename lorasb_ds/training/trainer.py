@@ -50,7 +50,7 @@ from lorasb_ds.runs.run_log import OnRow, RunLog
 from lorasb_ds.system.files import write_json, write_text
 from lorasb_ds.system.signals import StopRequest
 from lorasb_ds.system.units import GIB
-from lorasb_ds.training.artifacts import announce, describe, finish
+from lorasb_ds.training.artifacts import announce, describe, describe_end, finish
 from lorasb_ds.training.held_out import evaluate
 from lorasb_ds.training.init_phase import init_phase
 from lorasb_ds.training.loop import RunStatus, train
@@ -130,15 +130,16 @@ def _run_in(
         init = initialize_or_resume(training)
         if run.resume is None and run.stored_init is None and "init" in run.memory.phases:
             peaks["init"] = accelerator.peak_memory_bytes() - idle_bytes
-        tensors = {}
+        tensors, saved_step = {}, None
         if not init_only:
             accelerator.reset_peak_memory()
             with phase(run, "train"):
                 status = train(training)
             if status == "stopped":
                 return status
+            saved_step = training.state.step
             if run.config.load_best_model_at_end or run.config.early_stopping_patience:
-                load_best(training)
+                saved_step = load_best(training)
             with phase(run, "save"):
                 peft = run.adapter.peft is not None
                 tensors = collect_peft(engine.module) if peft else collect_lora(adapters)
@@ -146,6 +147,8 @@ def _run_in(
             peaks["train"] = accelerator.peak_memory_bytes() - idle_bytes
         if zero.rank() == 0:
             description["memory"]["measured"] = peaks
+            if saved_step is not None:
+                description |= describe_end(training, saved_step)
             finish(training, init, tensors, description)
         dist.barrier()
     finally:

@@ -30,7 +30,8 @@ class TrainingRun:
         adapters: layer -> adapter; empty if PEFT makes the layers.
         state: how far the run is.
         stop: whether the run is asked to stop.
-        saved: the state that this process has saved last; None: nothing yet.
+        saved: the state in the checkpoint that this process has written or restored last; None:
+            there is none yet.
     """
 
     run: Prepared

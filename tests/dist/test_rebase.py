@@ -255,7 +255,9 @@ def test_resumed_to_the_bit(step: int, runs: Runs, tiny_model: Path) -> None:
     for path in list_checkpoints(folder):
         if path > checkpoint_path(folder, step):
             shutil.rmtree(path)
+    written = checkpoint_path(folder, step).stat().st_ino
     train(config_of(tiny_model, runs.folder, folder.name, resume="auto"))
+    assert checkpoint_path(folder, step).stat().st_ino == written, "it is not written again"
     found, wanted = (
         load_file(of / "adapter" / "adapter_model.safetensors") for of in (folder, run)
     )

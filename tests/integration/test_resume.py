@@ -230,13 +230,23 @@ def test_evaluations_on_other_rows_begin_anew(
 ) -> None:
     run = Path(shutil.copytree(alone, tmp_path / "run"))
     other = write_jsonl(tmp_path / "other.jsonl", word_rows(4))
-    more = f"--output-dir {run} --resume auto --eval-data {other} --max-steps 26"
-    output = run_worker(*options, *more.split())
+    more = f"--output-dir {run} --resume auto --max-steps 26 --load-best-model-at-end"
+    output = run_worker(*options, *more.split(), "--eval-data", other)
     assert "changed since: held-out rows" in output
     assert "changed since: steps 24 -> 26" in output
     assert "the best evaluation so far is dropped" in output
     index = json.loads((run / "checkpoints" / "index.json").read_text())
     assert index["best_step"] == 26
+    described = json.loads((run / "run.json").read_text())
+    assert described["steps_done"] == 26
+    assert described["saved"] == metrics(run)[-1], "although earlier rows may have lower losses"
+    assert (run / "report.md").read_text().count("The adapter is that of step 26: ") == 1
+    (run / "report.md").unlink()
+    num_rows = len(metrics(run))
+    run_worker(*options, *more.split())
+    (again,) = metrics(run)[num_rows:]
+    assert (again["step"], again["stage"]) == (26, "trained"), "its last step, on these rows"
+    assert json.loads((run / "run.json").read_text())["saved"] == again != described["saved"]
 
 
 @pytest.mark.parametrize("policy", ["stop", "continue"])
@@ -333,6 +343,13 @@ def test_early_stopping_keeps_the_best(options: list[str], tmp_path: Path) -> No
     assert max(evals) == best + 2 < 200
     assert f"(step {best}) in 2 evaluations" in output
     assert f"the adapter is that of step {best}" in output
+    described = json.loads((folder / "run.json").read_text())
+    assert described["steps_done"] == best + 2
+    assert described["best"] == {"step": best, "eval_loss": evals[best]}
+    assert (described["saved"]["step"], described["saved"]["eval_loss"]) == (best, evals[best])
+    card = (folder / "adapter" / "README.md").read_text()
+    assert f"parameters, step {best} of {best + 2}, the best evaluation's." in card
+    assert f"| trained | {best} | {evals[best]:.4f} |" in card
     again = ["--resume", str(folder)]
     assert "nothing is left to do" in run_worker(*again)
     longer = run_worker(*again, "--max-steps", "201")

@@ -388,6 +388,10 @@ def test_a_folder_in_every_state(tmp_path: Path) -> None:
     assert found.accuracy == Proportion(3, 8)
     best = made_up_run(tmp_path / "best", {"load_best_model_at_end": True, "eval_every": 5})
     assert read_result(best, trial).loss == 0.5, "of the step whose adapter it has saved"
+    described = json.loads((best / "run.json").read_text())
+    described["saved"] = {"step": 10, "stage": "trained", "eval_loss": 0.75}
+    (best / "run.json").write_text(json.dumps(described))
+    assert read_result(best, trial).loss == 0.75, "as it says: 0.5 may be of other rows"
     for broken in ("", "[]", '{"results": []}', '{"results": [{"scores": {}}]}'):
         (run / "eval" / "eval.json").write_text(broken)
         (run / "init.json").write_text(broken)

@@ -106,6 +106,52 @@ def test_any_flipped_byte_or_cut_is_found(run: Path, name: str) -> None:
     assert resumed(run).step == 6
 
 
+def fail(*_: Path) -> None:
+    raise OSError(5, "Input/output error")
+
+
+def test_a_failed_replacement_leaves_the_old_one(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = read_checkpoint(checkpoint_path(run, 6))
+    monkeypatch.setattr("lorasb_ds.runs.checkpoint.publish", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        write(run, 6)
+    assert read_checkpoint(checkpoint_path(run, 6)) == before
+    assert {path.name[5:] for path in (run / "checkpoints").iterdir()} == {
+        *("00000002", "00000004", "00000006"),
+    }
+
+
+@pytest.mark.parametrize("reader", ["resume", "tidy"])
+def test_a_kill_before_the_new_one_is_there(run: Path, reader: str) -> None:
+    """Between the two renames: the old one is under another name, the new one never came."""
+    path = checkpoint_path(run, 6)
+    shutil.copytree(path, path.with_suffix(".tmp"))
+    path.replace(path.with_suffix(".old"))
+    assert list_checkpoints(run)[-1] == checkpoint_path(run, 4), "the state of the folder"
+    if reader == "resume":
+        assert resumed(run).step == 6
+        assert resumed(run) == resumed(run, str(path)), "on the next rank, too"
+    tidy(run, keep_last=2, best_step=None)
+    assert isinstance(read_checkpoint(path), Checkpoint)
+    assert not [*run.rglob("*.old"), *run.rglob("*.tmp")]
+
+
+def test_a_kill_before_the_old_one_is_removed(run: Path) -> None:
+    """Of the two the new one counts, and the step can be written again."""
+    path = checkpoint_path(run, 6)
+    shutil.copytree(path, path.with_suffix(".old"))
+    (path.with_suffix(".old") / SUMS_FILE).write_text("the old one")
+    assert resumed(run).step == 6
+    write(run, 6)
+    assert resumed(run).warnings == []
+    assert not list(run.rglob("*.old"))
+    shutil.copytree(path, path.with_suffix(".old"))
+    set_newer_aside(run, 4)
+    assert resumed(run).step == 4, "neither of those that were set aside"
+
+
 @pytest.mark.parametrize("num_floats", [1000, 5000, 9000, 50_000])
 def test_a_full_disk_leaves_no_part(tmp_path: Path, num_floats: int) -> None:
     """Writing the tensors or a later small file fails: always an OSError."""

@@ -12,7 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorasb_ds.errors import ConfigError
-from lorasb_ds.runs.history import perplexity, read_rows, summarize, to_line
+from lorasb_ds.runs.history import (
+    evaluation_of,
+    perplexity,
+    read_rows,
+    saved_evaluation,
+    summarize,
+    to_line,
+)
 
 
 def training_row(step: int, loss: float, **more: Any) -> dict[str, Any]:
@@ -96,8 +103,25 @@ def test_summary_of_nothing_and_of_one() -> None:
     one = summarize([training_row(1, 4.0)])
     assert one.first_loss == one.final_loss == 4.0
     assert math.isnan(one.padding_share)
-    worse = summarize([{"step": 0, "stage": "base", "eval_loss": 1.0}])
-    assert math.isnan(worse.best_loss), "the base is no evaluation of the adapter"
+    before = [{"step": 0, "stage": s, "eval_loss": 1.0} for s in ("base", "init", "rebase")]
+    assert math.isnan(summarize(before).best_loss), "none of an adapter that may be saved"
+
+
+def test_which_evaluation_is_of_the_saved_adapter() -> None:
+    losses = {(0, "base"): 0.1, (0, "init"): 0.2, (4, "rebase"): 0.3, (4, "step"): 0.5}
+    losses |= {(6, "step"): math.nan, (8, "step"): 0.9, (8, "trained"): 0.8}
+    rows = [{"step": n, "stage": s, "eval_loss": loss} for (n, s), loss in losses.items()]
+    assert evaluation_of(rows, 4) == rows[3]
+    assert evaluation_of(rows, 8) == rows[6], "once more, as on other rows after a resume"
+    assert evaluation_of(rows, 0) == {"step": 0}
+    assert evaluation_of(rows, 7) == {"step": 7}
+    said = {"config": {"load_best_model_at_end": True}, "saved": {"step": 8, "eval_loss": None}}
+    assert math.isnan(saved_evaluation(said, rows)["eval_loss"])
+    for option in ({"load_best_model_at_end": True}, {"early_stopping_patience": 2}):
+        assert saved_evaluation({"config": option}, rows) == rows[3], "of earlier versions"
+        assert saved_evaluation({"config": option}, rows[:2]) == {}
+    assert saved_evaluation({"config": {}}, rows) == rows[6]
+    assert saved_evaluation({}, rows[:2]) == {}
 
 
 def test_perplexity() -> None:

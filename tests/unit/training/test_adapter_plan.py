@@ -90,6 +90,7 @@ def test_why_experts_stay_frozen(
         ({"expert_r": 4, "method": "lora"}, "--expert-r 4: --method lora trains A and B"),
         ({"expert_r": 4, "target_modules": "q_a_proj"}, "selects no experts of this base"),
         ({"expert_r": 0, "target_modules": "gate_up_proj"}, "selects nothing but experts"),
+        ({"track_alignment": 5, "target_modules": "gate_up_proj"}, "--track-alignment 5 measures"),
         ({"target_modules": "gate_up"}, "no linear layer matches gate_up. The model has linear"),
     ],
 )

@@ -27,7 +27,9 @@ def run(template: str = "model's own", **options: Any) -> dict[str, Any]:
         "config": config,
         "versions": {"lorasb-ds": "0.1.0"},
         "trainable_parameters": 12345,
-        "num_steps": 2,
+        "num_steps": 9,
+        "steps_done": 2,
+        "saved": ROWS[-1],
         "chat_template": template,
     }
 
@@ -64,11 +66,27 @@ def test_of_a_base_and_data_on_the_hub() -> None:
     ],
 )
 def test_the_template_and_private_folders(template: str, shown: str) -> None:
-    text = model_card(run(template, model="/home/me/secret/my-base"), [], 4)
+    described = run(template, model="/home/me/secret/my-base") | {"saved": {"step": 2}}
+    text = model_card(described, [], 4)
     assert shown in text
     assert "secret" not in text
     assert ModelCard(text).data.base_model == "my-base"
     assert "held-out" not in text
+
+
+def test_of_the_best_evaluation() -> None:
+    """Its adapter is not the last step's; what is after it is not shown."""
+    rows = [*ROWS[:-1], {"stage": "rebase", "step": 1, "eval_loss": 1.125}, ROWS[-1]]
+    text = model_card(run() | {"saved": {"stage": "step", "step": 1, "eval_loss": 1.1}}, rows, 4)
+    assert "12,345 trained parameters, step 1 of 2, the best evaluation's." in text
+    table = [line for line in text.splitlines() if line.count("|") == 5]
+    assert table == [
+        "| | step | loss | perplexity |",
+        "|---|---:|---:|---:|",
+        "| base | 0 | 1.5000 | 4.482 |",
+        "| after the init | 0 | 1.2500 | 3.49 |",
+        "| trained | 1 | 1.1000 | 3.004 |",
+    ]
 
 
 def test_of_the_demo_and_of_pefts_methods() -> None:

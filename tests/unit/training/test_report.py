@@ -43,7 +43,12 @@ EVALUATIONS = [
 
 
 def report(
-    tmp_path: Path, rows: list[dict[str, Any]], notes: list[str] | None = None, **options: Any
+    tmp_path: Path,
+    rows: list[dict[str, Any]],
+    notes: list[str] | None = None,
+    in_expert_pairs: int = 0,
+    end: dict[str, Any] | None = None,
+    **options: Any,
 ) -> str:
     config = RunConfig(model="tiny", data="rows.jsonl", r=2, **options)
     run = {
@@ -53,9 +58,11 @@ def report(
         "accelerator": "cpu",
         "notes": notes or [],
         "memory": {"predicted": {"phases": {"load": 1 << 30}}, "measured": {"load": 2 << 30}},
+        **(end or {}),
     }
     rebased = {"step": {"init_lr": 2**-13, "loss_before": 1.5, "loss_after": 1.25}, "total_s": 7.0}
-    write_report(tmp_path / "report.md", run, rows, INIT, TARGETS, 1000, {3: rebased})
+    path = tmp_path / "report.md"
+    write_report(path, run, rows, INIT, TARGETS, in_expert_pairs, 1000, {3: rebased})
     return (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
@@ -69,7 +76,9 @@ def test_what_was_said_at_the_start(tmp_path: Path) -> None:
 def test_a_whole_run(tmp_path: Path) -> None:
     rows = [training_row(i, 1 / i, padding_share=0.25) for i in range(1, 10)]
     rows.append(training_row(10, math.nan, padding_share=0.25, skipped=True))
-    text = report(tmp_path, [*EVALUATIONS[:3], *rows, EVALUATIONS[3]])
+    best = {"step": 5, "eval_loss": 0.5}
+    end = {"saved": EVALUATIONS[3], "best": best}
+    text = report(tmp_path, [*EVALUATIONS[:3], *rows, EVALUATIONS[3]], end=end)
     for line in (
         "# lora-sb, r = 2: tiny on rows.jsonl",
         "3 process(es) on cpu; 2 layers with an adapter.",
@@ -86,7 +95,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
         "| after the init | 0 | 2.0000 | 7.389 |",
         "| in training | 5 | 0.5000 | 1.649 |",
         "| trained | 10 | 1.0000 | 2.718 |",
-        "The best: 0.5000, at step 5.",
+        "The adapter is that of step 10: 1.0000. The best: 0.5000, at step 5.",
         "| load | 1.00 | 2.00 |",
         "| model.layers.0.v_proj | 0.5000 | 4 | 3 | 3.00e+00 | 1e-07 / 1e-03 |",
     ):
@@ -102,12 +111,30 @@ def test_a_whole_run(tmp_path: Path) -> None:
     ]
 
 
+def test_lora_on_experts_counts_them(tmp_path: Path) -> None:
+    """4 experts of (48, 32), of rank 3, beside the linear layers' 352 numbers."""
+    text = report(tmp_path, [], in_expert_pairs=4 * 3 * (48 + 32))
+    assert "| LoRA, r = 2, same layers and experts | 1,312 (164.0 times more) |" in text
+
+
 @pytest.mark.parametrize(("rows", "absent"), [([], "Held-out"), (EVALUATIONS[:2], "Training")])
 def test_an_init_alone(tmp_path: Path, rows: list[dict[str, Any]], absent: str) -> None:
     text = report(tmp_path, rows, init_from="runs/earlier")
     assert f"## {absent}" not in text
     assert "Loaded from runs/earlier" in text
     assert "loss.png" not in text
+    assert "The adapter is" not in text
+
+
+def test_which_adapter_was_saved(tmp_path: Path) -> None:
+    """Whatever the rows say: a lower loss may be the init's, or of other held-out rows."""
+    rows = [training_row(1, 1.0), *EVALUATIONS[:2], {"step": 5, "stage": "step", "eval_loss": 2.5}]
+    best = {"step": 5, "eval_loss": 2.5}
+    text = report(tmp_path, rows, end={"saved": rows[-1], "best": best})
+    assert "\n\nThe adapter is that of step 5: 2.5000.\n" in text
+    nothing = {"step": None, "eval_loss": None}
+    text = report(tmp_path, rows, end={"saved": {"step": 9}, "best": nothing})
+    assert "\n\nThe adapter is that of step 9.\n" in text, "no held-out rows since a resume"
 
 
 def test_what_was_not_counted_is_not_told(tmp_path: Path) -> None:
