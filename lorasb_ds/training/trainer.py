@@ -233,7 +233,22 @@ def start_engine(run: Prepared) -> tuple[Any, Adapters]:
     optimizer = make_optimizer(trained, config)
     scheduler = make_scheduler(optimizer, config, run.num_steps)
     engine = zero.make_engine(model, trained, optimizer, scheduler, run.ds_config)
-    gather_together(run, model, adapters)
+    try:
+        gather_together(run, model, adapters)
+        check_model(run, model, adapters)
+    except BaseException:  # a program may go on, and train another
+        zero.destroy(engine)
+        raise
+    return engine, adapters
+
+
+def check_model(run: Prepared, model: Any, adapters: Adapters) -> None:
+    """Refuse a model that a forward pass of a few tokens shows to be unfit. Collective.
+
+    Raises:
+        ConfigError: on every rank alike.
+    """
+    config = run.config
     with eval_mode(model), refuse_passed_by(model, adapters):
         few = torch.tensor([run.data.train.examples[0].input_ids[:16]], device=accelerator.device())
         if config.classifies:
@@ -254,7 +269,6 @@ def start_engine(run: Prepared) -> tuple[Any, Adapters]:
         if config.sequence_parallel > 1:
             share_rows(model.config._attn_implementation, config.sequence_parallel)
             check_pieces(model, few, config.sequence_parallel)
-    return engine, adapters
 
 
 def gather_together(run: Prepared, model: Any, adapters: Adapters) -> None:

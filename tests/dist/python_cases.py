@@ -94,6 +94,13 @@ def interrupted(model: str, folder: str) -> None:
         train(config, rows=word_rows(4), launch={"num_procs": 2})
 
 
+def refused_late(model: str, folder: str) -> None:
+    """A model that only a forward pass shows to be unfit leaves memory for the next run."""
+    with pytest.raises(ConfigError, match="its tokens see those after"):
+        train(config_of(model, Path(folder), ds_config="zero3"), rows=word_rows(8))
+    assert large_tensors() == []
+
+
 def two_ranks(model: str, folder: str) -> None:
     """Rank 0's rows are those of all, and it gets the rows of numbers."""
     rank, logged = int(os.environ["RANK"]), []

@@ -11,8 +11,10 @@ import pytest
 
 import lorasb_ds
 from lorasb_ds import ConfigError, JobError, RunConfig, train
+from tests.conftest import saved_model
 from tests.dist.python_cases import SHORT
 from tests.runs import metrics, run_ranks, word_rows, write_jsonl
+from tests.text_families import tiny_config
 
 CASES = "tests.dist.python_cases"
 
@@ -26,6 +28,14 @@ def test_two_runs_in_one_process(tiny_model: Path, tmp_path: Path) -> None:
 
 def test_runs_that_do_not_reach_their_end(tiny_model: Path, tmp_path: Path) -> None:
     run_ranks(f"{CASES}:interrupted", None, model=str(tiny_model), folder=str(tmp_path / "run"))
+
+
+def test_a_model_that_is_refused_late(demo_model: Path, tmp_path: Path) -> None:
+    from transformers import XLMWithLMHeadModel
+
+    config = tiny_config("xlm", vocab_size=49152)
+    model = saved_model(XLMWithLMHeadModel, config, tmp_path / "xlm", demo_model)
+    run_ranks(f"{CASES}:refused_late", None, model=str(model), folder=str(tmp_path / "run"))
 
 
 def test_the_ranks_of_a_job(tiny_model: Path, tmp_path: Path) -> None:
