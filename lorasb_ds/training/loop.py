@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from lorasb_ds.data.batch import Batch
 from lorasb_ds.data.sampler import Pack
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.distributed.masters import squared_norm
-from lorasb_ds.distributed.optimizer_state import loss_scale_state
+from lorasb_ds.distributed.optimizer_state import loss_scale_state, scale_is_smallest
 from lorasb_ds.models.loss import token_loss_sum
 from lorasb_ds.runs.output_dir import say
 from lorasb_ds.runs.profiler import profiled
@@ -88,7 +89,8 @@ def _steps(training: TrainingRun, step_done: Callable[[], None]) -> RunStatus:
         lr = engine.get_lr()[0]  # of this step: the scheduler moves on at its end
         tracked = _is_due(state.step + 1, run.config.track_alignment)
         before = trained_factors(training.adapters) if tracked else None
-        result = train_step(engine, run.step_batches(units), lambda: training.stop.requested)
+        with smallest_scale_explained(training, units):
+            result = train_step(engine, run.step_batches(units), lambda: training.stop.requested)
         stop = result.stop
         state.step += 1
         now = time.perf_counter()
@@ -214,9 +216,9 @@ def count_skips(training: TrainingRun, result: StepResult, units: list[Pack]) ->
         return
     dynamic_scale = "cur_iter" in loss_scale_state(training.engine)
     if dynamic_scale and math.isfinite(result.loss):
-        return  # fp16's loss scale is adapting; DeepSpeed ends the run if none is small enough
+        return  # fp16's loss scale is adapting; if none is small enough, DeepSpeed raises
     state.skipped_in_a_row += 1
-    rows = [training.run.data.train.row_id(row) for unit in units for row in unit]
+    rows = _rows_of(training, units)
     what = f"step {state.step} has loss {result.loss} and gradient norm {result.grad_norm}"
     if state.skipped_in_a_row <= training.run.config.max_skipped_steps:
         say(f"warning: {what}: skipped ({_some(rows)})")
@@ -225,6 +227,33 @@ def count_skips(training: TrainingRun, result: StepResult, units: list[Pack]) ->
         f"{what}, like the {state.skipped_in_a_row - 1} steps before it, which were skipped. "
         f"Lower --lr or --init-lr, or look at the rows of this step: {', '.join(rows)}."
     )
+
+
+@contextmanager
+def smallest_scale_explained(training: TrainingRun, units: list[Pack]) -> Iterator[None]:
+    """Say what can be done where fp16's loss scale cannot come down any more.
+
+    DeepSpeed (0.19.8) raises a plain Exception then, in the step: on every rank, since all have the
+    same scale and know of each other's overflows.
+
+    Raises:
+        FloatingPointError: on every rank, naming the rows of the step.
+    """
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not Exception or not scale_is_smallest(training.engine):
+            raise
+        scale = loss_scale_state(training.engine)["cur_scale"]
+        raise FloatingPointError(
+            f"step {training.state.step + 1} has a gradient that is not finite in fp16, though the "
+            f"loss scale is {scale:g}, its minimum. Give --dtype bf16, lower --lr or --init-lr, or "
+            f"look at the rows of this step: {', '.join(_rows_of(training, units))}."
+        ) from error
+
+
+def _rows_of(training: TrainingRun, units: list[Pack]) -> list[str]:
+    return [training.run.data.train.row_id(row) for unit in units for row in unit]
 
 
 def _some(rows: list[str], count: int = 8) -> str:

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from lorasb_ds import ConfigError, RunConfig, train
+from lorasb_ds.config.paths import SHIPPED_DS_CONFIGS
 from tests.runs import metrics, word_rows
 
 SHORT = {"dtype": "fp32", "r": 4, "lr": 1e-3, "max_steps": 4, "init_samples": 4}
@@ -99,6 +101,25 @@ def refused_late(model: str, folder: str) -> None:
     with pytest.raises(ConfigError, match="its tokens see those after"):
         train(config_of(model, Path(folder), ds_config="zero3"), rows=word_rows(8))
     assert large_tensors() == []
+
+
+def smallest_scale(model: str, folder: str) -> None:
+    """fp16's loss scale is at its minimum, and R is too large for fp16 after the first step."""
+    # DeepSpeed asks for hardware; torch computes in fp16 on any CPU, slowly.
+    get_accelerator().is_fp16_supported = lambda: True
+    ds_config = json.loads((SHIPPED_DS_CONFIGS / "zero2.json").read_text())
+    ds_config["fp16"] = {"enabled": "auto", "initial_scale_power": 0, "hysteresis": 1}
+    file = Path(folder, "ds_config.json")
+    file.write_text(json.dumps(ds_config))
+    options = SHORT | {"dtype": "fp16", "lr": 1e30, "warmup_ratio": 0, "ds_config": str(file)}
+    run = Path(folder, "run")
+    with pytest.raises(FloatingPointError, match="loss scale is 1, its minimum") as caught:
+        train(RunConfig(model=model, output_dir=str(run), **options), rows=word_rows(8))
+    step = metrics(run)[-1]["step"] + 1
+    assert str(caught.value).startswith(f"step {step} has a gradient that is not finite in fp16")
+    assert "Give --dtype bf16, lower --lr" in str(caught.value)
+    assert "look at the rows of this step: rows-" in str(caught.value)
+    assert str(caught.value.__cause__).startswith("Current loss scale already at minimum")
 
 
 def two_ranks(model: str, folder: str) -> None:

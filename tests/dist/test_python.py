@@ -38,6 +38,10 @@ def test_a_model_that_is_refused_late(demo_model: Path, tmp_path: Path) -> None:
     run_ranks(f"{CASES}:refused_late", None, model=str(model), folder=str(tmp_path / "run"))
 
 
+def test_a_loss_scale_that_cannot_come_down(tiny_model: Path, tmp_path: Path) -> None:
+    run_ranks(f"{CASES}:smallest_scale", 2, model=str(tiny_model), folder=str(tmp_path))
+
+
 def test_the_ranks_of_a_job(tiny_model: Path, tmp_path: Path) -> None:
     run_ranks(f"{CASES}:two_ranks", 2, model=str(tiny_model), folder=str(tmp_path / "run"))
 
