@@ -22,6 +22,7 @@ from lorasb_ds.runs.output_dir import say
 from lorasb_ds.runs.profiler import profiled
 from lorasb_ds.training.alignment import track_alignment, trained_factors
 from lorasb_ds.training.held_out import evaluate
+from lorasb_ds.training.phases import phase
 from lorasb_ds.training.rebase import rebase, rebasing_is_due
 from lorasb_ds.training.resume import save
 from lorasb_ds.training.training_run import TrainingRun
@@ -58,7 +59,8 @@ def train(training: TrainingRun) -> RunStatus:
     training.engine.train()
     training.stop.can_save()
     if state.step == 0 and run.config.track_alignment:
-        track_alignment(training, None)
+        with phase(run, "init", "alignment"):
+            track_alignment(training, None)
     with profiled(training.folder, run.config.profile if training.log else None) as step_done:
         status = _steps(training, step_done)
     if status == "stopped":
@@ -83,7 +85,8 @@ def _steps(training: TrainingRun, step_done: Callable[[], None]) -> RunStatus:
             return "stopped"
         if rebasing_is_due(training):
             save(training)
-            rebase(training)
+            with phase(run, "init", "re-basing"):
+                rebase(training)
             start = time.perf_counter()
         units = run.order.packs(state.step)
         lr = engine.get_lr()[0]  # of this step: the scheduler moves on at its end
@@ -112,7 +115,8 @@ def _steps(training: TrainingRun, step_done: Callable[[], None]) -> RunStatus:
             training.log.progress(row, run.num_steps)
         count_skips(training, result, units)
         if before is not None:
-            track_alignment(training, before)
+            with phase(run, "init", "alignment"):
+                track_alignment(training, before)
         if state.step < run.num_steps:
             new_best, evaluates = False, _is_due(state.step, run.config.eval_every)
             if evaluates:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ from lorasb_ds.training.held_out import evaluate
 from lorasb_ds.training.init_phase import init_phase
 from lorasb_ds.training.loop import RunStatus, train
 from lorasb_ds.training.optimizer import make_optimizer, make_scheduler
-from lorasb_ds.training.out_of_memory import OutOfMemoryError, Phase, explain, is_out_of_memory
+from lorasb_ds.training.phases import phase
 from lorasb_ds.training.prepare import Prepared
 from lorasb_ds.training.ranks_agree import check_ranks_agree
 from lorasb_ds.training.resume import load_best, resume
@@ -170,7 +169,8 @@ def initialize_or_resume(training: TrainingRun) -> InitReport:
     else:
         with phase(run, "evaluation"), base_alone(training):
             evaluate(training, "base")
-        with phase(run, "init"):
+        # A loaded init is only measured.
+        with phase(run, "init" if run.stored_init is None else "evaluation"):
             init = init_phase(run, training.engine, training.adapters, training.folder)
     if training.state.step == 0 and not has_row(
         training, "init"
@@ -185,22 +185,6 @@ def base_alone(training: TrainingRun) -> AbstractContextManager[None]:
     if training.run.adapter.peft is not None:
         return disable_peft(training.engine.module)
     return disable_adapters(training.adapters)
-
-
-@contextmanager
-def phase(run: Prepared, name: Phase) -> Iterator[None]:
-    """Explain an out-of-memory error that is raised inside.
-
-    Raises:
-        OutOfMemoryError: on this rank only; the launcher ends the others.
-    """
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        explanation = explain(name, error, accelerator.memory_bytes(), run.memory, run.config)
-        raise OutOfMemoryError(explanation) from error
 
 
 def is_finished(run: Prepared) -> bool:

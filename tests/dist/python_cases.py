@@ -15,6 +15,8 @@ from deepspeed.accelerator import get_accelerator
 
 from lorasb_ds import ConfigError, RunConfig, train
 from lorasb_ds.config.paths import SHIPPED_DS_CONFIGS
+from lorasb_ds.training import alignment, rebase
+from lorasb_ds.training.out_of_memory import OutOfMemoryError
 from tests.runs import metrics, word_rows
 
 SHORT = {"dtype": "fp32", "r": 4, "lr": 1e-3, "max_steps": 4, "init_samples": 4}
@@ -120,6 +122,25 @@ def smallest_scale(model: str, folder: str) -> None:
     assert "Give --dtype bf16, lower --lr" in str(caught.value)
     assert "look at the rows of this step: rows-" in str(caught.value)
     assert str(caught.value.__cause__).startswith("Current loss scale already at minimum")
+
+
+def no_memory_for_an_init(model: str, folder: str) -> None:
+    """A re-basing and an alignment that need more than there is, in the middle of training."""
+
+    def too_large(*_: Any, **__: Any) -> Any:
+        return torch.empty(1 << 55)
+
+    for name, more, module, part in (
+        ("alignment", {"track_alignment": 2}, alignment, "average_gradients"),
+        ("re-basing", {"rebase_every": 2}, rebase, "initialize_by"),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, part, too_large)
+            with pytest.raises(OutOfMemoryError) as caught:
+                train(config_of(model, Path(folder, name), **more), rows=word_rows(20))
+        text = str(caught.value)
+        assert text.startswith(f"Out of memory ({name}).")
+        assert "DefaultCPUAllocator: can't allocate memory" in text
 
 
 def two_ranks(model: str, folder: str) -> None:

@@ -42,6 +42,10 @@ def test_a_loss_scale_that_cannot_come_down(tiny_model: Path, tmp_path: Path) ->
     run_ranks(f"{CASES}:smallest_scale", 2, model=str(tiny_model), folder=str(tmp_path))
 
 
+def test_an_init_in_training_has_no_memory(tiny_model: Path, tmp_path: Path) -> None:
+    run_ranks(f"{CASES}:no_memory_for_an_init", None, model=str(tiny_model), folder=str(tmp_path))
+
+
 def test_the_ranks_of_a_job(tiny_model: Path, tmp_path: Path) -> None:
     run_ranks(f"{CASES}:two_ranks", 2, model=str(tiny_model), folder=str(tmp_path / "run"))
 
