@@ -46,7 +46,8 @@ def train(
             is ended with this call, but not if this process is killed.
     Raises:
         ConfigError: if the run cannot be done as asked, before it begins wherever that is known.
-        JobError: with ``launch``, if the processes end before the run does.
+        JobError: with ``launch``, if the processes end before the run does; in a job, if another
+            rank has raised something else than a ConfigError.
         OutOfMemoryError, FloatingPointError, OSError: in this process, if the run breaks off.
         KeyboardInterrupt: at a Ctrl-C before the first step, or at a second one.
     """

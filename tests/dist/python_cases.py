@@ -23,7 +23,7 @@ SHORT = {"dtype": "fp32", "r": 4, "lr": 1e-3, "max_steps": 4, "init_samples": 4}
 
 
 def config_of(model: str, folder: Path, **more: Any) -> RunConfig:
-    return RunConfig(model=model, output_dir=str(folder), **SHORT, **more)
+    return RunConfig(model=model, output_dir=str(folder), **SHORT | more)
 
 
 def large_tensors() -> list[torch.Size]:
@@ -157,3 +157,27 @@ def two_ranks(model: str, folder: str) -> None:
     assert logged == (metrics(Path(folder)) if rank == 0 else [])
     assert (found.status, found.steps) == ("finished", 4)
     assert found.loss == metrics(Path(folder))[-1]["loss"]
+
+
+def refused_by_one(model: str, folder: str, data: str) -> None:
+    """What one rank alone finds wrong is refused by both, and nobody waits."""
+    rank = int(os.environ["RANK"])
+    for refusing in (0, 1):
+        run = Path(folder, str(refusing))
+        with pytest.MonkeyPatch.context() as patch:
+            if rank != refusing:
+                patch.chdir(Path(data).parent)
+            with pytest.raises(ConfigError, match=Path(data).name) as caught:
+                train(config_of(model, run, data=(Path(data).name,)))
+        assert str(caught.value).startswith("Rank ") == (rank != refusing)
+        assert (f"Rank {refusing}: " in str(caught.value)) == (rank != refusing)
+
+    run = Path(folder, "run")
+    train(config_of(model, run, data=(data,), max_steps=1))
+    if rank == 0:  # which alone reads the basis
+        size = (run / "basis.safetensors").stat().st_size
+        with (run / "basis.safetensors").open("r+b") as basis:
+            basis.seek(size - 4)
+            basis.write(b"oops")
+    with pytest.raises(ConfigError, match="is damaged"):
+        train(config_of(model, run, data=(data,), max_steps=1, resume="auto"))
