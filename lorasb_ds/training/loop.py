@@ -18,8 +18,10 @@ from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.distributed.masters import squared_norm
 from lorasb_ds.distributed.optimizer_state import loss_scale_state, scale_is_smallest
 from lorasb_ds.models.loss import token_loss_sum
+from lorasb_ds.runs.history import Row
 from lorasb_ds.runs.output_dir import say
 from lorasb_ds.runs.profiler import profiled
+from lorasb_ds.runs.run_log import RunLog
 from lorasb_ds.training.alignment import track_alignment, trained_factors
 from lorasb_ds.training.held_out import evaluate
 from lorasb_ds.training.phases import phase
@@ -65,6 +67,7 @@ def train(training: TrainingRun) -> RunStatus:
         status = _steps(training, step_done)
     if status == "stopped":
         return status
+    training.end_if_failed()
     if state.evaluated_at != state.step:
         evaluate(training, "trained")
     state.finished = True
@@ -76,9 +79,10 @@ def _steps(training: TrainingRun, step_done: Callable[[], None]) -> RunStatus:
     """Train step by step, with the evaluations and checkpoints that are due. Collective."""
     run, engine, state = training.run, training.engine, training.state
     start = time.perf_counter()
-    stop = any_rank(training.stop.requested)
+    stop = any_rank(training.asked_to_stop())
     while not state.finished and state.step < run.num_steps:
         if stop:
+            training.end_if_failed()
             saved = save(training)
             what = "is saved" if saved else "is not saved"
             say(f"asked to stop: step {state.step} {what}; --resume goes on")
@@ -93,13 +97,13 @@ def _steps(training: TrainingRun, step_done: Callable[[], None]) -> RunStatus:
         tracked = _is_due(state.step + 1, run.config.track_alignment)
         before = trained_factors(training.adapters) if tracked else None
         with smallest_scale_explained(training, units):
-            result = train_step(engine, run.step_batches(units), lambda: training.stop.requested)
+            result = train_step(engine, run.step_batches(units), training.asked_to_stop)
         stop = result.stop
         state.step += 1
         now = time.perf_counter()
         step_done()
         if training.log:
-            row = {
+            row: Row = {
                 "step": state.step,
                 "loss": result.loss,
                 "lr": lr,
@@ -111,8 +115,7 @@ def _steps(training: TrainingRun, step_done: Callable[[], None]) -> RunStatus:
                 "padding_share": 1 - result.num_tokens / result.num_positions,
                 "memory_bytes": accelerator.memory_bytes(),
             }
-            training.log.write(row | ({} if result.applied else {"skipped": True}))
-            training.log.progress(row, run.num_steps)
+            log_step(training, row, result.applied)
         count_skips(training, result, units)
         if before is not None:
             with phase(run, "init", "alignment"):
@@ -126,9 +129,19 @@ def _steps(training: TrainingRun, step_done: Callable[[], None]) -> RunStatus:
             if saves:
                 save(training)
             if tracked or evaluates or saves:  # for so long that a signal may have come meanwhile
-                stop = any_rank(training.stop.requested)
+                stop = any_rank(training.asked_to_stop())
         start = time.perf_counter()
     return "finished"
+
+
+def log_step(training: TrainingRun, row: Row, applied: bool) -> None:
+    """Write a step's row, and show it. Not collective."""
+
+    def write(log: RunLog) -> None:
+        log.write(row | ({} if applied else {"skipped": True}))
+        log.progress(row, training.run.num_steps)
+
+    training.to_log(write)
 
 
 def is_stopped_early(training: TrainingRun) -> bool:

@@ -33,6 +33,7 @@ from lorasb_ds.config.run_layout import (
     TEMPLATE_COPY,
 )
 from lorasb_ds.distributed import accelerator, zero
+from lorasb_ds.distributed.failures import from_rank_0
 from lorasb_ds.distributed.sequence_parallel import share_rows, unshare_rows
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.init.init_report import InitReport
@@ -98,8 +99,11 @@ def _run_in(
     accelerator.reset_peak_memory()
     idle_bytes = 0 if accelerator.name() != "cpu" else accelerator.memory_bytes()
     description = describe(run, folder)
-    log = engine = None
-    if zero.rank() == 0:
+    log: RunLog | None = None
+    engine = None
+
+    def open_log() -> None:
+        nonlocal log
         write_json(folder / RUN_JSON, description)
         # A replay reads this copy: the file it came from may change.
         write_json(folder / DS_CONFIG_COPY, run.ds_config_file)
@@ -110,6 +114,8 @@ def _run_in(
         first_step = run.resume.step if run.resume else 0
         config = description["config"]
         log = RunLog(folder, first_step, config, run.config.on_save_error, on_row)
+
+    from_rank_0(open_log)
     announce(run, folder)
     # For dropout. Alike on all ranks: where models drop whole layers, all must drop the same ones.
     torch.manual_seed(run.config.seed)
@@ -135,6 +141,7 @@ def _run_in(
             with phase(run, "train"):
                 status = train(training)
             if status == "stopped":
+                close_log(training)
                 return status
             if run.config.load_best_model_at_end or run.config.early_stopping_patience:
                 load_best(training)
@@ -143,19 +150,29 @@ def _run_in(
                 tensors = collect_peft(engine.module) if peft else collect_lora(adapters)
                 tensors |= collect_whole(engine.module, run.base.head)
             peaks["train"] = accelerator.peak_memory_bytes() - idle_bytes
-        if zero.rank() == 0:
-            description["memory"]["measured"] = peaks
-            finish(training, init, tensors, description)
+        description["memory"]["measured"] = peaks
+        from_rank_0(lambda: finish(training, init, tensors, description))
+        close_log(training)
         dist.barrier()
     finally:
         unshare_rows()
         if log is not None:
-            log.close()  # flushes what TensorBoard and trackers have buffered
+            log.close()
         if engine is not None:
             zero.destroy(engine)
     saved = folder / (BASIS_FILE if init_only else ADAPTER)
     say(f"{'basis' if init_only else 'adapter'} saved: {saved}   report: {folder / REPORT}")
     return "finished"
+
+
+def close_log(training: TrainingRun) -> None:
+    """Flush what TensorBoard and trackers have buffered. Collective.
+
+    Raises:
+        OSError, JobError: as ``TrainingRun.end_if_failed``.
+    """
+    training.to_log(RunLog.close)
+    training.end_if_failed()
 
 
 def initialize_or_resume(training: TrainingRun) -> InitReport:

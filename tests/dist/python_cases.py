@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -13,8 +14,9 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from lorasb_ds import ConfigError, RunConfig, train
+from lorasb_ds import ConfigError, JobError, RunConfig, train
 from lorasb_ds.config.paths import SHIPPED_DS_CONFIGS
+from lorasb_ds.runs import run_log
 from lorasb_ds.training import alignment, rebase
 from lorasb_ds.training.out_of_memory import OutOfMemoryError
 from tests.runs import metrics, word_rows
@@ -181,3 +183,41 @@ def refused_by_one(model: str, folder: str, data: str) -> None:
             basis.write(b"oops")
     with pytest.raises(ConfigError, match="is damaged"):
         train(config_of(model, run, data=(data,), max_steps=1, resume="auto"))
+
+
+def log_raises(model: str, folder: str, data: str) -> None:
+    """What rank 0's callback or disk raises ends the run on both ranks, wherever it is."""
+    rank = int(os.environ["RANK"])
+
+    def run_to(where: str, message: str, last_step: int, at: int, **more: Any) -> None:
+        logged: list[dict[str, Any]] = []
+
+        def log(row: dict[str, Any]) -> None:
+            logged.append(row)
+            if len(logged) == at:
+                raise ZeroDivisionError(message)
+
+        config = config_of(model, Path(folder, where), data=(data,), **more)
+        with pytest.raises(ZeroDivisionError if rank == 0 else JobError, match=message) as caught:
+            train(config, on_log=log)
+        assert str(caught.value).startswith("Rank 0 has failed: ZeroDivision") == (rank != 0)
+        rows = metrics(Path(folder, where))
+        assert rows[-1]["step"] == last_step
+        if rank == 0:
+            assert logged == rows, "no row is written or told after that"
+
+    run_to("step", "pruned", last_step=2, at=2)
+    run_to("last", "pruned at the end", last_step=4, at=4)
+    run_to("evaluation", "base is bad", last_step=0, at=1, eval_data=data)
+    assert [row.get("stage") for row in metrics(Path(folder, "evaluation"))] == ["base"]
+
+    full = Path(folder, "full")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_log, "append_text", no_space)
+        with pytest.raises(OSError if rank == 0 else JobError, match="No space left on device"):
+            train(config_of(model, full, data=(data,)))
+    assert train(config_of(model, full, data=(data,), resume="auto")).status == "finished"
+
+
+def no_space(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")

@@ -50,6 +50,12 @@ def test_the_ranks_of_a_job(tiny_model: Path, tmp_path: Path) -> None:
     run_ranks(f"{CASES}:two_ranks", 2, model=str(tiny_model), folder=str(tmp_path / "run"))
 
 
+def test_what_the_log_raises_ends_all_ranks(tiny_model: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", word_rows(20))
+    given = {"model": str(tiny_model), "folder": str(tmp_path), "data": data}
+    run_ranks(f"{CASES}:log_raises", 2, timeout=120, **given)
+
+
 def test_a_rank_that_refuses(tiny_model: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "rows-of-one-rank.jsonl", word_rows(20))
     given = {"model": str(tiny_model), "folder": str(tmp_path), "data": data}
