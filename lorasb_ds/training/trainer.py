@@ -15,7 +15,6 @@ from lorasb_ds.adapters.inject import (
     layer_class_of,
     trainable_parameters,
 )
-from lorasb_ds.adapters.passed_by import refuse_passed_by
 from lorasb_ds.adapters.peft_methods import (
     collect_peft,
     disable_peft,
@@ -34,26 +33,23 @@ from lorasb_ds.config.run_layout import (
 )
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.distributed.failures import from_rank_0
-from lorasb_ds.distributed.sequence_parallel import share_rows, unshare_rows
+from lorasb_ds.distributed.sequence_parallel import unshare_rows
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.init.init_report import InitReport
-from lorasb_ds.models.classification import check_padding, train_head
+from lorasb_ds.models.classification import train_head
 from lorasb_ds.models.loading import DTYPES, load_base
-from lorasb_ds.models.loss import add_loss_head, check_loss_head, eval_mode
-from lorasb_ds.models.packing import keeps_packs_apart
-from lorasb_ds.models.sequence_parallel import check_pieces
-from lorasb_ds.planner.footprint import LOGIT_BYTES
+from lorasb_ds.models.loss import add_loss_head
 from lorasb_ds.planner.gathers import gathers_blocks
 from lorasb_ds.runs.checkpoint import TrainerState
 from lorasb_ds.runs.output_dir import output_dir, say
 from lorasb_ds.runs.run_log import OnRow, RunLog
 from lorasb_ds.system.files import write_json, write_text
 from lorasb_ds.system.signals import StopRequest
-from lorasb_ds.system.units import GIB
 from lorasb_ds.training.artifacts import announce, describe, finish
 from lorasb_ds.training.held_out import evaluate
 from lorasb_ds.training.init_phase import init_phase
 from lorasb_ds.training.loop import RunStatus, train
+from lorasb_ds.training.model_check import check_model, check_packs
 from lorasb_ds.training.optimizer import make_optimizer, make_scheduler
 from lorasb_ds.training.phases import phase
 from lorasb_ds.training.prepare import Prepared
@@ -243,35 +239,6 @@ def start_engine(run: Prepared) -> tuple[Any, Adapters]:
     return engine, adapters
 
 
-def check_model(run: Prepared, model: Any, adapters: Adapters) -> None:
-    """Refuse a model that a forward pass of a few tokens shows to be unfit. Collective.
-
-    Raises:
-        ConfigError: on every rank alike.
-    """
-    config = run.config
-    with eval_mode(model), refuse_passed_by(model, adapters):
-        few = torch.tensor([run.data.train.examples[0].input_ids[:16]], device=accelerator.device())
-        if config.classifies:
-            check_padding(model, few, run.base.tokenizer.pad_token_id)
-        elif not check_loss_head(model, few):
-            work = run.memory.workload
-            gib = (
-                work.micro_batch_size
-                * work.num_labels
-                * run.base.shape.vocab_size
-                * LOGIT_BYTES
-                / GIB
-            )
-            say(
-                f"the loss of a {type(model).__name__} is made of all its logits at once, up to "
-                f"{gib:.2f} GiB in training: its output head is of an unknown kind"
-            )
-        if config.sequence_parallel > 1:
-            share_rows(model.config._attn_implementation, config.sequence_parallel)
-            check_pieces(model, few, config.sequence_parallel)
-
-
 def gather_together(run: Prepared, model: Any, adapters: Adapters) -> None:
     """Set what ZeRO-3 gathers at a time: a layer's W0, A and B. Not collective.
 
@@ -295,16 +262,3 @@ def has_row(training: TrainingRun, stage: str) -> bool:
     ]
     dist.broadcast_object_list(found, src=0)
     return found[0]
-
-
-def check_packs(training: TrainingRun) -> None:
-    """Refuse to train if rows of one pack would see each other. Collective."""
-    run = training.run
-    examples = run.data.train.examples[:8]
-    model = training.engine.module
-    if not keeps_packs_apart(model, examples, accelerator.device(), one_row=run.one_row):
-        raise ConfigError(
-            f"--packing: rows of one pack see each other in a {type(model).__name__} with "
-            f"attention {run.base.hf_config._attn_implementation}. Leave it out (rows of similar "
-            "lengths are batched together anyway), or try another --attn-implementation."
-        )
