@@ -20,7 +20,7 @@ from launcher.workers.common import (
 )
 from launcher.workers.quiet import quiet_libraries
 from lorasb_ds.config.resolve import load_run_config
-from lorasb_ds.errors import ConfigError
+from lorasb_ds.errors import ConfigError, JobError
 from lorasb_ds.system.host_memory import ranks_of_host
 from lorasb_ds.system.signals import EXIT_STOPPED, StopRequest
 
@@ -63,7 +63,7 @@ def main(local_rank: int | None, init_only: bool, run_json: str | None, **given:
         outcome = run_training(prepared, stop, init_only)
     except ConfigError as error:
         refuse(error)
-    except (FloatingPointError, MemoryError, OSError) as error:
+    except (FloatingPointError, JobError, MemoryError, OSError) as error:
         refuse(error, status=1)
     zero.close_process_group()
     end(EXIT_STOPPED if outcome == "stopped" else 0)

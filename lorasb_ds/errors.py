@@ -21,7 +21,7 @@ class ConfigError(Exception):
 
 
 class JobError(Exception):
-    """The processes of a run have ended before it did.
+    """The processes of a run have ended before it did, or another rank has ended it.
 
     Attributes:
         status: of `lorasb train` (docs/resuming.md lists them).

@@ -74,6 +74,12 @@ def loss_scale_state(engine: Any) -> dict[str, float]:
     }
 
 
+def scale_is_smallest(engine: Any) -> bool:
+    """Return whether fp16's dynamic loss scale is at its minimum; False for other dtypes."""
+    scale = loss_scale_state(engine)
+    return "cur_iter" in scale and scale["cur_scale"] <= engine.optimizer.loss_scaler.min_scale
+
+
 def set_loss_scale_state(engine: Any, state: Mapping[str, float]) -> None:
     """Restore what ``loss_scale_state`` returned."""
     vars(engine.optimizer.loss_scaler).update(state)

@@ -32,6 +32,7 @@ from lorasb_ds.init.gradient_shards import is_transposed
 from lorasb_ds.init.gradients import average_gradients
 from lorasb_ds.planner.layer_groups import LayerGroup
 from lorasb_ds.runs.plots import describe_alignment
+from lorasb_ds.runs.run_log import RunLog
 from lorasb_ds.training.engine_state import rng_states, set_rng_states
 from lorasb_ds.training.prepare import Prepared
 from lorasb_ds.training.training_run import TrainingRun
@@ -277,12 +278,13 @@ def track_alignment(training: TrainingRun, before: Mapping[str, Values] | None) 
         before,
         offload=run.config.init_offload,
     )
-    if training.log:
-        layers = {name: asdict(layer) for name, layer in found.items()}
-        training.log.write_alignment(
-            [{"step": step, "layer": n} | row for n, row in layers.items()]
-        )
-        training.log.say(describe_alignment(training.log.alignment))
+    rows = [{"step": step, "layer": name} | asdict(layer) for name, layer in found.items()]
+
+    def log_rows(log: RunLog) -> None:
+        log.write_alignment(rows)
+        log.say(describe_alignment(log.alignment))
+
+    training.to_log(log_rows)
 
 
 def probe_of(run: Prepared) -> Sample:

@@ -40,13 +40,15 @@ def train(
             .jsonl may have, or a function that returns them, which only rank 0 calls.
         eval_rows: the same in place of ``config.eval_data``.
         on_log: is called with each new row of ``metrics.jsonl``, of a step ("loss", "lr", …) or an
-            evaluation ("stage", "eval_loss", …); on rank 0 only. What it raises ends the run.
+            evaluation ("stage", "eval_loss", …); on rank 0 only. What it raises ends the run;
+            in a job on all ranks, after the next step at the latest.
         launch: options of `lorasb train` that are not in ``config``: {"num_gpus": 8}, or
             {"hostfile": "hosts", "max_restarts": 2}. {} takes all GPUs of this host. The command
             is ended with this call, but not if this process is killed.
     Raises:
         ConfigError: if the run cannot be done as asked, before it begins wherever that is known.
-        JobError: with ``launch``, if the processes end before the run does.
+        JobError: with ``launch``, if the processes end before the run does; in a job, if rank 0 has
+            raised something else than a ConfigError: on the others.
         OutOfMemoryError, FloatingPointError, OSError: in this process, if the run breaks off.
         KeyboardInterrupt: at a Ctrl-C before the first step, or at a second one.
     """

@@ -13,6 +13,7 @@ from lorasb_ds.models.loss import eval_mode, held_out_loss
 from lorasb_ds.models.row_scores import score
 from lorasb_ds.runs.history import OF_STEPS, PERPLEXITY, as_logged, perplexity
 from lorasb_ds.runs.output_dir import say
+from lorasb_ds.runs.run_log import RunLog
 from lorasb_ds.training.table_check import SAMPLE_TOKENS
 from lorasb_ds.training.training_run import TrainingRun
 
@@ -35,11 +36,11 @@ def evaluate(training: TrainingRun, stage: Stage) -> bool:
         for name, value in beside.items()
     )
     say(f"step {state.step}: held-out loss {loss:.4f}, {shown} ({stage})")
-    if training.log:
-        row = {"step": state.step, "stage": stage, "eval_loss": loss}
-        training.log.write(row | as_logged(beside))
+    row = {"step": state.step, "stage": stage, "eval_loss": loss, **as_logged(beside)}
+    training.to_log(lambda log: log.write(row))
     if run.config.generate_samples:
         write_samples(training, stage)
+    training.end_if_failed()
     if stage not in OF_STEPS:
         return False
     return state.take_loss(loss, run.config.early_stopping_threshold)
@@ -62,9 +63,9 @@ def write_samples(training: TrainingRun, stage: Stage) -> None:
 
     Every rank generates the same answers, so that all take part in the same gathers of ZeRO-3.
     """
-    run, model = training.run, training.engine.module
-    assert run.data.held_out is not None
-    examples = run.data.held_out.examples[: run.config.generate_samples]
+    run, model, rows = training.run, training.engine.module, training.run.data.held_out
+    assert rows is not None
+    examples = rows.examples[: run.config.generate_samples]
     prompts = [example.input_ids[: max(1, example.first_label)] for example in examples]
     with eval_mode(model), whole_rows():
         answers = generate(
@@ -75,15 +76,18 @@ def write_samples(training: TrainingRun, stage: Stage) -> None:
             accelerator.device(),
             stop=stop_tokens(run.base.tokenizer),
         )
-    if training.log:
+
+    def log_samples(log: RunLog) -> None:
         for i, (example, prompt, answer) in enumerate(zip(examples, prompts, answers, strict=True)):
-            training.log.write_sample(
+            log.write_sample(
                 {
                     "step": training.state.step,
                     "stage": stage,
-                    "row": run.data.held_out.row_id(i),
+                    "row": rows.row_id(i),
                     "prompt": run.base.tokenizer.decode(prompt),
                     "expected": run.base.tokenizer.decode(example.input_ids[len(prompt) :]),
                     "generated": answer.text,
                 }
             )
+
+    training.to_log(log_samples)

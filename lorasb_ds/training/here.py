@@ -15,12 +15,13 @@ import torch.distributed as dist
 
 from lorasb_ds.config.resolve import load_run_config
 from lorasb_ds.distributed import zero
+from lorasb_ds.distributed.failures import from_rank_0, on_every_rank
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.runs.result import TrainResult, read_result
 from lorasb_ds.runs.run_log import OnRow
 from lorasb_ds.system.host_memory import ranks_of_host
 from lorasb_ds.system.signals import InterruptRequest
-from lorasb_ds.training.prepare import prepare
+from lorasb_ds.training.prepare import Prepared, prepare
 from lorasb_ds.training.trainer import run_training
 
 # What DeepSpeed reads of a rank. Without LOCAL_SIZE it makes no buffer to meet others of the host.
@@ -53,37 +54,17 @@ def train_here(make_options: Callable[[], dict[str, Any]], on_row: OnRow | None)
         zero.init_process_group()
         try:
             options = from_rank_0(make_options)
-            config = load_run_config(options)
             world_size = zero.world_size()
-            prepared = prepare(config, world_size, ranks_of_host(default=world_size))
+
+            def prepare_here() -> Prepared:
+                config = load_run_config(options)
+                return prepare(config, world_size, ranks_of_host(default=world_size))
+
+            prepared = on_every_rank(prepare_here)
             status = run_training(prepared, stop, on_row=on_row)
             return from_rank_0(lambda: read_result(Path(options["output_dir"]), status))
         finally:
             gc.collect()  # engine and model refer to each other
-
-
-def from_rank_0(make: Callable[[], Any]) -> Any:
-    """Return what rank 0 makes, on every rank. Collective.
-
-    Raises:
-        Exception: what it raises on rank 0; on other ranks a ConfigError that says so.
-    """
-    made: list[Any] = [None, None]  # the result, and what is wrong
-    failure: Exception | None = None
-    if zero.rank() == 0:
-        try:
-            made[0] = make()
-        except ConfigError as error:
-            failure, made[1] = error, error.problems
-        except Exception as error:  # of the program: the others must not wait for rank 0
-            failure, made[1] = error, [f"Rank 0 has failed: {type(error).__name__}: {error}"]
-    dist.broadcast_object_list(made, src=0)
-    if failure is not None:
-        raise failure
-    result, problems = made
-    if problems is not None:
-        raise ConfigError(*problems)
-    return result
 
 
 @contextmanager

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,12 +16,15 @@ from lorasb_ds.data.batch import Batch
 from lorasb_ds.data.sampler import Pack
 from lorasb_ds.distributed import accelerator, zero
 from lorasb_ds.distributed.masters import squared_norm
-from lorasb_ds.distributed.optimizer_state import loss_scale_state
+from lorasb_ds.distributed.optimizer_state import loss_scale_state, scale_is_smallest
 from lorasb_ds.models.loss import token_loss_sum
+from lorasb_ds.runs.history import Row
 from lorasb_ds.runs.output_dir import say
 from lorasb_ds.runs.profiler import profiled
+from lorasb_ds.runs.run_log import RunLog
 from lorasb_ds.training.alignment import track_alignment, trained_factors
 from lorasb_ds.training.held_out import evaluate
+from lorasb_ds.training.phases import phase
 from lorasb_ds.training.rebase import rebase, rebasing_is_due
 from lorasb_ds.training.resume import save
 from lorasb_ds.training.training_run import TrainingRun
@@ -57,11 +61,13 @@ def train(training: TrainingRun) -> RunStatus:
     training.engine.train()
     training.stop.can_save()
     if state.step == 0 and run.config.track_alignment:
-        track_alignment(training, None)
+        with phase(run, "init", "alignment"):
+            track_alignment(training, None)
     with profiled(training.folder, run.config.profile if training.log else None) as step_done:
         status = _steps(training, step_done)
     if status == "stopped":
         return status
+    training.end_if_failed()
     if state.evaluated_at != state.step:
         evaluate(training, "trained")
     state.finished = True
@@ -73,28 +79,31 @@ def _steps(training: TrainingRun, step_done: Callable[[], None]) -> RunStatus:
     """Train step by step, with the evaluations and checkpoints that are due. Collective."""
     run, engine, state = training.run, training.engine, training.state
     start = time.perf_counter()
-    stop = any_rank(training.stop.requested)
+    stop = any_rank(training.asked_to_stop())
     while not state.finished and state.step < run.num_steps:
         if stop:
+            training.end_if_failed()
             saved = save(training)
             what = "is saved" if saved else "is not saved"
             say(f"asked to stop: step {state.step} {what}; --resume goes on")
             return "stopped"
         if rebasing_is_due(training):
             save(training)
-            rebase(training)
+            with phase(run, "init", "re-basing"):
+                rebase(training)
             start = time.perf_counter()
         units = run.order.packs(state.step)
         lr = engine.get_lr()[0]  # of this step: the scheduler moves on at its end
         tracked = _is_due(state.step + 1, run.config.track_alignment)
         before = trained_factors(training.adapters) if tracked else None
-        result = train_step(engine, run.step_batches(units), lambda: training.stop.requested)
+        with smallest_scale_explained(training, units):
+            result = train_step(engine, run.step_batches(units), training.asked_to_stop)
         stop = result.stop
         state.step += 1
         now = time.perf_counter()
         step_done()
         if training.log:
-            row = {
+            row: Row = {
                 "step": state.step,
                 "loss": result.loss,
                 "lr": lr,
@@ -106,11 +115,11 @@ def _steps(training: TrainingRun, step_done: Callable[[], None]) -> RunStatus:
                 "padding_share": 1 - result.num_tokens / result.num_positions,
                 "memory_bytes": accelerator.memory_bytes(),
             }
-            training.log.write(row | ({} if result.applied else {"skipped": True}))
-            training.log.progress(row, run.num_steps)
+            log_step(training, row, result.applied)
         count_skips(training, result, units)
         if before is not None:
-            track_alignment(training, before)
+            with phase(run, "init", "alignment"):
+                track_alignment(training, before)
         if state.step < run.num_steps:
             new_best, evaluates = False, _is_due(state.step, run.config.eval_every)
             if evaluates:
@@ -120,9 +129,19 @@ def _steps(training: TrainingRun, step_done: Callable[[], None]) -> RunStatus:
             if saves:
                 save(training)
             if tracked or evaluates or saves:  # for so long that a signal may have come meanwhile
-                stop = any_rank(training.stop.requested)
+                stop = any_rank(training.asked_to_stop())
         start = time.perf_counter()
     return "finished"
+
+
+def log_step(training: TrainingRun, row: Row, applied: bool) -> None:
+    """Write a step's row, and show it. Not collective."""
+
+    def write(log: RunLog) -> None:
+        log.write(row | ({} if applied else {"skipped": True}))
+        log.progress(row, training.run.num_steps)
+
+    training.to_log(write)
 
 
 def is_stopped_early(training: TrainingRun) -> bool:
@@ -214,9 +233,9 @@ def count_skips(training: TrainingRun, result: StepResult, units: list[Pack]) ->
         return
     dynamic_scale = "cur_iter" in loss_scale_state(training.engine)
     if dynamic_scale and math.isfinite(result.loss):
-        return  # fp16's loss scale is adapting; DeepSpeed ends the run if none is small enough
+        return  # fp16's loss scale is adapting; if none is small enough, DeepSpeed raises
     state.skipped_in_a_row += 1
-    rows = [training.run.data.train.row_id(row) for unit in units for row in unit]
+    rows = _rows_of(training, units)
     what = f"step {state.step} has loss {result.loss} and gradient norm {result.grad_norm}"
     if state.skipped_in_a_row <= training.run.config.max_skipped_steps:
         say(f"warning: {what}: skipped ({_some(rows)})")
@@ -225,6 +244,33 @@ def count_skips(training: TrainingRun, result: StepResult, units: list[Pack]) ->
         f"{what}, like the {state.skipped_in_a_row - 1} steps before it, which were skipped. "
         f"Lower --lr or --init-lr, or look at the rows of this step: {', '.join(rows)}."
     )
+
+
+@contextmanager
+def smallest_scale_explained(training: TrainingRun, units: list[Pack]) -> Iterator[None]:
+    """Say what can be done where fp16's loss scale cannot come down any more.
+
+    DeepSpeed (0.19.8) raises a plain Exception then, in the step: on every rank, since all have the
+    same scale and know of each other's overflows.
+
+    Raises:
+        FloatingPointError: on every rank, naming the rows of the step.
+    """
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not Exception or not scale_is_smallest(training.engine):
+            raise
+        scale = loss_scale_state(training.engine)["cur_scale"]
+        raise FloatingPointError(
+            f"step {training.state.step + 1} has a gradient that is not finite in fp16, though the "
+            f"loss scale is {scale:g}, its minimum. Give --dtype bf16, lower --lr or --init-lr, or "
+            f"look at the rows of this step: {', '.join(_rows_of(training, units))}."
+        ) from error
+
+
+def _rows_of(training: TrainingRun, units: list[Pack]) -> list[str]:
+    return [training.run.data.train.row_id(row) for unit in units for row in unit]
 
 
 def _some(rows: list[str], count: int = 8) -> str:

@@ -74,22 +74,26 @@ class Remedy:
 
 
 def explain(
-    phase: Phase, error: BaseException, in_use_bytes: int, memory: RunMemory, config: RunConfig
+    phase: Phase,
+    error: BaseException,
+    in_use_bytes: int,
+    memory: RunMemory,
+    config: RunConfig,
+    name: str | None = None,
 ) -> str:
     """Return the message for a process that ran out of memory: what was planned, what needs less.
 
     Args:
         in_use_bytes: of this process, as measured now.
+        name: what the user knows the phase by. [default: ``phase``]
     """
-    if phase == "init" and config.init_from is not None:
-        phase = "evaluation"  # a loaded init is only measured
     held = parts(memory.footprint, phase, memory.cluster.cpu)
     if memory.cluster.runtime_bytes:
         held["runtime"] = memory.cluster.runtime_bytes
     largest_first = sorted(held.items(), key=lambda part: -part[1])
     lines = [
-        f"Out of memory ({phase}). Planned were {_gib(sum(held.values()))} GiB a process in this "
-        f"phase; {_gib(memory.free_bytes)} were free before the run began, and "
+        f"Out of memory ({name or phase}). Planned were {_gib(sum(held.values()))} GiB a process "
+        f"in this phase; {_gib(memory.free_bytes)} were free before the run began, and "
         f"{_gib(in_use_bytes)} are in use now.",
         "",
         "Planned, in GiB of a process:",

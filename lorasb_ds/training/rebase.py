@@ -31,6 +31,7 @@ from lorasb_ds.runs.output_dir import say
 from lorasb_ds.training.engine_state import reset_optimizer
 from lorasb_ds.training.held_out import evaluate
 from lorasb_ds.training.init_phase import initialize_by, written_basis
+from lorasb_ds.training.phases import phase
 from lorasb_ds.training.training_run import TrainingRun
 
 
@@ -73,7 +74,8 @@ def rebase(training: TrainingRun) -> None:
         f"re-based after step {step}, {report.total_s:.1f} s: {eta}loss of {taken.num_samples} "
         f"other rows {taken.loss_before:.4f} -> {taken.loss_after:.4f}"
     )
-    evaluate(training, "rebase")
+    with phase(run, "evaluation"):
+        evaluate(training, "rebase")
 
 
 def keep_update(adapter: AdapterLinear) -> torch.Tensor | None:

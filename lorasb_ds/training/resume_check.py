@@ -62,7 +62,7 @@ def check_resume(
         ConfigError: naming what is damaged or differs.
     """
     option, checkpoint = f"--resume {config.resume}", resume.checkpoint
-    # Gigabytes for a large model: one process reads them, and ends the others.
+    # Gigabytes for a large model: one process reads them, and refuses for all.
     if int(os.environ.get("RANK", 0)) == 0:
         every = checkpoint.made_from.get(REBASE_KEY) if checkpoint is not None else None
         rebased_after = rebasing_steps(every, resume.step)

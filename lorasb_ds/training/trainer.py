@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from lorasb_ds.adapters.inject import (
     layer_class_of,
     trainable_parameters,
 )
-from lorasb_ds.adapters.passed_by import refuse_passed_by
 from lorasb_ds.adapters.peft_methods import (
     collect_peft,
     disable_peft,
@@ -34,28 +32,26 @@ from lorasb_ds.config.run_layout import (
     TEMPLATE_COPY,
 )
 from lorasb_ds.distributed import accelerator, zero
-from lorasb_ds.distributed.sequence_parallel import share_rows, unshare_rows
+from lorasb_ds.distributed.failures import from_rank_0
+from lorasb_ds.distributed.sequence_parallel import unshare_rows
 from lorasb_ds.errors import ConfigError
 from lorasb_ds.init.init_report import InitReport
-from lorasb_ds.models.classification import check_padding, train_head
+from lorasb_ds.models.classification import train_head
 from lorasb_ds.models.loading import DTYPES, load_base
-from lorasb_ds.models.loss import add_loss_head, check_loss_head, eval_mode
-from lorasb_ds.models.packing import keeps_packs_apart
-from lorasb_ds.models.sequence_parallel import check_pieces
-from lorasb_ds.planner.footprint import LOGIT_BYTES
+from lorasb_ds.models.loss import add_loss_head
 from lorasb_ds.planner.gathers import gathers_blocks
 from lorasb_ds.runs.checkpoint import TrainerState
 from lorasb_ds.runs.output_dir import output_dir, say
 from lorasb_ds.runs.run_log import OnRow, RunLog
 from lorasb_ds.system.files import write_json, write_text
 from lorasb_ds.system.signals import StopRequest
-from lorasb_ds.system.units import GIB
 from lorasb_ds.training.artifacts import announce, describe, describe_end, finish
 from lorasb_ds.training.held_out import evaluate
 from lorasb_ds.training.init_phase import init_phase
 from lorasb_ds.training.loop import RunStatus, train
+from lorasb_ds.training.model_check import check_model, check_packs
 from lorasb_ds.training.optimizer import make_optimizer, make_scheduler
-from lorasb_ds.training.out_of_memory import OutOfMemoryError, Phase, explain, is_out_of_memory
+from lorasb_ds.training.phases import phase
 from lorasb_ds.training.prepare import Prepared
 from lorasb_ds.training.ranks_agree import check_ranks_agree
 from lorasb_ds.training.resume import load_best, resume
@@ -99,8 +95,11 @@ def _run_in(
     accelerator.reset_peak_memory()
     idle_bytes = 0 if accelerator.name() != "cpu" else accelerator.memory_bytes()
     description = describe(run, folder)
-    log = engine = None
-    if zero.rank() == 0:
+    log: RunLog | None = None
+    engine = None
+
+    def open_log() -> None:
+        nonlocal log
         write_json(folder / RUN_JSON, description)
         # A replay reads this copy: the file it came from may change.
         write_json(folder / DS_CONFIG_COPY, run.ds_config_file)
@@ -111,6 +110,8 @@ def _run_in(
         first_step = run.resume.step if run.resume else 0
         config = description["config"]
         log = RunLog(folder, first_step, config, run.config.on_save_error, on_row)
+
+    from_rank_0(open_log)
     announce(run, folder)
     # For dropout. Alike on all ranks: where models drop whole layers, all must drop the same ones.
     torch.manual_seed(run.config.seed)
@@ -136,6 +137,7 @@ def _run_in(
             with phase(run, "train"):
                 status = train(training)
             if status == "stopped":
+                close_log(training)
                 return status
             saved_step = training.state.step
             if run.config.load_best_model_at_end or run.config.early_stopping_patience:
@@ -145,21 +147,34 @@ def _run_in(
                 tensors = collect_peft(engine.module) if peft else collect_lora(adapters)
                 tensors |= collect_whole(engine.module, run.base.head)
             peaks["train"] = accelerator.peak_memory_bytes() - idle_bytes
-        if zero.rank() == 0:
-            description["memory"]["measured"] = peaks
-            if saved_step is not None:
-                description |= describe_end(training, saved_step)
-            finish(training, init, tensors, description)
+        description["memory"]["measured"] = peaks
+
+        def finish_run() -> None:
+            end = {} if saved_step is None else describe_end(training, saved_step)
+            finish(training, init, tensors, description | end)
+
+        from_rank_0(finish_run)
+        close_log(training)
         dist.barrier()
     finally:
         unshare_rows()
         if log is not None:
-            log.close()  # flushes what TensorBoard and trackers have buffered
+            log.close()
         if engine is not None:
             zero.destroy(engine)
     saved = folder / (BASIS_FILE if init_only else ADAPTER)
     say(f"{'basis' if init_only else 'adapter'} saved: {saved}   report: {folder / REPORT}")
     return "finished"
+
+
+def close_log(training: TrainingRun) -> None:
+    """Flush what TensorBoard and trackers have buffered. Collective.
+
+    Raises:
+        OSError, JobError: as ``TrainingRun.end_if_failed``.
+    """
+    training.to_log(RunLog.close)
+    training.end_if_failed()
 
 
 def initialize_or_resume(training: TrainingRun) -> InitReport:
@@ -173,7 +188,8 @@ def initialize_or_resume(training: TrainingRun) -> InitReport:
     else:
         with phase(run, "evaluation"), base_alone(training):
             evaluate(training, "base")
-        with phase(run, "init"):
+        # A loaded init is only measured.
+        with phase(run, "init" if run.stored_init is None else "evaluation"):
             init = init_phase(run, training.engine, training.adapters, training.folder)
     if training.state.step == 0 and not has_row(
         training, "init"
@@ -188,22 +204,6 @@ def base_alone(training: TrainingRun) -> AbstractContextManager[None]:
     if training.run.adapter.peft is not None:
         return disable_peft(training.engine.module)
     return disable_adapters(training.adapters)
-
-
-@contextmanager
-def phase(run: Prepared, name: Phase) -> Iterator[None]:
-    """Explain an out-of-memory error that is raised inside.
-
-    Raises:
-        OutOfMemoryError: on this rank only; the launcher ends the others.
-    """
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        explanation = explain(name, error, accelerator.memory_bytes(), run.memory, run.config)
-        raise OutOfMemoryError(explanation) from error
 
 
 def is_finished(run: Prepared) -> bool:
@@ -236,27 +236,12 @@ def start_engine(run: Prepared) -> tuple[Any, Adapters]:
     optimizer = make_optimizer(trained, config)
     scheduler = make_scheduler(optimizer, config, run.num_steps)
     engine = zero.make_engine(model, trained, optimizer, scheduler, run.ds_config)
-    gather_together(run, model, adapters)
-    with eval_mode(model), refuse_passed_by(model, adapters):
-        few = torch.tensor([run.data.train.examples[0].input_ids[:16]], device=accelerator.device())
-        if config.classifies:
-            check_padding(model, few, run.base.tokenizer.pad_token_id)
-        elif not check_loss_head(model, few):
-            work = run.memory.workload
-            gib = (
-                work.micro_batch_size
-                * work.num_labels
-                * run.base.shape.vocab_size
-                * LOGIT_BYTES
-                / GIB
-            )
-            say(
-                f"the loss of a {type(model).__name__} is made of all its logits at once, up to "
-                f"{gib:.2f} GiB in training: its output head is of an unknown kind"
-            )
-        if config.sequence_parallel > 1:
-            share_rows(model.config._attn_implementation, config.sequence_parallel)
-            check_pieces(model, few, config.sequence_parallel)
+    try:
+        gather_together(run, model, adapters)
+        check_model(run, model, adapters)
+    except BaseException:  # a program may go on, and train another
+        zero.destroy(engine)
+        raise
     return engine, adapters
 
 
@@ -283,16 +268,3 @@ def has_row(training: TrainingRun, stage: str) -> bool:
     ]
     dist.broadcast_object_list(found, src=0)
     return found[0]
-
-
-def check_packs(training: TrainingRun) -> None:
-    """Refuse to train if rows of one pack would see each other. Collective."""
-    run = training.run
-    examples = run.data.train.examples[:8]
-    model = training.engine.module
-    if not keeps_packs_apart(model, examples, accelerator.device(), one_row=run.one_row):
-        raise ConfigError(
-            f"--packing: rows of one pack see each other in a {type(model).__name__} with "
-            f"attention {run.base.hf_config._attn_implementation}. Leave it out (rows of similar "
-            "lengths are batched together anyway), or try another --attn-implementation."
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -11,15 +12,20 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 
-from lorasb_ds import ConfigError, RunConfig, train
+from lorasb_ds import ConfigError, JobError, RunConfig, train
+from lorasb_ds.config.paths import SHIPPED_DS_CONFIGS
+from lorasb_ds.runs import run_log
+from lorasb_ds.training import alignment, rebase
+from lorasb_ds.training.out_of_memory import OutOfMemoryError
 from tests.runs import metrics, word_rows
 
 SHORT = {"dtype": "fp32", "r": 4, "lr": 1e-3, "max_steps": 4, "init_samples": 4}
 
 
 def config_of(model: str, folder: Path, **more: Any) -> RunConfig:
-    return RunConfig(model=model, output_dir=str(folder), **SHORT, **more)
+    return RunConfig(model=model, output_dir=str(folder), **SHORT | more)
 
 
 def large_tensors() -> list[torch.Size]:
@@ -94,6 +100,51 @@ def interrupted(model: str, folder: str) -> None:
         train(config, rows=word_rows(4), launch={"num_procs": 2})
 
 
+def refused_late(model: str, folder: str) -> None:
+    """A model that only a forward pass shows to be unfit leaves memory for the next run."""
+    with pytest.raises(ConfigError, match="its tokens see those after"):
+        train(config_of(model, Path(folder), ds_config="zero3"), rows=word_rows(8))
+    assert large_tensors() == []
+
+
+def smallest_scale(model: str, folder: str) -> None:
+    """fp16's loss scale is at its minimum, and R is too large for fp16 after the first step."""
+    # DeepSpeed asks for hardware; torch computes in fp16 on any CPU, slowly.
+    get_accelerator().is_fp16_supported = lambda: True
+    ds_config = json.loads((SHIPPED_DS_CONFIGS / "zero2.json").read_text())
+    ds_config["fp16"] = {"enabled": "auto", "initial_scale_power": 0, "hysteresis": 1}
+    file = Path(folder, "ds_config.json")
+    file.write_text(json.dumps(ds_config))
+    options = SHORT | {"dtype": "fp16", "lr": 1e30, "warmup_ratio": 0, "ds_config": str(file)}
+    run = Path(folder, "run")
+    with pytest.raises(FloatingPointError, match="loss scale is 1, its minimum") as caught:
+        train(RunConfig(model=model, output_dir=str(run), **options), rows=word_rows(8))
+    step = metrics(run)[-1]["step"] + 1
+    assert str(caught.value).startswith(f"step {step} has a gradient that is not finite in fp16")
+    assert "Give --dtype bf16, lower --lr" in str(caught.value)
+    assert "look at the rows of this step: rows-" in str(caught.value)
+    assert str(caught.value.__cause__).startswith("Current loss scale already at minimum")
+
+
+def no_memory_for_an_init(model: str, folder: str) -> None:
+    """A re-basing and an alignment that need more than there is, in the middle of training."""
+
+    def too_large(*_: Any, **__: Any) -> Any:
+        return torch.empty(1 << 55)
+
+    for name, more, module, part in (
+        ("alignment", {"track_alignment": 2}, alignment, "average_gradients"),
+        ("re-basing", {"rebase_every": 2}, rebase, "initialize_by"),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, part, too_large)
+            with pytest.raises(OutOfMemoryError) as caught:
+                train(config_of(model, Path(folder, name), **more), rows=word_rows(20))
+        text = str(caught.value)
+        assert text.startswith(f"Out of memory ({name}).")
+        assert "DefaultCPUAllocator: can't allocate memory" in text
+
+
 def two_ranks(model: str, folder: str) -> None:
     """Rank 0's rows are those of all, and it gets the rows of numbers."""
     rank, logged = int(os.environ["RANK"]), []
@@ -108,3 +159,65 @@ def two_ranks(model: str, folder: str) -> None:
     assert logged == (metrics(Path(folder)) if rank == 0 else [])
     assert (found.status, found.steps) == ("finished", 4)
     assert found.loss == metrics(Path(folder))[-1]["loss"]
+
+
+def refused_by_one(model: str, folder: str, data: str) -> None:
+    """What one rank alone finds wrong is refused by both, and nobody waits."""
+    rank = int(os.environ["RANK"])
+    for refusing in (0, 1):
+        run = Path(folder, str(refusing))
+        with pytest.MonkeyPatch.context() as patch:
+            if rank != refusing:
+                patch.chdir(Path(data).parent)
+            with pytest.raises(ConfigError, match=Path(data).name) as caught:
+                train(config_of(model, run, data=(Path(data).name,)))
+        assert str(caught.value).startswith("Rank ") == (rank != refusing)
+        assert (f"Rank {refusing}: " in str(caught.value)) == (rank != refusing)
+
+    run = Path(folder, "run")
+    train(config_of(model, run, data=(data,), max_steps=1))
+    if rank == 0:  # which alone reads the basis
+        size = (run / "basis.safetensors").stat().st_size
+        with (run / "basis.safetensors").open("r+b") as basis:
+            basis.seek(size - 4)
+            basis.write(b"oops")
+    with pytest.raises(ConfigError, match="is damaged"):
+        train(config_of(model, run, data=(data,), max_steps=1, resume="auto"))
+
+
+def log_raises(model: str, folder: str, data: str) -> None:
+    """What rank 0's callback or disk raises ends the run on both ranks, wherever it is."""
+    rank = int(os.environ["RANK"])
+
+    def run_to(where: str, message: str, last_step: int, at: int, **more: Any) -> None:
+        logged: list[dict[str, Any]] = []
+
+        def log(row: dict[str, Any]) -> None:
+            logged.append(row)
+            if len(logged) == at:
+                raise ZeroDivisionError(message)
+
+        config = config_of(model, Path(folder, where), data=(data,), **more)
+        with pytest.raises(ZeroDivisionError if rank == 0 else JobError, match=message) as caught:
+            train(config, on_log=log)
+        assert str(caught.value).startswith("Rank 0 has failed: ZeroDivision") == (rank != 0)
+        rows = metrics(Path(folder, where))
+        assert rows[-1]["step"] == last_step
+        if rank == 0:
+            assert logged == rows, "no row is written or told after that"
+
+    run_to("step", "pruned", last_step=2, at=2)
+    run_to("last", "pruned at the end", last_step=4, at=4)
+    run_to("evaluation", "base is bad", last_step=0, at=1, eval_data=data)
+    assert [row.get("stage") for row in metrics(Path(folder, "evaluation"))] == ["base"]
+
+    full = Path(folder, "full")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_log, "append_text", no_space)
+        with pytest.raises(OSError if rank == 0 else JobError, match="No space left on device"):
+            train(config_of(model, full, data=(data,)))
+    assert train(config_of(model, full, data=(data,), resume="auto")).status == "finished"
+
+
+def no_space(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")

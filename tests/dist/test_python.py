@@ -11,8 +11,10 @@ import pytest
 
 import lorasb_ds
 from lorasb_ds import ConfigError, JobError, RunConfig, train
+from tests.conftest import saved_model
 from tests.dist.python_cases import SHORT
 from tests.runs import metrics, run_ranks, word_rows, write_jsonl
+from tests.text_families import tiny_config
 
 CASES = "tests.dist.python_cases"
 
@@ -28,8 +30,36 @@ def test_runs_that_do_not_reach_their_end(tiny_model: Path, tmp_path: Path) -> N
     run_ranks(f"{CASES}:interrupted", None, model=str(tiny_model), folder=str(tmp_path / "run"))
 
 
+def test_a_model_that_is_refused_late(demo_model: Path, tmp_path: Path) -> None:
+    from transformers import XLMWithLMHeadModel
+
+    config = tiny_config("xlm", vocab_size=49152)
+    model = saved_model(XLMWithLMHeadModel, config, tmp_path / "xlm", demo_model)
+    run_ranks(f"{CASES}:refused_late", None, model=str(model), folder=str(tmp_path / "run"))
+
+
+def test_a_loss_scale_that_cannot_come_down(tiny_model: Path, tmp_path: Path) -> None:
+    run_ranks(f"{CASES}:smallest_scale", 2, model=str(tiny_model), folder=str(tmp_path))
+
+
+def test_an_init_in_training_has_no_memory(tiny_model: Path, tmp_path: Path) -> None:
+    run_ranks(f"{CASES}:no_memory_for_an_init", None, model=str(tiny_model), folder=str(tmp_path))
+
+
 def test_the_ranks_of_a_job(tiny_model: Path, tmp_path: Path) -> None:
     run_ranks(f"{CASES}:two_ranks", 2, model=str(tiny_model), folder=str(tmp_path / "run"))
+
+
+def test_what_the_log_raises_ends_all_ranks(tiny_model: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", word_rows(20))
+    given = {"model": str(tiny_model), "folder": str(tmp_path), "data": data}
+    run_ranks(f"{CASES}:log_raises", 2, timeout=120, **given)
+
+
+def test_a_rank_that_refuses(tiny_model: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "rows-of-one-rank.jsonl", word_rows(20))
+    given = {"model": str(tiny_model), "folder": str(tmp_path), "data": data}
+    run_ranks(f"{CASES}:refused_by_one", 2, **given)
 
 
 def config_of(model: Path, folder: Path, **more: Any) -> RunConfig:

@@ -7,6 +7,7 @@ import re
 import shlex
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,9 +21,11 @@ from lorasb_ds.planner.placement import Placement
 from lorasb_ds.planner.strategies import Cluster, cpu_cluster
 from lorasb_ds.planner.workload import Workload
 from lorasb_ds.system.units import GIB
+from lorasb_ds.training import phases
 from lorasb_ds.training.memory import RunMemory
 from lorasb_ds.training.out_of_memory import (
     NUM_REMEDIES,
+    OutOfMemoryError,
     Phase,
     Remedy,
     explain,
@@ -271,14 +274,19 @@ def test_the_text(phase: Phase, placement: Placement, cluster: Cluster) -> None:
     assert text.endswith("The error was: Tried to allocate 20 GiB.")
 
 
-def test_an_init_that_is_taken_up_has_no_gradients() -> None:
-    text = explain(
-        "init",
-        MemoryError(),
-        in_use_bytes=GIB,
-        memory=memory_of(WHOLE, CPUS, WORK),
-        config=RunConfig(init_from="runs/earlier"),
-    )
-    assert "gradients" not in text
-    assert "--init-" not in text
-    assert text.endswith("The error was: MemoryError")
+def test_a_phase_within_another_explains_its_own() -> None:
+    """A re-basing takes an init's memory, whatever the run's first init was loaded from."""
+    config = RunConfig(init_from="runs/earlier", rebase_every=10)
+    run: Any = SimpleNamespace(memory=memory_of(SHARDED, GPUS, WORK), config=config)
+    with (
+        pytest.raises(OutOfMemoryError) as caught,
+        phases.phase(run, "train"),
+        phases.phase(run, "init", "re-basing"),
+    ):
+        raise MemoryError
+    assert isinstance(caught.value.__cause__, MemoryError)
+    assert str(caught.value).startswith("Out of memory (re-basing).")
+    assert "gradients of layers" in str(caught.value)
+    assert "--init-memory-gib 2" in str(caught.value)
+    with pytest.raises(ValueError, match="other"), phases.phase(run, "train"):
+        raise ValueError("some other error")
