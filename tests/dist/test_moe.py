@@ -188,6 +188,27 @@ def test_4_bit_experts_resume(tiny_family: Callable[[str], Path], tmp_path: Path
     assert all(torch.equal(adapters[1][name], A) for name, A in adapters[0].items())
 
 
+def test_a_basis_that_is_cut(tiny_family: Callable[[str], Path], tmp_path: Path) -> None:
+    """Layers get the smaller rank; experts keep the one that they have."""
+    whole = options(tiny_family("qwen3_moe"), tmp_path / "whole", r=12, expert_r=None, max_steps=1)
+    cut = whole | {
+        "r": 8,
+        "output_dir": str(tmp_path / "cut"),
+        "init_from": str(tmp_path / "whole"),
+    }
+    train(1, whole, cut)
+    ranks = [
+        {
+            "experts" in name: A.shape[0]
+            for name, A in load_file(tmp_path / run / "adapter/adapter_model.safetensors").items()
+            if name.endswith("lora_A.weight")
+        }
+        for run in ("whole", "cut")
+    ]
+    assert ranks[0][True] == ranks[1][True]
+    assert (ranks[0][False], ranks[1][False]) == (12, 8)
+
+
 def test_alignment_leaves_experts_out(tiny_family: Callable[[str], Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(1, options(tiny_family("qwen3_moe"), run, max_steps=2, track_alignment=1))
