@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 PEFT_PREFIX = "peft:"  # --method peft:FILE.json
 DEFAULT_METHOD = "lora-sb"
 DEFAULT_ALPHA = 16.0  # for methods with a scaling (LoRA-GA's and LoRA-One's papers)
-LR_OF_R, LR_OF_AB = 2e-3, 2e-4  # defaults of --lr where R, or A and B, are trained
+# Defaults of --lr: where A and B are trained, and, times r, where R is. A step of AdamW moves the
+# update by up to lr · r. Numbers from docs/results.md.
+LR_OF_AB, LR_TIMES_R, XS_LR_TIMES_R = 2e-4, 0.1, 0.03
 XS_DEVIATION = 1e-5  # standard deviation of LoRA-XS's initial R (arXiv 2405.17604)
 
 # The matrix that is decomposed. "update": --init-update, applied to the average gradient.
@@ -113,6 +115,7 @@ class Method:
         offset: whether ``B0 A0`` is subtracted, B0 and A0 being the initial B and A, so that W
             starts as W0.
         gamma: the default of --gamma; 1 where the method has none.
+        lr_times_r: the default of --lr, times r, where R is trained.
         paper: the source.
     """
 
@@ -124,6 +127,7 @@ class Method:
     directions: int = 1
     offset: bool = False
     gamma: float = 1.0
+    lr_times_r: float = LR_TIMES_R
     paper: str = ""
 
     def scale(self, r: int, alpha: float | None) -> float:
@@ -146,10 +150,9 @@ class Method:
     def trains_r(self) -> bool:
         return self.trained == TRAIN_R
 
-    @property
-    def lr(self) -> float:
-        """Learning rate where --lr is not given."""
-        return LR_OF_R if self.trains_r else LR_OF_AB
+    def lr(self, r: int) -> float:
+        """Return the learning rate where --lr is not given, to three digits."""
+        return float(f"{self.lr_times_r / r:.3g}") if self.trains_r else LR_OF_AB
 
 
 def _sb(matrix: Matrix, takes_step: bool) -> Method:
@@ -161,7 +164,7 @@ def _sb(matrix: Matrix, takes_step: bool) -> Method:
 
 METHODS: dict[str, Method] = {
     "lora-sb": Method("update", _bases, TRAIN_R, takes_step=True, paper="arXiv 2411.19557"),
-    "lora-xs": Method("weight", _xs, TRAIN_R, paper="arXiv 2405.17604"),
+    "lora-xs": Method("weight", _xs, TRAIN_R, lr_times_r=XS_LR_TIMES_R, paper="arXiv 2405.17604"),
     "lora-one": Method(
         "gradient",
         _lora_one,
@@ -195,6 +198,6 @@ METHODS: dict[str, Method] = {
 }
 
 
-def default_lr(method: str) -> float:
+def default_lr(method: str, r: int) -> float:
     """Return the learning rate of a method, or of a ``peft:FILE.json``, without --lr."""
-    return METHODS[method].lr if method in METHODS else LR_OF_AB
+    return METHODS[method].lr(r) if method in METHODS else LR_OF_AB

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from lorasb_ds.config.adapter_options import UNIFORM
 from lorasb_ds.config.chat_templates import TEMPLATES
 from lorasb_ds.config.classification import classification_problems
-from lorasb_ds.config.methods import DEFAULT_METHOD, METHODS, PEFT_PREFIX
+from lorasb_ds.config.methods import DEFAULT_METHOD, METHODS, PEFT_PREFIX, default_lr
 from lorasb_ds.config.paths import expand_home, read_json
 from lorasb_ds.config.run_config import RunConfig, problems_of
 from lorasb_ds.config.run_layout import (
@@ -237,6 +237,8 @@ def _replayed(run_json: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     dropped = {"output_dir", "overwrite", "resume", "trust_remote_code"} | replaced_by(
         asked, config
     )
+    if "r" in asked and _has_default_lr(config):  # which is another one at another r
+        dropped.add("lr")
     replayed = {name: value for name, value in config.items() if name not in dropped}
     taken = {name: value for name, value in replayed.items() if name not in asked}
     check_no_folder_has_the_name(content, taken)
@@ -248,6 +250,11 @@ def _replayed(run_json: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     if replayed.get("chat_template") and (folder / TEMPLATE_COPY).is_file():
         replayed["chat_template"] = str(folder / TEMPLATE_COPY)
     return replayed
+
+
+def _has_default_lr(config: Mapping[str, Any]) -> bool:
+    method, r = str(config.get("method", DEFAULT_METHOD)), config.get("r")
+    return isinstance(r, int) and r > 0 and config.get("lr") == default_lr(method, r)
 
 
 def _date_of_earlier(values: Mapping[str, Any]) -> dict[str, Any]:

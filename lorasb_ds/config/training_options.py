@@ -6,7 +6,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from lorasb_ds.config.methods import DEFAULT_METHOD, LR_OF_AB, LR_OF_R, default_lr
+from lorasb_ds.config.methods import (
+    DEFAULT_METHOD,
+    LR_OF_AB,
+    LR_TIMES_R,
+    XS_LR_TIMES_R,
+    default_lr,
+)
 from lorasb_ds.config.option_group import OptionGroup, default_is
 
 # What an optimizer does to the gradient in its first step, in the words of --init-update.
@@ -34,11 +40,14 @@ class TrainingOptions(OptionGroup):
         "or Muon, or bitsandbytes' Lion. Each needs another --lr.",
     )
     lr: float = Field(
-        default_factory=lambda fields: default_lr(fields.get("method", DEFAULT_METHOD)),
+        default_factory=lambda fields: default_lr(
+            fields.get("method", DEFAULT_METHOD), fields.get("r", 1)
+        ),
         gt=0,
         description="Peak learning rate.",
         json_schema_extra=default_is(
-            f"{LR_OF_R:g} where R is trained, {LR_OF_AB:g} where A and B are, or what PEFT makes"
+            f"{LR_TIMES_R:g} / r where R is trained (lora-xs: {XS_LR_TIMES_R:g} / r), {LR_OF_AB:g} "
+            "where A and B are, or what PEFT makes"
         ),
     )
     lr_scheduler: Literal["cosine", "linear", "constant"] = Field(

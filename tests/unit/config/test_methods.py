@@ -300,13 +300,24 @@ def test_a_replay_with_another_method(tmp_path: Path) -> None:
     assert (same.method, same.lr, same.precondition) == ("lora-one", 7e-4, 0.1)
     other = load_run_config({"method": "lora-ga"}, str(file))
     assert (other.lr, other.precondition, other.gamma) == (2e-4, None, None)
-    assert load_run_config({"method": "lora-sb"}, str(file)).lr == 2e-3
+    assert load_run_config({"method": "lora-sb", "r": 50}, str(file)).lr == 2e-3
 
 
 def test_each_method_s_learning_rate() -> None:
     assert load_run_config({"method": "lora"}).lr == 2e-4
-    assert load_run_config({"method": "lora-xs"}).lr == load_run_config({}).lr == 2e-3
+    assert [load_run_config({"r": r}).lr for r in (50, 64, 96)] == [2e-3, 1.56e-3, 1.04e-3]
+    assert load_run_config({"method": "lora-xs", "r": 30}).lr == 1e-3
     assert load_run_config({"method": "lora", "lr": 1e-3}).lr == 1e-3
+
+
+@pytest.mark.parametrize(("lr", "at_half"), [(None, 2e-3), (7e-4, 7e-4)])
+def test_a_replay_at_another_r(lr: float | None, at_half: float, tmp_path: Path) -> None:
+    """A learning rate that nobody chose is that of the new r."""
+    config = load_run_config({"r": 100, "lr": lr})
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"config": config.model_dump(mode="json")}))
+    assert load_run_config({}, str(file)).lr == config.lr
+    assert load_run_config({"r": 50}, str(file)).lr == at_half
 
 
 @pytest.mark.parametrize("make", [lambda: filled("lora-ga", matrix(0), matrix(1), r=R)])

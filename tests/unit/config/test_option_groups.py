@@ -145,7 +145,8 @@ def test_the_command_line_and_the_class_have_the_same_defaults(
     Path("dora.json").write_text('{"peft_type": "LORA", "use_dora": true}')
     config = RunConfig(method=method)
     assert config == load_run_config({"method": method})
-    assert config.lr == (2e-3 if method.startswith(("lora-sb", "lora-xs", "sb-")) else 2e-4)
+    of_r = 1.56e-3 if method.startswith(("lora-sb", "sb-")) else 2e-4
+    assert config.lr == (4.69e-4 if method == "lora-xs" else of_r)
     assert config.eval_data == DEMO_EVAL_DATA
     assert config.model_fields_set == {"method"}
 
@@ -181,4 +182,4 @@ def test_what_was_asked_for_is_known(tmp_path: Path) -> None:
     assert again == copy.model_copy(update={"seed": 1})
     # Another method has another learning rate: what is replayed belongs to the old one.
     other = load_run_config({"method": "lora-sb"}, str(tmp_path / "run.json"))
-    assert (other.lr, other.r) == (2e-3, 8)
+    assert (other.lr, other.r) == (1.25e-2, 8)
