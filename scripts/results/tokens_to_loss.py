@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from launcher.text import markdown
 from lorasb_ds.system.files import write_json
 
-COLUMNS = ("run", "r", "after the init", "at the end", "tokens", "of all", "rows of inits")
+COLUMNS = ("run", "r", "steps", "time", "after the init", "at the end", "tokens", "rows of inits")
 
 
 @click.command()
@@ -37,18 +37,25 @@ def main(output: Path, runs: Sequence[Path]) -> None:
 
 
 def watched(run: Path) -> dict[str, Any]:
-    """Return a run's r, its (tokens trained on, held-out loss), and the rows of its inits."""
-    tokens, points, inits = 0, list[tuple[int, float]](), 0
+    """Return a run's r and steps, the seconds and rows of steps and inits, and its losses.
+
+    These are (tokens trained on, held-out loss), from right after the init on.
+    """
+    tokens, points, seconds, steps, init_rows = 0, list[tuple[int, float]](), 0.0, 0, 0
     for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         logged = json.loads(line)
-        tokens += logged.get("tokens", 0)
+        tokens, steps = tokens + logged.get("tokens", 0), logged["step"]
+        seconds += logged.get("step_time_s", 0.0)
         if "eval_loss" in logged and logged.get("stage") != "base":
             points.append((tokens, logged["eval_loss"]))
     for report in (run / "init.json", *sorted(run.glob("rebased/*/init.json"))):
         init = json.loads(report.read_text(encoding="utf-8"))
-        inits += init["num_samples"] + init["step"]["num_samples"] if init["num_samples"] else 0
+        seconds += init["total_s"]
+        if init["num_samples"]:
+            init_rows += init["num_samples"] + init["step"]["num_samples"]
     config = json.loads((run / "run.json").read_text(encoding="utf-8"))["config"]
-    return {"r": config["r"], "losses": points, "init_rows": inits}
+    sizes = {"r": config["r"], "steps": steps, "seconds": round(seconds), "init_rows": init_rows}
+    return {**sizes, "losses": points}
 
 
 def first_at(target: float, points: Sequence[tuple[int, float]]) -> float | None:
@@ -64,12 +71,11 @@ def first_at(target: float, points: Sequence[tuple[int, float]]) -> float | None
 
 
 def row(name: str, of_run: Mapping[str, Any]) -> list[str]:
-    points, reached = of_run["losses"], of_run["tokens_to_target"]
-    cells = [name, str(of_run["r"]), f"{points[0][1]:.4f}", f"{points[-1][1]:.4f}"]
-    tokens, share = "never", "-"
-    if reached is not None:
-        tokens, share = f"{reached:,.0f}", f"{reached / points[-1][0]:.0%}"
-    return [*cells, tokens, share, str(of_run["init_rows"])]
+    first, *_, last = (f"{loss:.4f}" for _, loss in of_run["losses"])
+    reached = of_run["tokens_to_target"]
+    tokens = "never" if reached is None else f"{reached:,.0f}"
+    sizes = [str(of_run["r"]), str(of_run["steps"]), f"{of_run['seconds']} s"]
+    return [name, *sizes, first, last, tokens, str(of_run["init_rows"])]
 
 
 if __name__ == "__main__":

@@ -81,6 +81,16 @@ def test_the_page_is_its_numbers(task: str) -> None:
         assert (RESULTS / picture).is_file()
 
 
+def test_the_page_has_the_watched_runs() -> None:
+    page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    found = json.loads((RESULTS / "watched.json").read_text(encoding="utf-8"))
+    row = script("tokens_to_loss").row
+    lines = {" | ".join(row(name, of_run)) for name, of_run in found["runs"].items()}
+    assert lines <= {line.strip("| ") for line in page.splitlines()}
+    target = found["runs"]["lora"]["losses"][-1][1]
+    assert found["target"] == target == pytest.approx(0.8152, abs=1e-4)
+
+
 def test_tokens_to_a_loss() -> None:
     """Interpolated between losses; the least of them may come before the end."""
     first_at = script("tokens_to_loss").first_at
