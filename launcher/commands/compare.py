@@ -136,8 +136,12 @@ def compare_command(
     files = {method: _read_file(method) for method in methods if is_file(method)}
     sweep_ranks = {method: _rank_in(content) for method, content in files.items()}
     sweep = make_sweep(methods, lrs, ranks, seeds, best, sweep_ranks)
+    folder = Path(expand_home(output_dir))
+    before = {} if overwrite else stored_options(folder)
+    # Some templates write the date into the rows, and a sweep may take days.
+    given["template_date"] = given["template_date"] or before.get("template_date")
     comparison = Comparison(
-        folder=Path(expand_home(output_dir)),
+        folder=folder,
         sweep=sweep,
         launch=launch,
         given=given,
@@ -149,11 +153,7 @@ def compare_command(
     allocations = find_allocations(
         launch, parallel, has_batch=given["train_batch_size"] is not None
     )
-    before = {} if overwrite else stored_options(comparison.folder)
     options = _check(comparison, sweep.first(), allocations[0])
-    # Some templates write it into the rows, and a sweep may take days.
-    if given["template_date"] is None:
-        options["template_date"] = before.get("template_date", options["template_date"])
     options["own"] = _own_so_far(comparison, files, before)
     dated = {**given, "template_date": options["template_date"]}
     comparison = replace(comparison, given=dated, options=options)
@@ -230,16 +230,11 @@ def _check(
     fields = {**comparison.given, "eval_data": config.eval_data, "method": config.method}
     common = load_run_config(fields).model_dump()  # without what the method has for itself
     chosen = {name: value for name, value in common.items() if name not in FREE}
-    chosen["template_date"] = _date(comparison.given, configs)
+    with_basis = [config for config in configs if config.init_from is not None]
+    chosen["template_date"] = (with_basis or configs)[0].template_date  # that of the basis's rows
     on = {"processes": job.num_procs or job.num_gpus}
     found: dict[str, Any] = json.loads(json.dumps({**with_absolute_paths(chosen), **on}))
     return found
-
-
-def _date(given: Mapping[str, Any], configs: Sequence[RunConfig]) -> str:
-    """Return the date that chat templates get: as given, or as an --init-from has it, or today."""
-    with_basis = [config for config in configs if config.init_from is not None]
-    return given["template_date"] or (with_basis or configs)[0].template_date
 
 
 def _own_so_far(

@@ -42,7 +42,7 @@ class TrainingOptions(OptionGroup):
     lr: float = Field(
         default_factory=lambda fields: default_lr(
             fields.get("method", DEFAULT_METHOD), fields.get("r", 1)
-        ),
+        ),  # a wrong --r is not there, and is a problem of its own
         gt=0,
         description="Peak learning rate.",
         json_schema_extra=default_is(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -19,23 +19,13 @@ def from_rank_0(make: Callable[[], Any]) -> Any:
         ConfigError: on other ranks, if that is one.
         JobError: on other ranks, if it is another one.
     """
-    made: list[Any] = [None, None, None]  # the result; what is wrong: problems, another error
-    failure: Exception | None = None
-    if zero.rank() == 0:
-        try:
-            made[0] = make()
-        except ConfigError as error:
-            failure, made[1] = error, error.problems
-        except Exception as error:  # of the program or the disk
-            failure, made[2] = error, _described(error)
-    dist.broadcast_object_list(made, src=0)
+    result, failure = _attempt(make) if zero.rank() == 0 else (None, None)
+    told: list[Any] = [result, *_told(failure)]
+    dist.broadcast_object_list(told, src=0)
     if failure is not None:
         raise failure
-    result, problems, other = made
-    if problems is not None:
-        raise ConfigError(*problems)
-    if other is not None:
-        raise JobError(f"Rank 0 has failed: {other}", status=1)
+    result, problems, other = told
+    _raise(0, problems, other)
     return result
 
 
@@ -47,27 +37,35 @@ def on_every_rank(make: Callable[[], Any]) -> Any:
         ConfigError: if nothing is raised on this rank, and one on another: its problems.
         JobError: if nothing is raised on this rank, and another error on another.
     """
-    result: Any = None
-    failure: Exception | None = None
-    problems: tuple[str, ...] = ()
-    try:
-        result = make()
-    except ConfigError as error:
-        failure, problems = error, error.problems
-    except Exception as error:
-        failure = error
-    other = None if failure is None or problems else _described(failure)
+    result, failure = _attempt(make)
     found: list[Any] = [None] * zero.world_size()
-    dist.all_gather_object(found, (problems, other))
+    dist.all_gather_object(found, _told(failure))
     if failure is not None:
         raise failure
     for rank, (problems, other) in enumerate(found):
-        if problems:
-            raise ConfigError(*(f"Rank {rank}: {problem}" for problem in problems))
-        if other is not None:
-            raise JobError(f"Rank {rank} has failed: {other}", status=1)
+        _raise(rank, [f"Rank {rank}: {problem}" for problem in problems], other)
     return result
 
 
-def _described(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+def _attempt(make: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    try:
+        return make(), None
+    except Exception as error:  # of the options, the program or the disk
+        return None, error
+
+
+def _told(failure: Exception | None) -> tuple[tuple[str, ...], str | None]:
+    """Return what other ranks are told: a ConfigError's problems, or another error."""
+    if failure is None:
+        return (), None
+    if isinstance(failure, ConfigError) and failure.problems:
+        return failure.problems, None
+    return (), f"{type(failure).__name__}: {failure}"
+
+
+def _raise(rank: int, problems: Sequence[str], other: str | None) -> None:
+    """Raise what another rank has told, if it has failed."""
+    if problems:
+        raise ConfigError(*problems)
+    if other is not None:
+        raise JobError(f"Rank {rank} has failed: {other}", status=1)

@@ -18,7 +18,7 @@ from lorasb_ds.runs.history import (
     Summary,
     evaluations,
     read_rows,
-    saved_evaluation,
+    saved_loss,
     scores_of,
     summarize,
 )
@@ -69,7 +69,7 @@ class Run:
     @property
     def loss(self) -> float:
         """Return the held-out loss of the adapter that a finished run has saved; nan if unknown."""
-        return float(saved_evaluation(self.description, self.rows).get("eval_loss", math.nan))
+        return saved_loss(self.description, self.rows)
 
     @property
     def scores(self) -> dict[str, float]:

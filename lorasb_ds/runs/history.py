@@ -168,6 +168,11 @@ def saved_evaluation(run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) 
     return dict(found[-1]) if found else {}
 
 
+def saved_loss(run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> float:
+    """Return the held-out loss of ``saved_evaluation``; nan if it is unknown."""
+    return float(saved_evaluation(run, rows).get("eval_loss", math.nan))
+
+
 def _of_steps(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [row for row in evaluations(rows) if row["stage"] in OF_STEPS]
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from lorasb_ds.config.overwriting import read_object
 from lorasb_ds.config.run_layout import ADAPTER, METRICS, RUN_JSON
-from lorasb_ds.runs.history import read_rows, saved_evaluation, summarize
+from lorasb_ds.runs.history import read_rows, saved_loss, summarize
 
 
 @dataclass(frozen=True)
@@ -45,15 +44,11 @@ def read_result(folder: Path, status: Literal["finished", "stopped"]) -> TrainRe
         ConfigError: if its ``metrics.jsonl`` is damaged.
     """
     rows = read_rows(folder / METRICS)
-    found = summarize(rows)
-    eval_loss = found.last_loss
-    if status == "finished":
-        run = read_object(folder / RUN_JSON)
-        eval_loss = float(saved_evaluation(run, rows).get("eval_loss", math.nan))
+    found, finished = summarize(rows), status == "finished"
     return TrainResult(
         status=status,
         folder=folder.absolute(),
         steps=found.steps,
         loss=found.final_loss,
-        eval_loss=eval_loss,
+        eval_loss=saved_loss(read_object(folder / RUN_JSON), rows) if finished else found.last_loss,
     )

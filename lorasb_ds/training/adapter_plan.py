@@ -146,18 +146,16 @@ def _ranks_of_basis(config: RunConfig, run: Path | None) -> tuple[int, int | Non
 
     They are those of the run that is resumed, or of --init-from's; else --r, and None.
     """
-    r: object
-    for folder in (run, config.init_from):
-        if folder is not None:
-            stored = read_object(Path(expand_home(str(folder))) / RUN_JSON)
-            of_adapter, options = stored.get("adapter"), stored.get("config")
-            if isinstance(of_adapter, dict):
-                r, of_experts = of_adapter.get("r_of_layers"), of_adapter.get("expert_r")
-                if isinstance(r, int) and isinstance(of_experts, int):
-                    return r, of_experts
-            elif folder is not run and isinstance(options, dict):  # of an earlier version
-                r = options.get("r")
-                return r if isinstance(r, int) else config.r, None
+    folders = [Path(expand_home(str(f))) for f in (run, config.init_from) if f is not None]
+    found = [read_object(folder / RUN_JSON) for folder in folders]
+    for stored in found:
+        match stored.get("adapter"):
+            case {"r_of_layers": int(r), "expert_r": int(r_of_experts)}:
+                return r, r_of_experts
+    if config.init_from is not None:
+        match found[-1].get("config"):
+            case {"r": int(r)}:  # of an earlier version
+                return r, None
     return config.r, None
 
 

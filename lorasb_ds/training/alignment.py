@@ -34,6 +34,7 @@ from lorasb_ds.planner.layer_groups import LayerGroup
 from lorasb_ds.runs.plots import describe_alignment
 from lorasb_ds.runs.run_log import RunLog
 from lorasb_ds.training.engine_state import rng_states, set_rng_states
+from lorasb_ds.training.phases import phase
 from lorasb_ds.training.prepare import Prepared
 from lorasb_ds.training.training_run import TrainingRun
 
@@ -270,14 +271,15 @@ def track_alignment(training: TrainingRun, before: Mapping[str, Values] | None) 
     # Of linear layers: experts are left out.
     planned = run.memory.footprint.init.groups
     groups = [{name: None for name in group if name in run.adapter.targets} for group in planned]
-    found = measure_alignment(
-        training.engine,
-        training.adapters,
-        probe_of(run),
-        [group for group in groups if group],
-        before,
-        offload=run.config.init_offload,
-    )
+    with phase(run, "init", "alignment"):
+        found = measure_alignment(
+            training.engine,
+            training.adapters,
+            probe_of(run),
+            [group for group in groups if group],
+            before,
+            offload=run.config.init_offload,
+        )
     rows = [{"step": step, "layer": name} | asdict(layer) for name, layer in found.items()]
 
     def log_rows(log: RunLog) -> None:

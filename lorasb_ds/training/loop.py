@@ -61,8 +61,7 @@ def train(training: TrainingRun) -> RunStatus:
     training.engine.train()
     training.stop.can_save()
     if state.step == 0 and run.config.track_alignment:
-        with phase(run, "init", "alignment"):
-            track_alignment(training, None)
+        track_alignment(training, None)
     with profiled(training.folder, run.config.profile if training.log else None) as step_done:
         status = _steps(training, step_done)
     if status == "stopped":
@@ -118,8 +117,7 @@ def _steps(training: TrainingRun, step_done: Callable[[], None]) -> RunStatus:
             log_step(training, row, result.applied)
         count_skips(training, result, units)
         if before is not None:
-            with phase(run, "init", "alignment"):
-                track_alignment(training, before)
+            track_alignment(training, before)
         if state.step < run.num_steps:
             new_best, evaluates = False, _is_due(state.step, run.config.eval_every)
             if evaluates:

@@ -11,12 +11,12 @@ from lorasb_ds.training.prepare import Prepared
 
 
 @contextmanager
-def phase(run: Prepared, phase: Phase, name: str | None = None) -> Iterator[None]:
+def phase(run: Prepared, planned: Phase, name: str | None = None) -> Iterator[None]:
     """Explain an out-of-memory error that is raised inside, unless a phase within this one has.
 
     Args:
-        phase: the planner's, whose memory this takes.
-        name: what the user knows it by. [default: ``phase``]
+        planned: the planner's phase, whose memory this takes.
+        name: what the user knows it by. [default: ``planned``]
     Raises:
         OutOfMemoryError: on this rank only; the launcher ends the others.
     """
@@ -28,5 +28,5 @@ def phase(run: Prepared, phase: Phase, name: str | None = None) -> Iterator[None
         if not is_out_of_memory(error):
             raise
         in_use = accelerator.memory_bytes()
-        explanation = explain(phase, error, in_use, run.memory, run.config, name)
+        explanation = explain(planned, error, in_use, run.memory, run.config, name)
         raise OutOfMemoryError(explanation) from error
